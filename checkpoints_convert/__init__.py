@@ -1,0 +1,1 @@
+"""Conversion of checkpoints into the layouts that himap_jax reads."""

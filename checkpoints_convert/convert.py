@@ -1,0 +1,160 @@
+"""Converts a LLaVA checkpoint: configuration, check of names and shapes, then one tensor after another."""
+
+from collections.abc import Iterator
+import json
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+from checkpoints_convert import names, original, store
+from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
+from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json
+from himap_jax import config as config_lib
+from himap_jax.llava import abstract_params
+
+MARKER = "himap_jax.json"
+PARAMS = "params"
+FORMAT = 1
+
+_NOT_COPIED = ("config.json", INDEX, MARKER)
+
+
+def read_marker(directory: pathlib.Path) -> dict[str, Any] | None:
+  """What a finished conversion says of itself, or None where there is none.
+
+  Raises:
+    ValueError: the directory was written in another format.
+  """
+  if not (directory / MARKER).is_file():
+    return None
+  marker = read_json(directory / MARKER)
+  if marker.get("format") != FORMAT:
+    raise ValueError(f"{directory}: converted in format {marker.get('format')!r}, this version reads {FORMAT}; "
+                     "convert the checkpoint again")
+  return marker
+
+
+def convert(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    *,
+    vision_tower: str | None = None,
+    progress: bool = True,
+) -> pathlib.Path:
+  """Converts a checkpoint in one of three layouts: Hugging Face LLaVA with older or newer names, or LLaVA's original.
+
+  The target holds the parameters (Orbax, in the stored dtype), a complete config.json, the tokenizer, processor and
+  generation files, and a marker. It appears whole or not at all; a target made from the same files is left as it is.
+
+  Args:
+    source: a directory or a hub id.
+    target: the directory to write.
+    vision_tower: for the original layout, a directory or hub id instead of the one that its config.json names.
+    progress: whether to show a bar and what was unused.
+
+  Returns:
+    `target`, absolute.
+
+  Raises:
+    ValueError: the source cannot be read, holds a model that this library does not run, or lacks names and shapes of
+      the model that it describes; or the target holds something else.
+  """
+  source, target = locate(str(source)), pathlib.Path(target).expanduser().absolute()
+  fields = read_json(source / "config.json")
+  stored = [(names.tree_path(name), tensor) for name, tensor in read_headers(source).items()]
+  tower = None
+  if original.is_original(fields):
+    original.check(fields, str(source / "config.json"))
+    tower = _locate_tower(source, fields, vision_tower, has_weights=_has_tower(stored))
+    if not _has_tower(stored):
+      stored += [(names.tower_path(name), tensor) for name, tensor in read_headers(tower).items()]
+  identity = fingerprint(source) if tower is None else fingerprint(source, tower)
+  with store.locked(target):
+    if _is_finished(target, identity):
+      return target
+    with store.new_directory(target) as work:
+      config = _write_configuration(work, source, tower, fields)
+      plan = names.plan(stored, abstract_params(config, jnp.float32), config, str(source))
+      if progress and plan.unused:
+        print(f"{source.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})", file=sys.stderr)
+      store.save_params(work / PARAMS, _read(plan, progress))
+      _write_json(work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": identity,
+                                  "dtypes": plan.dtypes})
+  return target
+
+
+def _read(plan: names.Plan, progress: bool) -> Iterator[tuple[names.Path, np.ndarray]]:
+  with tqdm.tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
+    for path, tensor in plan.tensors:
+      yield path, read_tensor(tensor)
+      bar.update(tensor.num_bytes)
+
+
+def _is_finished(target: pathlib.Path, identity: str) -> bool:
+  """Whether there is nothing to do.
+
+  Raises:
+    ValueError: `target` is in the way.
+  """
+  if target.is_dir() and not any(target.iterdir()) or not target.exists():
+    return False
+  marker = read_marker(target) if target.is_dir() else None
+  if marker is None or marker.get("fingerprint") != identity:
+    raise ValueError(f"{target} exists and was not converted from this source; name another directory or remove it")
+  return True
+
+
+def _write_configuration(
+    work: pathlib.Path, source: pathlib.Path, tower: pathlib.Path | None, fields: dict[str, Any]
+) -> config_lib.LlavaConfig:
+  for path in sorted(path for pattern in SMALL_FILES for path in source.glob(pattern)):
+    if path.name not in _NOT_COPIED and (tower is None or not path.name.startswith(("tokenizer", "special_tokens"))):
+      shutil.copyfile(path, work / path.name)
+  if tower is not None:
+    tokens = original.tokenizer(source)
+    image_token_id = tokens.convert_tokens_to_ids(original.IMAGE_TOKEN)
+    original_fields, fields = fields, original.llava_fields(fields, tower, image_token_id)
+    original.save_processor(work, tokens, tower, original_fields, fields)
+  config = config_lib.from_hf(fields, where=str(source / "config.json"))
+  _write_json(work / "config.json", _complete(fields))
+  if not (work / "generation_config.json").exists():
+    _write_json(work / "generation_config.json", _special_token_ids(fields))
+  return config
+
+
+def _complete(fields: dict[str, Any]) -> dict[str, Any]:
+  """Every field that transformers knows of the model, so that its defaults may change."""
+  import transformers
+
+  complete = transformers.LlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
+  return json.loads(complete.to_json_string(use_diff=False))
+
+
+def _special_token_ids(fields: dict[str, Any]) -> dict[str, Any]:
+  given = fields.get("text_config", {}) | fields
+  return {name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if given.get(name) is not None}
+
+
+def _has_tower(stored: list[tuple[names.Path | None, StoredTensor]]) -> bool:
+  return any(path is not None and path[0] == "vision_tower" for path, _ in stored)
+
+
+def _locate_tower(source: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool) -> pathlib.Path:
+  if fields.get("unfreeze_mm_vision_tower") and not has_weights:
+    raise ValueError(f"{source}: its vision tower was trained (unfreeze_mm_vision_tower) but is not in its weights")
+  name = given or fields["mm_vision_tower"]
+  if not given and not pathlib.Path(name).is_absolute() and (source / name).is_dir():
+    name = str(source / name)
+  try:
+    return locate(name, weights=not has_weights)
+  except ValueError as error:
+    raise ValueError(f"the vision tower of {source} (--vision_tower names another): {error}") from error
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The demo checkpoint: a LLaVA assembled from pretrained parts that come inside packages."""

@@ -1,0 +1,125 @@
+"""The original LLaVA layout (liuhaotian/llava-v1.5-*) in Hugging Face's terms: configuration and processor.
+
+There the language model's own config.json names a CLIP tower that is a checkpoint of its own.
+"""
+
+import pathlib
+from typing import Any
+
+from checkpoints_convert.source import read_json
+
+IMAGE_TOKEN = "<image>"
+PAD_TOKEN = "<pad>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
+    "{% else %}{{ message['role'] | upper + ': ' }}"
+    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+    "{% for item in message['content'] %}{% if item['type'] == 'text' %}"
+    "{{ item['text'] + ('</s>' if message['role'] == 'assistant' else ' ') }}{% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+
+_SELECT = {"patch": "default", "cls_patch": "full"}
+_SUPPORTED = {
+    "model_type": ("llava", "llava_llama"),
+    "mm_projector_type": ("mlp2x_gelu",),
+    "mm_vision_select_feature": tuple(_SELECT),
+    "image_aspect_ratio": (None, "square", "pad"),
+    "mm_patch_merge_type": (None, "flat"),
+    "mm_use_im_start_end": (None, False),
+}
+
+
+def is_original(fields: dict[str, Any]) -> bool:
+  """Whether a config.json is that of the original layout."""
+  return "mm_vision_tower" in fields
+
+
+def check(fields: dict[str, Any], where: str) -> None:
+  """Refuses what this conversion has no counterpart for.
+
+  Raises:
+    ValueError: naming the field, its value and those that are known.
+  """
+  for name, known in _SUPPORTED.items():
+    value = fields.get(name, "patch" if name == "mm_vision_select_feature" else None)
+    if value not in known:
+      raise ValueError(f"{where}: {name} is {value!r}; of the original layout this reads "
+                       f"{' or '.join(repr(choice) for choice in known if choice is not None)}")
+
+
+def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: int) -> dict[str, Any]:
+  """The fields of a Hugging Face LLaVA config.json.
+
+  Args:
+    fields: the original config.json, checked.
+    tower: directory with the CLIP tower's config.json.
+    image_token_id: of `<image>`.
+
+  Raises:
+    ValueError: the tower is no CLIP.
+  """
+  import transformers
+
+  vision = read_json(tower / "config.json")
+  if vision.get("model_type") not in ("clip", "clip_vision_model"):
+    raise ValueError(f"{tower}: model_type is {vision.get('model_type')!r}; the tower of the original layout is a CLIP")
+  vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
+  known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
+  text = {name: value for name, value in fields.items() if name in known} | {"model_type": "llama"}
+  patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2
+  strategy = _SELECT[fields.get("mm_vision_select_feature", "patch")]
+  return {
+      "model_type": "llava",
+      "architectures": ["LlavaForConditionalGeneration"],
+      "text_config": text,
+      "vision_config": vision,
+      "image_token_index": image_token_id,
+      "image_seq_length": patches + (strategy == "full"),
+      "projector_hidden_act": "gelu",
+      "multimodal_projector_bias": True,
+      "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
+      "vision_feature_select_strategy": strategy,
+      "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+  }
+
+
+def tokenizer(source: pathlib.Path) -> Any:
+  """The checkpoint's tokenizer with `<image>` as the next id and, where it has no padding token, `<pad>` after it.
+
+  Raises:
+    ValueError: it cannot be read.
+  """
+  import transformers
+
+  kind = read_json(source / "tokenizer_config.json").get("tokenizer_class", "LlamaTokenizer")
+  loader = getattr(transformers, kind.removesuffix("Fast"), None) or transformers.PreTrainedTokenizerFast
+  try:
+    tokens = loader.from_pretrained(source, local_files_only=True)
+  except Exception as error:
+    raise ValueError(f"{source}: cannot read the tokenizer ({str(error).splitlines()[0]})") from error
+  tokens.add_tokens([IMAGE_TOKEN], special_tokens=True)
+  if tokens.pad_token is None:
+    tokens.add_special_tokens({"pad_token": PAD_TOKEN})
+  return tokens
+
+
+def save_processor(
+    target: pathlib.Path, tokens: Any, tower: pathlib.Path, fields: dict[str, Any], llava: dict[str, Any]
+) -> None:
+  """Writes the tokenizer, and the tower's image processing with the padding to a square that LLaVA-1.5 adds."""
+  import transformers
+
+  processing = read_json(tower / "preprocessor_config.json")
+  settings = {name: value for name, value in processing.items() if not name.endswith(("_type", "_class"))}
+  images = transformers.LlavaImageProcessorPil(
+      **settings | {"do_pad": fields.get("image_aspect_ratio") == "pad"})
+  transformers.LlavaProcessor(
+      image_processor=images,
+      tokenizer=tokens,
+      patch_size=llava["vision_config"].get("patch_size", 32),
+      vision_feature_select_strategy=llava["vision_feature_select_strategy"],
+      image_token=IMAGE_TOKEN,
+      num_additional_image_tokens=1,
+      chat_template=CHAT_TEMPLATE,
+  ).save_pretrained(target)

@@ -1,0 +1,90 @@
+"""Writes a directory that appears whole or not at all, and parameters into it in bounded memory."""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from flax import traverse_util
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+BATCH_BYTES = 128 << 20
+CHUNK_BYTES = 64 << 20
+
+
+def save_params(directory: pathlib.Path, tensors: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> None:
+  """Writes parameters as one Orbax checkpoint, holding no more than `BATCH_BYTES` or one tensor of them.
+
+  Args:
+    directory: to create.
+    tensors: paths in the parameter tree and arrays; consumed lazily.
+  """
+  context = ocp.Context()
+  context.array_options.saving.use_compression = False
+  context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+  context.memory_options.deepcopy_host_arrays = False
+  batch: dict[tuple[str, ...], np.ndarray] = {}
+  num_bytes = 0
+  with context:
+    for path, array in tensors:
+      if batch and num_bytes + array.nbytes > BATCH_BYTES:
+        ocp.partial.save(directory, traverse_util.unflatten_dict(batch))
+        batch, num_bytes = {}, 0
+      batch[path] = array
+      num_bytes += array.nbytes
+      del array
+    if batch:
+      ocp.partial.save(directory, traverse_util.unflatten_dict(batch))
+    ocp.partial.finalize(directory)
+
+
+@contextlib.contextmanager
+def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A sibling of `target` to write into, renamed to `target` when the block ends and removed when it fails.
+
+  To be entered with `target` locked; what an earlier, killed process left there is removed first.
+  """
+  work = target.with_name(f".{target.name}.partial")
+  shutil.rmtree(work, ignore_errors=True)
+  work.mkdir(parents=True)
+  try:
+    yield work
+    os.rename(work, target)
+  except BaseException:
+    shutil.rmtree(work, ignore_errors=True)
+    raise
+
+
+@contextlib.contextmanager
+def locked(target: pathlib.Path) -> Iterator[None]:
+  """Holds `target` for this process; another that asks for it waits. The lock of a killed process is free at once."""
+  path = target.with_name(f".{target.name}.lock")
+  path.parent.mkdir(parents=True, exist_ok=True)
+  while True:
+    file = open(path, "wb")
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f"waiting for the process that is writing {target}", file=sys.stderr)
+      fcntl.flock(file, fcntl.LOCK_EX)
+    if _is_still(file, path):
+      break
+    file.close()
+  try:
+    yield
+  finally:
+    path.unlink(missing_ok=True)
+    file.close()
+
+
+def _is_still(file: Any, path: pathlib.Path) -> bool:
+  """Whether `path` is the file that was locked: its last holder removes it."""
+  try:
+    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+  except FileNotFoundError:
+    return False

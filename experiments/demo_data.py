@@ -1,0 +1,155 @@
+"""Packs images and their questions into training sequences.
+
+Axes: B images, S slots, A answer tokens.
+
+    slot      [ system, image ][ question 1, answer 1 ][ question 2, answer 2 ] … padding
+    segment     0               1                       2                         UNUSED
+    position    0 … P − 1       P, P + 1, …             P, P + 1, …               0
+"""
+
+import collections
+import functools
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from PIL import Image
+
+from checkpoints_convert.demo import easyvqa
+from himap_jax.checkpoint import default_cache_dir
+from himap_jax.config import LlavaConfig
+
+UNUSED = -1
+ANSWER_SLOTS_SHARE = 4  # a question with its answer takes at least 12 slots, its answer at most 3 of them
+
+
+@flax.struct.dataclass
+class Batch:
+  """Packed sequences.
+
+  Attributes:
+    tokens: `[B, S]` token ids, the image token's in image slots.
+    positions: `[B, S]` rotary positions.
+    segments: `[B, S]` 0 in the shared prefix, 1 … in the questions, `UNUSED` in padding.
+    image_start: `[B]` the first image slot.
+    pixel_values: `[B, 3, height, width]`.
+    answer_slots: `[B, A]` the slots before each answer token, whose logits predict it.
+    answers: `[B, A]` the answer tokens, each answer's end included.
+    answer_valid: `[B, A]` false in padding.
+    answer_question: `[B, A]` which question of the image the token answers.
+  """
+
+  tokens: Int[Array, "B S"]
+  positions: Int[Array, "B S"]
+  segments: Int[Array, "B S"]
+  image_start: Int[Array, "B"]
+  pixel_values: Float[Array, "B 3 h w"]
+  answer_slots: Int[Array, "B A"]
+  answers: Int[Array, "B A"]
+  answer_valid: Bool[Array, "B A"]
+  answer_question: Int[Array, "B A"]
+
+  def mask(self) -> Bool[Array, "B 1 S S"]:
+    """True where a slot may attend: to earlier slots of the prefix and of its own segment."""
+    query, key = self.segments[:, :, None], self.segments[:, None, :]
+    slot = jnp.arange(self.tokens.shape[1])
+    causal = slot[:, None] >= slot[None, :]
+    return (((key == 0) | (key == query)) & causal[None])[:, None]
+
+
+def questions_by_image(split: str) -> list[list[easyvqa.Example]]:
+  """easy-VQA's questions of a split, grouped by image."""
+  groups = collections.defaultdict(list)
+  for example in easyvqa.load(default_cache_dir(), split):
+    groups[example.image].append(example)
+  return list(groups.values())
+
+
+class Packer:
+  """Packs to one static shape: a fixed number of slots for the questions of an image."""
+
+  def __init__(self, processor: Any, config: LlavaConfig, *, image_size: int, question_slots: int):
+    self._processor = processor
+    self._image_token = config.image_token_id
+    self._num_image_tokens = config.num_image_tokens(image_size, image_size)
+    self._image_size = image_size
+    self._question_slots = question_slots
+    self._tokenize = functools.cache(self._tokenize)
+
+  def sample(self, images: list[list[easyvqa.Example]], num_images: int, *, seed: tuple[int, int]) -> Batch:
+    """Draws images and, from each, as many of its questions as fit; the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(images), num_images, replace=False)
+    return self.pack([self.split([images[i][j] for j in rng.permutation(len(images[i]))])[0] for i in chosen])
+
+  def split(self, group: list[easyvqa.Example]) -> list[list[easyvqa.Example]]:
+    """Splits the questions of an image into groups that fit."""
+    groups, used = [[]], 0
+    for example in group:
+      length = sum(map(len, self._tokenize(example.question, example.answer)[1:]))
+      if used + length > self._question_slots:
+        groups.append([])
+        used = 0
+      groups[-1].append(example)
+      used += length
+    return groups
+
+  def pack(self, groups: list[list[easyvqa.Example]]) -> Batch:
+    """Packs one sequence a group; the questions of a group are about its first example's image."""
+    rows = [self._row(group) for group in groups]
+    pictures = []
+    for group in groups:
+      with Image.open(group[0].image) as picture:
+        pictures.append(picture.convert("RGB"))
+    side = self._image_size
+    pixel_values = self._processor.image_processor(
+        pictures, size={"shortest_edge": side}, crop_size={"height": side, "width": side}, return_tensors="np")
+    return Batch(
+        pixel_values=jnp.asarray(pixel_values["pixel_values"]),
+        **{name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]})
+
+  def _row(self, group: list[easyvqa.Example]) -> dict[str, np.ndarray]:
+    system = self._tokenize(group[0].question, group[0].answer)[0]
+    prefix = len(system) + self._num_image_tokens
+    tokens = system + [self._image_token] * self._num_image_tokens
+    positions, segments = list(range(prefix)), [0] * prefix
+    answer_slots, answers, answer_question = [], [], []
+    for index, example in enumerate(group):
+      _, question, answer = self._tokenize(example.question, example.answer)
+      first = len(tokens) + len(question) - 1
+      answer_slots += range(first, first + len(answer))
+      answers += answer
+      answer_question += [index] * len(answer)
+      tokens += question + answer
+      positions += range(prefix, prefix + len(question) + len(answer))
+      segments += [index + 1] * (len(question) + len(answer))
+    num_slots = prefix + self._question_slots
+    num_answers = self._question_slots // ANSWER_SLOTS_SHARE
+    return {
+        "tokens": _pad(tokens, num_slots, 0),
+        "positions": _pad(positions, num_slots, 0),
+        "segments": _pad(segments, num_slots, UNUSED),
+        "image_start": np.int32(len(system)),
+        "answer_slots": _pad(answer_slots, num_answers, 0),
+        "answers": _pad(answers, num_answers, 0),
+        "answer_valid": np.arange(num_answers) < len(answers),
+        "answer_question": _pad(answer_question, num_answers, 0),
+    }
+
+  def _tokenize(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
+    text = self._processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+        add_generation_prompt=True)
+    tokenizer = self._processor.tokenizer
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    image = prompt.index(self._image_token)
+    answer_tokens = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    return prompt[:image], prompt[image + 1:], answer_tokens
+
+
+def _pad(values: list[int], length: int, fill: int) -> np.ndarray:
+  if len(values) > length:
+    raise ValueError(f"{len(values)} values do not fit into {length} slots")
+  return np.array(values + [fill] * (length - len(values)), np.int32)

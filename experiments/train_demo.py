@@ -1,0 +1,192 @@
+"""Trains the demo model: a projector and low-rank updates of the language model, on easy-VQA.
+
+    python -m experiments.train_demo --workdir=… --adapter=checkpoints_convert/demo/adapter.safetensors
+
+Everything else stays as it comes out of its package: the DINOv2 tower and SmolLM2. A training sequence holds one image and
+several independent questions about it:
+
+    [ system, image ][ question 1, answer 1 ][ question 2, answer 2 ] … padding
+
+Each question attends to the shared prefix and to itself and its positions go on from the prefix, so that every question is
+trained exactly as it is asked at inference, alone. Training begins at a low image resolution, where a step is cheap, and
+ends at the demo's own. Interrupt it at any time: the same command resumes from the last checkpoint in the work directory.
+
+Axes: B images, S slots, A answer tokens, D model dim, V vocabulary.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from absl import app
+from absl import flags
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from checkpoints_convert.demo.assemble import assemble
+from experiments.demo_data import Batch, Packer, questions_by_image
+from himap_jax import checkpoint
+from himap_jax.linear import Linear, matmul
+from himap_jax.llava import Llava
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints of the training; it resumes from the last one.", required=True)
+_ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True)
+_STAGES = flags.DEFINE_list(
+    "stages", ["112:480:2", "336:160:1"], "Stages as image_size:steps:images, image_size in pixels, images per step.")
+_QUESTION_SLOTS = flags.DEFINE_integer("question_slots", 144, "Tokens of questions and answers per image.")
+_RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
+_PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
+_LORA_RATE = flags.DEFINE_float("lora_rate", 3e-4, "Peak learning rate of the low-rank updates.")
+_SAVE_EVERY = flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
+
+LORA_SCALE = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """Steps at one resolution."""
+
+  image_size: int
+  steps: int
+  images: int
+
+
+def init_lora(key: jax.Array, language_model: dict[str, Any], rank: int) -> dict[str, dict[str, jax.Array]]:
+  """`{path of a linear layer: {"a": [rank, in], "b": [out, rank]}}` for every linear layer of the decoder; b is zero."""
+  lora = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(language_model):
+    names = [entry.key for entry in path]
+    if names[-2].endswith("_proj") and names[-1] == "weight":
+      key, subkey = jax.random.split(key)
+      out_features, in_features = leaf.shape
+      a = jax.random.normal(subkey, (rank, in_features)) * in_features**-0.5
+      lora["/".join(["language_model", *names[:-1]])] = {"a": a, "b": jnp.zeros((out_features, rank))}
+  return lora
+
+
+def apply_lora(lora: dict[str, dict[str, jax.Array]]) -> Any:
+  """Adds the low-rank updates to the linear layers of whatever module runs in this context."""
+  def interceptor(call, args, kwargs, context):
+    y = call(*args, **kwargs)
+    update = lora.get("/".join(context.module.path)) if isinstance(context.module, Linear) else None
+    if update is None:
+      return y
+    return y + LORA_SCALE * matmul(matmul(args[0], update["a"]), update["b"])
+  return nn.intercept_methods(interceptor)
+
+
+def answer_logits(model: Llava, params: Any, lora: Any, batch: Batch) -> jax.Array:
+  """Logits `[B, A, V]` of every answer token, given the tokens before it."""
+  def forward(bound: Llava) -> jax.Array:
+    x = bound.merge(batch.tokens, batch.image_start, bound.encode_images(batch.pixel_values))
+    x, _ = bound.language_model(
+        x, batch.positions, first=0, last=model.config.text.num_hidden_layers, mask=batch.mask())
+    return bound.logits(jnp.take_along_axis(x, batch.answer_slots[:, :, None], axis=1))
+
+  with apply_lora(lora):
+    return model.apply({"params": params}, method=forward)
+
+
+def make_step(model: Llava, frozen: Any, optimizer: optax.GradientTransformation) -> Any:
+  """One update of `{"projector", "lora"}`; returns the new state, the loss and the share of right answer tokens."""
+  def loss_fn(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    params = {**frozen, "multi_modal_projector": trainable["projector"]}
+    logits = answer_logits(model, params, trainable["lora"], batch)
+    weight = batch.answer_valid.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.answers)
+    right = (logits.argmax(-1) == batch.answers).astype(jnp.float32)
+    return (loss * weight).sum() / weight.sum(), (right * weight).sum() / weight.sum()
+
+  @jax.jit
+  def step(state: dict[str, Any], frozen: Any, batch: Batch) -> tuple[dict[str, Any], jax.Array, jax.Array]:
+    (loss, right), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["trainable"], frozen, batch)
+    updates, optimizer_state = optimizer.update(grads, state["optimizer"], state["trainable"])
+    trainable = optax.apply_updates(state["trainable"], updates)
+    return {"trainable": trainable, "optimizer": optimizer_state, "step": state["step"] + 1}, loss, right
+
+  return lambda state, batch: step(state, frozen, batch)
+
+
+def make_optimizer(num_steps: int) -> optax.GradientTransformation:
+  """AdamW with warm-up and cosine decay; the projector has its own rate."""
+  def adamw(peak: float) -> optax.GradientTransformation:
+    return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, peak, min(20, num_steps // 2), num_steps, 0.02 * peak))
+
+  return optax.chain(
+      optax.clip_by_global_norm(1.0),
+      optax.multi_transform(
+          {"projector": adamw(_PROJECTOR_RATE.value), "lora": adamw(_LORA_RATE.value)},
+          {"projector": "projector", "lora": "lora"}))
+
+
+def export_adapter(path: pathlib.Path, trainable: Any) -> None:
+  """Writes projector and LoRA in bfloat16 under the checkpoint's names."""
+  tensors = {}
+  for layer, entry in trainable["projector"].items():
+    for name, value in entry.items():
+      tensors[f"multi_modal_projector.{layer}.{name}"] = value
+  for layer, entry in trainable["lora"].items():
+    name = layer.replace("/", ".").replace("layers_", "layers.")
+    tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = entry["a"], entry["b"]
+  partial = path.with_suffix(".partial")
+  save_file(
+      {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()},
+      partial, metadata={"lora_scale": str(LORA_SCALE)})
+  partial.replace(path)
+
+
+def train(model: Llava, params: Any, processor: Any, stages: list[Stage], workdir: pathlib.Path, adapter: pathlib.Path) -> None:
+  """Runs the stages from the last checkpoint on."""
+  num_steps = sum(stage.steps for stage in stages)
+  optimizer = make_optimizer(num_steps)
+  params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+  trainable = {
+      "projector": params["multi_modal_projector"],
+      "lora": init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value),
+  }
+  frozen = {name: value for name, value in params.items() if name != "multi_modal_projector"}
+  state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.int32(0)}
+  step_fn = make_step(model, frozen, optimizer)
+  images = questions_by_image("train")
+  with ocp.training.Checkpointer(
+      workdir, preservation_policy=ocp.training.preservation_policies.LatestN(2)) as checkpointer:
+    if checkpointer.latest is not None:
+      state = checkpointer.load(checkpointer.latest.step, state)
+    first_step = int(state["step"])
+    progress = tqdm(total=num_steps, initial=first_step, unit="step", smoothing=0.05)
+    losses, rights = [], []
+    before = 0
+    for stage in stages:
+      packer = Packer(processor, model.config, image_size=stage.image_size, question_slots=_QUESTION_SLOTS.value)
+      for index in range(max(before, first_step), before + stage.steps):
+        batch = packer.sample(images, stage.images, seed=(_SEED.value, index))
+        state, loss, right = step_fn(state, batch)
+        losses.append(float(loss))
+        rights.append(float(right))
+        progress.update()
+        progress.set_postfix_str(f"{stage.image_size} px, loss {np.mean(losses[-20:]):.3f}, right {np.mean(rights[-20:]):.3f}")
+        if (index + 1) % _SAVE_EVERY.value == 0 or index + 1 == num_steps:
+          checkpointer.save_pytree(index + 1, state)
+          export_adapter(adapter, state["trainable"])
+      before += stage.steps
+
+
+def main(_) -> None:
+  stages = [Stage(*map(int, stage.split(":"))) for stage in _STAGES.value]
+  workdir = pathlib.Path(_WORKDIR.value).absolute()
+  workdir.mkdir(parents=True, exist_ok=True)
+  base = assemble(workdir / "base", cache_dir=checkpoint.default_cache_dir(), adapter=None)
+  loaded = checkpoint.load(str(base), dtype=jnp.float32)
+  model = Llava(loaded.config, jnp.float32)
+  train(model, loaded.params, loaded.processor, stages, workdir / "checkpoints", pathlib.Path(_ADAPTER.value))
+
+
+if __name__ == "__main__":
+  app.run(main)

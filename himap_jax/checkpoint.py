@@ -1,0 +1,135 @@
+"""From the name of a checkpoint to its parameters on their devices."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+from jaxtyping import PyTree
+from orbax.checkpoint import v1 as ocp
+
+from checkpoints_convert.convert import PARAMS, convert, read_marker
+from checkpoints_convert.source import fingerprint, locate
+from himap_jax import sharding
+from himap_jax.config import LlavaConfig, load_config
+from himap_jax.llava import abstract_params
+
+READ_BYTES = 256 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+  """A model ready to run.
+
+  Attributes:
+    config: its configuration.
+    params: the parameter tree, nested dicts of arrays.
+    processor: transformers' processor: tokenizer, image processor and chat template.
+    directory: the converted checkpoint.
+    eos_token_ids: tokens that end an answer.
+  """
+
+  config: LlavaConfig
+  params: PyTree
+  processor: Any
+  directory: pathlib.Path
+  eos_token_ids: tuple[int, ...]
+
+
+def default_cache_dir() -> pathlib.Path:
+  """`$HIMAP_JAX_CACHE`, else `himap_jax` in the user's cache folder."""
+  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(os.environ.get("HIMAP_JAX_CACHE") or pathlib.Path(base) / "himap_jax").expanduser()
+
+
+def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
+  """The converted checkpoint of a name; what is not converted yet is converted into the cache, once.
+
+  Args:
+    name: `demo`, a converted directory, a directory in a layout that `checkpoints_convert` reads, or a hub id.
+    cache_dir: where conversions are kept; `default_cache_dir()` when absent.
+
+  Raises:
+    ValueError: there is no such checkpoint, or it cannot be converted.
+  """
+  cache_dir = default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()
+  cache_dir = cache_dir.absolute()
+  if name == "demo":
+    from checkpoints_convert.demo.assemble import assemble  # needs pip, which a run on another checkpoint does not
+
+    source = assemble(cache_dir / "demo", cache_dir=cache_dir)
+  else:
+    source = locate(name)
+  if read_marker(source) is not None:
+    return source
+  label = re.sub(r"[^\w.-]+", "-", source.name if pathlib.Path(name).is_dir() else name)
+  return convert(source, cache_dir / "converted" / f"{label}-{fingerprint(source)[:16]}")
+
+
+def load(
+    name: str,
+    *,
+    dtype: Any,
+    cache_dir: str | pathlib.Path | None = None,
+    shardings: PyTree | None = None,
+) -> LoadedModel:
+  """Loads a checkpoint, converting it first where that is needed.
+
+  Args:
+    name: as `resolve` takes it.
+    dtype: of every parameter.
+    cache_dir: as `resolve` takes it.
+    shardings: a tree like the parameters', or one sharding for all; the first device when absent.
+
+  Raises:
+    ValueError: there is no such checkpoint, or it cannot be converted or read.
+  """
+  directory = resolve(name, cache_dir=cache_dir)
+  config = load_config(directory)
+  params = _restore(directory / PARAMS, abstract_params(config, dtype), shardings)
+  processor = _load_processor(directory)
+  return LoadedModel(config, params, processor, directory, _eos_token_ids(directory, processor))
+
+
+def _restore(path: pathlib.Path, abstract: PyTree, shardings: PyTree | None) -> PyTree:
+  """Reads straight into the shardings; beside the parameters the host holds `READ_BYTES` or the largest of them."""
+  if shardings is None:
+    shardings = sharding.replicated(sharding.make_mesh(1))
+  if isinstance(shardings, jax.sharding.Sharding):
+    one = shardings
+    shardings = jax.tree.map(lambda _: one, abstract)
+  targets = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+  context = ocp.Context()
+  largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract))
+  context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest) + 1
+  try:
+    with context:
+      return ocp.load(path, targets)
+  except (ValueError, OSError, KeyError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"{path}: cannot restore the parameters ({reason}); convert the checkpoint again") from error
+
+
+def _load_processor(directory: pathlib.Path) -> Any:
+  import transformers  # slow to import
+
+  try:
+    return transformers.AutoProcessor.from_pretrained(directory, local_files_only=True)
+  except (ValueError, OSError, KeyError, TypeError) as error:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"{directory}: cannot load the tokenizer and image processor ({reason})") from error
+
+
+def _eos_token_ids(directory: pathlib.Path, processor: Any) -> tuple[int, ...]:
+  try:
+    ids = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+  except (OSError, ValueError):
+    ids = None
+  if ids is None:
+    ids = processor.tokenizer.eos_token_id
+  return tuple(ids) if isinstance(ids, (list, tuple)) else () if ids is None else (ids,)

@@ -1,0 +1,177 @@
+"""A LLaMA-family decoder: layers over hidden states, once over a whole sequence or token by token over a cache.
+
+Axes: B batch, S query slots, T cache slots, N query heads, K key heads, H head dim, D model dim, V vocabulary.
+
+It runs ranges of layers on whatever sequence it is given and knows nothing of images or of pruning.
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from himap_jax import rope
+from himap_jax.attention import attend
+from himap_jax.cache import SegmentCache
+from himap_jax.config import TextConfig
+from himap_jax.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
+
+Rotation = tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]
+
+
+@flax.struct.dataclass
+class Projections:
+  """What one layer's attention computed from its input.
+
+  Attributes:
+    query: rotated queries `[B, S, N, H]`.
+    key: rotated keys `[B, S, K, H]`.
+    value: values `[B, S, K, H]`.
+  """
+
+  query: Float[Array, "B S N H"]
+  key: Float[Array, "B S K H"]
+  value: Float[Array, "B S K H"]
+
+
+class Attention(nn.Module):
+  config: TextConfig
+
+  def setup(self) -> None:
+    c = self.config
+    self.q_proj = Linear(c.num_attention_heads * c.head_dim, use_bias=c.attention_bias)
+    self.k_proj = Linear(c.num_key_value_heads * c.head_dim, use_bias=c.attention_bias)
+    self.v_proj = Linear(c.num_key_value_heads * c.head_dim, use_bias=c.attention_bias)
+    self.o_proj = Linear(c.hidden_size, use_bias=c.attention_bias)
+
+  def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
+    batch, slots, _ = x.shape
+    query, key, value = (
+        linear(x).reshape(batch, slots, -1, self.config.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj))
+    return Projections(query=rope.rotate(query, *rotation), key=rope.rotate(key, *rotation), value=value)
+
+  def output(self, context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+    return self.o_proj(context.reshape(*context.shape[:2], -1))
+
+
+class FeedForward(nn.Module):
+  config: TextConfig
+
+  def setup(self) -> None:
+    c = self.config
+    self.gate_proj = Linear(c.intermediate_size, use_bias=c.mlp_bias)
+    self.up_proj = Linear(c.intermediate_size, use_bias=c.mlp_bias)
+    self.down_proj = Linear(c.hidden_size, use_bias=c.mlp_bias)
+
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+  config: TextConfig
+
+  def setup(self) -> None:
+    self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+    self.self_attn = Attention(self.config)
+    self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+    self.mlp = FeedForward(self.config)
+
+  def __call__(
+      self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
+  ) -> tuple[Float[Array, "B S D"], Projections]:
+    projections = self.self_attn.project(self.input_layernorm(x), rotation)
+    context = attend(projections.query, projections.key, projections.value, mask, is_causal=mask is None)
+    return self._finish(x, context), projections
+
+  def extend(
+      self,
+      x: Float[Array, "B S D"],
+      rotation: Rotation,
+      mask: Bool[Array, "B 1 S T"],
+      keys: Float[Array, "B T K H"],
+      values: Float[Array, "B T K H"],
+      slot: Int[Array, ""],
+  ) -> tuple[Float[Array, "B S D"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    new = self.self_attn.project(self.input_layernorm(x), rotation)
+    keys = jax.lax.dynamic_update_slice_in_dim(keys, new.key, slot, axis=1)
+    values = jax.lax.dynamic_update_slice_in_dim(values, new.value, slot, axis=1)
+    return self._finish(x, attend(new.query, keys, values, mask)), keys, values
+
+  def _finish(self, x: Float[Array, "B S D"], context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+    x = x + self.self_attn.output(context)
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+  """The language model without its head."""
+
+  config: TextConfig
+
+  def setup(self) -> None:
+    self.embed_tokens = Embedding(self.config.vocab_size, self.config.hidden_size)
+    self.layers = [DecoderLayer(self.config) for _ in range(self.config.num_hidden_layers)]
+    self.norm = RMSNorm(self.config.rms_norm_eps)
+
+  def __call__(
+      self,
+      x: Float[Array, "B S D"],
+      positions: Int[Array, "B S"],
+      *,
+      first: int,
+      last: int,
+      mask: Bool[Array, "B 1 S S"] | None = None,
+  ) -> tuple[Float[Array, "B S D"], list[Projections]]:
+    """Runs layers `first … last − 1`.
+
+    Args:
+      x: hidden states.
+      positions: rotary positions.
+      first: the first layer to run.
+      last: one past the last.
+      mask: true where a query slot (row) may attend to a key slot; causal by slot when absent.
+
+    Returns:
+      The hidden states and each layer's projections.
+    """
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    projections = []
+    for index in range(first, last):
+      with jax.named_scope(f"layer_{index}"):
+        x, layer_projections = self.layers[index](x, rotation, mask)
+      projections.append(layer_projections)
+    return x, projections
+
+  def extend(
+      self,
+      tokens: Int[Array, "B 1"],
+      positions: Int[Array, "B 1"],
+      caches: tuple[SegmentCache, ...],
+      dtype: jnp.dtype,
+  ) -> tuple[Float[Array, "B 1 D"], tuple[SegmentCache, ...]]:
+    """Runs every layer on one new token a row, over the caches of all segments.
+
+    Args:
+      tokens: the new tokens.
+      positions: their rotary positions.
+      caches: one cache a segment, layers in order.
+      dtype: of the hidden states.
+
+    Returns:
+      The hidden states before the final norm, and the caches with the new token in each.
+    """
+    x = self.embed_tokens(tokens).astype(dtype)
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    index, extended = 0, []
+    for cache in caches:
+      cache = cache.append_positions(positions)
+      mask = cache.visible_to(positions)
+      keys, values = [], []
+      for layer_keys, layer_values in zip(cache.keys, cache.values, strict=True):
+        x, layer_keys, layer_values = self.layers[index].extend(
+            x, rotation, mask, layer_keys, layer_values, cache.num_slots_used - 1)
+        keys.append(layer_keys)
+        values.append(layer_values)
+        index += 1
+      extended.append(cache.replace(keys=tuple(keys), values=tuple(values)))
+    return x, tuple(extended)

@@ -1,0 +1,100 @@
+"""Linear and normalisation layers.
+
+Axes: B batch, S sequence, D in features, F out features.
+
+Weights are stored as a Hugging Face checkpoint stores them, `[F, D]`: conversion copies them as they are, and a product
+of few rows reads them along their contiguous axis.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+@jax.custom_vjp
+def matmul(x: Float[Array, "*B D"], weight: Float[Array, "F D"]) -> Float[Array, "*B F"]:
+  """`x · weightᵀ` accumulated in float32 and returned in `x.dtype`; its gradients accumulate in float32 too."""
+  return jnp.einsum("...D,FD->...F", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+  return matmul(x, weight), (x, weight)
+
+
+def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  x, weight = residuals
+  dx = jnp.einsum("...F,FD->...D", g, weight, preferred_element_type=jnp.float32)
+  dw = jnp.einsum("...F,...D->FD", g, x, preferred_element_type=jnp.float32)
+  return dx.astype(x.dtype), dw.astype(weight.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nn.Module):
+  """An affine map with a weight of shape `[features, D]`."""
+
+  features: int
+  use_bias: bool = False
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+    weight = self.param("weight", nn.initializers.lecun_normal(in_axis=1, out_axis=0), (self.features, x.shape[-1]))
+    y = matmul(x, weight.astype(x.dtype))
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+    return y
+
+
+class Embedding(nn.Module):
+  """A table of `num_embeddings` vectors."""
+
+  num_embeddings: int
+  features: int
+
+  def setup(self) -> None:
+    self.weight = self.param("weight", nn.initializers.normal(0.02), (self.num_embeddings, self.features))
+
+  def __call__(self, ids: Array) -> Array:
+    return jnp.take(self.weight, ids, axis=0, mode="clip")
+
+
+class RMSNorm(nn.Module):
+  """Root-mean-square normalisation in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    return jnp.broadcast_to(weight.astype(x.dtype), x.shape) * y.astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation in float32."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    weight = self.param("weight", nn.initializers.ones, (x.shape[-1],)).astype(jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    return (jnp.broadcast_to(weight, y.shape) * y + jnp.broadcast_to(bias, y.shape)).astype(x.dtype)

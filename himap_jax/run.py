@@ -1,0 +1,202 @@
+"""Answers a file of questions about images.
+
+    python -m himap_jax.run --flagfile=experiments/flags/demo.flags
+
+Reads prompts, writes one JSON row per prompt as batches finish, resumes where an earlier run stopped.
+"""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+
+import dataclasses
+import pathlib
+import sys
+
+from absl import app
+from absl import flags
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from himap_jax import checkpoint, inference, report, sharding
+from himap_jax.generate import Generator
+from himap_jax.methods import METHODS, build_schedule
+from himap_jax.output import OutputWriter
+from himap_jax.processing import DEFAULT_BUCKETS, Processor
+from himap_jax.prompts import read_prompts
+from himap_jax.sampling import Sampling
+
+EMIT = ("tokens", "kept", "logits", "timing")
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+_CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "demo", "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, "
+    "or a directory that checkpoints_convert wrote.")
+_PROMPTS = flags.DEFINE_string(
+    "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.')
+_IMAGE_DIR = flags.DEFINE_string("image_dir", ".", "Where the images are; absolute paths in a row work too.")
+_OUTPUT = flags.DEFINE_string("output", None, "JSONL to write: id, answer and error of every prompt, in any order.")
+_PICTURES = flags.DEFINE_string("pictures", None, "Directory for a picture per prompt of the patches kept at each stage.")
+_METHOD = flags.DEFINE_enum("method", "himap", sorted(METHODS), "The pruning method.")
+_PRUNE_LAYERS = flags.DEFINE_list("prune_layers", None, "Layers to prune before, e.g. 2,8; the method's own by default.")
+_KEEP = flags.DEFINE_list(
+    "keep", None, "Image tokens to keep at each stage, e.g. 288,72 or 50%,12.5% of the image's; the method's own by default.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together have this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever comes.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
+_PROMPT_BUCKETS = flags.DEFINE_list(
+    "prompt_buckets", [str(bucket) for bucket in DEFAULT_BUCKETS],
+    "Padded text lengths, in tokens; each is compiled once, when first needed. The longest that the model's context "
+    "allows is always among them.")
+_PROMPT_TEMPLATE = flags.DEFINE_string(
+    "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(DTYPES), "Of parameters and activations; products accumulate in float32.")
+_EMIT = flags.DEFINE_list("emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row.")
+_RESUME = flags.DEFINE_bool("resume", True, "Skip prompts that the output already answers.")
+_STRICT = flags.DEFINE_bool("strict", False, "Exit with a non-zero status when a row has an error.")
+_COMPILATION_CACHE_DIR = flags.DEFINE_string(
+    "compilation_cache_dir", None, "JAX's persistent compilation cache; in the user's cache folder by default, off when empty.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A run, as the flags give it; the names and meanings are the flags'."""
+
+  checkpoint: str
+  prompts: pathlib.Path
+  image_dir: pathlib.Path
+  output: pathlib.Path
+  pictures: pathlib.Path | None
+  method: str
+  prune_layers: tuple[int, ...] | None
+  keep: tuple[int | float, ...] | None
+  max_new_tokens: int
+  sampling: Sampling
+  seed: int
+  ignore_eos: bool
+  batch_size: int
+  prompt_buckets: tuple[int, ...]
+  prompt_template: str
+  dtype: str
+  emit: frozenset[str]
+  resume: bool
+  strict: bool
+  compilation_cache_dir: str
+
+
+def config_from_flags() -> RunConfig:
+  """Reads and checks the flags.
+
+  Raises:
+    ValueError: a flag that is missing, malformed or contradicts another.
+  """
+  for flag in (_PROMPTS, _OUTPUT):
+    if not flag.value:
+      raise ValueError(f"--{flag.name} is required; see --help")
+  if _BATCH_SIZE.value < 1:
+    raise ValueError(f"--batch_size must be at least 1, but is {_BATCH_SIZE.value}")
+  if _MAX_NEW_TOKENS.value < 1:
+    raise ValueError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
+  unknown = sorted(set(_EMIT.value) - set(EMIT))
+  if unknown:
+    raise ValueError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")
+  cache_dir = _COMPILATION_CACHE_DIR.value
+  return RunConfig(
+      checkpoint=_CHECKPOINT.value,
+      prompts=pathlib.Path(_PROMPTS.value),
+      image_dir=pathlib.Path(_IMAGE_DIR.value),
+      output=pathlib.Path(_OUTPUT.value),
+      pictures=pathlib.Path(_PICTURES.value) if _PICTURES.value else None,
+      method=_METHOD.value,
+      prune_layers=_numbers(_PRUNE_LAYERS, int),
+      keep=_numbers(_KEEP, _keep),
+      max_new_tokens=_MAX_NEW_TOKENS.value,
+      sampling=Sampling(_TEMPERATURE.value, _TOP_P.value),
+      seed=_SEED.value,
+      ignore_eos=_IGNORE_EOS.value,
+      batch_size=_BATCH_SIZE.value,
+      prompt_buckets=_numbers(_PROMPT_BUCKETS, int) or (),
+      prompt_template=_PROMPT_TEMPLATE.value,
+      dtype=_DTYPE.value,
+      emit=frozenset(_EMIT.value),
+      resume=_RESUME.value,
+      strict=_STRICT.value,
+      compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled") if cache_dir is None else cache_dir,
+  )
+
+
+def _numbers(flag, parse) -> tuple | None:
+  if flag.value is None:
+    return None
+  try:
+    return tuple(parse(text.strip()) for text in flag.value)
+  except ValueError as error:
+    raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of numbers") from error
+
+
+def _keep(text: str) -> int | float:
+  return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+
+
+def _make_directory(flag: str, directory: pathlib.Path) -> None:
+  try:
+    directory.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f"--{flag}: cannot make the directory {directory}: {error.strerror}") from error
+
+
+def run(config: RunConfig) -> int:
+  """Runs to the end and returns the exit status.
+
+  Raises:
+    ValueError: the configuration cannot be run; nothing was written.
+  """
+  prompts = read_prompts(config.prompts)
+  if config.output.exists() and config.output.samefile(config.prompts):
+    raise ValueError("--output is the same file as --prompts")
+  if not config.image_dir.is_dir():
+    raise ValueError(f"--image_dir={config.image_dir}: no such directory")
+  _make_directory("output", config.output.parent)
+  if config.pictures is not None:
+    _make_directory("pictures", config.pictures)
+  with OutputWriter(config.output, resume=config.resume) as writer:
+    if config.compilation_cache_dir:
+      jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    mesh = sharding.make_mesh(config.batch_size)
+    loaded = checkpoint.load(config.checkpoint, dtype=DTYPES[config.dtype], shardings=sharding.replicated(mesh))
+    processor = Processor(
+        loaded.processor, loaded.config, template=config.prompt_template, buckets=config.prompt_buckets,
+        max_new_tokens=config.max_new_tokens)
+    schedule = build_schedule(
+        config.method, num_layers=loaded.config.text.num_hidden_layers, num_image_tokens=processor.num_image_tokens,
+        prune_layers=config.prune_layers, keep=config.keep)
+    generator = Generator(
+        loaded, schedule, max_new_tokens=config.max_new_tokens, sampling=config.sampling, seed=config.seed,
+        ignore_eos=config.ignore_eos)
+    summary = inference.answer_all(
+        prompts, processor, generator, writer, image_dir=config.image_dir, batch_size=config.batch_size,
+        emit=config.emit, pictures=config.pictures)
+    report.print_summary(summary, generator, schedule, loaded.config, processor, method=config.method)
+  return 1 if config.strict and summary.num_errors else 0
+
+
+def main(_) -> None:
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    sys.exit(run(config_from_flags()))
+  except (ValueError, RuntimeError) as error:
+    print(f"himap_jax: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("\nhimap_jax: interrupted; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  app.run(main)

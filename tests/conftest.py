@@ -1,0 +1,51 @@
+"""Eight simulated devices, strict dtypes and shapes, and one tiny LLaVA of every kind for the whole session."""
+
+import functools
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import jax
+import pytest
+import tiny_checkpoints
+import torch
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+torch.set_num_threads(1)  # tiny products lose far more time to torch's thread pool than they gain
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Returns `load(name)`: a `tiny_checkpoints.Tiny` in both frameworks, made once."""
+    return functools.cache(lambda name: tiny_checkpoints.make(name, tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def loaded(checkpoints, tmp_path_factory):
+    """Returns `load(name, batch_size)`: the same checkpoint through our converter and loader, float32, on its devices."""
+    import jax.numpy as jnp
+
+    from himap_jax import checkpoint, sharding
+
+    cache_dir = tmp_path_factory.mktemp("cache")
+
+    @functools.cache
+    def load(name: str, batch_size: int = 1):
+        shardings = sharding.replicated(sharding.make_mesh(batch_size))
+        directory = str(checkpoints(name).directory)
+        return checkpoint.load(directory, dtype=jnp.float32, cache_dir=cache_dir, shardings=shardings)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Four images of different shapes: coarse noise, so that patches differ from one another."""
+    sizes = [(40, 40), (64, 37), (30, 51), (28, 28)]
+    return [tiny_checkpoints.noise_image(size, seed) for seed, size in enumerate(sizes)]

@@ -1,0 +1,131 @@
+"""HiMAP as the paper states it (arXiv 2503.13108), one sequence at a time and slow on purpose.
+
+Nothing here comes from himap_jax. transformers' own decoder layers run one by one with eager attention, whole attention
+maps are kept, there is no cache, and a token to be dropped is simply deleted from the sequence:
+
+    before layer K1: s_v = sum of A[i, v] over the tokens i after the image, A the attention of layer K1-1
+    before layer K2: s_v = sum of A[i, v] over the image tokens i still there, A the attention of layer K2-1
+
+both averaged over heads. The best tokens stay, in their order, at their original rotary positions; every text token stays.
+"""
+
+import dataclasses
+
+import torch
+import transformers
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """One pass over a whole sequence.
+
+    Attributes:
+      logits: float32 [S, V] of the tokens that reached the last layer, in order.
+      positions: int64 [S], where those stood in the unpruned sequence.
+      kept: for each stage, the image tokens that stayed, numbered 0..N-1 in the unpruned image.
+      margin: the smallest difference between a kept token's score and a dropped one's, over the stages.
+      lengths: for each layer, how many tokens it ran on.
+    """
+
+    logits: torch.Tensor
+    positions: torch.Tensor
+    kept: tuple[tuple[int, ...], ...]
+    margin: float
+    lengths: tuple[int, ...]
+
+
+@torch.no_grad()
+def forward(
+    model: transformers.LlavaForConditionalGeneration,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    *,
+    prune_layers: tuple[int, ...],
+    keep: tuple[int, ...],
+    frozen: tuple[tuple[int, ...], ...] | None = None,
+) -> Forward:
+    """Runs one sequence, int64 [S], with its image, [1, 3, H, W], pruning before each of `prune_layers`.
+
+    The first stage scores by instruction attention and the second by image attention. `frozen` gives the kept sets of
+    an earlier pass: nothing is scored then, and the same tokens are dropped.
+    """
+    decoder = model.model.language_model
+    hidden = embed(model, input_ids, pixel_values)
+    positions = torch.arange(len(input_ids))
+    image_slots = (input_ids == model.config.image_token_id).nonzero()[:, 0]
+    first, last = image_slots[0].item(), image_slots[-1].item()
+    assert last - first + 1 == len(image_slots), "the image is one run of tokens"
+
+    kept, margin, lengths = [], float("inf"), []
+    attention = None
+    for index, layer in enumerate(decoder.layers):
+        if index in prune_layers:
+            stage = prune_layers.index(index)
+            is_image = (positions >= first) & (positions <= last)
+            if frozen is None:
+                rows = positions > last if stage == 0 else is_image
+                score = attention[rows][:, is_image].sum(0)
+                order = score.sort(descending=True, stable=True).indices
+                stays = positions[is_image][order[: keep[stage]]].sort().values - first
+                if keep[stage] < len(order):
+                    gap = score[order[keep[stage] - 1]] - score[order[keep[stage]]]
+                    margin = min(margin, gap.item())
+            else:
+                stays = torch.tensor(frozen[stage])
+            kept.append(tuple(stays.tolist()))
+            selected = ~is_image | torch.isin(positions, stays + first)
+            hidden, positions = hidden[selected], positions[selected]
+        lengths.append(len(positions))
+        hidden, attention = run_layer(decoder, layer, hidden, positions)
+    logits = model.lm_head(decoder.norm(hidden))
+    return Forward(logits=logits, positions=positions, kept=tuple(kept), margin=margin, lengths=tuple(lengths))
+
+
+@torch.no_grad()
+def generate(
+    model: transformers.LlavaForConditionalGeneration,
+    input_ids: torch.Tensor,
+    pixel_values: torch.Tensor,
+    *,
+    prune_layers: tuple[int, ...],
+    keep: tuple[int, ...],
+    max_new_tokens: int,
+) -> tuple[Forward, list[int], float]:
+    """Greedy decoding that never stops early: each token by running the whole pruned sequence again.
+
+    Returns:
+      the pass over the prompt; the tokens; the smallest lead of a chosen token over the runner-up.
+    """
+    prompt = forward(model, input_ids, pixel_values, prune_layers=prune_layers, keep=keep)
+    tokens, lead, logits = [], float("inf"), prompt.logits
+    for _ in range(max_new_tokens):
+        best = logits[-1].topk(2)
+        lead = min(lead, (best.values[0] - best.values[1]).item())
+        tokens.append(best.indices[0].item())
+        longer = torch.cat([input_ids, torch.tensor(tokens)])
+        logits = forward(
+            model, longer, pixel_values, prune_layers=prune_layers, keep=keep, frozen=prompt.kept
+        ).logits
+    return prompt, tokens, lead
+
+
+def embed(model, input_ids, pixel_values):
+    """Text embeddings with the image's features in its slots, [S, D]."""
+    embeddings = model.get_input_embeddings()(input_ids)
+    features = model.get_image_features(pixel_values).pooler_output[0]
+    embeddings[input_ids == model.config.image_token_id] = features
+    return embeddings
+
+
+def run_layer(decoder, layer, hidden, positions):
+    """Returns the layer's output [S, D] and its attention averaged over heads [S, S]."""
+    maps = []
+    hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
+    mask = torch.full((len(positions), len(positions)), -torch.inf).triu(1)
+    output = layer(
+        hidden[None],
+        attention_mask=mask[None, None],
+        position_embeddings=decoder.rotary_emb(hidden[None], position_ids=positions[None]),
+    )
+    hook.remove()
+    return output[0], maps[0][0].mean(0)

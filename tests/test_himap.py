@@ -1,0 +1,211 @@
+"""HiMAP against the slow reference, float32: kept sets, logits, decoding from the pruned cache, invariances."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_himap
+import tiny_checkpoints
+
+from himap_jax.generate import Generator, generate
+from himap_jax.llava import Inputs, Llava
+from himap_jax.methods import build_schedule
+from himap_jax.prefill import prefill
+from himap_jax.schedule import Schedule
+
+# Where the image stands: after a little text, first of all, after most of the text, and before a long question.
+PROMPTS = (
+    "<s>USER: <image>\nWhat is it? ASSISTANT:",
+    "<image>Where is the dog?",
+    "<s>A longer text stands before the image here. <image> ?",
+    "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
+)
+NUM_SLOTS = 128
+NUM_NEW = 10
+
+# name, layers, keep: MHA, one layer apart and first-to-last; GQA with a tied head; no class token; GQA with one key head.
+CASES = (
+    ("clip_mha", (2, 4), (8, 4)),
+    ("clip_mha", (1, 5), (14, 3)),
+    ("clip_gqa_tied", (1, 3), (9, 5)),
+    ("siglip", (2, 3), (12, 11)),
+    ("dinov2", (2, 4), (12, 6)),
+)
+
+jitted_prefill = jax.jit(prefill, static_argnums=(0, 3, 4))
+
+
+def himap(tiny, prune_layers, keep):
+    return build_schedule(
+        "himap",
+        num_layers=tiny.model.config.text_config.num_hidden_layers,
+        num_image_tokens=tiny.num_image_tokens,
+        prune_layers=prune_layers,
+        keep=keep,
+    )
+
+
+def run_prefill(loaded, rows, schedule, num_slots=NUM_SLOTS):
+    batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, num_slots))
+    return jitted_prefill(Llava(loaded.config, jnp.float32), loaded.params, Inputs(**batch), schedule, 1)
+
+
+def assert_same_to_rounding(actual, expected):
+    """Within 1e-6 of the largest logit: the same mathematics in two programs, which XLA fuses differently."""
+    np.testing.assert_allclose(actual, expected, atol=1e-6 * np.abs(expected).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name, prune_layers, keep", CASES)
+def test_prefill_is_the_reference(name, prune_layers, keep, checkpoints, loaded, images):
+    tiny = checkpoints(name)
+    rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    result = run_prefill(loaded(name), rows, himap(tiny, prune_layers, keep))
+    assert result.logits.dtype == jnp.float32
+    for index, row in enumerate(rows):
+        expected = reference_himap.forward(tiny.model, *row, prune_layers=prune_layers, keep=keep)
+        assert expected.margin > 1e-5, "scores so close that rounding decides; draw other weights"
+        assert [tuple(stage[index].tolist()) for stage in result.kept] == list(expected.kept)
+        np.testing.assert_allclose(result.logits[index], expected.logits[-1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name, prune_layers, keep", CASES[:1])
+def test_cache_holds_what_was_kept_at_its_original_position(name, prune_layers, keep, checkpoints, loaded, images):
+    tiny = checkpoints(name)
+    rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    result = run_prefill(loaded(name), rows, himap(tiny, prune_layers, keep))
+    num_layers = tiny.model.config.text_config.num_hidden_layers
+    borders = (0, *prune_layers, num_layers)
+    assert [len(cache.keys) for cache in result.caches] == np.diff(borders).tolist()
+    dropped = [0, *(tiny.num_image_tokens - count for count in keep)]
+    assert [cache.positions.shape[1] for cache in result.caches] == [NUM_SLOTS + 1 - count for count in dropped]
+    for index, (input_ids, _) in enumerate(rows):
+        image = (input_ids == tiny.model.config.image_token_id).nonzero()[:, 0].numpy()
+        text = np.setdiff1d(np.arange(len(input_ids)), image)
+        for cache, kept in zip(result.caches, (range(tiny.num_image_tokens), *result.kept), strict=True):
+            kept = np.asarray(kept if isinstance(kept, range) else kept[index])
+            positions = np.asarray(cache.positions[index])
+            expected = np.sort(np.concatenate([text, image[kept]]))
+            np.testing.assert_array_equal(positions[: len(expected)], expected)
+            assert (positions[len(expected) :] >= NUM_SLOTS + 1).all(), "an unused slot is visible to some query"
+
+
+@pytest.mark.parametrize("name", ["clip_mha", "dinov2"])
+def test_keeping_every_token_is_not_pruning(name, checkpoints, loaded, images):
+    tiny = checkpoints(name)
+    rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    everything = himap(tiny, (2, 4), (tiny.num_image_tokens,) * 2)
+    pruned = run_prefill(loaded(name), rows, everything)
+    plain = run_prefill(loaded(name), rows, Schedule())
+    assert plain.kept == ()
+    for stage in pruned.kept:
+        np.testing.assert_array_equal(stage, np.tile(np.arange(tiny.num_image_tokens), (len(rows), 1)))
+    assert_same_to_rounding(pruned.logits, plain.logits)
+
+
+def test_keeping_the_same_tokens_twice_is_one_stage(checkpoints, loaded, images):
+    tiny = checkpoints("clip_mha")
+    rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+    twice = himap(tiny, (2, 4), (8, 8))
+    two = run_prefill(loaded("clip_mha"), rows, twice)
+    one = run_prefill(loaded("clip_mha"), rows, Schedule(twice.stages[:1]))
+    np.testing.assert_array_equal(two.kept[0], two.kept[1])
+    assert_same_to_rounding(two.logits, one.logits)
+
+
+@pytest.mark.parametrize("name, prune_layers, keep", [CASES[0], CASES[2], CASES[4]])
+def test_decoding_is_rerunning_the_pruned_sequence(name, prune_layers, keep, checkpoints, loaded, images):
+    tiny = checkpoints(name)
+    answers = generate(
+        loaded(name, batch_size=len(PROMPTS)),
+        images,
+        [prompt.removeprefix("<s>") for prompt in PROMPTS],
+        schedule=himap(tiny, prune_layers, keep),
+        max_new_tokens=NUM_NEW,
+        ignore_eos=True,
+        prompt_template="<image>{question}",
+        prompt_buckets=(112,),
+        batch_size=len(PROMPTS),
+    )
+    for image, prompt, answer in zip(images, PROMPTS, answers, strict=True):
+        row = tiny.encode(image, "<s>" + prompt.removeprefix("<s>"))
+        prompt, tokens, lead = reference_himap.generate(
+            tiny.model, *row, prune_layers=prune_layers, keep=keep, max_new_tokens=NUM_NEW
+        )
+        assert min(prompt.margin, 0.1 * lead) > 1e-5, "so close that rounding decides; draw other weights"
+        assert answer.token_ids == tokens
+        assert [tuple(stage) for stage in answer.kept] == list(prompt.kept)
+        np.testing.assert_allclose(answer.first_logits, prompt.logits[-1], atol=1e-4, rtol=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    tokens: list[list[int]]
+    kept: list[np.ndarray]
+    logits: np.ndarray
+
+    def row(self, index):
+        return self.tokens[index], [stage[index].tolist() for stage in self.kept]
+
+
+class TestOtherRowsAndPadding:
+    """A row's answer, kept sets and logits are its own: whatever it shares a batch with, however much padding follows."""
+
+    name, prune_layers, keep = CASES[0]
+
+    @pytest.fixture(scope="class")
+    def run(self, checkpoints, loaded):
+        """Runs encoded rows as one batch; programs are compiled once for each shape."""
+        schedule = himap(checkpoints(self.name), self.prune_layers, self.keep)
+        generators = {}
+
+        def run(rows, num_slots=NUM_SLOTS, padding=0):
+            if len(rows) not in generators:
+                model = loaded(self.name, batch_size=len(rows))
+                generators[len(rows)] = Generator(model, schedule, max_new_tokens=NUM_NEW, ignore_eos=True)
+            batch = tiny_checkpoints.pad_batch(rows, num_slots)
+            batch["tokens"][np.arange(num_slots) >= batch["length"][:, None]] = padding
+            result = generators[len(rows)](Inputs(**batch), range(len(rows)))
+            return Outcome(result.tokens, list(result.kept), result.logits)
+
+        return run
+
+    @pytest.fixture(scope="class")
+    def rows(self, checkpoints, images):
+        tiny = checkpoints(self.name)
+        return [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+
+    @pytest.fixture(scope="class")
+    def expected(self, run, rows):
+        return run(rows)
+
+    def test_order(self, run, rows, expected):
+        actual = run(rows[::-1])
+        for index in range(len(rows)):
+            assert actual.row(-1 - index) == expected.row(index)
+            np.testing.assert_array_equal(actual.logits[-1 - index], expected.logits[index])
+
+    def test_other_batch_mates(self, run, rows, expected):
+        for index in range(len(rows)):
+            actual = run([rows[index]] * len(rows))
+            for copy in range(len(rows)):
+                assert actual.row(copy) == expected.row(index)
+                np.testing.assert_allclose(actual.logits[copy], expected.logits[index], atol=1e-5, rtol=0)
+
+    def test_alone(self, run, rows, expected):
+        for index, row in enumerate(rows):
+            actual = run([row])
+            assert actual.row(0) == expected.row(index)
+            np.testing.assert_allclose(actual.logits[0], expected.logits[index], atol=1e-5, rtol=0)
+
+    def test_larger_bucket(self, run, rows, expected):
+        actual = run(rows, num_slots=NUM_SLOTS + 67)
+        for index in range(len(rows)):
+            assert actual.row(index) == expected.row(index)
+        np.testing.assert_allclose(actual.logits, expected.logits, atol=1e-5, rtol=0)
+
+    def test_what_the_padding_holds(self, run, rows, expected):
+        actual = run(rows, padding=77)
+        assert [actual.row(index) for index in range(len(rows))] == [expected.row(index) for index in range(len(rows))]
+        np.testing.assert_array_equal(actual.logits, expected.logits)
