@@ -13,30 +13,12 @@ import tqdm
 
 from checkpoints_convert import names, original, store
 from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
+from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
 from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json
 from himap_jax import config as config_lib
 from himap_jax.llava import abstract_params
 
-MARKER = "himap_jax.json"
-PARAMS = "params"
-FORMAT = 1
-
 _NOT_COPIED = ("config.json", INDEX, MARKER)
-
-
-def read_marker(directory: pathlib.Path) -> dict[str, Any] | None:
-  """What a finished conversion says of itself, or None where there is none.
-
-  Raises:
-    ValueError: the directory was written in another format.
-  """
-  if not (directory / MARKER).is_file():
-    return None
-  marker = read_json(directory / MARKER)
-  if marker.get("format") != FORMAT:
-    raise ValueError(f"{directory}: converted in format {marker.get('format')!r}, this version reads {FORMAT}; "
-                     "convert the checkpoint again")
-  return marker
 
 
 def convert(
@@ -64,6 +46,8 @@ def convert(
     ValueError: the source cannot be read, holds a model that this library does not run, or lacks names and shapes of
       the model that it describes; or the target holds something else.
   """
+  if any(character in str(target) for character in store.FORBIDDEN):
+    raise ValueError(f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory")
   source, target = locate(str(source)), pathlib.Path(target).expanduser().absolute()
   fields = read_json(source / "config.json")
   stored = [(names.tree_path(name), tensor) for name, tensor in read_headers(source).items()]

@@ -15,6 +15,7 @@ from orbax.checkpoint import v1 as ocp
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20
+FORBIDDEN = "*?["
 
 
 def save_params(directory: pathlib.Path, tensors: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> None:

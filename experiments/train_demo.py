@@ -38,8 +38,8 @@ from himap_jax.llava import Llava
 _WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints of the training; it resumes from the last one.", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True)
 _STAGES = flags.DEFINE_list(
-    "stages", ["112:480:2", "336:160:1"], "Stages as image_size:steps:images, image_size in pixels, images per step.")
-_QUESTION_SLOTS = flags.DEFINE_integer("question_slots", 144, "Tokens of questions and answers per image.")
+    "stages", ["112:480:3:72", "336:160:1:144"],
+    "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.")
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 3e-4, "Peak learning rate of the low-rank updates.")
@@ -56,6 +56,7 @@ class Stage:
   image_size: int
   steps: int
   images: int
+  question_slots: int
 
 
 def init_lora(key: jax.Array, language_model: dict[str, Any], rank: int) -> dict[str, dict[str, jax.Array]]:
@@ -164,7 +165,7 @@ def train(model: Llava, params: Any, processor: Any, stages: list[Stage], workdi
     losses, rights = [], []
     before = 0
     for stage in stages:
-      packer = Packer(processor, model.config, image_size=stage.image_size, question_slots=_QUESTION_SLOTS.value)
+      packer = Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots)
       for index in range(max(before, first_step), before + stage.steps):
         batch = packer.sample(images, stage.images, seed=(_SEED.value, index))
         state, loss, right = step_fn(state, batch)

@@ -9,10 +9,11 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from checkpoints_convert.convert import PARAMS, convert, read_marker
+from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.source import fingerprint, locate
 from himap_jax import sharding
 from himap_jax.config import LlavaConfig, load_config
@@ -66,6 +67,8 @@ def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathli
     source = locate(name)
   if read_marker(source) is not None:
     return source
+  from checkpoints_convert.convert import convert  # which itself imports this package
+
   label = re.sub(r"[^\w.-]+", "-", source.name if pathlib.Path(name).is_dir() else name)
   return convert(source, cache_dir / "converted" / f"{label}-{fingerprint(source)[:16]}")
 
@@ -90,12 +93,12 @@ def load(
   """
   directory = resolve(name, cache_dir=cache_dir)
   config = load_config(directory)
-  params = _restore(directory / PARAMS, abstract_params(config, dtype), shardings)
+  params = _restore(directory / PARAMS, abstract_params(config, jnp.float32), dtype, shardings)
   processor = _load_processor(directory)
   return LoadedModel(config, params, processor, directory, _eos_token_ids(directory, processor))
 
 
-def _restore(path: pathlib.Path, abstract: PyTree, shardings: PyTree | None) -> PyTree:
+def _restore(path: pathlib.Path, abstract: PyTree, dtype: Any, shardings: PyTree | None) -> PyTree:
   """Reads straight into the shardings; beside the parameters the host holds `READ_BYTES` or the largest of them."""
   if shardings is None:
     shardings = sharding.replicated(sharding.make_mesh(1))
@@ -103,9 +106,9 @@ def _restore(path: pathlib.Path, abstract: PyTree, shardings: PyTree | None) -> 
     one = shardings
     shardings = jax.tree.map(lambda _: one, abstract)
   targets = jax.tree.map(
-      lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings)
+      lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed), abstract, shardings)
   context = ocp.Context()
-  largest = max(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract))
+  largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest) + 1
   try:
     with context:

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -117,8 +118,8 @@ def _answer(
     summary.num_new_tokens += len(result.tokens[index])
     rows.append(_answer_row(prompt, result, index, processor, len(group), emit))
     if pictures is not None:
-      grid = tuple(side // processor.patch_size for side in processor.image_shape)
-      picture = draw_kept(processor.picture(example), [stage[index].tolist() for stage in result.kept], grid)
+      kept = [stage[index].tolist() for stage in result.kept]
+      picture = draw_kept(processor.picture(example), kept, processor.patch_grid)
       picture.save(pictures / f"{_file_name(prompt.id)}.png")
   return rows
 
@@ -147,4 +148,6 @@ def _error_row(error: RowError) -> dict[str, Any]:
 
 
 def _file_name(row_id: str | int) -> str:
-  return re.sub(r"[^\w.-]", "_", str(row_id))
+  """The id where it can name a file, else what can of it and a checksum."""
+  name = re.sub(r"[^\w.-]", "_", str(row_id), flags=re.ASCII)[:100]
+  return name if name == str(row_id) else f"{name}-{zlib.crc32(str(row_id).encode()):08x}"

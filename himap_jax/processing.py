@@ -11,13 +11,15 @@ import numpy as np
 from PIL import Image
 
 from himap_jax.config import LlavaConfig
+from himap_jax.images import MAX_PIXELS
 from himap_jax.llava import Inputs
 
 IMAGE_TAG = "<image>"
 VICUNA_V1 = (
-    "A chat between a curious human and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the human's questions. USER: <image>\n{question} ASSISTANT:")
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:")
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048)
+MAX_ASPECT_RATIO = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Processor:
 
   Attributes:
     image_shape: `(height, width)` in pixels of every preprocessed image.
-    patch_size: side of an image token's patch in pixels.
+    patch_grid: `(rows, columns)` of patches in such an image.
     num_image_tokens: N, image tokens of every prompt.
     buckets: padded text lengths, ascending.
   """
@@ -68,13 +70,16 @@ class Processor:
       max_new_tokens: tokens that must still fit into the context.
 
     Raises:
-      ValueError: a template or buckets that cannot be used, or a context too small for an image.
+      ValueError: a template or buckets that cannot be used, an image processor whose pictures differ in size, or a
+        context too small for an image.
     """
     self._processor = processor
     self._config = config
     self._template = _check_template(template, processor)
     self.image_shape = self._pixels(Image.new("RGB", (64, 48))).shape[1:]
-    self.patch_size = config.vision.patch_size
+    if self._pixels(Image.new("RGB", (48, 64))).shape[1:] != self.image_shape:
+      raise ValueError("the checkpoint's image processor makes pictures of different sizes; a batch needs one size")
+    self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
     longest = config.text.max_position_embeddings - self.num_image_tokens - max_new_tokens
     if longest < 1:
@@ -91,7 +96,8 @@ class Processor:
     A question that has an `<image>` of its own says where the picture stands; otherwise the template does.
 
     Raises:
-      ValueError: not exactly one `<image>` in the prompt, or a prompt longer than the model's context.
+      ValueError: not exactly one `<image>` in the prompt, a prompt longer than the model's context, or a picture too
+        long and narrow, or too large, to be resized.
     """
     text = self.prompt(question)
     count = text.count(IMAGE_TAG)
@@ -105,12 +111,12 @@ class Processor:
           f"the tokenizer turns {IMAGE_TAG} into {ids.count(self._config.image_token_id)} image tokens "
           f"(id {self._config.image_token_id}); the checkpoint's tokenizer and config.json disagree")
     start = ids.index(self._config.image_token_id)
-    example = Example(tuple(ids[:start]), tuple(ids[start + 1:]), self._pixels(image))
-    if example.num_text_tokens > self.buckets[-1]:
+    if len(ids) - 1 > self.buckets[-1]:
       raise ValueError(
-          f"the prompt has {example.num_text_tokens} text tokens; with {self.num_image_tokens} image tokens the "
-          f"model's context leaves room for {self.buckets[-1]}")
-    return example
+          f"the prompt has {len(ids) - 1} text tokens; with {self.num_image_tokens} image tokens the model's context "
+          f"leaves room for {self.buckets[-1]}")
+    self._check_size(image)
+    return Example(tuple(ids[:start]), tuple(ids[start + 1:]), self._pixels(image))
 
   def prompt(self, question: str) -> str:
     """The text of a prompt."""
@@ -151,12 +157,25 @@ class Processor:
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
   def picture(self, example: Example) -> Image.Image:
-    """The picture as the model sees it: resized and cropped."""
+    """The picture as the model sees it: resized, and cropped to whole patches."""
     mean, std = (
         np.asarray(values, np.float32)[:, None, None]
         for values in (self._processor.image_processor.image_mean, self._processor.image_processor.image_std))
     pixels = np.clip((example.pixel_values * std + mean) * 255, 0, 255).round().astype(np.uint8)
-    return Image.fromarray(pixels.transpose(1, 2, 0))
+    height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
+    return Image.fromarray(pixels[:, :height, :width].transpose(1, 2, 0))
+
+  def _check_size(self, image: Image.Image) -> None:
+    """Refuses what would fill the memory when its shortest side is scaled up, or when it is padded to a square."""
+    shortest, longest = sorted(image.size)
+    if longest > MAX_ASPECT_RATIO * shortest:
+      raise ValueError(
+          f"the picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the "
+          "other")
+    if getattr(self._processor.image_processor, "do_pad", False) and longest**2 > MAX_PIXELS:
+      raise ValueError(
+          f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
+          f"{MAX_PIXELS:,}")
 
   def _pixels(self, image: Image.Image) -> np.ndarray:
     return np.asarray(self._processor.image_processor(image, return_tensors="np")["pixel_values"][0], np.float32)

@@ -9,7 +9,10 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
+import math
 import pathlib
 import sys
 
@@ -149,11 +152,24 @@ def _make_directory(flag: str, directory: pathlib.Path) -> None:
     raise ValueError(f"--{flag}: cannot make the directory {directory}: {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def _open_output(config: RunConfig) -> Iterator[OutputWriter]:
+  """Holds the output from before the model is loaded; a file made for a run that wrote no row is removed again."""
+  existed = config.output.exists()
+  with OutputWriter(config.output, resume=config.resume) as writer:
+    try:
+      yield writer
+    finally:
+      if not existed and not config.output.stat().st_size:
+        config.output.unlink()
+
+
 def run(config: RunConfig) -> int:
   """Runs to the end and returns the exit status.
 
   Raises:
-    ValueError: the configuration cannot be run; nothing was written.
+    ValueError: the configuration cannot be run; no row was written.
+    OSError: the output or a picture cannot be written; the rows written before are whole.
   """
   prompts = read_prompts(config.prompts)
   if config.output.exists() and config.output.samefile(config.prompts):
@@ -163,7 +179,7 @@ def run(config: RunConfig) -> int:
   _make_directory("output", config.output.parent)
   if config.pictures is not None:
     _make_directory("pictures", config.pictures)
-  with OutputWriter(config.output, resume=config.resume) as writer:
+  with _open_output(config) as writer:
     if config.compilation_cache_dir:
       jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -172,6 +188,10 @@ def run(config: RunConfig) -> int:
     processor = Processor(
         loaded.processor, loaded.config, template=config.prompt_template, buckets=config.prompt_buckets,
         max_new_tokens=config.max_new_tokens)
+    if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
+      raise ValueError(
+          f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
+          f"{' x '.join(map(str, processor.patch_grid))} patches")
     schedule = build_schedule(
         config.method, num_layers=loaded.config.text.num_hidden_layers, num_image_tokens=processor.num_image_tokens,
         prune_layers=config.prune_layers, keep=config.keep)
@@ -185,12 +205,14 @@ def run(config: RunConfig) -> int:
   return 1 if config.strict and summary.num_errors else 0
 
 
-def main(_) -> None:
+def main(argv: Sequence[str]) -> None:
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
     sys.exit(run(config_from_flags()))
-  except (ValueError, RuntimeError) as error:
+  except (ValueError, RuntimeError, OSError) as error:
     print(f"himap_jax: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:

@@ -4,10 +4,13 @@ Axes: B rows, V vocabulary.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
+
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +18,7 @@ class Sampling:
   """How tokens are chosen.
 
   Attributes:
-    temperature: 0 is greedy.
+    temperature: 0 is greedy; otherwise finite and at least `MIN_TEMPERATURE`.
     top_p: share of probability in the smallest set of tokens that is sampled from (Holtzman et al., arXiv 1904.09751).
   """
 
@@ -23,8 +26,8 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self) -> None:
-    if self.temperature < 0:
-      raise ValueError(f"the temperature must not be negative, but is {self.temperature}")
+    if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+      raise ValueError(f"the temperature must be 0, or finite and at least {MIN_TEMPERATURE}, but is {self.temperature}")
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p must be above 0 and at most 1, but is {self.top_p}")
     if self.temperature == 0 and self.top_p < 1:

@@ -20,7 +20,7 @@ def draw_kept(picture: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[i
     ValueError: the image tokens are not such a grid, so they have no place in the picture.
   """
   rows, columns = grid
-  if any(index >= rows * columns for stage in kept for index in stage):
+  if any(not 0 <= index < rows * columns for stage in kept for index in stage):
     raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
   panels = [(f"{rows * columns} image tokens", picture)]
   for number, stage in enumerate(kept, start=1):

@@ -50,11 +50,8 @@ def forward(
     an earlier pass: nothing is scored then, and the same tokens are dropped.
     """
     decoder = model.model.language_model
-    hidden = embed(model, input_ids, pixel_values)
+    hidden, first, last = embed(model, input_ids, pixel_values)
     positions = torch.arange(len(input_ids))
-    image_slots = (input_ids == model.config.image_token_id).nonzero()[:, 0]
-    first, last = image_slots[0].item(), image_slots[-1].item()
-    assert last - first + 1 == len(image_slots), "the image is one run of tokens"
 
     kept, margin, lengths = [], float("inf"), []
     attention = None
@@ -110,11 +107,16 @@ def generate(
 
 
 def embed(model, input_ids, pixel_values):
-    """Text embeddings with the image's features in its slots, [S, D]."""
-    embeddings = model.get_input_embeddings()(input_ids)
+    """Text embeddings with the image's features in its slots, [S, D], and the first and the last of these slots.
+
+    A random model may answer with the image token; only as many as there are features are the image.
+    """
     features = model.get_image_features(pixel_values).pooler_output[0]
-    embeddings[input_ids == model.config.image_token_id] = features
-    return embeddings
+    slots = (input_ids == model.config.image_token_id).nonzero()[: len(features), 0]
+    embeddings = model.get_input_embeddings()(input_ids)
+    embeddings[slots] = features
+    assert (slots.diff() == 1).all(), "the image is one run of tokens"
+    return embeddings, slots[0].item(), slots[-1].item()
 
 
 def run_layer(decoder, layer, hidden, positions):

@@ -249,7 +249,7 @@ class TestRefusals:
     def test_only_the_first_of_many_are_named(self, clip, tmp_path):
         directory = copy_of(clip, tmp_path / "source", change=lambda tensors: {
             name: value for name, value in tensors.items() if "q_proj" not in name})
-        with pytest.raises(ValueError, match=r"8 missing \(.*, …\)"):
+        with pytest.raises(ValueError, match=r"10 missing \(.*, …\)"):
             quiet(directory, tmp_path / "target")
 
     def test_a_tensor_under_two_names(self, clip, tmp_path):
@@ -352,6 +352,10 @@ class TestRefusals:
             quiet(clip, tmp_path)
         assert (tmp_path / "mine.txt").read_text() == "keep"
 
+    def test_target_that_orbax_would_take_for_a_pattern(self, clip, tmp_path):
+        with pytest.raises(ValueError, match="as a pattern"):
+            quiet(clip, tmp_path / "[1]")
+
     def test_damaged_target(self, clip, tmp_path):
         target = quiet(clip, tmp_path / "target")
         shutil.rmtree(target / "params")
@@ -389,7 +393,7 @@ class TestCache:
 
     def test_end_of_sequence_tokens(self, clip, tmp_path):
         for given, ids in ((1, (1,)), ([1, 5], (1, 5)), (None, (1,))):
-            target = quiet(clip, tmp_path / f"target{given}")
+            target = quiet(clip, tmp_path / f"target{len(ids)}{given is None}")
             (target / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
             assert checkpoint.load(str(target), dtype=jnp.float32).eos_token_ids == ids
 
@@ -446,7 +450,7 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
     config = json.loads((directory / "config.json").read_text())
     config["text_config"] |= dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=8, head_dim=256)
     (directory / "config.json").write_text(json.dumps(config))
-    shapes = traverse_util.flatten_dict(abstract_params(load_config(directory), jnp.bfloat16))
+    shapes = traverse_util.flatten_dict(abstract_params(load_config(directory), jnp.float32))
     numbers = np.random.default_rng(0).integers(0, 1 << 14, width * inner, dtype=np.uint16).view(ml_dtypes.bfloat16)
     for shard_index in range(4):
         save_file({hub_name(path):

@@ -18,9 +18,10 @@ PROMPTS = (
     "<s>A longer text stands before the image here. <image> So what?",
     "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
 )
+DECODERS = [name for name in tiny_checkpoints.SPECS if name != "dinov2_shrunk"]
 
 
-@pytest.fixture(scope="module", params=tiny_checkpoints.SPECS)
+@pytest.fixture(scope="module")
 def pair(request, checkpoints, loaded):
     return checkpoints(request.param), loaded(request.param, batch_size=len(PROMPTS))
 
@@ -30,6 +31,7 @@ def apply(model, params, *arguments, method=None):
     return model.apply({"params": params}, *arguments, method=method)
 
 
+@pytest.mark.parametrize("pair", tiny_checkpoints.SPECS, indirect=True)
 def test_image_features(pair, images):
     tiny, loaded = pair
     pixels = torch.cat([tiny.encode(image, "<image>")[1] for image in images])
@@ -41,6 +43,7 @@ def test_image_features(pair, images):
     np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pair", DECODERS, indirect=True)
 def test_logits_at_every_position(pair, images):
     tiny, loaded = pair
     rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
@@ -53,6 +56,7 @@ def test_logits_at_every_position(pair, images):
         np.testing.assert_allclose(row[: len(input_ids)], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("pair", DECODERS, indirect=True)
 def test_greedy_tokens(pair, images):
     tiny, loaded = pair
     answers = generate(
