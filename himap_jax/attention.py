@@ -16,4 +16,5 @@ def attend(
     is_causal: bool = False,
 ) -> Float[Array, "B S N H"]:
   """Attention with the softmax in float32; grouped-query when `K` divides `N`."""
-  return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+  with jax.numpy_dtype_promotion("standard"):  # JAX's implementation mixes dtypes inside
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)

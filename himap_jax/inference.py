@@ -120,7 +120,7 @@ def _answer(
     if pictures is not None:
       kept = [stage[index].tolist() for stage in result.kept]
       picture = draw_kept(processor.picture(example), kept, processor.patch_grid)
-      picture.save(pictures / f"{_file_name(prompt.id)}.png")
+      picture.save(pictures / f"{_file_name(prompt.id)}.png", format="PNG")
   return rows
 
 

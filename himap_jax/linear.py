@@ -22,11 +22,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
 }
 
+# In a decode loop the weights do not change, so XLA on CPU converts (one row) or transposes (few rows) all of them ahead of
+# the loop and holds them twice. A few rows more and a barrier that ties each weight to its input keep it from doing so.
+MIN_ROWS = 4
+
+
+def product(x: Float[Array, "B S D"], weight: Float[Array, "F D"]) -> Float[Array, "B S F"]:
+  """`x · weightᵀ` in float32."""
+  batch, slots, _ = x.shape
+  if slots == 1:
+    x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
+    x, weight = jax.lax.optimization_barrier((x, weight))
+  return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
+
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "*B D"], weight: Float[Array, "F D"]) -> Float[Array, "*B F"]:
+def matmul(x: Float[Array, "B S D"], weight: Float[Array, "F D"]) -> Float[Array, "B S F"]:
   """`x · weightᵀ` accumulated in float32 and returned in `x.dtype`; its gradients accumulate in float32 too."""
-  return jnp.einsum("...D,FD->...F", x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+  return product(x, weight).astype(x.dtype)
 
 
 def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -35,8 +48,8 @@ def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]
 
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   x, weight = residuals
-  dx = jnp.einsum("...F,FD->...D", g, weight, preferred_element_type=jnp.float32)
-  dw = jnp.einsum("...F,...D->FD", g, x, preferred_element_type=jnp.float32)
+  dx = jnp.einsum("BSF,FD->BSD", g, weight, preferred_element_type=jnp.float32)
+  dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
   return dx.astype(x.dtype), dw.astype(weight.dtype)
 
 
@@ -50,7 +63,7 @@ class Linear(nn.Module):
   use_bias: bool = False
 
   @nn.compact
-  def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S F"]:
     weight = self.param("weight", nn.initializers.lecun_normal(in_axis=1, out_axis=0), (self.features, x.shape[-1]))
     y = matmul(x, weight.astype(x.dtype))
     if self.use_bias:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from himap_jax.config import LlavaConfig
 from himap_jax.decoder import Decoder
 from himap_jax.layout import Layout
-from himap_jax.linear import ACTIVATIONS, Embedding, Linear
+from himap_jax.linear import ACTIVATIONS, Embedding, Linear, product
 from himap_jax.vision import VisionTower
 
 
@@ -88,7 +88,7 @@ class Llava(nn.Module):
     tied = self.config.text.tie_word_embeddings
     weight = (self.language_model.embed_tokens if tied else self.lm_head).weight
     x = self.language_model.norm(x)
-    return jnp.einsum("BSD,VD->BSV", x, weight.astype(x.dtype), preferred_element_type=jnp.float32)
+    return product(x, weight.astype(x.dtype))
 
   def __call__(self, inputs: Inputs) -> Float[Array, "B S V"]:
     """Logits of every slot, without pruning; those of padding are meaningless."""

@@ -8,6 +8,7 @@ import pytest
 from himap_jax.sampling import MIN_TEMPERATURE, Sampling, choose, truncate
 
 STEP = jnp.int32(0)
+ROUNDING = 2e-7  # of sums of probabilities in float32
 
 
 def keys(count, seed=0):
@@ -33,7 +34,8 @@ def test_truncation_is_the_slow_one(top_p):
     truncated = np.asarray(truncate(jnp.asarray(logits), top_p))
     for row, expected in zip(truncated, logits, strict=True):
         inside = np.isfinite(row)
-        assert set(np.flatnonzero(inside).tolist()) == slow_nucleus(expected, top_p)
+        nucleus = set(np.flatnonzero(inside).tolist())
+        assert slow_nucleus(expected, top_p - ROUNDING) <= nucleus <= slow_nucleus(expected, top_p + ROUNDING)
         np.testing.assert_array_equal(row[inside], expected[inside])
 
 
