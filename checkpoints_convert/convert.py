@@ -1,10 +1,10 @@
 """Converts a LLaVA checkpoint: configuration, check of names and shapes, then one tensor after another."""
 
-from collections.abc import Iterator
 import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ import numpy as np
 import tqdm
 
 from checkpoints_convert import names, original, store
-from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
 from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
+from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
 from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json
 from himap_jax import config as config_lib
 from himap_jax.llava import abstract_params
@@ -22,11 +22,11 @@ _NOT_COPIED = ("config.json", INDEX, MARKER)
 
 
 def convert(
-    source: str | pathlib.Path,
-    target: str | pathlib.Path,
-    *,
-    vision_tower: str | None = None,
-    progress: bool = True,
+  source: str | pathlib.Path,
+  target: str | pathlib.Path,
+  *,
+  vision_tower: str | None = None,
+  progress: bool = True,
 ) -> pathlib.Path:
   """Converts a checkpoint in one of three layouts: Hugging Face LLaVA with older or newer names, or LLaVA's original.
 
@@ -47,7 +47,9 @@ def convert(
       the model that it describes; or the target holds something else.
   """
   if any(character in str(target) for character in store.FORBIDDEN):
-    raise ValueError(f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory")
+    raise ValueError(
+      f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory"
+    )
   source, target = locate(str(source)), pathlib.Path(target).expanduser().absolute()
   fields = read_json(source / "config.json")
   stored = [(names.tree_path(name), tensor) for name, tensor in read_headers(source).items()]
@@ -65,10 +67,13 @@ def convert(
       config = _write_configuration(work, source, tower, fields)
       plan = names.plan(stored, abstract_params(config, jnp.float32), config, str(source))
       if progress and plan.unused:
-        print(f"{source.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})", file=sys.stderr)
+        print(
+          f"{source.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})", file=sys.stderr
+        )
       store.save_params(work / PARAMS, _read(plan, progress))
-      _write_json(work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": identity,
-                                  "dtypes": plan.dtypes})
+      _write_json(
+        work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": identity, "dtypes": plan.dtypes}
+      )
   return target
 
 
@@ -85,7 +90,7 @@ def _is_finished(target: pathlib.Path, identity: str) -> bool:
   Raises:
     ValueError: `target` is in the way.
   """
-  if target.is_dir() and not any(target.iterdir()) or not target.exists():
+  if (target.is_dir() and not any(target.iterdir())) or not target.exists():
     return False
   marker = read_marker(target) if target.is_dir() else None
   if marker is None or marker.get("fingerprint") != identity:
@@ -94,7 +99,7 @@ def _is_finished(target: pathlib.Path, identity: str) -> bool:
 
 
 def _write_configuration(
-    work: pathlib.Path, source: pathlib.Path, tower: pathlib.Path | None, fields: dict[str, Any]
+  work: pathlib.Path, source: pathlib.Path, tower: pathlib.Path | None, fields: dict[str, Any]
 ) -> config_lib.LlavaConfig:
   for path in sorted(path for pattern in SMALL_FILES for path in source.glob(pattern)):
     if path.name not in _NOT_COPIED and (tower is None or not path.name.startswith(("tokenizer", "special_tokens"))):
@@ -128,7 +133,9 @@ def _has_tower(stored: list[tuple[names.Path | None, StoredTensor]]) -> bool:
   return any(path is not None and path[0] == "vision_tower" for path, _ in stored)
 
 
-def _locate_tower(source: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool) -> pathlib.Path:
+def _locate_tower(
+  source: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool
+) -> pathlib.Path:
   if fields.get("unfreeze_mm_vision_tower") and not has_weights:
     raise ValueError(f"{source}: its vision tower was trained (unfreeze_mm_vision_tower) but is not in its weights")
   name = given or fields["mm_vision_tower"]

@@ -1,23 +1,25 @@
 """Converts a LLaVA checkpoint to the layout that himap_jax loads.
 
-    python -m checkpoints_convert.llava --source=llava-hf/llava-1.5-7b-hf --target=converted/llava-1.5-7b
+python -m checkpoints_convert.llava --source=llava-hf/llava-1.5-7b-hf --target=converted/llava-1.5-7b
 """
 
 import sys
 
-from absl import app
-from absl import flags
-from absl import logging
 import jax
+from absl import app, flags, logging
 
 from checkpoints_convert.convert import convert
 
 _SOURCE = flags.DEFINE_string(
-    "source", None, "Checkpoint: a directory or a Hugging Face id, in the Hugging Face or the original LLaVA layout.",
-    required=True)
+  "source",
+  None,
+  "Checkpoint: a directory or a Hugging Face id, in the Hugging Face or the original LLaVA layout.",
+  required=True,
+)
 _TARGET = flags.DEFINE_string("target", None, "Directory to write.", required=True)
 _VISION_TOWER = flags.DEFINE_string(
-    "vision_tower", None, "For the original layout: the CLIP tower's directory or id, if not what config.json names.")
+  "vision_tower", None, "For the original layout: the CLIP tower's directory or id, if not what config.json names."
+)
 
 
 def main(argv: list[str]) -> None:

@@ -20,6 +20,8 @@ def read_marker(directory: pathlib.Path) -> dict[str, Any] | None:
     return None
   marker = read_json(directory / MARKER)
   if marker.get("format") != FORMAT:
-    raise ValueError(f"{directory}: converted in format {marker.get('format')!r}, this version reads {FORMAT}; "
-                     "convert the checkpoint again")
+    raise ValueError(
+      f"{directory}: converted in format {marker.get('format')!r}, this version reads {FORMAT}; "
+      "convert the checkpoint again"
+    )
   return marker

@@ -3,9 +3,9 @@
 The tree keeps the checkpoint's names, dots becoming levels, except that `layers.N` is one level, `layers_N`.
 """
 
-from collections.abc import Iterable, Mapping
 import dataclasses
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flax import traverse_util
@@ -15,7 +15,9 @@ from himap_jax.config import LlavaConfig
 
 Path = tuple[str, ...]
 
-_PREFIXES = tuple((re.compile(pattern), replacement) for pattern, replacement in (
+_PREFIXES = tuple(
+  (re.compile(pattern), replacement)
+  for pattern, replacement in (
     # LLaVA's original layout
     (r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
     (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -28,13 +30,15 @@ _PREFIXES = tuple((re.compile(pattern), replacement) for pattern, replacement in
     (r"model\.language_model\.", "language_model."),
     # the decoder of the original layout
     (r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
-))
+  )
+)
 _TOWER_PREFIX = re.compile(r"(vision_model\.|dinov2\.)?")
 _LAYER = re.compile(r"\b(layers?)\.(\d+)\.")
 _TOWER_LAYER = re.compile(r"vision_tower/encoder/layers?_(\d+)/")
 _NEVER_USED = re.compile(
-    r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
-    r".*(^|/)(inv_freq|position_ids)$")
+  r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
+  r".*(^|/)(inv_freq|position_ids)$"
+)
 _REST_OF_CLIP = re.compile(r"text_model\.|(visual|text)_projection\.|logit_(scale|bias)$")
 
 
@@ -63,7 +67,7 @@ def tree_path(name: str) -> Path:
   """The place in the parameter tree of a name in a LLaVA checkpoint of any of the three layouts."""
   for pattern, replacement in _PREFIXES:
     if match := pattern.match(name):
-      name = replacement + name[match.end():]
+      name = replacement + name[match.end() :]
       break
   return _split(name)
 
@@ -72,11 +76,11 @@ def tower_path(name: str) -> Path | None:
   """The place of a name in a vision tower's own checkpoint; None for what is no part of the tower."""
   if _REST_OF_CLIP.match(name):
     return None
-  return _split("vision_tower." + name[_TOWER_PREFIX.match(name).end():])
+  return _split("vision_tower." + name[_TOWER_PREFIX.match(name).end() :])
 
 
 def plan(
-    stored: Iterable[tuple[Path | None, StoredTensor]], abstract: Mapping[str, Any], config: LlavaConfig, where: str
+  stored: Iterable[tuple[Path | None, StoredTensor]], abstract: Mapping[str, Any], config: LlavaConfig, where: str
 ) -> Plan:
   """Matches stored tensors with the abstract parameter tree.
 
@@ -104,16 +108,18 @@ def plan(
       mistyped.append(f"{tensor.name} is {tensor.dtype}")
     found.setdefault(path, tensor)
   problems = {
-      "missing": [".".join(path) for path in expected if path not in found],
-      "unexpected": unexpected,
-      "stored twice": repeated,
-      "mis-shaped": misshaped,
-      f"of a dtype other than {', '.join(FLOAT_DTYPES)}": mistyped,
+    "missing": [".".join(path) for path in expected if path not in found],
+    "unexpected": unexpected,
+    "stored twice": repeated,
+    "mis-shaped": misshaped,
+    f"of a dtype other than {', '.join(FLOAT_DTYPES)}": mistyped,
   }
   if any(problems.values()):
     report = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names)
-    raise ValueError(f"{where}: the weights are not those of the model that config.json describes: {report}; "
-                     f"{len(found.keys() & expected.keys())} of {len(expected)} names match, {len(unused)} unused")
+    raise ValueError(
+      f"{where}: the weights are not those of the model that config.json describes: {report}; "
+      f"{len(found.keys() & expected.keys())} of {len(expected)} names match, {len(unused)} unused"
+    )
   tensors = tuple((path, tensor) for path, tensor in found.items() if path in expected)
   return Plan(tensors, tuple(unused))
 

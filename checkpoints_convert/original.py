@@ -11,22 +11,22 @@ from checkpoints_convert.source import read_json
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
-    "{% else %}{{ message['role'] | upper + ': ' }}"
-    "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
-    "{% for item in message['content'] %}{% if item['type'] == 'text' %}"
-    "{{ item['text'] + ('</s>' if message['role'] == 'assistant' else ' ') }}{% endif %}{% endfor %}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+  "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
+  "{% else %}{{ message['role'] | upper + ': ' }}"
+  "{% for item in message['content'] %}{% if item['type'] == 'image' %}{{ '<image>\\n' }}{% endif %}{% endfor %}"
+  "{% for item in message['content'] %}{% if item['type'] == 'text' %}"
+  "{{ item['text'] + ('</s>' if message['role'] == 'assistant' else ' ') }}{% endif %}{% endfor %}{% endif %}"
+  "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 _SELECT = {"patch": "default", "cls_patch": "full"}
 _SUPPORTED = {
-    "model_type": ("llava", "llava_llama"),
-    "mm_projector_type": ("mlp2x_gelu",),
-    "mm_vision_select_feature": tuple(_SELECT),
-    "image_aspect_ratio": (None, "square", "pad"),
-    "mm_patch_merge_type": (None, "flat"),
-    "mm_use_im_start_end": (None, False),
+  "model_type": ("llava", "llava_llama"),
+  "mm_projector_type": ("mlp2x_gelu",),
+  "mm_vision_select_feature": tuple(_SELECT),
+  "image_aspect_ratio": (None, "square", "pad"),
+  "mm_patch_merge_type": (None, "flat"),
+  "mm_use_im_start_end": (None, False),
 }
 
 
@@ -44,8 +44,10 @@ def check(fields: dict[str, Any], where: str) -> None:
   for name, known in _SUPPORTED.items():
     value = fields.get(name, "patch" if name == "mm_vision_select_feature" else None)
     if value not in known:
-      raise ValueError(f"{where}: {name} is {value!r}; of the original layout this reads "
-                       f"{' or '.join(repr(choice) for choice in known if choice is not None)}")
+      raise ValueError(
+        f"{where}: {name} is {value!r}; of the original layout this reads "
+        f"{' or '.join(repr(choice) for choice in known if choice is not None)}"
+      )
 
 
 def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: int) -> dict[str, Any]:
@@ -70,17 +72,17 @@ def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: in
   patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2
   strategy = _SELECT[fields.get("mm_vision_select_feature", "patch")]
   return {
-      "model_type": "llava",
-      "architectures": ["LlavaForConditionalGeneration"],
-      "text_config": text,
-      "vision_config": vision,
-      "image_token_index": image_token_id,
-      "image_seq_length": patches + (strategy == "full"),
-      "projector_hidden_act": "gelu",
-      "multimodal_projector_bias": True,
-      "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
-      "vision_feature_select_strategy": strategy,
-      "tie_word_embeddings": fields.get("tie_word_embeddings", False),
+    "model_type": "llava",
+    "architectures": ["LlavaForConditionalGeneration"],
+    "text_config": text,
+    "vision_config": vision,
+    "image_token_index": image_token_id,
+    "image_seq_length": patches + (strategy == "full"),
+    "projector_hidden_act": "gelu",
+    "multimodal_projector_bias": True,
+    "vision_feature_layer": fields.get("mm_vision_select_layer", -2),
+    "vision_feature_select_strategy": strategy,
+    "tie_word_embeddings": fields.get("tie_word_embeddings", False),
   }
 
 
@@ -105,21 +107,20 @@ def tokenizer(source: pathlib.Path) -> Any:
 
 
 def save_processor(
-    target: pathlib.Path, tokens: Any, tower: pathlib.Path, fields: dict[str, Any], llava: dict[str, Any]
+  target: pathlib.Path, tokens: Any, tower: pathlib.Path, fields: dict[str, Any], llava: dict[str, Any]
 ) -> None:
   """Writes the tokenizer, and the tower's image processing with the padding to a square that LLaVA-1.5 adds."""
   import transformers
 
   processing = read_json(tower / "preprocessor_config.json")
   settings = {name: value for name, value in processing.items() if not name.endswith(("_type", "_class"))}
-  images = transformers.LlavaImageProcessorPil(
-      **settings | {"do_pad": fields.get("image_aspect_ratio") == "pad"})
+  images = transformers.LlavaImageProcessorPil(**settings | {"do_pad": fields.get("image_aspect_ratio") == "pad"})
   transformers.LlavaProcessor(
-      image_processor=images,
-      tokenizer=tokens,
-      patch_size=llava["vision_config"].get("patch_size", 32),
-      vision_feature_select_strategy=llava["vision_feature_select_strategy"],
-      image_token=IMAGE_TOKEN,
-      num_additional_image_tokens=1,
-      chat_template=CHAT_TEMPLATE,
+    image_processor=images,
+    tokenizer=tokens,
+    patch_size=llava["vision_config"].get("patch_size", 32),
+    vision_feature_select_strategy=llava["vision_feature_select_strategy"],
+    image_token=IMAGE_TOKEN,
+    num_additional_image_tokens=1,
+    chat_template=CHAT_TEMPLATE,
   ).save_pretrained(target)

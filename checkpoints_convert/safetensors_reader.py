@@ -3,11 +3,11 @@
 Nothing is mapped into memory, so what a conversion holds is what it has read and not yet released.
 """
 
-from collections.abc import Iterable
 import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import ml_dtypes
@@ -17,8 +17,23 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
-_ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-               "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8}
+_ITEM_BYTES = {
+  "BOOL": 1,
+  "U8": 1,
+  "I8": 1,
+  "F8_E4M3": 1,
+  "F8_E5M2": 1,
+  "U16": 2,
+  "I16": 2,
+  "F16": 2,
+  "BF16": 2,
+  "U32": 4,
+  "I32": 4,
+  "F32": 4,
+  "U64": 8,
+  "I64": 8,
+  "F64": 8,
+}
 _MAX_HEADER_BYTES = 100_000_000
 _PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
@@ -61,8 +76,10 @@ def read_headers(directory: pathlib.Path) -> dict[str, StoredTensor]:
       stored[tensor.name] = tensor
   absent = [name for name, shard in weight_map.items() if name not in stored or stored[name].path.name != shard]
   if absent:
-    raise ValueError(f"{directory / INDEX}: {len(absent)} tensors are not in the shard that the index names "
-                     f"({some(absent)}); download the checkpoint again")
+    raise ValueError(
+      f"{directory / INDEX}: {len(absent)} tensors are not in the shard that the index names "
+      f"({some(absent)}); download the checkpoint again"
+    )
   return stored
 
 
@@ -137,8 +154,9 @@ def _shards(directory: pathlib.Path, weight_map: dict[str, str]) -> list[pathlib
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     missing = [path.name for path in shards if not path.is_file()]
     if missing:
-      raise ValueError(f"{directory}: {len(missing)} of {len(shards)} shards are missing ({some(missing)}); "
-                       "download them again")
+      raise ValueError(
+        f"{directory}: {len(missing)} of {len(shards)} shards are missing ({some(missing)}); download them again"
+      )
     return shards
   if (directory / SINGLE).is_file():
     return [directory / SINGLE]
@@ -163,10 +181,12 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
 def _no_safetensors(directory: pathlib.Path) -> str:
   pickled = sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern))
   found = f"only pickled weights ({some(pickled)}), which can run code when read" if pickled else "no weights"
-  return (f"{directory}: {found}; safetensors are needed. If you trust the checkpoint, write them with transformers: "
-          "`Model.from_pretrained(SOURCE).save_pretrained(TARGET, safe_serialization=True)` with the class that its "
-          "config.json names (for LLaVA's original layout: `safetensors.torch.save_file(torch.load(FILE, "
-          "weights_only=True), FILE.safetensors)` for each file)")
+  return (
+    f"{directory}: {found}; safetensors are needed. If you trust the checkpoint, write them with transformers: "
+    "`Model.from_pretrained(SOURCE).save_pretrained(TARGET, safe_serialization=True)` with the class that its "
+    "config.json names (for LLaVA's original layout: `safetensors.torch.save_file(torch.load(FILE, "
+    "weights_only=True), FILE.safetensors)` for each file)"
+  )
 
 
 def _corrupt(path: pathlib.Path, what: str) -> ValueError:

@@ -34,8 +34,10 @@ def locate(name: str, *, weights: bool = True) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
   except (OSError, ValueError) as error:
     reason = str(error).strip().splitlines()[0]
-    raise ValueError(f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({reason}); "
-                     "check the name and the connection, or download it elsewhere and name its directory") from error
+    raise ValueError(
+      f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({reason}); "
+      "check the name and the connection, or download it elsewhere and name its directory"
+    ) from error
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """Writes a directory that appears whole or not at all, and parameters into it in bounded memory."""
 
-from collections.abc import Iterable, Iterator
 import contextlib
 import fcntl
 import os
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from flax import traverse_util
 import numpy as np
+from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 BATCH_BYTES = 128 << 20

@@ -14,8 +14,8 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from checkpoints_convert.demo import easyvqa
@@ -115,10 +115,12 @@ class Packer:
         pictures.append(picture.convert("RGB"))
     side = self._image_size
     pixel_values = self._processor.image_processor(
-        pictures, size={"shortest_edge": side}, crop_size={"height": side, "width": side}, return_tensors="np")
+      pictures, size={"shortest_edge": side}, crop_size={"height": side, "width": side}, return_tensors="np"
+    )
     return Batch(
-        pixel_values=jnp.asarray(pixel_values["pixel_values"]),
-        **{name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]})
+      pixel_values=jnp.asarray(pixel_values["pixel_values"]),
+      **{name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]},
+    )
 
   def _row(self, group: list[easyvqa.Example]) -> dict[str, np.ndarray]:
     system = self._tokenize(group[0].question, group[0].answer)[0]
@@ -138,25 +140,25 @@ class Packer:
     num_slots = prefix + self._question_slots
     num_answers = self._question_slots // ANSWER_SLOTS_SHARE
     return {
-        "tokens": _pad(tokens, num_slots, 0),
-        "positions": _pad(positions, num_slots, 0),
-        "segments": _pad(segments, num_slots, UNUSED),
-        "image_start": np.int32(len(system)),
-        "answer_slots": _pad(answer_slots, num_answers, 0),
-        "answers": _pad(answers, num_answers, 0),
-        "answer_valid": np.arange(num_answers) < len(answers),
-        "answer_question": _pad(answer_question, num_answers, 0),
+      "tokens": _pad(tokens, num_slots, 0),
+      "positions": _pad(positions, num_slots, 0),
+      "segments": _pad(segments, num_slots, UNUSED),
+      "image_start": np.int32(len(system)),
+      "answer_slots": _pad(answer_slots, num_answers, 0),
+      "answers": _pad(answers, num_answers, 0),
+      "answer_valid": np.arange(num_answers) < len(answers),
+      "answer_question": _pad(answer_question, num_answers, 0),
     }
 
   def _tokenize(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
     text = self._processor.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-        add_generation_prompt=True)
+      [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True
+    )
     tokenizer = self._processor.tokenizer
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
     image = prompt.index(self._image_token)
     answer_tokens = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-    return prompt[:image], prompt[image + 1:], answer_tokens
+    return prompt[:image], prompt[image + 1 :], answer_tokens
 
 
 def _pad(values: list[int], length: int, fill: int) -> np.ndarray:

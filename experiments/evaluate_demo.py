@@ -12,12 +12,10 @@ import collections
 import json
 import pathlib
 
-from absl import app
-from absl import flags
-from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -25,13 +23,14 @@ from tqdm import tqdm
 from checkpoints_convert.demo import easyvqa
 from experiments.demo_data import Packer, questions_by_image
 from experiments.train_demo import answer_logits
-from himap_jax import checkpoint
-from himap_jax import run
+from himap_jax import checkpoint, run
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling
 
 _CHECKPOINT = flags.DEFINE_string("evaluated_checkpoint", "demo", "As himap_jax.run takes it.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Prompts, outputs and results; a second start goes on from them.", required=True)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Prompts, outputs and results; a second start goes on from them.", required=True
+)
 _METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to evaluate.")
 _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", 500, "Questions drawn from the test split (seed 0).")
 _PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning on all questions, packed by image.")
@@ -80,11 +79,30 @@ def method_right(method: str, examples: list[easyvqa.Example], workdir: pathlib.
   """For every question whether the answer of `himap_jax.run` is right."""
   prompts, output = workdir / "prompts.jsonl", workdir / f"{method}.jsonl"
   easyvqa.write_prompts(prompts, examples)
-  run.run(run.RunConfig(
-      checkpoint=_CHECKPOINT.value, prompts=prompts, image_dir=workdir, output=output, pictures=None, method=method,
-      prune_layers=None, keep=None, max_new_tokens=4, sampling=Sampling(), seed=0, ignore_eos=False, batch_size=8,
-      prompt_buckets=(64, 128), prompt_template="chat", dtype="float32", emit=frozenset(), resume=True, strict=False,
-      compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled")))
+  run.run(
+    run.RunConfig(
+      checkpoint=_CHECKPOINT.value,
+      prompts=prompts,
+      image_dir=workdir,
+      output=output,
+      pictures=None,
+      method=method,
+      prune_layers=None,
+      keep=None,
+      max_new_tokens=4,
+      sampling=Sampling(),
+      seed=0,
+      ignore_eos=False,
+      batch_size=8,
+      prompt_buckets=(64, 128),
+      prompt_template="chat",
+      dtype="float32",
+      emit=frozenset(),
+      resume=True,
+      strict=False,
+      compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled"),
+    )
+  )
   answers = {row["id"]: row["answer"] for row in map(json.loads, output.read_text().splitlines())}
   return {example.id: answers[example.id] == example.answer for example in examples}
 

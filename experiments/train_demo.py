@@ -21,13 +21,12 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from absl import app
-from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import app, flags
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 from tqdm import tqdm
@@ -38,11 +37,17 @@ from himap_jax import checkpoint
 from himap_jax.linear import Linear, matmul
 from himap_jax.llava import Llava
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoints of the training; it resumes from the last one.", required=True)
-_ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Checkpoints of the training; it resumes from the last one.", required=True
+)
+_ADAPTER = flags.DEFINE_string(
+  "adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True
+)
 _STAGES = flags.DEFINE_list(
-    "stages", ["112:280:3:72", "336:110:1:144"],
-    "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.")
+  "stages",
+  ["112:280:3:72", "336:110:1:144"],
+  "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.",
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 4e-4, "Peak learning rate of the low-rank updates.")
@@ -79,12 +84,14 @@ def init_lora(key: jax.Array, language_model: dict[str, Any], rank: int) -> dict
 
 def apply_lora(lora: dict[str, dict[str, jax.Array]]) -> Any:
   """Adds the low-rank updates to the linear layers of whatever module runs in this context."""
+
   def interceptor(call, args, kwargs, context):
     y = call(*args, **kwargs)
     update = lora.get("/".join(context.module.path)) if isinstance(context.module, Linear) else None
     if update is None:
       return y
     return y + LORA_SCALE * matmul(matmul(args[0], update["a"]), update["b"])
+
   return nn.intercept_methods(interceptor)
 
 
@@ -122,31 +129,34 @@ def init_projector(key: jax.Array, params: Any) -> dict[str, Any]:
   keys = jax.random.split(key)
   size = jnp.sqrt(jnp.mean(jnp.square(params["language_model"]["embed_tokens"]["weight"])))
   (hidden, features), (width, _) = (
-      params["multi_modal_projector"][layer]["weight"].shape for layer in ("linear_1", "linear_2"))
+    params["multi_modal_projector"][layer]["weight"].shape for layer in ("linear_1", "linear_2")
+  )
   return {
-      "linear_1": {
-          "weight": jax.random.normal(keys[0], (hidden, features)) * features**-0.5, "bias": jnp.zeros(hidden)},
-      "linear_2": {
-          "weight": jax.random.normal(keys[1], (width, hidden)) * 1.5 * size * hidden**-0.5, "bias": jnp.zeros(width)},
+    "linear_1": {"weight": jax.random.normal(keys[0], (hidden, features)) * features**-0.5, "bias": jnp.zeros(hidden)},
+    "linear_2": {
+      "weight": jax.random.normal(keys[1], (width, hidden)) * 1.5 * size * hidden**-0.5,
+      "bias": jnp.zeros(width),
+    },
   }
 
 
 def answer_logits(model: Llava, params: Any, lora: Any, batch: Batch) -> jax.Array:
   """Logits `[B, A, V]` of every answer token, given the tokens before it."""
+
   def forward(bound: Llava) -> jax.Array:
     x = bound.merge(batch.tokens, batch.image_start, bound.encode_images(batch.pixel_values))
     x, _ = bound.language_model(
-        x, batch.positions, first=0, last=model.config.text.num_hidden_layers, mask=batch.mask())
+      x, batch.positions, first=0, last=model.config.text.num_hidden_layers, mask=batch.mask()
+    )
     return bound.logits(jnp.take_along_axis(x, batch.answer_slots[:, :, None], axis=1))
 
   with apply_lora(lora):
     return model.apply({"params": params}, method=forward)
 
 
-def make_step(
-    model: Llava, frozen: Any, whitening: Whitening, optimizer: optax.GradientTransformation
-) -> Any:
+def make_step(model: Llava, frozen: Any, whitening: Whitening, optimizer: optax.GradientTransformation) -> Any:
   """One update of `{"projector", "lora"}`; returns the new state, the loss and the share of right answer tokens."""
+
   def loss_fn(trainable: Any, frozen: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     params = {**frozen, "multi_modal_projector": whitening.fold(trainable["projector"])}
     logits = answer_logits(model, params, trainable["lora"], batch)
@@ -167,14 +177,17 @@ def make_step(
 
 def make_optimizer(num_steps: int) -> optax.GradientTransformation:
   """AdamW with warm-up and cosine decay; the projector has its own rate."""
+
   def adamw(peak: float) -> optax.GradientTransformation:
     return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, peak, min(20, num_steps // 2), num_steps, 0.02 * peak))
 
   return optax.chain(
-      optax.clip_by_global_norm(1.0),
-      optax.multi_transform(
-          {"projector": adamw(_PROJECTOR_RATE.value), "lora": adamw(_LORA_RATE.value)},
-          {"projector": "projector", "lora": "lora"}))
+    optax.clip_by_global_norm(1.0),
+    optax.multi_transform(
+      {"projector": adamw(_PROJECTOR_RATE.value), "lora": adamw(_LORA_RATE.value)},
+      {"projector": "projector", "lora": "lora"},
+    ),
+  )
 
 
 def export_adapter(path: pathlib.Path, projector: Any, lora: Any) -> None:
@@ -188,30 +201,40 @@ def export_adapter(path: pathlib.Path, projector: Any, lora: Any) -> None:
     tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = entry["a"], entry["b"]
   partial = path.with_suffix(".partial")
   save_file(
-      {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()},
-      partial, metadata={"lora_scale": str(LORA_SCALE)})
+    {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()},
+    partial,
+    metadata={"lora_scale": str(LORA_SCALE)},
+  )
   partial.replace(path)
 
 
-def train(model: Llava, params: Any, processor: Any, stages: list[Stage], workdir: pathlib.Path, adapter: pathlib.Path) -> None:
+def train(
+  model: Llava, params: Any, processor: Any, stages: list[Stage], workdir: pathlib.Path, adapter: pathlib.Path
+) -> None:
   """Runs the stages from the last checkpoint on."""
   num_steps = sum(stage.steps for stage in stages)
   optimizer = make_optimizer(num_steps)
   params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   trainable = {
-      "projector": init_projector(jax.random.key(_SEED.value), params),
-      "lora": init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value),
+    "projector": init_projector(jax.random.key(_SEED.value), params),
+    "lora": init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value),
   }
   frozen = {name: value for name, value in params.items() if name != "multi_modal_projector"}
   state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.int32(0)}
   images = questions_by_image("train")
   packers = [
-      Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots) for stage in stages]
+    Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots)
+    for stage in stages
+  ]
   whitening = measure_whitening(
-      model, params, [packers[0].sample(images, 8, seed=(_SEED.value, num_steps + i)) for i in range(WHITENING_IMAGES // 8)])
+    model,
+    params,
+    [packers[0].sample(images, 8, seed=(_SEED.value, num_steps + i)) for i in range(WHITENING_IMAGES // 8)],
+  )
   step_fn = make_step(model, frozen, whitening, optimizer)
   with ocp.training.Checkpointer(
-      workdir, preservation_policy=ocp.training.preservation_policies.LatestN(2)) as checkpointer:
+    workdir, preservation_policy=ocp.training.preservation_policies.LatestN(2)
+  ) as checkpointer:
     if checkpointer.latest is not None:
       state = checkpointer.load(checkpointer.latest.step, state)
     first_step = int(state["step"])
@@ -225,7 +248,9 @@ def train(model: Llava, params: Any, processor: Any, stages: list[Stage], workdi
         losses.append(float(loss))
         rights.append(float(right))
         progress.update()
-        progress.set_postfix_str(f"{stage.image_size} px, loss {np.mean(losses[-20:]):.3f}, right {np.mean(rights[-20:]):.3f}")
+        progress.set_postfix_str(
+          f"{stage.image_size} px, loss {np.mean(losses[-20:]):.3f}, right {np.mean(rights[-20:]):.3f}"
+        )
         if (index + 1) % _SAVE_EVERY.value == 0 or index + 1 == num_steps:
           checkpointer.save_pytree(index + 1, state)
           export_adapter(adapter, whitening.fold(state["trainable"]["projector"]), state["trainable"]["lora"])

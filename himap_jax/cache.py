@@ -40,18 +40,19 @@ class SegmentCache:
 
 
 def from_prefill(
-    keys: tuple[Float[Array, "B S K H"], ...],
-    values: tuple[Float[Array, "B S K H"], ...],
-    positions: Int[Array, "B S"],
-    num_new_slots: int,
+  keys: tuple[Float[Array, "B S K H"], ...],
+  values: tuple[Float[Array, "B S K H"], ...],
+  positions: Int[Array, "B S"],
+  num_new_slots: int,
 ) -> SegmentCache:
   """A cache that holds a prefilled segment and has room for `num_new_slots` more tokens."""
+
   def grow(x: Array, fill: int) -> Array:
     return jnp.pad(x, [(0, 0), (0, num_new_slots)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
 
   return SegmentCache(
-      keys=tuple(grow(x, 0) for x in keys),
-      values=tuple(grow(x, 0) for x in values),
-      positions=grow(positions, UNUSED_POSITION),
-      num_slots_used=jnp.int32(positions.shape[1]),
+    keys=tuple(grow(x, 0) for x in keys),
+    values=tuple(grow(x, 0) for x in values),
+    positions=grow(positions, UNUSED_POSITION),
+    num_slots_used=jnp.int32(positions.shape[1]),
   )

@@ -73,29 +73,59 @@ def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathli
   return convert(source, cache_dir / "converted" / f"{label}-{fingerprint(source)[:16]}")
 
 
-def load(
-    name: str,
-    *,
-    dtype: Any,
-    cache_dir: str | pathlib.Path | None = None,
-    shardings: PyTree | None = None,
-) -> LoadedModel:
-  """Loads a checkpoint, converting it first where that is needed.
+@dataclasses.dataclass(frozen=True)
+class OpenCheckpoint:
+  """A checkpoint whose settings are read and whose weights are not yet.
+
+  Attributes:
+    config: the model's configuration.
+    processor: transformers' processor: tokenizer, image processor and chat template.
+    directory: the converted checkpoint.
+  """
+
+  config: LlavaConfig
+  processor: Any
+  directory: pathlib.Path
+
+  def restore(self, *, dtype: Any, shardings: PyTree | None = None) -> LoadedModel:
+    """Reads the weights.
+
+    Args:
+      dtype: of every parameter.
+      shardings: a tree like the parameters', or one sharding for all; the first device when absent.
+
+    Raises:
+      ValueError: the weights cannot be read.
+    """
+    params = _restore(self.directory / PARAMS, abstract_params(self.config, jnp.float32), dtype, shardings)
+    return LoadedModel(
+      self.config, params, self.processor, self.directory, _eos_token_ids(self.directory, self.processor)
+    )
+
+
+def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -> OpenCheckpoint:
+  """Finds a checkpoint, converts it where that is needed, and reads everything but its weights.
 
   Args:
     name: as `resolve` takes it.
-    dtype: of every parameter.
     cache_dir: as `resolve` takes it.
-    shardings: a tree like the parameters', or one sharding for all; the first device when absent.
 
   Raises:
     ValueError: there is no such checkpoint, or it cannot be converted or read.
   """
   directory = resolve(name, cache_dir=cache_dir)
-  config = load_config(directory)
-  params = _restore(directory / PARAMS, abstract_params(config, jnp.float32), dtype, shardings)
-  processor = _load_processor(directory)
-  return LoadedModel(config, params, processor, directory, _eos_token_ids(directory, processor))
+  return OpenCheckpoint(load_config(directory), _load_processor(directory), directory)
+
+
+def load(
+  name: str,
+  *,
+  dtype: Any,
+  cache_dir: str | pathlib.Path | None = None,
+  shardings: PyTree | None = None,
+) -> LoadedModel:
+  """Opens and restores a checkpoint: see `open_checkpoint` and `OpenCheckpoint.restore`."""
+  return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, shardings=shardings)
 
 
 def _restore(path: pathlib.Path, abstract: PyTree, dtype: Any, shardings: PyTree | None) -> PyTree:
@@ -106,7 +136,8 @@ def _restore(path: pathlib.Path, abstract: PyTree, dtype: Any, shardings: PyTree
     one = shardings
     shardings = jax.tree.map(lambda _: one, abstract)
   targets = jax.tree.map(
-      lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed), abstract, shardings)
+    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed), abstract, shardings
+  )
   context = ocp.Context()
   largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest) + 1

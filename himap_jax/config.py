@@ -142,13 +142,13 @@ def from_hf(fields: dict[str, Any], *, where: str = "config.json") -> LlavaConfi
     if not -depth - 1 <= layer <= depth:
       raise ValueError(f"{where}: vision_feature_layer {layer} is out of range for a tower of {depth} layers")
   return LlavaConfig(
-      vision=_vision(complete.vision_config, where),
-      text=_text(complete.text_config, fields.get("tie_word_embeddings"), where),
-      image_token_id=complete.image_token_id,
-      vision_feature_layers=tuple(layer % (depth + 1) for layer in layers),
-      vision_feature_select_strategy=complete.vision_feature_select_strategy,
-      projector_hidden_act=complete.projector_hidden_act,
-      projector_bias=complete.multimodal_projector_bias,
+    vision=_vision(complete.vision_config, where),
+    text=_text(complete.text_config, fields.get("tie_word_embeddings"), where),
+    image_token_id=complete.image_token_id,
+    vision_feature_layers=tuple(layer % (depth + 1) for layer in layers),
+    vision_feature_select_strategy=complete.vision_feature_select_strategy,
+    projector_hidden_act=complete.projector_hidden_act,
+    projector_bias=complete.multimodal_projector_bias,
   )
 
 
@@ -159,14 +159,14 @@ def _require(condition: bool, where: str, what: str, found: Any, known: tuple[st
 
 def _vision(hf: Any, where: str) -> VisionConfig:
   common = dict(
-      model_type=hf.model_type,
-      hidden_size=hf.hidden_size,
-      num_hidden_layers=hf.num_hidden_layers,
-      num_attention_heads=hf.num_attention_heads,
-      image_size=hf.image_size,
-      patch_size=hf.patch_size,
-      hidden_act=hf.hidden_act,
-      layer_norm_eps=hf.layer_norm_eps,
+    model_type=hf.model_type,
+    hidden_size=hf.hidden_size,
+    num_hidden_layers=hf.num_hidden_layers,
+    num_attention_heads=hf.num_attention_heads,
+    image_size=hf.image_size,
+    patch_size=hf.patch_size,
+    hidden_act=hf.hidden_act,
+    layer_norm_eps=hf.layer_norm_eps,
   )
   if hf.model_type != "dinov2":
     return VisionConfig(intermediate_size=hf.intermediate_size, **common)
@@ -181,18 +181,18 @@ def _text(hf: Any, tied: bool | None, where: str) -> TextConfig:
   known = {field.name for field in dataclasses.fields(RopeConfig)}
   scaling = {key: value for key, value in rope.items() if key in known}
   return TextConfig(
-      vocab_size=hf.vocab_size,
-      hidden_size=hf.hidden_size,
-      intermediate_size=hf.intermediate_size,
-      num_hidden_layers=hf.num_hidden_layers,
-      num_attention_heads=hf.num_attention_heads,
-      num_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
-      head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-      rms_norm_eps=hf.rms_norm_eps,
-      max_position_embeddings=hf.max_position_embeddings,
-      tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
-      attention_bias=hf.attention_bias,
-      mlp_bias=hf.mlp_bias,
-      hidden_act=hf.hidden_act,
-      rope=RopeConfig(theta=rope["rope_theta"], **scaling),
+    vocab_size=hf.vocab_size,
+    hidden_size=hf.hidden_size,
+    intermediate_size=hf.intermediate_size,
+    num_hidden_layers=hf.num_hidden_layers,
+    num_attention_heads=hf.num_attention_heads,
+    num_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
+    head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+    rms_norm_eps=hf.rms_norm_eps,
+    max_position_embeddings=hf.max_position_embeddings,
+    tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
+    attention_bias=hf.attention_bias,
+    mlp_bias=hf.mlp_bias,
+    hidden_act=hf.hidden_act,
+    rope=RopeConfig(theta=rope["rope_theta"], **scaling),
   )

@@ -48,7 +48,8 @@ class Attention(nn.Module):
   def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
     batch, slots, _ = x.shape
     query, key, value = (
-        linear(x).reshape(batch, slots, -1, self.config.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj))
+      linear(x).reshape(batch, slots, -1, self.config.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)
+    )
     return Projections(query=rope.rotate(query, *rotation), key=rope.rotate(key, *rotation), value=value)
 
   def output(self, context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
@@ -78,20 +79,20 @@ class DecoderLayer(nn.Module):
     self.mlp = FeedForward(self.config)
 
   def __call__(
-      self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
+    self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
   ) -> tuple[Float[Array, "B S D"], Projections]:
     projections = self.self_attn.project(self.input_layernorm(x), rotation)
     context = attend(projections.query, projections.key, projections.value, mask, is_causal=mask is None)
     return self._finish(x, context), projections
 
   def extend(
-      self,
-      x: Float[Array, "B S D"],
-      rotation: Rotation,
-      mask: Bool[Array, "B 1 S T"],
-      keys: Float[Array, "B T K H"],
-      values: Float[Array, "B T K H"],
-      slot: Int[Array, ""],
+    self,
+    x: Float[Array, "B S D"],
+    rotation: Rotation,
+    mask: Bool[Array, "B 1 S T"],
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    slot: Int[Array, ""],
   ) -> tuple[Float[Array, "B S D"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     new = self.self_attn.project(self.input_layernorm(x), rotation)
     keys = jax.lax.dynamic_update_slice_in_dim(keys, new.key, slot, axis=1)
@@ -114,13 +115,13 @@ class Decoder(nn.Module):
     self.norm = RMSNorm(self.config.rms_norm_eps)
 
   def __call__(
-      self,
-      x: Float[Array, "B S D"],
-      positions: Int[Array, "B S"],
-      *,
-      first: int,
-      last: int,
-      mask: Bool[Array, "B 1 S S"] | None = None,
+    self,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    *,
+    first: int,
+    last: int,
+    mask: Bool[Array, "B 1 S S"] | None = None,
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
     """Runs layers `first … last − 1`.
 
@@ -143,11 +144,11 @@ class Decoder(nn.Module):
     return x, projections
 
   def extend(
-      self,
-      tokens: Int[Array, "B 1"],
-      positions: Int[Array, "B 1"],
-      caches: tuple[SegmentCache, ...],
-      dtype: jnp.dtype,
+    self,
+    tokens: Int[Array, "B 1"],
+    positions: Int[Array, "B 1"],
+    caches: tuple[SegmentCache, ...],
+    dtype: jnp.dtype,
   ) -> tuple[Float[Array, "B 1 D"], tuple[SegmentCache, ...]]:
     """Runs every layer on one new token a row, over the caches of all segments.
 
@@ -169,7 +170,8 @@ class Decoder(nn.Module):
       keys, values = [], []
       for layer_keys, layer_values in zip(cache.keys, cache.values, strict=True):
         x, layer_keys, layer_values = self.layers[index].extend(
-            x, rotation, mask, layer_keys, layer_values, cache.num_slots_used - 1)
+          x, rotation, mask, layer_keys, layer_values, cache.num_slots_used - 1
+        )
         keys.append(layer_keys)
         values.append(layer_values)
         index += 1

@@ -15,13 +15,13 @@ MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _SIGNATURE_BYTES = 16
 _TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
 }
 _TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 _warnings_lock = threading.Lock()
@@ -30,125 +30,120 @@ Image.init()
 
 
 class ImageError(ValueError):
-    """An image file that cannot be used; the message names the file and why."""
+  """An image file that cannot be used; the message names the file and why."""
 
 
-def load_image(
-    path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS
-) -> Image.Image:
-    """Opens a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file as an RGB picture.
+def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+  """Opens a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file as an RGB picture.
 
-    Of an animation, the first frame is used. Transparency is laid on white,
-    16-bit greyscale is scaled to 8 bits, and the EXIF orientation is applied.
-    Colour profiles are ignored. Several threads may call this at once.
+  Of an animation, the first frame is used. Transparency is laid on white,
+  16-bit greyscale is scaled to 8 bits, and the EXIF orientation is applied.
+  Colour profiles are ignored. Several threads may call this at once.
 
-    The size is checked before anything is decoded. A baseline JPEG above
-    `max_pixels` is decoded at a half, a quarter or an eighth of its size; any
-    other picture above it is refused. Decoding takes up to 16 bytes a pixel.
+  The size is checked before anything is decoded. A baseline JPEG above
+  `max_pixels` is decoded at a half, a quarter or an eighth of its size; any
+  other picture above it is refused. Decoding takes up to 16 bytes a pixel.
 
-    Raises:
-      ImageError: the file is missing, unreadable, empty, not an image of these
-        formats, truncated, damaged, too large, or has samples of 32 bits.
-    """
-    with _open_file(path) as file:
-        try:
-            image = _open_image(file)
-            _limit_size(image, max_pixels)
-            image.load()
-            return _upright(_to_rgb(image), _orientation(image))
-        except ImageError as error:
-            raise ImageError(f"{path}: {error}") from error
-        except Exception as error:  # Pillow's readers raise any type on damaged data.
-            reason = str(error) or type(error).__name__
-            raise ImageError(f"{path}: damaged image: {reason}") from error
+  Raises:
+    ImageError: the file is missing, unreadable, empty, not an image of these
+      formats, truncated, damaged, too large, or has samples of 32 bits.
+  """
+  with _open_file(path) as file:
+    try:
+      image = _open_image(file)
+      _limit_size(image, max_pixels)
+      image.load()
+      return _upright(_to_rgb(image), _orientation(image))
+    except ImageError as error:
+      raise ImageError(f"{path}: {error}") from error
+    except Exception as error:  # Pillow's readers raise any type on damaged data.
+      reason = str(error) or type(error).__name__
+      raise ImageError(f"{path}: damaged image: {reason}") from error
 
 
 def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise ImageError(f"{path}: not a regular file")
-        return open(path, "rb")
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
-    except ImageError:
-        raise
-    except ValueError as error:
-        raise ImageError(f"{path!r}: {error}") from error
+  try:
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise ImageError(f"{path}: not a regular file")
+    return open(path, "rb")
+  except OSError as error:
+    raise ImageError(f"{path}: {error.strerror}") from error
+  except ImageError:
+    raise
+  except ValueError as error:
+    raise ImageError(f"{path!r}: {error}") from error
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
-    """`Image.open` without its own limit, which a JPEG may exceed here."""
-    signature = file.read(_SIGNATURE_BYTES)
-    if not signature:
-        raise ImageError("the file is empty")
-    for name in _FORMATS:
-        factory, accept = Image.OPEN.get(name, (None, None))
-        if factory and accept and accept(signature) is True:
-            file.seek(0)
-            with _without_warnings():
-                return factory(file, "")
-    raise ImageError(f"not an image of a supported format ({', '.join(_FORMATS)})")
+  """`Image.open` without its own limit, which a JPEG may exceed here."""
+  signature = file.read(_SIGNATURE_BYTES)
+  if not signature:
+    raise ImageError("the file is empty")
+  for name in _FORMATS:
+    factory, accept = Image.OPEN.get(name, (None, None))
+    if factory and accept and accept(signature) is True:
+      file.seek(0)
+      with _without_warnings():
+        return factory(file, "")
+  raise ImageError(f"not an image of a supported format ({', '.join(_FORMATS)})")
 
 
 def _limit_size(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height <= max_pixels:
-        return
-    if isinstance(image, JpegImagePlugin.JpegImageFile):
-        # A progressive JPEG holds every coefficient in memory at any scale.
-        scales = () if "progressive" in image.info else (2, 4, 8)
-        for scale in scales:
-            if -(-width // scale) * -(-height // scale) <= max_pixels:
-                image.draft(None, (width // scale, height // scale))
-                break
-    if image.width * image.height > max_pixels:
-        raise ImageError(
-            f"{width} x {height} = {width * height:,} pixels is above the limit of "
-            f"{max_pixels:,}"
-        )
+  width, height = image.size
+  if width * height <= max_pixels:
+    return
+  if isinstance(image, JpegImagePlugin.JpegImageFile):
+    # A progressive JPEG holds every coefficient in memory at any scale.
+    scales = () if "progressive" in image.info else (2, 4, 8)
+    for scale in scales:
+      if -(-width // scale) * -(-height // scale) <= max_pixels:
+        image.draft(None, (width // scale, height // scale))
+        break
+  if image.width * image.height > max_pixels:
+    raise ImageError(f"{width} x {height} = {width * height:,} pixels is above the limit of {max_pixels:,}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _scale_to_8_bit(image).convert("RGB")
-    if image.mode == "F":
-        raise ImageError("floating-point samples are not supported")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    if image.mode != "RGBA":
-        image = image.convert("RGBA")
-    opaque = Image.new("RGB", image.size, "white")
-    opaque.paste(image.convert("RGB"), mask=image.getchannel("A"))
-    return opaque
+  if image.mode == "I" or image.mode.startswith("I;16"):
+    return _scale_to_8_bit(image).convert("RGB")
+  if image.mode == "F":
+    raise ImageError("floating-point samples are not supported")
+  if not image.has_transparency_data:
+    return image.convert("RGB")
+  if image.mode != "RGBA":
+    image = image.convert("RGBA")
+  opaque = Image.new("RGB", image.size, "white")
+  opaque.paste(image.convert("RGB"), mask=image.getchannel("A"))
+  return opaque
 
 
 def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-    samples = np.asarray(image)
-    if samples.min() < 0 or samples.max() > 65535:
-        raise ImageError("samples of 32 bits are not supported")
-    scaled = _TO_8_BIT[samples]
-    transparent = image.info.get("transparency")
-    if transparent is not None:
-        scaled[samples == transparent] = 255
-    return Image.fromarray(scaled)
+  samples = np.asarray(image)
+  if samples.min() < 0 or samples.max() > 65535:
+    raise ImageError("samples of 32 bits are not supported")
+  scaled = _TO_8_BIT[samples]
+  transparent = image.info.get("transparency")
+  if transparent is not None:
+    scaled[samples == transparent] = 255
+  return Image.fromarray(scaled)
 
 
 def _orientation(image: Image.Image) -> int:
-    try:
-        with _without_warnings():
-            return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # Damaged EXIF says nothing about the picture itself.
-        return 1
+  try:
+    with _without_warnings():
+      return image.getexif().get(ExifTags.Base.Orientation, 1)
+  except Exception:  # Damaged EXIF says nothing about the picture itself.
+    return 1
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    method = _TRANSPOSE.get(orientation)
-    return image if method is None else image.transpose(method)
+  method = _TRANSPOSE.get(orientation)
+  return image if method is None else image.transpose(method)
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    # The filters are the process's, so only one thread may replace them at a time.
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+  # The filters are the process's, so only one thread may replace them at a time.
+  with _warnings_lock, warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    yield

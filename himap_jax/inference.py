@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from himap_jax.generate import Generation, Generator
+from himap_jax.generation import Generation, Generator
 from himap_jax.images import load_image
 from himap_jax.output import OutputWriter
 from himap_jax.processing import Example, Processor
@@ -42,15 +42,15 @@ class Summary:
 
 
 def answer_all(
-    prompts: Sequence[Prompt | RowError],
-    processor: Processor,
-    generator: Generator,
-    writer: OutputWriter,
-    *,
-    image_dir: pathlib.Path,
-    batch_size: int,
-    emit: frozenset[str],
-    pictures: pathlib.Path | None,
+  prompts: Sequence[Prompt | RowError],
+  processor: Processor,
+  generator: Generator,
+  writer: OutputWriter,
+  *,
+  image_dir: pathlib.Path,
+  batch_size: int,
+  emit: frozenset[str],
+  pictures: pathlib.Path | None,
 ) -> Summary:
   """Answers every prompt that the output does not hold yet, batch by batch; a bad row becomes an error row."""
   summary = Summary()
@@ -72,7 +72,7 @@ Group = list[tuple[Prompt, Example]]
 
 
 def _batches(
-    prompts: Sequence[Prompt | RowError], processor: Processor, *, image_dir: pathlib.Path, batch_size: int
+  prompts: Sequence[Prompt | RowError], processor: Processor, *, image_dir: pathlib.Path, batch_size: int
 ) -> Iterator[RowError | Group]:
   """Groups prompts of one bucket; what cannot be prepared comes out as an error at once."""
   waiting: dict[int, Group] = {}
@@ -93,14 +93,14 @@ def _batches(
 
 
 def _answer(
-    group: Group,
-    processor: Processor,
-    generator: Generator,
-    summary: Summary,
-    *,
-    batch_size: int,
-    emit: frozenset[str],
-    pictures: pathlib.Path | None,
+  group: Group,
+  processor: Processor,
+  generator: Generator,
+  summary: Summary,
+  *,
+  batch_size: int,
+  emit: frozenset[str],
+  pictures: pathlib.Path | None,
 ) -> list[dict[str, Any]]:
   examples = [example for _, example in group]
   ids = [prompt.id for prompt, _ in group]
@@ -125,7 +125,7 @@ def _answer(
 
 
 def _answer_row(
-    prompt: Prompt, result: Generation, index: int, processor: Processor, num_rows: int, emit: frozenset[str]
+  prompt: Prompt, result: Generation, index: int, processor: Processor, num_rows: int, emit: frozenset[str]
 ) -> dict[str, Any]:
   row = {"id": prompt.id, "answer": processor.decode(result.tokens[index]), "error": None}
   if "tokens" in emit:
@@ -136,9 +136,9 @@ def _answer_row(
     row["first_logits"] = result.logits[index].tolist()
   if "timing" in emit:
     row["timing"] = {
-        "prefill_seconds": result.prefill_seconds / num_rows,
-        "decode_seconds": result.decode_seconds / num_rows,
-        "rows_in_batch": num_rows,
+      "prefill_seconds": result.prefill_seconds / num_rows,
+      "decode_seconds": result.decode_seconds / num_rows,
+      "rows_in_batch": num_rows,
     }
   return row
 

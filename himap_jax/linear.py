@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "relu": nn.relu,
-    "silu": nn.silu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_new": nn.gelu,
+  "gelu_pytorch_tanh": nn.gelu,
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+  "relu": nn.relu,
+  "silu": nn.silu,
 }
 
-# In a decode loop the weights do not change, so XLA on CPU converts (one row) or transposes (few rows) all of them ahead of
-# the loop and holds them twice. A few rows more and a barrier that ties each weight to its input keep it from doing so.
+# In a decode loop the weights do not change, so XLA on CPU converts (one row) or transposes (few rows) all of them ahead
+# of the loop and holds them twice. More rows and a barrier that ties each weight to its input keep it from doing so.
 MIN_ROWS = 4
 
 

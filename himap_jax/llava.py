@@ -53,8 +53,7 @@ class Llava(nn.Module):
 
   def setup(self) -> None:
     config = self.config
-    self.vision_tower = VisionTower(
-        config.vision, config.vision_feature_layers, config.vision_feature_select_strategy)
+    self.vision_tower = VisionTower(config.vision, config.vision_feature_layers, config.vision_feature_select_strategy)
     self.multi_modal_projector = Projector(config)
     self.language_model = Decoder(config.text)
     if not config.text.tie_word_embeddings:
@@ -68,7 +67,7 @@ class Llava(nn.Module):
       return self.multi_modal_projector(features)
 
   def merge(
-      self, tokens: Int[Array, "B S"], image_start: Int[Array, "B"], image_tokens: Float[Array, "B N D"]
+    self, tokens: Int[Array, "B S"], image_start: Int[Array, "B"], image_tokens: Float[Array, "B N D"]
   ) -> Float[Array, "B S D"]:
     """Embeds the tokens and puts the image tokens into their slots."""
     num_image_tokens = image_tokens.shape[1]
@@ -103,10 +102,10 @@ def abstract_params(config: LlavaConfig, dtype: Any) -> dict[str, Any]:
   side = config.vision.image_size // config.vision.patch_size * config.vision.patch_size
   num_slots = config.num_image_tokens(side, side) + 1
   inputs = Inputs(
-      tokens=jax.ShapeDtypeStruct((1, num_slots), jnp.int32),
-      length=jax.ShapeDtypeStruct((1,), jnp.int32),
-      image_start=jax.ShapeDtypeStruct((1,), jnp.int32),
-      pixel_values=jax.ShapeDtypeStruct((1, 3, side, side), jnp.float32),
+    tokens=jax.ShapeDtypeStruct((1, num_slots), jnp.int32),
+    length=jax.ShapeDtypeStruct((1,), jnp.int32),
+    image_start=jax.ShapeDtypeStruct((1,), jnp.int32),
+    pixel_values=jax.ShapeDtypeStruct((1, 3, side, side), jnp.float32),
   )
   variables = jax.eval_shape(Llava(config, dtype).init, jax.random.key(0), inputs)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables["params"])

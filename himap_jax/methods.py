@@ -24,18 +24,20 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "none": Method("no pruning", (), (), ()),
-    "himap": Method("arXiv 2503.13108, question answering", (instruction_attention, image_attention), (2, 8), (0.5, 0.125)),
+  "none": Method("no pruning", (), (), ()),
+  "himap": Method(
+    "arXiv 2503.13108, question answering", (instruction_attention, image_attention), (2, 8), (0.5, 0.125)
+  ),
 }
 
 
 def build_schedule(
-    method: str,
-    *,
-    num_layers: int,
-    num_image_tokens: int,
-    prune_layers: tuple[int, ...] | None = None,
-    keep: tuple[int | float, ...] | None = None,
+  method: str,
+  *,
+  num_layers: int,
+  num_image_tokens: int,
+  prune_layers: tuple[int, ...] | None = None,
+  keep: tuple[int | float, ...] | None = None,
 ) -> Schedule:
   """Builds and checks a method's schedule for a model.
 

@@ -12,186 +12,184 @@ _REQUIRED = frozenset({"id", "answer", "error"})
 
 
 class OutputWriter:
-    """Appends rows to a JSONL file; the only writer of that file while it is open.
+  """Appends rows to a JSONL file; the only writer of that file while it is open.
 
-    A context manager. A batch is one write followed by an fsync, so a process
-    killed at any moment leaves at most one torn row, at the end, which the next
-    run with `resume` removes.
+  A context manager. A batch is one write followed by an fsync, so a process
+  killed at any moment leaves at most one torn row, at the end, which the next
+  run with `resume` removes.
 
-    Attributes:
-      answered: the ids in the file: those found by `resume` and those written.
+  Attributes:
+    answered: the ids in the file: those found by `resume` and those written.
+  """
+
+  answered: set[str | int]
+
+  def __init__(self, path: str | os.PathLike[str], *, resume: bool):
+    """Opens and locks the file, and creates it where there is none.
+
+    Args:
+      path: the output file; its directory must exist.
+      resume: keep the rows that the file has. Otherwise they are replaced
+        when the first batch is written, so a run that fails before that
+        loses nothing.
+
+    Raises:
+      ValueError: the path cannot be written, another run is writing it, or
+        `resume` finds something other than output rows in it.
     """
+    self._file = _open_locked(path)
+    self._replace = not resume
+    self.answered = set()
+    if resume:
+      with contextlib.ExitStack() as stack:
+        stack.callback(self.close)
+        self.answered = _repair(self._file, path)
+        stack.pop_all()
 
-    answered: set[str | int]
+  def __enter__(self) -> Self:
+    return self
 
-    def __init__(self, path: str | os.PathLike[str], *, resume: bool):
-        """Opens and locks the file, and creates it where there is none.
+  def __exit__(self, *exception: object) -> None:
+    self.close()
 
-        Args:
-          path: the output file; its directory must exist.
-          resume: keep the rows that the file has. Otherwise they are replaced
-            when the first batch is written, so a run that fails before that
-            loses nothing.
+  def close(self) -> None:
+    """Closes the file and releases its lock; a second call does nothing."""
+    self._file.close()
 
-        Raises:
-          ValueError: the path cannot be written, another run is writing it, or
-            `resume` finds something other than output rows in it.
-        """
-        self._file = _open_locked(path)
-        self._replace = not resume
-        self.answered = set()
-        if resume:
-            with contextlib.ExitStack() as stack:
-                stack.callback(self.close)
-                self.answered = _repair(self._file, path)
-                stack.pop_all()
+  def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends a batch, whole or not at all.
 
-    def __enter__(self) -> Self:
-        return self
+    Raises:
+      ValueError: a row lacks `id`, `answer` or `error`, repeats an id, or
+        holds NaN or infinity; nothing is written.
+      TypeError: a row holds a value that JSON does not have.
+      OSError: the write failed, for example on a full disk; the part that
+        was written is taken back.
+    """
+    rows = list(rows)
+    ids = self._new_ids(rows)
+    data = b"".join(json.dumps(dict(row), allow_nan=False).encode() + b"\n" for row in rows)
+    if self._replace:
+      self._file.truncate(0)
+      self._replace = False
+    start = self._file.seek(0, os.SEEK_END)
+    try:
+      _write_all(self._file, data)
+      os.fsync(self._file.fileno())
+    except BaseException:
+      with contextlib.suppress(OSError):
+        self._file.truncate(start)
+      raise
+    self.answered |= ids
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes the file and releases its lock; a second call does nothing."""
-        self._file.close()
-
-    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Appends a batch, whole or not at all.
-
-        Raises:
-          ValueError: a row lacks `id`, `answer` or `error`, repeats an id, or
-            holds NaN or infinity; nothing is written.
-          TypeError: a row holds a value that JSON does not have.
-          OSError: the write failed, for example on a full disk; the part that
-            was written is taken back.
-        """
-        rows = list(rows)
-        ids = self._new_ids(rows)
-        data = b"".join(
-            json.dumps(dict(row), allow_nan=False).encode() + b"\n" for row in rows
-        )
-        if self._replace:
-            self._file.truncate(0)
-            self._replace = False
-        start = self._file.seek(0, os.SEEK_END)
-        try:
-            _write_all(self._file, data)
-            os.fsync(self._file.fileno())
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self._file.truncate(start)
-            raise
-        self.answered |= ids
-
-    def _new_ids(self, rows: Iterable[Mapping[str, Any]]) -> set[str | int]:
-        ids: set[str | int] = set()
-        for row in rows:
-            if not _REQUIRED <= row.keys():
-                raise ValueError(f"an output row needs {sorted(_REQUIRED)}")
-            if row["id"] in ids or row["id"] in self.answered:
-                raise ValueError(f"the id {row['id']!r} already has an output row")
-            ids.add(row["id"])
-        return ids
+  def _new_ids(self, rows: Iterable[Mapping[str, Any]]) -> set[str | int]:
+    ids: set[str | int] = set()
+    for row in rows:
+      if not _REQUIRED <= row.keys():
+        raise ValueError(f"an output row needs {sorted(_REQUIRED)}")
+      if row["id"] in ids or row["id"] in self.answered:
+        raise ValueError(f"the id {row['id']!r} already has an output row")
+      ids.add(row["id"])
+    return ids
 
 
 def answered_ids(path: str | os.PathLike[str]) -> set[str | int]:
-    """The ids with a row in an output file, rows with an error among them.
+  """The ids with a row in an output file, rows with an error among them.
 
-    A torn last row does not count, and a missing file has no rows. The file is
-    left as it is.
+  A torn last row does not count, and a missing file has no rows. The file is
+  left as it is.
 
-    Raises:
-      ValueError: the file cannot be read, or has a line that is not an output row.
-    """
-    try:
-        return _scan(path).ids
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise _cannot("read", path, error) from error
+  Raises:
+    ValueError: the file cannot be read, or has a line that is not an output row.
+  """
+  try:
+    return _scan(path).ids
+  except FileNotFoundError:
+    return set()
+  except OSError as error:
+    raise _cannot("read", path, error) from error
 
 
 def repair(path: str | os.PathLike[str]) -> set[str | int]:
-    """Removes a torn last row from an output file, and returns its ids.
+  """Removes a torn last row from an output file, and returns its ids.
 
-    A last row that only lacks its newline is completed.
+  A last row that only lacks its newline is completed.
 
-    Raises:
-      ValueError: the file cannot be written, another run is writing it, or it
-        has a line that is not an output row; it is then left as it is.
-    """
-    if not os.path.exists(path):
-        return set()
-    with _open_locked(path) as file:
-        return _repair(file, path)
+  Raises:
+    ValueError: the file cannot be written, another run is writing it, or it
+      has a line that is not an output row; it is then left as it is.
+  """
+  if not os.path.exists(path):
+    return set()
+  with _open_locked(path) as file:
+    return _repair(file, path)
 
 
 class _Scan(NamedTuple):
-    ids: set[str | int]
-    end: int
-    lacks_newline: bool
+  ids: set[str | int]
+  end: int
+  lacks_newline: bool
 
 
 def _scan(path: str | os.PathLike[str]) -> _Scan:
-    ids: set[str | int] = set()
-    end = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            whole = line.endswith(b"\n")
-            if line.strip():
-                row = _parse(line)
-                if row is None and not whole and line.startswith(b"{"):
-                    return _Scan(ids, end, False)
-                if not _is_output_row(row):
-                    raise ValueError(f"{path}: line {number} is not an output row")
-                ids.add(row["id"])
-            end += len(line)
-    return _Scan(ids, end, end > 0 and not whole)
+  ids: set[str | int] = set()
+  end = 0
+  with open(path, "rb") as file:
+    for number, line in enumerate(file, start=1):
+      whole = line.endswith(b"\n")
+      if line.strip():
+        row = _parse(line)
+        if row is None and not whole and line.startswith(b"{"):
+          return _Scan(ids, end, False)
+        if not _is_output_row(row):
+          raise ValueError(f"{path}: line {number} is not an output row")
+        ids.add(row["id"])
+      end += len(line)
+  return _Scan(ids, end, end > 0 and not whole)
 
 
 def _parse(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError):
-        return None
+  try:
+    return json.loads(line.decode("utf-8"))
+  except (ValueError, RecursionError):
+    return None
 
 
 def _is_output_row(row: Any) -> bool:
-    is_row = isinstance(row, dict) and _REQUIRED <= row.keys()
-    return is_row and type(row["id"]) in (str, int)
+  is_row = isinstance(row, dict) and _REQUIRED <= row.keys()
+  return is_row and type(row["id"]) in (str, int)
 
 
 def _repair(file: BinaryIO, path: str | os.PathLike[str]) -> set[str | int]:
-    scan = _scan(path)
-    file.truncate(scan.end)
-    if scan.lacks_newline:
-        _write_all(file, b"\n")
-    return scan.ids
+  scan = _scan(path)
+  file.truncate(scan.end)
+  if scan.lacks_newline:
+    _write_all(file, b"\n")
+  return scan.ids
 
 
 def _open_locked(path: str | os.PathLike[str]) -> BinaryIO:
-    try:
-        if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
-            raise ValueError(f"cannot write the output {path}: not a regular file")
-        file = open(path, "a+b", buffering=0)
-    except OSError as error:
-        raise _cannot("write", path, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise ValueError(f"another run is writing the output {path}") from error
-    except OSError:
-        pass  # A file system without locks: the run goes on unguarded.
-    return file
+  try:
+    if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
+      raise ValueError(f"cannot write the output {path}: not a regular file")
+    file = open(path, "a+b", buffering=0)
+  except OSError as error:
+    raise _cannot("write", path, error) from error
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    file.close()
+    raise ValueError(f"another run is writing the output {path}") from error
+  except OSError:
+    pass  # A file system without locks: the run goes on unguarded.
+  return file
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+  view = memoryview(data)
+  while view:
+    view = view[file.write(view) :]
 
 
 def _cannot(verb: str, path: str | os.PathLike[str], error: OSError) -> ValueError:
-    return ValueError(f"cannot {verb} the output {path}: {error.strerror}")
+  return ValueError(f"cannot {verb} the output {path}: {error.strerror}")

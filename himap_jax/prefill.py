@@ -46,12 +46,16 @@ def prefill(model: Llava, params: Any, inputs: Inputs, schedule: Schedule, num_n
   slot = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
   positions = jnp.where(slot < layout.length[:, None], slot, cache.UNUSED_POSITION)
   original = jnp.broadcast_to(
-      jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None], (x.shape[0], layout.num_image_tokens))
+    jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None], (x.shape[0], layout.num_image_tokens)
+  )
   caches, kept = [], []
   for segment in schedule.segments(model.config.text.num_hidden_layers, layout.num_image_tokens):
     x, projections = bound.language_model(x, positions, first=segment.first, last=segment.last)
-    caches.append(cache.from_prefill(
-        tuple(p.key for p in projections), tuple(p.value for p in projections), positions, num_new_slots))
+    caches.append(
+      cache.from_prefill(
+        tuple(p.key for p in projections), tuple(p.value for p in projections), positions, num_new_slots
+      )
+    )
     if segment.stage is not None:
       with jax.named_scope(f"prune_before_layer_{segment.last}"):
         chosen = select(segment.stage.score(projections[-1], layout), segment.stage.keep)
@@ -68,7 +72,7 @@ def select(scores: Float[Array, "B N"], keep: int) -> Int[Array, "B M"]:
 
 
 def gather(
-    x: Float[Array, "B S D"], positions: Int[Array, "B S"], layout: Layout, chosen: Int[Array, "B M"]
+  x: Float[Array, "B S D"], positions: Int[Array, "B S"], layout: Layout, chosen: Int[Array, "B M"]
 ) -> tuple[Float[Array, "B R D"], Int[Array, "B R"], Layout]:
   """Removes the image tokens that were not chosen from hidden states and positions; the rest keep theirs."""
   source, layout = layout.keep(chosen, x.shape[1])

@@ -16,8 +16,9 @@ from himap_jax.llava import Inputs
 
 IMAGE_TAG = "<image>"
 VICUNA_V1 = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-    "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:")
+  "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+  "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
+)
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048)
 MAX_ASPECT_RATIO = 200
 
@@ -52,13 +53,13 @@ class Processor:
   """
 
   def __init__(
-      self,
-      processor: Any,
-      config: LlavaConfig,
-      *,
-      template: str = "chat",
-      buckets: Sequence[int] = DEFAULT_BUCKETS,
-      max_new_tokens: int = 0,
+    self,
+    processor: Any,
+    config: LlavaConfig,
+    *,
+    template: str = "chat",
+    buckets: Sequence[int] = DEFAULT_BUCKETS,
+    max_new_tokens: int = 0,
   ):
     """Checks the settings against the model.
 
@@ -84,8 +85,9 @@ class Processor:
     longest = config.text.max_position_embeddings - self.num_image_tokens - max_new_tokens
     if longest < 1:
       raise ValueError(
-          f"the model's context of {config.text.max_position_embeddings} tokens does not hold an image of "
-          f"{self.num_image_tokens} tokens and {max_new_tokens} new ones")
+        f"the model's context of {config.text.max_position_embeddings} tokens does not hold an image of "
+        f"{self.num_image_tokens} tokens and {max_new_tokens} new ones"
+      )
     if not buckets or any(b < 1 for b in buckets) or sorted(set(buckets)) != list(buckets):
       raise ValueError(f"prompt buckets must be positive and ascending, not {','.join(map(str, buckets))}")
     self.buckets = (*(bucket for bucket in buckets if bucket < longest), longest)
@@ -108,15 +110,17 @@ class Processor:
     ids = list(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
     if ids.count(self._config.image_token_id) != 1:
       raise ValueError(
-          f"the tokenizer turns {IMAGE_TAG} into {ids.count(self._config.image_token_id)} image tokens "
-          f"(id {self._config.image_token_id}); the checkpoint's tokenizer and config.json disagree")
+        f"the tokenizer turns {IMAGE_TAG} into {ids.count(self._config.image_token_id)} image tokens "
+        f"(id {self._config.image_token_id}); the checkpoint's tokenizer and config.json disagree"
+      )
     start = ids.index(self._config.image_token_id)
     if len(ids) - 1 > self.buckets[-1]:
       raise ValueError(
-          f"the prompt has {len(ids) - 1} text tokens; with {self.num_image_tokens} image tokens the model's context "
-          f"leaves room for {self.buckets[-1]}")
+        f"the prompt has {len(ids) - 1} text tokens; with {self.num_image_tokens} image tokens the model's context "
+        f"leaves room for {self.buckets[-1]}"
+      )
     self._check_size(image)
-    return Example(tuple(ids[:start]), tuple(ids[start + 1:]), self._pixels(image))
+    return Example(tuple(ids[:start]), tuple(ids[start + 1 :]), self._pixels(image))
 
   def prompt(self, question: str) -> str:
     """The text of a prompt."""
@@ -146,10 +150,10 @@ class Processor:
       ids = [*example.before, *[self._config.image_token_id] * self.num_image_tokens, *example.after]
       row[: len(ids)] = ids
     return Inputs(
-        tokens=tokens,
-        length=np.array([example.num_text_tokens + self.num_image_tokens for example in rows], np.int32),
-        image_start=np.array([len(example.before) for example in rows], np.int32),
-        pixel_values=np.stack([example.pixel_values for example in rows]),
+      tokens=tokens,
+      length=np.array([example.num_text_tokens + self.num_image_tokens for example in rows], np.int32),
+      image_start=np.array([len(example.before) for example in rows], np.int32),
+      pixel_values=np.stack([example.pixel_values for example in rows]),
     )
 
   def decode(self, tokens: Sequence[int]) -> str:
@@ -159,8 +163,9 @@ class Processor:
   def picture(self, example: Example) -> Image.Image:
     """The picture as the model sees it: resized, and cropped to whole patches."""
     mean, std = (
-        np.asarray(values, np.float32)[:, None, None]
-        for values in (self._processor.image_processor.image_mean, self._processor.image_processor.image_std))
+      np.asarray(values, np.float32)[:, None, None]
+      for values in (self._processor.image_processor.image_mean, self._processor.image_processor.image_std)
+    )
     pixels = np.clip((example.pixel_values * std + mean) * 255, 0, 255).round().astype(np.uint8)
     height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
     return Image.fromarray(pixels[:, :height, :width].transpose(1, 2, 0))
@@ -170,12 +175,14 @@ class Processor:
     shortest, longest = sorted(image.size)
     if longest > MAX_ASPECT_RATIO * shortest:
       raise ValueError(
-          f"the picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the "
-          "other")
+        f"the picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} "
+        "times the other"
+      )
     if getattr(self._processor.image_processor, "do_pad", False) and longest**2 > MAX_PIXELS:
       raise ValueError(
-          f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
-          f"{MAX_PIXELS:,}")
+        f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
+        f"{MAX_PIXELS:,}"
+      )
 
   def _pixels(self, image: Image.Image) -> np.ndarray:
     return np.asarray(self._processor.image_processor(image, return_tensors="np")["pixel_values"][0], np.float32)
@@ -190,6 +197,7 @@ def _check_template(template: str, processor: Any) -> str:
     return template
   if template.count(IMAGE_TAG) != 1 or template.count("{question}") != 1:
     raise ValueError(
-        f"--prompt_template must be vicuna_v1, chat, or a text with one {IMAGE_TAG} and one {{question}}, "
-        f"not {template!r}")
+      f"--prompt_template must be vicuna_v1, chat, or a text with one {IMAGE_TAG} and one {{question}}, "
+      f"not {template!r}"
+    )
   return template.replace("\\n", "\n")

@@ -5,31 +5,34 @@ from rich.table import Table
 
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
-from himap_jax.generate import Generator
+from himap_jax.generation import Generator
 from himap_jax.inference import Summary
 from himap_jax.processing import Processor
 from himap_jax.schedule import Schedule
 
 
 def print_summary(
-    summary: Summary,
-    generator: Generator,
-    schedule: Schedule,
-    config: LlavaConfig,
-    processor: Processor,
-    *,
-    method: str,
+  summary: Summary,
+  generator: Generator,
+  schedule: Schedule,
+  config: LlavaConfig,
+  processor: Processor,
+  *,
+  method: str,
 ) -> None:
   """Prints rows, errors, times, rates, image tokens per stage and FLOPs against no pruning."""
   table = Table(show_header=False)
   rows = f"{summary.num_answered} answered, {summary.num_errors} errors, {summary.num_skipped} answered before"
   table.add_row("rows", rows)
   if summary.num_answered:
-    table.add_row("prefill", f"{summary.prefill_seconds:.2f} s ({summary.num_answered / summary.prefill_seconds:.2f} rows/s)")
     table.add_row(
-        "decode",
-        f"{summary.decode_seconds:.2f} s ({summary.num_new_tokens / summary.decode_seconds:.1f} tokens/s, "
-        f"{summary.num_new_tokens} tokens)")
+      "prefill", f"{summary.prefill_seconds:.2f} s ({summary.num_answered / summary.prefill_seconds:.2f} rows/s)"
+    )
+    table.add_row(
+      "decode",
+      f"{summary.decode_seconds:.2f} s ({summary.num_new_tokens / summary.decode_seconds:.1f} tokens/s, "
+      f"{summary.num_new_tokens} tokens)",
+    )
   table.add_row("compilation", f"{generator.compile_seconds:.2f} s, {generator.num_programs} programs")
   counts = [f"{processor.num_image_tokens}"]
   counts += [f"{stage.keep} from layer {stage.layer} on" for stage in schedule.stages]

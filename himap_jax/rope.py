@@ -22,7 +22,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
     low = config.original_max_position_embeddings / config.low_freq_factor
     high = config.original_max_position_embeddings / config.high_freq_factor
     blend = (config.original_max_position_embeddings / wavelength - config.low_freq_factor) / (
-        config.high_freq_factor - config.low_freq_factor)
+      config.high_freq_factor - config.low_freq_factor
+    )
     middle = (1 - blend) * base / config.factor + blend * base
     scaled = np.where(wavelength > low, base / config.factor, np.where(wavelength < high, base, middle))
     return scaled.astype(np.float32)
@@ -30,7 +31,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rotation(
-    config: RopeConfig, head_dim: int, positions: Int[Array, "B S"]
+  config: RopeConfig, head_dim: int, positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]:
   """Cosine and sine of every position in float32, to be computed once and shared by all layers."""
   angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), jnp.asarray(frequencies(config, head_dim)))
@@ -39,7 +40,7 @@ def rotation(
 
 
 def rotate(
-    x: Float[Array, "B S N H"], cos: Float[Array, "B S 1 H"], sin: Float[Array, "B S 1 H"]
+  x: Float[Array, "B S N H"], cos: Float[Array, "B S 1 H"], sin: Float[Array, "B S 1 H"]
 ) -> Float[Array, "B S N H"]:
   """Rotates the pairs (i, i + H/2) of every head."""
   first, second = jnp.split(x, 2, axis=-1)

@@ -9,21 +9,19 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import math
 import pathlib
 import sys
+from collections.abc import Iterator, Sequence
 
-from absl import app
-from absl import flags
-from absl import logging
 import jax
 import jax.numpy as jnp
+from absl import app, flags, logging
 
 from himap_jax import checkpoint, inference, report, sharding
-from himap_jax.generate import Generator
+from himap_jax.generation import Generator
 from himap_jax.methods import METHODS, build_schedule
 from himap_jax.output import OutputWriter
 from himap_jax.processing import DEFAULT_BUCKETS, Processor
@@ -34,17 +32,28 @@ EMIT = ("tokens", "kept", "logits", "timing")
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", "demo", "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, "
-    "or a directory that checkpoints_convert wrote.")
+  "checkpoint",
+  "demo",
+  "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, "
+  "or a directory that checkpoints_convert wrote.",
+)
 _PROMPTS = flags.DEFINE_string(
-    "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.')
+  "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
+)
 _IMAGE_DIR = flags.DEFINE_string("image_dir", ".", "Where the images are; absolute paths in a row work too.")
 _OUTPUT = flags.DEFINE_string("output", None, "JSONL to write: id, answer and error of every prompt, in any order.")
-_PICTURES = flags.DEFINE_string("pictures", None, "Directory for a picture per prompt of the patches kept at each stage.")
+_PICTURES = flags.DEFINE_string(
+  "pictures", None, "Directory for a picture per prompt of the patches kept at each stage."
+)
 _METHOD = flags.DEFINE_enum("method", "himap", sorted(METHODS), "The pruning method.")
-_PRUNE_LAYERS = flags.DEFINE_list("prune_layers", None, "Layers to prune before, e.g. 2,8; the method's own by default.")
+_PRUNE_LAYERS = flags.DEFINE_list(
+  "prune_layers", None, "Layers to prune before, e.g. 2,8; the method's own by default."
+)
 _KEEP = flags.DEFINE_list(
-    "keep", None, "Image tokens to keep at each stage, e.g. 288,72 or 50%,12.5% of the image's; the method's own by default.")
+  "keep",
+  None,
+  "Image tokens to keep at each stage, e.g. 288,72 or 50%,12.5% of the image's; the method's own by default.",
+)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together have this probability.")
@@ -52,17 +61,27 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever comes.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
 _PROMPT_BUCKETS = flags.DEFINE_list(
-    "prompt_buckets", [str(bucket) for bucket in DEFAULT_BUCKETS],
-    "Padded text lengths, in tokens; each is compiled once, when first needed. The longest that the model's context "
-    "allows is always among them.")
+  "prompt_buckets",
+  [str(bucket) for bucket in DEFAULT_BUCKETS],
+  "Padded text lengths, in tokens; each is compiled once, when first needed. The longest that the model's context "
+  "allows is always among them.",
+)
 _PROMPT_TEMPLATE = flags.DEFINE_string(
-    "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(DTYPES), "Of parameters and activations; products accumulate in float32.")
-_EMIT = flags.DEFINE_list("emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row.")
+  "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", sorted(DTYPES), "Of parameters and activations; products accumulate in float32."
+)
+_EMIT = flags.DEFINE_list(
+  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
+)
 _RESUME = flags.DEFINE_bool("resume", True, "Skip prompts that the output already answers.")
 _STRICT = flags.DEFINE_bool("strict", False, "Exit with a non-zero status when a row has an error.")
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
-    "compilation_cache_dir", None, "JAX's persistent compilation cache; in the user's cache folder by default, off when empty.")
+  "compilation_cache_dir",
+  None,
+  "JAX's persistent compilation cache; in the user's cache folder by default, off when empty.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,26 +128,26 @@ def config_from_flags() -> RunConfig:
     raise ValueError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")
   cache_dir = _COMPILATION_CACHE_DIR.value
   return RunConfig(
-      checkpoint=_CHECKPOINT.value,
-      prompts=pathlib.Path(_PROMPTS.value),
-      image_dir=pathlib.Path(_IMAGE_DIR.value),
-      output=pathlib.Path(_OUTPUT.value),
-      pictures=pathlib.Path(_PICTURES.value) if _PICTURES.value else None,
-      method=_METHOD.value,
-      prune_layers=_numbers(_PRUNE_LAYERS, int),
-      keep=_numbers(_KEEP, _keep),
-      max_new_tokens=_MAX_NEW_TOKENS.value,
-      sampling=Sampling(_TEMPERATURE.value, _TOP_P.value),
-      seed=_SEED.value,
-      ignore_eos=_IGNORE_EOS.value,
-      batch_size=_BATCH_SIZE.value,
-      prompt_buckets=_numbers(_PROMPT_BUCKETS, int) or (),
-      prompt_template=_PROMPT_TEMPLATE.value,
-      dtype=_DTYPE.value,
-      emit=frozenset(_EMIT.value),
-      resume=_RESUME.value,
-      strict=_STRICT.value,
-      compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled") if cache_dir is None else cache_dir,
+    checkpoint=_CHECKPOINT.value,
+    prompts=pathlib.Path(_PROMPTS.value),
+    image_dir=pathlib.Path(_IMAGE_DIR.value),
+    output=pathlib.Path(_OUTPUT.value),
+    pictures=pathlib.Path(_PICTURES.value) if _PICTURES.value else None,
+    method=_METHOD.value,
+    prune_layers=_numbers(_PRUNE_LAYERS, int),
+    keep=_numbers(_KEEP, _keep),
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    sampling=Sampling(_TEMPERATURE.value, _TOP_P.value),
+    seed=_SEED.value,
+    ignore_eos=_IGNORE_EOS.value,
+    batch_size=_BATCH_SIZE.value,
+    prompt_buckets=_numbers(_PROMPT_BUCKETS, int) or (),
+    prompt_template=_PROMPT_TEMPLATE.value,
+    dtype=_DTYPE.value,
+    emit=frozenset(_EMIT.value),
+    resume=_RESUME.value,
+    strict=_STRICT.value,
+    compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled") if cache_dir is None else cache_dir,
   )
 
 
@@ -184,23 +203,45 @@ def run(config: RunConfig) -> int:
       jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
       jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     mesh = sharding.make_mesh(config.batch_size)
-    loaded = checkpoint.load(config.checkpoint, dtype=DTYPES[config.dtype], shardings=sharding.replicated(mesh))
+    opened = checkpoint.open_checkpoint(config.checkpoint)
     processor = Processor(
-        loaded.processor, loaded.config, template=config.prompt_template, buckets=config.prompt_buckets,
-        max_new_tokens=config.max_new_tokens)
+      opened.processor,
+      opened.config,
+      template=config.prompt_template,
+      buckets=config.prompt_buckets,
+      max_new_tokens=config.max_new_tokens,
+    )
     if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
       raise ValueError(
-          f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
-          f"{' x '.join(map(str, processor.patch_grid))} patches")
+        f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
+        f"{' x '.join(map(str, processor.patch_grid))} patches"
+      )
     schedule = build_schedule(
-        config.method, num_layers=loaded.config.text.num_hidden_layers, num_image_tokens=processor.num_image_tokens,
-        prune_layers=config.prune_layers, keep=config.keep)
+      config.method,
+      num_layers=opened.config.text.num_hidden_layers,
+      num_image_tokens=processor.num_image_tokens,
+      prune_layers=config.prune_layers,
+      keep=config.keep,
+    )
+    loaded = opened.restore(dtype=DTYPES[config.dtype], shardings=sharding.replicated(mesh))
     generator = Generator(
-        loaded, schedule, max_new_tokens=config.max_new_tokens, sampling=config.sampling, seed=config.seed,
-        ignore_eos=config.ignore_eos)
+      loaded,
+      schedule,
+      max_new_tokens=config.max_new_tokens,
+      sampling=config.sampling,
+      seed=config.seed,
+      ignore_eos=config.ignore_eos,
+    )
     summary = inference.answer_all(
-        prompts, processor, generator, writer, image_dir=config.image_dir, batch_size=config.batch_size,
-        emit=config.emit, pictures=config.pictures)
+      prompts,
+      processor,
+      generator,
+      writer,
+      image_dir=config.image_dir,
+      batch_size=config.batch_size,
+      emit=config.emit,
+      pictures=config.pictures,
+    )
     report.print_summary(summary, generator, schedule, loaded.config, processor, method=config.method)
   return 1 if config.strict and summary.num_errors else 0
 

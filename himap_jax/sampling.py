@@ -27,7 +27,9 @@ class Sampling:
 
   def __post_init__(self) -> None:
     if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-      raise ValueError(f"the temperature must be 0, or finite and at least {MIN_TEMPERATURE}, but is {self.temperature}")
+      raise ValueError(
+        f"the temperature must be 0, or finite and at least {MIN_TEMPERATURE}, but is {self.temperature}"
+      )
     if not 0 < self.top_p <= 1:
       raise ValueError(f"top_p must be above 0 and at most 1, but is {self.top_p}")
     if self.temperature == 0 and self.top_p < 1:
@@ -35,7 +37,7 @@ class Sampling:
 
 
 def choose(
-    sampling: Sampling, logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""]
+  sampling: Sampling, logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""]
 ) -> Int[Array, "B"]:
   """Chooses a token for each row; a row's choice depends on its own key, the step and its logits alone."""
   if sampling.temperature == 0:

@@ -53,8 +53,9 @@ class Schedule:
     for stage in self.stages:
       if not 1 <= stage.layer < num_layers:
         raise ValueError(
-            f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}, and a stage needs "
-            "the attention of the layer before it")
+          f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}, and a stage needs "
+          "the attention of the layer before it"
+        )
       if segments and stage.layer <= first:
         raise ValueError(f"pruning layers must ascend, but {stage.layer} follows {first}")
       if not 1 <= stage.keep <= count:

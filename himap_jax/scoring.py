@@ -35,7 +35,7 @@ def image_attention(projections: Projections, layout: Layout) -> Float[Array, "B
 
 
 def received_attention(
-    projections: Projections, layout: Layout, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"]
+  projections: Projections, layout: Layout, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"]
 ) -> Float[Array, "B M"]:
   """Σ over the valid rows of the causal attention probabilities, averaged over heads, in the image's columns."""
   num_slots, num_keys = projections.key.shape[1:3]

@@ -3,8 +3,8 @@
 import math
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def make_mesh(batch_size: int, devices: list[jax.Device] | None = None) -> Mesh:

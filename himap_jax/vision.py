@@ -31,11 +31,9 @@ def bicubic_weights(source: int, target: int) -> np.ndarray:
   return weights.astype(np.float32)
 
 
-def resize_positions(
-    positions: Float[Array, "P D"], height: int, width: int
-) -> Float[Array, "Q D"]:
+def resize_positions(positions: Float[Array, "P D"], height: int, width: int) -> Float[Array, "Q D"]:
   """Resizes a square grid of position embeddings to `height` × `width` patches, in float32."""
-  side = int(round(positions.shape[0] ** 0.5))
+  side = round(positions.shape[0] ** 0.5)
   if (height, width) == (side, side):
     return positions
   grid = positions.astype(jnp.float32).reshape(side, side, -1)
@@ -94,7 +92,8 @@ class ClipAttention(nn.Module):
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     width, heads = self.config.hidden_size, self.config.num_attention_heads
     query, key, value = (
-        _heads(Linear(width, use_bias=True, name=name)(x), heads) for name in ("q_proj", "k_proj", "v_proj"))
+      _heads(Linear(width, use_bias=True, name=name)(x), heads) for name in ("q_proj", "k_proj", "v_proj")
+    )
     return Linear(width, use_bias=True, name="out_proj")(attend(query, key, value).reshape(x.shape))
 
 
@@ -122,7 +121,7 @@ class ClipEmbeddings(nn.Module):
     x = PatchEmbedding(width, patch, use_bias=not config.has_class_token, name="patch_embedding")(pixel_values)
     num_positions = (config.image_size // patch) ** 2 + config.has_class_token
     positions = Embedding(num_positions, width, name="position_embedding")(jnp.arange(num_positions)).astype(x.dtype)
-    grid = positions[int(config.has_class_token):]
+    grid = positions[int(config.has_class_token) :]
     x = x + resize_positions(grid, pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)[None]
     if config.has_class_token:
       class_token = self.param("class_embedding", nn.initializers.normal(0.02), (width,)).astype(x.dtype)
@@ -147,7 +146,8 @@ class DinoSelfAttention(nn.Module):
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     width, heads = self.config.hidden_size, self.config.num_attention_heads
     query, key, value = (
-        _heads(Linear(width, use_bias=self.config.qkv_bias, name=name)(x), heads) for name in ("query", "key", "value"))
+      _heads(Linear(width, use_bias=self.config.qkv_bias, name=name)(x), heads) for name in ("query", "key", "value")
+    )
     return attend(query, key, value).reshape(x.shape)
 
 
@@ -185,8 +185,9 @@ class DinoPatchEmbeddings(nn.Module):
 
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B P D"]:
-    return PatchEmbedding(
-        self.config.hidden_size, self.config.patch_size, use_bias=True, name="projection")(pixel_values)
+    return PatchEmbedding(self.config.hidden_size, self.config.patch_size, use_bias=True, name="projection")(
+      pixel_values
+    )
 
 
 class DinoEmbeddings(nn.Module):

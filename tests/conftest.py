@@ -22,30 +22,30 @@ torch.set_num_threads(1)  # tiny products lose far more time to torch's thread p
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """Returns `load(name)`: a `tiny_checkpoints.Tiny` in both frameworks, made once."""
-    return functools.cache(lambda name: tiny_checkpoints.make(name, tmp_path_factory.mktemp(name)))
+  """Returns `load(name)`: a `tiny_checkpoints.Tiny` in both frameworks, made once."""
+  return functools.cache(lambda name: tiny_checkpoints.make(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")
 def loaded(checkpoints, tmp_path_factory):
-    """Returns `load(name, batch_size)`: the same checkpoint through our converter and loader, float32, on its devices."""
-    import jax.numpy as jnp
+  """Returns `load(name, batch_size)`: the same checkpoint through our converter and loader, float32, on its devices."""
+  import jax.numpy as jnp
 
-    from himap_jax import checkpoint, sharding
+  from himap_jax import checkpoint, sharding
 
-    cache_dir = tmp_path_factory.mktemp("cache")
+  cache_dir = tmp_path_factory.mktemp("cache")
 
-    @functools.cache
-    def load(name: str, batch_size: int = 1):
-        shardings = sharding.replicated(sharding.make_mesh(batch_size))
-        directory = str(checkpoints(name).directory)
-        return checkpoint.load(directory, dtype=jnp.float32, cache_dir=cache_dir, shardings=shardings)
+  @functools.cache
+  def load(name: str, batch_size: int = 1):
+    shardings = sharding.replicated(sharding.make_mesh(batch_size))
+    directory = str(checkpoints(name).directory)
+    return checkpoint.load(directory, dtype=jnp.float32, cache_dir=cache_dir, shardings=shardings)
 
-    return load
+  return load
 
 
 @pytest.fixture(scope="session")
 def images():
-    """Four images of different shapes: coarse noise, so that patches differ from one another."""
-    sizes = [(40, 40), (64, 37), (30, 51), (28, 28)]
-    return [tiny_checkpoints.noise_image(size, seed) for seed, size in enumerate(sizes)]
+  """Four images of different shapes: coarse noise, so that patches differ from one another."""
+  sizes = [(40, 40), (64, 37), (30, 51), (28, 28)]
+  return [tiny_checkpoints.noise_image(size, seed) for seed, size in enumerate(sizes)]

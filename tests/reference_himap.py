@@ -17,117 +17,115 @@ import transformers
 
 @dataclasses.dataclass(frozen=True)
 class Forward:
-    """One pass over a whole sequence.
+  """One pass over a whole sequence.
 
-    Attributes:
-      logits: float32 [S, V] of the tokens that reached the last layer, in order.
-      positions: int64 [S], where those stood in the unpruned sequence.
-      kept: for each stage, the image tokens that stayed, numbered 0..N-1 in the unpruned image.
-      margin: the smallest difference between a kept token's score and a dropped one's, over the stages.
-      lengths: for each layer, how many tokens it ran on.
-    """
+  Attributes:
+    logits: float32 [S, V] of the tokens that reached the last layer, in order.
+    positions: int64 [S], where those stood in the unpruned sequence.
+    kept: for each stage, the image tokens that stayed, numbered 0..N-1 in the unpruned image.
+    margin: the smallest difference between a kept token's score and a dropped one's, over the stages.
+    lengths: for each layer, how many tokens it ran on.
+  """
 
-    logits: torch.Tensor
-    positions: torch.Tensor
-    kept: tuple[tuple[int, ...], ...]
-    margin: float
-    lengths: tuple[int, ...]
+  logits: torch.Tensor
+  positions: torch.Tensor
+  kept: tuple[tuple[int, ...], ...]
+  margin: float
+  lengths: tuple[int, ...]
 
 
 @torch.no_grad()
 def forward(
-    model: transformers.LlavaForConditionalGeneration,
-    input_ids: torch.Tensor,
-    pixel_values: torch.Tensor,
-    *,
-    prune_layers: tuple[int, ...],
-    keep: tuple[int, ...],
-    frozen: tuple[tuple[int, ...], ...] | None = None,
+  model: transformers.LlavaForConditionalGeneration,
+  input_ids: torch.Tensor,
+  pixel_values: torch.Tensor,
+  *,
+  prune_layers: tuple[int, ...],
+  keep: tuple[int, ...],
+  frozen: tuple[tuple[int, ...], ...] | None = None,
 ) -> Forward:
-    """Runs one sequence, int64 [S], with its image, [1, 3, H, W], pruning before each of `prune_layers`.
+  """Runs one sequence, int64 [S], with its image, [1, 3, H, W], pruning before each of `prune_layers`.
 
-    The first stage scores by instruction attention and the second by image attention. `frozen` gives the kept sets of
-    an earlier pass: nothing is scored then, and the same tokens are dropped.
-    """
-    decoder = model.model.language_model
-    hidden, first, last = embed(model, input_ids, pixel_values)
-    positions = torch.arange(len(input_ids))
+  The first stage scores by instruction attention and the second by image attention. `frozen` gives the kept sets of
+  an earlier pass: nothing is scored then, and the same tokens are dropped.
+  """
+  decoder = model.model.language_model
+  hidden, first, last = embed(model, input_ids, pixel_values)
+  positions = torch.arange(len(input_ids))
 
-    kept, margin, lengths = [], float("inf"), []
-    attention = None
-    for index, layer in enumerate(decoder.layers):
-        if index in prune_layers:
-            stage = prune_layers.index(index)
-            is_image = (positions >= first) & (positions <= last)
-            if frozen is None:
-                rows = positions > last if stage == 0 else is_image
-                score = attention[rows][:, is_image].sum(0)
-                order = score.sort(descending=True, stable=True).indices
-                stays = positions[is_image][order[: keep[stage]]].sort().values - first
-                if keep[stage] < len(order):
-                    gap = score[order[keep[stage] - 1]] - score[order[keep[stage]]]
-                    margin = min(margin, gap.item())
-            else:
-                stays = torch.tensor(frozen[stage])
-            kept.append(tuple(stays.tolist()))
-            selected = ~is_image | torch.isin(positions, stays + first)
-            hidden, positions = hidden[selected], positions[selected]
-        lengths.append(len(positions))
-        hidden, attention = run_layer(decoder, layer, hidden, positions)
-    logits = model.lm_head(decoder.norm(hidden))
-    return Forward(logits=logits, positions=positions, kept=tuple(kept), margin=margin, lengths=tuple(lengths))
+  kept, margin, lengths = [], float("inf"), []
+  attention = None
+  for index, layer in enumerate(decoder.layers):
+    if index in prune_layers:
+      stage = prune_layers.index(index)
+      is_image = (positions >= first) & (positions <= last)
+      if frozen is None:
+        rows = positions > last if stage == 0 else is_image
+        score = attention[rows][:, is_image].sum(0)
+        order = score.sort(descending=True, stable=True).indices
+        stays = positions[is_image][order[: keep[stage]]].sort().values - first
+        if keep[stage] < len(order):
+          gap = score[order[keep[stage] - 1]] - score[order[keep[stage]]]
+          margin = min(margin, gap.item())
+      else:
+        stays = torch.tensor(frozen[stage])
+      kept.append(tuple(stays.tolist()))
+      selected = ~is_image | torch.isin(positions, stays + first)
+      hidden, positions = hidden[selected], positions[selected]
+    lengths.append(len(positions))
+    hidden, attention = run_layer(decoder, layer, hidden, positions)
+  logits = model.lm_head(decoder.norm(hidden))
+  return Forward(logits=logits, positions=positions, kept=tuple(kept), margin=margin, lengths=tuple(lengths))
 
 
 @torch.no_grad()
 def generate(
-    model: transformers.LlavaForConditionalGeneration,
-    input_ids: torch.Tensor,
-    pixel_values: torch.Tensor,
-    *,
-    prune_layers: tuple[int, ...],
-    keep: tuple[int, ...],
-    max_new_tokens: int,
+  model: transformers.LlavaForConditionalGeneration,
+  input_ids: torch.Tensor,
+  pixel_values: torch.Tensor,
+  *,
+  prune_layers: tuple[int, ...],
+  keep: tuple[int, ...],
+  max_new_tokens: int,
 ) -> tuple[Forward, list[int], float]:
-    """Greedy decoding that never stops early: each token by running the whole pruned sequence again.
+  """Greedy decoding that never stops early: each token by running the whole pruned sequence again.
 
-    Returns:
-      the pass over the prompt; the tokens; the smallest lead of a chosen token over the runner-up.
-    """
-    prompt = forward(model, input_ids, pixel_values, prune_layers=prune_layers, keep=keep)
-    tokens, lead, logits = [], float("inf"), prompt.logits
-    for _ in range(max_new_tokens):
-        best = logits[-1].topk(2)
-        lead = min(lead, (best.values[0] - best.values[1]).item())
-        tokens.append(best.indices[0].item())
-        longer = torch.cat([input_ids, torch.tensor(tokens)])
-        logits = forward(
-            model, longer, pixel_values, prune_layers=prune_layers, keep=keep, frozen=prompt.kept
-        ).logits
-    return prompt, tokens, lead
+  Returns:
+    the pass over the prompt; the tokens; the smallest lead of a chosen token over the runner-up.
+  """
+  prompt = forward(model, input_ids, pixel_values, prune_layers=prune_layers, keep=keep)
+  tokens, lead, logits = [], float("inf"), prompt.logits
+  for _ in range(max_new_tokens):
+    best = logits[-1].topk(2)
+    lead = min(lead, (best.values[0] - best.values[1]).item())
+    tokens.append(best.indices[0].item())
+    longer = torch.cat([input_ids, torch.tensor(tokens)])
+    logits = forward(model, longer, pixel_values, prune_layers=prune_layers, keep=keep, frozen=prompt.kept).logits
+  return prompt, tokens, lead
 
 
 def embed(model, input_ids, pixel_values):
-    """Text embeddings with the image's features in its slots, [S, D], and the first and the last of these slots.
+  """Text embeddings with the image's features in its slots, [S, D], and the first and the last of these slots.
 
-    A random model may answer with the image token; only as many as there are features are the image.
-    """
-    features = model.get_image_features(pixel_values).pooler_output[0]
-    slots = (input_ids == model.config.image_token_id).nonzero()[: len(features), 0]
-    embeddings = model.get_input_embeddings()(input_ids)
-    embeddings[slots] = features
-    assert (slots.diff() == 1).all(), "the image is one run of tokens"
-    return embeddings, slots[0].item(), slots[-1].item()
+  A random model may answer with the image token; only as many as there are features are the image.
+  """
+  features = model.get_image_features(pixel_values).pooler_output[0]
+  slots = (input_ids == model.config.image_token_id).nonzero()[: len(features), 0]
+  embeddings = model.get_input_embeddings()(input_ids)
+  embeddings[slots] = features
+  assert (slots.diff() == 1).all(), "the image is one run of tokens"
+  return embeddings, slots[0].item(), slots[-1].item()
 
 
 def run_layer(decoder, layer, hidden, positions):
-    """Returns the layer's output [S, D] and its attention averaged over heads [S, S]."""
-    maps = []
-    hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
-    mask = torch.full((len(positions), len(positions)), -torch.inf).triu(1)
-    output = layer(
-        hidden[None],
-        attention_mask=mask[None, None],
-        position_embeddings=decoder.rotary_emb(hidden[None], position_ids=positions[None]),
-    )
-    hook.remove()
-    return output[0], maps[0][0].mean(0)
+  """Returns the layer's output [S, D] and its attention averaged over heads [S, S]."""
+  maps = []
+  hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
+  mask = torch.full((len(positions), len(positions)), -torch.inf).triu(1)
+  output = layer(
+    hidden[None],
+    attention_mask=mask[None, None],
+    position_embeddings=decoder.rotary_emb(hidden[None], position_ids=positions[None]),
+  )
+  hook.remove()
+  return output[0], maps[0][0].mean(0)

