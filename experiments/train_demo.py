@@ -31,7 +31,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from checkpoints_convert.demo.assemble import assemble
+from checkpoints_convert.demo.assemble import assemble, read_adapter
 from experiments.demo_data import Batch, Packer, questions_by_image
 from himap_jax import checkpoint
 from himap_jax.linear import Linear, matmul
@@ -43,6 +43,7 @@ _WORKDIR = flags.DEFINE_string(
 _ADAPTER = flags.DEFINE_string(
   "adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True
 )
+_INIT_ADAPTER = flags.DEFINE_string("init_adapter", None, "An adapter to start from; from scratch when absent.")
 _STAGES = flags.DEFINE_list(
   "stages",
   ["112:280:3:72", "336:110:1:144"],
@@ -112,6 +113,12 @@ class Whitening:
     weight = projector["linear_1"]["weight"] @ self.matrix
     bias = projector["linear_1"]["bias"] - weight @ self.mean
     return {**projector, "linear_1": {"weight": weight, "bias": bias}}
+
+  def unfold(self, projector: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `fold`."""
+    weight, bias = projector["linear_1"]["weight"], projector["linear_1"]["bias"]
+    whitened = jnp.linalg.solve(self.matrix, weight.T).T
+    return {**projector, "linear_1": {"weight": whitened, "bias": bias + weight @ self.mean}}
 
 
 def measure_whitening(model: Llava, params: Any, batches: list[Batch]) -> Whitening:
@@ -208,6 +215,22 @@ def export_adapter(path: pathlib.Path, projector: Any, lora: Any) -> None:
   partial.replace(path)
 
 
+def import_adapter(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads the projector and LoRA that `export_adapter` wrote."""
+  tensors, scale = read_adapter(pathlib.Path(path))
+  if scale != LORA_SCALE:
+    raise ValueError(f"{path}: its lora_scale is {scale}, that of this training {LORA_SCALE}")
+  projector, lora = {}, {}
+  for name, value in tensors.items():
+    *layer, leaf = name.split(".")
+    if layer[0] == "multi_modal_projector":
+      projector.setdefault(layer[1], {})[leaf] = jnp.asarray(value)
+    else:
+      key = "/".join(layer).replace("layers/", "layers_")
+      lora.setdefault(key, {})[leaf.removeprefix("lora_")] = jnp.asarray(value)
+  return projector, lora
+
+
 def train(
   model: Llava, params: Any, processor: Any, stages: list[Stage], workdir: pathlib.Path, adapter: pathlib.Path
 ) -> None:
@@ -215,12 +238,7 @@ def train(
   num_steps = sum(stage.steps for stage in stages)
   optimizer = make_optimizer(num_steps)
   params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
-  trainable = {
-    "projector": init_projector(jax.random.key(_SEED.value), params),
-    "lora": init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value),
-  }
   frozen = {name: value for name, value in params.items() if name != "multi_modal_projector"}
-  state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.int32(0)}
   images = questions_by_image("train")
   packers = [
     Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots)
@@ -231,6 +249,14 @@ def train(
     params,
     [packers[0].sample(images, 8, seed=(_SEED.value, num_steps + i)) for i in range(WHITENING_IMAGES // 8)],
   )
+  if _INIT_ADAPTER.value:
+    projector, lora = import_adapter(_INIT_ADAPTER.value)
+    projector = whitening.unfold(projector)
+  else:
+    projector = init_projector(jax.random.key(_SEED.value), params)
+    lora = init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value)
+  trainable = {"projector": projector, "lora": lora}
+  state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.int32(0)}
   step_fn = make_step(model, frozen, whitening, optimizer)
   with ocp.training.Checkpointer(
     workdir, preservation_policy=ocp.training.preservation_policies.LatestN(2)

@@ -1,0 +1,50 @@
+"""The demo's training: packing is asking one by one, adapters survive a round trip, whitening folds away."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import train_demo
+from experiments.demo_data import UNUSED, Batch
+
+
+def test_whitening_folds_into_the_projector():
+  rng = np.random.default_rng(0)
+  features = jnp.asarray(rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3, jnp.float32)
+  variances, axes = np.linalg.eigh(np.cov(np.asarray(features, np.float64).T))
+  matrix = jnp.asarray((axes / np.sqrt(variances + 1e-6)) @ axes.T, jnp.float32)
+  whitening = train_demo.Whitening(features.mean(0), matrix)
+  whitened = (features - features.mean(0)[None]) @ matrix
+  np.testing.assert_allclose(np.cov(whitened.T), np.eye(6), atol=1e-2)
+  projector = {"linear_1": {"weight": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), "bias": jnp.ones(4)}}
+  folded = whitening.fold(projector)["linear_1"]
+  expected = whitened @ projector["linear_1"]["weight"].T + 1
+  np.testing.assert_allclose(features @ folded["weight"].T + folded["bias"][None], expected, atol=1e-3)
+  back = whitening.unfold({"linear_1": folded})["linear_1"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), back, projector["linear_1"])
+
+
+def test_adapter_round_trip(tmp_path):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+  projector = {f"linear_{i}": {"weight": draw(4, 6), "bias": draw(4)} for i in (1, 2)}
+  lora = {f"language_model/layers_{i}/mlp/up_proj": {"a": draw(2, 4), "b": draw(8, 2)} for i in (0, 11)}
+  train_demo.export_adapter(tmp_path / "adapter.safetensors", projector, lora)
+  read_projector, read_lora = train_demo.import_adapter(str(tmp_path / "adapter.safetensors"))
+  jax.tree.map(np.testing.assert_array_equal, (read_projector, read_lora), (projector, lora))
+
+
+def test_packed_questions_see_the_prefix_and_themselves():
+  segments = jnp.asarray([[0, 0, 1, 1, 2, 2, UNUSED]])
+  zeros = jnp.zeros((1, 7), jnp.int32)
+  batch = Batch(zeros, zeros, segments, zeros[:, 0], zeros, zeros, zeros, zeros, zeros)
+  expected = [
+    [1, 0, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 0, 0, 1, 0, 0],
+    [1, 1, 0, 0, 1, 1, 0],
+    [1, 1, 0, 0, 0, 0, 1],
+  ]
+  np.testing.assert_array_equal(batch.mask()[0, 0], np.array(expected, bool))
