@@ -22,12 +22,11 @@ from tqdm import tqdm
 
 from checkpoints_convert.demo import easyvqa
 from experiments.demo_data import Packer, questions_by_image
-from experiments.train_demo import answer_logits
+from experiments.demo_model import answer_logits
 from himap_jax import checkpoint, run
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling
 
-_CHECKPOINT = flags.DEFINE_string("evaluated_checkpoint", "demo", "As himap_jax.run takes it.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Prompts, outputs and results; a second start goes on from them.", required=True
 )
@@ -52,7 +51,7 @@ def packed_right(workdir: pathlib.Path) -> dict[str, bool]:
   right = {}
   if results.exists():
     right = {row["id"]: row["right"] for row in map(json.loads, results.read_text().splitlines())}
-  loaded = checkpoint.load(_CHECKPOINT.value, dtype=jnp.float32)
+  loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=jnp.float32)
   model = Llava(loaded.config, jnp.float32)
   packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=176)
 
@@ -81,7 +80,7 @@ def method_right(method: str, examples: list[easyvqa.Example], workdir: pathlib.
   easyvqa.write_prompts(prompts, examples)
   run.run(
     run.RunConfig(
-      checkpoint=_CHECKPOINT.value,
+      checkpoint=flags.FLAGS.checkpoint,
       prompts=prompts,
       image_dir=workdir,
       output=output,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import train_demo
+from experiments import demo_model
 from experiments.demo_data import UNUSED, Batch
 
 
@@ -13,7 +13,7 @@ def test_whitening_folds_into_the_projector():
   features = jnp.asarray(rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3, jnp.float32)
   variances, axes = np.linalg.eigh(np.cov(np.asarray(features, np.float64).T))
   matrix = jnp.asarray((axes / np.sqrt(variances + 1e-6)) @ axes.T, jnp.float32)
-  whitening = train_demo.Whitening(features.mean(0), matrix)
+  whitening = demo_model.Whitening(features.mean(0), matrix)
   whitened = (features - features.mean(0)[None]) @ matrix
   np.testing.assert_allclose(np.cov(whitened.T), np.eye(6), atol=1e-2)
   projector = {"linear_1": {"weight": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), "bias": jnp.ones(4)}}
@@ -29,8 +29,8 @@ def test_adapter_round_trip(tmp_path):
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)  # noqa: E731
   projector = {f"linear_{i}": {"weight": draw(4, 6), "bias": draw(4)} for i in (1, 2)}
   lora = {f"language_model/layers_{i}/mlp/up_proj": {"a": draw(2, 4), "b": draw(8, 2)} for i in (0, 11)}
-  train_demo.export_adapter(tmp_path / "adapter.safetensors", projector, lora)
-  read_projector, read_lora = train_demo.import_adapter(str(tmp_path / "adapter.safetensors"))
+  demo_model.export_adapter(tmp_path / "adapter.safetensors", projector, lora)
+  read_projector, read_lora = demo_model.import_adapter(str(tmp_path / "adapter.safetensors"))
   jax.tree.map(np.testing.assert_array_equal, (read_projector, read_lora), (projector, lora))
 
 
