@@ -128,6 +128,13 @@ class Generation:
   decode_seconds: float
 
 
+@functools.lru_cache(maxsize=32)
+def _programs_of(*settings: Any) -> dict[tuple[int, ...], tuple[Any, Any]]:
+  """The compiled prefill and decode programs of the same settings by input shape, shared by all generators."""
+  del settings
+  return {}
+
+
 class Generator:
   """Runs batches through the compiled programs of one model, schedule and way of sampling.
 
@@ -153,7 +160,8 @@ class Generator:
     self._model = Llava(loaded.config, leaf.dtype)
     self._rows = sharding.rows(leaf.sharding.mesh)
     self._seed = seed
-    self._compiled: dict[tuple[int, ...], tuple[Any, Any]] = {}
+    eos_token_ids = () if ignore_eos else loaded.eos_token_ids
+    self._compiled = _programs_of(self._model, schedule, max_new_tokens, sampling, eos_token_ids, self._rows)
     self.num_programs = 0
     self.compile_seconds = 0.0
 
@@ -170,7 +178,7 @@ class Generator:
         keys,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
-        eos_token_ids=() if ignore_eos else loaded.eos_token_ids,
+        eos_token_ids=eos_token_ids,
       )
 
     self._prefill = jax.jit(prefill_program)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 import tiny_checkpoints
 
-from himap_jax.generation import Generator
+from himap_jax.generation import Generator, generate
 from himap_jax.llava import Inputs, Llava
 from himap_jax.methods import build_schedule
 from himap_jax.prefill import prefill
@@ -59,3 +59,16 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   run(images[:1], ["<image> before the question?"])
   assert generator.num_programs == 2
   assert compilations == []
+
+
+def test_the_library_call_compiles_once(loaded, images, compilations):
+  model = loaded(NAME)
+
+  def ask(question):
+    generate(model, images[:1], [question], max_new_tokens=2, prompt_buckets=(32,), batch_size=1)
+
+  ask("What is it?")
+  assert len(compilations) >= 2
+  compilations.clear()
+  ask("Why?")
+  assert not compilations
