@@ -23,6 +23,7 @@ _VISION_TOWER = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
+  """Runs the command and exits with its status."""
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
   logging.set_verbosity(logging.WARNING)  # Orbax tells of every step

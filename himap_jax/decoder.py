@@ -36,6 +36,8 @@ class Projections:
 
 
 class Attention(nn.Module):
+  """Query, key, value and output projections of one layer."""
+
   config: TextConfig
 
   def setup(self) -> None:
@@ -57,6 +59,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+  """The gated feed-forward (SwiGLU)."""
+
   config: TextConfig
 
   def setup(self) -> None:
@@ -70,6 +74,8 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+  """One layer: over a whole sequence when called, over a cache by `extend`."""
+
   config: TextConfig
 
   def setup(self) -> None:

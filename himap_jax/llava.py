@@ -36,6 +36,8 @@ class Inputs:
 
 
 class Projector(nn.Module):
+  """Two linear layers from tower features to the decoder's width."""
+
   config: LlavaConfig
 
   @nn.compact

@@ -247,6 +247,7 @@ def run(config: RunConfig) -> int:
 
 
 def main(argv: Sequence[str]) -> None:
+  """Runs the command and exits with its status."""
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:

@@ -76,6 +76,8 @@ def _heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S N H"]:
 
 
 class FeedForward(nn.Module):
+  """The two-layer feed-forward of all towers."""
+
   config: VisionConfig
 
   @nn.compact
@@ -86,6 +88,8 @@ class FeedForward(nn.Module):
 
 
 class ClipAttention(nn.Module):
+  """Self-attention of CLIP and SigLIP."""
+
   config: VisionConfig
 
   @nn.compact
@@ -140,6 +144,8 @@ class DinoAttention(nn.Module):
 
 
 class DinoSelfAttention(nn.Module):
+  """Self-attention of DINOv2 before its output layer."""
+
   config: VisionConfig
 
   @nn.compact
@@ -152,6 +158,8 @@ class DinoSelfAttention(nn.Module):
 
 
 class DinoOutput(nn.Module):
+  """The output layer of DINOv2's attention."""
+
   config: VisionConfig
 
   @nn.compact
@@ -160,6 +168,8 @@ class DinoOutput(nn.Module):
 
 
 class LayerScale(nn.Module):
+  """A learned scale of every channel."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     scale = self.param("lambda1", nn.initializers.ones, (x.shape[-1],))
@@ -181,6 +191,8 @@ class DinoLayer(nn.Module):
 
 
 class DinoPatchEmbeddings(nn.Module):
+  """DINOv2's patch embedding."""
+
   config: VisionConfig
 
   @nn.compact
