@@ -214,12 +214,11 @@ class Generator:
     if shape not in self._compiled:
       start = time.perf_counter()
       lowered = self._prefill.lower(self._params, inputs)
-      result = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), jax.eval_shape(self._prefill, self._params, inputs)
-      )
       prefill_program = lowered.compile()
       result = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), result, prefill_program.output_shardings
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        lowered.out_info,
+        prefill_program.output_shardings,
       )
       decode_program = self._decode.lower(self._params, result.logits, result.caches, inputs.length, keys).compile()
       self._compiled[shape] = prefill_program, decode_program
