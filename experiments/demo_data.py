@@ -9,7 +9,6 @@ Axes: B images, S slots, A answer tokens.
 
 import collections
 import functools
-import itertools
 from typing import Any
 
 import flax.struct
@@ -80,18 +79,12 @@ class Packer:
     self._tokenize = functools.cache(self._tokenize)
 
   def sample(self, images: list[list[easyvqa.Example]], num_images: int, *, seed: tuple[int, int]) -> Batch:
-    """Draws images and, from each, as many of its questions as fit; the same for the same seed.
-
-    Questions that yes or no answers take turns with the rest, which are fewer and say more about the image.
-    """
+    """Draws images and, from each, as many of its questions as fit; the same for the same seed."""
     rng = np.random.default_rng(seed)
     groups = []
     for index in rng.choice(len(images), num_images, replace=False):
       shuffled = [images[index][i] for i in rng.permutation(len(images[index]))]
-      open_ended = [example for example in shuffled if example.answer not in ("yes", "no")]
-      yes_no = [example for example in shuffled if example.answer in ("yes", "no")]
-      turns = itertools.chain.from_iterable(itertools.zip_longest(open_ended, yes_no))
-      groups.append(self.split([example for example in turns if example is not None])[0])
+      groups.append(self.split(shuffled)[0])
     return self.pack(groups)
 
   def split(self, group: list[easyvqa.Example]) -> list[list[easyvqa.Example]]:

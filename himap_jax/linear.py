@@ -49,7 +49,10 @@ def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   x, weight = residuals
   dx = jnp.einsum("BSF,FD->BSD", g, weight, preferred_element_type=jnp.float32)
-  dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
+  if g.shape[-1] <= x.shape[-1]:  # XLA on CPU transposes a copy of the left operand: the smaller one
+    dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
+  else:
+    dw = jnp.einsum("BSD,BSF->DF", x, g, preferred_element_type=jnp.float32).T
   return dx.astype(x.dtype), dw.astype(weight.dtype)
 
 
