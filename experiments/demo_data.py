@@ -8,7 +8,10 @@ Axes: B images, S slots, A answer tokens.
 """
 
 import collections
+import dataclasses
 import functools
+import itertools
+import pathlib
 from typing import Any
 
 import flax.struct
@@ -67,6 +70,50 @@ def questions_by_image(split: str) -> list[list[easyvqa.Example]]:
   return list(groups.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class Pool:
+  """Questions that every picture of one shape and colour answers alike.
+
+  Attributes:
+    open_ended: about its shape or colour.
+    unexpected: yes or no, and not what most pictures would answer.
+    expected: yes or no, as most pictures would answer.
+  """
+
+  open_ended: tuple[easyvqa.Example, ...]
+  unexpected: tuple[easyvqa.Example, ...]
+  expected: tuple[easyvqa.Example, ...]
+
+
+def question_only_answers(examples: list[easyvqa.Example]) -> dict[str, str]:
+  """The commonest answer of every question: what can be known without the image."""
+  counts = collections.defaultdict(collections.Counter)
+  for example in examples:
+    counts[example.question][example.answer] += 1
+  return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
+
+
+def question_pools(split: str) -> dict[pathlib.Path, Pool]:
+  """For every picture of a split whose shape and colour its questions tell, the questions of all pictures like it."""
+  alike = collections.defaultdict(list)
+  for group in questions_by_image(split):
+    appearance = frozenset(example.answer for example in group) - {"yes", "no"}
+    if len(appearance) == 2:
+      alike[appearance].append(group)
+  guesses = question_only_answers(easyvqa.load(default_cache_dir(), split))
+  pools = {}
+  for groups in alike.values():
+    questions = {example.question: example for group in groups for example in group}.values()
+    yes_no = [example for example in questions if example.answer in ("yes", "no")]
+    pool = Pool(
+      open_ended=tuple(example for example in questions if example.answer not in ("yes", "no")),
+      unexpected=tuple(example for example in yes_no if example.answer != guesses[example.question]),
+      expected=tuple(example for example in yes_no if example.answer == guesses[example.question]),
+    )
+    pools |= {group[0].image: pool for group in groups}
+  return pools
+
+
 class Packer:
   """Packs to one static shape: a fixed number of slots for the questions of an image."""
 
@@ -78,13 +125,23 @@ class Packer:
     self._question_slots = question_slots
     self._tokenize = functools.cache(self._tokenize)
 
-  def sample(self, images: list[list[easyvqa.Example]], num_images: int, *, seed: tuple[int, int]) -> Batch:
-    """Draws images and, from each, as many of its questions as fit; the same for the same seed."""
+  def sample(self, pools: dict[pathlib.Path, Pool], num_images: int, *, seed: tuple[int, int]) -> Batch:
+    """Draws pictures and, for each, as many questions as fit; the same for the same seed.
+
+    The three kinds of question take turns. Left as they come, five of six questions that yes or no answers can be
+    answered by a rule about the words alone, and that rule is all that a short training learns.
+    """
     rng = np.random.default_rng(seed)
+    pictures = list(pools)
     groups = []
-    for index in rng.choice(len(images), num_images, replace=False):
-      shuffled = [images[index][i] for i in rng.permutation(len(images[index]))]
-      groups.append(self.split(shuffled)[0])
+    for index in rng.choice(len(pictures), num_images, replace=False):
+      pool = pools[pictures[index]]
+      kinds = [
+        [kind[i] for i in rng.permutation(len(kind))] for kind in (pool.open_ended, pool.unexpected, pool.expected)
+      ]
+      turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
+      questions = [example._replace(image=pictures[index]) for example in turns if example is not None]
+      groups.append(self.split(questions)[0])
     return self.pack(groups)
 
   def split(self, group: list[easyvqa.Example]) -> list[list[easyvqa.Example]]:

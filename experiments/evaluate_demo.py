@@ -8,7 +8,6 @@ all questions with the questions of an image packed behind it, as in training: t
 one by one, hence the same answers, at a tenth of the cost.
 """
 
-import collections
 import json
 import pathlib
 
@@ -21,7 +20,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from checkpoints_convert.demo import easyvqa
-from experiments.demo_data import Packer, questions_by_image
+from experiments.demo_data import Packer, question_only_answers, questions_by_image
 from experiments.demo_model import answer_logits
 from himap_jax import checkpoint, run
 from himap_jax.llava import Llava
@@ -37,14 +36,6 @@ _PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning on all questio
 IMAGE_SIZE = 336
 
 
-def question_only_answers(train: list[easyvqa.Example]) -> dict[str, str]:
-  """The commonest training answer of every question: what can be known without the image."""
-  counts = collections.defaultdict(collections.Counter)
-  for example in train:
-    counts[example.question][example.answer] += 1
-  return {question: answers.most_common(1)[0][0] for question, answers in counts.items()}
-
-
 def packed_right(workdir: pathlib.Path) -> dict[str, bool]:
   """For every test question whether the greedy answer without pruning is right."""
   results = workdir / "packed.jsonl"
@@ -53,7 +44,7 @@ def packed_right(workdir: pathlib.Path) -> dict[str, bool]:
     right = {row["id"]: row["right"] for row in map(json.loads, results.read_text().splitlines())}
   loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=jnp.float32)
   model = Llava(loaded.config, jnp.float32)
-  packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=176)
+  packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=256)
 
   @jax.jit
   def predict(params, batch):

@@ -30,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from checkpoints_convert.demo.assemble import assemble
-from experiments.demo_data import Batch, Packer, questions_by_image
+from experiments.demo_data import Batch, Packer, question_pools
 from experiments.demo_model import (
   WHITENING_IMAGES,
   Whitening,
@@ -117,7 +117,7 @@ def train(
   optimizer = make_optimizer(num_steps)
   params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   frozen = {name: value for name, value in params.items() if name != "multi_modal_projector"}
-  images = questions_by_image("train")
+  pools = question_pools("train")
   packers = [
     Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots)
     for stage in stages
@@ -125,7 +125,7 @@ def train(
   whitening = measure_whitening(
     model,
     params,
-    [packers[0].sample(images, 8, seed=(_SEED.value, num_steps + i)) for i in range(WHITENING_IMAGES // 8)],
+    [packers[0].sample(pools, 8, seed=(_SEED.value, num_steps + i)) for i in range(WHITENING_IMAGES // 8)],
   )
   if _INIT_ADAPTER.value:
     projector, lora = import_adapter(_INIT_ADAPTER.value)
@@ -147,7 +147,7 @@ def train(
     before = 0
     for stage, packer in zip(stages, packers, strict=True):
       for index in range(max(before, first_step), before + stage.steps):
-        batch = packer.sample(images, stage.images, seed=(_SEED.value, index))
+        batch = packer.sample(pools, stage.images, seed=(_SEED.value, index))
         state, loss, right = step_fn(state, batch)
         losses.append(float(loss))
         rights.append(float(right))
