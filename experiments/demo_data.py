@@ -125,20 +125,25 @@ class Packer:
     self._question_slots = question_slots
     self._tokenize = functools.cache(self._tokenize)
 
-  def sample(self, pools: dict[pathlib.Path, Pool], num_images: int, *, seed: tuple[int, int]) -> Batch:
+  def sample(
+    self, pools: dict[pathlib.Path, Pool], num_images: int, *, seed: tuple[int, int], negated: bool = True
+  ) -> Batch:
     """Draws pictures and, for each, as many questions as fit; the same for the same seed.
 
     The three kinds of question take turns. Left as they come, five of six questions that yes or no answers can be
-    answered by a rule about the words alone, and that rule is all that a short training learns.
+    answered by a rule about the words alone, and that rule is all that a short training learns. Without `negated`
+    questions ("is there not …"), whether a picture matches the words decides yes or no on its own, which is learnt first.
     """
     rng = np.random.default_rng(seed)
     pictures = list(pools)
     groups = []
     for index in rng.choice(len(pictures), num_images, replace=False):
       pool = pools[pictures[index]]
-      kinds = [
-        [kind[i] for i in rng.permutation(len(kind))] for kind in (pool.open_ended, pool.unexpected, pool.expected)
-      ]
+      kinds = [pool.open_ended, pool.unexpected, pool.expected]
+      if not negated:  # "yes" is what few pictures answer to a plain question, "no" what few answer to a negated one
+        kinds[1] = [example for example in pool.unexpected if example.answer == "yes"]
+        kinds[2] = [example for example in pool.expected if example.answer == "no"]
+      kinds = [[kind[i] for i in rng.permutation(len(kind))] for kind in kinds]
       turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
       questions = [example._replace(image=pictures[index]) for example in turns if example is not None]
       groups.append(self.split(questions)[0])

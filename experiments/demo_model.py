@@ -76,7 +76,7 @@ class Whitening:
 
 def measure_whitening(model: Llava, params: Any, batches: list[Batch]) -> Whitening:
   """Measures mean and covariance of the tower's features; variances below `WHITENING_FLOOR` are not amplified further."""
-  encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method=lambda m, x: m.vision_tower(x)))
+  encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method=lambda m, x: m.vision_tower(x).features))
   features = np.concatenate([np.asarray(encode(params, batch.pixel_values)) for batch in batches])
   features = features.reshape(-1, features.shape[-1]).astype(np.float64)
   variances, axes = np.linalg.eigh(np.cov(features.T))
@@ -104,7 +104,7 @@ def answer_logits(model: Llava, params: Any, lora: Any, batch: Batch) -> jax.Arr
   """Logits `[B, A, V]` of every answer token, given the tokens before it."""
 
   def forward(bound: Llava) -> jax.Array:
-    x = bound.merge(batch.tokens, batch.image_start, bound.encode_images(batch.pixel_values))
+    x = bound.merge(batch.tokens, batch.image_start, bound.encode_images(batch.pixel_values)[0])
     x, _ = bound.language_model(
       x, batch.positions, first=0, last=model.config.text.num_hidden_layers, mask=batch.mask()
     )

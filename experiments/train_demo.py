@@ -56,6 +56,9 @@ _STAGES = flags.DEFINE_list(
   ["112:280:3:72", "336:110:1:144"],
   "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.",
 )
+_AFFIRMATIVE_STEPS = flags.DEFINE_integer(
+  "affirmative_steps", 0, "Steps at the beginning that leave out negated questions."
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 4e-4, "Peak learning rate of the low-rank updates.")
@@ -147,7 +150,7 @@ def train(
     before = 0
     for stage, packer in zip(stages, packers, strict=True):
       for index in range(max(before, first_step), before + stage.steps):
-        batch = packer.sample(pools, stage.images, seed=(_SEED.value, index))
+        batch = packer.sample(pools, stage.images, seed=(_SEED.value, index), negated=index >= _AFFIRMATIVE_STEPS.value)
         state, loss, right = step_fn(state, batch)
         losses.append(float(loss))
         rights.append(float(right))

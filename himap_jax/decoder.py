@@ -5,6 +5,8 @@ Axes: B batch, S query slots, T cache slots, N query heads, K key heads, H head 
 It runs ranges of layers on whatever sequence it is given and knows nothing of images or of pruning.
 """
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -47,12 +49,15 @@ class Attention(nn.Module):
     self.v_proj = Linear(c.num_key_value_heads * c.head_dim, use_bias=c.attention_bias)
     self.o_proj = Linear(c.hidden_size, use_bias=c.attention_bias)
 
+  def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
+    return rope.rotate(self._heads(self.q_proj(x)), *rotation)
+
   def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
-    batch, slots, _ = x.shape
-    query, key, value = (
-      linear(x).reshape(batch, slots, -1, self.config.head_dim) for linear in (self.q_proj, self.k_proj, self.v_proj)
-    )
-    return Projections(query=rope.rotate(query, *rotation), key=rope.rotate(key, *rotation), value=value)
+    key, value = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+    return Projections(query=self.query(x, rotation), key=rope.rotate(key, *rotation), value=value)
+
+  def _heads(self, x: Float[Array, "B S F"]) -> Float[Array, "B S N H"]:
+    return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
   def output(self, context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
     return self.o_proj(context.reshape(*context.shape[:2], -1))
@@ -73,6 +78,10 @@ class FeedForward(nn.Module):
     return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
 
 
+def _take_slots(x: Float[Array, "B S *D"], slots: Int[Array, "B R"]) -> Float[Array, "B R *D"]:
+  return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 class DecoderLayer(nn.Module):
   """One layer: over a whole sequence when called, over a cache by `extend`."""
 
@@ -90,6 +99,22 @@ class DecoderLayer(nn.Module):
     projections = self.self_attn.project(self.input_layernorm(x), rotation)
     context = attend(projections.query, projections.key, projections.value, mask, is_causal=mask is None)
     return self._finish(x, context), projections
+
+  def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
+    return self.self_attn.project(self.input_layernorm(x), rotation)
+
+  def update(
+    self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]
+  ) -> tuple[Float[Array, "B S D"], Projections]:
+    """Runs the layer for some slots, which attend causally to all; the rest keep their hidden states."""
+    take = functools.partial(_take_slots, slots=slots)
+    normed = self.input_layernorm(x)
+    query = self.self_attn.query(take(normed), tuple(map(take, rotation)))
+    projections = self.self_attn.project(normed, rotation)  # its queries are dead code unless a score reads them
+    mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
+    context = attend(query, projections.key, projections.value, mask)
+    updated = self._finish(take(x), context)
+    return x.at[jnp.arange(x.shape[0])[:, None], slots].set(updated), projections
 
   def extend(
     self,
@@ -128,6 +153,8 @@ class Decoder(nn.Module):
     first: int,
     last: int,
     mask: Bool[Array, "B 1 S S"] | None = None,
+    partial_layers: frozenset[int] = frozenset(),
+    updated_slots: Int[Array, "B R"] | None = None,
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
     """Runs layers `first … last − 1`.
 
@@ -137,6 +164,8 @@ class Decoder(nn.Module):
       first: the first layer to run.
       last: one past the last.
       mask: true where a query slot (row) may attend to a key slot; causal by slot when absent.
+      partial_layers: layers that update only `updated_slots`.
+      updated_slots: the slots that partial layers update.
 
     Returns:
       The hidden states and each layer's projections.
@@ -145,9 +174,16 @@ class Decoder(nn.Module):
     projections = []
     for index in range(first, last):
       with jax.named_scope(f"layer_{index}"):
-        x, layer_projections = self.layers[index](x, rotation, mask)
+        if index in partial_layers:
+          x, layer_projections = self.layers[index].update(x, rotation, updated_slots)
+        else:
+          x, layer_projections = self.layers[index](x, rotation, mask)
       projections.append(layer_projections)
     return x, projections
+
+  def project(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int) -> Projections:
+    """What a layer's attention would compute from `x`."""
+    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.head_dim, positions))
 
   def extend(
     self,

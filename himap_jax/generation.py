@@ -53,7 +53,7 @@ def decode(
   params: Any,
   logits: Float[Array, "B V"],
   caches: tuple[SegmentCache, ...],
-  length: Int[Array, "B"],
+  next_position: Int[Array, "B"],
   keys: Key[Array, "B"],
   *,
   max_new_tokens: int,
@@ -67,7 +67,7 @@ def decode(
     params: its parameters.
     logits: of the prompts' last tokens.
     caches: prefilled, with room for `max_new_tokens`.
-    length: tokens of each prompt before pruning, which is the rotary position of the first new token.
+    next_position: the rotary position of each row's first new token.
     keys: a random key a row.
     max_new_tokens: M; static.
     sampling: how tokens are chosen; static.
@@ -82,7 +82,7 @@ def decode(
     return functools.reduce(jnp.logical_or, [token == eos for eos in eos_token_ids], jnp.zeros_like(token, dtype=bool))
 
   def step(state: DecodeState) -> DecodeState:
-    positions = (length + state.step - 1)[:, None]
+    positions = (next_position + state.step - 1)[:, None]
     x, caches = bound.language_model.extend(state.last[:, None], positions, state.caches, model.dtype)
     token = choose(sampling, bound.logits(x)[:, 0], keys, state.step)
     token = jnp.where(state.finished, 0, token)
@@ -165,16 +165,16 @@ class Generator:
     self.num_programs = 0
     self.compile_seconds = 0.0
 
-    def prefill_program(params: Any, inputs: Inputs) -> Any:
-      return prefill(self._model, params, inputs, schedule, max_new_tokens)
+    def prefill_program(params: Any, inputs: Inputs, keys: Any) -> Any:
+      return prefill(self._model, params, inputs, keys, schedule, max_new_tokens)
 
-    def decode_program(params: Any, logits: Any, caches: Any, length: Any, keys: Any) -> Any:
+    def decode_program(params: Any, logits: Any, caches: Any, next_position: Any, keys: Any) -> Any:
       return decode(
         self._model,
         params,
         logits,
         caches,
-        length,
+        next_position,
         keys,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -195,10 +195,10 @@ class Generator:
     inputs, keys = jax.device_put((inputs, keys), self._rows)
     prefill_program, decode_program = self._programs(inputs, keys)
     start = time.perf_counter()
-    result = jax.block_until_ready(prefill_program(self._params, inputs))
+    result = jax.block_until_ready(prefill_program(self._params, inputs, keys))
     middle = time.perf_counter()
     kept, logits = jax.device_get((result.kept, result.logits))
-    tokens, num_tokens, _ = decode_program(self._params, result.logits, result.caches, inputs.length, keys)
+    tokens, num_tokens, _ = decode_program(self._params, result.logits, result.caches, result.next_position, keys)
     tokens, num_tokens = jax.device_get((tokens, num_tokens))
     end = time.perf_counter()
     return Generation(
@@ -213,14 +213,16 @@ class Generator:
     shape = inputs.tokens.shape
     if shape not in self._compiled:
       start = time.perf_counter()
-      lowered = self._prefill.lower(self._params, inputs)
+      lowered = self._prefill.lower(self._params, inputs, keys)
       prefill_program = lowered.compile()
       result = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         lowered.out_info,
         prefill_program.output_shardings,
       )
-      decode_program = self._decode.lower(self._params, result.logits, result.caches, inputs.length, keys).compile()
+      decode_program = self._decode.lower(
+        self._params, result.logits, result.caches, result.next_position, keys
+      ).compile()
       self._compiled[shape] = prefill_program, decode_program
       self.num_programs += 2
       self.compile_seconds += time.perf_counter() - start

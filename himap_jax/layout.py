@@ -12,7 +12,7 @@ Pruning shortens the run and moves the rest of the row to the left, so a pruned 
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @flax.struct.dataclass
@@ -33,6 +33,17 @@ class Layout:
     """The slots of the image tokens."""
     return self.image_start[:, None] + jnp.arange(self.num_image_tokens, dtype=jnp.int32)[None]
 
+  def text_slots(self, num_slots: int) -> Int[Array, "B T"]:
+    """The slots of everything else, padding included."""
+    slot = jnp.arange(num_slots - self.num_image_tokens, dtype=jnp.int32)[None]
+    return jnp.where(slot < self.image_start[:, None], slot, slot + self.num_image_tokens)
+
+  def instruction_slots(self, num_slots: int) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """As many slots from the image's end on as there can be text, and which of them hold a token of the row."""
+    after = self.image_start + self.num_image_tokens
+    slots = after[:, None] + jnp.arange(num_slots - self.num_image_tokens, dtype=jnp.int32)[None]
+    return jnp.minimum(slots, num_slots - 1), slots < self.length[:, None]
+
   def keep(self, kept: Int[Array, "B M"], num_slots: int) -> tuple[Int[Array, "B R"], "Layout"]:
     """Keeps some image tokens and all else.
 
@@ -50,3 +61,13 @@ class Layout:
     image = start + jnp.take_along_axis(kept, jnp.clip(slot - start, 0, num_kept - 1), axis=1)
     source = jnp.where(slot < start, slot, jnp.where(slot < start + num_kept, image, slot + removed))
     return source, Layout(self.length - removed, self.image_start, num_kept)
+
+
+def put_image_tokens(
+  x: Float[Array, "B S D"], image_start: Int[Array, "B"], image_tokens: Float[Array, "B N D"]
+) -> Float[Array, "B S D"]:
+  """`x` with the image tokens in their slots."""
+  num_image_tokens = image_tokens.shape[1]
+  offset = jnp.arange(x.shape[1], dtype=jnp.int32)[None] - image_start[:, None]
+  image = jnp.take_along_axis(image_tokens, jnp.clip(offset, 0, num_image_tokens - 1)[:, :, None], axis=1)
+  return jnp.where(((offset >= 0) & (offset < num_image_tokens))[:, :, None], image, x)

@@ -13,9 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from himap_jax.config import LlavaConfig
 from himap_jax.decoder import Decoder
-from himap_jax.layout import Layout
+from himap_jax.layout import Layout, put_image_tokens
 from himap_jax.linear import ACTIVATIONS, Embedding, Linear, product
-from himap_jax.vision import VisionTower
+from himap_jax.vision import TowerOutput, VisionTower
 
 
 @flax.struct.dataclass
@@ -61,28 +61,24 @@ class Llava(nn.Module):
     if not config.text.tie_word_embeddings:
       self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size)
 
-  def encode_images(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B N D"]:
-    """Image tokens in the decoder's width."""
+  def encode_images(self, pixel_values: Float[Array, "B 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
+    """Image tokens in the decoder's width, and what the tower says of them."""
     with jax.named_scope("vision_tower"):
-      features = self.vision_tower(pixel_values.astype(self.dtype))
+      tower = self.vision_tower(pixel_values.astype(self.dtype))
     with jax.named_scope("projector"):
-      return self.multi_modal_projector(features)
+      return self.multi_modal_projector(tower.features), tower
 
   def merge(
     self, tokens: Int[Array, "B S"], image_start: Int[Array, "B"], image_tokens: Float[Array, "B N D"]
   ) -> Float[Array, "B S D"]:
     """Embeds the tokens and puts the image tokens into their slots."""
-    num_image_tokens = image_tokens.shape[1]
-    x = self.language_model.embed_tokens(tokens).astype(self.dtype)
-    offset = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None] - image_start[:, None]
-    image = jnp.take_along_axis(image_tokens, jnp.clip(offset, 0, num_image_tokens - 1)[:, :, None], axis=1)
-    return jnp.where(((offset >= 0) & (offset < num_image_tokens))[:, :, None], image, x)
+    return put_image_tokens(self.language_model.embed_tokens(tokens).astype(self.dtype), image_start, image_tokens)
 
-  def embed(self, inputs: Inputs) -> tuple[Float[Array, "B S D"], Layout]:
-    """Embeds a batch: hidden states of every slot, and where the images stand."""
-    image_tokens = self.encode_images(inputs.pixel_values)
+  def embed(self, inputs: Inputs) -> tuple[Float[Array, "B S D"], Layout, TowerOutput]:
+    """Embeds a batch: hidden states of every slot, where the images stand, and what the tower says of them."""
+    image_tokens, tower = self.encode_images(inputs.pixel_values)
     layout = Layout(inputs.length, inputs.image_start, image_tokens.shape[1])
-    return self.merge(inputs.tokens, inputs.image_start, image_tokens), layout
+    return self.merge(inputs.tokens, inputs.image_start, image_tokens), layout, tower
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""
@@ -93,7 +89,7 @@ class Llava(nn.Module):
 
   def __call__(self, inputs: Inputs) -> Float[Array, "B S V"]:
     """Logits of every slot, without pruning; those of padding are meaningless."""
-    x, _ = self.embed(inputs)
+    x, _, _ = self.embed(inputs)
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
     x, _ = self.language_model(x, positions, first=0, last=self.config.text.num_hidden_layers)
     return self.logits(x)

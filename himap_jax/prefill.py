@@ -1,18 +1,20 @@
-"""Prefill with pruning between segments: score → top-k → sort → gather, and the cache of what was kept.
+"""Prefill with pruning between segments: select → gather, and the cache of what was kept.
 
 Axes: B batch, S slots, M kept image tokens, D model dim, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from himap_jax import cache
-from himap_jax.layout import Layout
+from himap_jax.layout import Layout, put_image_tokens
 from himap_jax.llava import Inputs, Llava
+from himap_jax.method import Selection, View
 from himap_jax.schedule import Schedule
 
 
@@ -22,59 +24,90 @@ class Prefill:
 
   Attributes:
     logits: `[B, V]` float32, after each row's last token.
-    caches: one cache a segment.
+    caches: one cache a segment that has layers.
+    next_position: `[B]` the rotary position of the first new token.
     kept: for each stage `[B, M]` the image tokens kept, as indices 0 … N − 1 into the picture's tokens, ascending.
   """
 
   logits: Float[Array, "B V"]
   caches: tuple[cache.SegmentCache, ...]
+  next_position: Int[Array, "B"]
   kept: tuple[Int[Array, "B M"], ...]
 
 
-def prefill(model: Llava, params: Any, inputs: Inputs, schedule: Schedule, num_new_slots: int) -> Prefill:
+def prefill(
+  model: Llava, params: Any, inputs: Inputs, keys: Key[Array, "B"], schedule: Schedule, num_new_slots: int
+) -> Prefill:
   """Runs the prompts through the model, pruning as the schedule says.
 
   Args:
     model: the model.
     params: its parameters.
     inputs: the batch.
+    keys: a random key a row, for methods that use chance.
     schedule: stages; static.
     num_new_slots: room for decoded tokens in the caches; static.
   """
   bound = model.bind({"params": params})
-  x, layout = bound.embed(inputs)
-  slot = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-  positions = jnp.where(slot < layout.length[:, None], slot, cache.UNUSED_POSITION)
+  x, layout, tower = bound.embed(inputs)
+  embeddings, embedded_layout = x, layout
+  positions, next_position = _positions(layout, x.shape[1]), layout.length
   original = jnp.broadcast_to(
     jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None], (x.shape[0], layout.num_image_tokens)
   )
   caches, kept = [], []
   for segment in schedule.segments(model.config.text.num_hidden_layers, layout.num_image_tokens):
-    x, projections = bound.language_model(x, positions, first=segment.first, last=segment.last)
-    caches.append(
-      cache.from_prefill(
-        tuple(p.key for p in projections), tuple(p.value for p in projections), positions, num_new_slots
-      )
+    x, projections = bound.language_model(
+      x,
+      positions,
+      first=segment.first,
+      last=segment.last,
+      partial_layers=frozenset(schedule.frozen_layers),
+      updated_slots=layout.text_slots(x.shape[1]) if schedule.frozen_layers else None,
     )
+    if projections:
+      caches.append(
+        cache.from_prefill(
+          tuple(p.key for p in projections), tuple(p.value for p in projections), positions, num_new_slots
+        )
+      )
     if segment.stage is not None:
       with jax.named_scope(f"prune_before_layer_{segment.last}"):
-        chosen = select(segment.stage.score(projections[-1], layout), segment.stage.keep)
-        x, positions, layout = gather(x, positions, layout, chosen)
-        original = jnp.take_along_axis(original, chosen, axis=1)
+        view = View(
+          layer=segment.last,
+          x=x,
+          layout=layout,
+          original=original,
+          projections=projections[-1] if projections else None,
+          next_projections=functools.partial(bound.language_model.project, x, positions, segment.last),
+          embeddings=embeddings,
+          embedded_layout=embedded_layout,
+          tower=tower,
+          project=bound.multi_modal_projector,
+          keys=keys,
+        )
+        selection = segment.stage.select(view, segment.stage.keep)
+        x, positions, layout = apply(selection, x, positions, layout)
+        original = jnp.take_along_axis(original, selection.kept, axis=1)
       kept.append(original)
+      if segment.last == 0:  # the decoder never saw the other tokens: its positions are without gaps
+        positions, next_position = _positions(layout, x.shape[1]), layout.length
   last = jnp.take_along_axis(x, (layout.length - 1)[:, None, None], axis=1)
-  return Prefill(logits=bound.logits(last)[:, 0], caches=tuple(caches), kept=tuple(kept))
+  return Prefill(bound.logits(last)[:, 0], tuple(caches), next_position, tuple(kept))
 
 
-def select(scores: Float[Array, "B N"], keep: int) -> Int[Array, "B M"]:
-  """Indices of the `keep` highest scores, ascending; of equal scores the earlier wins."""
-  return jnp.sort(jax.lax.top_k(scores, keep)[1], axis=1)
+def _positions(layout: Layout, num_slots: int) -> Int[Array, "B S"]:
+  """Every slot's own number, and that of unused slots in padding."""
+  slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
+  return jnp.where(slot < layout.length[:, None], slot, cache.UNUSED_POSITION)
 
 
-def gather(
-  x: Float[Array, "B S D"], positions: Int[Array, "B S"], layout: Layout, chosen: Int[Array, "B M"]
+def apply(
+  selection: Selection, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layout: Layout
 ) -> tuple[Float[Array, "B R D"], Int[Array, "B R"], Layout]:
-  """Removes the image tokens that were not chosen from hidden states and positions; the rest keep theirs."""
-  source, layout = layout.keep(chosen, x.shape[1])
+  """Removes the image tokens that were not kept from hidden states and positions; the rest keep theirs."""
+  source, layout = layout.keep(selection.kept, x.shape[1])
   x = jnp.take_along_axis(x, source[:, :, None], axis=1)
+  if selection.merged is not None:
+    x = put_image_tokens(x, layout.image_start, selection.merged.astype(x.dtype))
   return x, jnp.take_along_axis(positions, source, axis=1), layout

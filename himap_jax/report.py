@@ -36,6 +36,7 @@ def print_summary(
   table.add_row("compilation", f"{generator.compile_seconds:.2f} s, {generator.num_programs} programs")
   counts = [f"{processor.num_image_tokens}"]
   counts += [f"{stage.keep} from layer {stage.layer} on" for stage in schedule.stages]
+  counts += [f"not updated in {len(schedule.frozen_layers)} layers"] if schedule.frozen_layers else []
   table.add_row("method", method)
   table.add_row("image tokens", ", ".join(counts))
   num_image_tokens = processor.num_image_tokens

@@ -20,9 +20,8 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from himap_jax import checkpoint, inference, report, sharding
+from himap_jax import checkpoint, inference, methods, report, sharding
 from himap_jax.generation import Generator
-from himap_jax.methods import METHODS, build_schedule
 from himap_jax.output import OutputWriter
 from himap_jax.processing import DEFAULT_BUCKETS, Processor
 from himap_jax.prompts import read_prompts
@@ -45,9 +44,13 @@ _OUTPUT = flags.DEFINE_string("output", None, "JSONL to write: id, answer and er
 _PICTURES = flags.DEFINE_string(
   "pictures", None, "Directory for a picture per prompt of the patches kept at each stage."
 )
-_METHOD = flags.DEFINE_enum("method", "himap", sorted(METHODS), "The pruning method.")
+_METHOD = flags.DEFINE_string(
+  "method",
+  "himap",
+  f"The pruning method: {', '.join(methods.METHODS)}; or one that acts before the decoder + one inside, as divprune+himap.",
+)
 _PRUNE_LAYERS = flags.DEFINE_list(
-  "prune_layers", None, "Layers to prune before, e.g. 2,8; the method's own by default."
+  "prune_layers", None, "Layers to prune before, e.g. 2,8, 0 being before the decoder; the method's own by default."
 )
 _KEEP = flags.DEFINE_list(
   "keep",
@@ -123,6 +126,7 @@ def config_from_flags() -> RunConfig:
     raise ValueError(f"--batch_size must be at least 1, but is {_BATCH_SIZE.value}")
   if _MAX_NEW_TOKENS.value < 1:
     raise ValueError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
+  methods.parse(_METHOD.value)
   unknown = sorted(set(_EMIT.value) - set(EMIT))
   if unknown:
     raise ValueError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")
@@ -216,10 +220,11 @@ def run(config: RunConfig) -> int:
         f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
         f"{' x '.join(map(str, processor.patch_grid))} patches"
       )
-    schedule = build_schedule(
+    schedule = methods.build_schedule(
       config.method,
       num_layers=opened.config.text.num_hidden_layers,
       num_image_tokens=processor.num_image_tokens,
+      has_class_token=opened.config.vision.has_class_token,
       prune_layers=config.prune_layers,
       keep=config.keep,
     )

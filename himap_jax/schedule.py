@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from himap_jax.scoring import Score
+from himap_jax.method import Select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,14 +10,14 @@ class Stage:
   """One pruning stage.
 
   Attributes:
-    layer: the stage acts before this layer (counted from 0), on the projections of the layer before it.
+    layer: the stage acts before this layer, counted from 0; at 0 it acts before the decoder.
     keep: image tokens that remain.
-    score: what the image tokens are ranked by.
+    select: which ones, and what is merged into them.
   """
 
   layer: int
   keep: int
-  score: Score
+  select: Select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,23 +39,31 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """Stages in the order of their layers; no stages, no pruning."""
+  """What happens to the image tokens.
+
+  Attributes:
+    stages: pruning stages in the order of their layers; no stages, no pruning.
+    frozen_layers: layers that do not update image tokens, in ascending order.
+  """
 
   stages: tuple[Stage, ...] = ()
+  frozen_layers: tuple[int, ...] = ()
 
   def segments(self, num_layers: int, num_image_tokens: int) -> tuple[Segment, ...]:
-    """Cuts the decoder at the stages.
+    """Cuts the decoder at the stages; a stage before the decoder makes a first segment without layers.
 
     Raises:
-      ValueError: stages that the model cannot run: layers out of range or out of order, counts that do not shrink.
+      ValueError: stages that the model cannot run: layers out of range or out of order, counts that grow.
     """
+    for layer in self.frozen_layers:
+      if not 0 <= layer < num_layers:
+        raise ValueError(f"cannot freeze layer {layer}: the model has layers 0 to {num_layers - 1}")
+    if len(set(self.frozen_layers)) < len(self.frozen_layers):
+      raise ValueError(f"a layer to freeze is named twice: {', '.join(map(str, self.frozen_layers))}")
     segments, first, count = [], 0, num_image_tokens
     for stage in self.stages:
-      if not 1 <= stage.layer < num_layers:
-        raise ValueError(
-          f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}, and a stage needs "
-          "the attention of the layer before it"
-        )
+      if not 0 <= stage.layer < num_layers:
+        raise ValueError(f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}")
       if segments and stage.layer <= first:
         raise ValueError(f"pruning layers must ascend, but {stage.layer} follows {first}")
       if not 1 <= stage.keep <= count:

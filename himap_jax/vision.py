@@ -5,6 +5,8 @@ H head dim. Module names are those of the checkpoints.
 """
 
 import flax.linen as nn
+import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -12,6 +14,25 @@ from jaxtyping import Array, Float
 from himap_jax.attention import attend
 from himap_jax.config import VisionConfig
 from himap_jax.linear import ACTIVATIONS, Embedding, LayerNorm, Linear
+
+
+@flax.struct.dataclass
+class TowerOutput:
+  """What the tower says of a batch of images.
+
+  Attributes:
+    features: what the projector reads, one vector an image token.
+    class_attention: float32 attention of the class token to every image token in the last layer that the features need,
+        averaged over heads; None where the tower has no class token.
+    keys: that layer's keys of the image tokens, by head.
+  """
+
+  features: Float[Array, "B P F"]
+  class_attention: Float[Array, "B P"] | None
+  keys: Float[Array, "B P N H"]
+
+
+QueryKey = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
@@ -93,12 +114,13 @@ class ClipAttention(nn.Module):
   config: VisionConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     width, heads = self.config.hidden_size, self.config.num_attention_heads
     query, key, value = (
       _heads(Linear(width, use_bias=True, name=name)(x), heads) for name in ("q_proj", "k_proj", "v_proj")
     )
-    return Linear(width, use_bias=True, name="out_proj")(attend(query, key, value).reshape(x.shape))
+    y = Linear(width, use_bias=True, name="out_proj")(attend(query, key, value).reshape(x.shape))
+    return y, (query, key)
 
 
 class ClipLayer(nn.Module):
@@ -107,10 +129,11 @@ class ClipLayer(nn.Module):
   config: VisionConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     epsilon = self.config.layer_norm_eps
-    x = x + ClipAttention(self.config, name="self_attn")(LayerNorm(epsilon, name="layer_norm1")(x))
-    return x + FeedForward(self.config, name="mlp")(LayerNorm(epsilon, name="layer_norm2")(x))
+    y, query_key = ClipAttention(self.config, name="self_attn")(LayerNorm(epsilon, name="layer_norm1")(x))
+    x = x + y
+    return x + FeedForward(self.config, name="mlp")(LayerNorm(epsilon, name="layer_norm2")(x)), query_key
 
 
 class ClipEmbeddings(nn.Module):
@@ -139,8 +162,9 @@ class DinoAttention(nn.Module):
   config: VisionConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    return DinoOutput(self.config, name="output")(DinoSelfAttention(self.config, name="attention")(x))
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
+    y, query_key = DinoSelfAttention(self.config, name="attention")(x)
+    return DinoOutput(self.config, name="output")(y), query_key
 
 
 class DinoSelfAttention(nn.Module):
@@ -149,12 +173,12 @@ class DinoSelfAttention(nn.Module):
   config: VisionConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     width, heads = self.config.hidden_size, self.config.num_attention_heads
     query, key, value = (
       _heads(Linear(width, use_bias=self.config.qkv_bias, name=name)(x), heads) for name in ("query", "key", "value")
     )
-    return attend(query, key, value).reshape(x.shape)
+    return attend(query, key, value).reshape(x.shape), (query, key)
 
 
 class DinoOutput(nn.Module):
@@ -182,12 +206,12 @@ class DinoLayer(nn.Module):
   config: VisionConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     epsilon = self.config.layer_norm_eps
-    y = DinoAttention(self.config, name="attention")(LayerNorm(epsilon, name="norm1")(x))
+    y, query_key = DinoAttention(self.config, name="attention")(LayerNorm(epsilon, name="norm1")(x))
     x = x + LayerScale(name="layer_scale1")(y)
     y = FeedForward(self.config, name="mlp")(LayerNorm(epsilon, name="norm2")(x))
-    return x + LayerScale(name="layer_scale2")(y)
+    return x + LayerScale(name="layer_scale2")(y), query_key
 
 
 class DinoPatchEmbeddings(nn.Module):
@@ -224,18 +248,25 @@ def _prepend(token: Float[Array, "D"], x: Float[Array, "B P D"]) -> Float[Array,
 
 
 class Encoder(nn.Module):
-  """The first `num_layers` layers; returns the hidden state after each, the input first."""
+  """The first `num_layers` layers; returns the hidden state after each, the input first, and the last one's attention."""
 
   config: VisionConfig
   num_layers: int
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> list[Float[Array, "B S D"]]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[list[Float[Array, "B S D"]], QueryKey]:
     layer, prefix = (DinoLayer, "layer") if self.config.model_type == "dinov2" else (ClipLayer, "layers")
-    hidden_states = [x]
+    hidden_states, query_key = [x], None
     for index in range(self.num_layers):
-      hidden_states.append(layer(self.config, name=f"{prefix}_{index}")(hidden_states[-1]))
-    return hidden_states
+      x, query_key = layer(self.config, name=f"{prefix}_{index}")(x)
+      hidden_states.append(x)
+    return hidden_states, query_key
+
+
+def class_attention(query: Float[Array, "B S N H"], key: Float[Array, "B S N H"]) -> Float[Array, "B S"]:
+  """Attention probabilities of the first token, averaged over heads."""
+  logits = jnp.einsum("BNH,BSNH->BNS", query[:, 0], key, preferred_element_type=jnp.float32)
+  return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).mean(axis=1)
 
 
 class VisionTower(nn.Module):
@@ -252,11 +283,13 @@ class VisionTower(nn.Module):
   select_strategy: str
 
   @nn.compact
-  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B S D"]:
+  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> TowerOutput:
     embeddings = DinoEmbeddings if self.config.model_type == "dinov2" else ClipEmbeddings
     x = embeddings(self.config, name="embeddings")(pixel_values)
     if self.config.model_type == "clip_vision_model":
       x = LayerNorm(self.config.layer_norm_eps, name="pre_layrnorm")(x)
-    hidden_states = Encoder(self.config, max(self.feature_layers), name="encoder")(x)
+    hidden_states, (query, key) = Encoder(self.config, max(self.feature_layers), name="encoder")(x)
     features = jnp.concatenate([hidden_states[layer] for layer in self.feature_layers], axis=-1)
-    return features[:, 1:] if self.select_strategy == "default" else features
+    attention = class_attention(query, key) if self.config.has_class_token else None
+    output = TowerOutput(features, attention, key)
+    return jax.tree.map(lambda y: y[:, 1:], output) if self.select_strategy == "default" else output

@@ -99,7 +99,8 @@ def test_cache_bytes(published, method):
     pixel_values=jax.ShapeDtypeStruct((batch, 3, 336, 336), jnp.float32),
   )
   model = Llava(config, jnp.bfloat16)
-  result = jax.eval_shape(lambda params, inputs: prefill(model, params, inputs, schedule, new), params, inputs)
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+  result = jax.eval_shape(lambda *arguments: prefill(model, *arguments, schedule, new), params, inputs, keys)
 
   # layers that hold 576, 288 and 72 image tokens; a slot is a key and a value, each as wide as the model, in two bytes
   segments = {"none": [(layers, 576)], "himap": [(2, 576), (6, 288), (layers - 8, 72)]}[method]

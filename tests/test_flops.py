@@ -103,3 +103,20 @@ def test_cache_bytes_layer_by_layer():
       slots = image_tokens_at(layer, (2, 8), (288, 72)) + 96
       expected += 2 * math.prod((slots, config.num_key_value_heads, config.head_dim, 2))
     assert flops.cache_bytes(config, himap(config), N, 96, bytes_per_value=2) == expected
+
+
+def test_frozen_layers():
+  """By hand, for one layer of each kind: 3 image and 2 text tokens, width 4, two heads of 2, one key head, ffn 8."""
+  config = text_config(4, 8, 2, 2, key_heads=1, head_dim=2)
+  schedule = Schedule(frozen_layers=(1,))
+  updated_layer = 4 * 3 * 16 + 2 * 9 * 4 + 2 * 3 * 4 * 8
+  assert flops.image_token_flops(config, schedule, 3) == updated_layer + 2 * 3 * 16
+  first = 2 * (5 * 4 * 4) + 2 * (5 * 4 * 2) + 2 * (5 * 5 * 4) + 3 * (5 * 4 * 8)
+  second = 2 * (2 * 4 * 4) + 2 * (5 * 4 * 2) + 2 * (2 * 5 * 4) + 3 * (2 * 4 * 8)
+  assert flops.all_token_flops(config, schedule, 3, 2) == first + second
+
+
+def test_tokens_pruned_before_the_decoder_cost_nothing():
+  schedule = build_schedule("uniform", num_layers=32, num_image_tokens=N, keep=(64,))
+  assert flops.image_token_flops(LLAVA_7B, schedule, N) == flops.image_token_flops(LLAVA_7B, Schedule(), 64)
+  assert flops.all_token_flops(LLAVA_7B, schedule, N, 60) == flops.all_token_flops(LLAVA_7B, Schedule(), 64, 60)

@@ -32,7 +32,7 @@ TIED_GQA = ("clip_gqa_tied", (1, 3), (9, 5))
 CONSECUTIVE = ("siglip", (2, 3), (12, 11))
 ONE_KEY_HEAD = ("dinov2", (2, 4), (12, 6))
 
-jitted_prefill = jax.jit(prefill, static_argnums=(0, 3, 4))
+jitted_prefill = jax.jit(prefill, static_argnums=(0, 4, 5))
 
 
 def himap(tiny, prune_layers, keep):
@@ -47,7 +47,8 @@ def himap(tiny, prune_layers, keep):
 
 def run_prefill(loaded, rows, schedule, num_slots=NUM_SLOTS):
   batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, num_slots))
-  return jitted_prefill(Llava(loaded.config, jnp.float32), loaded.params, Inputs(**batch), schedule, 1)
+  keys = jax.random.split(jax.random.key(0), len(rows))
+  return jitted_prefill(Llava(loaded.config, jnp.float32), loaded.params, Inputs(**batch), keys, schedule, 1)
 
 
 def assert_close(actual, expected, share):

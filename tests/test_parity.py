@@ -38,7 +38,7 @@ def test_image_features(pair, images):
   with torch.no_grad():
     expected = torch.stack(list(tiny.model.get_image_features(pixels).pooler_output)).numpy()
   model = Llava(loaded.config, jnp.float32)
-  actual = apply(model, loaded.params, jnp.asarray(pixels.numpy()), method="encode_images")
+  actual, _ = apply(model, loaded.params, jnp.asarray(pixels.numpy()), method="encode_images")
   assert actual.shape == (len(images), tiny.num_image_tokens, loaded.config.text.hidden_size)
   np.testing.assert_allclose(actual, expected, atol=1e-4, rtol=0)
 

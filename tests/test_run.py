@@ -335,7 +335,7 @@ class TestBadConfiguration:
       (dict(prune_layers=(2,)), "has 2 stages, but prune_layers has 1 values"),
       (dict(prune_layers=(4, 2)), "pruning layers must ascend, but 2 follows 4"),
       (dict(prune_layers=(2, 2)), "pruning layers must ascend"),
-      (dict(prune_layers=(0, 2)), "cannot prune before layer 0"),
+      (dict(prune_layers=(0, 2)), "cannot prune before layer 0: it needs the attention"),
       (dict(prune_layers=(2, 6)), "cannot prune before layer 6: the model has layers 0 to 5"),
       (dict(prune_layers=(-1, 2)), "cannot prune before layer -1"),
       (dict(prune_layers=None), "cannot prune before layer 8"),
@@ -454,6 +454,8 @@ class TestFlags:
       ((*NEEDED, "--batch_size=0"), "--batch_size must be at least 1, but is 0"),
       ((*NEEDED, "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
       ((*NEEDED, "--emit=tokens,thoughts"), "--emit: unknown thoughts; known: tokens, kept, logits, timing"),
+      ((*NEEDED, "--method=fasttv"), "unknown method 'fasttv'; known: cdpruner, dart, divprune, fastervlm,"),
+      ((*NEEDED, "--method=divprune+fasttv"), "unknown method 'fasttv'"),
       ((*NEEDED, "--keep=half,2"), "--keep=half,2: not a list of numbers"),
       ((*NEEDED, "--keep=1.5,2"), "--keep=1.5,2: not a list of numbers"),
       ((*NEEDED, "--prune_layers=2;8"), "not a list of numbers"),
@@ -467,7 +469,7 @@ class TestFlags:
       command.config_from_flags()
     assert message in str(caught.value)
 
-  @pytest.mark.parametrize("argument", ["--method=fastv", "--dtype=int8", "--batch_size=two", "--no_such_flag"])
+  @pytest.mark.parametrize("argument", ["--dtype=int8", "--batch_size=two", "--no_such_flag"])
   def test_values_that_absl_refuses(self, argument):
     with pytest.raises(flags.Error), parsed(*NEEDED, argument):
       pass

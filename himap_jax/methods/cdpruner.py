@@ -1,0 +1,57 @@
+"""CDPruner: tokens that matter to the instruction and differ from each other, by a determinantal point process.
+
+Its authors take the relevance from the tower's text encoder. A LLaVA checkpoint has none, so here it is the similarity of
+image tokens and instruction tokens where they meet, at the decoder's input. They scale relevance over the batch; here it is
+scaled for each image, so that a row's result is its own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from himap_jax.method import Method, Selection, View, cosine_similarity
+
+EPSILON = 1e-6
+
+
+def relevance(view: View) -> Float[Array, "B M"]:
+  """Mean cosine with the instruction's tokens, scaled to (0, 1]."""
+  slots, valid = view.layout.instruction_slots(view.x.shape[1])
+  similarity = cosine_similarity(view.image_tokens(), jnp.take_along_axis(view.x, slots[:, :, None], axis=1))
+  mean = (
+    jnp.where(valid[:, None], similarity, 0.0).sum(axis=2)
+    / jnp.maximum(valid.sum(axis=1, dtype=jnp.float32), 1.0)[:, None]
+  )
+  low, high = mean.min(axis=1, keepdims=True), mean.max(axis=1, keepdims=True)
+  return (mean - low + EPSILON) / jnp.maximum(high - low, EPSILON)
+
+
+def determinantal(view: View, keep: int) -> Selection:
+  """Greedy maximum a posteriori of the process with kernel r_i · cos(v_i, v_j) · r_j (Chen et al., arXiv 1709.05135)."""
+  tokens, weight = view.image_tokens(), relevance(view)
+  kernel = weight[:, :, None] * cosine_similarity(tokens, tokens) * weight[:, None]
+  batch, num_tokens, _ = kernel.shape
+  rows = jnp.arange(batch)
+
+  def choose(index, state):
+    gain, chosen, columns, kept = state
+    token = jnp.where(chosen, -jnp.inf, gain).argmax(axis=1).astype(jnp.int32)
+    explained = jnp.einsum("BK,BKM->BM", columns[rows, :, token], columns, precision="highest")
+    own = gain[rows, token]  # zero up to rounding once the kernel's rank is used up: then nothing more is explained
+    scale = jnp.where(own > EPSILON**2, jax.lax.rsqrt(jnp.maximum(own, EPSILON**2)), 0.0)
+    column = (kernel[rows, token] - explained) * scale[:, None]
+    gain = gain - jnp.square(column)
+    return gain, chosen.at[rows, token].set(True), columns.at[:, index].set(column), kept.at[:, index].set(token)
+
+  start = (
+    jnp.diagonal(kernel, axis1=1, axis2=2),
+    jnp.zeros((batch, num_tokens), bool),
+    jnp.zeros((batch, keep, num_tokens), jnp.float32),
+    jnp.zeros((batch, keep), jnp.int32),
+  )
+  return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[3], axis=1))
+
+
+METHOD = Method(
+  source="arXiv 2506.10967, 64 tokens", selects=(determinantal,), acts="before", prune_layers=(0,), keep=(64 / 576,)
+)

@@ -1,0 +1,36 @@
+"""DivPrune: tokens as far from each other as can be."""
+
+import jax
+import jax.numpy as jnp
+
+from himap_jax.method import Method, Selection, View, cosine_similarity
+
+
+def max_min_distance(view: View, keep: int) -> Selection:
+  """Greedy: first the token farthest from its nearest neighbour, then each time the one farthest from all chosen.
+
+  Distance is one minus the cosine between projected image tokens.
+  """
+  tokens = view.image_tokens()
+  distance = 1.0 - cosine_similarity(tokens, tokens)
+  batch, num_tokens, _ = distance.shape
+  rows = jnp.arange(batch)
+  nearest = jnp.where(jnp.eye(num_tokens, dtype=bool), jnp.inf, distance).min(axis=2)
+
+  def choose(index, state):
+    score, reach, kept = state
+    token = score.argmax(axis=1).astype(jnp.int32)
+    reach = jnp.minimum(reach, distance[rows, token]).at[rows, token].set(-jnp.inf)
+    return reach, reach, kept.at[:, index].set(token)
+
+  start = nearest, jnp.full((batch, num_tokens), jnp.inf), jnp.zeros((batch, keep), jnp.int32)
+  return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[2], axis=1))
+
+
+METHOD = Method(
+  source="arXiv 2503.02175, 9.8% of the tokens",
+  selects=(max_min_distance,),
+  acts="before",
+  prune_layers=(0,),
+  keep=(0.098,),
+)
