@@ -5,6 +5,7 @@ query heads. Properties that all methods share are tested through the model.
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -46,12 +47,12 @@ def row_arrays():
   }
 
 
-@pytest.fixture(scope="module")
-def view(row_arrays):
-  arrays = jax.tree.map(jnp.asarray, row_arrays)
+@functools.partial(jax.jit, static_argnames=("name", "stage", "keep", "layer"))
+def select(arrays, keys, *, name, stage, keep, layer=LAYER):
+  """What a stage of a method selects."""
   layout = Layout(jnp.array(LENGTHS), jnp.array(STARTS), N)
-  return View(
-    layer=LAYER,
+  view = View(
+    layer=layer,
     x=arrays["x"],
     layout=layout,
     original=jnp.tile(jnp.arange(N), (B, 1)),
@@ -61,8 +62,14 @@ def view(row_arrays):
     embedded_layout=layout,
     tower=TowerOutput(arrays["features"], arrays["class_attention"], arrays["tower_keys"]),
     project=lambda features: jnp.tanh(features @ arrays["projector"]),
-    keys=jax.random.split(jax.random.key(1), B),
+    keys=keys,
   )
+  return METHODS[name].selects[stage](view, keep)
+
+
+@pytest.fixture(scope="module")
+def keys():
+  return jax.random.split(jax.random.key(1), B)
 
 
 @dataclasses.dataclass
@@ -278,12 +285,15 @@ def test_every_method_has_a_slow_version():
   assert set(SLOW) == {name for name, method in METHODS.items() if method.selects} - {"random"}
 
 
+STAGES = [(name, stage) for name in METHODS for stage in range(len(METHODS[name].selects))]
+
+
 @pytest.mark.parametrize("keep", [18, 13])
-@pytest.mark.parametrize("name, stage", [(name, stage) for name, slow in SLOW.items() for stage in range(len(slow))])
-def test_selection_is_the_slow_version(name, stage, keep, row, view):
+@pytest.mark.parametrize("name, stage", [stage for stage in STAGES if stage[0] in SLOW])
+def test_selection_is_the_slow_version(name, stage, keep, row, row_arrays, keys):
   index, sequence = row
   expected = SLOW[name][stage](sequence, keep)
-  selection = METHODS[name].selects[stage](view, keep)
+  selection = select(row_arrays, keys, name=name, stage=stage, keep=keep)
   expected_tokens = None
   if isinstance(expected, tuple):
     expected, expected_tokens = expected
@@ -293,53 +303,39 @@ def test_selection_is_the_slow_version(name, stage, keep, row, view):
     np.testing.assert_allclose(selection.merged[index], expected_tokens, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-  "name, stage", [(name, stage) for name in METHODS for stage in range(len(METHODS[name].selects))]
-)
-@pytest.mark.parametrize("keep", [1, 7, 33, N])
-def test_selection_keeps_exactly_the_count_in_order(name, stage, keep, view):
-  kept = np.asarray(jax.jit(lambda: METHODS[name].selects[stage](view, keep).kept)())
+@pytest.mark.parametrize("name, stage", STAGES)
+@pytest.mark.parametrize("keep", [1, 33, N])
+def test_selection_keeps_exactly_the_count_in_order(name, stage, keep, row_arrays, keys):
+  kept = np.asarray(select(row_arrays, keys, name=name, stage=stage, keep=keep).kept)
   assert kept.shape == (B, keep)
   assert (np.diff(kept, axis=1) > 0).all()
   assert kept.min() >= 0
   assert kept.max() < N
 
 
-@pytest.mark.parametrize(
-  "name, stage", [(name, stage) for name in METHODS for stage in range(len(METHODS[name].selects))]
-)
-def test_padding_and_batch_mates_do_not_matter(name, stage, row_arrays, view):
+@pytest.mark.parametrize("name, stage", STAGES)
+def test_padding_and_batch_mates_do_not_matter(name, stage, row_arrays, keys):
   """Other values in padding and in the other rows leave a row's selection as it is."""
-  select, keep = METHODS[name].selects[stage], 14
-  expected = select(view, keep)
-
-  def spoil(x):
-    slot = jnp.arange(SLOTS)[None]
-    padding = (slot >= jnp.array(LENGTHS)[:, None]) | (jnp.arange(B) != 1)[:, None]
-    return jnp.where(padding.reshape(B, SLOTS, *[1] * (x.ndim - 2)), 7.5 * x[:, ::-1] + 3, x)
-
-  other = dataclasses.replace(
-    view,
-    x=spoil(view.x),
-    embeddings=spoil(view.embeddings),
-    projections=jax.tree.map(spoil, view.projections),
-    next_projections=lambda: jax.tree.map(spoil, view.next_projections()),
-    tower=jax.tree.map(lambda x: x.at[0].multiply(3.0).at[2].multiply(0.2), view.tower),
-  )
-  actual = select(other, keep)
+  padding = (np.arange(SLOTS) >= np.array(LENGTHS)[:, None]) | (np.arange(B) != 1)[:, None]
+  other = {}
+  for array_name, value in row_arrays.items():
+    if value.shape[:2] == (B, SLOTS):
+      value = np.where(padding.reshape(B, SLOTS, *[1] * (value.ndim - 2)), 7.5 * value[:, ::-1] + 3, value)
+    elif value.shape[0] == B:
+      value = value * np.array([3.0, 1.0, 0.2], np.float32).reshape(B, *[1] * (value.ndim - 1))
+    other[array_name] = value.astype(np.float32)
+  expected, actual = (select(arrays, keys, name=name, stage=stage, keep=13) for arrays in (row_arrays, other))
   np.testing.assert_array_equal(actual.kept[1], expected.kept[1])
   if expected.merged is not None:
     np.testing.assert_allclose(actual.merged[1], expected.merged[1], atol=1e-6)
 
 
-def test_random_depends_on_the_row_key_and_the_layer(view):
-  select = METHODS["random"].selects[0]
-  kept = np.asarray(select(view, 12).kept)
-  np.testing.assert_array_equal(kept, select(view, 12).kept)
+def test_random_depends_on_the_row_key_and_the_layer(row_arrays, keys):
+  draw_kept = functools.partial(select, row_arrays, name="random", stage=0, keep=13)
+  kept = np.asarray(draw_kept(keys=keys).kept)
   assert (kept[0] != kept[1]).any()
-  assert (np.asarray(select(dataclasses.replace(view, layer=5), 12).kept) != kept).any()
-  swapped = select(dataclasses.replace(view, keys=view.keys[::-1]), 12).kept
-  np.testing.assert_array_equal(swapped, kept[::-1])
+  assert (np.asarray(draw_kept(keys=keys, layer=5).kept) != kept).any()
+  np.testing.assert_array_equal(draw_kept(keys=keys[::-1]).kept, kept[::-1])
 
 
 @pytest.mark.parametrize("keep", [576, 400, 288, 144, 72, 64, 25, 2, 1])
