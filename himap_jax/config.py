@@ -97,6 +97,11 @@ class LlavaConfig:
   projector_hidden_act: str
   projector_bias: bool
 
+  @property
+  def num_features(self) -> int:
+    """Width of what the projector reads."""
+    return len(self.vision_feature_layers) * self.vision.hidden_size
+
   def num_image_tokens(self, height: int, width: int) -> int:
     """Image tokens of a picture of `height` × `width` pixels."""
     patches = (height // self.vision.patch_size) * (width // self.vision.patch_size)

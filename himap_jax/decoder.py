@@ -27,7 +27,7 @@ class Projections:
   """What one layer's attention computed from its input.
 
   Attributes:
-    query: rotated queries `[B, S, N, H]`.
+    query: rotated queries `[B, S, N, H]`; of the updated slots alone in a layer that does not update all.
     key: rotated keys `[B, S, K, H]`.
     value: values `[B, S, K, H]`.
   """
@@ -52,9 +52,14 @@ class Attention(nn.Module):
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
     return rope.rotate(self._heads(self.q_proj(x)), *rotation)
 
+  def key_value(
+    self, x: Float[Array, "B S D"], rotation: Rotation
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    return rope.rotate(self._heads(self.k_proj(x)), *rotation), self._heads(self.v_proj(x))
+
   def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
-    key, value = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
-    return Projections(query=self.query(x, rotation), key=rope.rotate(key, *rotation), value=value)
+    key, value = self.key_value(x, rotation)
+    return Projections(query=self.query(x, rotation), key=key, value=value)
 
   def _heads(self, x: Float[Array, "B S F"]) -> Float[Array, "B S N H"]:
     return x.reshape(*x.shape[:2], -1, self.config.head_dim)
@@ -100,20 +105,21 @@ class DecoderLayer(nn.Module):
     context = attend(projections.query, projections.key, projections.value, mask, is_causal=mask is None)
     return self._finish(x, context), projections
 
-  def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
-    return self.self_attn.project(self.input_layernorm(x), rotation)
+  def project(self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]) -> Projections:
+    """Keys and values of all slots, queries of some."""
+    x = self.input_layernorm(x)
+    take = functools.partial(_take_slots, slots=slots)
+    key, value = self.self_attn.key_value(x, rotation)
+    return Projections(query=self.self_attn.query(take(x), tuple(map(take, rotation))), key=key, value=value)
 
   def update(
     self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]
   ) -> tuple[Float[Array, "B S D"], Projections]:
     """Runs the layer for some slots, which attend causally to all; the rest keep their hidden states."""
-    take = functools.partial(_take_slots, slots=slots)
-    normed = self.input_layernorm(x)
-    query = self.self_attn.query(take(normed), tuple(map(take, rotation)))
-    projections = self.self_attn.project(normed, rotation)  # its queries are dead code unless a score reads them
+    projections = self.project(x, rotation, slots)
     mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
-    context = attend(query, projections.key, projections.value, mask)
-    updated = self._finish(take(x), context)
+    context = attend(projections.query, projections.key, projections.value, mask)
+    updated = self._finish(_take_slots(x, slots), context)
     return x.at[jnp.arange(x.shape[0])[:, None], slots].set(updated), projections
 
   def extend(
@@ -181,9 +187,11 @@ class Decoder(nn.Module):
       projections.append(layer_projections)
     return x, projections
 
-  def project(self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int) -> Projections:
-    """What a layer's attention would compute from `x`."""
-    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.head_dim, positions))
+  def project(
+    self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
+  ) -> Projections:
+    """What a layer's attention would compute from `x`: keys and values of all slots, queries of some."""
+    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.head_dim, positions), slots)
 
   def extend(
     self,

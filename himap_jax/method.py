@@ -9,8 +9,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
+from himap_jax import scoring
+from himap_jax.config import LlavaConfig
 from himap_jax.decoder import Projections
 from himap_jax.layout import Layout
 from himap_jax.vision import TowerOutput
@@ -26,7 +28,8 @@ class View:
     layout: where the image tokens stand in them.
     original: `[B, M]` which of the picture's N tokens the image tokens are, ascending.
     projections: of the layer before; None at layer 0.
-    next_projections: computes those of the layer that comes next, as they would be without pruning here.
+    next_projections: computes those of the layer that comes next, as they would be without pruning here, with the
+      queries `[B, R, N, H]` of the slots `[B, R]` that it is given.
     embeddings: `[B, I, D]` the decoder's input, before any pruning.
     embedded_layout: where the image tokens stand in it.
     tower: what the vision tower says of the picture's N tokens.
@@ -39,12 +42,17 @@ class View:
   layout: Layout
   original: Int[Array, "B M"]
   projections: Projections | None
-  next_projections: Callable[[], Projections]
+  next_projections: Callable[[Int[Array, "B R"]], Projections]
   embeddings: Float[Array, "B I D"]
   embedded_layout: Layout
   tower: TowerOutput
   project: Callable[[Float[Array, "B K F"]], Float[Array, "B K D"]]
   keys: Key[Array, "B"]
+
+  def attention_from(self, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None) -> Float[Array, "B M"]:
+    """Attention that each image token receives from some slots in the layer before, summed, averaged over heads."""
+    query = scoring.queries_of(self.projections, rows)
+    return scoring.received_attention(query, self.projections.key, self.layout, rows, valid)
 
   def image_tokens(self) -> Float[Array, "B M D"]:
     """The hidden states of the image tokens."""
@@ -63,7 +71,57 @@ class Selection(NamedTuple):
   merged: Float[Array, "B K D"] | None = None
 
 
-Select = Callable[[View, int], Selection]
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """What the cost of a criterion depends on.
+
+  Attributes:
+    config: the model.
+    num_image_tokens: of the picture, N.
+    num_present: image tokens that the criterion sees, M.
+    num_text_tokens: text tokens of the prompt; they all stand after the image when costs are counted.
+    keep: image tokens that it keeps.
+  """
+
+  config: LlavaConfig
+  num_image_tokens: int
+  num_present: int
+  num_text_tokens: int
+  keep: int
+
+  @property
+  def num_slots(self) -> int:
+    """Tokens of the sequence that the criterion sees."""
+    return self.num_present + self.num_text_tokens
+
+  def attention(self, num_rows: int) -> int:
+    """Multiplications of attention probabilities of some query rows over the sequence, in all heads."""
+    text = self.config.text
+    return num_rows * self.num_slots * text.num_attention_heads * text.head_dim
+
+  def class_attention(self) -> int:
+    """Multiplications of the class token's attention in one layer of the tower."""
+    return self.num_image_tokens * self.config.vision.hidden_size
+
+  def project(self, num_tokens: int) -> int:
+    """Multiplications of the projector on some tokens."""
+    width = self.config.text.hidden_size
+    return num_tokens * (self.config.num_features * width + width**2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+  """What a stage keeps, and what deciding that costs.
+
+  Attributes:
+    select: chooses a number of image tokens.
+    cost: multiplications of it for one row, in products of matrices alone.
+  """
+
+  select: Callable[[View, int], Selection]
+  cost: Callable[[Sizes], int]
+
+
 PerDepth = Callable[[int], tuple[int, ...]]
 
 
@@ -73,7 +131,7 @@ class Method:
 
   Attributes:
     source: the paper.
-    selects: what each stage keeps; a single function serves any number of stages.
+    criteria: what each stage keeps; a single criterion serves any number of stages.
     prune_layers: the authors' default layers, one a stage, 0 being before the decoder; or a function of the number of
       decoder layers, where the default depends on it.
     keep: the authors' default share of the image's tokens that remains after each stage, or such a function.
@@ -84,7 +142,7 @@ class Method:
   """
 
   source: str
-  selects: tuple[Select, ...] = ()
+  criteria: tuple[Criterion, ...] = ()
   prune_layers: tuple[int, ...] | PerDepth = ()
   keep: tuple[float, ...] | Callable[[int], tuple[float, ...]] = ()
   acts: Literal["before", "inside", "anywhere"] = "inside"
@@ -92,13 +150,13 @@ class Method:
   needs_class_attention: bool = False
 
 
-def highest(score: Callable[[View], Float[Array, "B M"]]) -> Select:
-  """A method's function that keeps the highest scores; of equal ones the earlier."""
+def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes], int]) -> Criterion:
+  """The criterion that keeps the highest scores; of equal ones the earlier."""
 
   def select(view: View, keep: int) -> Selection:
     return Selection(jnp.sort(jax.lax.top_k(score(view), keep)[1], axis=1))
 
-  return select
+  return Criterion(select, cost)
 
 
 def cosine_similarity(x: Float[Array, "B M D"], y: Float[Array, "B K D"]) -> Float[Array, "B M K"]:

@@ -86,7 +86,7 @@ def prefill(
           project=bound.multi_modal_projector,
           keys=keys,
         )
-        selection = segment.stage.select(view, segment.stage.keep)
+        selection = segment.stage.criterion.select(view, segment.stage.keep)
         x, positions, layout = apply(selection, x, positions, layout)
         original = jnp.take_along_axis(original, selection.kept, axis=1)
       kept.append(original)

@@ -44,6 +44,8 @@ def print_summary(
   table.add_row("FLOPs on image tokens (HiMAP Eq. 10)", f"{image[0] / image[1]:.1%} of no pruning")
   if summary.num_answered:
     text = round(summary.num_text_tokens / summary.num_answered)
-    total = [flops.all_token_flops(config.text, s, num_image_tokens, text) for s in (schedule, Schedule())]
-    table.add_row(f"FLOPs on all tokens ({text} text tokens)", f"{total[0] / total[1]:.1%} of no pruning")
+    pruned, plain = (flops.costs(config, s, num_image_tokens, text) for s in (schedule, Schedule()))
+    table.add_row(f"FLOPs on all tokens ({text} text tokens)", f"{pruned.decoder / plain.decoder:.1%} of no pruning")
+    table.add_row("FLOPs of choosing tokens", f"{pruned.scoring / pruned.prefill:.2%} of this prefill")
+    table.add_row("cache", f"{pruned.cache_bytes / plain.cache_bytes:.1%} of no pruning")
   Console().print(table)

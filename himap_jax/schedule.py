@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from himap_jax.method import Select
+from himap_jax.method import Criterion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,12 +12,12 @@ class Stage:
   Attributes:
     layer: the stage acts before this layer, counted from 0; at 0 it acts before the decoder.
     keep: image tokens that remain.
-    select: which ones, and what is merged into them.
+    criterion: which ones, and what is merged into them.
   """
 
   layer: int
   keep: int
-  select: Select
+  criterion: Criterion
 
 
 @dataclasses.dataclass(frozen=True)

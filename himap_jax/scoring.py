@@ -13,22 +13,32 @@ from himap_jax.decoder import Projections
 from himap_jax.layout import Layout
 
 
-def attention_of_rows(projections: Projections, rows: Int[Array, "B Q"]) -> Float[Array, "B K G Q S"]:
-  """Causal attention probabilities of some query slots over all slots, by head."""
-  num_slots, num_keys = projections.key.shape[1:3]
-  query = jnp.take_along_axis(projections.query, rows[:, :, None, None], axis=1)
+def attention_of_rows(
+  query: Float[Array, "B Q N H"], key: Float[Array, "B S K H"], rows: Int[Array, "B Q"]
+) -> Float[Array, "B K G Q S"]:
+  """Causal attention probabilities of the queries of some slots over all slots, by head."""
+  num_slots, num_keys = key.shape[1:3]
   batch, num_rows, num_heads, head_dim = query.shape
   query = query.reshape(batch, num_rows, num_keys, num_heads // num_keys, head_dim)
-  logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, projections.key, preferred_element_type=jnp.float32)
+  logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, key, preferred_element_type=jnp.float32)
   causal = jnp.arange(num_slots, dtype=jnp.int32)[None, None] <= rows[:, :, None]
   return jax.nn.softmax(jnp.where(causal[:, None, None], logits * head_dim**-0.5, -jnp.inf), axis=-1)
 
 
+def queries_of(projections: Projections, rows: Int[Array, "B Q"]) -> Float[Array, "B Q N H"]:
+  """The queries of some slots."""
+  return jnp.take_along_axis(projections.query, rows[:, :, None, None], axis=1)
+
+
 def received_attention(
-  projections: Projections, layout: Layout, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B S K H"],
+  layout: Layout,
+  rows: Int[Array, "B Q"],
+  valid: Bool[Array, "B Q"] | None = None,
 ) -> Float[Array, "B M"]:
   """Σ over the valid rows of the attention probabilities, averaged over heads, in the image's columns."""
-  attention = attention_of_rows(projections, rows)
+  attention = attention_of_rows(query, key, rows)
   weight = jnp.ones_like(rows, jnp.float32) if valid is None else valid.astype(jnp.float32)
-  received = jnp.einsum("BKGQS,BQ->BS", attention, weight) / projections.query.shape[2]
+  received = jnp.einsum("BKGQS,BQ->BS", attention, weight) / query.shape[2]
   return jnp.take_along_axis(received, layout.image_slots(), axis=1)

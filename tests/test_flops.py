@@ -2,11 +2,15 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from himap_jax import flops
-from himap_jax.config import RopeConfig, TextConfig
-from himap_jax.methods import build_schedule
+from himap_jax.config import LlavaConfig, RopeConfig, TextConfig, VisionConfig
+from himap_jax.llava import Inputs, Llava, abstract_params
+from himap_jax.methods import METHODS, build_schedule
+from himap_jax.prefill import prefill
 from himap_jax.schedule import Schedule
 
 N = 576
@@ -120,3 +124,65 @@ def test_tokens_pruned_before_the_decoder_cost_nothing():
   schedule = build_schedule("uniform", num_layers=32, num_image_tokens=N, keep=(64,))
   assert flops.image_token_flops(LLAVA_7B, schedule, N) == flops.image_token_flops(LLAVA_7B, Schedule(), 64)
   assert flops.all_token_flops(LLAVA_7B, schedule, N, 60) == flops.all_token_flops(LLAVA_7B, Schedule(), 64, 60)
+
+
+# LLaVA-1.5-7B with fewer layers, so that it is traced quickly; its widths are what matters.
+SHALLOW = LlavaConfig(
+  vision=VisionConfig(
+    model_type="clip_vision_model",
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=4,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+  ),
+  text=text_config(4096, 11_008, 10, 32),
+  image_token_id=32_000,
+  vision_feature_layers=(3,),
+  vision_feature_select_strategy="default",
+  projector_hidden_act="gelu",
+  projector_bias=True,
+)
+LAYERS = {"pyramiddrop": (3, 5, 7), "sparsevlm": (2, 4, 6), "shortv": (3, 5, 7), "divprune+himap": (0, 2, 5)}
+
+
+@pytest.mark.parametrize("method", [*METHODS, "divprune+himap"])
+def test_prefill_is_what_xla_counts(method):
+  num_text_tokens = 60
+  schedule = build_schedule(method, num_layers=10, num_image_tokens=N, prune_layers=LAYERS.get(method))
+  model = Llava(SHALLOW, jnp.bfloat16)
+  inputs = Inputs(
+    tokens=jax.ShapeDtypeStruct((1, N + num_text_tokens), jnp.int32),
+    length=jax.ShapeDtypeStruct((1,), jnp.int32),
+    image_start=jax.ShapeDtypeStruct((1,), jnp.int32),
+    pixel_values=jax.ShapeDtypeStruct((1, 3, 336, 336), jnp.float32),
+  )
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+  program = jax.jit(lambda *arguments: prefill(model, *arguments, schedule, 1))
+  counted = program.lower(abstract_params(SHALLOW, jnp.bfloat16), inputs, keys).cost_analysis()["flops"] / 2
+  costs = flops.costs(SHALLOW, schedule, N, num_text_tokens)
+  assert costs.prefill == pytest.approx(counted, rel=0.005)
+
+
+def test_costs_of_no_pruning_at_7b():
+  """Written out: 576 image and 60 text tokens, 10 layers of 4096, a tower of 3 layers of 1024."""
+  costs = flops.costs(SHALLOW, Schedule(), N, 60)
+  assert costs.tower == 3 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096) + 576 * 588 * 1024
+  assert costs.projector == 576 * (1024 * 4096 + 4096**2)
+  assert costs.head == 4096 * 32_064
+  assert costs.decode == 10 * (4 * 4096**2 + 2 * 637 * 4096 + 3 * 4096 * 11_008) + costs.head
+  assert costs.scoring == 0
+  assert costs.cache_bytes == 10 * 636 * 2 * 4096 * 2
+  assert (costs.mean_tokens_in, costs.mean_tokens_out) == (576, 576)
+
+
+def test_mean_image_tokens():
+  """HiMAP at 2, 8 on ten layers: 2 × 576, 6 × 288 and 2 × 72 enter; a layer before a stage lets fewer out."""
+  schedule = build_schedule("himap", num_layers=10, num_image_tokens=N)
+  costs = flops.costs(SHALLOW, schedule, N, 60)
+  assert costs.mean_tokens_in == (2 * 576 + 6 * 288 + 2 * 72) / 10
+  assert costs.mean_tokens_out == (1 * 576 + 6 * 288 + 3 * 72) / 10
+  assert costs.scoring == 60 * 636 * 4096 + 288 * 348 * 4096

@@ -57,14 +57,18 @@ def select(arrays, keys, *, name, stage, keep, layer=LAYER):
     layout=layout,
     original=jnp.tile(jnp.arange(N), (B, 1)),
     projections=Projections(arrays["query"], arrays["key"], arrays["key"]),
-    next_projections=lambda: Projections(arrays["next_query"], arrays["next_key"], arrays["next_key"]),
+    next_projections=lambda slots: Projections(
+      jnp.take_along_axis(arrays["next_query"], slots[:, :, None, None], axis=1),
+      arrays["next_key"],
+      arrays["next_key"],
+    ),
     embeddings=arrays["embeddings"],
     embedded_layout=layout,
     tower=TowerOutput(arrays["features"], arrays["class_attention"], arrays["tower_keys"]),
     project=lambda features: jnp.tanh(features @ arrays["projector"]),
     keys=keys,
   )
-  return METHODS[name].selects[stage](view, keep)
+  return METHODS[name].criteria[stage].select(view, keep)
 
 
 @pytest.fixture(scope="module")
@@ -282,10 +286,10 @@ SLOW = {
 
 
 def test_every_method_has_a_slow_version():
-  assert set(SLOW) == {name for name, method in METHODS.items() if method.selects} - {"random"}
+  assert set(SLOW) == {name for name, method in METHODS.items() if method.criteria} - {"random"}
 
 
-STAGES = [(name, stage) for name in METHODS for stage in range(len(METHODS[name].selects))]
+STAGES = [(name, stage) for name in METHODS for stage in range(len(METHODS[name].criteria))]
 
 
 @pytest.mark.parametrize("keep", [18, 13])

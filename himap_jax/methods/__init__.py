@@ -64,11 +64,11 @@ def build_schedule(
       if keep is None
       else [_count(k, num_image_tokens) for k in keep]
     )
-    selects = _selects(method, entries, len(prune_layers))
+    criteria = _criteria(method, entries, len(prune_layers))
     _check_layers(method, entries, prune_layers)
-    if len(counts) != len(selects):
-      raise ValueError(f"method {method!r} has {len(selects)} stages, but keep has {len(counts)} values")
-    schedule = Schedule(tuple(Stage(*stage) for stage in zip(prune_layers, counts, selects, strict=True)))
+    if len(counts) != len(criteria):
+      raise ValueError(f"method {method!r} has {len(criteria)} stages, but keep has {len(counts)} values")
+    schedule = Schedule(tuple(Stage(*stage) for stage in zip(prune_layers, counts, criteria, strict=True)))
   schedule.segments(num_layers, num_image_tokens)
   return schedule
 
@@ -85,7 +85,7 @@ def _entry(name: str, has_class_token: bool) -> Method:
 
 def _check_combination(method: str, entries: list[Method]) -> None:
   kinds = [entry.prune_layers == (0,) for entry in entries]
-  if kinds != [True, False] or entries[1].freezes or not entries[1].selects:
+  if kinds != [True, False] or entries[1].freezes or not entries[1].criteria:
     before = [name for name, entry in METHODS.items() if entry.prune_layers == (0,)]
     raise ValueError(
       f"method {method!r}: two methods combine as one that acts before the decoder ({', '.join(before)}) + one that "
@@ -106,16 +106,16 @@ def _of_depth(value, num_layers: int) -> tuple:
   return value(num_layers) if callable(value) else value
 
 
-def _selects(method: str, entries: list[Method], num_stages: int) -> list:
+def _criteria(method: str, entries: list[Method], num_stages: int) -> list:
   """The function of every stage; a method's single function serves as many stages as there are."""
-  selects = list(entries[0].selects) if len(entries) > 1 else []
-  own = entries[-1].selects
-  num_own = num_stages - len(selects)
+  criteria = list(entries[0].criteria) if len(entries) > 1 else []
+  own = entries[-1].criteria
+  num_own = num_stages - len(criteria)
   if (len(own) != 1 and num_own != len(own)) or num_own < len(own):
     raise ValueError(
-      f"method {method!r} has {len(selects) + len(own)} stages, but prune_layers has {num_stages} values"
+      f"method {method!r} has {len(criteria) + len(own)} stages, but prune_layers has {num_stages} values"
     )
-  return selects + list(own if len(own) == num_own else own * num_own)
+  return criteria + list(own if len(own) == num_own else own * num_own)
 
 
 def _own_counts(entries: list[Method], num_layers: int, num_image_tokens: int) -> list[int]:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from himap_jax.method import Method, Selection, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
 
 EPSILON = 1e-6
 
@@ -52,6 +52,16 @@ def determinantal(view: View, keep: int) -> Selection:
   return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[3], axis=1))
 
 
+def cost(sizes: Sizes) -> int:
+  """Products of all pairs of image tokens and of image and text, and a pass over the columns for every kept token."""
+  pairs = sizes.num_present * (sizes.num_present + sizes.num_text_tokens)
+  return pairs * sizes.config.text.hidden_size + sizes.keep**2 * sizes.num_present
+
+
 METHOD = Method(
-  source="arXiv 2506.10967, 64 tokens", selects=(determinantal,), acts="before", prune_layers=(0,), keep=(64 / 576,)
+  source="arXiv 2506.10967, 64 tokens",
+  criteria=(Criterion(determinantal, cost),),
+  acts="before",
+  prune_layers=(0,),
+  keep=(64 / 576,),
 )

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Method, Selection, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
 
 NUM_PIVOTS = 4  # of image tokens, and as many of text tokens
 
@@ -43,4 +43,14 @@ def unlike_pivots(view: View, keep: int) -> Selection:
   return Selection(jnp.sort(jax.lax.top_k(taken.astype(jnp.float32), keep)[1], axis=1))
 
 
-METHOD = Method(source="arXiv 2502.11494, 128 tokens", selects=(unlike_pivots,), prune_layers=(2,), keep=(128 / 576,))
+def cost(sizes: Sizes) -> int:
+  """Products of the pivots with every image token."""
+  return 2 * NUM_PIVOTS * sizes.num_present * sizes.config.text.hidden_size
+
+
+METHOD = Method(
+  source="arXiv 2502.11494, 128 tokens",
+  criteria=(Criterion(unlike_pivots, cost),),
+  prune_layers=(2,),
+  keep=(128 / 576,),
+)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Method, Selection, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
 
 
 def max_min_distance(view: View, keep: int) -> Selection:
@@ -27,9 +27,14 @@ def max_min_distance(view: View, keep: int) -> Selection:
   return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[2], axis=1))
 
 
+def cost(sizes: Sizes) -> int:
+  """Products of all pairs."""
+  return sizes.num_present**2 * sizes.config.text.hidden_size
+
+
 METHOD = Method(
   source="arXiv 2503.02175, 9.8% of the tokens",
-  selects=(max_min_distance,),
+  criteria=(Criterion(max_min_distance, cost),),
   acts="before",
   prune_layers=(0,),
   keep=(0.098,),

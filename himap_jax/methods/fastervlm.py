@@ -13,7 +13,7 @@ def class_attention(view: View) -> Float[Array, "B M"]:
 
 METHOD = Method(
   source="arXiv 2412.01818, 75% fewer tokens",
-  selects=(highest(class_attention),),
+  criteria=(highest(class_attention, lambda sizes: sizes.class_attention()),),
   acts="before",
   prune_layers=(0,),
   keep=(0.25,),

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from himap_jax.method import Method, View, highest
-from himap_jax.scoring import attention_of_rows
+from himap_jax.scoring import attention_of_rows, queries_of
 
 # Tokens that the authors drop after each layer of LLaVA-1.5-7B (32 layers, 576 image tokens) to save 60% of its FLOPs.
 DROPPED = (
@@ -38,7 +38,8 @@ def attention_product(view: View) -> Float[Array, "B M"]:
   image_slots = view.layout.image_slots()
 
   def received(rows, weight):
-    largest = attention_of_rows(view.projections, rows).max(axis=(1, 2))
+    query = queries_of(view.projections, rows)
+    largest = attention_of_rows(query, view.projections.key, rows).max(axis=(1, 2))
     return jnp.take_along_axis(jnp.einsum("BQS,BQ->BS", largest, weight), image_slots, axis=1)
 
   from_image = received(image_slots, jnp.full(image_slots.shape, 1.0 / image_slots.shape[1], jnp.float32))
@@ -47,7 +48,7 @@ def attention_product(view: View) -> Float[Array, "B M"]:
 
 METHOD = Method(
   source="arXiv 2409.10197, 60% fewer FLOPs",
-  selects=(highest(attention_product),),
+  criteria=(highest(attention_product, lambda sizes: sizes.attention(sizes.num_slots)),),
   prune_layers=prune_layers,
   keep=keep,
 )

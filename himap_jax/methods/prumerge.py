@@ -7,7 +7,7 @@ to samples. Its one extra token, which sums up all that was dropped, has no plac
 import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Method, Selection, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
 
 OUTLIER_SHARE = 0.25
 CLUSTER = 32
@@ -35,9 +35,15 @@ def merged_outliers(view: View, keep: int) -> Selection:
   return Selection(kept, view.project(jnp.take_along_axis(features, kept[:, :, None], axis=1) + merged))
 
 
+def cost(sizes: Sizes) -> int:
+  """The class token's attention, similarities of keys, sums of features, and projecting what was merged."""
+  width = sizes.config.vision.hidden_size + sizes.config.num_features
+  return sizes.class_attention() + sizes.keep * sizes.num_image_tokens * width + sizes.project(sizes.keep)
+
+
 METHOD = Method(
   source="arXiv 2403.15388 (PruMerge+), 25% of the tokens",
-  selects=(merged_outliers,),
+  criteria=(Criterion(merged_outliers, cost),),
   acts="before",
   prune_layers=(0,),
   keep=(0.25,),

@@ -12,4 +12,6 @@ def noise(view: View) -> Float[Array, "B M"]:
   return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, view.layer), (num_tokens,)))(view.keys)
 
 
-METHOD = Method(source="control", selects=(highest(noise),), acts="anywhere", prune_layers=(0,), keep=(0.25,))
+METHOD = Method(
+  source="control", criteria=(highest(noise, lambda sizes: 0),), acts="anywhere", prune_layers=(0,), keep=(0.25,)
+)

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from himap_jax.method import Method, View, highest
-from himap_jax.scoring import received_attention
+from himap_jax.method import Method, Sizes, View, highest
 
 
 def raters(view: View) -> Bool[Array, "B T"]:
@@ -28,12 +27,18 @@ def raters(view: View) -> Bool[Array, "B T"]:
 def rated_attention(view: View) -> Float[Array, "B M"]:
   """Attention that each image token receives from the raters in the layer before."""
   rows, _ = view.layout.instruction_slots(view.x.shape[1])
-  return received_attention(view.projections, view.layout, rows, raters(view))
+  return view.attention_from(rows, raters(view))
+
+
+def cost(sizes: Sizes) -> int:
+  """Products of all image and text embeddings, and attention from as many rows as there may be raters."""
+  products = sizes.num_image_tokens * sizes.num_text_tokens * sizes.config.text.hidden_size
+  return products + sizes.attention(sizes.num_text_tokens)
 
 
 METHOD = Method(
   source="arXiv 2410.04417, 192 tokens on average",
-  selects=(highest(rated_attention),),
+  criteria=(highest(rated_attention, cost),),
   prune_layers=(2, 6, 15),
   keep=(300 / 576, 200 / 576, 110 / 576),
 )

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from himap_jax.method import Method, Selection, View
+from himap_jax.method import Criterion, Method, Selection, View
 
 
 def spread(num_tokens: int, keep: int) -> np.ndarray:
@@ -29,4 +29,6 @@ def regular(view: View, keep: int) -> Selection:
   return Selection(jnp.broadcast_to(jnp.asarray(kept, jnp.int32), (view.x.shape[0], keep)))
 
 
-METHOD = Method(source="control", selects=(regular,), acts="anywhere", prune_layers=(0,), keep=(0.25,))
+METHOD = Method(
+  source="control", criteria=(Criterion(regular, lambda sizes: 0),), acts="anywhere", prune_layers=(0,), keep=(0.25,)
+)

@@ -6,7 +6,7 @@ Its authors keep the class token too; here the decoder sees image tokens only.
 import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Method, Selection, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
 
 CONTEXTUAL_SHARE = 10 / 64
 
@@ -40,9 +40,17 @@ def dominant_and_contextual(view: View, keep: int) -> Selection:
   return Selection(kept, view.project(jnp.take_along_axis(features, kept[:, :, None], axis=1)))
 
 
+def cost(sizes: Sizes) -> int:
+  """The class token's attention, similarities of keys, sums of features, and projecting what was merged."""
+  num_contextual = round(CONTEXTUAL_SHARE * sizes.keep)
+  vision = sizes.config.vision
+  width = vision.hidden_size // vision.num_attention_heads + sizes.config.num_features
+  return sizes.class_attention() + sizes.num_image_tokens * num_contextual * width + sizes.project(sizes.keep)
+
+
 METHOD = Method(
   source="arXiv 2412.04467, 54 + 10 tokens",
-  selects=(dominant_and_contextual,),
+  criteria=(Criterion(dominant_and_contextual, cost),),
   acts="before",
   prune_layers=(0,),
   keep=(64 / 576,),

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from himap_jax.method import Method, Selection, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
 
 IMPORTANT_SHARE = 0.5
 REMOVED_AT_ONCE = 8
@@ -28,9 +28,19 @@ def important_and_diverse(view: View, keep: int) -> Selection:
   return Selection(jnp.sort(jnp.concatenate([important, residual], axis=1), axis=1))
 
 
+def cost(sizes: Sizes) -> int:
+  """The class token's attention, and similarities of features in every round."""
+  num_important = int(sizes.keep * IMPORTANT_SHARE)
+  size, products = sizes.num_image_tokens - num_important, 0
+  while size > sizes.keep - num_important:
+    products += (size + 1) // 2 * (size // 2)
+    size -= min(REMOVED_AT_ONCE, size - (sizes.keep - num_important), (size + 1) // 2)
+  return sizes.class_attention() + products * sizes.config.num_features
+
+
 METHOD = Method(
   source="arXiv 2412.01818v2, 128 tokens",
-  selects=(important_and_diverse,),
+  criteria=(Criterion(important_and_diverse, cost),),
   acts="before",
   prune_layers=(0,),
   keep=(128 / 576,),
