@@ -11,8 +11,10 @@ import collections
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
 from checkpoints_convert.demo import easyvqa
+from experiments import cutouts, scenes
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.config import LlavaConfig
 
@@ -60,6 +63,80 @@ class Batch:
     slot = jnp.arange(self.tokens.shape[1])
     causal = slot[:, None] >= slot[None, :]
     return (((key == 0) | (key == query)) & causal[None])[:, None]
+
+
+class Lesson(NamedTuple):
+  """A picture and questions about it, each with its answer."""
+
+  picture: Image.Image
+  questions: Sequence[tuple[str, str]]
+
+
+class EasyVqa:
+  """Lessons from easy-VQA's training pictures.
+
+  A lesson asks a picture what was asked of all pictures of its shape and colour. Three kinds of question take turns: about
+  shape or colour, yes or no as few pictures would answer, yes or no as most would. Left as they come, five of six questions
+  that yes or no answers can be answered by a rule about the words alone, and that rule is all that a short training learns.
+  """
+
+  def __init__(self):
+    self._pools = question_pools("train")
+    self._pictures = list(self._pools)
+
+  def shape(self, rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
+    """A picture, and the words for its shape and colour."""
+    picture = self._pictures[rng.integers(len(self._pictures))]
+    return open_picture(picture), sorted({example.answer for example in self._pools[picture].open_ended})
+
+  def draw(self, rng: np.random.Generator) -> Lesson:
+    picture = self._pictures[rng.integers(len(self._pictures))]
+    pool = self._pools[picture]
+    kinds = [pool.open_ended, pool.unexpected, pool.expected]
+    kinds = [[(kind[i].question, kind[i].answer) for i in rng.permutation(len(kind))] for kind in kinds]
+    return Lesson(open_picture(picture), take_turns(kinds))
+
+
+class Scenes:
+  """Lessons from composed scenes; the nine types of question take turns."""
+
+  def __init__(self):
+    self._cutouts = cutouts.load(default_cache_dir())["train"]
+    self.names = sorted({cutout.name for cutout in self._cutouts if cutout.name})
+
+  def compose(self, rng: np.random.Generator) -> scenes.Scene:
+    """A scene alone."""
+    return scenes.compose(rng, self._cutouts)
+
+  def draw(self, rng: np.random.Generator) -> Lesson:
+    scene = self.compose(rng)
+    asked = [[(q.question, q.answer) for q in questions] for questions in scenes.ask(rng, scene).values()]
+    return Lesson(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
+
+
+class Lessons:
+  """A mixture of both; the same for the same seed."""
+
+  def __init__(self, *, scene_share: float):
+    self.shapes, self.scenes = EasyVqa(), Scenes()
+    self._scene_share = scene_share
+
+  def draw(self, num_pictures: int, *, seed: tuple[int, int]) -> list[Lesson]:
+    rng = np.random.default_rng(seed)
+    scene = rng.random(num_pictures) < self._scene_share
+    return [(self.scenes if drawn else self.shapes).draw(rng) for drawn in scene]
+
+
+def take_turns(kinds: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:
+  """The first of every kind, then the second of every kind, and so on."""
+  turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
+  return [question for question in turns if question is not None]
+
+
+def open_picture(path: pathlib.Path) -> Image.Image:
+  """The picture in a file, in RGB."""
+  with Image.open(path) as picture:
+    return picture.convert("RGB")
 
 
 def questions_by_image(split: str) -> list[list[easyvqa.Example]]:
@@ -115,76 +192,56 @@ def question_pools(split: str) -> dict[pathlib.Path, Pool]:
 
 
 class Packer:
-  """Packs to one static shape: a fixed number of slots for the questions of an image."""
+  """Packs to one static shape: a fixed number of slots for the questions of an image.
+
+  Attributes:
+    grid: image tokens along a side.
+  """
 
   def __init__(self, processor: Any, config: LlavaConfig, *, image_size: int, question_slots: int):
     self._processor = processor
     self._image_token = config.image_token_id
     self._num_image_tokens = config.num_image_tokens(image_size, image_size)
     self._image_size = image_size
+    self.grid = math.isqrt(self._num_image_tokens)
     self._question_slots = question_slots
     self._tokenize = functools.cache(self._tokenize)
 
-  def sample(
-    self, pools: dict[pathlib.Path, Pool], num_images: int, *, seed: tuple[int, int], negated: bool = True
-  ) -> Batch:
-    """Draws pictures and, for each, as many questions as fit; the same for the same seed.
-
-    The three kinds of question take turns. Left as they come, five of six questions that yes or no answers can be
-    answered by a rule about the words alone, and that rule is all that a short training learns. Without `negated`
-    questions ("is there not …"), whether a picture matches the words decides yes or no on its own, which is learnt first.
-    """
-    rng = np.random.default_rng(seed)
-    pictures = list(pools)
-    groups = []
-    for index in rng.choice(len(pictures), num_images, replace=False):
-      pool = pools[pictures[index]]
-      kinds = [pool.open_ended, pool.unexpected, pool.expected]
-      if not negated:  # "yes" is what few pictures answer to a plain question, "no" what few answer to a negated one
-        kinds[1] = [example for example in pool.unexpected if example.answer == "yes"]
-        kinds[2] = [example for example in pool.expected if example.answer == "no"]
-      kinds = [[kind[i] for i in rng.permutation(len(kind))] for kind in kinds]
-      turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
-      questions = [example._replace(image=pictures[index]) for example in turns if example is not None]
-      groups.append(self.split(questions)[0])
-    return self.pack(groups)
-
-  def split(self, group: list[easyvqa.Example]) -> list[list[easyvqa.Example]]:
-    """Splits the questions of an image into groups that fit."""
+  def split(self, questions: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+    """Splits questions into groups that fit."""
     groups, used = [[]], 0
-    for example in group:
-      length = sum(map(len, self._tokenize(example.question, example.answer)[1:]))
+    for question in questions:
+      length = sum(map(len, self._tokenize(*question)[1:]))
       if used + length > self._question_slots:
         groups.append([])
         used = 0
-      groups[-1].append(example)
+      groups[-1].append(question)
       used += length
     return groups
 
-  def pack(self, groups: list[list[easyvqa.Example]]) -> Batch:
-    """Packs one sequence a group; the questions of a group are about its first example's image."""
-    rows = [self._row(group) for group in groups]
-    pictures = []
-    for group in groups:
-      with Image.open(group[0].image) as picture:
-        pictures.append(picture.convert("RGB"))
-    side = self._image_size
-    pixel_values = self._processor.image_processor(
-      pictures, size={"shortest_edge": side}, crop_size={"height": side, "width": side}, return_tensors="np"
-    )
+  def pack(self, lessons: Sequence[Lesson]) -> Batch:
+    """Packs one sequence a lesson, with as many of its questions as fit."""
+    rows = [self._row(self.split(lesson.questions)[0]) for lesson in lessons]
     return Batch(
-      pixel_values=jnp.asarray(pixel_values["pixel_values"]),
+      pixel_values=jnp.asarray(self.pixel_values([lesson.picture for lesson in lessons])),
       **{name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]},
     )
 
-  def _row(self, group: list[easyvqa.Example]) -> dict[str, np.ndarray]:
-    system = self._tokenize(group[0].question, group[0].answer)[0]
+  def pixel_values(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+    """Preprocesses pictures, `[B, 3, h, w]`."""
+    side = self._image_size
+    return self._processor.image_processor(
+      list(pictures), size={"shortest_edge": side}, crop_size={"height": side, "width": side}, return_tensors="np"
+    )["pixel_values"]
+
+  def _row(self, questions: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+    system = self._tokenize(*questions[0])[0]
     prefix = len(system) + self._num_image_tokens
     tokens = system + [self._image_token] * self._num_image_tokens
     positions, segments = list(range(prefix)), [0] * prefix
     answer_slots, answers, answer_question = [], [], []
-    for index, example in enumerate(group):
-      _, question, answer = self._tokenize(example.question, example.answer)
+    for index, asked in enumerate(questions):
+      _, question, answer = self._tokenize(*asked)
       first = len(tokens) + len(question) - 1
       answer_slots += range(first, first + len(answer))
       answers += answer

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 from safetensors.numpy import save_file
 
 from checkpoints_convert.demo.assemble import read_adapter
@@ -20,7 +21,6 @@ from himap_jax.llava import Llava
 
 LORA_SCALE = 2.0
 WHITENING_FLOOR = 1e-2  # in units of squared features; the largest variance is about 20
-WHITENING_IMAGES = 160
 
 
 def init_lora(key: jax.Array, language_model: dict[str, Any], rank: int) -> dict[str, dict[str, jax.Array]]:
@@ -61,6 +61,10 @@ class Whitening:
   mean: jax.Array
   matrix: jax.Array
 
+  def __call__(self, features: Float[np.ndarray, "P F"]) -> Float[np.ndarray, "P F"]:
+    """Whitens."""
+    return (features - np.asarray(self.mean)) @ np.asarray(self.matrix)
+
   def fold(self, projector: dict[str, Any]) -> dict[str, Any]:
     """The projector on features, given the projector on whitened features."""
     weight = projector["linear_1"]["weight"] @ self.matrix
@@ -74,11 +78,9 @@ class Whitening:
     return {**projector, "linear_1": {"weight": whitened, "bias": bias + weight @ self.mean}}
 
 
-def measure_whitening(model: Llava, params: Any, batches: list[Batch]) -> Whitening:
-  """Measures mean and covariance of the tower's features; variances below `WHITENING_FLOOR` are not amplified further."""
-  encode = jax.jit(lambda params, x: model.apply({"params": params}, x, method=lambda m, x: m.vision_tower(x).features))
-  features = np.concatenate([np.asarray(encode(params, batch.pixel_values)) for batch in batches])
-  features = features.reshape(-1, features.shape[-1]).astype(np.float64)
+def measure_whitening(features: Float[np.ndarray, "P F"]) -> Whitening:
+  """Measures mean and covariance of tower features; variances below `WHITENING_FLOOR` are not amplified further."""
+  features = features.astype(np.float64)
   variances, axes = np.linalg.eigh(np.cov(features.T))
   matrix = (axes / np.sqrt(variances + WHITENING_FLOOR)) @ axes.T
   return Whitening(jnp.asarray(features.mean(0), jnp.float32), jnp.asarray(matrix, jnp.float32))

@@ -1,13 +1,14 @@
-"""Accuracy of the demo model on easy-VQA's test questions.
+"""Accuracy of the demo model, by type of question.
 
-    python -m experiments.evaluate_demo --methods=none,himap --num_questions=500 --workdir=…
-    python -m experiments.evaluate_demo --packed --workdir=…
+    python -m experiments.evaluate_demo --question_set=scenes --methods=none,himap --num_questions=500 --workdir=…
+    python -m experiments.evaluate_demo --question_set=easyvqa --packed --workdir=…
 
 The first form answers questions with `himap_jax.run`, one prompt a question, and resumes. The second evaluates no pruning on
 all questions with the questions of an image packed behind it, as in training: the same positions and the same attention as
 one by one, hence the same answers, at a tenth of the cost.
 """
 
+import collections
 import json
 import pathlib
 
@@ -19,9 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from checkpoints_convert.demo import easyvqa
-from experiments.demo_data import Packer, question_only_answers, questions_by_image
+from experiments import question_sets
+from experiments.demo_data import Lesson, Packer, open_picture
 from experiments.demo_model import answer_logits
+from experiments.question_sets import Question
 from himap_jax import checkpoint, run
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling
@@ -30,14 +32,15 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Prompts, outputs and results; a second start goes on from them.", required=True
 )
 _METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to evaluate.")
-_NUM_QUESTIONS = flags.DEFINE_integer("num_questions", 500, "Questions drawn from the test split (seed 0).")
-_PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning on all questions, packed by image.")
+_QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
+_NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
+_PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning, with questions packed by image.")
 
 IMAGE_SIZE = 336
 
 
-def packed_right(workdir: pathlib.Path) -> dict[str, bool]:
-  """For every test question whether the greedy answer without pruning is right."""
+def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
+  """For every question whether the greedy answer without pruning is right."""
   results = workdir / "packed.jsonl"
   right = {}
   if results.exists():
@@ -50,25 +53,30 @@ def packed_right(workdir: pathlib.Path) -> dict[str, bool]:
   def predict(params, batch):
     return answer_logits(model, params, {}, batch).argmax(-1)
 
-  groups = [part for group in questions_by_image("test") for part in packer.split(group)]
+  by_image = collections.defaultdict(list)
+  for question in questions:
+    if question.id not in right:
+      by_image[question.image].append(question)
   with open(results, "a", encoding="utf-8") as file:
-    for group in tqdm(groups, unit="image"):
-      if group[-1].id in right:
-        continue
-      batch = packer.pack([group])
-      correct = np.asarray(predict(loaded.params, batch))[0] == np.asarray(batch.answers)[0]
-      valid, question = np.asarray(batch.answer_valid)[0], np.asarray(batch.answer_question)[0]
-      for index, example in enumerate(group):
-        right[example.id] = bool(correct[valid & (question == index)].all())
-        file.write(json.dumps({"id": example.id, "right": right[example.id]}) + "\n")
-      file.flush()
-  return right
+    for image, group in tqdm(by_image.items(), unit="image"):
+      picture, rest = open_picture(image), group
+      for part in packer.split([(question.question, question.answer) for question in group]):
+        batch = packer.pack([Lesson(picture, part)])
+        correct = np.asarray(predict(loaded.params, batch))[0] == np.asarray(batch.answers)[0]
+        valid, number = np.asarray(batch.answer_valid)[0], np.asarray(batch.answer_question)[0]
+        for index, question in enumerate(rest[: len(part)]):
+          right[question.id] = bool(correct[valid & (number == index)].all())
+          file.write(json.dumps({"id": question.id, "right": right[question.id]}) + "\n")
+        rest = rest[len(part) :]
+        file.flush()
+  return {question.id: right[question.id] for question in questions}
 
 
-def method_right(method: str, examples: list[easyvqa.Example], workdir: pathlib.Path) -> dict[str, bool]:
+def method_right(method: str, questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
   """For every question whether the answer of `himap_jax.run` is right."""
   prompts, output = workdir / "prompts.jsonl", workdir / f"{method}.jsonl"
-  easyvqa.write_prompts(prompts, examples)
+  rows = ({"id": q.id, "image": str(q.image.absolute()), "question": q.question} for q in questions)
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   run.run(
     run.RunConfig(
       checkpoint=flags.FLAGS.checkpoint,
@@ -94,31 +102,26 @@ def method_right(method: str, examples: list[easyvqa.Example], workdir: pathlib.
     )
   )
   answers = {row["id"]: row["answer"] for row in map(json.loads, output.read_text().splitlines())}
-  return {example.id: answers[example.id] == example.answer for example in examples}
+  return {question.id: answers[question.id] == question.answer for question in questions}
 
 
 def main(_) -> None:
   logging.set_verbosity(logging.WARNING)
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
-  cache_dir = checkpoint.default_cache_dir()
-  test = easyvqa.load(cache_dir, "test")
-  guesses = question_only_answers(easyvqa.load(cache_dir, "train"))
-  examples = test
-  if not _PACKED.value:
-    chosen = np.random.default_rng(0).permutation(len(test))[: _NUM_QUESTIONS.value]
-    examples = [test[index] for index in sorted(chosen)]
-  rows = {"question only": {example.id: guesses.get(example.question) == example.answer for example in examples}}
+  questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
+  rows = {"question only": {question.id: question.guess == question.answer for question in questions}}
   if _PACKED.value:
-    rows["none"] = packed_right(workdir)
+    rows["none, packed"] = packed_right(questions, workdir)
   else:
-    rows |= {method: method_right(method, examples, workdir) for method in _METHODS.value}
-  yes_no = {example.id for example in examples if example.answer in ("yes", "no")}
-  table = Table("", "questions", "accuracy", "yes or no", "colour or shape")
+    rows |= {method: method_right(method, questions, workdir) for method in _METHODS.value}
+  types = list(dict.fromkeys(question.type for question in questions))
+  table = Table("", "questions", "accuracy", *types)
   for name, right in rows.items():
-    kinds = [[right[i] for i in right if (i in yes_no) == wanted] for wanted in (True, False)]
-    table.add_row(name, str(len(right)), *(f"{np.mean(part):.2%}" for part in (list(right.values()), *kinds)))
-  Console().print(table)
+    by_type = [[right[question.id] for question in questions if question.type == type] for type in types]
+    parts = [list(right.values()), *by_type]
+    table.add_row(name, str(len(right)), *(f"{np.mean(part):.2%}" for part in parts))
+  Console(width=max(120, 14 * len(types))).print(table)
 
 
 if __name__ == "__main__":

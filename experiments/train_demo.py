@@ -30,9 +30,9 @@ from orbax.checkpoint import v1 as ocp
 from tqdm import tqdm
 
 from checkpoints_convert.demo.assemble import assemble
-from experiments.demo_data import Batch, Packer, question_pools
+from experiments.align_projector import align, patches, vocabulary, word_embeddings
+from experiments.demo_data import Batch, Lessons, Packer
 from experiments.demo_model import (
-  WHITENING_IMAGES,
   Whitening,
   answer_logits,
   export_adapter,
@@ -56,14 +56,13 @@ _STAGES = flags.DEFINE_list(
   ["112:280:3:72", "336:110:1:144"],
   "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.",
 )
-_AFFIRMATIVE_STEPS = flags.DEFINE_integer(
-  "affirmative_steps", 0, "Steps at the beginning that leave out negated questions."
-)
+_SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that are scenes; the others are easy-VQA's.")
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 4e-4, "Peak learning rate of the low-rank updates.")
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
+WHITENING_PATCHES = 40_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +111,25 @@ def make_optimizer(num_steps: int) -> optax.GradientTransformation:
   )
 
 
+def start(
+  model: Llava, params: Any, processor: Any, packers: list[Packer], lessons: Lessons, path: pathlib.Path
+) -> tuple[Whitening, Any]:
+  """The whitening of the tower's features and an aligned projector; made once, then read from `path`."""
+  if not path.exists():
+    words = vocabulary(lessons.scenes.names)
+    resolutions = {packer.grid: packer for packer in packers}
+    features, labels = patches(model, params, list(resolutions.values()), lessons, words, seed=_SEED.value)
+    whitening = measure_whitening(features[:: max(1, len(features) // WHITENING_PATCHES)])
+    embeddings = word_embeddings(processor.tokenizer, params["language_model"]["embed_tokens"]["weight"], words)
+    projector = init_projector(jax.random.key(_SEED.value), params)
+    projector = align(model, projector, whitening(features), labels, embeddings, seed=_SEED.value)
+    ocp.save(path, {"mean": whitening.mean, "matrix": whitening.matrix, "projector": projector})
+  state = ocp.load(path)
+  return Whitening(jnp.asarray(state["mean"]), jnp.asarray(state["matrix"])), jax.tree.map(
+    jnp.asarray, state["projector"]
+  )
+
+
 def train(
   model: Llava, params: Any, processor: Any, stages: list[Stage], workdir: pathlib.Path, adapter: pathlib.Path
 ) -> None:
@@ -120,22 +138,16 @@ def train(
   optimizer = make_optimizer(num_steps)
   params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   frozen = {name: value for name, value in params.items() if name != "multi_modal_projector"}
-  pools = question_pools("train")
   packers = [
     Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots)
     for stage in stages
   ]
-  whitening = measure_whitening(
-    model,
-    params,
-    [packers[0].sample(pools, 8, seed=(_SEED.value, num_steps + i)) for i in range(WHITENING_IMAGES // 8)],
-  )
+  lessons = Lessons(scene_share=_SCENE_SHARE.value)
+  whitening, projector = start(model, params, processor, packers, lessons, workdir / "start")
+  lora = init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value)
   if _INIT_ADAPTER.value:
     projector, lora = import_adapter(_INIT_ADAPTER.value)
     projector = whitening.unfold(projector)
-  else:
-    projector = init_projector(jax.random.key(_SEED.value), params)
-    lora = init_lora(jax.random.key(_SEED.value), params["language_model"], _RANK.value)
   trainable = {"projector": projector, "lora": lora}
   state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.int32(0)}
   step_fn = make_step(model, frozen, whitening, optimizer)
@@ -150,7 +162,7 @@ def train(
     before = 0
     for stage, packer in zip(stages, packers, strict=True):
       for index in range(max(before, first_step), before + stage.steps):
-        batch = packer.sample(pools, stage.images, seed=(_SEED.value, index), negated=index >= _AFFIRMATIVE_STEPS.value)
+        batch = packer.pack(lessons.draw(stage.images, seed=(_SEED.value, index)))
         state, loss, right = step_fn(state, batch)
         losses.append(float(loss))
         rights.append(float(right))

@@ -1,0 +1,89 @@
+"""Fetches the two packages whose pictures the scenes are made of: Debian's tuxpaint-stamps-default and npm's
+emoji-datasource-google. They are unpacked into the cache folder, not installed, and never copied into the project.
+"""
+
+import pathlib
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+from checkpoints_convert.demo.packages import sha256_of
+
+
+class Package(NamedTuple):
+  """A pinned package.
+
+  Attributes:
+    name: what its registry calls it.
+    version: its exact version.
+    file: what the download is called.
+    sha256: hexadecimal digest of the download.
+    download: the command that downloads it into the current folder.
+    unpack: the command that unpacks it into a folder, but for the names of file and folder.
+  """
+
+  name: str
+  version: str
+  file: str
+  sha256: str
+  download: tuple[str, ...]
+  unpack: tuple[str, ...]
+
+
+STAMPS = Package(  # GPL-2
+  name="tuxpaint-stamps-default",
+  version="2022.06.04-1",
+  file="tuxpaint-stamps-default_2022.06.04-1_all.deb",
+  sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+  download=("apt-get", "download", "tuxpaint-stamps-default=2022.06.04-1"),
+  unpack=("dpkg-deb", "-x"),
+)
+EMOJI = Package(  # MIT, pictures Apache-2.0
+  name="emoji-datasource-google",
+  version="16.0.0",
+  file="emoji-datasource-google-16.0.0.tgz",
+  sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+  download=("npm", "pack", "--silent", "emoji-datasource-google@16.0.0"),
+  unpack=("tar", "-xzf"),
+)
+
+
+def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
+  """Downloads, checks and unpacks a package, once; a download that already lies in `cache_dir` is taken.
+
+  Returns:
+    The folder that holds its contents.
+
+  Raises:
+    RuntimeError: it cannot be downloaded or unpacked, or is not the pinned one.
+  """
+  target = cache_dir / f"{package.name}-{package.version}"
+  if target.is_dir():
+    return target
+  cache_dir.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(prefix=package.name, dir=cache_dir) as work:
+    download = cache_dir / package.file
+    if not download.exists():
+      _run(package.download, work, package, cache_dir)
+      download = pathlib.Path(work, package.file)
+    if sha256_of(download) != package.sha256:
+      raise RuntimeError(f"{download.name} is not the pinned {package.name} {package.version}: its sha256 differs")
+    unpacked = pathlib.Path(work, "unpacked")
+    unpacked.mkdir()
+    into = () if package.unpack[0] == "dpkg-deb" else ("-C",)
+    _run((*package.unpack, str(download), *into, str(unpacked)), work, package, cache_dir)
+    unpacked.rename(target)
+  return target
+
+
+def _run(command: tuple[str, ...], folder: str, package: Package, cache_dir: pathlib.Path) -> None:
+  try:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    reason = result.stderr.strip() if result.returncode else None
+  except FileNotFoundError:
+    reason = f"there is no {command[0]} here"
+  if reason is not None:
+    raise RuntimeError(
+      f"the pictures of {package.name} {package.version} could not be fetched with `{' '.join(command)}`: {reason}; "
+      f"or put {package.file} into {cache_dir}"
+    )

@@ -1,0 +1,172 @@
+"""Scenes and their questions, on cut-outs drawn here: every answer is found again from the boxes alone."""
+
+import collections
+import hashlib
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from experiments import align_projector, cutouts, scene_packages, scenes
+from experiments.cutouts import KINDS, Cutout
+
+NUM_SCENES = 60
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("cutouts")
+  found = []
+  for index, kind in enumerate(KINDS * 2):
+    picture = Image.new("RGBA", (90, 60 + 5 * index))
+    ImageDraw.Draw(picture).ellipse((5, 5, 80, 50), fill=(20 * index, 250 - 20 * index, 40, 255))
+    path = folder / f"{index}.png"
+    picture.save(path)
+    found.append(Cutout(path, kind, f"{kind}{index}" if index % 2 else None, "red" if index % 3 else None))
+  return found
+
+
+@pytest.fixture(scope="module")
+def drawn(pictures):
+  return [scenes.scene_of("test", index, pictures) for index in range(NUM_SCENES)]
+
+
+def test_things_are_inside_the_picture_apart_and_where_their_boxes_say(drawn):
+  counts = collections.Counter()
+  for scene, _ in drawn:
+    counts[len(scene.things)] += 1
+    assert scene.picture.size == (scenes.SIDE, scenes.SIDE)
+    for thing in scene.things:
+      assert 0 <= thing.box[0] < thing.box[2] <= 1 and 0 <= thing.box[1] < thing.box[3] <= 1
+    for a, b in itertools.combinations([thing.box for thing in scene.things], 2):
+      assert a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1]
+    assert set(np.unique(scene.owner)) == set(range(len(scene.things) + 1))
+    for number, thing in enumerate(scene.things, start=1):
+      y, x = np.nonzero(scene.owner == number)
+      left, top, right, bottom = (round(side * scenes.SIDE) for side in thing.box)
+      assert left - 1 <= x.min() and x.max() <= right + 1 and top - 1 <= y.min() and y.max() <= bottom + 1
+      assert len(x) > 20
+  assert set(counts) == {1, 2, 3, 4, 5, 6}
+
+
+def test_answers_follow_from_the_boxes(drawn):
+  seen = collections.Counter()
+  for scene, asked in drawn:
+    for type, questions in asked.items():
+      for question in questions:
+        assert question.type == type
+        assert question.answer == answer(question.question, scene.things), question
+        seen[type] += 1
+  assert set(seen) == set(scenes.TYPES)
+
+
+def answer(question: str, things) -> str:
+  """The answer, read off the boxes."""
+  words = question.rstrip("?").replace("pieces of food", "food").replace("piece of food", "food").split()
+  kinds = [word.removesuffix("s") for word in words if word.removesuffix("s") in KINDS]
+  mine = [thing for thing in things if kinds and thing.cutout.kind == kinds[0]]
+
+  def x(thing):
+    return (thing.box[0] + thing.box[2]) / 2
+
+  def y(thing):
+    return (thing.box[1] + thing.box[3]) / 2
+
+  if question.startswith(("is there a ", "is there an ")):
+    return "yes" if mine else "no"
+  if question == "how many things are there?":
+    return str(len(things))
+  if question.startswith("how many"):
+    return str(len(mine))
+  if "furthest" in question:
+    key = {"left": x, "right": lambda t: -x(t), "top": y, "bottom": lambda t: -y(t)}[words[-1]]
+    return min(things, key=key).cutout.kind
+  if question.endswith("called?"):
+    assert len(mine) == 1
+    return mine[0].cutout.name
+  if question.startswith("what colour"):
+    assert len(mine) == 1
+    return mine[0].cutout.colour
+  if "or to the right" in question or "above or below" in question:
+    other = [thing for thing in things if thing.cutout.kind == kinds[1]]
+    assert len(mine) == len(other) == 1
+    if "left" in question:
+      return "left" if x(mine[0]) < x(other[0]) else "right"
+    return "above" if y(mine[0]) < y(other[0]) else "below"
+  vertical, horizontal = words[words.index("corner") - 2 : words.index("corner")]
+
+  def within(value, side):
+    return value <= 0.4 if side in ("top", "left") else value >= 0.6
+
+  inside = [thing for thing in things if within(y(thing), vertical) and within(x(thing), horizontal)]
+  if question.startswith("is there nothing"):
+    return "no" if inside else "yes"
+  return inside[0].cutout.kind if inside else "nothing"
+
+
+def test_the_same_seed_gives_the_same_scene(pictures, drawn):
+  scene, asked = scenes.scene_of("test", 3, pictures)
+  assert asked == drawn[3][1] and np.array_equal(np.asarray(scene.picture), np.asarray(drawn[3][0].picture))
+  assert scenes.scene_of("train", 3, pictures)[1] != asked
+
+
+def test_patches_are_described_by_what_covers_them(drawn):
+  words = align_projector.vocabulary([f"{kind}{index}" for index, kind in enumerate(KINDS * 2)])
+  grid = 12
+  for scene, _ in drawn[:6]:
+    labels = align_projector.describe_scene(scene, grid, words).reshape(grid, grid, -1)
+    edges = np.linspace(0, scenes.SIDE, grid + 1).round().astype(int)
+    for row, column in itertools.product(range(grid), repeat=2):
+      patch = scene.owner[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
+      shares = [np.mean(patch == number + 1) for number in range(len(scene.things))]
+      kind = scene.things[int(np.argmax(shares))].cutout.kind if max(shares) >= align_projector.COVERED else None
+      shown = [word for word in (*KINDS, "nothing") if labels[row, column, words.index(word)] > 0]
+      assert shown == [kind or "nothing"]
+      left = labels[row, column, words.index("left")] - labels[row, column, words.index("right")]
+      assert left == pytest.approx(align_projector.PLACE_WEIGHT * (1 - (2 * column + 1) / grid), abs=1e-6)
+
+
+def test_last_word_of_a_caption():
+  assert cutouts._last_word("A great blue heron.") == "heron"
+  assert cutouts._last_word("A peacock (a male peafowl).") == "peacock"
+  assert cutouts._last_word("") is None
+
+
+@pytest.mark.parametrize("colour, rgb", [("red", (220, 20, 20)), ("blue", (30, 60, 220)), ("white", (250, 250, 250))])
+def test_colour_of_most_pixels(tmp_path, colour, rgb):
+  path = tmp_path / f"{colour}.png"
+  picture = Image.new("RGBA", (50, 50), (*rgb, 255))
+  picture.save(path)
+  assert cutouts._colour(path) == colour
+  picture.paste((20, 160, 20, 255), (0, 0, 25, 50))
+  picture.save(tmp_path / "half.png")
+  assert cutouts._colour(tmp_path / "half.png") is None
+
+
+def package(**changes) -> scene_packages.Package:
+  return scene_packages.Package("p", "1", "p.tgz", "", ("false",), ("tar", "-xzf"))._replace(**changes)
+
+
+def test_package_is_taken_from_the_cache_and_checked(tmp_path):
+  source = tmp_path / "source"
+  (source / "a").mkdir(parents=True)
+  (source / "a" / "b").write_text("hello\n")
+  cache = tmp_path / "cache"
+  cache.mkdir()
+  with tarfile.open(cache / "p.tgz", "w:gz") as archive:
+    archive.add(source / "a", "a")
+  sha256 = hashlib.sha256((cache / "p.tgz").read_bytes()).hexdigest()
+  with pytest.raises(RuntimeError, match="sha256 differs"):
+    scene_packages.fetch(package(sha256="0" * 64), cache)
+  assert not (cache / "p-1").exists()
+  folder = scene_packages.fetch(package(sha256=sha256), cache)
+  assert (folder / "a" / "b").read_text() == "hello\n"
+  assert sorted(path.name for path in cache.iterdir()) == ["p-1", "p.tgz"]
+
+
+@pytest.mark.parametrize("download", [("false",), ("no-such-command-here",)])
+def test_package_that_cannot_be_downloaded_says_what_to_do(tmp_path, download):
+  with pytest.raises(RuntimeError, match=r"put p\.tgz into"):
+    scene_packages.fetch(package(download=download), tmp_path / "cache")
