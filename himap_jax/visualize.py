@@ -8,6 +8,22 @@ from PIL import Image, ImageDraw
 MARGIN, CAPTION = 8, 16
 
 
+def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
+  """Fades every patch that is not kept.
+
+  Raises:
+    ValueError: a kept image token is outside the grid.
+  """
+  rows, columns = grid
+  if any(not 0 <= index < rows * columns for index in kept):
+    raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
+  mask = np.zeros(rows * columns, np.uint8)
+  mask[list(kept)] = 255
+  patches = Image.fromarray(mask.reshape(rows, columns)).resize(picture.size, Image.Resampling.NEAREST)
+  faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.85)
+  return Image.composite(picture, faded, patches)
+
+
 def draw_kept(picture: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[int, int]) -> Image.Image:
   """Draws the picture and, beside it, what is left of it after each stage.
 
@@ -20,15 +36,8 @@ def draw_kept(picture: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[i
     ValueError: the image tokens are not such a grid, so they have no place in the picture.
   """
   rows, columns = grid
-  if any(not 0 <= index < rows * columns for stage in kept for index in stage):
-    raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
   panels = [(f"{rows * columns} image tokens", picture)]
-  for number, stage in enumerate(kept, start=1):
-    mask = np.zeros(rows * columns, np.uint8)
-    mask[list(stage)] = 255
-    patches = Image.fromarray(mask.reshape(rows, columns)).resize(picture.size, Image.Resampling.NEAREST)
-    faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.85)
-    panels.append((f"stage {number}: {len(stage)} kept", Image.composite(picture, faded, patches)))
+  panels += [(f"stage {n}: {len(stage)} kept", fade(picture, stage, grid)) for n, stage in enumerate(kept, start=1)]
   width, height = picture.size
   sheet = Image.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, height + CAPTION + 2 * MARGIN), "white")
   draw = ImageDraw.Draw(sheet)

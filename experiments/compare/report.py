@@ -1,0 +1,165 @@
+"""The comparison of pruning methods as one HTML file: a table of figures, and what each method keeps of pictures."""
+
+import base64
+import dataclasses
+import io
+import math
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+  """A column of the table.
+
+  Attributes:
+    name: its key in the rows.
+    label: its heading.
+    kind: how its values are written; `percent` is a fraction, 0.25 is shown as 25.0%.
+  """
+
+  name: str
+  label: str
+  kind: Literal["text", "number", "percent"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+  """What one method did with one question.
+
+  Attributes:
+    answer: what the model answered.
+    stages: for each pruning stage the layer it acts before and the indices of the image tokens present from there on.
+  """
+
+  answer: str
+  stages: Sequence[tuple[int, Sequence[int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One question about one picture, and what every method did with it.
+
+  Attributes:
+    picture: the picture as the model saw it.
+    grid: (rows, columns) of image tokens.
+    question: the question.
+    answer: the true answer.
+    type: the kind of question.
+    cells: method and budget, as in `himap 25%` → what it did. The reader can filter by a last word that is a number.
+  """
+
+  picture: Image.Image
+  grid: tuple[int, int]
+  question: str
+  answer: str
+  type: str
+  cells: Mapping[str, Shown]
+
+
+def write_report(
+  path: str | Path,
+  columns: Sequence[Column],
+  rows: Sequence[Mapping[str, Any]],
+  examples: Sequence[Example],
+  *,
+  title: str,
+  num_layers: int | None = None,
+) -> None:
+  """Writes the report: one file that loads nothing from elsewhere.
+
+  Args:
+    path: the file to write.
+    columns: the table's columns; the first names the method, and a row named `none` there is set off.
+    rows: column name → value; None or a missing key is a missing value. `note` stands in place of missing figures.
+    examples: the questions to browse.
+    title: the report's heading.
+    num_layers: how many layers the decoder has; without it the slider ends at the last layer where anything is pruned.
+
+  Raises:
+    ValueError: a kept image token is outside its example's grid, or a stage's layer is outside the decoder.
+  """
+  layers = [layer for example in examples for shown in example.cells.values() for layer, _ in shown.stages]
+  last_layer = max(layers, default=0) if num_layers is None else num_layers - 1
+  if any(not 0 <= layer <= last_layer for layer in layers):
+    raise ValueError(f"a stage's layer is outside the decoder's layers, 0 to {last_layer}")
+  data = {
+    "columns": [dataclasses.asdict(column) for column in columns],
+    "rows": [_row(row, [*(column.name for column in columns), "note"]) for row in rows],
+    "lastLayer": last_layer,
+    "examples": [_example(example) for example in examples],
+  }
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+  )
+  page = environment.get_template("report.html").render(title=title, data=data)
+  Path(path).write_text(page, encoding="utf-8")
+
+
+def is_right(answer: str, truth: str) -> bool:
+  """Whether two answers are equal but for surrounding space, case and a final period."""
+  return _normal(answer) == _normal(truth)
+
+
+def _normal(answer: str) -> str:
+  return answer.strip().lower().removesuffix(".").strip()
+
+
+def _row(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, str | int | float | None]:
+  return {name: _plain(row.get(name)) for name in names}
+
+
+def _plain(value: Any) -> str | int | float | None:
+  if value is None or isinstance(value, str):
+    return value
+  if isinstance(value, numbers.Integral):
+    return int(value)
+  return float(value) if math.isfinite(value) else None
+
+
+def _example(example: Example) -> dict[str, Any]:
+  return {
+    "picture": _data_uri(example.picture),
+    "grid": list(example.grid),
+    "question": example.question,
+    "answer": example.answer,
+    "type": example.type,
+    "cells": [_cell(name, shown, example) for name, shown in example.cells.items()],
+  }
+
+
+def _cell(name: str, shown: Shown, example: Example) -> dict[str, Any]:
+  stages = sorted(shown.stages, key=lambda stage: stage[0])
+  return {
+    "name": name,
+    "answer": shown.answer,
+    "right": is_right(shown.answer, example.answer),
+    "stages": [[layer, _bits(kept, example.grid)] for layer, kept in stages],
+  }
+
+
+def _bits(kept: Sequence[int], grid: tuple[int, int]) -> str:
+  """One bit per image token, the lowest of each byte first, in base64."""
+  rows, columns = grid
+  if any(not 0 <= index < rows * columns for index in kept):
+    raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
+  mask = np.zeros(rows * columns, bool)
+  mask[list(kept)] = True
+  return base64.b64encode(np.packbits(mask, bitorder="little").tobytes()).decode()
+
+
+def _data_uri(picture: Image.Image) -> str:
+  """The picture as JPEG or PNG, whichever is smaller."""
+  encoded = []
+  for name, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+    file = io.BytesIO()
+    picture.convert("RGB").save(file, name, **options)
+    encoded.append((name, file.getvalue()))
+  name, content = min(encoded, key=lambda item: len(item[1]))
+  return f"data:image/{name};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,172 @@
+"""A comparison from its settings to its tables, plots and report."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from checkpoints_convert.source import fingerprint
+from experiments import question_sets
+from experiments.compare import examples, plots, report, strips, tables
+from experiments.compare.grid import make_cells
+from experiments.compare.runner import Runner
+from experiments.question_sets import Question
+from himap_jax import checkpoint, sharding
+from himap_jax.processing import Processor
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class StudyConfig:
+  """A study, as the flags give it; the names and meanings are the flags'."""
+
+  checkpoint: str
+  dtype: str
+  question_set: str
+  num_questions: int | None
+  seed: int
+  methods: tuple[str, ...]
+  budgets: tuple[float, ...]
+  settings: tuple[str, ...]
+  shortv_ranking: tuple[int, ...] | None
+  max_new_tokens: int
+  batch_size: int
+  prompt_buckets: tuple[int, ...]
+  prompt_template: str
+  timing_batch_size: int
+  timing_new_tokens: int
+  timing_repeats: int
+  num_examples: int
+  num_strips: int
+  workdir: pathlib.Path
+  output: pathlib.Path
+  compilation_cache_dir: str
+
+
+def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
+  """Writes what the answers and times of a work directory depend on, or compares it with what is there.
+
+  Raises:
+    ValueError: the directory was begun with other settings.
+  """
+  if not path.exists():
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return
+  before = json.loads(path.read_text(encoding="utf-8"))
+  changed = [
+    f"{name} was {before.get(name)!r}, now {settings.get(name)!r}"
+    for name in sorted(before.keys() | settings.keys())
+    if before.get(name) != settings.get(name)
+  ]
+  if changed:
+    raise ValueError(f"{path.parent} was begun with other settings ({'; '.join(changed)}); use another --workdir")
+
+
+def settings_of(config: StudyConfig, directory: pathlib.Path, questions: Sequence[Question]) -> dict[str, Any]:
+  """What the answers and times of a work directory depend on, beside the cells."""
+  rows = json.dumps([[q.id, str(q.image), q.question, q.answer, q.type, q.guess] for q in questions])
+  names = ("checkpoint", "dtype", "question_set", "num_questions", "seed", "max_new_tokens", "prompt_template")
+  names += ("timing_batch_size", "timing_new_tokens")
+  return {name: getattr(config, name) for name in names} | {
+    "fingerprint": fingerprint(directory),
+    "questions": hashlib.sha256(rows.encode()).hexdigest(),
+  }
+
+
+def mean_text_tokens(processor: Processor, questions: Sequence[Question]) -> int:
+  """The mean number of text tokens of the prompts."""
+  blank = Image.new("RGB", (64, 64))
+  lengths = {text: processor.prepare(blank, text).num_text_tokens for text in {q.question for q in questions}}
+  return round(float(np.mean([lengths[question.question] for question in questions])))
+
+
+def run(config: StudyConfig) -> list[tables.Row]:
+  """Runs what has not been run yet, writes the results and returns the table's rows.
+
+  Raises:
+    ValueError: the configuration cannot be run, or the work directory belongs to another.
+    OSError: a file cannot be written; what was written before is whole.
+  """
+  for directory in (config.workdir, config.output):
+    directory.mkdir(parents=True, exist_ok=True)
+  if config.compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  questions = question_sets.load(
+    config.question_set, num_questions=config.num_questions, seed=config.seed, workdir=config.workdir
+  )
+  opened = checkpoint.open_checkpoint(config.checkpoint)
+  processor = Processor(
+    opened.processor,
+    opened.config,
+    template=config.prompt_template,
+    buckets=config.prompt_buckets,
+    max_new_tokens=max(config.max_new_tokens, config.timing_new_tokens),
+  )
+  cells = make_cells(
+    config.methods,
+    config.budgets,
+    config.settings,
+    num_layers=opened.config.text.num_hidden_layers,
+    num_image_tokens=processor.num_image_tokens,
+    has_class_token=opened.config.vision.has_class_token,
+    ranking=config.shortv_ranking,
+  )
+  check_settings(config.workdir / "settings.json", settings_of(config, opened.directory, questions))
+  mesh = sharding.make_mesh(math.gcd(config.batch_size, config.timing_batch_size))
+  runner = Runner(
+    opened,
+    processor,
+    questions,
+    config.workdir,
+    dtype=DTYPES[config.dtype],
+    shardings=sharding.replicated(mesh),
+    seed=config.seed,
+    max_new_tokens=config.max_new_tokens,
+    batch_size=config.batch_size,
+    timing_batch_size=config.timing_batch_size,
+    timing_new_tokens=config.timing_new_tokens,
+    timing_repeats=config.timing_repeats,
+  )
+  answers, timings = {}, {}
+  for number, cell in enumerate(cells, start=1):
+    print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
+    if cell.schedule is not None:
+      answers[cell.label] = runner.answer(cell)
+      timings[cell.label] = runner.time(cell)
+  rows = tables.make_rows(
+    cells,
+    answers,
+    timings,
+    questions,
+    opened.config,
+    num_image_tokens=processor.num_image_tokens,
+    num_text_tokens=mean_text_tokens(processor, questions),
+    bytes_per_value=jnp.dtype(DTYPES[config.dtype]).itemsize,
+    seed=config.seed,
+  )
+  shown = examples.collect(examples.choose(questions, config.num_examples), cells, answers, processor)
+  tables.write_csv(config.output / "table.csv", rows)
+  tables.write_markdown(config.output / "table.md", rows)
+  plots.plot_pareto(config.output / "pareto.png", rows)
+  plots.plot_types(config.output / "types.png", rows)
+  strips.draw(config.output / "strips.png", shown[: config.num_strips], strips.cells_to_show(cells))
+  report.write_report(
+    config.output / "report.html",
+    tables.readable_columns(rows),
+    tables.readable_rows(rows),
+    shown,
+    title=f"Pruning methods on {config.question_set}, {len(questions)} questions",
+    num_layers=opened.config.text.num_hidden_layers,
+  )
+  tables.print_table(rows)
+  return rows

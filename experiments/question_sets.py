@@ -1,0 +1,138 @@
+"""Questions about pictures with their answers: easy-VQA, composed scenes, or a file."""
+
+import collections
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from checkpoints_convert.demo import easyvqa
+from experiments import scenes
+from experiments.demo_data import question_only_answers
+from himap_jax.checkpoint import default_cache_dir
+
+NUM_SCENES = 200
+SHAPES = frozenset({"circle", "rectangle", "triangle"})
+
+
+class Question(NamedTuple):
+  """One question about one picture.
+
+  Attributes:
+    id: unique in its set.
+    image: the picture's file.
+    question: its text.
+    answer: the true answer.
+    type: what kind of question it is.
+    guess: what can be answered without the picture; empty where nothing can.
+  """
+
+  id: str
+  image: pathlib.Path
+  question: str
+  answer: str
+  type: str
+  guess: str
+
+
+def load(name: str, *, num_questions: int | None, seed: int, workdir: pathlib.Path) -> list[Question]:
+  """Loads a question set, or as many of its questions, each type in proportion.
+
+  Args:
+    name: a name in `SETS`, or a JSONL file of `{"id", "image", "question", "answer", "type"}` a line, images relative to
+      it; a row without `guess` is guessed as `leave_one_out` does.
+    num_questions: how many to draw; all when None.
+    seed: of the draw.
+    workdir: where a set that has to be made is written.
+
+  Raises:
+    ValueError: there is no such set, or it cannot be read.
+  """
+  questions = SETS[name](workdir) if name in SETS else _read(name)
+  return questions if num_questions is None else draw(questions, num_questions, seed=seed)
+
+
+def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> list[Question]:
+  """Draws questions, each type in proportion, and keeps their order."""
+  rng = np.random.default_rng(seed)
+  places = collections.defaultdict(list)
+  for place, question in enumerate(questions):
+    places[question.type].append(place)
+  exact = {type: min(1.0, num_questions / len(questions)) * len(own) for type, own in places.items()}
+  counts = {type: int(share) for type, share in exact.items()}
+  missing = min(num_questions, len(questions)) - sum(counts.values())
+  for type in sorted(exact, key=lambda type: counts[type] - exact[type])[:missing]:
+    counts[type] += 1
+  drawn = [rng.choice(own, counts[type], replace=False) for type, own in places.items()]
+  return [questions[place] for place in sorted(np.concatenate(drawn).tolist())]
+
+
+def leave_one_out(asked: Sequence[tuple[str, str, str]]) -> list[str]:
+  """For every (question, type, answer) the commonest answer of the others: to its question, else to its type."""
+  by_question, by_type = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
+  for question, type, answer in asked:
+    by_question[question][answer] += 1
+    by_type[type][answer] += 1
+  return [
+    _commonest(by_question[question], answer) or _commonest(by_type[type], answer) or ""
+    for question, type, answer in asked
+  ]
+
+
+def _commonest(counts: collections.Counter[str], without: str) -> str | None:
+  rest = counts - collections.Counter([without])
+  return rest.most_common(1)[0][0] if rest else None
+
+
+def _easyvqa(workdir: pathlib.Path) -> list[Question]:
+  del workdir
+  guesses = question_only_answers(easyvqa.load(default_cache_dir(), "train"))
+  return [
+    Question(
+      id=example.id,
+      image=example.image,
+      question=example.question,
+      answer=example.answer,
+      type="yes or no" if example.answer in ("yes", "no") else "shape" if example.answer in SHAPES else "colour",
+      guess=guesses.get(example.question, ""),
+    )
+    for example in easyvqa.load(default_cache_dir(), "test")
+  ]
+
+
+def _scenes(workdir: pathlib.Path) -> list[Question]:
+  path = workdir / "scenes" / "questions.jsonl"
+  if not path.exists():
+    scenes.write(path.parent, "test", NUM_SCENES)
+  return _read(str(path))
+
+
+def _read(name: str) -> list[Question]:
+  path = pathlib.Path(name)
+  try:
+    lines = path.read_text(encoding="utf-8").splitlines()
+  except OSError as error:
+    known = ", ".join(SETS)
+    raise ValueError(f"{name}: neither a question set ({known}) nor a file that can be read") from error
+  rows = []
+  for number, line in enumerate(lines, start=1):
+    try:
+      row = json.loads(line)
+      rows.append({field: str(row[field]) for field in ("id", "image", "question", "answer", "type")})
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{path}: line {number} is not a question with its answer ({error})") from error
+    rows[-1]["guess"] = row.get("guess")
+  if len({row["id"] for row in rows}) < len(rows) or not rows:
+    raise ValueError(f"{path}: {'two questions share an id' if rows else 'no questions'}")
+  guesses = leave_one_out([(row["question"], row["type"], row["answer"]) for row in rows])
+  return [
+    Question(
+      **row | {"image": path.parent / row["image"], "guess": guess if row["guess"] is None else str(row["guess"])}
+    )
+    for row, guess in zip(rows, guesses, strict=True)
+  ]
+
+
+SETS: dict[str, Callable[[pathlib.Path], list[Question]]] = {"easyvqa": _easyvqa, "scenes": _scenes}

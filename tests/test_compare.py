@@ -1,0 +1,471 @@
+"""The comparison of pruning methods: budgets, statistics, question sets, and a study from its flags to its tables."""
+
+import collections
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import question_sets
+from experiments.compare import examples, plots, strips, study
+from experiments.compare.budget import schedule_for_budget
+from experiments.compare.grid import Cell, make_cells
+from experiments.compare.report import Example, Shown, is_right
+from experiments.compare.runner import OutputWriter
+from experiments.compare.statistics import accuracy_by_type, bootstrap_intervals, pareto_front
+from experiments.compare.study import StudyConfig
+from experiments.question_sets import Question
+from himap_jax import methods
+from himap_jax.llava import Inputs, Llava
+from himap_jax.prefill import prefill
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAME, N, NUM_LAYERS = "clip_mha", 16, 6
+PRUNING = [name for name, method in methods.METHODS.items() if name != "none" and not method.freezes]
+BUDGETS = (288.0, 192.0, 128.0, 64.0, 32.0, 7.5)
+
+
+def entering(schedule, num_layers, num_image_tokens):
+  """Image tokens that enter each layer, from the stages alone."""
+  stages = {stage.layer: stage.keep for stage in schedule.stages}
+  counts = [num_image_tokens]
+  for layer in range(num_layers):
+    counts.append(stages.get(layer, counts[-1]))
+  return counts[1:]
+
+
+def reachable_means(keep, layers, num_layers, num_image_tokens):
+  """The means of all factors: between two of these no count changes."""
+  breaks = np.unique([(count + 0.5) / own for own in keep for count in range(num_image_tokens)])
+  factors = np.concatenate([[0.0], (breaks[1:] + breaks[:-1]) / 2, breaks[-1:] + 1])
+  counts = np.clip(np.round(factors[:, None] * np.array(keep)), 1, num_image_tokens)
+  return (layers[0] * num_image_tokens + counts @ np.diff([*layers, num_layers])) / num_layers
+
+
+@pytest.mark.parametrize("method", [*PRUNING, "divprune+himap", "visionzip+pyramiddrop"])
+@pytest.mark.parametrize("num_layers", [30, 32])
+def test_budget_is_as_near_as_brute_force_comes(method, num_layers):
+  sizes = {"num_layers": num_layers, "num_image_tokens": 576}
+  own = methods.build_schedule(method, **sizes)
+  layers, keep = [s.layer for s in own.stages], [s.keep for s in own.stages]
+  means = reachable_means(keep, layers, num_layers, 576)
+  lowest = (layers[0] * 576 + num_layers - layers[0]) / num_layers
+  for budget in BUDGETS:
+    if lowest > budget:
+      with pytest.raises(ValueError, match=f"lowest mean reachable is {lowest:.1f}"):
+        schedule_for_budget(method, budget, **sizes)
+      continue
+    schedule = schedule_for_budget(method, budget, **sizes)
+    counts = [stage.keep for stage in schedule.stages]
+    error = abs(np.mean(entering(schedule, num_layers, 576)) - budget)
+    assert error <= np.abs(means - budget).min() + 1e-9
+    assert counts[-1] in (1, [576, *counts][-2]) or error <= (num_layers - layers[-1]) / num_layers / 2 + 1e-9
+    assert [stage.layer for stage in schedule.stages] == layers
+    assert [stage.criterion for stage in schedule.stages] == [stage.criterion for stage in own.stages]
+    bounds = [((c - 0.5) / k, (c + 0.5) / k) for c, k in zip(counts[:-1], keep, strict=False) if 1 < c < 576]
+    assert max((low for low, _ in bounds), default=-np.inf) <= min((high for _, high in bounds), default=np.inf) + 1e-9
+
+
+def test_budget_of_own_layers():
+  sizes = {"num_layers": 30, "num_image_tokens": 576}
+  schedule = schedule_for_budget("himap", 32, **sizes, prune_layers=(1, 4))
+  assert [stage.layer for stage in schedule.stages] == [1, 4]
+  assert abs(np.mean(entering(schedule, 30, 576)) - 32) <= 26 / 60
+  assert schedule_for_budget("random", 576, **sizes).stages[0].keep == 576
+  for budget in (0, -3, 577):
+    with pytest.raises(ValueError, match="above 0 and at most the image's 576 tokens"):
+      schedule_for_budget("random", budget, **sizes)
+  with pytest.raises(ValueError, match="class token"):
+    schedule_for_budget("fastervlm", 64, **sizes, has_class_token=False)
+
+
+@pytest.mark.parametrize("num_layers", [30, 32])
+def test_budget_of_frozen_layers(num_layers):
+  sizes = {"num_layers": num_layers, "num_image_tokens": 576}
+  ranking = np.random.default_rng(0).permutation(num_layers).tolist()
+  for budget in BUDGETS:
+    schedule = schedule_for_budget("shortv", budget, **sizes, ranking=ranking)
+    count = len(schedule.frozen_layers)
+    assert set(schedule.frozen_layers) == set(ranking[:count])
+    means = [576 * (num_layers - frozen) / num_layers for frozen in range(num_layers + 1)]
+    assert abs(means[count] - budget) == min(abs(mean - budget) for mean in means)
+  with pytest.raises(ValueError, match="--shortv_ranking"):
+    schedule_for_budget("shortv", 64, **sizes)
+  with pytest.raises(ValueError, match="names 3 layers; the lowest mean"):
+    schedule_for_budget("shortv", 64, **sizes, ranking=ranking[:3])
+
+
+@pytest.mark.parametrize("method", [name for name in PRUNING if methods.METHODS[name].prune_layers == (0,)])
+def test_methods_take_the_extreme_counts(loaded, method):
+  model = loaded(NAME)
+  shapes = Inputs(
+    tokens=jax.ShapeDtypeStruct((1, N + 9), np.int32),
+    length=jax.ShapeDtypeStruct((1,), np.int32),
+    image_start=jax.ShapeDtypeStruct((1,), np.int32),
+    pixel_values=jax.ShapeDtypeStruct((1, 3, 28, 28), np.float32),
+  )
+  for budget in (1, 2, N - 1, N):
+    schedule = schedule_for_budget(method, budget, num_layers=NUM_LAYERS, num_image_tokens=N)
+    result = jax.eval_shape(
+      lambda params, inputs, keys, schedule=schedule: prefill(
+        Llava(model.config, np.float32), params, inputs, keys, schedule, 2
+      ),
+      model.params,
+      shapes,
+      jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1)),
+    )
+    assert result.kept[0].shape == (1, budget)
+
+
+def make(*, names=(), budgets=(), settings=(), **changes):
+  sizes = {"num_layers": 30, "num_image_tokens": 576, "has_class_token": True, "ranking": None} | changes
+  return make_cells(names, budgets, settings, **sizes)
+
+
+def test_cells():
+  cells = make(
+    names=["none", "himap", "himap@1/4", "shortv"], budgets=[64, 32], settings=["himap@2/8:288/72", "fastv:25%"]
+  )
+  assert [cell.label for cell in cells] == [
+    "none", "himap 64", "himap 32", "himap@1/4 64", "himap@1/4 32", "shortv 64", "shortv 32", "himap@2/8:288/72", "fastv:25%"
+  ]  # fmt: skip
+  by_label = {cell.label: cell for cell in cells}
+  assert "lowest mean reachable is 39.3" in by_label["himap 32"].note and by_label["himap 32"].schedule is None
+  assert "--shortv_ranking" in by_label["shortv 64"].note
+  assert [(s.layer, s.keep) for s in by_label["himap@2/8:288/72"].schedule.stages] == [(2, 288), (8, 72)]
+  assert [(s.layer, s.keep) for s in by_label["fastv:25%"].schedule.stages] == [(2, 144)]
+  assert by_label["himap@1/4 32"].family == "himap" and by_label["himap@1/4 32"].note is None
+  names = [cell.file_name for cell in cells if cell.schedule is not None]
+  assert len(set(names)) == len(names) and not any("/" in name for name in names)
+  ranked = [make(names=["shortv"], budgets=[64], ranking=order)[1] for order in (range(30), range(29, -1, -1))]
+  assert ranked[0].file_name != ranked[1].file_name
+
+
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"names": ["himap:288"]}, "'himap:288' is not a method"),
+    ({"names": ["himapp"]}, "unknown method 'himapp'"),
+    ({"settings": ["himap@2,8"]}, "is not a method"),
+    ({"settings": ["himap@2/8:288"]}, "2 stages"),
+    ({"settings": ["himap@2/40:288/72"]}, "before layer 40"),
+    ({"settings": ["fastv:1.5"]}, "'fastv:1.5'"),
+  ],
+)
+def test_cells_that_cannot_be(changes, message):
+  with pytest.raises(ValueError, match=message):
+    make(**{"budgets": [64]} | changes)
+
+
+def exact_quantiles(steps, num_questions):
+  """Quantiles of a mean of resampled values out of -1, 0, 1, by convolution of their exact distribution."""
+  one = np.array([np.mean(steps == value) for value in (-1, 0, 1)])
+  total = np.ones(1)
+  for _ in range(num_questions):
+    total = np.convolve(total, one)
+  values = np.arange(-num_questions, num_questions + 1) / num_questions
+  return [values[np.searchsorted(np.cumsum(total), level)] for level in (0.025, 0.975)]
+
+
+def test_bootstrap_against_exact_distributions():
+  rng = np.random.default_rng(0)
+  reference = rng.random(90) < 0.8
+  right = np.stack([reference, reference, reference ^ (rng.random(90) < 0.2), rng.random(90) < 0.5, np.zeros(90, bool)])
+  accuracy, difference = bootstrap_intervals(right, seed=3)
+  for index, row in enumerate(right):
+    step = 1 / len(row)
+    np.testing.assert_allclose(accuracy[index], exact_quantiles(row.astype(int), len(row)), atol=1.01 * step)
+    exact = exact_quantiles(row.astype(int) - reference.astype(int), len(row))
+    np.testing.assert_allclose(difference[index], exact, atol=1.01 * step)
+  np.testing.assert_array_equal(difference[:2], 0.0)
+  np.testing.assert_array_equal(accuracy[4], 0.0)
+  again = bootstrap_intervals(right, seed=3)
+  np.testing.assert_array_equal(again[0], accuracy)
+  assert not np.array_equal(bootstrap_intervals(right, seed=4, resamples=30)[0], accuracy)
+
+
+def test_accuracy_by_type():
+  right = np.array([[True, False, True, True], [False, False, False, True]])
+  found = accuracy_by_type(right, ["b", "a", "b", "a"])
+  assert list(found) == ["b", "a"]
+  np.testing.assert_array_equal(found["b"], [1.0, 0.0])
+  np.testing.assert_array_equal(found["a"], [0.5, 0.5])
+
+
+def test_pareto_front_against_all_pairs():
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    costs, values = rng.integers(0, 6, (2, rng.integers(1, 12))).tolist()
+    expected = {
+      i
+      for i in range(len(costs))
+      if not any(
+        costs[j] <= costs[i] and values[j] >= values[i] and (costs[j], values[j]) != (costs[i], values[i])
+        for j in range(len(costs))
+      )
+    }
+    front = pareto_front(costs, values)
+    assert set(front) == expected and len(front) == len(expected)
+    assert [costs[i] for i in front] == sorted(costs[i] for i in front)
+
+
+def question(index, type="t", text="q", answer="a", guess=""):
+  return Question(str(index), pathlib.Path(f"{index}.png"), text, answer, type, guess)
+
+
+def test_draw_keeps_proportions_and_order():
+  questions = [question(i, type="abbcccdddd"[i % 10]) for i in range(200)]
+  drawn = question_sets.draw(questions, 50, seed=0)
+  assert collections.Counter(q.type for q in drawn) == {"a": 5, "b": 10, "c": 15, "d": 20}
+  assert [int(q.id) for q in drawn] == sorted(int(q.id) for q in drawn)
+  assert drawn == question_sets.draw(questions, 50, seed=0) != question_sets.draw(questions, 50, seed=1)
+  for count in (1, 7, 33, 199):
+    assert len(question_sets.draw(questions, count, seed=0)) == count
+  assert question_sets.draw(questions, 900, seed=0) == questions
+
+
+def test_leave_one_out_against_a_slow_loop():
+  rng = np.random.default_rng(0)
+  asked = [(f"q{rng.integers(9)}", f"t{rng.integers(3)}", f"a{rng.integers(4)}") for _ in range(60)] + [("x", "y", "z")]
+  for index, guess in enumerate(question_sets.leave_one_out(asked)):
+    others = asked[:index] + asked[index + 1 :]
+    for field in (0, 1):
+      counts = collections.Counter(other[2] for other in others if other[field] == asked[index][field])
+      if counts:
+        assert counts[guess] == max(counts.values())
+        break
+    else:
+      assert guess == ""
+
+
+def test_question_files(tmp_path):
+  path = tmp_path / "questions.jsonl"
+  rows = [
+    {"id": 1, "image": "a.png", "question": "q", "answer": "x", "type": "t"},
+    {"id": 2, "image": "a.png", "question": "q", "answer": "y", "type": "t"},
+    {"id": 3, "image": "b.png", "question": "q", "answer": "y", "type": "t", "guess": "z"},
+  ]
+  load = lambda: question_sets.load(str(path), num_questions=None, seed=0, workdir=tmp_path)  # noqa: E731
+  write_rows(path, rows)
+  loaded = load()
+  assert [q.guess for q in loaded] == ["y", "x", "z"] or [q.guess for q in loaded] == ["y", "y", "z"]
+  assert loaded[0].id == "1" and loaded[0].image == tmp_path / "a.png"
+  for bad, message in (([rows[0], {"id": 4}], "line 2"), ([rows[0], rows[0]], "share an id"), ([], "no questions")):
+    write_rows(path, bad)
+    with pytest.raises(ValueError, match=message):
+      load()
+  with pytest.raises(ValueError, match="neither a question set"):
+    question_sets.load("nowhere", num_questions=None, seed=0, workdir=tmp_path)
+
+
+def write_rows(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_rows(path):
+  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+class Killed(BaseException):
+  """Stands for a signal."""
+
+
+@pytest.fixture(scope="module")
+def config(loaded, images, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("compare")
+  rows = []
+  for index, image in enumerate(images):
+    image.save(folder / f"{index}.png")
+    for type in ("what", "why"):
+      row = {"id": f"{index}{type}", "image": f"{index}.png", "question": f"{type} {index % 2}?", "type": type}
+      rows.append(row | {"answer": "yes"})
+  write_rows(folder / "questions.jsonl", rows)
+  return StudyConfig(
+    checkpoint=str(loaded(NAME).directory),
+    dtype="float32",
+    question_set=str(folder / "questions.jsonl"),
+    num_questions=6,
+    seed=0,
+    methods=("himap@2/4", "fastervlm"),
+    budgets=(8.0, 5.0),
+    settings=(),
+    shortv_ranking=None,
+    max_new_tokens=3,
+    batch_size=2,
+    prompt_buckets=(40,),
+    prompt_template="<image>{question}",
+    timing_batch_size=1,
+    timing_new_tokens=2,
+    timing_repeats=1,
+    num_examples=3,
+    num_strips=2,
+    workdir=folder / "work",
+    output=folder / "output",
+    compilation_cache_dir="",
+  )
+
+
+@pytest.fixture(scope="module")
+def rows(config):
+  """A study that was killed in its second cell, with a torn row, and ran to its end at the second start."""
+  write, count = OutputWriter.write, itertools.count()
+  with pytest.MonkeyPatch.context() as patch:
+
+    def dying(self, rows):
+      if next(count) == 4:
+        raise Killed
+      write(self, rows)
+
+    patch.setattr(OutputWriter, "write", dying)
+    with pytest.raises(Killed):
+      study.run(config)
+  answers = sorted((config.workdir / "answers").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+  assert [len(read_rows(path)) for path in answers] == [6, 2]
+  with open(answers[1], "a", encoding="utf-8") as file:
+    file.write('{"id": "0wh')
+  return {row["label"]: row for row in study.run(config)}
+
+
+def questions_of(config):
+  return question_sets.load(
+    config.question_set, num_questions=config.num_questions, seed=config.seed, workdir=config.workdir
+  )
+
+
+def test_every_question_is_answered_once(config, rows):
+  ids = [q.id for q in questions_of(config)]
+  files = list((config.workdir / "answers").iterdir())
+  assert len(files) == 4
+  for path in files:
+    assert sorted(row["id"] for row in read_rows(path)) == sorted(ids)
+
+
+def test_rows_equal_what_the_answers_say(config, rows):
+  assert list(rows) == ["none", "question only", "himap@2/4 8", "himap@2/4 5", "fastervlm 8", "fastervlm 5"]
+  questions = questions_of(config)
+  given = {
+    label: {row["id"]: row for row in read_rows(path)}
+    for label in rows
+    for path in (config.workdir / "answers").glob(f"{label.replace('/', '-').replace(' ', '-')}.*")
+  }
+  assert set(given) == {"none", "himap@2/4 8", "fastervlm 8", "fastervlm 5"}
+  for label, own in given.items():
+    right = {q.id: is_right(own[q.id]["answer"], q.answer) for q in questions}
+    row = rows[label]
+    assert row["accuracy"] == pytest.approx(np.mean(list(right.values())))
+    for type in ("what", "why"):
+      assert row[f"accuracy: {type}"] == pytest.approx(np.mean([right[q.id] for q in questions if q.type == type]))
+    same = [is_right(own[q.id]["answer"], given["none"][q.id]["answer"]) for q in questions]
+    assert row["agreement"] == pytest.approx(np.mean(same))
+    assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+    assert row["errors"] == 0 and row["questions"] == 6
+    kept = [N] * NUM_LAYERS
+    for layer, count in (
+      zip(map(int, (row["prune_layers"] or "").split("/")), row["keep"].split("/"), strict=True) if row["keep"] else ()
+    ):
+      kept[layer:] = [int(count)] * (NUM_LAYERS - layer)
+    assert row["tokens_in"] == pytest.approx(np.mean(kept))
+    assert row["tokens_out"] == pytest.approx(np.mean([*kept[1:], kept[-1]]))
+    d, m = 48, 96
+    eq10 = [sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in counts) for counts in (kept, [N] * NUM_LAYERS)]
+    assert row["image_token_flops"] == pytest.approx(eq10[0] / eq10[1])
+    lengths = [len(stage) for stage in own[questions[0].id]["kept"]]
+    assert lengths == [int(count) for count in (row["keep"] or "").split("/") if count]
+    (timing,) = (config.workdir / "timings").glob(f"{label.replace('/', '-').replace(' ', '-')}.*.json")
+    measured = json.loads(timing.read_text())
+    assert row["prefill_time"] == measured["prefill_ratio"] > 0 and row["decode_time"] == measured["decode_ratio"] > 0
+  assert rows["none"]["prefill_time"] == pytest.approx(1, rel=0.95) and rows["none"]["difference"] == 0
+  assert rows["question only"]["accuracy"] == 1.0
+
+
+def test_a_budget_that_cannot_be_reached_is_a_row(config, rows):
+  row = rows["himap@2/4 5"]
+  assert row["note"] == "the lowest mean reachable is 6.0 tokens" and "accuracy" not in row
+  markdown = (config.output / "table.md").read_text(encoding="utf-8")
+  assert "| himap@2/4 | 5 | the lowest mean reachable is 6.0 tokens |" in markdown
+
+
+def test_outputs(config, rows):
+  with open(config.output / "table.csv", encoding="utf-8") as file:
+    written = list(csv.DictReader(file))
+  for row, expected in zip(written, rows.values(), strict=True):
+    for name, value in row.items():
+      assert value == ("" if expected.get(name) is None else str(expected[name]))
+  lines = (config.output / "table.md").read_text(encoding="utf-8").splitlines()
+  assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
+  for name in ("pareto.png", "types.png", "strips.png"):
+    with Image.open(config.output / name) as picture:
+      assert min(picture.size) > 100
+  assert "himap@2/4" in (config.output / "report.html").read_text(encoding="utf-8")
+
+
+def test_other_settings_are_refused(config, rows):
+  for changes, message in (
+    ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
+    ({"num_questions": 5}, "questions"),
+  ):
+    with pytest.raises(ValueError, match=f"other settings .*{message}.*another --workdir"):
+      study.run(dataclasses.replace(config, **changes))
+
+
+def test_the_command_goes_on_and_runs_nothing_again(config, rows):
+  before = {path: path.stat().st_mtime_ns for path in config.workdir.rglob("*") if path.is_file()}
+  names = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  given = [
+    f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+    for name, value in names.items()
+    if value is not None and value != ()
+  ]
+  done = subprocess.run(
+    [sys.executable, "-m", "experiments.compare", *given],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    env=dict(os.environ),
+  )
+  assert done.returncode == 0, done.stderr
+  assert "row" not in done.stderr and "fastervlm 5" in done.stdout
+  assert {path: path.stat().st_mtime_ns for path in before} == before
+  assert {path for path in config.workdir.rglob("*") if path.is_file()} == set(before)
+
+
+def test_examples_take_types_in_turns():
+  questions = [question(i, type="ab"[i >= 4])._replace(image=pathlib.Path(f"{i // 2}.png")) for i in range(8)]
+  assert [q.id for q in examples.choose(questions, 3)] == ["0", "4", "2"]
+  assert len(examples.choose(questions, 99)) == 4
+
+
+def test_strips_show_the_lowest_budget_that_most_reach():
+  cells = make(names=["himap", "random"], budgets=[128, 64, 32])
+  assert strips.cells_to_show(cells) == ["none", "himap 64", "random 64"]
+  assert strips.cells_to_show([Cell("none", "none", schedule=cells[0].schedule)]) == ["none"]
+
+
+def test_strips_fade_what_the_last_stage_drops(tmp_path):
+  picture = Image.new("RGB", (60, 60), (200, 0, 0))
+  example = Example(
+    picture, (2, 2), "what?", "red", "t", {"a": Shown("red", [(0, [0, 1]), (1, [0])]), "b": Shown("no", [])}
+  )
+  strips.draw(tmp_path / "strips.png", [example], ["a", "b", "missing"])
+  pixels = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB")).reshape(-1, 3).astype(int)
+  vivid, faded = ((np.abs(pixels - colour).max(1) <= 3).sum() for colour in ([200, 0, 0], [247, 217, 217]))
+  assert vivid / faded == pytest.approx((1 + 4) / 3, rel=0.1)
+
+
+def test_every_method_has_a_style_of_its_own():
+  rows = [{"method": name, "budget": 64.0, "accuracy": 0.5} for name in [*PRUNING, "shortv", "divprune+himap"]]
+  styles = plots.styles_of(rows)
+  assert len({(style.colour, style.marker) for style in styles.values()}) == len(styles) == len(rows)
+  places = collections.defaultdict(set)
+  for style in styles.values():
+    places[style.marker].add(style.place)
+  assert all(len(found) == 1 for found in places.values())
