@@ -27,8 +27,8 @@ PLACES = ("left", "right", "top", "bottom")
 PLACE_WEIGHT = 0.7
 MIDDLE_RADIUS = 0.06  # in shares of the picture's side
 COVERED = 0.3  # a patch shows a thing that covers so much of it
-PICTURES, BATCH, SHAPES_EVERY = 480, 8, 5
-STEPS, PATCHES_A_STEP, RATE = 800, 4096, 2e-3
+PICTURES, BATCH, SHAPES_EVERY = 640, 8, 5
+STEPS, PATCHES_A_STEP, RATE = 1000, 4096, 2e-3
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """The cut-outs that scenes are made of: what kind of thing each shows, what it is called, and its colour.
 
 Kinds come from the folders of the stamps and the subcategories of the emoji, names from their captions, colours from the
-pixels themselves. A picture belongs to the train or to the test split; what is asked by name in the test split has been seen
-by name in training, in another picture.
+pixels themselves. A picture belongs to the train or to the test split; of an emoji, which three hands have drawn, one drawing
+may be in one split and one in the other. What is asked by name in the test split has been seen by name in training.
 """
 
 import collections
@@ -11,6 +11,7 @@ import json
 import pathlib
 import re
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,34 +23,52 @@ STAMP_KINDS = {
   "animals/mammals": "animal",
   "animals/marsupials": "animal",
   "animals/birds": "animal",
-  "animals/insects": "insect",
+  "animals/fish": "animal",
+  "animals/amphibians": "animal",
+  "animals/insects": "animal",
   "food/fruit": "food",
   "food/vegetables": "food",
-  "plants/flowers": "flower",
+  "food/nuts": "food",
+  "plants/flowers": "plant",
+  "plants/trees": "plant",
   "vehicles": "vehicle",
   "town/houses": "building",
+  "clothes": "clothing",
 }
 EMOJI_KINDS = {
   "animal-mammal": "animal",
   "animal-bird": "animal",
-  "animal-bug": "insect",
+  "animal-marine": "animal",
+  "animal-reptile": "animal",
+  "animal-amphibian": "animal",
+  "animal-bug": "animal",
   "food-fruit": "food",
   "food-vegetable": "food",
-  "plant-flower": "flower",
+  "food-prepared": "food",
+  "food-asian": "food",
+  "food-sweet": "food",
+  "plant-flower": "plant",
+  "plant-other": "plant",
   "transport-ground": "vehicle",
   "transport-air": "vehicle",
   "transport-water": "vehicle",
   "place-building": "building",
+  "place-religious": "building",
+  "clothing": "clothing",
 }
 KINDS = tuple(dict.fromkeys(STAMP_KINDS.values()))
 
 NOT_OF_THEIR_KIND = frozenset(
   "7spoke256 wheel_tractor sedan_police trainSign wings spider_computer spider_fly spider_football Brown_slug Woodlouse "
-  "xanthia sea_lion penguin_with_spider snail snail2 cave_entrance city pig_nose feet feather wing hatching_chick spider_web "
+  "xanthia sea_lion penguin_with_spider snail2 pig_nose feet feather wing hatching_chick spider_web "
   "microbe worm rosette bouquet traffic_light vertical_traffic_light construction rotating_light octagonal_sign wheel "
   "oil_drum motorway railway_track skateboard roller_skate motorized_wheelchair manual_wheelchair fuelpump busstop station "
   "mountain_railway parachute seat satellite anchor ring_buoy airplane_departure airplane_arriving flying_saucer "
-  "building_construction stadium wedding bricks rock wood statue_of_liberty".split()
+  "building_construction stadium wedding bricks rock wood statue_of_liberty shell oyster coral kaaba "
+  "salt canned_food bowl_with_spoon butter takeout_box fondue fish_cake bento honey_pot empty_nest nest_with_eggs mushroom "
+  "holly_leaves pinecone rambutan hut button clothespin_new clothespin_old school_satchel mortar_board crown eyeglasses purse "
+  "handbag pouch lipstick ring gem prayer_beads dark_sunglasses shopping_bags goggles folding_hand_fan hair_pick "
+  "helmet_with_white_cross".split()
 )
 
 NOT_NAMES = frozenset("engine flowers office store".split())  # the last words of captions that do not say what it is
@@ -63,7 +82,7 @@ COLOURS = {  # hue in degrees up to which a saturated, bright pixel has the colo
   "purple": 295,
   "pink": 340,
 }
-NAMED = 3  # pictures that a word must name to be asked for
+NAMED = 3  # subjects that a word must name to be asked for
 COLOUR_NAMES = (*COLOURS, "brown", "gray", "white", "black")
 COLOUR_SHARE = 0.7
 TEST_SHARE = 5  # one picture of so many is a test picture
@@ -73,9 +92,9 @@ class Cutout(NamedTuple):
   """A picture of one thing on a transparent ground.
 
   Attributes:
-    path: a PNG file.
+    path: a PNG or WebP file.
     kind: one of `KINDS`.
-    name: what it is called where its caption says so in a word that names `NAMED` pictures or more, else None.
+    name: what it is called where its caption says so in a word that names `NAMED` subjects or more, else None.
     colour: the colour of most of it, or None.
   """
 
@@ -85,15 +104,35 @@ class Cutout(NamedTuple):
   colour: str | None
 
 
+class Found(NamedTuple):
+  """A picture as its package has it.
+
+  Attributes:
+    path: a PNG or WebP file.
+    subject: what the pictures of one thing share.
+    kind: one of `KINDS`.
+    word: the last word of its caption.
+  """
+
+  path: pathlib.Path
+  subject: str
+  kind: str
+  word: str | None
+
+
 def load(cache_dir: pathlib.Path) -> dict[str, list[Cutout]]:
   """All cut-outs of the splits `train` and `test`."""
-  found = _stamps(scene_packages.fetch(scene_packages.STAMPS, cache_dir))
-  found += _emoji(scene_packages.fetch(scene_packages.EMOJI, cache_dir))
-  words = collections.Counter((kind, word) for _, kind, word in found)
+  return split([*_stamps(cache_dir), *_emoji(cache_dir)])
+
+
+def split(found: Sequence[Found]) -> dict[str, list[Cutout]]:
+  """Splits pictures, of each kind one of `TEST_SHARE` into the test split."""
+  subjects = {(one.kind, one.subject): one.word for one in found}
+  words = collections.Counter((kind, word) for (kind, _), word in subjects.items())
   splits = {"train": [], "test": []}
   for kind in KINDS:
-    alike = sorted((entry for entry in found if entry[1] == kind), key=lambda entry: zlib.crc32(entry[0].name.encode()))
-    for index, (path, _, word) in enumerate(alike):
+    alike = sorted((one for one in found if one.kind == kind), key=lambda one: zlib.crc32(_file(one.path).encode()))
+    for index, (path, _, _, word) in enumerate(alike):
       name = word if words[kind, word] >= NAMED and word not in (kind, *NOT_NAMES) else None
       splits["train" if index % TEST_SHARE else "test"].append(Cutout(path, kind, name, _colour(path)))
   known = {cutout.name for cutout in splits["train"]}
@@ -101,8 +140,13 @@ def load(cache_dir: pathlib.Path) -> dict[str, list[Cutout]]:
   return splits
 
 
-def _stamps(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, str | None]]:
-  root = folder / "usr/share/tuxpaint/stamps"
+def _file(path: pathlib.Path) -> str:
+  """Tells files apart wherever the packages lie."""
+  return "/".join(path.parts[-3:])
+
+
+def _stamps(cache_dir: pathlib.Path) -> list[Found]:
+  root = scene_packages.fetch(scene_packages.STAMPS, cache_dir) / "usr/share/tuxpaint/stamps"
   found = []
   for part, kind in STAMP_KINDS.items():
     for path in sorted((root / part).rglob("*.png")):
@@ -110,19 +154,28 @@ def _stamps(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, str | None]]:
         continue
       caption = path.with_suffix(".txt")
       text = caption.read_text(encoding="utf-8", errors="replace").splitlines()[0] if caption.exists() else ""
-      found.append((path, kind, _last_word(text)))
+      found.append(Found(path, path.name, kind, _last_word(text)))
   return found
 
 
-def _emoji(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, str | None]]:
-  root = folder / "package"
+def _emoji(cache_dir: pathlib.Path) -> list[Found]:
+  noto, twemoji, fluent = (
+    scene_packages.fetch(package, cache_dir) / "package"
+    for package in (scene_packages.NOTO, scene_packages.TWEMOJI, scene_packages.FLUENT)
+  )
   found = []
-  for entry in json.loads((root / "emoji.json").read_text(encoding="utf-8")):
+  for entry in json.loads((noto / "emoji.json").read_text(encoding="utf-8")):
     kind = EMOJI_KINDS.get(entry["subcategory"])
-    path = root / "img/google/64" / entry["image"]
-    if kind is None or entry["short_name"] in NOT_OF_THEIR_KIND or not path.exists():
+    if kind is None or entry["short_name"] in NOT_OF_THEIR_KIND:
       continue
-    found.append((path, kind, _last_word(re.sub(r"_face$|\d+$", "", entry["short_name"]).replace("_", " "))))
+    word = _last_word(re.sub(r"_face$|\d+$", "", entry["short_name"]).replace("_", " "))
+    for path in (
+      noto / "img/google/64" / entry["image"],
+      twemoji / "img/twitter/64" / entry["image"],
+      fluent / "assets" / f"{entry['unified'].lower()}.webp",
+    ):
+      if path.exists():
+        found.append(Found(path, entry["short_name"], kind, word))
   return found
 
 

@@ -98,7 +98,7 @@ class EasyVqa:
 
 
 class Scenes:
-  """Lessons from composed scenes; the nine types of question take turns."""
+  """Lessons from composed scenes; the ten types of question take turns."""
 
   def __init__(self):
     self._cutouts = cutouts.load(default_cache_dir())["train"]

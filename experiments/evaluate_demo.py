@@ -35,6 +35,7 @@ _METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to e
 _QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
 _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
 _PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning, with questions packed by image.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of parameters and activations.")
 
 IMAGE_SIZE = 336
 
@@ -45,8 +46,9 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
   right = {}
   if results.exists():
     right = {row["id"]: row["right"] for row in map(json.loads, results.read_text().splitlines())}
-  loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=jnp.float32)
-  model = Llava(loaded.config, jnp.float32)
+  dtype = jnp.dtype(_DTYPE.value)
+  loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=dtype)
+  model = Llava(loaded.config, dtype)
   packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=256)
 
   @jax.jit
@@ -94,7 +96,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       batch_size=8,
       prompt_buckets=(64, 128),
       prompt_template="chat",
-      dtype="float32",
+      dtype=_DTYPE.value,
       emit=frozenset(),
       resume=True,
       strict=False,

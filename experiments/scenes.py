@@ -1,4 +1,4 @@
-"""Scenes: cut-outs on a background, and questions of nine types about them; the same for the same seed.
+"""Scenes: cut-outs on a background, and questions of ten types about them; the same for the same seed.
 
 | type     | question                                                     | answer                          |
 |----------|--------------------------------------------------------------|---------------------------------|
@@ -8,6 +8,7 @@
 | count    | how many things are there?                                   | 1 … 6                           |
 | number   | how many animals are there?                                    | 0 … 6                           |
 | colour   | what colour is the animal?                                     | a colour                        |
+| place    | is the animal on the left or on the right? (at the top or at the bottom) | left, right, top, bottom |
 | relation | is the animal to the left or to the right of the flower? (above or below) | left, right, above, below |
 | corner   | what kind of thing is in the top left corner?                | a kind, nothing                 |
 | empty    | is there nothing in the top left corner?                     | yes, no                         |
@@ -31,13 +32,14 @@ from experiments import cutouts
 from experiments.cutouts import KINDS, Cutout
 from himap_jax.checkpoint import default_cache_dir
 
-TYPES = ("presence", "kind", "name", "count", "number", "colour", "relation", "corner", "empty")
+TYPES = ("presence", "kind", "name", "count", "number", "colour", "place", "relation", "corner", "empty")
 SIDE = 336
 MAX_THINGS = 6
 GUESS_SCENES = 1000
 CORNER = 0.4  # a corner is so much of the width and of the height
 APART = 0.15  # how much further left a thing is that is "furthest left" or "to the left"
-PLURALS = {"food": "pieces of food"}
+OFF_CENTRE = 0.08  # how far from the middle of the picture a thing is that is "on the left"
+PIECES = ("food", "clothing")  # kinds that are counted in pieces
 TILT = 12  # degrees
 VOWELS = "aeiou"
 
@@ -94,7 +96,7 @@ def compose(rng: np.random.Generator, pictures: Sequence[Cutout]) -> Scene:
   """Draws one to six things of one to three kinds, sizes, places and a background."""
   by_kind = {kind: [c for c in pictures if c.kind == kind] for kind in KINDS}
   count = int(rng.integers(1, MAX_THINGS + 1))
-  kinds = rng.choice(KINDS, size=min(count, int(rng.integers(1, 6))), replace=False)
+  kinds = rng.choice(KINDS, size=min(count, int(rng.integers(1, len(KINDS)))), replace=False)
   chosen = [*kinds, *rng.choice(kinds, size=count - len(kinds))]
   picture, owner = _background(rng), Image.new("L", (SIDE, SIDE))
   things: list[Thing] = []
@@ -176,6 +178,11 @@ def ask(rng: np.random.Generator, scene: Scene) -> dict[str, list[Question]]:
       add("name", f"what is the {_one(thing.cutout.kind)} called?", thing.cutout.name)
     if thing.cutout.colour:
       add("colour", f"what colour is the {_one(thing.cutout.kind)}?", thing.cutout.colour)
+    x, y = thing.middle
+    if abs(x - 0.5) > OFF_CENTRE:
+      add("place", f"is the {_one(thing.cutout.kind)} on the left or on the right?", "left" if x < 0.5 else "right")
+    if abs(y - 0.5) > OFF_CENTRE:
+      add("place", f"is the {_one(thing.cutout.kind)} at the top or at the bottom?", "top" if y < 0.5 else "bottom")
   for first in scene.alone():
     for second in scene.alone():
       (x, y), (u, v) = first.middle, second.middle
@@ -212,7 +219,7 @@ def _overlaps(a: Sequence[float], b: Sequence[float]) -> bool:
 
 
 def _one(kind: str) -> str:
-  return "piece of food" if kind == "food" else kind
+  return f"piece of {kind}" if kind in PIECES else kind
 
 
 def _a(kind: str) -> str:
@@ -221,7 +228,7 @@ def _a(kind: str) -> str:
 
 
 def _plural(kind: str) -> str:
-  return PLURALS.get(kind, f"{kind}s")
+  return f"pieces of {kind}" if kind in PIECES else f"{kind}s"
 
 
 def scene_of(split: str, index: int, pictures: Sequence[Cutout]) -> tuple[Scene, dict[str, list[Question]]]:

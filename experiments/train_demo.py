@@ -60,6 +60,9 @@ _SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that a
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 4e-4, "Peak learning rate of the low-rank updates.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "bfloat16", ["bfloat16", "float32"], "What the model computes in; what is trained is float32."
+)
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
 WHITENING_PATCHES = 40_000
@@ -136,8 +139,8 @@ def train(
   """Runs the stages from the last checkpoint on."""
   num_steps = sum(stage.steps for stage in stages)
   optimizer = make_optimizer(num_steps)
-  params = jax.tree.map(lambda x: x.astype(jnp.float32), params)
   frozen = {name: value for name, value in params.items() if name != "multi_modal_projector"}
+  frozen = jax.tree.map(lambda x: x.astype(model.dtype), frozen)
   packers = [
     Packer(processor, model.config, image_size=stage.image_size, question_slots=stage.question_slots)
     for stage in stages
@@ -182,7 +185,7 @@ def main(_) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   base = assemble(workdir / "base", cache_dir=checkpoint.default_cache_dir(), adapter=None)
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
-  model = Llava(loaded.config, jnp.float32)
+  model = Llava(loaded.config, jnp.dtype(_DTYPE.value))
   train(model, loaded.params, loaded.processor, stages, workdir / "checkpoints", pathlib.Path(_ADAPTER.value))
 
 

@@ -48,12 +48,14 @@ def _matmul_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]
 
 def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   x, weight = residuals
+  dtype = x.dtype
   dx = jnp.einsum("BSF,FD->BSD", g, weight, preferred_element_type=jnp.float32)
+  x, g = x.astype(jnp.float32), g.astype(jnp.float32)  # XLA on CPU has no such product of bfloat16
   if g.shape[-1] <= x.shape[-1]:  # XLA on CPU transposes a copy of the left operand: the smaller one
     dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
   else:
     dw = jnp.einsum("BSD,BSF->DF", x, g, preferred_element_type=jnp.float32).T
-  return dx.astype(x.dtype), dw.astype(weight.dtype)
+  return dx.astype(dtype), dw.astype(weight.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
