@@ -64,7 +64,7 @@ def test_answers_follow_from_the_boxes(drawn):
 
 def answer(question: str, things) -> str:
   """The answer, read off the boxes."""
-  words = question.rstrip("?").replace("pieces of food", "food").replace("piece of food", "food").split()
+  words = question.rstrip("?").replace("pieces of ", "").replace("piece of ", "").split()
   kinds = [word.removesuffix("s") for word in words if word.removesuffix("s") in KINDS]
   mine = [thing for thing in things if kinds and thing.cutout.kind == kinds[0]]
 
@@ -89,6 +89,10 @@ def answer(question: str, things) -> str:
   if question.startswith("what colour"):
     assert len(mine) == 1
     return mine[0].cutout.colour
+  if "on the left or" in question:
+    return "left" if x(mine[0]) < 0.5 else "right"
+  if "at the top or" in question:
+    return "top" if y(mine[0]) < 0.5 else "bottom"
   if "or to the right" in question or "above or below" in question:
     other = [thing for thing in things if thing.cutout.kind == kinds[1]]
     assert len(mine) == len(other) == 1
@@ -132,6 +136,23 @@ def test_last_word_of_a_caption():
   assert cutouts._last_word("A great blue heron.") == "heron"
   assert cutouts._last_word("A peacock (a male peafowl).") == "peacock"
   assert cutouts._last_word("") is None
+
+
+def test_split_by_picture(tmp_path):
+  found = []
+  for index in range(60):
+    path = tmp_path / f"{index}.png"
+    Image.new("RGBA", (9, 9), (200, 30, 30, 255)).save(path)
+    kind = ("animal", "food")[index % 2]
+    word = "dog" if index < 20 else "rare" if index == 21 else kind
+    found.append(cutouts.Found(path, f"subject {index // 4 if index < 20 else index}", kind, word))
+  splits = cutouts.split(found)
+  paths = {name: [cutout.path for cutout in own] for name, own in splits.items()}
+  assert sorted(paths["train"] + paths["test"]) == sorted(one.path for one in found)
+  assert {kind: sum(c.kind == kind for c in splits["test"]) for kind in ("animal", "food")} == {"animal": 6, "food": 6}
+  names = {c.path: c.name for own in splits.values() for c in own}
+  for one in found:  # five subjects share "dog"; a word for one subject, or the kind itself, is no name
+    assert names[one.path] == ("dog" if one.word == "dog" else None)
 
 
 @pytest.mark.parametrize("colour, rgb", [("red", (220, 20, 20)), ("blue", (30, 60, 220)), ("white", (250, 250, 250))])

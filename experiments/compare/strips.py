@@ -3,6 +3,7 @@
 import collections
 import pathlib
 import textwrap
+import warnings
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -42,7 +43,9 @@ def draw(path: pathlib.Path, examples: Sequence[Example], labels: Sequence[str])
     for axes, label in zip(panels, labels, strict=False):
       _panel(axes, example, label)
   FigureCanvasAgg(figure)
-  figure.savefig(path, dpi=110)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an answer in such a script is drawn as boxes
+    figure.savefig(path, dpi=110)
 
 
 def _panel(axes: Axes, example: Example, label: str) -> None:
