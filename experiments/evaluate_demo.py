@@ -5,7 +5,7 @@
 
 The first form answers questions with `himap_jax.run`, one prompt a question, and resumes. The second evaluates no pruning on
 all questions with the questions of an image packed behind it, as in training: the same positions and the same attention as
-one by one, hence the same answers, at a tenth of the cost.
+one by one, hence the same answers, at a tenth of the cost. `--checkpoint` and `--dtype` are those of `himap_jax.run`.
 """
 
 import collections
@@ -35,7 +35,6 @@ _METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to e
 _QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
 _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
 _PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning, with questions packed by image.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["bfloat16", "float32"], "Of parameters and activations.")
 
 IMAGE_SIZE = 336
 
@@ -46,7 +45,7 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
   right = {}
   if results.exists():
     right = {row["id"]: row["right"] for row in map(json.loads, results.read_text().splitlines())}
-  dtype = jnp.dtype(_DTYPE.value)
+  dtype = jnp.dtype(flags.FLAGS.dtype)
   loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=dtype)
   model = Llava(loaded.config, dtype)
   packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=256)
@@ -96,7 +95,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       batch_size=8,
       prompt_buckets=(64, 128),
       prompt_template="chat",
-      dtype=_DTYPE.value,
+      dtype=flags.FLAGS.dtype,
       emit=frozenset(),
       resume=True,
       strict=False,
