@@ -1,4 +1,4 @@
-"""Trains the demo model: a projector and low-rank updates of the language model, on easy-VQA.
+"""Trains the demo model: a projector and low-rank updates of the language model, on composed scenes and easy-VQA.
 
     python -m experiments.train_demo --workdir=… --adapter=checkpoints_convert/demo/adapter.safetensors
 
@@ -53,13 +53,13 @@ _ADAPTER = flags.DEFINE_string(
 _INIT_ADAPTER = flags.DEFINE_string("init_adapter", None, "An adapter to start from; from scratch when absent.")
 _STAGES = flags.DEFINE_list(
   "stages",
-  ["112:280:3:72", "336:110:1:144"],
+  ["168:840:3:208", "336:200:1:208"],
   "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.",
 )
 _SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that are scenes; the others are easy-VQA's.")
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
-_PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 1e-3, "Peak learning rate of the projector.")
-_LORA_RATE = flags.DEFINE_float("lora_rate", 4e-4, "Peak learning rate of the low-rank updates.")
+_PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate of the projector.")
+_LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", ["bfloat16", "float32"], "What the model computes in; what is trained is float32."
 )
