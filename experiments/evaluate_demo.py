@@ -5,7 +5,7 @@
 
 The first form answers questions with `himap_jax.run`, one prompt a question, and resumes. The second evaluates no pruning on
 all questions with the questions of an image packed behind it, as in training: the same positions and the same attention as
-one by one, hence the same answers, at a tenth of the cost. `--checkpoint` and `--dtype` are those of `himap_jax.run`.
+one by one, hence the same answers, at a tenth of the cost. `--checkpoint`, `--dtype` and `--compilation_cache_dir` are those of `himap_jax.run`.
 """
 
 import collections
@@ -24,7 +24,7 @@ from experiments import question_sets
 from experiments.demo_data import Lesson, Packer, open_picture
 from experiments.demo_model import answer_logits
 from experiments.question_sets import Question
-from himap_jax import checkpoint, run
+from himap_jax import checkpoint, command, run
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling
 
@@ -99,7 +99,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       emit=frozenset(),
       resume=True,
       strict=False,
-      compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled"),
+      compilation_cache_dir=command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir),
     )
   )
   answers = {row["id"]: row["answer"] for row in map(json.loads, output.read_text().splitlines())}

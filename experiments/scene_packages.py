@@ -38,29 +38,23 @@ STAMPS = Package(  # GPL-2
   download=("apt-get", "download", "tuxpaint-stamps-default=2022.06.04-1"),
   unpack=("dpkg-deb", "-x"),
 )
-NOTO = Package(  # MIT, pictures Apache-2.0
-  name="emoji-datasource-google",
-  version="16.0.0",
-  file="emoji-datasource-google-16.0.0.tgz",
-  sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-  download=("npm", "pack", "--silent", "emoji-datasource-google@16.0.0"),
-  unpack=("tar", "-xzf"),
+
+
+def _npm(name: str, version: str, sha256: str) -> Package:
+  """A package of npm's registry; its download is named as `npm pack` names it."""
+  plain = name.removeprefix("@").replace("/", "-")
+  pack = ("npm", "pack", "--silent", f"{name}@{version}")
+  return Package(plain, version, f"{plain}-{version}.tgz", sha256, pack, ("tar", "-xzf"))
+
+
+NOTO = _npm(  # MIT, pictures Apache-2.0
+  "emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"
 )
-TWEMOJI = Package(  # MIT, pictures CC-BY-4.0
-  name="emoji-datasource-twitter",
-  version="16.0.0",
-  file="emoji-datasource-twitter-16.0.0.tgz",
-  sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-  download=("npm", "pack", "--silent", "emoji-datasource-twitter@16.0.0"),
-  unpack=("tar", "-xzf"),
+TWEMOJI = _npm(  # MIT, pictures CC-BY-4.0
+  "emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"
 )
-FLUENT = Package(  # MIT
-  name="fluent-emoji-3d",
-  version="1.1.0",
-  file="lobehub-fluent-emoji-3d-1.1.0.tgz",
-  sha256="c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-  download=("npm", "pack", "--silent", "@lobehub/fluent-emoji-3d@1.1.0"),
-  unpack=("tar", "-xzf"),
+FLUENT = _npm(  # MIT
+  "@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 )
 
 

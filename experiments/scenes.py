@@ -9,7 +9,7 @@
 | number   | how many animals are there?                                    | 0 … 6                           |
 | colour   | what colour is the animal?                                     | a colour                        |
 | place    | is the animal on the left or on the right? (at the top or at the bottom) | left, right, top, bottom |
-| relation | is the animal to the left or to the right of the flower? (above or below) | left, right, above, below |
+| relation | is the animal to the left or to the right of the plant? (above or below) | left, right, above, below |
 | corner   | what kind of thing is in the top left corner?                | a kind, nothing                 |
 | empty    | is there nothing in the top left corner?                     | yes, no                         |
 

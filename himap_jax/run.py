@@ -13,14 +13,11 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import app, flags
 
-from himap_jax import checkpoint, inference, methods, report, sharding
+from himap_jax import checkpoint, command, inference, methods, report, sharding
 from himap_jax.generation import Generator
 from himap_jax.output import OutputWriter
 from himap_jax.processing import DEFAULT_BUCKETS, Processor
@@ -28,7 +25,6 @@ from himap_jax.prompts import read_prompts
 from himap_jax.sampling import Sampling
 
 EMIT = ("tokens", "kept", "logits", "timing")
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
@@ -73,7 +69,7 @@ _PROMPT_TEMPLATE = flags.DEFINE_string(
   "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
 )
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", sorted(DTYPES), "Of parameters and activations; products accumulate in float32."
+  "dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations; products accumulate in float32."
 )
 _EMIT = flags.DEFINE_list(
   "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
@@ -130,7 +126,6 @@ def config_from_flags() -> RunConfig:
   unknown = sorted(set(_EMIT.value) - set(EMIT))
   if unknown:
     raise ValueError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")
-  cache_dir = _COMPILATION_CACHE_DIR.value
   return RunConfig(
     checkpoint=_CHECKPOINT.value,
     prompts=pathlib.Path(_PROMPTS.value),
@@ -138,34 +133,21 @@ def config_from_flags() -> RunConfig:
     output=pathlib.Path(_OUTPUT.value),
     pictures=pathlib.Path(_PICTURES.value) if _PICTURES.value else None,
     method=_METHOD.value,
-    prune_layers=_numbers(_PRUNE_LAYERS, int),
-    keep=_numbers(_KEEP, _keep),
+    prune_layers=command.numbers(_PRUNE_LAYERS, int),
+    keep=command.numbers(_KEEP, command.keep_count),
     max_new_tokens=_MAX_NEW_TOKENS.value,
     sampling=Sampling(_TEMPERATURE.value, _TOP_P.value),
     seed=_SEED.value,
     ignore_eos=_IGNORE_EOS.value,
     batch_size=_BATCH_SIZE.value,
-    prompt_buckets=_numbers(_PROMPT_BUCKETS, int) or (),
+    prompt_buckets=command.numbers(_PROMPT_BUCKETS, int) or (),
     prompt_template=_PROMPT_TEMPLATE.value,
     dtype=_DTYPE.value,
     emit=frozenset(_EMIT.value),
     resume=_RESUME.value,
     strict=_STRICT.value,
-    compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled") if cache_dir is None else cache_dir,
+    compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   )
-
-
-def _numbers(flag, parse) -> tuple | None:
-  if flag.value is None:
-    return None
-  try:
-    return tuple(parse(text.strip()) for text in flag.value)
-  except ValueError as error:
-    raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of numbers") from error
-
-
-def _keep(text: str) -> int | float:
-  return float(text[:-1]) / 100 if text.endswith("%") else int(text)
 
 
 def _make_directory(flag: str, directory: pathlib.Path) -> None:
@@ -203,9 +185,7 @@ def run(config: RunConfig) -> int:
   if config.pictures is not None:
     _make_directory("pictures", config.pictures)
   with _open_output(config) as writer:
-    if config.compilation_cache_dir:
-      jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
-      jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    command.use_compilation_cache(config.compilation_cache_dir)
     mesh = sharding.make_mesh(config.batch_size)
     opened = checkpoint.open_checkpoint(config.checkpoint)
     processor = Processor(
@@ -228,7 +208,7 @@ def run(config: RunConfig) -> int:
       prune_layers=config.prune_layers,
       keep=config.keep,
     )
-    loaded = opened.restore(dtype=DTYPES[config.dtype], shardings=sharding.replicated(mesh))
+    loaded = opened.restore(dtype=command.DTYPES[config.dtype], shardings=sharding.replicated(mesh))
     generator = Generator(
       loaded,
       schedule,
@@ -253,18 +233,7 @@ def run(config: RunConfig) -> int:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
-  try:
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-    sys.exit(run(config_from_flags()))
-  except (ValueError, RuntimeError, OSError) as error:
-    print(f"himap_jax: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("\nhimap_jax: interrupted; the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+  command.execute("himap_jax", argv, lambda: run(config_from_flags()))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 MARGIN, CAPTION = 8, 16
 
 
-def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
-  """Fades every patch that is not kept.
+def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> np.ndarray:
+  """True at the kept image tokens, `[rows · columns]`.
 
   Raises:
     ValueError: a kept image token is outside the grid.
@@ -17,9 +17,19 @@ def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Im
   rows, columns = grid
   if any(not 0 <= index < rows * columns for index in kept):
     raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
-  mask = np.zeros(rows * columns, np.uint8)
-  mask[list(kept)] = 255
-  patches = Image.fromarray(mask.reshape(rows, columns)).resize(picture.size, Image.Resampling.NEAREST)
+  mask = np.zeros(rows * columns, bool)
+  mask[list(kept)] = True
+  return mask
+
+
+def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
+  """Fades every patch that is not kept.
+
+  Raises:
+    ValueError: a kept image token is outside the grid.
+  """
+  mask = kept_mask(kept, grid).astype(np.uint8) * 255
+  patches = Image.fromarray(mask.reshape(grid)).resize(picture.size, Image.Resampling.NEAREST)
   faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.85)
   return Image.composite(picture, faded, patches)
 

@@ -11,19 +11,17 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 import pathlib
-import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
 from experiments import question_sets
 from experiments.compare import study
-from himap_jax import checkpoint, methods
+from himap_jax import command, methods
 from himap_jax.processing import DEFAULT_BUCKETS
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(study.DTYPES), "Of parameters and activations.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
 _QUESTION_SET = flags.DEFINE_string(
   "question_set",
   "easyvqa",
@@ -84,7 +82,6 @@ def config_from_flags() -> study.StudyConfig:
   for flag in at_least_one:
     if flag.value < 1:
       raise ValueError(f"--{flag.name} must be at least 1, but is {flag.value}")
-  cache_dir = _COMPILATION_CACHE_DIR.value
   return study.StudyConfig(
     checkpoint=_CHECKPOINT.value,
     dtype=_DTYPE.value,
@@ -92,12 +89,12 @@ def config_from_flags() -> study.StudyConfig:
     num_questions=_NUM_QUESTIONS.value,
     seed=_SEED.value,
     methods=tuple(_METHODS.value),
-    budgets=_numbers(_BUDGETS, float),
+    budgets=command.numbers(_BUDGETS, float),
     settings=tuple(_SETTINGS.value),
-    shortv_ranking=None if _SHORTV_RANKING.value is None else _numbers(_SHORTV_RANKING, int),
+    shortv_ranking=command.numbers(_SHORTV_RANKING, int),
     max_new_tokens=_MAX_NEW_TOKENS.value,
     batch_size=_BATCH_SIZE.value,
-    prompt_buckets=_numbers(_PROMPT_BUCKETS, int),
+    prompt_buckets=command.numbers(_PROMPT_BUCKETS, int),
     prompt_template=_PROMPT_TEMPLATE.value,
     timing_batch_size=_TIMING_BATCH_SIZE.value,
     timing_new_tokens=_TIMING_NEW_TOKENS.value,
@@ -106,31 +103,19 @@ def config_from_flags() -> study.StudyConfig:
     num_strips=_NUM_STRIPS.value,
     workdir=pathlib.Path(_WORKDIR.value),
     output=pathlib.Path(_OUTPUT.value),
-    compilation_cache_dir=str(checkpoint.default_cache_dir() / "compiled") if cache_dir is None else cache_dir,
+    compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   )
 
 
-def _numbers(flag: Any, parse: Callable[[str], Any]) -> tuple:
-  try:
-    return tuple(parse(text) for text in flag.value)
-  except ValueError as error:
-    raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of numbers") from error
+def run() -> int:
+  """Runs the study that the flags describe."""
+  study.run(config_from_flags())
+  return 0
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
-  try:
-    if len(argv) > 1:
-      raise ValueError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-    study.run(config_from_flags())
-  except (ValueError, RuntimeError, OSError) as error:
-    print(f"experiments.compare: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("\nexperiments.compare: interrupted; the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+  command.execute("experiments.compare", argv, run)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from experiments.compare.budget import schedule_for_budget
 from himap_jax import methods
+from himap_jax.command import keep_count
 from himap_jax.schedule import Schedule
 
 REFERENCE = "none"
@@ -100,11 +101,7 @@ def _parse(pattern: re.Pattern[str], text: str) -> tuple[str, tuple[int, ...] | 
     return (
       parts["method"],
       tuple(map(int, layers.split("/"))) if layers else None,
-      tuple(map(_keep, keep.split("/"))) if keep else None,
+      tuple(map(keep_count, keep.split("/"))) if keep else None,
     )
   except ValueError as error:
     raise ValueError(f"{text!r}: {error}") from error
-
-
-def _keep(text: str) -> int | float:
-  return float(text[:-1]) / 100 if text.endswith("%") else int(text)

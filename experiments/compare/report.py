@@ -13,6 +13,8 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from himap_jax.visualize import kept_mask
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -146,12 +148,7 @@ def _cell(name: str, shown: Shown, example: Example) -> dict[str, Any]:
 
 def _bits(kept: Sequence[int], grid: tuple[int, int]) -> str:
   """One bit per image token, the lowest of each byte first, in base64."""
-  rows, columns = grid
-  if any(not 0 <= index < rows * columns for index in kept):
-    raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
-  mask = np.zeros(rows * columns, bool)
-  mask[list(kept)] = True
-  return base64.b64encode(np.packbits(mask, bitorder="little").tobytes()).decode()
+  return base64.b64encode(np.packbits(kept_mask(kept, grid), bitorder="little").tobytes()).decode()
 
 
 def _data_uri(picture: Image.Image) -> str:

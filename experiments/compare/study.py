@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -16,13 +15,11 @@ from PIL import Image
 from checkpoints_convert.source import fingerprint
 from experiments import question_sets
 from experiments.compare import examples, plots, report, strips, tables
-from experiments.compare.grid import make_cells
+from experiments.compare.grid import Cell, make_cells
 from experiments.compare.runner import Runner
 from experiments.question_sets import Question
-from himap_jax import checkpoint, sharding
+from himap_jax import checkpoint, command, sharding
 from himap_jax.processing import Processor
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +95,7 @@ def run(config: StudyConfig) -> list[tables.Row]:
   """
   for directory in (config.workdir, config.output):
     directory.mkdir(parents=True, exist_ok=True)
-  if config.compilation_cache_dir:
-    jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  command.use_compilation_cache(config.compilation_cache_dir)
   questions = question_sets.load(
     config.question_set, num_questions=config.num_questions, seed=config.seed, workdir=config.workdir
   )
@@ -128,7 +123,7 @@ def run(config: StudyConfig) -> list[tables.Row]:
     processor,
     questions,
     config.workdir,
-    dtype=DTYPES[config.dtype],
+    dtype=command.DTYPES[config.dtype],
     shardings=sharding.replicated(mesh),
     seed=config.seed,
     max_new_tokens=config.max_new_tokens,
@@ -151,10 +146,24 @@ def run(config: StudyConfig) -> list[tables.Row]:
     opened.config,
     num_image_tokens=processor.num_image_tokens,
     num_text_tokens=mean_text_tokens(processor, questions),
-    bytes_per_value=jnp.dtype(DTYPES[config.dtype]).itemsize,
+    bytes_per_value=jnp.dtype(command.DTYPES[config.dtype]).itemsize,
     seed=config.seed,
   )
   shown = examples.collect(examples.choose(questions, config.num_examples), cells, answers, processor)
+  write_results(config, rows, shown, cells, len(questions), opened.config.text.num_hidden_layers)
+  tables.print_table(rows)
+  return rows
+
+
+def write_results(
+  config: StudyConfig,
+  rows: Sequence[tables.Row],
+  shown: Sequence[report.Example],
+  cells: Sequence[Cell],
+  num_questions: int,
+  num_layers: int,
+) -> None:
+  """Writes tables, plots and the report."""
   tables.write_csv(config.output / "table.csv", rows)
   tables.write_markdown(config.output / "table.md", rows)
   plots.plot_pareto(config.output / "pareto.png", rows)
@@ -165,8 +174,6 @@ def run(config: StudyConfig) -> list[tables.Row]:
     tables.readable_columns(rows),
     tables.readable_rows(rows),
     shown,
-    title=f"Pruning methods on {config.question_set}, {len(questions)} questions",
-    num_layers=opened.config.text.num_hidden_layers,
+    title=f"Pruning methods on {config.question_set}, {num_questions} questions",
+    num_layers=num_layers,
   )
-  tables.print_table(rows)
-  return rows

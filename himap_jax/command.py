@@ -1,0 +1,60 @@
+"""What the commands share: values of flags, the persistent compilation cache, messages and exit statuses."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+
+from himap_jax import checkpoint
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+def numbers(flag: Any, parse: Callable[[str], Any]) -> tuple | None:
+  """The parsed values of a list flag; None where it has none.
+
+  Raises:
+    ValueError: a value that cannot be parsed.
+  """
+  if flag.value is None:
+    return None
+  try:
+    return tuple(parse(text.strip()) for text in flag.value)
+  except ValueError as error:
+    raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of numbers") from error
+
+
+def keep_count(text: str) -> int | float:
+  """How many image tokens to keep: `72`, or `12.5%` as a fraction."""
+  return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+
+
+def compilation_cache_dir(given: str | None) -> str:
+  """The directory of JAX's persistent cache: the given one (none when empty), or the user's."""
+  return str(checkpoint.default_cache_dir() / "compiled") if given is None else given
+
+
+def use_compilation_cache(directory: str) -> None:
+  """Has JAX keep compiled programs in a directory, unless it is empty."""
+  if directory:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def execute(name: str, argv: Sequence[str], action: Callable[[], int]) -> None:
+  """Runs a command and exits with its status; what it raises for the user becomes one line."""
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise ValueError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
+    sys.exit(action())
+  except (ValueError, RuntimeError, OSError) as error:
+    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print(f"\n{name}: interrupted; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
