@@ -14,7 +14,7 @@ import tqdm
 from checkpoints_convert import names, original, store
 from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
 from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
-from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json
+from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json, write_json
 from himap_jax import config as config_lib
 from himap_jax.llava import abstract_params
 
@@ -46,22 +46,16 @@ def convert(
     ValueError: the source cannot be read, holds a model that this library does not run, or lacks names and shapes of
       the model that it describes; or the target holds something else.
   """
+  source, target = locate(str(source)), pathlib.Path(target).expanduser().absolute()
   if any(character in str(target) for character in store.FORBIDDEN):
     raise ValueError(
       f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory"
     )
-  source, target = locate(str(source)), pathlib.Path(target).expanduser().absolute()
   fields = read_json(source / "config.json")
-  stored = [(names.tree_path(name), tensor) for name, tensor in read_headers(source).items()]
-  tower = None
-  if original.is_original(fields):
-    original.check(fields, str(source / "config.json"))
-    tower = _locate_tower(source, fields, vision_tower, has_weights=_has_tower(stored))
-    if not _has_tower(stored):
-      stored += [(names.tower_path(name), tensor) for name, tensor in read_headers(tower).items()]
-  identity = fingerprint(source) if tower is None else fingerprint(source, tower)
+  stored, tower = _stored(source, fields, vision_tower)
+  digest = _digest(source, tower)
   with store.locked(target):
-    if _is_finished(target, identity):
+    if _is_finished(target, digest):
       return target
     with store.new_directory(target) as work:
       config = _write_configuration(work, source, tower, fields)
@@ -71,10 +65,36 @@ def convert(
           f"{source.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})", file=sys.stderr
         )
       store.save_params(work / PARAMS, _read(plan, progress))
-      _write_json(
-        work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": identity, "dtypes": plan.dtypes}
-      )
+      write_json(work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": digest, "dtypes": plan.dtypes})
   return target
+
+
+def identity(source: pathlib.Path) -> str:
+  """Digest that tells the conversion of a directory from those of other checkpoints, towers and downloads.
+
+  Raises:
+    ValueError: as `convert`, of the source.
+  """
+  _, tower = _stored(source, read_json(source / "config.json"), None)
+  return _digest(source, tower)
+
+
+def _digest(source: pathlib.Path, tower: pathlib.Path | None) -> str:
+  return fingerprint(source) if tower is None else fingerprint(source, tower)
+
+
+def _stored(
+  source: pathlib.Path, fields: dict[str, Any], vision_tower: str | None
+) -> tuple[list[tuple[names.Path | None, StoredTensor]], pathlib.Path | None]:
+  """The tensors in a checkpoint's files by their paths in the parameter tree, and the tower of an original layout."""
+  stored = [(names.tree_path(name), tensor) for name, tensor in read_headers(source).items()]
+  if not original.is_original(fields):
+    return stored, None
+  original.check(fields, str(source / "config.json"))
+  tower = _locate_tower(source, fields, vision_tower, has_weights=_has_tower(stored))
+  if not _has_tower(stored):
+    stored += [(names.tower_path(name), tensor) for name, tensor in read_headers(tower).items()]
+  return stored, tower
 
 
 def _read(plan: names.Plan, progress: bool) -> Iterator[tuple[names.Path, np.ndarray]]:
@@ -84,7 +104,7 @@ def _read(plan: names.Plan, progress: bool) -> Iterator[tuple[names.Path, np.nda
       bar.update(tensor.num_bytes)
 
 
-def _is_finished(target: pathlib.Path, identity: str) -> bool:
+def _is_finished(target: pathlib.Path, digest: str) -> bool:
   """Whether there is nothing to do.
 
   Raises:
@@ -93,7 +113,7 @@ def _is_finished(target: pathlib.Path, identity: str) -> bool:
   if (target.is_dir() and not any(target.iterdir())) or not target.exists():
     return False
   marker = read_marker(target) if target.is_dir() else None
-  if marker is None or marker.get("fingerprint") != identity:
+  if marker is None or marker.get("fingerprint") != digest:
     raise ValueError(f"{target} exists and was not converted from this source; name another directory or remove it")
   return True
 
@@ -110,9 +130,9 @@ def _write_configuration(
     original_fields, fields = fields, original.llava_fields(fields, tower, image_token_id)
     original.save_processor(work, tokens, tower, original_fields, fields)
   config = config_lib.from_hf(fields, where=str(source / "config.json"))
-  _write_json(work / "config.json", _complete(fields))
+  write_json(work / "config.json", _complete(fields))
   if not (work / "generation_config.json").exists():
-    _write_json(work / "generation_config.json", _special_token_ids(fields))
+    write_json(work / "generation_config.json", _special_token_ids(fields))
   return config
 
 
@@ -145,7 +165,3 @@ def _locate_tower(
     return locate(name, weights=not has_weights)
   except ValueError as error:
     raise ValueError(f"the vision tower of {source} (--vision_tower names another): {error}") from error
-
-
-def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

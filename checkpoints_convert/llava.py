@@ -3,12 +3,11 @@
 python -m checkpoints_convert.llava --source=llava-hf/llava-1.5-7b-hf --target=converted/llava-1.5-7b
 """
 
-import sys
-
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 from checkpoints_convert.convert import convert
+from himap_jax import command
 
 _SOURCE = flags.DEFINE_string(
   "source",
@@ -22,17 +21,16 @@ _VISION_TOWER = flags.DEFINE_string(
 )
 
 
+def run() -> int:
+  """Converts what the flags name and prints where it lies."""
+  jax.config.update("jax_platforms", "cpu")
+  print(convert(_SOURCE.value, _TARGET.value, vision_tower=_VISION_TOWER.value))
+  return 0
+
+
 def main(argv: list[str]) -> None:
   """Runs the command and exits with its status."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-  logging.set_verbosity(logging.WARNING)  # Orbax tells of every step
-  jax.config.update("jax_platforms", "cpu")
-  try:
-    target = convert(_SOURCE.value, _TARGET.value, vision_tower=_VISION_TOWER.value)
-  except (ValueError, OSError) as error:
-    sys.exit(f"error: {error}")
-  print(target)
+  command.execute("checkpoints_convert", argv, run, resumes=False)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ There the language model's own config.json names a CLIP tower that is a checkpoi
 import pathlib
 from typing import Any
 
-from checkpoints_convert.source import read_json
+from checkpoints_convert.source import first_line, read_json
 
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
@@ -99,7 +99,7 @@ def tokenizer(source: pathlib.Path) -> Any:
   try:
     tokens = loader.from_pretrained(source, local_files_only=True)
   except Exception as error:
-    raise ValueError(f"{source}: cannot read the tokenizer ({str(error).splitlines()[0]})") from error
+    raise ValueError(f"{source}: cannot read the tokenizer ({first_line(error)})") from error
   tokens.add_tokens([IMAGE_TOKEN], special_tokens=True)
   if tokens.pad_token is None:
     tokens.add_special_tokens({"pad_token": PAD_TOKEN})

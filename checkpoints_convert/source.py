@@ -32,12 +32,21 @@ def locate(name: str, *, weights: bool = True) -> pathlib.Path:
   patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-  except (OSError, ValueError) as error:
-    reason = str(error).strip().splitlines()[0]
+  except Exception as error:  # the hub's client raises those of its HTTP library too
     raise ValueError(
-      f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({reason}); "
+      f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({first_line(error)}); "
       "check the name and the connection, or download it elsewhere and name its directory"
     ) from error
+
+
+def first_line(error: Exception) -> str:
+  """The first line of an error's message, or its type where it has none."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  """Writes an object, indented."""
+  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ FORBIDDEN = "*?["
 
 
 def save_params(directory: pathlib.Path, tensors: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> None:
-  """Writes parameters as one Orbax checkpoint, holding no more than `BATCH_BYTES` or one tensor of them.
+  """Writes parameters as one Orbax checkpoint, holding no more than `BATCH_BYTES` and one tensor of them.
 
   Args:
     directory: to create.

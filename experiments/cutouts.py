@@ -73,17 +73,32 @@ NOT_OF_THEIR_KIND = frozenset(
 
 NOT_NAMES = frozenset("engine flowers office store".split())  # the last words of captions that do not say what it is
 
-COLOURS = {  # hue in degrees up to which a saturated, bright pixel has the colour
-  "red": 14,
-  "orange": 40,
-  "yellow": 68,
-  "green": 165,
-  "blue": 255,
-  "purple": 295,
-  "pink": 340,
-}
+
+class Colour(NamedTuple):
+  """A colour that everybody would call so, and no other: hues in degrees, saturations and values in shares."""
+
+  name: str
+  hue: tuple[int, int]
+  saturation: tuple[float, float]
+  value: tuple[float, float]
+
+
+COLOURS = (  # between them are pixels without a name
+  Colour("red", (345, 374), (0.6, 1.01), (0.5, 1.01)),
+  Colour("pink", (310, 345), (0.2, 1.01), (0.7, 1.01)),
+  Colour("pink", (345, 374), (0.18, 0.45), (0.85, 1.01)),
+  Colour("orange", (16, 40), (0.75, 1.01), (0.8, 1.01)),
+  Colour("brown", (8, 45), (0.3, 1.01), (0.2, 0.6)),
+  Colour("yellow", (42, 66), (0.45, 1.01), (0.7, 1.01)),
+  Colour("green", (75, 165), (0.25, 1.01), (0.25, 1.01)),
+  Colour("blue", (180, 250), (0.35, 1.01), (0.35, 1.01)),
+  Colour("purple", (260, 300), (0.25, 1.01), (0.3, 1.01)),
+  Colour("gray", (0, 360), (0.0, 0.18), (0.35, 0.82)),
+  Colour("white", (0, 360), (0.0, 0.1), (0.9, 1.01)),
+  Colour("black", (0, 360), (0.0, 1.01), (0.0, 0.22)),
+)
+COLOUR_NAMES = tuple(dict.fromkeys(colour.name for colour in COLOURS))
 NAMED = 3  # subjects that a word must name to be asked for
-COLOUR_NAMES = (*COLOURS, "brown", "gray", "white", "black")
 COLOUR_SHARE = 0.7
 TEST_SHARE = 5  # one picture of so many is a test picture
 
@@ -192,15 +207,13 @@ def _colour(path: pathlib.Path) -> str | None:
   opaque = pixels[..., 3] > 128
   h, s, v = np.moveaxis(np.asarray(Image.fromarray(pixels[..., :3]).convert("HSV"), np.float32)[opaque], -1, 0)
   h, s, v = h * 360 / 255, s / 255, v / 255
-  names = np.full(h.shape, "red", dtype=object)
-  for name, upper in reversed(COLOURS.items()):
-    names[h < upper] = name
-  names[((names == "orange") | (names == "red")) & (v < 0.6) & (s > 0.2)] = "brown"
-  names[(s < 0.15) & (v >= 0.35)] = "gray"
-  names[(s < 0.12) & (v > 0.85)] = "white"
-  names[v < 0.25] = "black"
+  names = np.full(h.shape, "", dtype=object)
+  for colour in COLOURS:
+    (first, last), saturation, value = colour.hue, colour.saturation, colour.value
+    inside = ((h - first) % 360 < last - first) & (s >= saturation[0]) & (s < saturation[1])
+    names[inside & (v >= value[0]) & (v < value[1])] = colour.name
   name, count = collections.Counter(names.tolist()).most_common(1)[0]
-  return name if count >= COLOUR_SHARE * opaque.sum() else None
+  return name if name and count >= COLOUR_SHARE * opaque.sum() else None
 
 
 @functools.lru_cache(maxsize=2048)

@@ -28,7 +28,7 @@ from himap_jax.checkpoint import default_cache_dir
 from himap_jax.config import LlavaConfig
 
 UNUSED = -1
-ANSWER_SLOTS_SHARE = 4  # a question with its answer takes at least 12 slots, its answer at most 3 of them
+ANSWER_SLOTS_SHARE = 4  # a question with its answer takes at least 12 slots, and few answers more than 3 of them
 
 
 @flax.struct.dataclass

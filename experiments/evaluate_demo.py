@@ -5,7 +5,8 @@
 
 The first form answers questions with `himap_jax.run`, one prompt a question, and resumes. The second evaluates no pruning on
 all questions with the questions of an image packed behind it, as in training: the same positions and the same attention as
-one by one, hence the same answers, at a tenth of the cost. `--checkpoint`, `--dtype` and `--compilation_cache_dir` are those of `himap_jax.run`.
+one by one, hence the same answers, at a tenth of the cost. `--checkpoint`, `--dtype`, `--batch_size` and
+`--compilation_cache_dir` are those of `himap_jax.run`. A work directory belongs to one checkpoint and question set.
 """
 
 import collections
@@ -20,10 +21,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from checkpoints_convert.source import fingerprint, write_json
 from experiments import question_sets
 from experiments.demo_data import Lesson, Packer, open_picture
 from experiments.demo_model import answer_logits
-from experiments.question_sets import Question
+from experiments.question_sets import Question, is_right
 from himap_jax import checkpoint, command, run
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling
@@ -92,7 +94,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       sampling=Sampling(),
       seed=0,
       ignore_eos=False,
-      batch_size=8,
+      batch_size=flags.FLAGS.batch_size,
       prompt_buckets=(64, 128),
       prompt_template="chat",
       dtype=flags.FLAGS.dtype,
@@ -103,7 +105,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
     )
   )
   answers = {row["id"]: row["answer"] for row in map(json.loads, output.read_text().splitlines())}
-  return {question.id: answers[question.id] == question.answer for question in questions}
+  return {question.id: is_right(answers[question.id], question.answer) for question in questions}
 
 
 def main(_) -> None:
@@ -111,7 +113,13 @@ def main(_) -> None:
   workdir = pathlib.Path(_WORKDIR.value).absolute()
   workdir.mkdir(parents=True, exist_ok=True)
   questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
-  rows = {"question only": {question.id: question.guess == question.answer for question in questions}}
+  settings = {name: flags.FLAGS[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")}
+  settings["fingerprint"] = fingerprint(checkpoint.resolve(flags.FLAGS.checkpoint))
+  if (workdir / "settings.json").exists():
+    command.check_settings(workdir / "settings.json", settings, "use another --workdir")
+  write_json(workdir / "settings.json", settings)
+  command.use_compilation_cache(command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir))
+  rows = {"question only": {question.id: is_right(question.guess, question.answer) for question in questions}}
   if _PACKED.value:
     rows["none, packed"] = packed_right(questions, workdir)
   else:

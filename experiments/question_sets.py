@@ -37,12 +37,21 @@ class Question(NamedTuple):
   guess: str
 
 
+def is_right(answer: str | None, truth: str | None) -> bool:
+  """Whether two answers are equal but for surrounding space, case and a final period; no answer is never right."""
+  return answer is not None and truth is not None and _normal(answer) == _normal(truth)
+
+
+def _normal(answer: str) -> str:
+  return answer.strip().lower().removesuffix(".").strip()
+
+
 def load(name: str, *, num_questions: int | None, seed: int, workdir: pathlib.Path) -> list[Question]:
   """Loads a question set, or as many of its questions, each type in proportion.
 
   Args:
     name: a name in `SETS`, or a JSONL file of `{"id", "image", "question", "answer", "type"}` a line, images relative to
-      it; a row without `guess` is guessed as `leave_one_out` does.
+      it; a row without `guess` is guessed as `guess_from_other_half` does.
     num_questions: how many to draw; all when None.
     seed: of the draw.
     workdir: where a set that has to be made is written.
@@ -69,21 +78,29 @@ def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> lis
   return [questions[place] for place in sorted(np.concatenate(drawn).tolist())]
 
 
-def leave_one_out(asked: Sequence[tuple[str, str, str]]) -> list[str]:
-  """For every (question, type, answer) the commonest answer of the others: to its question, else to its type."""
-  by_question, by_type = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
-  for question, type, answer in asked:
-    by_question[question][answer] += 1
-    by_type[type][answer] += 1
-  return [
-    _commonest(by_question[question], answer) or _commonest(by_type[type], answer) or ""
-    for question, type, answer in asked
-  ]
+def guess_from_other_half(asked: Sequence[tuple[str, str, str, str]]) -> list[str]:
+  """What could be answered without the picture: the commonest answer in the half of the pictures that a row is not in.
 
+  Every other picture is in one half. Leaving only the row itself out would make the rarer answer of a balanced set the
+  commonest of what is left.
 
-def _commonest(counts: collections.Counter[str], without: str) -> str | None:
-  rest = counts - collections.Counter([without])
-  return rest.most_common(1)[0][0] if rest else None
+  Args:
+    asked: image, question, type and answer of every row.
+
+  Returns:
+    For every row the commonest answer to its question in the other half, else to its type, else nothing.
+  """
+  halves = {image: index % 2 for index, image in enumerate(dict.fromkeys(image for image, *_ in asked))}
+  counts = collections.defaultdict(collections.Counter)
+  for image, question, type, answer in asked:
+    counts[halves[image], "question", question][answer] += 1
+    counts[halves[image], "type", type][answer] += 1
+  guesses = []
+  for image, question, type, _ in asked:
+    other = 1 - halves[image]
+    seen = counts[other, "question", question] or counts[other, "type", type]
+    guesses.append(seen.most_common(1)[0][0] if seen else "")
+  return guesses
 
 
 def _easyvqa(workdir: pathlib.Path) -> list[Question]:
@@ -126,7 +143,7 @@ def _read(name: str) -> list[Question]:
     rows[-1]["guess"] = row.get("guess")
   if len({row["id"] for row in rows}) < len(rows) or not rows:
     raise ValueError(f"{path}: {'two questions share an id' if rows else 'no questions'}")
-  guesses = leave_one_out([(row["question"], row["type"], row["answer"]) for row in rows])
+  guesses = guess_from_other_half([(row["image"], row["question"], row["type"], row["answer"]) for row in rows])
   return [
     Question(
       **row | {"image": path.parent / row["image"], "guess": guess if row["guess"] is None else str(row["guess"])}

@@ -93,7 +93,7 @@ class Scene:
 
 
 def compose(rng: np.random.Generator, pictures: Sequence[Cutout]) -> Scene:
-  """Draws one to six things of one to three kinds, sizes, places and a background."""
+  """Draws one to six things of one to five kinds, sizes, places and a background."""
   by_kind = {kind: [c for c in pictures if c.kind == kind] for kind in KINDS}
   count = int(rng.integers(1, MAX_THINGS + 1))
   kinds = rng.choice(KINDS, size=min(count, int(rng.integers(1, len(KINDS)))), replace=False)
@@ -163,7 +163,8 @@ def ask(rng: np.random.Generator, scene: Scene) -> dict[str, list[Question]]:
 
   for kind in present:
     add("presence", f"is there {_a(kind)}?", "yes")
-    add("number", f"how many {_plural(kind)} are there?", len(scene.of_kind(kind)))
+    if len(scene.of_kind(kind)) > 1 or rng.random() < 0.4:
+      add("number", f"how many {_plural(kind)} are there?", len(scene.of_kind(kind)))
   for kind in absent[: len(present)]:
     add("presence", f"is there {_a(kind)}?", "no")
   for kind in absent[len(present) : len(present) + (len(present) + 1) // 2]:

@@ -153,6 +153,10 @@ def train(
     projector = whitening.unfold(projector)
   trainable = {"projector": projector, "lora": lora}
   state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.int32(0)}
+
+  def export(state: Any) -> None:
+    export_adapter(adapter, whitening.fold(state["trainable"]["projector"]), state["trainable"]["lora"])
+
   step_fn = make_step(model, frozen, whitening, optimizer)
   with ocp.training.Checkpointer(
     workdir, preservation_policy=ocp.training.preservation_policies.LatestN(2)
@@ -175,8 +179,9 @@ def train(
         )
         if (index + 1) % _SAVE_EVERY.value == 0 or index + 1 == num_steps:
           checkpointer.save_pytree(index + 1, state)
-          export_adapter(adapter, whitening.fold(state["trainable"]["projector"]), state["trainable"]["lora"])
+          export(state)
       before += stage.steps
+  export(state)
 
 
 def main(_) -> None:

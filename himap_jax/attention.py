@@ -1,4 +1,4 @@
-"""Fused scaled dot-product attention.
+"""Scaled dot-product attention.
 
 Axes: B batch, S query slots, T key slots, N query heads, K key heads, H head dim.
 """

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from checkpoints_convert.marker import PARAMS, read_marker
-from checkpoints_convert.source import fingerprint, locate
+from checkpoints_convert.source import first_line, locate
 from himap_jax import sharding
 from himap_jax.config import LlavaConfig, load_config
 from himap_jax.llava import abstract_params
@@ -56,6 +56,7 @@ def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathli
 
   Raises:
     ValueError: there is no such checkpoint, or it cannot be converted.
+    RuntimeError: the demo model's packages could not be downloaded.
   """
   cache_dir = default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()
   cache_dir = cache_dir.absolute()
@@ -67,10 +68,10 @@ def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathli
     source = locate(name)
   if read_marker(source) is not None:
     return source
-  from checkpoints_convert.convert import convert  # which itself imports this package
+  from checkpoints_convert.convert import convert, identity  # which itself imports this package
 
   label = re.sub(r"[^\w.-]+", "-", source.name if pathlib.Path(name).is_dir() else name)
-  return convert(source, cache_dir / "converted" / f"{label}-{fingerprint(source)[:16]}")
+  return convert(source, cache_dir / "converted" / f"{label}-{identity(source)[:16]}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +113,7 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
 
   Raises:
     ValueError: there is no such checkpoint, or it cannot be converted or read.
+    RuntimeError: the demo model's packages could not be downloaded.
   """
   directory = resolve(name, cache_dir=cache_dir)
   return OpenCheckpoint(load_config(directory), _load_processor(directory), directory)
@@ -145,8 +147,9 @@ def _restore(path: pathlib.Path, abstract: PyTree, dtype: Any, shardings: PyTree
     with context:
       return ocp.load(path, targets)
   except (ValueError, OSError, KeyError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{path}: cannot restore the parameters ({reason}); convert the checkpoint again") from error
+    raise ValueError(
+      f"{path}: cannot restore the parameters ({first_line(error)}); convert the checkpoint again"
+    ) from error
 
 
 def _load_processor(directory: pathlib.Path) -> Any:
@@ -155,8 +158,7 @@ def _load_processor(directory: pathlib.Path) -> Any:
   try:
     return transformers.AutoProcessor.from_pretrained(directory, local_files_only=True)
   except (ValueError, OSError, KeyError, TypeError) as error:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(f"{directory}: cannot load the tokenizer and image processor ({reason})") from error
+    raise ValueError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
 
 
 def _eos_token_ids(directory: pathlib.Path, processor: Any) -> tuple[int, ...]:

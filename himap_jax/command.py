@@ -1,13 +1,15 @@
 """What the commands share: values of flags, the persistent compilation cache, messages and exit statuses."""
 
+import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
+from checkpoints_convert.source import read_json
 from himap_jax import checkpoint
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -44,8 +46,33 @@ def use_compilation_cache(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def execute(name: str, argv: Sequence[str], action: Callable[[], int]) -> None:
-  """Runs a command and exits with its status; what it raises for the user becomes one line."""
+def check_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str) -> None:
+  """Compares settings with those that were written when the results beside them were begun, where they were.
+
+  Raises:
+    ValueError: they differ; the message ends with the advice.
+  """
+  if not path.exists():
+    return
+  before = read_json(path)
+  changed = [
+    f"{name} was {before.get(name)!r}, now {settings.get(name)!r}"
+    for name in sorted(before.keys() | settings.keys())
+    if before.get(name) != settings.get(name)
+  ]
+  if changed:
+    raise ValueError(f"{path}: begun with other settings ({'; '.join(changed)}); {advice}")
+
+
+def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resumes: bool = True) -> None:
+  """Runs a command and exits with its status; what it raises for the user becomes one line.
+
+  Args:
+    name: of the command, for messages.
+    argv: what is left of the command line beside flags.
+    action: what to do; returns the status.
+    resumes: whether the same command goes on where an interrupted one stopped.
+  """
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:
@@ -56,5 +83,5 @@ def execute(name: str, argv: Sequence[str], action: Callable[[], int]) -> None:
     print(f"{name}: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print(f"\n{name}: interrupted; the same command goes on from here", file=sys.stderr)
+    print(f"\n{name}: interrupted{'; the same command goes on from here' if resumes else ''}", file=sys.stderr)
     sys.exit(130)

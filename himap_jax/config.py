@@ -1,9 +1,11 @@
 """The model's configuration, read from a checkpoint's `config.json`; nothing else in the library knows a size."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
+
+from checkpoints_convert.source import first_line, read_json
+from himap_jax.linear import ACTIVATIONS
 
 VISION_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov2")
 TEXT_MODELS = ("llama",)
@@ -117,11 +119,7 @@ def load_config(directory: str | pathlib.Path) -> LlavaConfig:
     ValueError: there is no readable `config.json`, or it describes a model that the library does not run.
   """
   path = pathlib.Path(directory) / "config.json"
-  try:
-    fields = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path}: cannot read the checkpoint's configuration ({error})") from error
-  return from_hf(fields, where=str(path))
+  return from_hf(read_json(path), where=str(path))
 
 
 def from_hf(fields: dict[str, Any], *, where: str = "config.json") -> LlavaConfig:
@@ -139,16 +137,27 @@ def from_hf(fields: dict[str, Any], *, where: str = "config.json") -> LlavaConfi
 
   from transformers import LlavaConfig as HfLlavaConfig  # slow to import, so only where a checkpoint is opened
 
-  complete = HfLlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
+  try:
+    complete = HfLlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
+  except Exception as error:  # transformers has its own kinds of errors for fields that it cannot read
+    raise ValueError(f"{where}: transformers cannot read it ({first_line(error)})") from error
   layers = complete.vision_feature_layer
   layers = [layers] if isinstance(layers, int) else list(layers)
   depth = complete.vision_config.num_hidden_layers
   for layer in layers:
     if not -depth - 1 <= layer <= depth:
       raise ValueError(f"{where}: vision_feature_layer {layer} is out of range for a tower of {depth} layers")
+  if not any(layer % (depth + 1) for layer in layers):
+    raise ValueError(f"{where}: vision_feature_layer {layers} names no layer of the tower")
+  vision, text = (
+    _vision(complete.vision_config, where),
+    _text(complete.text_config, fields.get("tie_word_embeddings"), where),
+  )
+  for name in (vision.hidden_act, text.hidden_act, complete.projector_hidden_act):
+    _require(name in ACTIVATIONS, where, "activation", name, tuple(ACTIVATIONS))
   return LlavaConfig(
-    vision=_vision(complete.vision_config, where),
-    text=_text(complete.text_config, fields.get("tie_word_embeddings"), where),
+    vision=vision,
+    text=text,
     image_token_id=complete.image_token_id,
     vision_feature_layers=tuple(layer % (depth + 1) for layer in layers),
     vision_feature_select_strategy=complete.vision_feature_select_strategy,

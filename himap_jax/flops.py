@@ -78,8 +78,7 @@ def costs(
 def tower_flops(config: LlavaConfig, num_image_tokens: int) -> int:
   """Operations of the vision tower: 4nw² + 2n²w + 2nwm a layer, and the patch embedding."""
   vision = config.vision
-  drops_class_token = vision.has_class_token and config.vision_feature_select_strategy == "default"
-  num_tokens = num_image_tokens + drops_class_token
+  num_tokens = num_image_tokens + (config.vision_feature_select_strategy == "default")
   num_patches = num_tokens - vision.has_class_token
   w, m = vision.hidden_size, vision.intermediate_size
   layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m

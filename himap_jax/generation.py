@@ -192,13 +192,16 @@ class Generator:
       row_ids: one a row; with the seed they make each row's random key, whatever the batch it is in.
     """
     keys = jax.vmap(jax.random.key)(np.array([zlib.crc32(f"{self._seed}/{i}".encode()) for i in row_ids], np.uint32))
-    inputs, keys = jax.device_put((inputs, keys), self._rows)
+    keys, sampling_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+    inputs, keys, sampling_keys = jax.device_put((inputs, keys, sampling_keys), self._rows)
     prefill_program, decode_program = self._programs(inputs, keys)
     start = time.perf_counter()
     result = jax.block_until_ready(prefill_program(self._params, inputs, keys))
     middle = time.perf_counter()
     kept, logits = jax.device_get((result.kept, result.logits))
-    tokens, num_tokens, _ = decode_program(self._params, result.logits, result.caches, result.next_position, keys)
+    tokens, num_tokens, _ = decode_program(
+      self._params, result.logits, result.caches, result.next_position, sampling_keys
+    )
     tokens, num_tokens = jax.device_get((tokens, num_tokens))
     end = time.perf_counter()
     return Generation(
@@ -292,10 +295,9 @@ def generate(
     ignore_eos=ignore_eos,
   )
   examples = [processor.prepare(image, question) for image, question in zip(images, questions, strict=True)]
-  order = sorted(range(len(examples)), key=lambda i: (processor.bucket(examples[i]), i))
   answers: dict[int, Answer] = {}
   for bucket in processor.buckets:
-    rows = [i for i in order if processor.bucket(examples[i]) == bucket]
+    rows = [i for i, example in enumerate(examples) if processor.bucket(example) == bucket]
     for first in range(0, len(rows), batch_size):
       group = rows[first : first + batch_size]
       inputs = processor.batch([examples[i] for i in group], bucket=bucket, batch_size=batch_size)

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple, Self
 
 _REQUIRED = frozenset({"id", "answer", "error"})
@@ -24,7 +24,7 @@ class OutputWriter:
 
   answered: set[str | int]
 
-  def __init__(self, path: str | os.PathLike[str], *, resume: bool):
+  def __init__(self, path: str | os.PathLike[str], *, resume: bool, retry: Collection[str | int] = ()):
     """Opens and locks the file, and creates it where there is none.
 
     Args:
@@ -32,6 +32,8 @@ class OutputWriter:
       resume: keep the rows that the file has. Otherwise they are replaced
         when the first batch is written, so a run that fails before that
         loses nothing.
+      retry: ids that are to be answered again where `resume` finds their rows
+        with an error; these rows are taken out.
 
     Raises:
       ValueError: the path cannot be written, another run is writing it, or
@@ -43,7 +45,11 @@ class OutputWriter:
     if resume:
       with contextlib.ExitStack() as stack:
         stack.callback(self.close)
-        self.answered = _repair(self._file, path)
+        scan = _repair(self._file, path)
+        failed = scan.failed.intersection(retry)
+        if failed:
+          self._file = _without(self._file, path, failed)
+        self.answered = scan.ids - failed
         stack.pop_all()
 
   def __enter__(self) -> Self:
@@ -110,29 +116,16 @@ def answered_ids(path: str | os.PathLike[str]) -> set[str | int]:
     raise _cannot("read", path, error) from error
 
 
-def repair(path: str | os.PathLike[str]) -> set[str | int]:
-  """Removes a torn last row from an output file, and returns its ids.
-
-  A last row that only lacks its newline is completed.
-
-  Raises:
-    ValueError: the file cannot be written, another run is writing it, or it
-      has a line that is not an output row; it is then left as it is.
-  """
-  if not os.path.exists(path):
-    return set()
-  with _open_locked(path) as file:
-    return _repair(file, path)
-
-
 class _Scan(NamedTuple):
   ids: set[str | int]
+  failed: set[str | int]
   end: int
   lacks_newline: bool
 
 
 def _scan(path: str | os.PathLike[str]) -> _Scan:
   ids: set[str | int] = set()
+  failed: set[str | int] = set()
   end = 0
   with open(path, "rb") as file:
     for number, line in enumerate(file, start=1):
@@ -140,12 +133,14 @@ def _scan(path: str | os.PathLike[str]) -> _Scan:
       if line.strip():
         row = _parse(line)
         if row is None and not whole and line.startswith(b"{"):
-          return _Scan(ids, end, False)
+          return _Scan(ids, failed, end, False)
         if not _is_output_row(row):
           raise ValueError(f"{path}: line {number} is not an output row")
         ids.add(row["id"])
+        if row["error"] is not None:
+          failed.add(row["id"])
       end += len(line)
-  return _Scan(ids, end, end > 0 and not whole)
+  return _Scan(ids, failed, end, end > 0 and not whole)
 
 
 def _parse(line: bytes) -> Any:
@@ -160,12 +155,34 @@ def _is_output_row(row: Any) -> bool:
   return is_row and type(row["id"]) in (str, int)
 
 
-def _repair(file: BinaryIO, path: str | os.PathLike[str]) -> set[str | int]:
+def _repair(file: BinaryIO, path: str | os.PathLike[str]) -> _Scan:
+  """Removes a torn last row; a last row that only lacks its newline is completed."""
   scan = _scan(path)
   file.truncate(scan.end)
   if scan.lacks_newline:
     _write_all(file, b"\n")
-  return scan.ids
+  return scan
+
+
+def _without(file: BinaryIO, path: str | os.PathLike[str], ids: Collection[str | int]) -> BinaryIO:
+  """Puts a copy without the rows of some ids in the place of a whole file, and returns it, locked."""
+  unfinished = f"{os.fspath(path)}.partial"
+  with contextlib.ExitStack() as stack:
+    copy = stack.enter_context(_open_locked(unfinished))
+    try:
+      copy.truncate(0)
+      with open(path, "rb") as rows:
+        for line in rows:
+          if line.strip() and _parse(line)["id"] not in ids:
+            _write_all(copy, line)
+      os.fsync(copy.fileno())
+      os.replace(unfinished, path)
+    except OSError as error:
+      os.unlink(unfinished)
+      raise _cannot("write", path, error) from error
+    stack.pop_all()
+  file.close()
+  return copy
 
 
 def _open_locked(path: str | os.PathLike[str]) -> BinaryIO:
@@ -182,6 +199,9 @@ def _open_locked(path: str | os.PathLike[str]) -> BinaryIO:
     raise ValueError(f"another run is writing the output {path}") from error
   except OSError:
     pass  # A file system without locks: the run goes on unguarded.
+  if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+    file.close()
+    raise ValueError(f"another run is writing the output {path}")
   return file
 
 

@@ -98,7 +98,7 @@ class Processor:
     A question that has an `<image>` of its own says where the picture stands; otherwise the template does.
 
     Raises:
-      ValueError: not exactly one `<image>` in the prompt, a prompt longer than the model's context, or a picture too
+      ValueError: not exactly one `<image>` in the prompt, nothing after it, a prompt longer than the model's context, or a picture too
         long and narrow, or too large, to be resized.
     """
     text = self.prompt(question)
@@ -114,6 +114,8 @@ class Processor:
         f"(id {self._config.image_token_id}); the checkpoint's tokenizer and config.json disagree"
       )
     start = ids.index(self._config.image_token_id)
+    if start == len(ids) - 1:
+      raise ValueError(f"a prompt needs text after {IMAGE_TAG}: image tokens are kept by what that text attends to")
     if len(ids) - 1 > self.buckets[-1]:
       raise ValueError(
         f"the prompt has {len(ids) - 1} text tokens; with {self.num_image_tokens} image tokens the model's context "

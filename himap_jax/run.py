@@ -13,16 +13,19 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 from absl import app, flags
 
+from checkpoints_convert.source import write_json
 from himap_jax import checkpoint, command, inference, methods, report, sharding
 from himap_jax.generation import Generator
 from himap_jax.output import OutputWriter
 from himap_jax.processing import DEFAULT_BUCKETS, Processor
 from himap_jax.prompts import read_prompts
 from himap_jax.sampling import Sampling
+from himap_jax.schedule import Schedule
 
 EMIT = ("tokens", "kept", "logits", "timing")
 
@@ -56,7 +59,7 @@ _KEEP = flags.DEFINE_list(
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together have this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of what the method random keeps.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever comes.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
 _PROMPT_BUCKETS = flags.DEFINE_list(
@@ -74,7 +77,9 @@ _DTYPE = flags.DEFINE_enum(
 _EMIT = flags.DEFINE_list(
   "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
 )
-_RESUME = flags.DEFINE_bool("resume", True, "Skip prompts that the output already answers.")
+_RESUME = flags.DEFINE_bool(
+  "resume", True, "Skip prompts that the output already answers; rows with an error are tried again."
+)
 _STRICT = flags.DEFINE_bool("strict", False, "Exit with a non-zero status when a row has an error.")
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir",
@@ -158,15 +163,26 @@ def _make_directory(flag: str, directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_output(config: RunConfig) -> Iterator[OutputWriter]:
+def _open_output(config: RunConfig, retry: Collection[str | int]) -> Iterator[OutputWriter]:
   """Holds the output from before the model is loaded; a file made for a run that wrote no row is removed again."""
   existed = config.output.exists()
-  with OutputWriter(config.output, resume=config.resume) as writer:
+  with OutputWriter(config.output, resume=config.resume, retry=retry) as writer:
     try:
       yield writer
     finally:
       if not existed and not config.output.stat().st_size:
         config.output.unlink()
+
+
+def _settings(config: RunConfig, schedule: Schedule) -> dict[str, Any]:
+  """What the rows of an output depend on, beside the prompts."""
+  names = ("checkpoint", "method", "max_new_tokens", "seed", "ignore_eos", "prompt_template", "dtype")
+  return {name: getattr(config, name) for name in names} | {
+    "sampling": dataclasses.asdict(config.sampling),
+    "emit": sorted(config.emit),
+    "prune_layers": [*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)],
+    "keep": [stage.keep for stage in schedule.stages],
+  }
 
 
 def run(config: RunConfig) -> int:
@@ -184,7 +200,7 @@ def run(config: RunConfig) -> int:
   _make_directory("output", config.output.parent)
   if config.pictures is not None:
     _make_directory("pictures", config.pictures)
-  with _open_output(config) as writer:
+  with _open_output(config, retry={prompt.id for prompt in prompts}) as writer:
     command.use_compilation_cache(config.compilation_cache_dir)
     mesh = sharding.make_mesh(config.batch_size)
     opened = checkpoint.open_checkpoint(config.checkpoint)
@@ -208,6 +224,9 @@ def run(config: RunConfig) -> int:
       prune_layers=config.prune_layers,
       keep=config.keep,
     )
+    settings = config.output.with_name(f"{config.output.name}.settings.json")
+    if writer.answered:
+      command.check_settings(settings, _settings(config, schedule), "use another --output, or --noresume to replace it")
     loaded = opened.restore(dtype=command.DTYPES[config.dtype], shardings=sharding.replicated(mesh))
     generator = Generator(
       loaded,
@@ -217,6 +236,8 @@ def run(config: RunConfig) -> int:
       seed=config.seed,
       ignore_eos=config.ignore_eos,
     )
+    if not writer.answered:
+      write_json(settings, _settings(config, schedule))
     summary = inference.answer_all(
       prompts,
       processor,
@@ -233,7 +254,7 @@ def run(config: RunConfig) -> int:
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
-  command.execute("himap_jax", argv, lambda: run(config_from_flags()))
+  command.execute("himap_jax", argv, lambda: run(config_from_flags()), resumes=_RESUME.value)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 Axes: B batch, S slots, Q scored rows, N query heads, K key heads, G query heads per key head, H head dim, M image tokens.
 
-Only these rows get a softmax of their own, in float32: the layer's attention itself stays fused.
+Only these rows get a softmax of their own, in float32: the layer's attention does not give its probabilities away, so that
+any implementation of it will do.
 """
 
 import jax

@@ -1,16 +1,15 @@
 """The one place that decides shardings: rows of a batch over devices, parameters on every device."""
 
-import math
-
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def make_mesh(batch_size: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(batch_size: int) -> Mesh:
   """A mesh with one axis, `data`, of as many devices as divide the batch evenly."""
-  devices = jax.devices() if devices is None else devices
-  return Mesh(np.array(devices[: math.gcd(batch_size, len(devices))]), ("data",))
+  devices = jax.devices()
+  size = max(count for count in range(1, len(devices) + 1) if batch_size % count == 0)
+  return Mesh(np.array(devices[:size]), ("data",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -9,7 +9,7 @@ import pytest
 from browser import Browser
 from PIL import Image
 
-from experiments.compare.report import Column, Example, Shown, is_right, write_report
+from experiments.compare.report import Column, Example, Shown, write_report
 
 GRID = (4, 6)
 COUNT = GRID[0] * GRID[1]
@@ -284,10 +284,3 @@ def test_refuses_impossible_stages(tmp_path, stage, message):
   example = dataclasses.replace(EXAMPLES[0], cells={"himap": Shown("red", [stage])})
   with pytest.raises(ValueError, match=message):
     write_report(tmp_path / "none.html", COLUMNS, ROWS, [example], title="None", num_layers=12)
-
-
-@pytest.mark.parametrize("answer, truth, expected", [
-  (" Red. ", "red", True), ("red", "Red.", True), ("red..", "red", False), ("reddish", "red", False), ("", ".", True),
-])  # fmt: skip
-def test_is_right(answer, truth, expected):
-  assert is_right(answer, truth) == expected

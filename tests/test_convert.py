@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -394,6 +395,11 @@ class TestRefusals:
     [
       ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"),
       ({"text_config": {"model_type": "mistral"}}, "'mistral' is not supported"),
+      ({"vision_feature_layer": 0}, "names no layer of the tower"),
+      ({"vision_feature_layer": []}, "names no layer of the tower"),
+      ({"vision_feature_select_strategy": "cls"}, "config.json: transformers cannot read it"),
+      ({"text_config": {"model_type": "llama", "hidden_size": "4096"}}, "config.json: transformers cannot read it"),
+      ({"projector_hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not supported"),
     ],
   )
   def test_unknown_model(self, clip, tmp_path, fields, reason):
@@ -426,15 +432,28 @@ class TestRefusals:
     with pytest.raises(ValueError, match="config.json: cannot be read"):
       quiet(tmp_path, tmp_path / "target")
 
+  @pytest.mark.parametrize("error, reason", [(OSError(), "OSError"), (RuntimeError("403\nForbidden"), "403")])
+  def test_a_hub_that_fails_in_its_own_way(self, monkeypatch, error, reason):
+    def fail(*args, **kwargs):
+      raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ValueError, match=rf"hub \({reason}\); check the name"):
+      source.locate("nobody/nothing")
+
   def test_target_in_the_way(self, clip, tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match="exists and was not converted"):
       quiet(clip, tmp_path)
     assert (tmp_path / "mine.txt").read_text() == "keep"
 
-  def test_target_that_orbax_would_take_for_a_pattern(self, clip, tmp_path):
+  def test_target_that_orbax_would_take_for_a_pattern(self, clip, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="as a pattern"):
       quiet(clip, tmp_path / "[1]")
+    (tmp_path / "[2]").mkdir()
+    monkeypatch.chdir(tmp_path / "[2]")
+    with pytest.raises(ValueError, match="as a pattern"):
+      quiet(clip, "target")
 
   def test_damaged_target(self, clip, tmp_path):
     target = quiet(clip, tmp_path / "target")
@@ -457,6 +476,13 @@ class TestCache:
     assert checkpoint.resolve(str(first), cache_dir=cache) == first
     os.utime(directory / WEIGHTS, ns=(1, 1))
     assert checkpoint.resolve(str(directory), cache_dir=cache) != first and len(calls) == 2
+
+  def test_converted_again_when_the_tower_of_an_original_layout_changes(self, clip, tmp_path):
+    directory = make_original(clip, tmp_path / "source", tower_inside=False)
+    first = checkpoint.resolve(str(directory), cache_dir=tmp_path / "cache")
+    assert checkpoint.resolve(str(directory), cache_dir=tmp_path / "cache") == first
+    os.utime(directory / "clip" / WEIGHTS, ns=(1, 1))
+    assert checkpoint.resolve(str(directory), cache_dir=tmp_path / "cache") != first
 
   def test_concurrent_conversions_make_one(self, clip, tmp_path, monkeypatch):
     calls, results = [], []
@@ -575,5 +601,5 @@ def test_command(clip, expected, tmp_path):
   assert done.stdout.strip() == str(tmp_path / "target") and "orbax" not in done.stderr
   assert_same_trees(flat_params(tmp_path / "target"), expected)
   refused = run_command(f"--source={tmp_path}", f"--target={tmp_path / 'other'}")
-  assert refused.returncode == 1
-  assert refused.stderr.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in refused.stderr
+  assert refused.returncode == 2
+  assert refused.stderr.strip().splitlines()[-1].startswith("checkpoints_convert: ") and "Traceback" not in refused.stderr

@@ -367,19 +367,6 @@ def test_chat_template(trim):
 # easy-VQA
 
 
-def test_prompt_and_answer_files(tmp_path):
-  examples = [
-    easyvqa.Example(tmp_path / "0.png", "what is the red shape?", "circle", "test-00000"),
-    easyvqa.Example(tmp_path / "0.png", "is there a box?", "no", "test-00001"),
-  ]
-  easyvqa.write_prompts(tmp_path / "prompts.jsonl", examples)
-  easyvqa.write_answers(tmp_path / "answers.jsonl", examples)
-  prompts = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-  answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-  assert prompts[0] == {"id": "test-00000", "image": str(tmp_path / "0.png"), "question": "what is the red shape?"}
-  assert answers == [{"id": "test-00000", "answer": "circle"}, {"id": "test-00001", "answer": "no"}]
-
-
 def test_unknown_split(tmp_path):
   with pytest.raises(ValueError, match="train, test"):
     easyvqa.load(tmp_path, "validation")

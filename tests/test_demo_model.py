@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import demo_model
-from experiments.demo_data import UNUSED, Batch
+from experiments.demo_data import UNUSED, Batch, Lesson, Packer
+from himap_jax.llava import Inputs, Llava
+from himap_jax.processing import Processor
 
 
 def test_whitening_folds_into_the_projector():
@@ -48,3 +50,37 @@ def test_packed_questions_see_the_prefix_and_themselves():
     [1, 1, 0, 0, 0, 0, 1],
   ]
   np.testing.assert_array_equal(batch.mask()[0, 0], np.array(expected, bool))
+
+
+def test_packed_answers_are_predicted_as_one_by_one(loaded, images):
+  tiny = loaded("clip_mha")
+  model = Llava(tiny.config, jnp.float32)
+  side = tiny.config.vision.image_size
+  packer = Packer(tiny.processor, tiny.config, image_size=side, question_slots=160)
+  lessons = [
+    Lesson(images[0], [("what is it?", "a cat"), ("how many?", "3"), ("where?", "left")]),
+    Lesson(images[1], [("is it red?", "no")]),
+  ]
+  batch = packer.pack(lessons)
+  logits = np.asarray(demo_model.answer_logits(model, tiny.params, {}, batch))
+  processor = Processor(tiny.processor, tiny.config)
+  for row, lesson in enumerate(lessons):
+    for number, (question, answer) in enumerate(lesson.questions):
+      example = processor.prepare(lesson.picture, question)
+      expected_answer = [
+        *tiny.processor.tokenizer(answer, add_special_tokens=False)["input_ids"],
+        tiny.processor.tokenizer.eos_token_id,
+      ]
+      image = [tiny.config.image_token_id] * processor.num_image_tokens
+      tokens = [*example.before, *image, *example.after, *expected_answer]
+      inputs = Inputs(
+        tokens=jnp.asarray([tokens], jnp.int32),
+        length=jnp.asarray([len(tokens)], jnp.int32),
+        image_start=jnp.asarray([len(example.before)], jnp.int32),
+        pixel_values=jnp.asarray(example.pixel_values)[None],
+      )
+      alone = np.asarray(model.apply({"params": tiny.params}, inputs))[0, -len(expected_answer) - 1 : -1]
+      mine = np.asarray(batch.answer_valid[row] & (batch.answer_question[row] == number))
+      assert np.asarray(batch.answers)[row][mine].tolist() == expected_answer
+      np.testing.assert_allclose(logits[row][mine], alone, atol=1e-4)
+  assert int(batch.answer_valid.sum()) == sum(len(answer) + 1 for lesson in lessons for _, answer in lesson.questions)

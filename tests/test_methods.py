@@ -375,6 +375,7 @@ def schedule(method, **settings):
     ("random", [(0, 144)]),
     ("uniform", [(0, 144)]),
     ("divprune+himap", [(0, 56), (2, 28), (8, 7)]),
+    ("random+himap", [(0, 144), (2, 72), (8, 18)]),
   ],
 )
 def test_default_schedules(method, stages):
@@ -404,7 +405,7 @@ def test_default_schedule_of_shortv():
     (dict(method="visionzip", has_class_token=False), "tower has none; methods that work: .*divprune"),
     (dict(method="fastervlm+himap", has_class_token=False), "tower has none"),
     (dict(method="himap+divprune"), "two methods combine"),
-    (dict(method="divprune+uniform"), "two methods combine"),
+    (dict(method="random+fastervlm"), "two methods combine"),
     (dict(method="divprune+shortv"), "two methods combine"),
     (dict(method="divprune+himap+fastv"), "two methods combine"),
     (dict(method="divprune", prune_layers=(2,)), "acts before the decoder"),

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from himap_jax.output import OutputWriter, answered_ids, repair
+from himap_jax.output import OutputWriter, answered_ids
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -56,15 +56,40 @@ def test_a_batch_is_one_write(path, monkeypatch):
   assert writes == [path.stat().st_size]
 
 
-def test_resume_keeps_rows_and_errors_count_as_answered(path):
+def failed(row_id):
+  return {"id": row_id, "answer": None, "error": "no image"}
+
+
+def test_resume_keeps_rows_and_takes_out_the_errors_that_are_to_be_tried_again(path):
   with OutputWriter(path, resume=True) as writer:
     assert writer.answered == set()
-    writer.write([row("a"), {"id": "b", "answer": None, "error": "no image"}])
-    assert writer.answered == {"a", "b"}
-  with OutputWriter(path, resume=True) as writer:
-    assert writer.answered == {"a", "b"}
-    writer.write([row("c")])
-  assert [r["id"] for r in read(path)] == ["a", "b", "c"]
+    writer.write([row("a"), failed("b"), failed("c"), failed(1), row("1")])
+    assert writer.answered == {"a", "b", "c", 1, "1"}
+  with path.open("a") as file:
+    file.write('{"id": "torn')
+  with OutputWriter(path, resume=True, retry={"a", "b", 1}) as writer:
+    assert read(path) == [row("a"), failed("c"), row("1")]
+    assert writer.answered == {"a", "c", "1"}
+    with pytest.raises(ValueError, match="another run is writing"):
+      OutputWriter(path, resume=True)
+    writer.write([row("b")])
+  assert read(path) == [row("a"), failed("c"), row("1"), row("b")]
+  assert sorted(os.listdir(path.parent)) == [path.name]
+
+
+def test_rows_with_errors_survive_a_disk_that_is_full(path, monkeypatch):
+  path.write_text("".join(json.dumps(r) + "\n" for r in (row("a"), failed("b"))))
+  before = path.read_bytes()
+
+  def full(descriptor):
+    raise OSError(28, "No space left on device")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left"):
+      OutputWriter(path, resume=True, retry={"b"})
+  assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
+  OutputWriter(path, resume=True).close()
 
 
 def test_without_resume_rows_are_replaced_at_the_first_batch(path):
@@ -106,7 +131,7 @@ def test_torn_at_every_byte(path):
     ids = {r["id"] for r in rows[:complete]}
     assert answered_ids(path) == ids
     assert path.read_bytes() == whole[:length]
-    assert repair(path) == ids
+    OutputWriter(path, resume=True).close()
     assert read(path) == rows[:complete]
     with OutputWriter(path, resume=True) as writer:
       writer.write([r for r in rows if r["id"] not in writer.answered])
@@ -130,7 +155,6 @@ def test_a_file_that_is_not_an_output_is_left_alone(path, text):
   path.write_text(text)
   for attempt in (
     lambda: answered_ids(path),
-    lambda: repair(path),
     lambda: OutputWriter(path, resume=True),
   ):
     with pytest.raises(ValueError, match="answers.jsonl: line 2 is not an output"):
@@ -142,17 +166,17 @@ def test_a_file_that_is_not_an_output_is_left_alone(path, text):
 def test_other_bytes_are_not_an_output(path):
   path.write_bytes(b"\x89PNG\r\n\x1a\n\xff")
   with pytest.raises(ValueError, match="line 1 is not an output row"):
-    repair(path)
+    OutputWriter(path, resume=True)
 
 
 def test_blank_lines_are_harmless(path):
   path.write_text("\n" + json.dumps(row("a")) + "\n\n")
-  assert repair(path) == {"a"}
+  with OutputWriter(path, resume=True) as writer:
+    assert writer.answered == {"a"}
 
 
 def test_no_file_yet(path):
   assert answered_ids(path) == set()
-  assert repair(path) == set()
   assert not path.exists()
 
 
@@ -213,7 +237,6 @@ def test_two_writers(path):
     for attempt in (
       lambda: OutputWriter(path, resume=True),
       lambda: OutputWriter(path, resume=False),
-      lambda: repair(path),
     ):
       with pytest.raises(ValueError, match="another run is writing"):
         attempt()

@@ -23,7 +23,7 @@ def make(loaded):
     processor = model.processor
     if image_processor is not None:
       processor = transformers.LlavaProcessor(
-        image_processor=image_processor, tokenizer=processor.tokenizer, patch_size=7, chat_template="<image>"
+        image_processor=image_processor, tokenizer=processor.tokenizer, patch_size=7, chat_template="<image>:"
       )
     return Processor(processor, model.config, **options)
 
@@ -97,9 +97,15 @@ class TestPrepare:
     assert example.after == ids("\nWhy? ASSISTANT:")
     assert example.num_text_tokens == len(example.before) + len(example.after)
 
-  def test_image_at_the_end(self, make, images):
-    example = make(template="<image>{question}").prepare(images[0], "Why? <image>")
-    assert (example.before, example.after) == ((BOS, *ids("Why? ")), ())
+  def test_image_before_the_last_word(self, make, images):
+    example = make(template="<image>{question}").prepare(images[0], "Why? <image>:")
+    assert (example.before, example.after) == ((BOS, *ids("Why? ")), ids(":"))
+
+  def test_nothing_after_the_image(self, make, images):
+    with pytest.raises(ValueError, match="needs text after <image>"):
+      make(template="<image>{question}").prepare(images[0], "Why? <image>")
+    with pytest.raises(ValueError, match="needs text after <image>"):
+      make(template="{question}<image>").prepare(images[0], "Why?")
 
   def test_two_images(self, make, images):
     for template in ("chat", "vicuna_v1", "<image>{question}"):
@@ -186,14 +192,14 @@ class TestBatches:
 
   def test_what_a_batch_holds(self, make, images):
     processor = make(template="<image>{question}", buckets=(8,))
-    examples = [processor.prepare(images[0], "ab<image>c"), processor.prepare(images[1], "<image>")]
+    examples = [processor.prepare(images[0], "ab<image>c"), processor.prepare(images[1], "<image>d")]
     batch = processor.batch(examples, bucket=8, batch_size=4)
     assert batch.tokens.shape == (4, 8 + N)
     assert batch.pixel_values.shape == (4, 3, 28, 28)
-    assert batch.length.tolist() == [4 + N, 1 + N, 1 + N, 1 + N]
+    assert batch.length.tolist() == [4 + N, 2 + N, 2 + N, 2 + N]
     assert batch.image_start.tolist() == [3, 1, 1, 1]
     assert batch.tokens[0].tolist() == [BOS, *ids("ab"), *[IMAGE] * N, *ids("c"), 0, 0, 0, 0]
-    np.testing.assert_array_equal(batch.tokens[1:], [[BOS, *[IMAGE] * N, *[0] * 7]] * 3)
+    np.testing.assert_array_equal(batch.tokens[1:], [[BOS, *[IMAGE] * N, *ids("d"), *[0] * 6]] * 3)
     np.testing.assert_array_equal(batch.pixel_values[3], examples[1].pixel_values)
 
   def test_decoding_leaves_out_special_tokens(self, make):

@@ -163,9 +163,27 @@ class TestAnswers:
       assert text in table
 
     before = config.output.read_bytes()
-    assert command.run(config) == 0
+    assert command.run(changed(config, emit=emit)) == 0
     assert config.output.read_bytes() == before
     assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
+
+  def test_other_settings_do_not_mix_with_the_rows_of_an_output(self, config):
+    assert command.run(config) == 0
+    before = config.output.read_bytes()
+    for changes, message in (
+      ({"method": "none", "prune_layers": None, "keep": None}, "method was 'himap', now 'none'"),
+      ({"keep": (7, 3)}, "keep was .8, 3., now .7, 3."),
+      ({"sampling": Sampling(0.5)}, "sampling was"),
+    ):
+      with pytest.raises(
+        ValueError, match=f"output.jsonl.settings.json: begun with other settings .*{message}.*--noresume"
+      ):
+        command.run(changed(config, **changes))
+      assert config.output.read_bytes() == before
+    assert command.run(changed(config, batch_size=4, prompt_buckets=(40, 80))) == 0
+    assert command.run(changed(config, keep=(7, 3), resume=False, emit=frozenset({"kept"}))) == 0
+    assert {len(row["kept"][0]) for row in read(config.output).values()} == {7}
+    assert command.run(changed(config, keep=(7, 3), emit=frozenset({"kept"}))) == 0
 
   def test_batches_and_buckets_change_nothing(self, config):
     emit = frozenset({"tokens", "kept"})
@@ -295,10 +313,13 @@ class TestBadRows:
 
     with (tmp_path / "prompts.jsonl").open("ab") as file:
       file.write(b'{"id": "late", "image": "0.png", "question": "<image><image>"}\n')
-    before = config.output.read_bytes()
+    load_image(tmp_path / "0.png").save(tmp_path / "missing.png")
+    assert rows["image missing.png"]["error"]
     assert command.run(changed(config, strict=True)) == 1
-    assert config.output.read_bytes().startswith(before)
-    assert read(config.output).keys() == rows.keys() | {"late"}
+    again = read(config.output)
+    assert again.keys() == rows.keys() | {"late"}
+    assert again.pop("late")["error"] and again.pop("image missing.png")["error"] is None
+    assert all(again[row_id] == rows[row_id] for row_id in again)
 
   def test_picture_names(self, config, tmp_path):
     ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]

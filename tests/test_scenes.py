@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from experiments import align_projector, cutouts, scene_packages, scenes
-from experiments.cutouts import KINDS, Cutout
+from experiments.cutouts import COLOUR_NAMES, KINDS, Cutout
 
 NUM_SCENES = 60
 
@@ -24,7 +24,9 @@ def pictures(tmp_path_factory):
     ImageDraw.Draw(picture).ellipse((5, 5, 80, 50), fill=(20 * index, 250 - 20 * index, 40, 255))
     path = folder / f"{index}.png"
     picture.save(path)
-    found.append(Cutout(path, kind, f"{kind}{index}" if index % 2 else None, "red" if index % 3 else None))
+    found.append(
+      Cutout(path, kind, f"{kind}{index}" if index % 2 else None, COLOUR_NAMES[index % 10] if index % 3 else None)
+    )
   return found
 
 
@@ -82,7 +84,9 @@ def answer(question: str, things) -> str:
     return str(len(mine))
   if "furthest" in question:
     key = {"left": x, "right": lambda t: -x(t), "top": y, "bottom": lambda t: -y(t)}[words[-1]]
-    return min(things, key=key).cutout.kind
+    first, *others = sorted(things, key=key)
+    assert not others or key(others[0]) - key(first) > 0.15
+    return first.cutout.kind
   if question.endswith("called?"):
     assert len(mine) == 1
     return mine[0].cutout.name
@@ -90,12 +94,15 @@ def answer(question: str, things) -> str:
     assert len(mine) == 1
     return mine[0].cutout.colour
   if "on the left or" in question:
+    assert abs(x(mine[0]) - 0.5) > 0.08
     return "left" if x(mine[0]) < 0.5 else "right"
   if "at the top or" in question:
+    assert abs(y(mine[0]) - 0.5) > 0.08
     return "top" if y(mine[0]) < 0.5 else "bottom"
   if "or to the right" in question or "above or below" in question:
     other = [thing for thing in things if thing.cutout.kind == kinds[1]]
     assert len(mine) == len(other) == 1
+    assert abs(x(mine[0]) - x(other[0]) if "left" in question else y(mine[0]) - y(other[0])) > 0.15
     if "left" in question:
       return "left" if x(mine[0]) < x(other[0]) else "right"
     return "above" if y(mine[0]) < y(other[0]) else "below"
@@ -105,9 +112,20 @@ def answer(question: str, things) -> str:
     return value <= 0.4 if side in ("top", "left") else value >= 0.6
 
   inside = [thing for thing in things if within(y(thing), vertical) and within(x(thing), horizontal)]
+  if not inside:  # nothing reaches into an empty corner either
+    left, top = 0.6 * (horizontal == "right"), 0.6 * (vertical == "bottom")
+    for a, b, c, d in (thing.box for thing in things):
+      assert a >= left + 0.4 or c <= left or b >= top + 0.4 or d <= top
   if question.startswith("is there nothing"):
     return "no" if inside else "yes"
   return inside[0].cutout.kind if inside else "nothing"
+
+
+def test_one_of_a_kind_is_asked_for_less_often_than_it_is_there(drawn):
+  alone = [len(scene.of_kind(kind)) == 1 for scene, _ in drawn for kind in KINDS if scene.of_kind(kind)]
+  asked = [question.answer for _, questions in drawn for question in questions["number"]]
+  assert asked.count("1") < 0.6 * sum(alone)
+  assert len([answer for answer in asked if answer not in ("0", "1")]) == len(alone) - sum(alone)
 
 
 def test_the_same_seed_gives_the_same_scene(pictures, drawn):
@@ -151,17 +169,30 @@ def test_split_by_picture(tmp_path):
   assert sorted(paths["train"] + paths["test"]) == sorted(one.path for one in found)
   assert {kind: sum(c.kind == kind for c in splits["test"]) for kind in ("animal", "food")} == {"animal": 6, "food": 6}
   names = {c.path: c.name for own in splits.values() for c in own}
+  only_in_test = [
+    one._replace(word="owl", subject=f"owl {i}") if one.path in paths["test"][:6] else one
+    for i, one in enumerate(found)
+  ]
+  assert all(c.name is None for c in cutouts.split(only_in_test)["test"] if c.kind == "animal" and c.name != "dog")
   for one in found:  # five subjects share "dog"; a word for one subject, or the kind itself, is no name
     assert names[one.path] == ("dog" if one.word == "dog" else None)
 
 
-@pytest.mark.parametrize("colour, rgb", [("red", (220, 20, 20)), ("blue", (30, 60, 220)), ("white", (250, 250, 250))])
+@pytest.mark.parametrize(
+  "colour, rgb",
+  [
+    ("red", (220, 20, 20)), ("pink", (244, 171, 186)), ("pink", (255, 105, 180)), ("orange", (255, 140, 0)),
+    ("brown", (101, 67, 33)), ("yellow", (255, 220, 40)), ("green", (30, 130, 60)), ("blue", (30, 60, 220)),
+    ("purple", (128, 60, 200)), ("gray", (153, 170, 181)), ("white", (250, 250, 250)), ("black", (20, 20, 20)),
+    (None, (77, 77, 77)), (None, (210, 180, 140)), (None, (255, 165, 120)), (None, (200, 225, 235)),
+  ],
+)  # fmt: skip
 def test_colour_of_most_pixels(tmp_path, colour, rgb):
   path = tmp_path / f"{colour}.png"
   picture = Image.new("RGBA", (50, 50), (*rgb, 255))
   picture.save(path)
   assert cutouts._colour(path) == colour
-  picture.paste((20, 160, 20, 255), (0, 0, 25, 50))
+  picture.paste((20, 160, 20, 255) if colour != "green" else (200, 20, 20, 255), (0, 0, 25, 50))
   picture.save(tmp_path / "half.png")
   assert cutouts._colour(tmp_path / "half.png") is None
 

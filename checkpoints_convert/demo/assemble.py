@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_convert.demo import packages
+from checkpoints_convert.source import write_json
 
 ADAPTER = Path(__file__).with_name("adapter.safetensors")
 MARKER = "assembled.json"
@@ -86,7 +87,7 @@ def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTE
     new = Path(work, "new")
     new.mkdir()
     _write_checkpoint(new, parts, adapter)
-    _write_json(new / MARKER, marker)
+    write_json(new / MARKER, marker)
     if _read_marker(target_dir) == marker:
       return target_dir
     if target_dir.exists():
@@ -236,7 +237,7 @@ def _write_checkpoint(folder: Path, parts: Path, adapter: Path | None) -> None:
 
 
 def _write_configs(folder: Path, text_config: dict, vision_config: dict, image_token_id: int) -> None:
-  _write_json(
+  write_json(
     folder / "config.json",
     {
       "architectures": ["LlavaForConditionalGeneration"],
@@ -253,7 +254,7 @@ def _write_configs(folder: Path, text_config: dict, vision_config: dict, image_t
       "vision_config": vision_config,
     },
   )
-  _write_json(
+  write_json(
     folder / "generation_config.json",
     {name: text_config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
   )
@@ -262,7 +263,7 @@ def _write_configs(folder: Path, text_config: dict, vision_config: dict, image_t
 def _write_processor(folder: Path, tokenizer, text_config: dict, vision_config: dict) -> None:
   tokenizer.save(str(folder / "tokenizer.json"))
   specials = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "pad_token_id"}
-  _write_json(
+  write_json(
     folder / "tokenizer_config.json",
     {
       "tokenizer_class": "PreTrainedTokenizerFast",
@@ -275,7 +276,7 @@ def _write_processor(folder: Path, tokenizer, text_config: dict, vision_config: 
       "clean_up_tokenization_spaces": False,
     },
   )
-  _write_json(
+  write_json(
     folder / "preprocessor_config.json",
     {
       "image_processor_type": "CLIPImageProcessor",
@@ -293,7 +294,7 @@ def _write_processor(folder: Path, tokenizer, text_config: dict, vision_config: 
       "image_std": [0.229, 0.224, 0.225],
     },
   )
-  _write_json(
+  write_json(
     folder / "processor_config.json",
     {
       "processor_class": "LlavaProcessor",
@@ -326,7 +327,3 @@ def _replaceable(target: Path) -> bool:
   if not target.exists():
     return True
   return target.is_dir() and ((target / MARKER).is_file() or not any(target.iterdir()))
-
-
-def _write_json(path: Path, content: dict) -> None:
-  path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

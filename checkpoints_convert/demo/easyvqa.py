@@ -1,7 +1,6 @@
 """Questions and pictures of easy-VQA (package easy-vqa 1.0, MIT): 13 answers about one shape per picture."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,21 +40,3 @@ def load(cache_dir: Path, split: str) -> list[Example]:
     Example(folder / "images" / f"{image}.png", question, answer, f"{split}-{index:05d}")
     for index, (question, answer, image) in enumerate(rows)
   ]
-
-
-def write_prompts(path: Path, examples: Iterable[Example]) -> None:
-  """Writes a prompt file for `himap_jax.run`: JSONL of `id`, `image` (absolute), `question`."""
-  _write(
-    path,
-    ({"id": example.id, "image": str(example.image.absolute()), "question": example.question} for example in examples),
-  )
-
-
-def write_answers(path: Path, examples: Iterable[Example]) -> None:
-  """Writes the right answers beside a prompt file: JSONL of `id`, `answer`."""
-  _write(path, ({"id": example.id, "answer": example.answer} for example in examples))
-
-
-def _write(path: Path, rows: Iterable[dict]) -> None:
-  with open(path, "w", encoding="utf-8") as file:
-    file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -41,6 +41,8 @@ def schedule_for_budget(
   sizes = {"num_layers": num_layers, "num_image_tokens": num_image_tokens, "has_class_token": has_class_token}
   names = methods.parse(method)
   if any(methods.METHODS[name].freezes for name in names):
+    if prune_layers is not None:
+      raise ValueError(f"for a budget, {method!r} takes its layers from their ranking, not from its name")
     frozen = frozen_for_budget(budget, ranking, num_layers=num_layers, num_image_tokens=num_image_tokens)
     return methods.build_schedule(method, **sizes, prune_layers=frozen)
   own = methods.build_schedule(method, **sizes, prune_layers=prune_layers)

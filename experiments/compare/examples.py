@@ -1,7 +1,6 @@
 """Questions to look at: their pictures, and what every cell kept of them and answered."""
 
 import collections
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,15 +12,19 @@ from himap_jax.processing import Processor
 
 
 def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
-  """The first questions of every type in turns, each about another picture."""
-  by_type = collections.defaultdict(list)
+  """The first questions of every type in turns, each about a picture that no other is about."""
+  by_type = collections.defaultdict(collections.deque)
   for question in questions:
     by_type[question.type].append(question)
   chosen: dict[Any, Question] = {}
-  for question in itertools.chain.from_iterable(itertools.zip_longest(*by_type.values())):
-    if question is not None:
-      chosen.setdefault(question.image, question)
-  return list(chosen.values())[:num_examples]
+  while len(chosen) < num_examples and any(by_type.values()):
+    for waiting in by_type.values():
+      while waiting and waiting[0].image in chosen:
+        waiting.popleft()
+      if waiting and len(chosen) < num_examples:
+        question = waiting.popleft()
+        chosen[question.image] = question
+  return list(chosen.values())
 
 
 def collect(

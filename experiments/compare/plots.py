@@ -23,13 +23,13 @@ PALETTES = {
   BOTH: ("#2e8b3d", "#8fbc3f", "#145225"),
   CONTROL: ("#555555", "#a0a0a0", "#000000"),
 }
-MARKERS = {BEFORE: "sD^v<>", INSIDE: "ohp*8H", BOTH: "d", CONTROL: "x+1"}
+MARKERS = {BEFORE: "sD^v<>", INSIDE: "ohp*8H", BOTH: "dX", CONTROL: "x+1"}
 PAPER = {"dpi": 150, "bbox_inches": "tight"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-  """How a method family is drawn."""
+  """How a method is drawn."""
 
   place: str
   colour: str
@@ -46,19 +46,15 @@ def place_of(family: str) -> str:
 
 
 def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
-  """A style for every method family among the rows, grouped by place."""
-  families = dict.fromkeys(_family(row) for row in _pruned(rows))
+  """A style for every method among the rows, grouped by place; one with layers of its own is another method."""
+  methods = dict.fromkeys(row["method"] for row in _pruned(rows))
   styles, used = {}, collections.Counter()
-  for family in sorted(families, key=lambda family: list(PALETTES).index(place_of(family))):
-    place = place_of(family)
+  for method in methods:
+    place = place_of(method.partition("@")[0])
     number = used[place]
     used[place] += 1
-    styles[family] = Style(place, *(wheel[number % len(wheel)] for wheel in (PALETTES[place], MARKERS[place])))
+    styles[method] = Style(place, *(wheel[number % len(wheel)] for wheel in (PALETTES[place], MARKERS[place])))
   return styles
-
-
-def _family(row: Row) -> str:
-  return row["method"].partition("@")[0]
 
 
 def _pruned(rows: Sequence[Row]) -> list[Row]:
@@ -70,7 +66,7 @@ def _row(rows: Sequence[Row], name: str) -> Row:
 
 
 def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Draws accuracy against the FLOPs on all tokens, with the front of what nothing else beats."""
+  """Draws accuracy against the FLOPs on all tokens and of scoring, with the front of what nothing else beats."""
   figure = Figure(figsize=(12, 6.8))
   axes = figure.subplots()
   none, blind = _row(rows, REFERENCE), _row(rows, QUESTION_ONLY)
@@ -93,7 +89,7 @@ def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
   _percent(axes.xaxis)
   _percent(axes.yaxis)
   axes.annotate("question only", (axes.get_xlim()[0], blind["accuracy"]), (3, 3), textcoords="offset points", color="#666666", fontsize=9)  # fmt: skip
-  axes.set_xlabel("FLOPs of the decoder's prefill on all tokens, relative to no pruning")
+  axes.set_xlabel("FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning")
   axes.set_ylabel("accuracy, with 95% intervals")
   for row in front:
     _label(axes, row, above=True)
@@ -145,13 +141,13 @@ def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
 def _draw(axes: Axes, rows: Sequence[Row], x: str, y: str, styles: dict[str, Style], *, bars: bool) -> None:
   lines = collections.defaultdict(list)
   for row in _pruned(rows):
-    style = styles[_family(row)]
-    _point(axes, row, x, y, style, filled=row["method"] == _family(row) and row["budget"] is not None, bars=bars)
+    style = styles[row["method"]]
+    _point(axes, row, x, y, style, filled=row["budget"] is not None, bars=bars)
     if row["budget"] is not None:
       lines[row["method"]].append(row)
   for method, own in lines.items():
     own = sorted(own, key=lambda row: row[x])
-    style = styles[method.partition("@")[0]]
+    style = styles[method]
     axes.plot(
       [row[x] for row in own], [row[y] for row in own], color=style.colour, linewidth=1.1, alpha=0.75, zorder=2,
       linestyle="--" if "@" in method else "-",
@@ -193,13 +189,13 @@ def _legend(figure: Figure, rows: Sequence[Row], styles: dict[str, Style], *, ex
   entries = [(Line2D([], [], **look), label) for label, look in extra]
   methods = list(dict.fromkeys((row["method"], row["budget"] is not None) for row in _pruned(rows)))
   for place in PALETTES:
-    own = [(method, budget) for method, budget in methods if styles[method.partition("@")[0]].place == place]
+    own = [(method, budget) for method, budget in methods if styles[method].place == place]
     if own:
       entries.append((Line2D([], [], linestyle="none"), f"$\\bf{{{place.replace(' ', '~')}}}$"))
     for method, budget in own:
-      style = styles[method.partition("@")[0]]
+      style = styles[method]
       line = ("--" if "@" in method else "-") if budget else "none"
-      look = {"linestyle": line, **_marker(style, filled="@" not in method and budget)}
+      look = {"linestyle": line, **_marker(style, filled=budget)}
       entries.append((Line2D([], [], **look), method if budget else f"{method}, as set"))
   figure.legend(
     *zip(*entries, strict=True), loc="center left", bbox_to_anchor=(1.0, 0.5) if figure.get_layout_engine() else (0.91, 0.5),

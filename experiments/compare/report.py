@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from experiments.question_sets import is_right
 from himap_jax.visualize import kept_mask
 
 
@@ -102,15 +103,6 @@ def write_report(
   )
   page = environment.get_template("report.html").render(title=title, data=data)
   Path(path).write_text(page, encoding="utf-8")
-
-
-def is_right(answer: str, truth: str) -> bool:
-  """Whether two answers are equal but for surrounding space, case and a final period."""
-  return _normal(answer) == _normal(truth)
-
-
-def _normal(answer: str) -> str:
-  return answer.strip().lower().removesuffix(".").strip()
 
 
 def _row(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, str | int | float | None]:

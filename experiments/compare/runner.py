@@ -1,10 +1,12 @@
 """Runs cells: answers and times go to files, and what the files hold is not run again."""
 
+import contextlib
 import functools
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.compare import timing
@@ -16,7 +18,7 @@ from himap_jax.generation import Generator
 from himap_jax.images import load_image
 from himap_jax.llava import Inputs
 from himap_jax.output import OutputWriter, answered_ids
-from himap_jax.processing import Processor
+from himap_jax.processing import Example, Processor
 from himap_jax.prompts import Prompt
 from himap_jax.schedule import Schedule
 
@@ -98,10 +100,17 @@ class Runner:
 
   @functools.cached_property
   def _timing_inputs(self) -> Inputs:
-    questions = self._questions[: self._timing_batch_size]
-    examples = [self._processor.prepare(load_image(q.image), q.question) for q in questions]
+    examples = list(itertools.islice(self._examples(), self._timing_batch_size))
+    if not examples:
+      raise ValueError("no question can be prepared for timing")
     bucket = max(self._processor.bucket(example) for example in examples)
     return self._processor.batch(examples, bucket=bucket, batch_size=self._timing_batch_size)
+
+  def _examples(self) -> Iterator[Example]:
+    """The questions that can be prepared; the others are error rows among the answers."""
+    for question in self._questions:
+      with contextlib.suppress(ValueError):
+        yield self._processor.prepare(load_image(question.image), question.question)
 
   def _timed(self, schedule: Schedule) -> Generator:
     return Generator(self._loaded, schedule, max_new_tokens=self._timing_new_tokens, seed=self._seed, ignore_eos=True)

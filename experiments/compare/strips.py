@@ -11,7 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.compare.grid import REFERENCE, Cell
-from experiments.compare.report import Example, is_right
+from experiments.compare.report import Example
+from experiments.question_sets import is_right
 from himap_jax.visualize import fade
 
 COLUMNS = 9

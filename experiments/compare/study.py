@@ -1,5 +1,6 @@
 """A comparison from its settings to its tables, plots and report."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from checkpoints_convert.source import fingerprint
+from checkpoints_convert.source import fingerprint, write_json
 from experiments import question_sets
 from experiments.compare import examples, plots, report, strips, tables
 from experiments.compare.grid import Cell, make_cells
@@ -49,41 +50,24 @@ class StudyConfig:
   compilation_cache_dir: str
 
 
-def check_settings(path: pathlib.Path, settings: dict[str, Any]) -> None:
-  """Writes what the answers and times of a work directory depend on, or compares it with what is there.
-
-  Raises:
-    ValueError: the directory was begun with other settings.
-  """
-  if not path.exists():
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return
-  before = json.loads(path.read_text(encoding="utf-8"))
-  changed = [
-    f"{name} was {before.get(name)!r}, now {settings.get(name)!r}"
-    for name in sorted(before.keys() | settings.keys())
-    if before.get(name) != settings.get(name)
-  ]
-  if changed:
-    raise ValueError(f"{path.parent} was begun with other settings ({'; '.join(changed)}); use another --workdir")
-
-
 def settings_of(config: StudyConfig, directory: pathlib.Path, questions: Sequence[Question]) -> dict[str, Any]:
   """What the answers and times of a work directory depend on, beside the cells."""
-  rows = json.dumps([[q.id, str(q.image), q.question, q.answer, q.type, q.guess] for q in questions])
+  rows = json.dumps([[q.id, str(q.image.absolute()), q.question, q.answer, q.type, q.guess] for q in questions])
   names = ("checkpoint", "dtype", "question_set", "num_questions", "seed", "max_new_tokens", "prompt_template")
-  names += ("timing_batch_size", "timing_new_tokens")
-  return {name: getattr(config, name) for name in names} | {
+  names += ("batch_size", "prompt_buckets", "timing_batch_size", "timing_new_tokens", "timing_repeats")
+  return json.loads(json.dumps({name: getattr(config, name) for name in names})) | {
     "fingerprint": fingerprint(directory),
     "questions": hashlib.sha256(rows.encode()).hexdigest(),
   }
 
 
 def mean_text_tokens(processor: Processor, questions: Sequence[Question]) -> int:
-  """The mean number of text tokens of the prompts."""
-  blank = Image.new("RGB", (64, 64))
-  lengths = {text: processor.prepare(blank, text).num_text_tokens for text in {q.question for q in questions}}
-  return round(float(np.mean([lengths[question.question] for question in questions])))
+  """The mean number of text tokens of the prompts that the model can take."""
+  blank, lengths = Image.new("RGB", (64, 64)), {}
+  for text in {question.question for question in questions}:
+    with contextlib.suppress(ValueError):
+      lengths[text] = processor.prepare(blank, text).num_text_tokens
+  return round(float(np.mean([lengths[q.question] for q in questions if q.question in lengths])))
 
 
 def run(config: StudyConfig) -> list[tables.Row]:
@@ -116,7 +100,11 @@ def run(config: StudyConfig) -> list[tables.Row]:
     has_class_token=opened.config.vision.has_class_token,
     ranking=config.shortv_ranking,
   )
-  check_settings(config.workdir / "settings.json", settings_of(config, opened.directory, questions))
+  settings, path = settings_of(config, opened.directory, questions), config.workdir / "settings.json"
+  if path.exists():
+    command.check_settings(path, settings, "use another --workdir")
+  else:
+    write_json(path, settings)
   mesh = sharding.make_mesh(math.gcd(config.batch_size, config.timing_batch_size))
   runner = Runner(
     opened,

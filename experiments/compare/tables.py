@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.compare.grid import REFERENCE, Cell
-from experiments.compare.report import Column, is_right
+from experiments.compare.report import Column
 from experiments.compare.statistics import accuracy_by_type, bootstrap_intervals
-from experiments.question_sets import Question
+from experiments.question_sets import Question, is_right
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
 from himap_jax.schedule import Schedule
@@ -78,14 +78,10 @@ def make_rows(
   return rows
 
 
-def _same(answer: str | None, other: str | None) -> bool:
-  return answer is not None and other is not None and is_right(answer, other)
-
-
 def _accuracies(
   given: Mapping[str, Sequence[str | None]], questions: Sequence[Question], *, seed: int
 ) -> dict[str, Row]:
-  right = np.array([[_same(a, q.answer) for a, q in zip(own, questions, strict=True)] for own in given.values()])
+  right = np.array([[is_right(a, q.answer) for a, q in zip(own, questions, strict=True)] for own in given.values()])
   by_type = accuracy_by_type(right, [question.type for question in questions])
   accuracy, difference = bootstrap_intervals(right, seed=seed)
   mean = right.mean(axis=1)
@@ -100,7 +96,7 @@ def _accuracies(
       "difference_low": float(difference[index, 0]),
       "difference_high": float(difference[index, 1]),
       **{f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()},
-      "agreement": float(np.mean([_same(a, b) for a, b in zip(own, given[REFERENCE], strict=True)])),
+      "agreement": float(np.mean([is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)])),
     }
     for index, (label, own) in enumerate(given.items())
   }
@@ -121,7 +117,7 @@ def _tokens(schedule: Schedule, own: flops.Costs, num_layers: int) -> Row:
 def _costs(own: flops.Costs, plain: flops.Costs) -> Row:
   return {
     "image_token_flops": own.image_tokens / plain.image_tokens,
-    "all_token_flops": own.decoder / plain.decoder,
+    "all_token_flops": (own.decoder + own.scoring) / plain.decoder,
     "scoring_share": own.scoring / own.prefill,
     "cache": own.cache_bytes / plain.cache_bytes,
     "cache_bytes": own.cache_bytes,
@@ -153,6 +149,7 @@ def readable_columns(rows: Sequence[Row]) -> list[Column]:
     Column("tokens_in", "image tokens in", "number"),
     Column("tokens_out", "out", "number"),
     Column("tokens_updated", "updated", "number"),
+    *([Column("errors", "errors", "number")] if any(row.get("errors") for row in rows) else []),
     Column("accuracy", "accuracy", "percent"),
     Column("accuracy_interval", "95% interval", "text"),
     Column("difference", "difference to none", "percent"),
@@ -160,7 +157,7 @@ def readable_columns(rows: Sequence[Row]) -> list[Column]:
     *(Column(f"{BY_TYPE}{type}", type, "percent") for type in types_of(rows)),
     Column("agreement", "agrees with none", "percent"),
     Column("image_token_flops", "FLOPs, image tokens (Eq. 10)", "percent"),
-    Column("all_token_flops", "FLOPs, all tokens", "percent"),
+    Column("all_token_flops", "FLOPs, all tokens and scoring", "percent"),
     Column("scoring_share", "scoring in prefill FLOPs", "percent"),
     Column("cache", "cache", "percent"),
     Column("cache_mib", "cache, MiB", "number"),

@@ -84,9 +84,10 @@ def _entry(name: str, has_class_token: bool) -> Method:
 
 
 def _check_combination(method: str, entries: list[Method]) -> None:
-  kinds = [entry.prune_layers == (0,) for entry in entries]
-  if kinds != [True, False] or entries[1].freezes or not entries[1].criteria:
-    before = [name for name, entry in METHODS.items() if entry.prune_layers == (0,)]
+  first, second = entries[0], entries[1]
+  can_be = first.criteria and first.acts != "inside" and second.criteria and second.acts != "before"
+  if len(entries) > 2 or not can_be:
+    before = [name for name, entry in METHODS.items() if entry.criteria and entry.acts != "inside"]
     raise ValueError(
       f"method {method!r}: two methods combine as one that acts before the decoder ({', '.join(before)}) + one that "
       "prunes inside it"
@@ -107,7 +108,7 @@ def _of_depth(value, num_layers: int) -> tuple:
 
 
 def _criteria(method: str, entries: list[Method], num_stages: int) -> list:
-  """The function of every stage; a method's single function serves as many stages as there are."""
+  """The criterion of every stage; a method's single one serves as many stages as there are."""
   criteria = list(entries[0].criteria) if len(entries) > 1 else []
   own = entries[-1].criteria
   num_own = num_stages - len(criteria)
