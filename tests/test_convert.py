@@ -602,4 +602,6 @@ def test_command(clip, expected, tmp_path):
   assert_same_trees(flat_params(tmp_path / "target"), expected)
   refused = run_command(f"--source={tmp_path}", f"--target={tmp_path / 'other'}")
   assert refused.returncode == 2
-  assert refused.stderr.strip().splitlines()[-1].startswith("checkpoints_convert: ") and "Traceback" not in refused.stderr
+  assert (
+    refused.stderr.strip().splitlines()[-1].startswith("checkpoints_convert: ") and "Traceback" not in refused.stderr
+  )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments import align_projector, cutouts, scene_packages, scenes
+from experiments import align_projector, cutouts, demo_data, scene_packages, scenes
 from experiments.cutouts import COLOUR_NAMES, KINDS, Cutout
 
 NUM_SCENES = 60
@@ -126,6 +126,21 @@ def test_one_of_a_kind_is_asked_for_less_often_than_it_is_there(drawn):
   asked = [question.answer for _, questions in drawn for question in questions["number"]]
   assert asked.count("1") < 0.6 * sum(alone)
   assert len([answer for answer in asked if answer not in ("0", "1")]) == len(alone) - sum(alone)
+
+
+def test_lists_name_everything_in_order_and_in_its_place(drawn):
+  thirds = {"left": 0, "middle": 1, "right": 2, "top": 0, "bottom": 2}
+  for scene, _ in drawn:
+    (across, down), (places,) = demo_data.lists(scene)
+    boxes = {thing.box: thing.cutout.kind for thing in scene.things}
+    for (question, answer), axis in ((across, 0), (down, 1)):
+      assert question.endswith(("from left to right?", "from top to bottom?")[axis])
+      assert answer.split(", ") == [boxes[box] for box in sorted(boxes, key=lambda box: box[axis] + box[axis + 2])]
+    for part, box in zip(places[1].split(", "), sorted(boxes, key=lambda box: box[0] + box[2]), strict=True):
+      kind, horizontal, vertical = part.split()
+      assert kind == boxes[box]
+      for word, low, high in ((horizontal, box[0], box[2]), (vertical, box[1], box[3])):
+        assert thirds[word] == int(3 * (low + high) / 2)
 
 
 def test_the_same_seed_gives_the_same_scene(pictures, drawn):
