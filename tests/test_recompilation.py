@@ -45,7 +45,7 @@ def test_prefill_is_traced_once(checkpoints, loaded, images):
 def test_batches_of_one_bucket(loaded, images, compilations):
   model = loaded(NAME, batch_size=2)
   schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(10, 5))
-  processor = Processor(model.processor, model.config, template="<image>{question}", buckets=(32,), max_new_tokens=3)
+  processor = Processor(model.processor, model.config, template="<image>{question}:", buckets=(32,), max_new_tokens=3)
   generator = Generator(model, schedule, max_new_tokens=3)
 
   def run(pictures, questions):
