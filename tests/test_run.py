@@ -549,6 +549,7 @@ class TestProcesses:
     flagfile.write_text("# a comment\n" + "".join(f"--{name}={value}\n" for name, value in values.items()))
     arguments = (f"--flagfile={flagfile}",)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a background job's child ignores it too
     interrupted = start(*arguments, cache=cache)
     wait_for_lines(interrupted, config.output, 2)
     interrupted.send_signal(signal.SIGINT)
