@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import IO
 
 import numpy as np
 from flax import traverse_util
@@ -73,7 +73,7 @@ def locked(target: pathlib.Path) -> Iterator[None]:
     except BlockingIOError:
       print(f"waiting for the process that is writing {target}", file=sys.stderr)
       fcntl.flock(file, fcntl.LOCK_EX)
-    if _is_still(file, path):
+    if is_still(file, path):
       break
     file.close()
   try:
@@ -83,8 +83,8 @@ def locked(target: pathlib.Path) -> Iterator[None]:
     file.close()
 
 
-def _is_still(file: Any, path: pathlib.Path) -> bool:
-  """Whether `path` is the file that was locked: its last holder removes it."""
+def is_still(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
+  """Whether `path` is the file that was locked: its last holder may have removed or replaced it."""
   try:
     return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
   except FileNotFoundError:

@@ -1,5 +1,6 @@
 """What the commands share: values of flags, the persistent compilation cache, messages and exit statuses."""
 
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
-from checkpoints_convert.source import read_json
+from checkpoints_convert.source import read_json, write_json
 from himap_jax import checkpoint
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -46,13 +47,15 @@ def use_compilation_cache(directory: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def check_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str) -> None:
-  """Compares settings with those that were written when the results beside them were begun, where they were.
+def hold_to_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str) -> None:
+  """Writes what the results beside a file depend on or, where the file is there, compares it.
 
   Raises:
-    ValueError: they differ; the message ends with the advice.
+    ValueError: the results were begun with other settings; the message ends with the advice.
   """
+  settings = json.loads(json.dumps(settings))  # as they are read: lists for tuples
   if not path.exists():
+    write_json(path, settings)
     return
   before = read_json(path)
   changed = [

@@ -149,10 +149,8 @@ def from_hf(fields: dict[str, Any], *, where: str = "config.json") -> LlavaConfi
       raise ValueError(f"{where}: vision_feature_layer {layer} is out of range for a tower of {depth} layers")
   if not any(layer % (depth + 1) for layer in layers):
     raise ValueError(f"{where}: vision_feature_layer {layers} names no layer of the tower")
-  vision, text = (
-    _vision(complete.vision_config, where),
-    _text(complete.text_config, fields.get("tie_word_embeddings"), where),
-  )
+  vision = _vision(complete.vision_config, where)
+  text = _text(complete.text_config, fields.get("tie_word_embeddings"), where)
   for name in (vision.hidden_act, text.hidden_act, complete.projector_hidden_act):
     _require(name in ACTIVATIONS, where, "activation", name, tuple(ACTIVATIONS))
   return LlavaConfig(

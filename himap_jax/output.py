@@ -8,6 +8,8 @@ import stat
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, BinaryIO, NamedTuple, Self
 
+from checkpoints_convert.store import is_still
+
 _REQUIRED = frozenset({"id", "answer", "error"})
 
 
@@ -199,7 +201,7 @@ def _open_locked(path: str | os.PathLike[str]) -> BinaryIO:
     raise ValueError(f"another run is writing the output {path}") from error
   except OSError:
     pass  # A file system without locks: the run goes on unguarded.
-  if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+  if not is_still(file, path):
     file.close()
     raise ValueError(f"another run is writing the output {path}")
   return file

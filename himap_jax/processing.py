@@ -98,8 +98,8 @@ class Processor:
     A question that has an `<image>` of its own says where the picture stands; otherwise the template does.
 
     Raises:
-      ValueError: not exactly one `<image>` in the prompt, nothing after it, a prompt longer than the model's context, or a picture too
-        long and narrow, or too large, to be resized.
+      ValueError: not exactly one `<image>` in the prompt, nothing after it, a prompt longer than the model's context, or a
+        picture too long and narrow, or too large, to be resized.
     """
     text = self.prompt(question)
     count = text.count(IMAGE_TAG)

@@ -224,9 +224,12 @@ def run(config: RunConfig) -> int:
       prune_layers=config.prune_layers,
       keep=config.keep,
     )
-    settings = config.output.with_name(f"{config.output.name}.settings.json")
+    settings, settings_path = (
+      _settings(config, schedule),
+      config.output.with_name(f"{config.output.name}.settings.json"),
+    )
     if writer.answered:
-      command.check_settings(settings, _settings(config, schedule), "use another --output, or --noresume to replace it")
+      command.hold_to_settings(settings_path, settings, "use another --output, or --noresume to replace it")
     loaded = opened.restore(dtype=command.DTYPES[config.dtype], shardings=sharding.replicated(mesh))
     generator = Generator(
       loaded,
@@ -237,7 +240,7 @@ def run(config: RunConfig) -> int:
       ignore_eos=config.ignore_eos,
     )
     if not writer.answered:
-      write_json(settings, _settings(config, schedule))
+      write_json(settings_path, settings)
     summary = inference.answer_all(
       prompts,
       processor,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from checkpoints_convert.source import fingerprint, write_json
+from checkpoints_convert.source import fingerprint
 from experiments import question_sets
 from experiments.compare import examples, plots, report, strips, tables
 from experiments.compare.grid import Cell, make_cells
@@ -55,7 +55,7 @@ def settings_of(config: StudyConfig, directory: pathlib.Path, questions: Sequenc
   rows = json.dumps([[q.id, str(q.image.absolute()), q.question, q.answer, q.type, q.guess] for q in questions])
   names = ("checkpoint", "dtype", "question_set", "num_questions", "seed", "max_new_tokens", "prompt_template")
   names += ("batch_size", "prompt_buckets", "timing_batch_size", "timing_new_tokens", "timing_repeats")
-  return json.loads(json.dumps({name: getattr(config, name) for name in names})) | {
+  return {name: getattr(config, name) for name in names} | {
     "fingerprint": fingerprint(directory),
     "questions": hashlib.sha256(rows.encode()).hexdigest(),
   }
@@ -100,11 +100,8 @@ def run(config: StudyConfig) -> list[tables.Row]:
     has_class_token=opened.config.vision.has_class_token,
     ranking=config.shortv_ranking,
   )
-  settings, path = settings_of(config, opened.directory, questions), config.workdir / "settings.json"
-  if path.exists():
-    command.check_settings(path, settings, "use another --workdir")
-  else:
-    write_json(path, settings)
+  settings = settings_of(config, opened.directory, questions)
+  command.hold_to_settings(config.workdir / "settings.json", settings, "use another --workdir")
   mesh = sharding.make_mesh(math.gcd(config.batch_size, config.timing_batch_size))
   runner = Runner(
     opened,
