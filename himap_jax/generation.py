@@ -191,7 +191,7 @@ class Generator:
       inputs: the batch.
       row_ids: one a row; with the seed they make each row's random key, whatever the batch it is in.
     """
-    keys = jax.vmap(jax.random.key)(np.array([zlib.crc32(f"{self._seed}/{i}".encode()) for i in row_ids], np.uint32))
+    keys = jax.vmap(jax.random.key)(np.array([zlib.crc32(f"{self._seed}/{i!r}".encode()) for i in row_ids], np.uint32))
     keys, sampling_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     inputs, keys, sampling_keys = jax.device_put((inputs, keys, sampling_keys), self._rows)
     prefill_program, decode_program = self._programs(inputs, keys)

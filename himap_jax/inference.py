@@ -148,6 +148,8 @@ def _error_row(error: RowError) -> dict[str, Any]:
 
 
 def _file_name(row_id: str | int) -> str:
-  """The id where it can name a file, else what can of it and a checksum."""
+  """The id where it can name a file, else what can of it and a checksum; `"1"` and `1` have names of their own."""
   name = re.sub(r"[^\w.-]", "_", str(row_id), flags=re.ASCII)[:100]
-  return name if name == str(row_id) else f"{name}-{zlib.crc32(str(row_id).encode()):08x}"
+  if isinstance(row_id, int) or (name == row_id and not re.fullmatch(r"-?\d+", name)):
+    return name
+  return f"{name}-{zlib.crc32(row_id.encode()):08x}"

@@ -35,23 +35,24 @@ class OutputWriter:
         when the first batch is written, so a run that fails before that
         loses nothing.
       retry: ids that are to be answered again where `resume` finds their rows
-        with an error; these rows are taken out.
+        with an error; these rows are taken out when the first batch is
+        written.
 
     Raises:
       ValueError: the path cannot be written, another run is writing it, or
         `resume` finds something other than output rows in it.
     """
+    self._path = path
     self._file = _open_locked(path)
     self._replace = not resume
+    self._retried: set[str | int] = set()
     self.answered = set()
     if resume:
       with contextlib.ExitStack() as stack:
         stack.callback(self.close)
         scan = _repair(self._file, path)
-        failed = scan.failed.intersection(retry)
-        if failed:
-          self._file = _without(self._file, path, failed)
-        self.answered = scan.ids - failed
+        self._retried = scan.failed.intersection(retry)
+        self.answered = scan.ids - self._retried
         stack.pop_all()
 
   def __enter__(self) -> Self:
@@ -80,6 +81,9 @@ class OutputWriter:
     if self._replace:
       self._file.truncate(0)
       self._replace = False
+    if self._retried:
+      self._file = _without(self._file, self._path, self._retried)
+      self._retried = set()
     start = self._file.seek(0, os.SEEK_END)
     try:
       _write_all(self._file, data)
@@ -179,9 +183,9 @@ def _without(file: BinaryIO, path: str | os.PathLike[str], ids: Collection[str |
             _write_all(copy, line)
       os.fsync(copy.fileno())
       os.replace(unfinished, path)
-    except OSError as error:
+    except OSError:
       os.unlink(unfinished)
-      raise _cannot("write", path, error) from error
+      raise
     stack.pop_all()
   file.close()
   return copy

@@ -68,11 +68,14 @@ def test_resume_keeps_rows_and_takes_out_the_errors_that_are_to_be_tried_again(p
   with path.open("a") as file:
     file.write('{"id": "torn')
   with OutputWriter(path, resume=True, retry={"a", "b", 1}) as writer:
-    assert read(path) == [row("a"), failed("c"), row("1")]
+    assert read(path) == [row("a"), failed("b"), failed("c"), failed(1), row("1")]
     assert writer.answered == {"a", "c", "1"}
     with pytest.raises(ValueError, match="another run is writing"):
       OutputWriter(path, resume=True)
     writer.write([row("b")])
+    assert read(path) == [row("a"), failed("c"), row("1"), row("b")]
+    with pytest.raises(ValueError, match="another run is writing"):
+      OutputWriter(path, resume=True)
   assert read(path) == [row("a"), failed("c"), row("1"), row("b")]
   assert sorted(os.listdir(path.parent)) == [path.name]
 
@@ -86,8 +89,8 @@ def test_rows_with_errors_survive_a_disk_that_is_full(path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(os, "fsync", full)
-    with pytest.raises(ValueError, match="No space left"):
-      OutputWriter(path, resume=True, retry={"b"})
+    with OutputWriter(path, resume=True, retry={"b"}) as writer, pytest.raises(OSError, match="No space left"):
+      writer.write([row("b")])
   assert path.read_bytes() == before and os.listdir(path.parent) == [path.name]
   OutputWriter(path, resume=True).close()
 

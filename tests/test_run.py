@@ -206,6 +206,9 @@ class TestAnswers:
     rows = list(map(json.loads, config.prompts.read_text().splitlines()))
     write_rows(config.prompts, rows[::-1])
     assert answers_of(config, seed=1) == expected
+    write_rows(config.prompts, [rows[0] | {"id": 7}, rows[0] | {"id": "7"}])
+    assert len({tuple(row["token_ids"]) for row in answers_of(config, seed=1).values()}) == 2
+    write_rows(config.prompts, rows)
     other = answers_of(config, seed=2)
     assert sum(other[row_id] != row for row_id, row in expected.items()) >= 3
 
@@ -322,7 +325,7 @@ class TestBadRows:
     assert all(again[row_id] == rows[row_id] for row_id in again)
 
   def test_picture_names(self, config, tmp_path):
-    ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]
+    ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7, "7"]
     write_rows(config.prompts, [{"id": i, "image": "0.png", "question": "Why?"} for i in ids])
     assert command.run(changed(config, pictures=tmp_path / "pictures")) == 0
     names = [path.name for path in (tmp_path / "pictures").iterdir()]
