@@ -101,6 +101,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       emit=frozenset(),
       resume=True,
       strict=False,
+      profile_dir=None,
       compilation_cache_dir=command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir),
     )
   )

@@ -83,8 +83,9 @@ def decode(
 
   def step(state: DecodeState) -> DecodeState:
     positions = (next_position + state.step - 1)[:, None]
-    x, caches = bound.language_model.extend(state.last[:, None], positions, state.caches, model.dtype)
-    token = choose(sampling, bound.logits(x)[:, 0], keys, state.step)
+    with jax.named_scope("decode"):
+      x, caches = bound.language_model.extend(state.last[:, None], positions, state.caches, model.dtype)
+      token = choose(sampling, bound.logits(x)[:, 0], keys, state.step)
     token = jnp.where(state.finished, 0, token)
     return DecodeState(
       step=state.step + 1,

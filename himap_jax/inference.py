@@ -5,6 +5,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,7 @@ def answer_all(
   todo = [prompt for prompt in prompts if prompt.id not in writer.answered]
   summary.num_skipped = len(prompts) - len(todo)
   with tqdm(total=len(todo), unit="row", disable=None) as progress:
-    for group in _batches(todo, processor, image_dir=image_dir, batch_size=batch_size):
+    for group in _ahead(_batches(todo, processor, image_dir=image_dir, batch_size=batch_size)):
       if isinstance(group, RowError):
         rows = [_error_row(group)]
       else:
@@ -90,6 +91,15 @@ def _batches(
     if len(group) == batch_size:
       yield waiting.pop(processor.bucket(example))
   yield from waiting.values()
+
+
+def _ahead(items: Iterator[RowError | Group]) -> Iterator[RowError | Group]:
+  """The same items; the next one is made by a thread while the one before it is in use."""
+  with ThreadPoolExecutor(max_workers=1) as thread:
+    following = thread.submit(next, items, None)
+    while (item := following.result()) is not None:
+      following = thread.submit(next, items, None)
+      yield item
 
 
 def _answer(
@@ -148,8 +158,6 @@ def _error_row(error: RowError) -> dict[str, Any]:
 
 
 def _file_name(row_id: str | int) -> str:
-  """The id where it can name a file, else what can of it and a checksum; `"1"` and `1` have names of their own."""
+  """The id where it can name a file, else what can of it and a checksum."""
   name = re.sub(r"[^\w.-]", "_", str(row_id), flags=re.ASCII)[:100]
-  if isinstance(row_id, int) or (name == row_id and not re.fullmatch(r"-?\d+", name)):
-    return name
-  return f"{name}-{zlib.crc32(row_id.encode()):08x}"
+  return name if name == str(row_id) else f"{name}-{zlib.crc32(str(row_id).encode()):08x}"

@@ -16,6 +16,7 @@ from himap_jax.layout import Layout, put_image_tokens
 from himap_jax.llava import Inputs, Llava
 from himap_jax.method import Selection, View
 from himap_jax.schedule import Schedule
+from himap_jax.vision import TowerOutput
 
 
 @flax.struct.dataclass
@@ -48,8 +49,21 @@ def prefill(
     schedule: stages; static.
     num_new_slots: room for decoded tokens in the caches; static.
   """
+  embedded = model.bind({"params": params}).embed(inputs)
+  return prefill_embedded(model, params, embedded, keys, schedule, num_new_slots)
+
+
+def prefill_embedded(
+  model: Llava,
+  params: Any,
+  embedded: tuple[Float[Array, "B S D"], Layout, TowerOutput],
+  keys: Key[Array, "B"],
+  schedule: Schedule,
+  num_new_slots: int,
+) -> Prefill:
+  """`prefill` of prompts that `Llava.embed` has embedded already."""
   bound = model.bind({"params": params})
-  x, layout, tower = bound.embed(inputs)
+  x, layout, tower = embedded
   embeddings, embedded_layout = x, layout
   positions, next_position = _positions(layout, x.shape[1]), layout.length
   original = jnp.broadcast_to(
@@ -57,14 +71,15 @@ def prefill(
   )
   caches, kept = [], []
   for segment in schedule.segments(model.config.text.num_hidden_layers, layout.num_image_tokens):
-    x, projections = bound.language_model(
-      x,
-      positions,
-      first=segment.first,
-      last=segment.last,
-      partial_layers=frozenset(schedule.frozen_layers),
-      updated_slots=layout.text_slots(x.shape[1]) if schedule.frozen_layers else None,
-    )
+    with jax.named_scope(f"prefill_layers_{segment.first}_to_{segment.last}"):
+      x, projections = bound.language_model(
+        x,
+        positions,
+        first=segment.first,
+        last=segment.last,
+        partial_layers=frozenset(schedule.frozen_layers),
+        updated_slots=layout.text_slots(x.shape[1]) if schedule.frozen_layers else None,
+      )
     if projections:
       caches.append(
         cache.from_prefill(
@@ -86,8 +101,10 @@ def prefill(
           project=bound.multi_modal_projector,
           keys=keys,
         )
-        selection = segment.stage.criterion.select(view, segment.stage.keep)
-        x, positions, layout = apply(selection, x, positions, layout)
+        with jax.named_scope("score"):
+          selection = segment.stage.criterion.select(view, segment.stage.keep)
+        with jax.named_scope("gather"):
+          x, positions, layout = apply(selection, x, positions, layout)
         original = jnp.take_along_axis(original, selection.kept, axis=1)
       kept.append(original)
       if segment.last == 0:  # the decoder never saw the other tokens: its positions are without gaps

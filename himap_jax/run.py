@@ -16,6 +16,7 @@ import pathlib
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags
 
 from checkpoints_convert.source import write_json
@@ -81,6 +82,11 @@ _RESUME = flags.DEFINE_bool(
   "resume", True, "Skip prompts that the output already answers; rows with an error are tried again."
 )
 _STRICT = flags.DEFINE_bool("strict", False, "Exit with a non-zero status when a row has an error.")
+_PROFILE_DIR = flags.DEFINE_string(
+  "profile_dir",
+  None,
+  "Directory for a JAX profiler trace of the batches, for TensorBoard or Perfetto; use few prompts.",
+)
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir",
   None,
@@ -111,6 +117,7 @@ class RunConfig:
   emit: frozenset[str]
   resume: bool
   strict: bool
+  profile_dir: pathlib.Path | None
   compilation_cache_dir: str
 
 
@@ -151,6 +158,7 @@ def config_from_flags() -> RunConfig:
     emit=frozenset(_EMIT.value),
     resume=_RESUME.value,
     strict=_STRICT.value,
+    profile_dir=pathlib.Path(_PROFILE_DIR.value) if _PROFILE_DIR.value else None,
     compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   )
 
@@ -200,6 +208,8 @@ def run(config: RunConfig) -> int:
   _make_directory("output", config.output.parent)
   if config.pictures is not None:
     _make_directory("pictures", config.pictures)
+  if config.profile_dir is not None:
+    _make_directory("profile_dir", config.profile_dir)
   with _open_output(config, retry={prompt.id for prompt in prompts}) as writer:
     command.use_compilation_cache(config.compilation_cache_dir)
     mesh = sharding.make_mesh(config.batch_size)
@@ -241,16 +251,17 @@ def run(config: RunConfig) -> int:
     )
     if not writer.answered:
       write_json(settings_path, settings)
-    summary = inference.answer_all(
-      prompts,
-      processor,
-      generator,
-      writer,
-      image_dir=config.image_dir,
-      batch_size=config.batch_size,
-      emit=config.emit,
-      pictures=config.pictures,
-    )
+    with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
+      summary = inference.answer_all(
+        prompts,
+        processor,
+        generator,
+        writer,
+        image_dir=config.image_dir,
+        batch_size=config.batch_size,
+        emit=config.emit,
+        pictures=config.pictures,
+      )
     report.print_summary(summary, generator, schedule, loaded.config, processor, method=config.method)
   return 1 if config.strict and summary.num_errors else 0
 

@@ -34,7 +34,7 @@ PRUNE_LAYERS, KEEP = (2, 4), (8, 3)
 FLAGS = (
     "checkpoint", "prompts", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "dtype", "emit", "[no]resume",
-    "compilation_cache_dir", "[no]strict", "pictures",
+    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir",
 )  # fmt: skip
 QUESTIONS = {
   "a": "What is it?",
@@ -77,6 +77,7 @@ def config(tmp_path, loaded, cache, images):
     image_dir=tmp_path,
     output=tmp_path / "output.jsonl",
     pictures=None,
+    profile_dir=None,
     method="himap",
     prune_layers=PRUNE_LAYERS,
     keep=KEEP,
@@ -196,6 +197,14 @@ class TestAnswers:
     assert [row["kept"] for row in rows.values()] == [[]] * 4
     kept_all = answers_of(config, keep=(N, N))
     assert {row["id"]: row["answer"] for row in rows.values()} == {i: row["answer"] for i, row in kept_all.items()}
+
+  def test_profile(self, config, tmp_path):
+    command.run(changed(config, profile_dir=tmp_path / "profile"))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    profile = trace.read_bytes()
+    scopes = ("vision_tower", "projector", "prefill_layers_0_to_2", "prune_before_layer_2/score")
+    for scope in (*scopes, "prune_before_layer_4/gather", "prefill_layers_4_to_6", "decode/"):
+      assert scope.encode() in profile, scope
 
   def test_sampling_is_the_seed_s_alone(self, config):
     config = changed(
@@ -325,7 +334,7 @@ class TestBadRows:
     assert all(again[row_id] == rows[row_id] for row_id in again)
 
   def test_picture_names(self, config, tmp_path):
-    ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7, "7"]
+    ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]
     write_rows(config.prompts, [{"id": i, "image": "0.png", "question": "Why?"} for i in ids])
     assert command.run(changed(config, pictures=tmp_path / "pictures")) == 0
     names = [path.name for path in (tmp_path / "pictures").iterdir()]

@@ -1,0 +1,83 @@
+"""Times prefill, decode and whole examples against PyTorch, side by side in one run.
+
+    python -m experiments.benchmark --flagfile=experiments/flags/benchmark_demo.flags
+
+Every side runs in a process of its own on the same random weights, and they take turns. Stopped at any time, the same command
+goes on with the scenarios that have not been measured. Needs PyTorch: `pip install -e '.[test]'`.
+"""
+
+import itertools
+import pathlib
+import platform
+import sys
+
+from absl import app, flags
+
+from experiments.benchmark import study, tables
+from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from himap_jax import command, methods
+
+_GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Whose sizes.")
+_INSTRUCTION_TOKENS = flags.DEFINE_list("instruction_tokens", ["60"], "Text tokens after the image.")
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Rows.")
+_NEW_TOKENS = flags.DEFINE_list("new_tokens", ["1", "32"], "Tokens generated.")
+_SIDES = flags.DEFINE_list(
+  "sides",
+  ["none", "himap", "fastv", "transformers", "authors", "authors_cache"],
+  "Our methods; transformers in PyTorch; the HiMAP authors' algorithm in PyTorch, without and with a cache.",
+)
+_TURNS = flags.DEFINE_integer("turns", 5, "How many turns each side takes.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "benchmark_work", "What was measured; a second start goes on from it.")
+_OUTPUT = flags.DEFINE_string("output", "benchmark_output", "Directory of the tables.")
+_WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Where the random weights lie while it runs.")
+
+OTHER_SIDES = ("transformers", "authors", "authors_cache")
+
+
+def main(argv: list[str]) -> None:
+  command.execute("benchmark", argv, run)
+
+
+def run() -> int:
+  """Measures what is missing and writes the tables."""
+  known = (*methods.METHODS, *OTHER_SIDES)
+  for name in _SIDES.value:
+    if name not in known:
+      raise ValueError(f"--sides: {name!r} is none of {', '.join(known)}")
+  sizes = [command.numbers(flag, int) for flag in (_INSTRUCTION_TOKENS, _BATCH_SIZES, _NEW_TOKENS)]
+  if min(itertools.chain(*sizes)) < 1:
+    raise ValueError("--instruction_tokens, --batch_sizes and --new_tokens must be positive")
+  scenarios = [Scenario(_GEOMETRY.value, *each) for each in itertools.product(*sizes)]
+  workdir, output = (pathlib.Path(flag.value).absolute() for flag in (_WORKDIR, _OUTPUT))
+  for directory in (workdir, output):
+    directory.mkdir(parents=True, exist_ok=True)
+  settings = {"geometry": _GEOMETRY.value, "sides": _SIDES.value, "turns": _TURNS.value, "processor": _processor()}
+  command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
+  study.run(
+    _GEOMETRY.value,
+    scenarios,
+    _SIDES.value,
+    turns=_TURNS.value,
+    workdir=workdir,
+    weights_dir=pathlib.Path(_WEIGHTS_DIR.value),
+  )
+  heading = (
+    f"`python -m experiments.benchmark {' '.join(sys.argv[1:])}` on {_processor()}, medians of {_TURNS.value} turns."
+  )
+  tables.write(output, tables.read(workdir, scenarios), heading)
+  print((output / "benchmark.md").read_text(encoding="utf-8"))
+  return 0
+
+
+def _processor() -> str:
+  """The processor's name and how many of its cores the process has."""
+  names = [
+    line.partition(":")[2].strip()
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    if "model name" in line
+  ]
+  return f"{len(names)} cores of {names[0] if names else platform.machine()}"
+
+
+if __name__ == "__main__":
+  app.run(main)

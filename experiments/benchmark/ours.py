@@ -1,0 +1,191 @@
+"""himap_jax's side of a benchmark.
+
+Axes: B batch, S slots, M image tokens here, N query heads, K key heads, H head dim.
+"""
+
+import functools
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmark import side
+from experiments.benchmark.scenarios import NUM_SYSTEM_TOKENS, Scenario
+from experiments.benchmark.weights import Weights
+from himap_jax import sharding
+from himap_jax.checkpoint import LoadedModel
+from himap_jax.config import from_hf
+from himap_jax.decoder import Projections
+from himap_jax.generation import Generator, decode
+from himap_jax.layout import Layout
+from himap_jax.llava import Inputs, Llava, abstract_params
+from himap_jax.method import View
+from himap_jax.methods import build_schedule
+from himap_jax.prefill import apply, prefill_embedded
+from himap_jax.sampling import Sampling
+from himap_jax.schedule import Schedule
+from himap_jax.vision import TowerOutput
+
+DTYPE = jnp.bfloat16
+
+
+class Ours:
+  """One of our methods with its default schedule."""
+
+  def __init__(self, method: str, geometry: dict[str, Any], weights: pathlib.Path):
+    self._config = from_hf(geometry)
+    self._model = Llava(self._config, DTYPE)
+    side_length = self._config.vision.image_size
+    self._num_image_tokens = self._config.num_image_tokens(side_length, side_length)
+    self._schedule = build_schedule(
+      method,
+      num_layers=self._config.text.num_hidden_layers,
+      num_image_tokens=self._num_image_tokens,
+      has_class_token=self._config.vision.has_class_token,
+    )
+    self._mesh = sharding.make_mesh(1)
+    file = Weights(weights)
+    place = functools.partial(jax.device_put, device=sharding.replicated(self._mesh), may_alias=True)
+    self._params = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: place(_values(path[-1].key, leaf.shape, file)), abstract_params(self._config, DTYPE)
+    )
+
+  def prepare(self, scenario: Scenario) -> None:
+    """Compiles the programs of a scenario and makes its inputs."""
+    side.reset_peak_memory()
+    loaded = LoadedModel(self._config, self._params, None, pathlib.Path(), ())
+    self._generator = Generator(loaded, self._schedule, max_new_tokens=scenario.num_new_tokens, ignore_eos=True)
+    self._inputs = self._make_inputs(scenario)
+    self._row_ids = range(scenario.batch_size)
+    self._num_new_tokens = scenario.num_new_tokens
+    model, schedule = self._model, self._schedule
+    keys = jax.random.split(jax.random.key(0), scenario.batch_size)
+    embed = jax.jit(lambda params, inputs: model.bind({"params": params}).embed(inputs))
+    embedded = embed(self._params, self._inputs)
+    self._tower = functools.partial(
+      jax.jit(lambda params, pixels: model.bind({"params": params}).encode_images(pixels)[0]),
+      self._params,
+      self._inputs.pixel_values,
+    )
+    self._prefill = functools.partial(
+      jax.jit(
+        lambda params, embedded, keys: prefill_embedded(model, params, embedded, keys, schedule, self._num_new_tokens)
+      ),
+      self._params,
+      embedded,
+      keys,
+    )
+    self._scoring = functools.partial(
+      jax.jit(functools.partial(_choose, model, schedule)), embedded, self._random_projections(embedded), keys
+    )
+    self.turn()
+
+  def turn(self) -> dict[str, float]:
+    """Runs the tower, the prefill after it, the choosing alone, and a whole example."""
+    figures = {
+      "tower": side.seconds(lambda: jax.block_until_ready(self._tower())),
+      "prefill": side.seconds(lambda: jax.block_until_ready(self._prefill())),
+    }
+    if self._schedule != Schedule():
+      figures["scoring"] = side.seconds(lambda: jax.block_until_ready(self._scoring()))
+    result = self._generator(self._inputs, self._row_ids)
+    figures["example"] = result.prefill_seconds + result.decode_seconds
+    if self._num_new_tokens > 1:
+      figures["decode"] = result.decode_seconds / (self._num_new_tokens - 1)
+    return figures
+
+  def accounting(self) -> dict[str, float]:
+    """Bytes that a decode step reads and writes by XLA's account, and the weights and the cache that it has to read."""
+    out = jax.eval_shape(self._prefill.func, *self._prefill.args)
+    program = jax.jit(
+      lambda params, logits, caches, position, keys: decode(
+        self._model, params, logits, caches, position, keys, max_new_tokens=2, sampling=Sampling(), eos_token_ids=()
+      ),
+      donate_argnums=2,
+    )
+    keys = jax.random.split(jax.random.key(0), len(self._row_ids))
+    compiled = program.lower(self._params, out.logits, out.caches, out.next_position, keys).compile()
+    read = {name: self._params[name] for name in ("language_model", "lm_head") if name in self._params}
+    if "lm_head" in read:
+      read["language_model"] = {k: v for k, v in read["language_model"].items() if k != "embed_tokens"}
+    return {
+      "decode_bytes": compiled.cost_analysis()["bytes accessed"],
+      "decode_bytes_needed": sum(x.nbytes for x in jax.tree.leaves(read))
+      + sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(out.caches)),
+    }
+
+  def peak_bytes(self) -> int:
+    """Of the accelerator, or of the process where there is none."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else side.peak_memory()
+
+  def _make_inputs(self, scenario: Scenario) -> Inputs:
+    rng = np.random.default_rng(0)
+    batch, num_slots = scenario.batch_size, scenario.num_text_tokens + self._num_image_tokens
+    tokens = rng.integers(2, self._config.text.vocab_size, (batch, num_slots), np.int32)
+    pixels = rng.standard_normal((batch, 3, *[self._config.vision.image_size] * 2), np.float32)
+    return Inputs(
+      tokens=jnp.asarray(tokens),
+      length=jnp.full(batch, num_slots, jnp.int32),
+      image_start=jnp.full(batch, NUM_SYSTEM_TOKENS, jnp.int32),
+      pixel_values=jnp.asarray(pixels),
+    )
+
+  def _random_projections(self, embedded: tuple[jax.Array, Layout, TowerOutput]) -> list[Projections]:
+    """What the layer before each stage would give to score."""
+    text, x = self._config.text, embedded[0]
+    projections = []
+    for segment in self._schedule.segments(text.num_hidden_layers, self._num_image_tokens)[:-1]:
+      removed = self._num_image_tokens - segment.num_image_tokens
+      shape = (x.shape[0], x.shape[1] - removed)
+      query, key = (
+        jax.random.normal(jax.random.key(heads), (*shape, heads, text.head_dim), DTYPE)
+        for heads in (text.num_attention_heads, text.num_key_value_heads)
+      )
+      projections.append(Projections(query=query, key=key, value=key))
+    return projections
+
+
+def _values(name: str, shape: tuple[int, ...], file: Weights) -> np.ndarray:
+  if len(shape) == 1:
+    return np.full(shape, name != "bias", DTYPE)
+  return file.take(shape)
+
+
+def _choose(
+  model: Llava,
+  schedule: Schedule,
+  embedded: tuple[jax.Array, Layout, TowerOutput],
+  projections: list[Projections],
+  keys: jax.Array,
+) -> list[jax.Array]:
+  """The stages of a schedule without the layers between them: which tokens they keep."""
+  x, layout, tower = embedded
+  embeddings, embedded_layout = x, layout
+  positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+  original = jnp.broadcast_to(
+    jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None], (x.shape[0], layout.num_image_tokens)
+  )
+  chosen = []
+  for stage, scored in zip(schedule.stages, projections, strict=True):
+    view = View(
+      layer=stage.layer,
+      x=x,
+      layout=layout,
+      original=original,
+      projections=scored,
+      next_projections=None,
+      embeddings=embeddings,
+      embedded_layout=embedded_layout,
+      tower=tower,
+      project=None,
+      keys=keys,
+    )
+    selection = stage.criterion.select(view, stage.keep)
+    x, positions, layout = apply(selection, x, positions, layout)
+    original = jnp.take_along_axis(original, selection.kept, axis=1)
+    chosen.append(original)
+  return [*chosen, x]

@@ -1,0 +1,61 @@
+"""What is compared: a side runs a scenario, in a process of its own."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from experiments.benchmark.scenarios import Scenario
+
+# Seconds of each: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
+# one decoded token; a whole example from pixels to its last token.
+FIGURES = ("tower", "prefill", "scoring", "decode", "example")
+
+
+class Side(Protocol):
+  """One way to run a scenario. Everything it reports is in seconds or bytes."""
+
+  def prepare(self, scenario: Scenario) -> None:
+    """Compiles what the scenario needs.
+
+    Raises:
+      NotImplementedError: this side cannot run it; the message says why.
+    """
+
+  def turn(self) -> dict[str, float]:
+    """Runs every figure of the prepared scenario once and gives its seconds; some figures may be missing."""
+
+  def accounting(self) -> dict[str, float]:
+    """What is known of the prepared programs without running them."""
+
+  def peak_bytes(self) -> int:
+    """The most memory that the process or its device held since `prepare`, weights included."""
+
+
+def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
+  """Builds a side; only the package that it needs is imported."""
+  if name in ("transformers", "authors", "authors_cache"):
+    from experiments.benchmark import pytorch
+
+    return pytorch.make(name, geometry, weights)
+  from experiments.benchmark.ours import Ours
+
+  return Ours(name, geometry, weights)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+  """Wall time of a call."""
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def reset_peak_memory() -> None:
+  """Has Linux forget this process's largest resident size so far."""
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+  """The largest resident size of this process since `reset_peak_memory`, in bytes."""
+  status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+  return int(status["VmHWM"].split()[0]) << 10

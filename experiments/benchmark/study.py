@@ -1,0 +1,81 @@
+"""Measures scenarios: all sides in turns, one file of results a scenario, and what is measured is not measured again."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import tree
+from tqdm import tqdm
+
+from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from experiments.benchmark.weights import random_file
+from experiments.benchmark.worker import Worker
+from himap_jax.config import from_hf
+from himap_jax.llava import abstract_params
+
+SLACK = 1.1  # transformers' model has a few layers of the tower more than ours
+
+
+def run(
+  geometry: str,
+  scenarios: Sequence[Scenario],
+  sides: Sequence[str],
+  *,
+  turns: int,
+  workdir: pathlib.Path,
+  weights_dir: pathlib.Path,
+) -> None:
+  """Measures the scenarios of one geometry that have not been measured yet.
+
+  Raises:
+    OSError: the weights or the results cannot be written.
+  """
+  todo = [scenario for scenario in scenarios if not result_path(workdir, scenario).exists()]
+  if not todo:
+    return
+  params = abstract_params(from_hf(GEOMETRIES[geometry]), jnp.bfloat16)
+  num_bytes = int(SLACK * sum(2 * math.prod(leaf.shape) for leaf in tree.leaves(params)))
+  with random_file(weights_dir, num_bytes) as weights, contextlib.ExitStack() as stack:
+    workers = {name: stack.enter_context(Worker(name, GEOMETRIES[geometry], weights)) for name in sides}
+    for scenario in tqdm(todo, desc=geometry, unit="scenario", disable=None):
+      result = measure(scenario, workers, turns=turns)
+      path = result_path(workdir, scenario)
+      unfinished = path.with_suffix(".tmp")
+      unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+      os.replace(unfinished, path)
+
+
+def result_path(workdir: pathlib.Path, scenario: Scenario) -> pathlib.Path:
+  """Where a scenario's results are."""
+  return workdir / f"{'-'.join(map(str, dataclasses.astuple(scenario)))}.json"
+
+
+def measure(scenario: Scenario, workers: dict[str, Worker], *, turns: int) -> dict[str, dict[str, Any]]:
+  """For every side the seconds of each figure, turn by turn, or why there are none.
+
+  All sides are prepared first; then they take turns, A B C A B C, so that a slow minute of the machine meets all.
+  """
+  results: dict[str, dict[str, Any]] = {}
+
+  def attempt(name: str, action: Callable[[Worker], dict[str, Any]]) -> None:
+    if "cannot" not in results[name]:
+      try:
+        results[name] |= action(workers[name])
+      except NotImplementedError as error:
+        results[name] = {"cannot": str(error)}
+
+  for name in workers:
+    results[name] = {"turns": []}
+    attempt(name, lambda worker: {"prepare": worker.prepare(scenario)})
+  for _ in range(turns):
+    for name in workers:
+      attempt(name, lambda worker, name=name: {"turns": [*results[name]["turns"], worker.turn()]})
+  for name in workers:
+    attempt(name, lambda worker: {"peak_bytes": worker.peak_bytes(), **worker.accounting()})
+  return results

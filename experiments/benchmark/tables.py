@@ -1,0 +1,170 @@
+"""From what was measured to tables: medians with their spread, and the ratios that matter."""
+
+import csv
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from experiments.benchmark.side import FIGURES
+from experiments.benchmark.study import result_path
+from himap_jax import flops
+from himap_jax.config import from_hf
+from himap_jax.methods import build_schedule
+from himap_jax.schedule import Schedule
+
+Results = dict[Scenario, dict[str, dict[str, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+  """A figure of one side in units of another's, turn by turn.
+
+  Attributes:
+    name: what is compared.
+    target: the largest value that we hold to.
+    figure: which figure.
+    side: whose, above the line.
+    reference: whose, below it.
+    num_new_tokens: outputs it is meant for; any when None.
+  """
+
+  name: str
+  target: float
+  figure: str
+  side: str
+  reference: str
+  num_new_tokens: int | None = None
+
+
+RATIOS = (
+  Ratio("our vanilla prefill ÷ transformers'", 1.0, "prefill", "none", "transformers"),
+  Ratio("our decode per token ÷ transformers'", 0.85, "decode", "none", "transformers"),
+  Ratio("our HiMAP example ÷ the authors' algorithm", 0.5, "example", "himap", "authors", 1),
+  Ratio("our HiMAP example ÷ the authors' algorithm", 0.1, "example", "himap", "authors", 32),
+  Ratio("our HiMAP example ÷ the authors' algorithm with a cache", 0.9, "example", "himap", "authors_cache"),
+)
+
+
+def read(workdir: pathlib.Path, scenarios: Sequence[Scenario]) -> Results:
+  """What has been measured of the scenarios."""
+  paths = {scenario: result_path(workdir, scenario) for scenario in scenarios}
+  return {scenario: json.loads(path.read_text()) for scenario, path in paths.items() if path.exists()}
+
+
+def seconds(result: dict[str, Any], figure: str) -> list[float]:
+  """A figure, turn by turn; empty where it was not measured."""
+  return [turn[figure] for turn in result.get("turns", ()) if figure in turn]
+
+
+def ratio(results: dict[str, dict[str, Any]], figure: str, side: str, reference: str) -> float | None:
+  """The median over turns of one side's seconds in units of another's in the same turn."""
+  pairs = list(zip(seconds(results.get(side, {}), figure), seconds(results.get(reference, {}), figure), strict=False))
+  return statistics.median(a / b for a, b in pairs) if pairs else None
+
+
+def flops_ratio(scenario: Scenario, method: str) -> float:
+  """The decoder's prefill on all tokens in units of no pruning, the last token's logits included."""
+  config = from_hf(GEOMETRIES[scenario.geometry])
+  num_image_tokens = config.num_image_tokens(*[config.vision.image_size] * 2)
+  schedule = build_schedule(
+    method, num_layers=config.text.num_hidden_layers, num_image_tokens=num_image_tokens, has_class_token=True
+  )
+  pruned, plain = (flops.costs(config, s, num_image_tokens, scenario.num_text_tokens) for s in (schedule, Schedule()))
+  return (pruned.decoder + pruned.head) / (plain.decoder + plain.head)
+
+
+def targets(all_results: Results) -> Iterator[dict[str, Any]]:
+  """Every ratio that we hold to a target, scenario by scenario."""
+  for scenario, results in all_results.items():
+    where = dataclasses.asdict(scenario)
+    pruned = ratio(results, "prefill", "himap", "none")
+    if pruned is not None:
+      target = 1.1 * flops_ratio(scenario, "himap")
+      yield {"ratio": "HiMAP prefill ÷ our vanilla prefill", **where, "measured": pruned, "target": target}
+    scoring, prefill = (seconds(results.get("himap", {}), figure) for figure in ("scoring", "prefill"))
+    if scoring:
+      share = statistics.median(a / b for a, b in zip(scoring, prefill, strict=True))
+      yield {"ratio": "scoring's share of a pruned prefill", **where, "measured": share, "target": 0.01}
+    for held in RATIOS:
+      measured = ratio(results, held.figure, held.side, held.reference)
+      if measured is not None and held.num_new_tokens in (None, scenario.num_new_tokens):
+        yield {"ratio": held.name, **where, "measured": measured, "target": held.target}
+    for name in ("none", "himap"):
+      result = results.get(name, {})
+      if "decode_bytes" in result:
+        measured = result["decode_bytes"] / result["decode_bytes_needed"]
+        yield {"ratio": f"bytes of a decoded token ÷ weights and cache ({name})", **where, "measured": measured} | {
+          "target": 1.15
+        }
+
+
+def figures(all_results: Results) -> Iterator[dict[str, Any]]:
+  """One row a scenario and side: medians, and half the distance between the extremes as the spread."""
+  for scenario, results in all_results.items():
+    for name, result in results.items():
+      row: dict[str, Any] = {**dataclasses.asdict(scenario), "side": name, "turns": len(result.get("turns", ()))}
+      for figure in FIGURES:
+        values = seconds(result, figure)
+        row[figure] = statistics.median(values) if values else None
+        row[f"{figure}_spread"] = (max(values) - min(values)) / 2 if values else None
+      row |= {key: result.get(key) for key in ("prepare", "peak_bytes", "cannot")}
+      yield row
+
+
+def write(output: pathlib.Path, all_results: Results, heading: str) -> None:
+  """Writes `figures.csv`, `targets.csv` and both as Markdown in `benchmark.md`."""
+  rows, held = list(figures(all_results)), list(targets(all_results))
+  for name, table in (("figures", rows), ("targets", held)):
+    with open(output / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+      writer = csv.DictWriter(file, list(table[0]) if table else [])
+      writer.writeheader()
+      writer.writerows(table)
+  text = [heading, "", "## Targets", "", *_targets_markdown(held), "", "## Figures", "", *_figures_markdown(rows)]
+  (output / "benchmark.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+
+
+SCENARIO_COLUMNS = ("geometry", "instruction", "batch", "new tokens")
+
+
+def _scenario(row: dict[str, Any]) -> list[str]:
+  return [str(row[field.name]) for field in dataclasses.fields(Scenario)]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+  return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _targets_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+  rows = sorted(rows, key=lambda row: row["ratio"])
+  cells = [
+    [
+      row["ratio"],
+      *_scenario(row),
+      f"{row['measured']:.3f}",
+      f"{row['target']:.3f}",
+      "yes" if row["measured"] <= row["target"] else "no",
+    ]
+    for row in rows
+  ]
+  return _table(("ratio", *SCENARIO_COLUMNS, "measured", "at most", "met"), cells)
+
+
+def _figures_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+  def cell(row: dict[str, Any], figure: str) -> str:
+    if row[figure] is None:
+      return "–"
+    return f"{1e3 * row[figure]:.4g} ± {1e3 * row[f'{figure}_spread']:.2g}"
+
+  cells = []
+  for row in rows:
+    if row["cannot"]:
+      cells.append([*_scenario(row), row["side"], row["cannot"], *["–"] * (len(FIGURES) + 1)])
+    else:
+      others = [f"{row['prepare']:.1f}", f"{row['peak_bytes'] / 2**30:.1f}"]
+      cells.append([*_scenario(row), row["side"], *(cell(row, figure) for figure in FIGURES), *others])
+  header = (*SCENARIO_COLUMNS, "side", *(f"{figure}, ms" for figure in FIGURES), "compile and warm up, s", "peak, GiB")
+  return _table(header, cells)

@@ -1,0 +1,145 @@
+"""The benchmark: every side runs the same scenario, and PyTorch's side of HiMAP is HiMAP."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import reference_himap
+import tiny_checkpoints
+import torch
+
+from experiments.benchmark import pytorch, scenarios, side, study, tables
+from experiments.benchmark.scenarios import Scenario
+from experiments.benchmark.weights import Weights, random_file
+
+TINY = {
+  "model_type": "llava",
+  "image_token_index": 1,
+  "vision_feature_layer": -2,
+  "vision_feature_select_strategy": "default",
+  "vision_config": tiny_checkpoints.CLIP,
+  "text_config": tiny_checkpoints.LLAMA | {"num_hidden_layers": 10, "num_key_value_heads": 2},
+}
+SCENARIO = Scenario("tiny", num_instruction_tokens=9, batch_size=1, num_new_tokens=3)
+SIDES = ("none", "himap", "transformers", "authors", "authors_cache")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+  with random_file(tmp_path_factory.mktemp("weights"), 1 << 20) as path:
+    yield path
+
+
+def test_weights_lie_in_the_file_and_begin_again_where_it_ends(weights):
+  file = Weights(weights)
+  first, second = file.take((3, 5)), file.take((1 << 18, 1))
+  assert second.ctypes.data - first.ctypes.data == 64
+  assert file.take((1 << 18, 1)).ctypes.data == first.ctypes.data
+  numbers = np.abs(second.astype(np.float32))
+  assert 2**-7 <= numbers.min() < numbers.max() < 2**-6
+  assert abs((second > 0).mean() - 0.5) < 0.01
+  assert jax.device_put(first, jax.devices()[0], may_alias=True).unsafe_buffer_pointer() == first.ctypes.data
+
+
+@pytest.mark.parametrize("name", SIDES)
+def test_a_side_gives_every_figure(name, weights):
+  ran = side.make(name, TINY, weights)
+  ran.prepare(SCENARIO)
+  figures = ran.turn()
+  assert figures.keys() == set(side.FIGURES) - ({"scoring"} if name != "himap" else set())
+  assert min(figures.values()) > 0
+  assert figures["example"] > 2 * figures["decode"]
+  assert ran.peak_bytes() > 1 << 20
+
+
+def test_the_authors_take_one_sequence(weights):
+  ran = side.make("authors", TINY, weights)
+  with pytest.raises(NotImplementedError, match="one sequence"):
+    ran.prepare(Scenario("tiny", 9, 2, 1))
+
+
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_the_authors_algorithm_is_himap(with_cache, weights, monkeypatch):
+  monkeypatch.setattr(pytorch, "DTYPE", torch.float32)
+  monkeypatch.setattr(pytorch.PyTorch, "_values", lambda self, name, shape, file: _amplified(name, shape))
+  ran = pytorch.Authors(TINY, weights, with_cache=with_cache)
+  ran.prepare(Scenario("tiny", 9, 1, 4))
+  eager = pytorch.Authors(TINY, weights, with_cache=False)._model
+  expected, tokens, lead = reference_himap.generate(
+    eager, ran._ids[0], ran._pixels, prune_layers=pytorch.PRUNE_LAYERS, keep=(8, 2), max_new_tokens=4
+  )
+  assert lead > 1e-3 and expected.margin > 1e-5
+  chosen = []
+  extend, run = ran._extend, ran._run
+
+  def note(logits):
+    chosen.append(logits[0].argmax().item())
+    return logits
+
+  ran._run = lambda *arguments: note(run(*arguments))
+  ran._extend = lambda *arguments: note(extend(*arguments))
+  with torch.inference_mode():
+    torch.testing.assert_close(ran._prefill()[0], expected.logits[-1], atol=1e-4, rtol=0)
+    chosen.clear()
+    ran._example()
+  assert chosen == tokens
+
+
+def _amplified(name, shape):
+  if len(shape) < 2:
+    return torch.full(shape, float(not name.endswith("bias")))
+  generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+  return torch.randn(shape, generator=generator) * (2.0 if "proj" in name else 1.0) / shape[-1] ** 0.5
+
+
+def test_decoded_tokens_read_weights_and_cache(weights):
+  ran = side.make("himap", TINY, weights)
+  ran.prepare(SCENARIO)
+  accounting = ran.accounting()
+  text, heads = TINY["text_config"], 2
+  width, ffn, layers = text["hidden_size"], text["intermediate_size"], 10
+  matrices = layers * (2 * width**2 + 2 * width * heads * 12 + 3 * width * ffn) + width * text["vocab_size"]
+  norms = (2 * layers + 1) * width
+  slots = 2 * 16 + 6 * 8 + 2 * 2 + layers * (35 + 9 + 3)
+  cache = 2 * 2 * slots * heads * 12
+  positions = 4 * (16 + 8 + 2 + 3 * (35 + 9 + 3)) + 3 * 4
+  assert accounting["decode_bytes_needed"] == 2 * (matrices + norms) + cache + positions
+  assert accounting["decode_bytes"] > 0.9 * accounting["decode_bytes_needed"]
+
+
+def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
+  monkeypatch.setitem(scenarios.GEOMETRIES, "tiny", TINY)
+  grid = [Scenario("tiny", 9, 2, 1)]
+  for directory in ("work", "output"):
+    (tmp_path / directory).mkdir()
+
+  def run():
+    study.run("tiny", grid, ("himap", "none", "authors"), turns=2, workdir=tmp_path / "work", weights_dir=tmp_path)
+
+  run()
+  before = {path: path.read_bytes() for path in (tmp_path / "work").iterdir()}
+  assert len(before) == 1 and list(tmp_path.glob("himap_jax-weights-*")) == []
+  monkeypatch.setattr(study, "Worker", None)
+  run()
+  assert {path: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
+  result = json.loads(study.result_path(tmp_path / "work", grid[0]).read_text())
+  assert result["authors"] == {"cannot": "one sequence at a time"}
+  assert len(result["himap"]["turns"]) == 2 and "decode" not in result["himap"]["turns"][0]
+  tables.write(tmp_path / "output", tables.read(tmp_path / "work", grid), "What it is.")
+  text = (tmp_path / "output" / "benchmark.md").read_text()
+  assert text.startswith("What it is.") and "HiMAP prefill ÷ our vanilla prefill | tiny | 9 | 2 | 1" in text
+
+
+def test_ratios_are_medians_over_turns():
+  results = {
+    "himap": {"turns": [{"prefill": 1.0}, {"prefill": 2.0}, {"prefill": 9.0}]},
+    "none": {"turns": [{"prefill": 2.0}, {"prefill": 8.0}, {"prefill": 9.0}]},
+    "authors": {"cannot": "no"},
+  }
+  assert tables.ratio(results, "prefill", "himap", "none") == 0.5
+  assert tables.ratio(results, "prefill", "himap", "authors") is None
+  assert tables.ratio(results, "decode", "himap", "none") is None
+  rows = {row["side"]: row for row in tables.figures({SCENARIO: results})}
+  assert rows["himap"]["prefill"] == 2.0 and rows["himap"]["prefill_spread"] == 4.0
+  assert rows["authors"]["prefill"] is None and rows["authors"]["cannot"] == "no"
