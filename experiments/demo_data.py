@@ -58,11 +58,9 @@ class Batch:
   answer_question: Int[Array, "B A"]
 
   def mask(self) -> Bool[Array, "B 1 S S"]:
-    """True where a slot may attend: to earlier slots of the prefix and of its own segment."""
+    """True where a slot may attend beside what causality hides: to the prefix and to its own segment."""
     query, key = self.segments[:, :, None], self.segments[:, None, :]
-    slot = jnp.arange(self.tokens.shape[1])
-    causal = slot[:, None] >= slot[None, :]
-    return (((key == 0) | (key == query)) & causal[None])[:, None]
+    return ((key == 0) | (key == query))[:, None]
 
 
 class Lesson(NamedTuple):

@@ -1,13 +1,22 @@
-"""Scaled dot-product attention.
+"""Scaled dot-product attention: what it computes, and how each platform computes it fastest.
 
-Axes: B batch, S query slots, T key slots, N query heads, K key heads, H head dim.
+Axes: B batch, S query slots, T key slots, N query heads, K key heads, G query heads per key head, H head dim.
 """
 
+from collections.abc import Callable
+
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+# (query, key, value, mask, is_causal) to the context of every query; `K` divides `N`, and the softmax is in float32.
+# `is_causal` hides the keys after a query's own slot, beside what the mask `[B, 1, S, T]` hides.
+Attend = Callable[..., Float[Array, "B S N H"]]
 
-def attend(
+BLOCK = 128  # query slots
+
+
+def by_xla(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
@@ -15,6 +24,50 @@ def attend(
   *,
   is_causal: bool = False,
 ) -> Float[Array, "B S N H"]:
-  """Attention with the softmax in float32; grouped-query when `K` divides `N`."""
-  with jax.numpy_dtype_promotion("standard"):  # JAX's implementation mixes dtypes inside
+  """JAX's own implementation, for any platform."""
+  with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+
+
+def by_blocks(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "B 1 S T"] | None = None,
+  *,
+  is_causal: bool = False,
+) -> Float[Array, "B S N H"]:
+  """For CPU: blocks of queries whose logits stay in the processor's cache, without the keys that causality hides."""
+  blocks = []
+  for first in range(0, query.shape[1], BLOCK):
+    last = min(first + BLOCK, query.shape[1])
+    seen = last if is_causal else key.shape[1]
+    visible = None if mask is None else mask[:, :, first:last, :seen]
+    if is_causal:
+      slot = jnp.arange(seen, dtype=jnp.int32)
+      causal = (slot[None] <= slot[first:last, None])[None, None]
+      visible = causal if visible is None else visible & causal
+    blocks.append(_block(query[:, first:last], key[:, :seen], value[:, :seen], visible))
+  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def _block(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "#B 1 S T"] | None,
+) -> Float[Array, "B S N H"]:
+  batch, slots, num_heads, head_dim = query.shape
+  query = query.reshape(batch, slots, key.shape[2], num_heads // key.shape[2], head_dim)
+  logits = jnp.einsum("BSKGH,BTKH->BKGST", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+  if mask is not None:
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+  context = jnp.einsum("BKGST,BTKH->BSKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  context = context / jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None]
+  return context.astype(value.dtype).reshape(batch, slots, num_heads, head_dim)
+
+
+def of_platform(platform: str) -> Attend:
+  """What a platform (`cpu`, `gpu`, `tpu`) computes attention with."""
+  return {"cpu": by_blocks}.get(platform, by_xla)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax import rope
-from himap_jax.attention import attend
+from himap_jax.attention import Attend, by_xla
 from himap_jax.cache import SegmentCache
 from himap_jax.config import TextConfig
 from himap_jax.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
@@ -91,6 +91,7 @@ class DecoderLayer(nn.Module):
   """One layer: over a whole sequence when called, over a cache by `extend`."""
 
   config: TextConfig
+  attend: Attend
 
   def setup(self) -> None:
     self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
@@ -102,7 +103,7 @@ class DecoderLayer(nn.Module):
     self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
   ) -> tuple[Float[Array, "B S D"], Projections]:
     projections = self.self_attn.project(self.input_layernorm(x), rotation)
-    context = attend(projections.query, projections.key, projections.value, mask, is_causal=mask is None)
+    context = self.attend(projections.query, projections.key, projections.value, mask, is_causal=True)
     return self._finish(x, context), projections
 
   def project(self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]) -> Projections:
@@ -118,7 +119,7 @@ class DecoderLayer(nn.Module):
     """Runs the layer for some slots, which attend causally to all; the rest keep their hidden states."""
     projections = self.project(x, rotation, slots)
     mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
-    context = attend(projections.query, projections.key, projections.value, mask)
+    context = self.attend(projections.query, projections.key, projections.value, mask)
     updated = self._finish(_take_slots(x, slots), context)
     return x.at[jnp.arange(x.shape[0])[:, None], slots].set(updated), projections
 
@@ -134,7 +135,7 @@ class DecoderLayer(nn.Module):
     new = self.self_attn.project(self.input_layernorm(x), rotation)
     keys = jax.lax.dynamic_update_slice_in_dim(keys, new.key, slot, axis=1)
     values = jax.lax.dynamic_update_slice_in_dim(values, new.value, slot, axis=1)
-    return self._finish(x, attend(new.query, keys, values, mask)), keys, values
+    return self._finish(x, self.attend(new.query, keys, values, mask)), keys, values
 
   def _finish(self, x: Float[Array, "B S D"], context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
     x = x + self.self_attn.output(context)
@@ -145,10 +146,11 @@ class Decoder(nn.Module):
   """The language model without its head."""
 
   config: TextConfig
+  attend: Attend = by_xla
 
   def setup(self) -> None:
     self.embed_tokens = Embedding(self.config.vocab_size, self.config.hidden_size)
-    self.layers = [DecoderLayer(self.config) for _ in range(self.config.num_hidden_layers)]
+    self.layers = [DecoderLayer(self.config, self.attend) for _ in range(self.config.num_hidden_layers)]
     self.norm = RMSNorm(self.config.rms_norm_eps)
 
   def __call__(
@@ -169,7 +171,7 @@ class Decoder(nn.Module):
       positions: rotary positions.
       first: the first layer to run.
       last: one past the last.
-      mask: true where a query slot (row) may attend to a key slot; causal by slot when absent.
+      mask: true where a query slot (row) may attend to a key slot; no slot attends to later ones in any case.
       partial_layers: layers that update only `updated_slots`.
       updated_slots: the slots that partial layers update.
 

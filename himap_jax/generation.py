@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from PIL import Image
 
-from himap_jax import sharding
+from himap_jax import attention, sharding
 from himap_jax.cache import SegmentCache
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.llava import Inputs, Llava
@@ -158,8 +158,9 @@ class Generator:
       raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}")
     self._params = loaded.params
     leaf = jax.tree.leaves(loaded.params)[0]
-    self._model = Llava(loaded.config, leaf.dtype)
-    self._rows = sharding.rows(leaf.sharding.mesh)
+    mesh = leaf.sharding.mesh
+    self._model = Llava(loaded.config, leaf.dtype, attention.of_platform(mesh.devices.flat[0].platform))
+    self._rows = sharding.rows(mesh)
     self._seed = seed
     eos_token_ids = () if ignore_eos else loaded.eos_token_ids
     self._compiled = _programs_of(self._model, schedule, max_new_tokens, sampling, eos_token_ids, self._rows)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from himap_jax.attention import Attend, by_xla
 from himap_jax.config import LlavaConfig
 from himap_jax.decoder import Decoder
 from himap_jax.layout import Layout, put_image_tokens
@@ -48,16 +49,25 @@ class Projector(nn.Module):
 
 
 class Llava(nn.Module):
-  """The model; it computes in `dtype`, softmax, norms, products and logits accumulating in float32."""
+  """The model; it computes in `dtype`, softmax, norms, products and logits accumulating in float32.
+
+  Attributes:
+    config: the model's sizes.
+    dtype: of hidden states and of the weights in products.
+    attend: how attention is computed; see `attention.of_platform`.
+  """
 
   config: LlavaConfig
   dtype: Any = jnp.bfloat16
+  attend: Attend = by_xla
 
   def setup(self) -> None:
     config = self.config
-    self.vision_tower = VisionTower(config.vision, config.vision_feature_layers, config.vision_feature_select_strategy)
+    self.vision_tower = VisionTower(
+      config.vision, config.vision_feature_layers, config.vision_feature_select_strategy, self.attend
+    )
     self.multi_modal_projector = Projector(config)
-    self.language_model = Decoder(config.text)
+    self.language_model = Decoder(config.text, self.attend)
     if not config.text.tie_word_embeddings:
       self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size)
 

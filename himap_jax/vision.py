@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from himap_jax.attention import attend
+from himap_jax.attention import Attend
 from himap_jax.config import VisionConfig
 from himap_jax.linear import ACTIVATIONS, Embedding, LayerNorm, Linear
 
@@ -112,6 +112,7 @@ class ClipAttention(nn.Module):
   """Self-attention of CLIP and SigLIP."""
 
   config: VisionConfig
+  attend: Attend
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
@@ -119,7 +120,7 @@ class ClipAttention(nn.Module):
     query, key, value = (
       _heads(Linear(width, use_bias=True, name=name)(x), heads) for name in ("q_proj", "k_proj", "v_proj")
     )
-    y = Linear(width, use_bias=True, name="out_proj")(attend(query, key, value).reshape(x.shape))
+    y = Linear(width, use_bias=True, name="out_proj")(self.attend(query, key, value).reshape(x.shape))
     return y, (query, key)
 
 
@@ -127,11 +128,12 @@ class ClipLayer(nn.Module):
   """An encoder layer of CLIP and SigLIP."""
 
   config: VisionConfig
+  attend: Attend
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     epsilon = self.config.layer_norm_eps
-    y, query_key = ClipAttention(self.config, name="self_attn")(LayerNorm(epsilon, name="layer_norm1")(x))
+    y, query_key = ClipAttention(self.config, self.attend, name="self_attn")(LayerNorm(epsilon, name="layer_norm1")(x))
     x = x + y
     return x + FeedForward(self.config, name="mlp")(LayerNorm(epsilon, name="layer_norm2")(x)), query_key
 
@@ -160,10 +162,11 @@ class DinoAttention(nn.Module):
   """Attention with the names of a DINOv2 checkpoint."""
 
   config: VisionConfig
+  attend: Attend
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
-    y, query_key = DinoSelfAttention(self.config, name="attention")(x)
+    y, query_key = DinoSelfAttention(self.config, self.attend, name="attention")(x)
     return DinoOutput(self.config, name="output")(y), query_key
 
 
@@ -171,6 +174,7 @@ class DinoSelfAttention(nn.Module):
   """Self-attention of DINOv2 before its output layer."""
 
   config: VisionConfig
+  attend: Attend
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
@@ -178,7 +182,7 @@ class DinoSelfAttention(nn.Module):
     query, key, value = (
       _heads(Linear(width, use_bias=self.config.qkv_bias, name=name)(x), heads) for name in ("query", "key", "value")
     )
-    return attend(query, key, value).reshape(x.shape), (query, key)
+    return self.attend(query, key, value).reshape(x.shape), (query, key)
 
 
 class DinoOutput(nn.Module):
@@ -204,11 +208,12 @@ class DinoLayer(nn.Module):
   """An encoder layer of DINOv2."""
 
   config: VisionConfig
+  attend: Attend
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     epsilon = self.config.layer_norm_eps
-    y, query_key = DinoAttention(self.config, name="attention")(LayerNorm(epsilon, name="norm1")(x))
+    y, query_key = DinoAttention(self.config, self.attend, name="attention")(LayerNorm(epsilon, name="norm1")(x))
     x = x + LayerScale(name="layer_scale1")(y)
     y = FeedForward(self.config, name="mlp")(LayerNorm(epsilon, name="norm2")(x))
     return x + LayerScale(name="layer_scale2")(y), query_key
@@ -252,13 +257,14 @@ class Encoder(nn.Module):
 
   config: VisionConfig
   num_layers: int
+  attend: Attend
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[list[Float[Array, "B S D"]], QueryKey]:
     layer, prefix = (DinoLayer, "layer") if self.config.model_type == "dinov2" else (ClipLayer, "layers")
     hidden_states, query_key = [x], None
     for index in range(self.num_layers):
-      x, query_key = layer(self.config, name=f"{prefix}_{index}")(x)
+      x, query_key = layer(self.config, self.attend, name=f"{prefix}_{index}")(x)
       hidden_states.append(x)
     return hidden_states, query_key
 
@@ -276,11 +282,13 @@ class VisionTower(nn.Module):
     config: the tower.
     feature_layers: indices into the hidden states (0 is the embedding); their features are concatenated.
     select_strategy: `default` drops the first token, `full` keeps every token.
+    attend: how attention is computed.
   """
 
   config: VisionConfig
   feature_layers: tuple[int, ...]
   select_strategy: str
+  attend: Attend
 
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> TowerOutput:
@@ -288,7 +296,7 @@ class VisionTower(nn.Module):
     x = embeddings(self.config, name="embeddings")(pixel_values)
     if self.config.model_type == "clip_vision_model":
       x = LayerNorm(self.config.layer_norm_eps, name="pre_layrnorm")(x)
-    hidden_states, (query, key) = Encoder(self.config, max(self.feature_layers), name="encoder")(x)
+    hidden_states, (query, key) = Encoder(self.config, max(self.feature_layers), self.attend, name="encoder")(x)
     features = jnp.concatenate([hidden_states[layer] for layer in self.feature_layers], axis=-1)
     attention = class_attention(query, key) if self.config.has_class_token else None
     output = TowerOutput(features, attention, key)

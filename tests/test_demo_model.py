@@ -40,12 +40,12 @@ def test_packed_questions_see_the_prefix_and_themselves():
   segments = jnp.asarray([[0, 0, 1, 1, 2, 2, UNUSED]])
   zeros = jnp.zeros((1, 7), jnp.int32)
   batch = Batch(zeros, zeros, segments, zeros[:, 0], zeros, zeros, zeros, zeros, zeros)
-  expected = [
-    [1, 0, 0, 0, 0, 0, 0],
+  expected = [  # before causality
     [1, 1, 0, 0, 0, 0, 0],
-    [1, 1, 1, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
     [1, 1, 1, 1, 0, 0, 0],
-    [1, 1, 0, 0, 1, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 0, 0, 1, 1, 0],
     [1, 1, 0, 0, 1, 1, 0],
     [1, 1, 0, 0, 0, 0, 1],
   ]

@@ -15,7 +15,7 @@ import numpy as np
 from experiments.benchmark import side
 from experiments.benchmark.scenarios import NUM_SYSTEM_TOKENS, Scenario
 from experiments.benchmark.weights import Weights
-from himap_jax import sharding
+from himap_jax import attention, sharding
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.config import from_hf
 from himap_jax.decoder import Projections
@@ -37,7 +37,7 @@ class Ours:
 
   def __init__(self, method: str, geometry: dict[str, Any], weights: pathlib.Path):
     self._config = from_hf(geometry)
-    self._model = Llava(self._config, DTYPE)
+    self._model = Llava(self._config, DTYPE, attention.of_platform(jax.default_backend()))
     side_length = self._config.vision.image_size
     self._num_image_tokens = self._config.num_image_tokens(side_length, side_length)
     self._schedule = build_schedule(

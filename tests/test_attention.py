@@ -1,0 +1,82 @@
+"""Every implementation of attention against torch's, and the gradients of what CPUs train with."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from himap_jax import attention
+
+SHAPES = {  # query slots, key slots, query heads, key heads
+  "one block": (100, 100, 4, 4),
+  "blocks and a rest": (300, 300, 6, 2),
+  "whole blocks": (256, 256, 3, 1),
+  "one token": (1, 70, 6, 2),
+}
+
+
+def draw(shape, dtype=np.float32):
+  queries, keys, num_heads, num_keys = shape
+  rng = np.random.default_rng(0)
+  sizes = ((queries, num_heads), (keys, num_keys), (keys, num_keys))
+  return [jnp.asarray(rng.normal(size=(2, *size, 16)) * 2, dtype) for size in sizes]
+
+
+def by_torch(query, key, value, mask=None, *, is_causal=False):
+  """In float64."""
+  query, key, value = (torch.tensor(np.asarray(x, np.float64)).transpose(1, 2) for x in (query, key, value))
+  visible = torch.ones(query.shape[2], key.shape[2], dtype=bool)[None, None]
+  if is_causal:
+    visible = visible.tril()
+  if mask is not None:
+    visible = visible & torch.tensor(np.array(mask))
+  context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+  return context.transpose(1, 2).numpy()
+
+
+def random_mask(queries, keys):
+  """Every query sees its own slot at least."""
+  seen = np.random.default_rng(1).random((2, 1, queries, keys)) < 0.4
+  return jnp.asarray(seen | np.eye(queries, keys, keys - queries, dtype=bool))
+
+
+@pytest.mark.parametrize("attend", [attention.by_xla, attention.by_blocks])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_is_torch_s(attend, shape, masked):
+  arrays = draw(shape)
+  mask = random_mask(*shape[:2]) if masked else None
+  for is_causal in (False, True) if shape[0] == shape[1] else (False,):
+    actual = jax.jit(functools.partial(attend, is_causal=is_causal))(*arrays, mask)
+    np.testing.assert_allclose(actual, by_torch(*arrays, mask, is_causal=is_causal), atol=5e-5, rtol=0)
+
+
+def test_blocks_in_bfloat16_are_as_exact_as_xla_s():
+  arrays = draw(SHAPES["blocks and a rest"], jnp.bfloat16)
+  expected = by_torch(*(x.astype(jnp.float32) for x in arrays), is_causal=True)
+  errors = []
+  for attend in (attention.by_blocks, attention.by_xla):
+    actual = jax.jit(functools.partial(attend, is_causal=True))(*arrays)
+    assert actual.dtype == jnp.bfloat16
+    errors.append(np.abs(np.asarray(actual, np.float64) - expected).max())
+  assert errors[0] < max(1.2 * errors[1], 0.02)
+
+
+def test_gradients_of_blocks():
+  arrays = draw(SHAPES["blocks and a rest"])
+  mask = random_mask(300, 300)
+  weight = jnp.asarray(np.random.default_rng(2).normal(size=(2, 300, 6, 16)), jnp.float32)
+
+  def gradients(attend):
+    return jax.grad(lambda arrays: (attend(*arrays, mask, is_causal=True) * weight).sum())(arrays)
+
+  for actual, expected in zip(*map(gradients, (attention.by_blocks, attention.by_xla)), strict=True):
+    np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
+
+
+def test_every_platform_has_one():
+  assert attention.of_platform("cpu") is attention.by_blocks
+  assert attention.of_platform("tpu") is attention.by_xla
