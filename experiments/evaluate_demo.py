@@ -98,6 +98,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       prompt_buckets=(64, 128),
       prompt_template="chat",
       dtype=flags.FLAGS.dtype,
+      int8_weights=False,
       emit=frozenset(),
       resume=True,
       strict=False,

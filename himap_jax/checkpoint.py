@@ -40,6 +40,11 @@ class LoadedModel:
   directory: pathlib.Path
   eos_token_ids: tuple[int, ...]
 
+  @property
+  def dtype(self) -> Any:
+    """Of activations, and of all parameters that are not quantised."""
+    return self.params["language_model"]["embed_tokens"]["weight"].dtype
+
 
 def default_cache_dir() -> pathlib.Path:
   """`$HIMAP_JAX_CACHE`, else `himap_jax` in the user's cache folder."""
@@ -88,17 +93,22 @@ class OpenCheckpoint:
   processor: Any
   directory: pathlib.Path
 
-  def restore(self, *, dtype: Any, shardings: PyTree | None = None) -> LoadedModel:
+  def restore(self, *, dtype: Any, shardings: PyTree | None = None, quantize_decoder: bool = False) -> LoadedModel:
     """Reads the weights.
 
     Args:
       dtype: of every parameter.
       shardings: a tree like the parameters', or one sharding for all; the first device when absent.
+      quantize_decoder: whether the decoder's weights become int8; see `quantization.quantize_decoder`.
 
     Raises:
       ValueError: the weights cannot be read.
     """
     params = _restore(self.directory / PARAMS, abstract_params(self.config, jnp.float32), dtype, shardings)
+    if quantize_decoder:
+      from himap_jax import quantization  # qwix is slow to import
+
+      params = quantization.quantize_decoder(params)
     return LoadedModel(
       self.config, params, self.processor, self.directory, _eos_token_ids(self.directory, self.processor)
     )

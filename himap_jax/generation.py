@@ -157,13 +157,13 @@ class Generator:
     if max_new_tokens < 1:
       raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}")
     self._params = loaded.params
-    leaf = jax.tree.leaves(loaded.params)[0]
-    mesh = leaf.sharding.mesh
-    self._model = Llava(loaded.config, leaf.dtype, attention.of_platform(mesh.devices.flat[0].platform))
+    mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
+    self._model = Llava(loaded.config, loaded.dtype, attention.of_platform(mesh.devices.flat[0].platform))
     self._rows = sharding.rows(mesh)
     self._seed = seed
     eos_token_ids = () if ignore_eos else loaded.eos_token_ids
-    self._compiled = _programs_of(self._model, schedule, max_new_tokens, sampling, eos_token_ids, self._rows)
+    types = jax.tree.structure(loaded.params)  # tells quantised weights from others
+    self._compiled = _programs_of(self._model, types, schedule, max_new_tokens, sampling, eos_token_ids, self._rows)
     self.num_programs = 0
     self.compile_seconds = 0.0
 

@@ -7,6 +7,7 @@ of few rows reads them along their contiguous axis.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -22,22 +23,38 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": nn.silu,
 }
 
+# `[F, D]`, or a `qwix.QArray` of that shape.
+Weight = Any
+
 # In a decode loop the weights do not change, so XLA on CPU converts (one row) or transposes (few rows) all of them ahead
 # of the loop and holds them twice. More rows and a barrier that ties each weight to its input keep it from doing so.
 MIN_ROWS = 4
 
 
-def product(x: Float[Array, "B S D"], weight: Float[Array, "F D"]) -> Float[Array, "B S F"]:
+def product(x: Float[Array, "B S D"], weight: Weight) -> Float[Array, "B S F"]:
   """`x · weightᵀ` in float32."""
   batch, slots, _ = x.shape
   if slots == 1:
     x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
     x, weight = jax.lax.optimization_barrier((x, weight))
-  return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
+  if not _is_quantized(weight):
+    return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
+  from himap_jax import quantization  # qwix is slow to import, and most runs have no such weight
+
+  return quantization.product(x, weight)[:batch]
+
+
+def cast(weight: Weight, dtype: Any) -> Weight:
+  """A weight in the dtype of a product; a quantised one stays as it is."""
+  return weight if _is_quantized(weight) else weight.astype(dtype)
+
+
+def _is_quantized(weight: Weight) -> bool:
+  return hasattr(weight, "qvalue")
 
 
 @jax.custom_vjp
-def matmul(x: Float[Array, "B S D"], weight: Float[Array, "F D"]) -> Float[Array, "B S F"]:
+def matmul(x: Float[Array, "B S D"], weight: Weight) -> Float[Array, "B S F"]:
   """`x · weightᵀ` accumulated in float32 and returned in `x.dtype`; its gradients accumulate in float32 too."""
   return product(x, weight).astype(x.dtype)
 
@@ -70,7 +87,7 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S F"]:
     weight = self.param("weight", nn.initializers.lecun_normal(in_axis=1, out_axis=0), (self.features, x.shape[-1]))
-    y = matmul(x, weight.astype(x.dtype))
+    y = matmul(x, cast(weight, x.dtype))
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,))
       y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)

@@ -15,7 +15,7 @@ from himap_jax.attention import Attend, by_xla
 from himap_jax.config import LlavaConfig
 from himap_jax.decoder import Decoder
 from himap_jax.layout import Layout, put_image_tokens
-from himap_jax.linear import ACTIVATIONS, Embedding, Linear, product
+from himap_jax.linear import ACTIVATIONS, Embedding, Linear, cast, product
 from himap_jax.vision import TowerOutput, VisionTower
 
 
@@ -95,7 +95,7 @@ class Llava(nn.Module):
     tied = self.config.text.tie_word_embeddings
     weight = (self.language_model.embed_tokens if tied else self.lm_head).weight
     x = self.language_model.norm(x)
-    return product(x, weight.astype(x.dtype))
+    return product(x, cast(weight, x.dtype))
 
   def __call__(self, inputs: Inputs) -> Float[Array, "B S V"]:
     """Logits of every slot, without pruning; those of padding are meaningless."""

@@ -35,6 +35,7 @@ FLAGS = (
     "checkpoint", "prompts", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "dtype", "emit", "[no]resume",
     "compilation_cache_dir", "[no]strict", "pictures", "profile_dir",
+    "[no]int8_weights",
 )  # fmt: skip
 QUESTIONS = {
   "a": "What is it?",
@@ -78,6 +79,7 @@ def config(tmp_path, loaded, cache, images):
     output=tmp_path / "output.jsonl",
     pictures=None,
     profile_dir=None,
+    int8_weights=False,
     method="himap",
     prune_layers=PRUNE_LAYERS,
     keep=KEEP,

@@ -23,8 +23,8 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Rows.")
 _NEW_TOKENS = flags.DEFINE_list("new_tokens", ["1", "32"], "Tokens generated.")
 _SIDES = flags.DEFINE_list(
   "sides",
-  ["none", "himap", "fastv", "transformers", "authors", "authors_cache"],
-  "Our methods; transformers in PyTorch; the HiMAP authors' algorithm in PyTorch, without and with a cache.",
+  ["none", "himap", "fastv", "none/int8", "transformers", "authors", "authors_cache"],
+  "Our methods, with /int8 for weights of eight bits; transformers in PyTorch; the HiMAP authors' algorithm in PyTorch, without and with a cache.",
 )
 _TURNS = flags.DEFINE_integer("turns", 5, "How many turns each side takes.", lower_bound=1)
 _WORKDIR = flags.DEFINE_string("workdir", "benchmark_work", "What was measured; a second start goes on from it.")
@@ -40,10 +40,10 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
   """Measures what is missing and writes the tables."""
-  known = (*methods.METHODS, *OTHER_SIDES)
+  known = (*methods.METHODS, *(f"{name}/int8" for name in methods.METHODS), *OTHER_SIDES)
   for name in _SIDES.value:
     if name not in known:
-      raise ValueError(f"--sides: {name!r} is none of {', '.join(known)}")
+      raise ValueError(f"--sides: {name!r} is neither a method, METHOD/int8, nor one of {', '.join(OTHER_SIDES)}")
   sizes = [command.numbers(flag, int) for flag in (_INSTRUCTION_TOKENS, _BATCH_SIZES, _NEW_TOKENS)]
   if min(itertools.chain(*sizes)) < 1:
     raise ValueError("--instruction_tokens, --batch_sizes and --new_tokens must be positive")

@@ -25,6 +25,7 @@ from himap_jax.llava import Inputs, Llava, abstract_params
 from himap_jax.method import View
 from himap_jax.methods import build_schedule
 from himap_jax.prefill import apply, prefill_embedded
+from himap_jax.quantization import quantize_decoder
 from himap_jax.sampling import Sampling
 from himap_jax.schedule import Schedule
 from himap_jax.vision import TowerOutput
@@ -33,9 +34,10 @@ DTYPE = jnp.bfloat16
 
 
 class Ours:
-  """One of our methods with its default schedule."""
+  """One of our methods with its default schedule; `METHOD/int8` has the decoder's weights in eight bits."""
 
-  def __init__(self, method: str, geometry: dict[str, Any], weights: pathlib.Path):
+  def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
+    method, _, variant = name.partition("/")
     self._config = from_hf(geometry)
     self._model = Llava(self._config, DTYPE, attention.of_platform(jax.default_backend()))
     side_length = self._config.vision.image_size
@@ -52,6 +54,8 @@ class Ours:
     self._params = jax.tree_util.tree_map_with_path(
       lambda path, leaf: place(_values(path[-1].key, leaf.shape, file)), abstract_params(self._config, DTYPE)
     )
+    if variant:
+      self._params = quantize_decoder(self._params)
 
   def prepare(self, scenario: Scenario) -> None:
     """Compiles the programs of a scenario and makes its inputs."""

@@ -43,6 +43,7 @@ class Ratio:
 RATIOS = (
   Ratio("our vanilla prefill ÷ transformers'", 1.0, "prefill", "none", "transformers"),
   Ratio("our decode per token ÷ transformers'", 0.85, "decode", "none", "transformers"),
+  Ratio("our decode per token with int8 weights ÷ transformers'", 0.5, "decode", "none/int8", "transformers"),
   Ratio("our HiMAP example ÷ the authors' algorithm", 0.5, "example", "himap", "authors", 1),
   Ratio("our HiMAP example ÷ the authors' algorithm", 0.1, "example", "himap", "authors", 32),
   Ratio("our HiMAP example ÷ the authors' algorithm with a cache", 0.9, "example", "himap", "authors_cache"),
