@@ -13,28 +13,32 @@ from himap_jax.methods import build_schedule
 RNG = np.random.default_rng(0)
 
 
-def integers(x):
-  """Symmetric int8 of the last axis, whose steps reach half a step beyond the largest, and the scales."""
-  scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5
-  return np.clip(np.round(x / scale), -128, 127).astype(np.int64), scale
+def quantized(weight):
+  """The integers and the scales of a quantised weight, after a look at them: every number is at the nearest step."""
+  array = quantization.quantize(jnp.asarray(weight))
+  assert array.qvalue.dtype == jnp.int8
+  integers, scale = np.asarray(array.qvalue, np.int64), np.asarray(array.scale, np.float64)
+  np.testing.assert_allclose(scale, np.abs(weight).max(axis=1, keepdims=True) / 127.5, rtol=1e-6)
+  assert (np.abs(integers * scale - weight) <= 0.5001 * scale).all()
+  return array, integers, scale
 
 
 def test_one_token_is_a_product_of_integers():
   x, weight = RNG.normal(size=(3, 1, 64)).astype(np.float32), RNG.normal(size=(40, 64)).astype(np.float32)
-  quantized = quantization.quantize(jnp.asarray(weight))
-  (x8, x_scale), (w8, w_scale) = integers(x), integers(weight)
-  np.testing.assert_array_equal(quantized.qvalue, w8)
-  np.testing.assert_allclose(quantized.scale, w_scale, rtol=1e-6)
-  actual = jax.jit(linear.product)(jnp.asarray(x), quantized)
+  x[:, :, 7] = 5.0  # the largest, at 127.5 steps
+  array, w8, w_scale = quantized(weight)
+  x_scale = 5.0 / 127.5
+  x8 = np.minimum(np.round(x / x_scale), 127).astype(np.int64)
+  actual = jax.jit(linear.product)(jnp.asarray(x), array)
   np.testing.assert_allclose(actual, (x8 @ w8.T) * x_scale * w_scale[:, 0], rtol=1e-5, atol=1e-5)
-  hlo = jax.jit(linear.product).lower(jnp.asarray(x), quantized).as_text()
+  hlo = jax.jit(linear.product).lower(jnp.asarray(x), array).as_text()
   assert "xi8>" in hlo.partition("dot_general")[2].partition("\n")[0]
 
 
 def test_many_tokens_keep_their_precision():
   x, weight = RNG.normal(size=(2, 5, 64)).astype(np.float32), RNG.normal(size=(40, 64)).astype(np.float32)
-  w8, w_scale = integers(weight)
-  actual = jax.jit(linear.product)(jnp.asarray(x), quantization.quantize(jnp.asarray(weight)))
+  array, w8, w_scale = quantized(weight)
+  actual = jax.jit(linear.product)(jnp.asarray(x), array)
   np.testing.assert_allclose(actual, x @ (w8 * w_scale).T, rtol=1e-4, atol=1e-4)
 
 
