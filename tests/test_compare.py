@@ -23,7 +23,7 @@ from experiments.compare.budget import schedule_for_budget
 from experiments.compare.grid import Cell, make_cells
 from experiments.compare.report import Example, Shown
 from experiments.compare.runner import OutputWriter
-from experiments.compare.statistics import accuracy_by_type, bootstrap_intervals, pareto_front
+from experiments.compare.statistics import accuracy_by_type, interval, pareto_front, resample
 from experiments.compare.study import StudyConfig
 from experiments.question_sets import Question, is_right
 from himap_jax import flops, methods
@@ -185,17 +185,17 @@ def test_bootstrap_against_exact_distributions():
   rng = np.random.default_rng(0)
   reference = rng.random(90) < 0.8
   right = np.stack([reference, reference, reference ^ (rng.random(90) < 0.2), rng.random(90) < 0.5, np.zeros(90, bool)])
-  accuracy, difference = bootstrap_intervals(right, seed=3)
+  accuracy = resample(right, seed=3)
   for index, row in enumerate(right):
     step = 1 / len(row)
-    np.testing.assert_allclose(accuracy[index], exact_quantiles(row.astype(int), len(row)), atol=1.01 * step)
+    exact = exact_quantiles(row.astype(int), len(row))
+    np.testing.assert_allclose(interval(accuracy[:, index]), exact, atol=1.01 * step)
     exact = exact_quantiles(row.astype(int) - reference.astype(int), len(row))
-    np.testing.assert_allclose(difference[index], exact, atol=1.01 * step)
-  np.testing.assert_array_equal(difference[:2], 0.0)
-  np.testing.assert_array_equal(accuracy[4], 0.0)
-  again = bootstrap_intervals(right, seed=3)
-  np.testing.assert_array_equal(again[0], accuracy)
-  assert not np.array_equal(bootstrap_intervals(right, seed=4, resamples=30)[0], accuracy)
+    np.testing.assert_allclose(interval(accuracy[:, index] - accuracy[:, 0]), exact, atol=1.01 * step)
+  np.testing.assert_array_equal(accuracy[:, 1], accuracy[:, 0])
+  np.testing.assert_array_equal(accuracy[:, 4], 0.0)
+  np.testing.assert_array_equal(resample(right, seed=3), accuracy)
+  assert not np.array_equal(resample(right, seed=4, resamples=30), accuracy[:30])
 
 
 def test_accuracy_by_type():
@@ -419,6 +419,41 @@ def test_rows_equal_what_the_answers_say(config, rows):
     assert rows[label]["difference"] == pytest.approx(rows[label]["accuracy"] - rows["none"]["accuracy"])
   guessed = [is_right(q.guess, q.answer) for q in questions]
   assert rows["question only"]["accuracy"] == pytest.approx(np.mean(guessed))
+
+
+def test_methods_are_held_against_random_at_their_budget(loaded, tmp_path):
+  sizes = {"num_layers": NUM_LAYERS, "num_image_tokens": N}
+  names = (("random", 8), ("himap", 8), ("fastv", 8), ("himap", 4), ("random", 2), ("fastv", 2))
+  cells = [Cell("none", "none", schedule=methods.build_schedule("none", **sizes))]
+  for name, budget in names:
+    schedule = methods.build_schedule(name, **sizes, prune_layers=(2, 4) if name == "himap" else (2,), keep=None)
+    cells.append(Cell(name, f"{name} {budget}", float(budget), None if (name, budget) == ("fastv", 2) else schedule))
+  questions = [question(i, type="ab"[i % 2])._replace(answer="yes", guess="no") for i in range(4)]
+  right = {"none": 4, "random 8": 2, "himap 8": 3, "fastv 8": 1, "himap 4": 2, "random 2": 0}
+  answers = {
+    label: {q.id: {"answer": "yes" if i < count else "no"} for i, q in enumerate(questions)}
+    for label, count in right.items()
+  }
+  rows = tables.make_rows(
+    cells, answers, {key: {} for key in answers}, questions, loaded(NAME).config,
+    num_image_tokens=N, num_text_tokens=10, bytes_per_value=2, seed=0,
+  )  # fmt: skip
+  by_label = {row["label"]: row for row in rows}
+  beyond = {label: row["beyond_random"] for label, row in by_label.items() if "beyond_random" in row}
+  assert beyond == {"random 8": 0.0, "himap 8": 0.25, "fastv 8": -0.25, "random 2": 0.0}
+  assert (by_label["himap 8"]["beyond_random_low"], by_label["himap 8"]["beyond_random_high"]) == (0.0, 0.75)
+  tables.write_markdown(tmp_path / "table.md", rows)
+  assert "| +25.0% | +0.0% to +75.0% |" in (tmp_path / "table.md").read_text()
+  tables.write_types(tmp_path / "types.md", rows)
+  assert (tmp_path / "types.md").read_text().splitlines() == [
+    "| budget | methods | a | b |",
+    "| --- | --- | --- | --- |",
+    "|  | none | 100.0% | 100.0% |",
+    "| 8 | mean of 2 | 75.0% | 25.0% |",
+    "| 8 | random | 50.0% | 50.0% |",
+    "| 4 | mean of 1 | 50.0% | 50.0% |",
+    "| 2 | random | 0.0% | 0.0% |",
+  ]
 
 
 def test_figures_of_a_cell(loaded):

@@ -13,18 +13,13 @@ LEVEL = 0.95
 AT_ONCE = 500
 
 
-def bootstrap_intervals(
-  right: Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES
-) -> tuple[Float[np.ndarray, "C 2"], Float[np.ndarray, "C 2"]]:
-  """95% percentile bootstrap intervals over questions, the same resampled questions for every cell.
+def resample(right: Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES) -> Float[np.ndarray, "R C"]:
+  """Bootstrap over questions: accuracies in samples of as many questions, the same sample for every cell.
 
   Args:
-    right: which questions each cell answers right; the first cell is the reference.
+    right: which questions each cell answers right.
     seed: of the resampling.
     resamples: how many.
-
-  Returns:
-    Intervals of each cell's accuracy, and of its difference to the reference.
   """
   rng = np.random.default_rng(seed)
   num_questions = right.shape[1]
@@ -33,9 +28,13 @@ def bootstrap_intervals(
     size = min(AT_ONCE, resamples - first)
     times = rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), size=size)
     accuracies.append(times.astype(np.float64) @ right.T.astype(np.float64) / num_questions)
-  accuracy = np.concatenate(accuracies)
-  levels = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
-  return tuple(np.quantile(values, levels, axis=0).T for values in (accuracy, accuracy - accuracy[:, :1]))
+  return np.concatenate(accuracies)
+
+
+def interval(values: Float[np.ndarray, "R"]) -> tuple[float, float]:
+  """The 95% percentile interval of what was resampled."""
+  low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+  return float(low), float(high)
 
 
 def accuracy_by_type(right: Bool[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:

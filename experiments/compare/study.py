@@ -151,6 +151,7 @@ def write_results(
   """Writes tables, plots and the report."""
   tables.write_csv(config.output / "table.csv", rows)
   tables.write_markdown(config.output / "table.md", rows)
+  tables.write_types(config.output / "types.md", rows)
   plots.plot_pareto(config.output / "pareto.png", rows)
   plots.plot_types(config.output / "types.png", rows)
   strips.draw(config.output / "strips.png", shown[: config.num_strips], strips.cells_to_show(cells))

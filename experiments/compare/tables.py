@@ -11,14 +11,17 @@ from rich.table import Table
 
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.compare.report import Column
-from experiments.compare.statistics import accuracy_by_type, bootstrap_intervals
+from experiments.compare.statistics import accuracy_by_type, interval, resample
 from experiments.question_sets import Question, is_right
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
+from himap_jax.methods import METHODS, parse
 from himap_jax.schedule import Schedule
 
 QUESTION_ONLY = "question only"
+CONTROL = "random"
 BY_TYPE = "accuracy: "
+DIFFERENCES = ("difference", "beyond_random")
 STAGES_SHOWN = 4
 PRINTED = {
   "label": "",
@@ -59,7 +62,14 @@ def make_rows(
     seed: of the bootstrap.
   """
   given = {label: [own[question.id]["answer"] for question in questions] for label, own in answers.items()}
-  figures = _accuracies(given | {QUESTION_ONLY: [question.guess for question in questions]}, questions, seed=seed)
+  budgets = {cell.label: cell.budget for cell in cells if cell.label in given}
+  controls = {cell.budget: cell.label for cell in cells if cell.method == CONTROL and cell.label in given}
+  figures = _accuracies(
+    given | {QUESTION_ONLY: [question.guess for question in questions]},
+    questions,
+    {label: controls[budget] for label, budget in budgets.items() if budget in controls},
+    seed=seed,
+  )
   sizes = {
     "num_image_tokens": num_image_tokens,
     "num_text_tokens": num_text_tokens,
@@ -79,27 +89,37 @@ def make_rows(
 
 
 def _accuracies(
-  given: Mapping[str, Sequence[str | None]], questions: Sequence[Question], *, seed: int
+  given: Mapping[str, Sequence[str | None]],
+  questions: Sequence[Question],
+  control_of: Mapping[str, str],
+  *,
+  seed: int,
 ) -> dict[str, Row]:
+  """Accuracy of every label, its difference to no pruning, and to the control where it has one."""
+  labels = list(given)
   right = np.array([[is_right(a, q.answer) for a, q in zip(own, questions, strict=True)] for own in given.values()])
   by_type = accuracy_by_type(right, [question.type for question in questions])
-  accuracy, difference = bootstrap_intervals(right, seed=seed)
-  mean = right.mean(axis=1)
-  return {
-    label: {
+  resampled, mean = resample(right, seed=seed), right.mean(axis=1)
+  figures = {}
+  for index, (label, own) in enumerate(given.items()):
+    row = {
       "questions": len(questions),
       "errors": sum(answer is None for answer in own),
-      "accuracy": float(mean[index]),
-      "accuracy_low": float(accuracy[index, 0]),
-      "accuracy_high": float(accuracy[index, 1]),
-      "difference": float(mean[index] - mean[0]),
-      "difference_low": float(difference[index, 0]),
-      "difference_high": float(difference[index, 1]),
-      **{f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()},
-      "agreement": float(np.mean([is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)])),
+      **_with_interval("accuracy", mean[index], resampled[:, index]),
     }
-    for index, (label, own) in enumerate(given.items())
-  }
+    references = {"difference": 0, "beyond_random": labels.index(control_of[label]) if label in control_of else None}
+    for name, reference in references.items():
+      if reference is not None:
+        row |= _with_interval(name, mean[index] - mean[reference], resampled[:, index] - resampled[:, reference])
+    row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
+    row["agreement"] = float(np.mean([is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)]))
+    figures[label] = row
+  return figures
+
+
+def _with_interval(name: str, value: float, resampled: np.ndarray) -> Row:
+  low, high = interval(resampled)
+  return {name: float(value), f"{name}_low": low, f"{name}_high": high}
 
 
 def _tokens(schedule: Schedule, own: flops.Costs, num_layers: int) -> Row:
@@ -154,6 +174,8 @@ def readable_columns(rows: Sequence[Row]) -> list[Column]:
     Column("accuracy_interval", "95% interval", "text"),
     Column("difference", "difference to none", "percent"),
     Column("difference_interval", "95% interval", "text"),
+    Column("beyond_random", "difference to random", "percent"),
+    Column("beyond_random_interval", "95% interval", "text"),
     *(Column(f"{BY_TYPE}{type}", type, "percent") for type in types_of(rows)),
     Column("agreement", "agrees with none", "percent"),
     Column("image_token_flops", "FLOPs, image tokens (Eq. 10)", "percent"),
@@ -173,7 +195,7 @@ def readable_rows(rows: Sequence[Row]) -> list[Row]:
 
 def _readable(row: Row) -> Row:
   out = dict(row)
-  for name in ("accuracy", "difference"):
+  for name in ("accuracy", *DIFFERENCES):
     if name in row:
       low, high = row[f"{name}_low"], row[f"{name}_high"]
       out[f"{name}_interval"] = f"{_percent(low, name)} to {_percent(high, name)}"
@@ -187,7 +209,7 @@ def _readable(row: Row) -> Row:
 
 
 def _percent(value: float, name: str) -> str:
-  return f"{value:+.1%}" if name == "difference" else f"{value:.1%}"
+  return f"{value:+.1%}" if name in DIFFERENCES else f"{value:.1%}"
 
 
 def _text(row: Row, column: Column) -> str:
@@ -217,6 +239,25 @@ def write_markdown(path: pathlib.Path, rows: Sequence[Row]) -> None:
     if row.get("note"):
       cells[2] = row["note"]
     lines.append(_line(cells))
+  path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Writes what becomes of every type of question as tokens go: no pruning, and at every budget the methods' mean."""
+  types = types_of(rows)
+  lines = [_line(["budget", "methods", *types]), _line(["---"] * (2 + len(types)))]
+  plain = rows[0]
+  lines.append(_line(["", plain["label"], *(f"{plain[f'{BY_TYPE}{type}']:.1%}" for type in types)]))
+  for budget in dict.fromkeys(row["budget"] for row in rows if row.get("budget") is not None):
+    cells = [row for row in rows if row.get("budget") == budget and "accuracy" in row]
+    pruned = [row for row in cells if METHODS[parse(row["method"].partition("@")[0])[0]].acts != "anywhere"]
+    for name, chosen in (
+      (f"mean of {len(pruned)}", pruned),
+      *((row["method"], [row]) for row in cells if row not in pruned),
+    ):
+      means = {type: np.mean([row[f"{BY_TYPE}{type}"] for row in chosen]) for type in types if chosen}
+      if chosen:
+        lines.append(_line([f"{budget:g}", name, *(f"{value:.1%}" for value in means.values())]))
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
