@@ -239,7 +239,7 @@ def scene_of(split: str, index: int, pictures: Sequence[Cutout]) -> tuple[Scene,
   return scene, ask(rng, scene)
 
 
-def question_only_answers(pictures: Sequence[Cutout]) -> tuple[dict[str, str], dict[str, str]]:
+def commonest_answers(pictures: Sequence[Cutout]) -> tuple[dict[str, str], dict[str, str]]:
   """The commonest answer of every question and, for questions not met, of every type, in scenes of the train split."""
   by_question, by_type = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
   for index in range(GUESS_SCENES):
@@ -256,7 +256,7 @@ def write(directory: pathlib.Path, split: str, num_scenes: int) -> pathlib.Path:
   A row's `guess` is what can be answered without the picture.
   """
   pictures = cutouts.load(default_cache_dir())
-  by_question, by_type = question_only_answers(pictures["train"])
+  by_question, by_type = commonest_answers(pictures["train"])
   directory.mkdir(parents=True, exist_ok=True)
   rows = []
   for index in tqdm(range(num_scenes), unit="scene", disable=None):

@@ -50,14 +50,17 @@ class Attention(nn.Module):
     self.o_proj = Linear(c.hidden_size, use_bias=c.attention_bias)
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
+    """Rotated queries."""
     return rope.rotate(self._heads(self.q_proj(x)), *rotation)
 
   def key_value(
     self, x: Float[Array, "B S D"], rotation: Rotation
   ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Rotated keys, and values."""
     return rope.rotate(self._heads(self.k_proj(x)), *rotation), self._heads(self.v_proj(x))
 
   def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
+    """Queries, keys and values of all slots."""
     key, value = self.key_value(x, rotation)
     return Projections(query=self.query(x, rotation), key=key, value=value)
 
@@ -65,6 +68,7 @@ class Attention(nn.Module):
     return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
   def output(self, context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+    """The output projection of all heads."""
     return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
@@ -132,6 +136,7 @@ class DecoderLayer(nn.Module):
     values: Float[Array, "B T K H"],
     slot: Int[Array, ""],
   ) -> tuple[Float[Array, "B S D"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Runs the layer on new tokens, which take the cache's slots from `slot` on; returns the cache with them."""
     new = self.self_attn.project(self.input_layernorm(x), rotation)
     keys = jax.lax.dynamic_update_slice_in_dim(keys, new.key, slot, axis=1)
     values = jax.lax.dynamic_update_slice_in_dim(values, new.value, slot, axis=1)

@@ -6,7 +6,6 @@ Every side runs in a process of its own on the same random weights, and they tak
 goes on with the scenarios that have not been measured. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
-import itertools
 import pathlib
 import platform
 import sys
@@ -18,9 +17,9 @@ from experiments.benchmark.scenarios import GEOMETRIES, Scenario
 from himap_jax import command, methods
 
 _GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Whose sizes.")
-_INSTRUCTION_TOKENS = flags.DEFINE_list("instruction_tokens", ["60"], "Text tokens after the image.")
-_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1"], "Rows.")
-_NEW_TOKENS = flags.DEFINE_list("new_tokens", ["1", "32"], "Tokens generated.")
+_SCENARIOS = flags.DEFINE_list(
+  "scenarios", ["60/1/1", "60/1/32"], "What to run: text tokens after the image / rows / tokens generated."
+)
 _SIDES = flags.DEFINE_list(
   "sides",
   ["none", "himap", "fastv", "none/int8", "transformers", "authors", "authors_cache"],
@@ -44,10 +43,7 @@ def run() -> int:
   for name in _SIDES.value:
     if name not in known:
       raise ValueError(f"--sides: {name!r} is neither a method, METHOD/int8, nor one of {', '.join(OTHER_SIDES)}")
-  sizes = [command.numbers(flag, int) for flag in (_INSTRUCTION_TOKENS, _BATCH_SIZES, _NEW_TOKENS)]
-  if min(itertools.chain(*sizes)) < 1:
-    raise ValueError("--instruction_tokens, --batch_sizes and --new_tokens must be positive")
-  scenarios = [Scenario(_GEOMETRY.value, *each) for each in itertools.product(*sizes)]
+  scenarios = [_scenario(text) for text in _SCENARIOS.value]
   workdir, output = (pathlib.Path(flag.value).absolute() for flag in (_WORKDIR, _OUTPUT))
   for directory in (workdir, output):
     directory.mkdir(parents=True, exist_ok=True)
@@ -67,6 +63,13 @@ def run() -> int:
   tables.write(output, tables.read(workdir, scenarios), heading)
   print((output / "benchmark.md").read_text(encoding="utf-8"))
   return 0
+
+
+def _scenario(text: str) -> Scenario:
+  sizes = text.split("/")
+  if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
+    raise ValueError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, as 60/1/32")
+  return Scenario(_GEOMETRY.value, *map(int, sizes))
 
 
 def _processor() -> str:

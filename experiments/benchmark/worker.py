@@ -1,6 +1,7 @@
 """A side in a process of its own, and the handle that its parent holds."""
 
 import multiprocessing
+import os
 import pathlib
 import time
 from multiprocessing.connection import Connection
@@ -12,6 +13,7 @@ from experiments.benchmark.scenarios import Scenario
 
 def _serve(connection: Connection, name: str, geometry: dict[str, Any], weights: pathlib.Path) -> None:
   """Answers calls of methods of a side until the connection closes."""
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share an accelerator
   served = side.make(name, geometry, weights)
   while True:
     try:
