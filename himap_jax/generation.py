@@ -14,6 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 from PIL import Image
 
@@ -231,6 +232,7 @@ class Generator:
       self._compiled[shape] = prefill_program, decode_program
       self.num_programs += 2
       self.compile_seconds += time.perf_counter() - start
+      logging.info("ready: programs of shape %s", shape)
     return self._compiled[shape]
 
 

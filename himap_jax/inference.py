@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from himap_jax.generation import Generation, Generator
@@ -64,6 +65,7 @@ def answer_all(
       else:
         rows = _answer(group, processor, generator, summary, batch_size=batch_size, emit=emit, pictures=pictures)
       writer.write(rows)
+      logging.log_first_n(logging.INFO, "ready: first rows", 1)
       summary.num_errors += sum(row["error"] is not None for row in rows)
       progress.update(len(rows))
   return summary

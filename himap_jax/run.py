@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import app, flags, logging
 
 from checkpoints_convert.source import write_json
 from himap_jax import checkpoint, command, inference, methods, report, sharding
@@ -220,7 +220,9 @@ def run(config: RunConfig) -> int:
   with _open_output(config, retry={prompt.id for prompt in prompts}) as writer:
     command.use_compilation_cache(config.compilation_cache_dir)
     mesh = sharding.make_mesh(config.batch_size)
+    logging.info("ready: devices")
     opened = checkpoint.open_checkpoint(config.checkpoint)
+    logging.info("ready: checkpoint")
     processor = Processor(
       opened.processor,
       opened.config,
@@ -260,6 +262,7 @@ def run(config: RunConfig) -> int:
       seed=config.seed,
       ignore_eos=config.ignore_eos,
     )
+    logging.info("ready: weights")
     if not writer.answered:
       write_json(settings_path, settings)
     with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):

@@ -1,0 +1,108 @@
+"""Times `himap_jax.run` from the command to its first answer, and says where the time goes.
+
+    python -m experiments.benchmark.startup --starts=5
+
+The first start finds a checkpoint in the Hugging Face layout and empty caches: it converts the weights and compiles. The others
+find both. Every start is a process of its own; the phases end with the lines that `himap_jax.run --verbosity=0` logs.
+"""
+
+import json
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from himap_jax import checkpoint, command
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "`demo`, or a directory in the Hugging Face layout.")
+_STARTS = flags.DEFINE_integer("starts", 5, "Starts after the first.", lower_bound=1)
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
+_PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "The first prompt is asked.")
+_IMAGE_DIR = flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")
+
+READY = re.compile(r"ready: (\w+)")
+PHASES = {
+  "devices": "Python, imports and flags",
+  "checkpoint": "configuration and tokenizer, converted weights",
+  "weights": "reading the weights",
+  "programs": "compiled programs",
+  "first": "the first answer",
+  "end": "the end",
+}
+
+
+def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
+  """Seconds that each phase of one run took.
+
+  Raises:
+    RuntimeError: the run failed.
+  """
+  begun = time.perf_counter()
+  command_line = [sys.executable, "-m", "himap_jax.run", "--verbosity=0", *arguments]
+  process = subprocess.Popen(
+    command_line, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+  )
+  ends, log = {}, []
+  for line in process.stderr:
+    log.append(line)
+    if match := READY.search(line):
+      ends.setdefault(match[1], time.perf_counter() - begun)
+  if process.wait():
+    raise RuntimeError("".join(log[-5:]))
+  ends["end"] = time.perf_counter() - begun
+  moments = [0.0, *(ends[name] for name in PHASES)]
+  return {name: after - before for name, before, after in zip(PHASES, moments, moments[1:], strict=False)}
+
+
+def main(argv: Sequence[str]) -> None:
+  command.execute("startup", argv, run)
+
+
+def run() -> int:
+  """Starts the command again and again and prints the phases."""
+  with tempfile.TemporaryDirectory() as name:
+    scratch = pathlib.Path(name)
+    source = checkpoint.default_cache_dir() / "demo" if _CHECKPOINT.value == "demo" else pathlib.Path(_CHECKPOINT.value)
+    if _CHECKPOINT.value == "demo":
+      checkpoint.resolve("demo")
+    prompt = json.loads(pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()[0])
+    (scratch / "prompts.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
+    arguments = [
+      f"--checkpoint={source}",
+      f"--prompts={scratch / 'prompts.jsonl'}",
+      f"--image_dir={_IMAGE_DIR.value}",
+      f"--output={scratch / 'answers.jsonl'}",
+      f"--dtype={_DTYPE.value}",
+      "--batch_size=1",
+      "--prompt_buckets=64",
+      "--max_new_tokens=8",
+      "--noresume",
+    ]
+    environment = {**os.environ, "HIMAP_JAX_CACHE": str(scratch / "cache")}
+    first = start(arguments, environment)
+    later = [start(arguments, environment) for _ in range(_STARTS.value)]
+  table = Table("up to", "first start, s", f"later, median of {len(later)}, s", "spread, s")
+  for phase, label in PHASES.items():
+    values = [one[phase] for one in later]
+    spread = (max(values) - min(values)) / 2
+    table.add_row(label, f"{first[phase]:.2f}", f"{statistics.median(values):.2f}", f"± {spread:.2f}")
+  totals = [sum(one.values()) - one["end"] for one in (first, *later)]
+  second = statistics.median(totals[1:])
+  spread = (max(totals[1:]) - min(totals[1:])) / 2
+  table.add_row("from the command to the first answer", f"{totals[0]:.2f}", f"{second:.2f}", f"± {spread:.2f}")
+  Console().print(table)
+  print(f"later ÷ first: {second / totals[0]:.3f}")
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(main)
