@@ -423,13 +423,13 @@ def test_rows_equal_what_the_answers_say(config, rows):
 
 def test_methods_are_held_against_random_at_their_budget(loaded, tmp_path):
   sizes = {"num_layers": NUM_LAYERS, "num_image_tokens": N}
-  names = (("random", 8), ("himap", 8), ("fastv", 8), ("himap", 4), ("random", 2), ("fastv", 2))
+  names = (("random", 8), ("himap", 8), ("fastv", 8), ("himap", 2), ("random", 2), ("fastv", 2))
   cells = [Cell("none", "none", schedule=methods.build_schedule("none", **sizes))]
   for name, budget in names:
     schedule = methods.build_schedule(name, **sizes, prune_layers=(2, 4) if name == "himap" else (2,), keep=None)
     cells.append(Cell(name, f"{name} {budget}", float(budget), None if (name, budget) == ("fastv", 2) else schedule))
   questions = [question(i, type="ab"[i % 2])._replace(answer="yes", guess="no") for i in range(4)]
-  right = {"none": 4, "random 8": 2, "himap 8": 3, "fastv 8": 1, "himap 4": 2, "random 2": 0}
+  right = {"none": 4, "random 8": 2, "himap 8": 3, "fastv 8": 1, "himap 2": 2, "random 2": 0}
   answers = {
     label: {q.id: {"answer": "yes" if i < count else "no"} for i, q in enumerate(questions)}
     for label, count in right.items()
@@ -440,18 +440,19 @@ def test_methods_are_held_against_random_at_their_budget(loaded, tmp_path):
   )  # fmt: skip
   by_label = {row["label"]: row for row in rows}
   beyond = {label: row["beyond_random"] for label, row in by_label.items() if "beyond_random" in row}
-  assert beyond == {"random 8": 0.0, "himap 8": 0.25, "fastv 8": -0.25, "random 2": 0.0}
+  assert beyond == {"random 8": 0.0, "himap 8": 0.25, "fastv 8": -0.25, "himap 2": 0.5, "random 2": 0.0}
   assert (by_label["himap 8"]["beyond_random_low"], by_label["himap 8"]["beyond_random_high"]) == (0.0, 0.75)
   tables.write_markdown(tmp_path / "table.md", rows)
   assert "| +25.0% | +0.0% to +75.0% |" in (tmp_path / "table.md").read_text()
   tables.write_types(tmp_path / "types.md", rows)
   assert (tmp_path / "types.md").read_text().splitlines() == [
-    "| budget | methods | a | b |",
+    "| budget |  | a | b |",
     "| --- | --- | --- | --- |",
     "|  | none | 100.0% | 100.0% |",
-    "| 8 | mean of 2 | 75.0% | 25.0% |",
+    "|  | question only | 0.0% | 0.0% |",
+    "| 8 | mean of 1 methods | 100.0% | 50.0% |",
     "| 8 | random | 50.0% | 50.0% |",
-    "| 4 | mean of 1 | 50.0% | 50.0% |",
+    "| 2 | mean of 1 methods | 50.0% | 50.0% |",
     "| 2 | random | 0.0% | 0.0% |",
   ]
 

@@ -1,5 +1,6 @@
 """One row a cell: every figure for machines (CSV), and the same for people (Markdown, terminal, report)."""
 
+import collections
 import csv
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from experiments.compare.statistics import accuracy_by_type, interval, resample
 from experiments.question_sets import Question, is_right
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
-from himap_jax.methods import METHODS, parse
+from himap_jax.methods import METHODS
 from himap_jax.schedule import Schedule
 
 QUESTION_ONLY = "question only"
@@ -243,21 +244,30 @@ def write_markdown(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def write_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes what becomes of every type of question as tokens go: no pruning, and at every budget the methods' mean."""
+  """Writes what becomes of every type of question as tokens go.
+
+  For every budget a row for each control, and one for the mean of the methods that reach all budgets, so that every mean is of
+  the same methods; no pruning and the answers without the picture stand above.
+  """
   types = types_of(rows)
-  lines = [_line(["budget", "methods", *types]), _line(["---"] * (2 + len(types)))]
-  plain = rows[0]
-  lines.append(_line(["", plain["label"], *(f"{plain[f'{BY_TYPE}{type}']:.1%}" for type in types)]))
-  for budget in dict.fromkeys(row["budget"] for row in rows if row.get("budget") is not None):
-    cells = [row for row in rows if row.get("budget") == budget and "accuracy" in row]
-    pruned = [row for row in cells if METHODS[parse(row["method"].partition("@")[0])[0]].acts != "anywhere"]
-    for name, chosen in (
-      (f"mean of {len(pruned)}", pruned),
-      *((row["method"], [row]) for row in cells if row not in pruned),
-    ):
-      means = {type: np.mean([row[f"{BY_TYPE}{type}"] for row in chosen]) for type in types if chosen}
-      if chosen:
-        lines.append(_line([f"{budget:g}", name, *(f"{value:.1%}" for value in means.values())]))
+  by_budget = collections.defaultdict(dict)
+  for row in rows:
+    if row.get("budget") is not None and "accuracy" in row:
+      by_budget[row["budget"]][row["method"]] = row
+  controls = [name for name in METHODS if METHODS[name].acts == "anywhere"]
+  everywhere = [
+    name for name in next(iter(by_budget.values()), {}) if all(name in cells for cells in by_budget.values())
+  ]
+  pruned = [name for name in everywhere if name not in controls]
+  chosen = [("", row["label"], [row]) for row in rows[:2]]
+  for budget, cells in by_budget.items():
+    if pruned:
+      chosen.append((f"{budget:g}", f"mean of {len(pruned)} methods", [cells[name] for name in pruned]))
+    chosen += [(f"{budget:g}", name, [cells[name]]) for name in controls if name in cells]
+  lines = [_line(["budget", "", *types]), _line(["---"] * (2 + len(types)))]
+  for budget, name, averaged in chosen:
+    means = [np.mean([row[f"{BY_TYPE}{type}"] for row in averaged]) for type in types]
+    lines.append(_line([budget, name, *(f"{mean:.1%}" for mean in means)]))
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
