@@ -115,5 +115,5 @@ def abstract_params(config: LlavaConfig, dtype: Any) -> dict[str, Any]:
     image_start=jax.ShapeDtypeStruct((1,), jnp.int32),
     pixel_values=jax.ShapeDtypeStruct((1, 3, side, side), jnp.float32),
   )
-  variables = jax.eval_shape(Llava(config, dtype).init, jax.random.key(0), inputs)
+  variables = jax.eval_shape(lambda inputs: Llava(config, dtype).init(jax.random.key(0), inputs), inputs)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables["params"])

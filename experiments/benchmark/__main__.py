@@ -6,14 +6,19 @@ Every side runs in a process of its own on the same random weights, and they tak
 goes on with the scenarios that have not been measured. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
+import hashlib
+import importlib.metadata
+import os
 import pathlib
 import platform
 import sys
 
 from absl import app, flags
 
-from experiments.benchmark import study, tables
+import himap_jax
+from experiments.benchmark import side, study, tables
 from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from experiments.benchmark.side import PYTORCH
 from himap_jax import command, methods
 
 _GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Whose sizes.")
@@ -30,8 +35,6 @@ _WORKDIR = flags.DEFINE_string("workdir", "benchmark_work", "What was measured; 
 _OUTPUT = flags.DEFINE_string("output", "benchmark_output", "Directory of the tables.")
 _WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Where the random weights lie while it runs.")
 
-OTHER_SIDES = ("transformers", "authors", "authors_cache")
-
 
 def main(argv: list[str]) -> None:
   command.execute("benchmark", argv, run)
@@ -39,15 +42,17 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
   """Measures what is missing and writes the tables."""
-  known = (*methods.METHODS, *(f"{name}/int8" for name in methods.METHODS), *OTHER_SIDES)
+  known = (*methods.METHODS, *(f"{name}/int8" for name in methods.METHODS), *PYTORCH)
   for name in _SIDES.value:
     if name not in known:
-      raise ValueError(f"--sides: {name!r} is neither a method, METHOD/int8, nor one of {', '.join(OTHER_SIDES)}")
+      raise ValueError(f"--sides: {name!r} is neither a method, METHOD/int8, nor one of {', '.join(PYTORCH)}")
   scenarios = [_scenario(text) for text in _SCENARIOS.value]
   workdir, output = (pathlib.Path(flag.value).absolute() for flag in (_WORKDIR, _OUTPUT))
   for directory in (workdir, output):
     directory.mkdir(parents=True, exist_ok=True)
   settings = {"geometry": _GEOMETRY.value, "sides": _SIDES.value, "turns": _TURNS.value, "processor": _processor()}
+  settings |= {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
+  settings["code"] = _code()
   command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   study.run(
     _GEOMETRY.value,
@@ -72,6 +77,13 @@ def _scenario(text: str) -> Scenario:
   return Scenario(_GEOMETRY.value, *map(int, sizes))
 
 
+def _code() -> str:
+  """A checksum of what is measured: figures of other code do not belong into the same table."""
+  library = pathlib.Path(himap_jax.__file__).parent.rglob("*.py")
+  sides = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
+  return hashlib.sha256(b"".join(path.read_bytes() for path in (*sorted(library), *sides))).hexdigest()[:16]
+
+
 def _processor() -> str:
   """The processor's name and how many of its cores the process has."""
   names = [
@@ -79,7 +91,7 @@ def _processor() -> str:
     for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     if "model name" in line
   ]
-  return f"{len(names)} cores of {names[0] if names else platform.machine()}"
+  return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@
 Axes: B batch, S slots, N image tokens, D model dim.
 """
 
-import functools
 import pathlib
 import time
 from typing import Any
@@ -30,11 +29,9 @@ DTYPE = torch.bfloat16
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> "PyTorch":
   """Builds a side."""
-  return {
-    "transformers": Transformers,
-    "authors": functools.partial(Authors, with_cache=False),
-    "authors_cache": functools.partial(Authors, with_cache=True),
-  }[name](geometry, weights)
+  if name == "transformers":
+    return Transformers(geometry, weights)
+  return Authors(geometry, weights, with_cache=name == "authors_cache")
 
 
 class PyTorch:
@@ -51,6 +48,8 @@ class PyTorch:
       state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     self._model = model.to(self._device).eval()
+    self._mapped_bytes = sum(value.nbytes for value in self._model.parameters() if value.ndim > 1)
+    self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
 
   def _values(self, name: str, shape: tuple[int, ...], file: Weights) -> torch.Tensor:
     if len(shape) < 2:
@@ -73,10 +72,8 @@ class PyTorch:
     pixels = torch.randn(scenario.batch_size, 3, vision.image_size, vision.image_size, generator=generator)
     self._ids, self._pixels = ids.to(self._device), pixels.to(self._device, DTYPE)
     self._embedded = self._embed()
-    if self._device.type == "cuda":
-      torch.cuda.reset_peak_memory_stats()
-    side.reset_peak_memory()
     self.turn()
+    side.reset_peak_memory()
 
   @torch.inference_mode()
   def turn(self) -> dict[str, float]:
@@ -98,7 +95,7 @@ class PyTorch:
 
   def peak_bytes(self) -> int:
     """Of the accelerator, or of the process where there is none."""
-    return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else side.peak_memory()
+    return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else side.peak_memory(self._mapped_bytes)
 
   def _embed(self) -> torch.Tensor:
     """Embeds the prompts, `[B, S, D]`."""
@@ -163,6 +160,7 @@ class Authors(PyTorch):
   def __init__(self, geometry: dict[str, Any], weights: pathlib.Path, *, with_cache: bool):
     super().__init__(geometry, weights)
     self._with_cache = with_cache
+    self._masks: dict[int, torch.Tensor] = {}
     self._decoder = self._model.model.language_model
     scored = {layer - 1 for layer in PRUNE_LAYERS} if with_cache else set(range(len(self._decoder.layers)))
     for index, layer in enumerate(self._decoder.layers):
@@ -201,6 +199,7 @@ class Authors(PyTorch):
 
   def _run(self, hidden: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
     """Logits after the last token of embedded prompts, pruning on the way."""
+    self._masks.clear()
     first, num_image = self._image.start, self._image.stop - self._image.start
     keep = [int(share * num_image) for share in KEEP]
     positions = torch.arange(hidden.shape[1], device=self._device)[None].expand(len(hidden), -1)
@@ -222,18 +221,21 @@ class Authors(PyTorch):
       hidden, attention = self._layer(layer, hidden, rotary, cache)
     return self._model.lm_head(self._decoder.norm(hidden[:, -1:]))[:, -1]
 
+  def _causal_mask(self, num_slots: int) -> torch.Tensor:
+    """What is added to the logits of an eager layer; made once for a length and a pass, as transformers does."""
+    if num_slots not in self._masks:
+      full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
+      self._masks[num_slots] = full.triu(1)[None, None]
+    return self._masks[num_slots]
+
   def _layer(
     self, layer: torch.nn.Module, hidden: torch.Tensor, rotary: Any, cache: DynamicCache | None
   ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A layer's output and, where it is eager, its attention map."""
     maps: list[torch.Tensor | None] = []
     hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
-    mask = None
-    if layer.self_attn.config._attn_implementation == "eager":
-      num_slots = hidden.shape[1]
-      mask = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device).triu(1)[
-        None, None
-      ]
+    is_eager = layer.self_attn.config._attn_implementation == "eager"
+    mask = self._causal_mask(hidden.shape[1]) if is_eager else None
     hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary)
     hook.remove()
     return hidden, maps[0]

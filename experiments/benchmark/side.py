@@ -11,12 +11,16 @@ from experiments.benchmark.scenarios import Scenario
 # one decoded token; a whole example from pixels to its last token.
 FIGURES = ("tower", "prefill", "scoring", "decode", "example")
 
+PYTORCH = ("transformers", "authors", "authors_cache")
+
 
 class Side(Protocol):
-  """One way to run a scenario. Everything it reports is in seconds or bytes."""
+  """One way to run scenarios, one after the other."""
+
+  device: str
 
   def prepare(self, scenario: Scenario) -> None:
-    """Compiles what the scenario needs.
+    """Compiles what the scenario needs, and runs it once.
 
     Raises:
       NotImplementedError: this side cannot run it; the message says why.
@@ -29,12 +33,12 @@ class Side(Protocol):
     """What is known of the prepared programs without running them."""
 
   def peak_bytes(self) -> int:
-    """The most memory that the process or its device held since `prepare`, weights included."""
+    """The most memory held while turns were taken, every weight counted once; on an accelerator, since its process began."""
 
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
   """Builds a side; only the package that it needs is imported."""
-  if name in ("transformers", "authors", "authors_cache"):
+  if name in PYTORCH:
     from experiments.benchmark import pytorch
 
     return pytorch.make(name, geometry, weights)
@@ -55,7 +59,12 @@ def reset_peak_memory() -> None:
   pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-  """The largest resident size of this process since `reset_peak_memory`, in bytes."""
+def peak_memory(mapped_weights: int) -> int:
+  """The largest resident size of this process since `reset_peak_memory`, in bytes.
+
+  Args:
+    mapped_weights: bytes of the weights that lie in the file, which are counted in full in place of what of it is mapped.
+  """
   status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-  return int(status["VmHWM"].split()[0]) << 10
+  kibibytes = {name: int(status[name].split()[0]) for name in ("VmHWM", "RssFile", "RssShmem")}
+  return ((kibibytes["VmHWM"] - kibibytes["RssFile"] - kibibytes["RssShmem"]) << 10) + mapped_weights

@@ -1,4 +1,4 @@
-"""Random weights that all sides of a benchmark map from one file: a 7B model is in memory once."""
+"""Random weights that all sides of a benchmark map from one file, so that a large model is in memory once."""
 
 import contextlib
 import math
@@ -12,22 +12,28 @@ import numpy as np
 
 BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64  # bytes; JAX on CPU uses an aligned NumPy array as it lies
+LARGEST_FILE = (
+  6 << 30
+)  # bytes; far beyond any cache, so that reading weights that share them costs what reading others does
 
 
 @contextlib.contextmanager
 def random_file(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-  """A file of random bfloat16 numbers of size 0.008 to 0.016 and either sign; it is gone at the end.
+  """A file of random bfloat16 numbers of size 0.008 to 0.016 and either sign, for as long as this process holds it.
+
+  It has no name of its own, so that nothing is left of it however the process ends.
 
   Raises:
     OSError: the directory has not enough room.
   """
   numbers = np.random.default_rng(0).integers(0, 1 << 16, BLOCK_BYTES // 2, np.uint16)
   block = ((numbers & 0x807F) | (120 << 7)).tobytes()  # sign and mantissa at random, the exponent of 2 ** -7
-  with tempfile.NamedTemporaryFile(dir=directory, prefix="himap_jax-weights-", buffering=0) as file:
+  num_bytes = min(num_bytes, LARGEST_FILE)
+  with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
     os.posix_fallocate(file.fileno(), 0, num_bytes)
     for start in range(0, num_bytes, BLOCK_BYTES):
       file.write(memoryview(block)[: num_bytes - start])
-    yield pathlib.Path(file.name)
+    yield pathlib.Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 class Weights:

@@ -3,42 +3,71 @@
 import multiprocessing
 import os
 import pathlib
+import signal
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
 from experiments.benchmark import side
 from experiments.benchmark.scenarios import Scenario
 
+# What XLA and PyTorch say where memory does not suffice.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "can't allocate memory")
+
+
+class CannotRun(Exception):
+  """A side that cannot run a scenario; the message says why."""
+
 
 def _serve(connection: Connection, name: str, geometry: dict[str, Any], weights: pathlib.Path) -> None:
   """Answers calls of methods of a side until the connection closes."""
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share an accelerator
-  served = side.make(name, geometry, weights)
+  served = None
+
+  def make() -> str:
+    nonlocal served
+    served = side.make(name, geometry, weights)
+    return served.device
+
+  call, arguments = make, ()
   while True:
+    try:
+      connection.send(("result", call(*arguments)))
+    except NotImplementedError as error:
+      connection.send(("cannot", str(error)))
+    except Exception as error:  # the parent decides what becomes of it
+      text = str(error)
+      short = isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
+      connection.send(("cannot", "out of memory") if short else ("failed", traceback.format_exc()))
     try:
       method, arguments = connection.recv()
     except EOFError:
       return
-    try:
-      connection.send((True, getattr(served, method)(*arguments)))
-    except (NotImplementedError, MemoryError, RuntimeError) as error:
-      connection.send((False, str(error).partition("\n")[0] or type(error).__name__))
+    call = getattr(served, method)
 
 
 class Worker:
-  """Calls a side's methods in its process; a context manager that ends the process."""
+  """Calls a side's methods in its process; a context manager that ends the process.
+
+  Every call may raise `CannotRun`, also where the process was killed (it is begun anew), and `RuntimeError` where it failed.
+
+  Attributes:
+    device: what the side runs on.
+  """
 
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
     self._arguments = (name, geometry, weights)
     self._start()
 
   def _start(self) -> None:
+    """Begins the process and waits until its model is there."""
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
     self._process.start()
     theirs.close()
+    self.device = self._receive()
 
   def __enter__(self) -> "Worker":
     return self
@@ -50,6 +79,7 @@ class Worker:
     self._connection.close()
     self._process.join(10)
     self._process.kill()
+    self._process.join()
 
   def prepare(self, scenario: Scenario) -> float:
     """Prepares a scenario: compilation, and one run of everything; returns its seconds."""
@@ -72,11 +102,19 @@ class Worker:
   def _call(self, method: str, *arguments: Any) -> Any:
     try:
       self._connection.send((method, arguments))
-      done, result = self._connection.recv()
+      return self._receive()
     except (EOFError, ConnectionError) as error:
       self._end()
+      status = self._process.exitcode
       self._start()
-      raise NotImplementedError("the process ended: most likely out of memory") from error
-    if not done:
-      raise NotImplementedError(result)
+      if status != -signal.SIGKILL:
+        raise RuntimeError(f"the process of {self._arguments[0]} ended with status {status}") from error
+      raise CannotRun("killed, most likely for its memory") from error
+
+  def _receive(self) -> Any:
+    kind, result = self._connection.recv()
+    if kind == "cannot":
+      raise CannotRun(result)
+    if kind == "failed":
+      raise RuntimeError(result)
     return result
