@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: what it computes, and how each platform computes it fastest.
+"""Scaled dot-product attention, and the implementation that each platform uses.
 
 Axes: B batch, S query slots, T key slots, N query heads, K key heads, G query heads per key head, H head dim.
 """
@@ -16,7 +16,7 @@ Attend = Callable[..., Float[Array, "B S N H"]]
 BLOCK = 128  # query slots
 
 
-def by_xla(
+def xla_attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
@@ -29,7 +29,7 @@ def by_xla(
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
 
-def by_blocks(
+def blockwise_attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
@@ -68,6 +68,6 @@ def _block(
   return context.astype(value.dtype).reshape(batch, slots, num_heads, head_dim)
 
 
-def of_platform(platform: str) -> Attend:
-  """What a platform (`cpu`, `gpu`, `tpu`) computes attention with."""
-  return {"cpu": by_blocks}.get(platform, by_xla)
+def for_platform(platform: str) -> Attend:
+  """The implementation for a platform (`cpu`, `gpu`, `tpu`)."""
+  return {"cpu": blockwise_attention}.get(platform, xla_attention)

@@ -159,7 +159,7 @@ class Generator:
       raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}")
     self._params = loaded.params
     mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
-    self._model = Llava(loaded.config, loaded.dtype, attention.of_platform(mesh.devices.flat[0].platform))
+    self._model = Llava(loaded.config, loaded.dtype, attention.for_platform(mesh.devices.flat[0].platform))
     self._rows = sharding.rows(mesh)
     self._seed = seed
     eos_token_ids = () if ignore_eos else loaded.eos_token_ids

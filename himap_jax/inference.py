@@ -59,7 +59,7 @@ def answer_all(
   todo = [prompt for prompt in prompts if prompt.id not in writer.answered]
   summary.num_skipped = len(prompts) - len(todo)
   with tqdm(total=len(todo), unit="row", disable=None) as progress:
-    for group in _ahead(_batches(todo, processor, image_dir=image_dir, batch_size=batch_size)):
+    for group in _prefetch(_batches(todo, processor, image_dir=image_dir, batch_size=batch_size)):
       if isinstance(group, RowError):
         rows = [_error_row(group)]
       else:
@@ -95,7 +95,7 @@ def _batches(
   yield from waiting.values()
 
 
-def _ahead(items: Iterator[RowError | Group]) -> Iterator[RowError | Group]:
+def _prefetch(items: Iterator[RowError | Group]) -> Iterator[RowError | Group]:
   """The same items; the next one is made by a thread while the one before it is in use."""
   with ThreadPoolExecutor(max_workers=1) as thread:
     following = thread.submit(next, items, None)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from himap_jax.attention import Attend, by_xla
+from himap_jax.attention import Attend, xla_attention
 from himap_jax.config import LlavaConfig
 from himap_jax.decoder import Decoder
 from himap_jax.layout import Layout, put_image_tokens
@@ -54,12 +54,12 @@ class Llava(nn.Module):
   Attributes:
     config: the model's sizes.
     dtype: of hidden states and of the weights in products.
-    attend: how attention is computed; see `attention.of_platform`.
+    attend: how attention is computed; see `attention.for_platform`.
   """
 
   config: LlavaConfig
   dtype: Any = jnp.bfloat16
-  attend: Attend = by_xla
+  attend: Attend = xla_attention
 
   def setup(self) -> None:
     config = self.config

@@ -70,7 +70,8 @@ class OutputWriter:
 
     Raises:
       ValueError: a row lacks `id`, `answer` or `error`, repeats an id, or
-        holds NaN or infinity; nothing is written.
+        holds NaN or infinity, or rows to be tried again cannot be taken out;
+        nothing is written.
       TypeError: a row holds a value that JSON does not have.
       OSError: the write failed, for example on a full disk; the part that
         was written is taken back.

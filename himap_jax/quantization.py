@@ -16,7 +16,7 @@ def quantize(weight: Float[Array, "F D"]) -> qwix.QArray:
 
 
 def quantize_decoder(params: PyTree) -> PyTree:
-  """Quantises the weights of the decoder's linear layers and of a head of its own; the originals are freed one by one.
+  """Quantises the weights of the decoder's linear layers and of a head of its own, one by one, each original being deleted.
 
   The tower, the projector, norms, and an embedding table, which may be the head as well, stay as they are.
   """

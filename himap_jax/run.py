@@ -78,7 +78,7 @@ _DTYPE = flags.DEFINE_enum(
 _INT8_WEIGHTS = flags.DEFINE_bool(
   "int8_weights",
   False,
-  "The decoder's weights as int8, a scale for every output feature: less memory, faster decoding.",
+  "Decoder weights as int8, a scale for every output feature: half the memory, faster decoding.",
 )
 _EMIT = flags.DEFINE_list(
   "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."

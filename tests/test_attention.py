@@ -43,7 +43,7 @@ def random_mask(queries, keys):
   return jnp.asarray(seen | np.eye(queries, keys, keys - queries, dtype=bool))
 
 
-@pytest.mark.parametrize("attend", [attention.by_xla, attention.by_blocks])
+@pytest.mark.parametrize("attend", [attention.xla_attention, attention.blockwise_attention])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_is_torch_s(attend, shape, masked):
@@ -58,7 +58,7 @@ def test_blocks_in_bfloat16_are_as_exact_as_xla_s():
   arrays = draw(SHAPES["blocks and a rest"], jnp.bfloat16)
   expected = by_torch(*(x.astype(jnp.float32) for x in arrays), is_causal=True)
   errors = []
-  for attend in (attention.by_blocks, attention.by_xla):
+  for attend in (attention.blockwise_attention, attention.xla_attention):
     actual = jax.jit(functools.partial(attend, is_causal=True))(*arrays)
     assert actual.dtype == jnp.bfloat16
     errors.append(np.abs(np.asarray(actual, np.float64) - expected).max())
@@ -73,10 +73,10 @@ def test_gradients_of_blocks():
   def gradients(attend):
     return jax.grad(lambda arrays: (attend(*arrays, mask, is_causal=True) * weight).sum())(arrays)
 
-  for actual, expected in zip(*map(gradients, (attention.by_blocks, attention.by_xla)), strict=True):
+  for actual, expected in zip(*map(gradients, (attention.blockwise_attention, attention.xla_attention)), strict=True):
     np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
 
 
 def test_every_platform_has_one():
-  assert attention.of_platform("cpu") is attention.by_blocks
-  assert attention.of_platform("tpu") is attention.by_xla
+  assert attention.for_platform("cpu") is attention.blockwise_attention
+  assert attention.for_platform("tpu") is attention.xla_attention

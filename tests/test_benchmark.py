@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +13,7 @@ import reference_himap
 import tiny_checkpoints
 import torch
 
-from experiments.benchmark import pytorch, scenarios, side, study, tables
+from experiments.benchmark import pytorch, scenarios, side, startup, study, tables
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.weights import Weights, random_file
 from experiments.benchmark.worker import CannotRun, Worker
@@ -168,3 +170,28 @@ def test_ratios_are_medians_over_turns():
   rows = {row["side"]: row for row in tables.figures({SCENARIO: results})}
   assert rows["himap"]["prefill"] == 2.0 and rows["himap"]["prefill_spread"] == 4.0
   assert rows["authors"]["prefill"] is None and rows["authors"]["cannot"] == "no"
+
+
+def test_starts_by_phase(checkpoints, tmp_path):
+  tiny_checkpoints.noise_image((40, 40), seed=0).save(tmp_path / "0.png")
+  (tmp_path / "prompts.jsonl").write_text('{"id": 0, "image": "0.png", "question": "Why?"}\n')
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "experiments.benchmark.startup",
+      "--starts=1",
+      "--dtype=float32",
+      f"--checkpoint={checkpoints('clip_mha').directory}",
+      "--prune_layers=2,4",
+      f"--prompts={tmp_path / 'prompts.jsonl'}",
+      f"--image_dir={tmp_path}",
+    ],
+    env={**os.environ, "COLUMNS": "200"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  for phase in startup.PHASES.values():
+    assert phase in done.stdout
+  assert 0 < float(done.stdout.split("later ÷ first:")[1]) < 1

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import himap_jax
+from himap_jax import inference
 from himap_jax import run as command
 from himap_jax.images import load_image
 from himap_jax.run import RunConfig
@@ -342,6 +343,40 @@ class TestBadRows:
     names = [path.name for path in (tmp_path / "pictures").iterdir()]
     assert len(names) == len(ids)
     assert {"plain-1.0.png", "7.png", "a_b.png"} < set(names)
+
+
+class TestPrefetch:
+  def test_one_item_ahead_in_order(self):
+    made = []
+
+    def items():
+      for number in range(4):
+        made.append(number)
+        yield number
+
+    seen = []
+    for item in inference._prefetch(items()):
+      seen.append(item)
+      wait_until(lambda seen=seen: len(made) == min(4, len(seen) + 1))
+    assert seen == [0, 1, 2, 3]
+
+  def test_an_error_comes_out_where_its_item_would(self):
+    def items():
+      yield 1
+      raise OSError("gone")
+
+    ahead = inference._prefetch(items())
+    assert next(ahead) == 1
+    with pytest.raises(OSError, match="gone"):
+      next(ahead)
+
+
+def wait_until(condition):
+  """Waits for another thread, for at most ten seconds."""
+  end = time.monotonic() + 10
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.001)
 
 
 def refuses(config, message):

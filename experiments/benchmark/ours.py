@@ -39,7 +39,7 @@ class Ours:
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
     method, _, variant = name.partition("/")
     self._config = from_hf(geometry)
-    self._model = Llava(self._config, DTYPE, attention.of_platform(jax.default_backend()))
+    self._model = Llava(self._config, DTYPE, attention.for_platform(jax.default_backend()))
     side_length = self._config.vision.image_size
     self._num_image_tokens = self._config.num_image_tokens(side_length, side_length)
     self._schedule = build_schedule(

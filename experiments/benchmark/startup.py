@@ -27,6 +27,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "`demo`, or a directory 
 _STARTS = flags.DEFINE_integer("starts", 5, "Starts after the first.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
 _PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "The first prompt is asked.")
+_PRUNE_LAYERS = flags.DEFINE_string("prune_layers", "2,8", "As in himap_jax.run.")
 _IMAGE_DIR = flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")
 
 READY = re.compile(r"ready: (\w+)")
@@ -82,6 +83,7 @@ def run() -> int:
       f"--image_dir={_IMAGE_DIR.value}",
       f"--output={scratch / 'answers.jsonl'}",
       f"--dtype={_DTYPE.value}",
+      f"--prune_layers={_PRUNE_LAYERS.value}",
       "--batch_size=1",
       "--prompt_buckets=64",
       "--max_new_tokens=8",
