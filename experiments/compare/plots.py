@@ -19,7 +19,18 @@ from himap_jax.methods import METHODS, parse
 BEFORE, INSIDE, BOTH, CONTROL = "before the decoder", "inside the decoder", "before + inside", "controls"
 PALETTES = {
   BEFORE: ("#0b4f9e", "#2f8fe0", "#12b5cb", "#0a7d6f", "#5b4fc9", "#8fb8f0"),
-  INSIDE: ("#d1221b", "#f08a24", "#a8324e", "#e0b000", "#8a4b1f", "#f2739b", "#5c0f0f", "#ff6f3c", "#7a6a00", "#c04fa8"),
+  INSIDE: (
+    "#d1221b",
+    "#f08a24",
+    "#a8324e",
+    "#e0b000",
+    "#8a4b1f",
+    "#f2739b",
+    "#5c0f0f",
+    "#ff6f3c",
+    "#7a6a00",
+    "#c04fa8",
+  ),
   BOTH: ("#2e8b3d", "#8fbc3f", "#145225"),
   CONTROL: ("#555555", "#a0a0a0", "#000000"),
 }
