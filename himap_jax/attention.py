@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 # `is_causal` hides the keys after a query's own slot, beside what the mask `[B, 1, S, T]` hides.
 Attend = Callable[..., Float[Array, "B S N H"]]
 
-BLOCK = 128  # query slots
+BLOCK = 256  # query slots
 
 
 def xla_attention(
@@ -62,9 +62,8 @@ def _block(
   logits = jnp.einsum("BSKGH,BTKH->BKGST", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
   if mask is not None:
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
-  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-  context = jnp.einsum("BKGST,BTKH->BSKGH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-  context = context / jnp.moveaxis(weights.sum(axis=-1), -1, 1)[..., None]
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  context = jnp.einsum("BKGST,BTKH->BSKGH", weights, value, preferred_element_type=jnp.float32)
   return context.astype(value.dtype).reshape(batch, slots, num_heads, head_dim)
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax import rope
-from himap_jax.attention import Attend, xla_attention
+from himap_jax.attention import Attend
 from himap_jax.cache import SegmentCache
 from himap_jax.config import TextConfig
 from himap_jax.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
@@ -151,7 +151,7 @@ class Decoder(nn.Module):
   """The language model without its head."""
 
   config: TextConfig
-  attend: Attend = xla_attention
+  attend: Attend
 
   def setup(self) -> None:
     self.embed_tokens = Embedding(self.config.vocab_size, self.config.hidden_size)

@@ -37,11 +37,13 @@ def product(x: Float[Array, "B S D"], weight: Weight) -> Float[Array, "B S F"]:
   if slots == 1:
     x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
     x, weight = jax.lax.optimization_barrier((x, weight))
-  if not _is_quantized(weight):
-    return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
-  from himap_jax import quantization  # qwix is slow to import, and most runs have no such weight
+  if _is_quantized(weight):
+    from himap_jax import quantization  # qwix is slow to import, and most runs have no such weight
 
-  return quantization.product(x, weight)[:batch]
+    if slots == 1:  # it reads weights more than it computes
+      return quantization.integer_product(x, weight)[:batch]
+    weight = quantization.dequantize(weight, x.dtype)
+  return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
 
 
 def cast(weight: Weight, dtype: Any) -> Weight:

@@ -4,7 +4,7 @@ Axes: B batch, S slots, M kept image tokens, D model dim, V vocabulary.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from himap_jax import cache
+from himap_jax.decoder import Projections
 from himap_jax.layout import Layout, put_image_tokens
 from himap_jax.llava import Inputs, Llava
 from himap_jax.method import Selection, View
-from himap_jax.schedule import Schedule
+from himap_jax.schedule import Schedule, Stage
 from himap_jax.vision import TowerOutput
 
 
@@ -34,6 +35,25 @@ class Prefill:
   caches: tuple[cache.SegmentCache, ...]
   next_position: Int[Array, "B"]
   kept: tuple[Int[Array, "B M"], ...]
+
+
+class Sequence(NamedTuple):
+  """What is left of the prompts between two layers.
+
+  Attributes:
+    x: `[B, S, D]` hidden states.
+    positions: `[B, S]` rotary positions.
+    layout: where the image tokens stand.
+    original: `[B, M]` which of the picture's tokens they are, ascending.
+  """
+
+  x: Float[Array, "B S D"]
+  positions: Int[Array, "B S"]
+  layout: Layout
+  original: Int[Array, "B M"]
+
+
+Embedded = tuple[Float[Array, "B S D"], Layout, TowerOutput]
 
 
 def prefill(
@@ -56,21 +76,18 @@ def prefill(
 def prefill_embedded(
   model: Llava,
   params: Any,
-  embedded: tuple[Float[Array, "B S D"], Layout, TowerOutput],
+  embedded: Embedded,
   keys: Key[Array, "B"],
   schedule: Schedule,
   num_new_slots: int,
 ) -> Prefill:
   """`prefill` of prompts that `Llava.embed` has embedded already."""
   bound = model.bind({"params": params})
-  x, layout, tower = embedded
-  embeddings, embedded_layout = x, layout
-  positions, next_position = _positions(layout, x.shape[1]), layout.length
-  original = jnp.broadcast_to(
-    jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None], (x.shape[0], layout.num_image_tokens)
-  )
+  sequence = start(embedded)
+  next_position = sequence.layout.length
   caches, kept = [], []
-  for segment in schedule.segments(model.config.text.num_hidden_layers, layout.num_image_tokens):
+  for segment in schedule.segments(model.config.text.num_hidden_layers, sequence.layout.num_image_tokens):
+    x, positions, layout, _ = sequence
     with jax.named_scope(f"prefill_layers_{segment.first}_to_{segment.last}"):
       x, projections = bound.language_model(
         x,
@@ -80,6 +97,7 @@ def prefill_embedded(
         partial_layers=frozenset(schedule.frozen_layers),
         updated_slots=layout.text_slots(x.shape[1]) if schedule.frozen_layers else None,
       )
+    sequence = sequence._replace(x=x)
     if projections:
       caches.append(
         cache.from_prefill(
@@ -87,30 +105,63 @@ def prefill_embedded(
         )
       )
     if segment.stage is not None:
-      with jax.named_scope(f"prune_before_layer_{segment.last}"):
-        view = View(
-          layer=segment.last,
-          x=x,
-          layout=layout,
-          original=original,
-          projections=projections[-1] if projections else None,
-          next_projections=functools.partial(bound.language_model.project, x, positions, segment.last),
-          embeddings=embeddings,
-          embedded_layout=embedded_layout,
-          tower=tower,
-          project=bound.multi_modal_projector,
-          keys=keys,
-        )
-        with jax.named_scope("score"):
-          selection = segment.stage.criterion.select(view, segment.stage.keep)
-        with jax.named_scope("gather"):
-          x, positions, layout = apply(selection, x, positions, layout)
-        original = jnp.take_along_axis(original, selection.kept, axis=1)
-      kept.append(original)
+      sequence = prune(bound, segment.stage, sequence, projections[-1] if projections else None, embedded, keys)
+      kept.append(sequence.original)
       if segment.last == 0:  # the decoder never saw the other tokens: its positions are without gaps
-        positions, next_position = _positions(layout, x.shape[1]), layout.length
-  last = jnp.take_along_axis(x, (layout.length - 1)[:, None, None], axis=1)
+        next_position = sequence.layout.length
+        sequence = sequence._replace(positions=_positions(sequence.layout, sequence.x.shape[1]))
+  last = jnp.take_along_axis(sequence.x, (sequence.layout.length - 1)[:, None, None], axis=1)
   return Prefill(bound.logits(last)[:, 0], tuple(caches), next_position, tuple(kept))
+
+
+def start(embedded: Embedded) -> Sequence:
+  """The prompts before any layer."""
+  x, layout, _ = embedded
+  original = jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None]
+  return Sequence(
+    x, _positions(layout, x.shape[1]), layout, jnp.broadcast_to(original, (x.shape[0], layout.num_image_tokens))
+  )
+
+
+def prune(
+  bound: Llava,
+  stage: Stage,
+  sequence: Sequence,
+  projections: Projections | None,
+  embedded: Embedded,
+  keys: Key[Array, "B"],
+) -> Sequence:
+  """What a stage leaves of the prompts.
+
+  Args:
+    bound: the model with its parameters.
+    stage: the stage.
+    sequence: what enters the stage's layer.
+    projections: of the layer before; None before the decoder.
+    embedded: the prompts before any pruning.
+    keys: a random key a row.
+  """
+  x, positions, layout, original = sequence
+  embeddings, embedded_layout, tower = embedded
+  with jax.named_scope(f"prune_before_layer_{stage.layer}"):
+    view = View(
+      layer=stage.layer,
+      x=x,
+      layout=layout,
+      original=original,
+      projections=projections,
+      next_projections=functools.partial(bound.language_model.project, x, positions, stage.layer),
+      embeddings=embeddings,
+      embedded_layout=embedded_layout,
+      tower=tower,
+      project=bound.multi_modal_projector,
+      keys=keys,
+    )
+    with jax.named_scope("score"):
+      selection = stage.criterion.select(view, stage.keep)
+    with jax.named_scope("gather"):
+      x, positions, layout = apply(selection, x, positions, layout)
+    return Sequence(x, positions, layout, jnp.take_along_axis(original, selection.kept, axis=1))
 
 
 def _positions(layout: Layout, num_slots: int) -> Int[Array, "B S"]:

@@ -3,6 +3,8 @@
 Axes: D in features, F out features.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import qwix
@@ -33,15 +35,13 @@ def quantize_decoder(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def product(x: Float[Array, "B S D"], weight: qwix.QArray) -> Float[Array, "B S F"]:
-  """`x · weightᵀ` in float32.
+def dequantize(weight: qwix.QArray, dtype: Any) -> Float[Array, "F D"]:
+  """The weight as numbers again."""
+  return qwix.dequantize(weight).astype(dtype)
 
-  One token a row reads weights more than it computes: its activations become int8 too, a scale for every row, and the
-  product is one of integers. Many tokens compute: the weights go back to the activations' dtype.
-  """
-  if x.shape[1] > 1:
-    weight = qwix.dequantize(weight).astype(x.dtype)
-    return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)
+
+def integer_product(x: Float[Array, "B S D"], weight: qwix.QArray) -> Float[Array, "B S F"]:
+  """`x · weightᵀ` in float32, a product of integers: the activations become int8 too, with a scale for every slot."""
   x = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 1))
   with jax.numpy_dtype_promotion("standard"):  # qwix mixes dtypes inside
     return qwix.dot_general(x, weight, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -243,10 +243,8 @@ def run(config: RunConfig) -> int:
       prune_layers=config.prune_layers,
       keep=config.keep,
     )
-    settings, settings_path = (
-      _settings(config, schedule),
-      config.output.with_name(f"{config.output.name}.settings.json"),
-    )
+    settings = _settings(config, schedule)
+    settings_path = config.output.with_name(f"{config.output.name}.settings.json")
     if writer.answered:
       command.hold_to_settings(settings_path, settings, "use another --output, or --noresume to replace it")
     loaded = opened.restore(

@@ -12,8 +12,8 @@ from himap_jax import attention
 
 SHAPES = {  # query slots, key slots, query heads, key heads
   "one block": (100, 100, 4, 4),
-  "blocks and a rest": (300, 300, 6, 2),
-  "whole blocks": (256, 256, 3, 1),
+  "blocks and a rest": (attention.BLOCK + 44, attention.BLOCK + 44, 6, 2),
+  "whole blocks": (2 * attention.BLOCK, 2 * attention.BLOCK, 3, 1),
   "one token": (1, 70, 6, 2),
 }
 
@@ -67,8 +67,8 @@ def test_blocks_in_bfloat16_are_as_exact_as_xla_s():
 
 def test_gradients_of_blocks():
   arrays = draw(SHAPES["blocks and a rest"])
-  mask = random_mask(300, 300)
-  weight = jnp.asarray(np.random.default_rng(2).normal(size=(2, 300, 6, 16)), jnp.float32)
+  mask = random_mask(*SHAPES["blocks and a rest"][:2])
+  weight = jnp.asarray(np.random.default_rng(2).normal(size=arrays[0].shape), jnp.float32)
 
   def gradients(attend):
     return jax.grad(lambda arrays: (attend(*arrays, mask, is_causal=True) * weight).sum())(arrays)

@@ -20,15 +20,12 @@ from himap_jax.checkpoint import LoadedModel
 from himap_jax.config import from_hf
 from himap_jax.decoder import Projections
 from himap_jax.generation import Generator, decode
-from himap_jax.layout import Layout
 from himap_jax.llava import Inputs, Llava, abstract_params
-from himap_jax.method import View
 from himap_jax.methods import build_schedule
-from himap_jax.prefill import apply, prefill_embedded
+from himap_jax.prefill import Embedded, Sequence, prefill_embedded, prune, start
 from himap_jax.quantization import quantize_decoder
 from himap_jax.sampling import Sampling
 from himap_jax.schedule import Schedule
-from himap_jax.vision import TowerOutput
 
 DTYPE = jnp.bfloat16
 
@@ -48,9 +45,8 @@ class Ours:
       num_image_tokens=self._num_image_tokens,
       has_class_token=self._config.vision.has_class_token,
     )
-    self._mesh = sharding.make_mesh(1)
     file = Weights(weights)
-    place = functools.partial(jax.device_put, device=sharding.replicated(self._mesh), may_alias=True)
+    place = functools.partial(jax.device_put, device=sharding.replicated(sharding.make_mesh(1)), may_alias=True)
     self._params = jax.tree_util.tree_map_with_path(
       lambda path, leaf: place(_values(path[-1].key, leaf.shape, file)), abstract_params(self._config, DTYPE)
     )
@@ -149,7 +145,7 @@ class Ours:
       pixel_values=jnp.asarray(pixels),
     )
 
-  def _random_projections(self, embedded: tuple[jax.Array, Layout, TowerOutput]) -> list[Projections | None]:
+  def _random_projections(self, embedded: Embedded) -> list[Projections | None]:
     """What the layer before each stage would give to score; nothing before the decoder."""
     text, x = self._config.text, embedded[0]
     projections = []
@@ -177,35 +173,13 @@ def _choose(
   model: Llava,
   schedule: Schedule,
   params: Any,
-  embedded: tuple[jax.Array, Layout, TowerOutput],
+  embedded: Embedded,
   projections: list[Projections | None],
   keys: jax.Array,
-) -> list[jax.Array]:
-  """The stages of a schedule without the layers between them: which tokens they keep."""
+) -> list[Sequence]:
+  """The stages of a schedule without the layers between them: what each leaves."""
   bound = model.bind({"params": params})
-  x, layout, tower = embedded
-  embeddings, embedded_layout = x, layout
-  positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
-  original = jnp.broadcast_to(
-    jnp.arange(layout.num_image_tokens, dtype=jnp.int32)[None], (x.shape[0], layout.num_image_tokens)
-  )
-  chosen = []
+  sequences = [start(embedded)]
   for stage, scored in zip(schedule.stages, projections, strict=True):
-    view = View(
-      layer=stage.layer,
-      x=x,
-      layout=layout,
-      original=original,
-      projections=scored,
-      next_projections=functools.partial(bound.language_model.project, x, positions, stage.layer),
-      embeddings=embeddings,
-      embedded_layout=embedded_layout,
-      tower=tower,
-      project=bound.multi_modal_projector,
-      keys=keys,
-    )
-    selection = stage.criterion.select(view, stage.keep)
-    x, positions, layout = apply(selection, x, positions, layout)
-    original = jnp.take_along_axis(original, selection.kept, axis=1)
-    chosen.append(original)
-  return [*chosen, x]
+    sequences.append(prune(bound, stage, sequences[-1], scored, embedded, keys))
+  return sequences[1:]

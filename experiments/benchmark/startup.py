@@ -21,6 +21,7 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from checkpoints_convert.demo.assemble import assemble
 from himap_jax import checkpoint, command
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "`demo`, or a directory in the Hugging Face layout.")
@@ -72,9 +73,10 @@ def run() -> int:
   """Starts the command again and again and prints the phases."""
   with tempfile.TemporaryDirectory() as name:
     scratch = pathlib.Path(name)
-    source = checkpoint.default_cache_dir() / "demo" if _CHECKPOINT.value == "demo" else pathlib.Path(_CHECKPOINT.value)
+    source = pathlib.Path(_CHECKPOINT.value)
     if _CHECKPOINT.value == "demo":
-      checkpoint.resolve("demo")
+      cache = checkpoint.default_cache_dir()
+      source = assemble(cache / "demo", cache_dir=cache)
     prompt = json.loads(pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()[0])
     (scratch / "prompts.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
     arguments = [

@@ -74,7 +74,10 @@ def flops_ratio(scenario: Scenario, method: str) -> float:
   config = from_hf(GEOMETRIES[scenario.geometry])
   num_image_tokens = config.num_image_tokens(*[config.vision.image_size] * 2)
   schedule = build_schedule(
-    method, num_layers=config.text.num_hidden_layers, num_image_tokens=num_image_tokens, has_class_token=True
+    method,
+    num_layers=config.text.num_hidden_layers,
+    num_image_tokens=num_image_tokens,
+    has_class_token=config.vision.has_class_token,
   )
   pruned, plain = (flops.costs(config, s, num_image_tokens, scenario.num_text_tokens) for s in (schedule, Schedule()))
   return (pruned.decoder + pruned.head) / (plain.decoder + plain.head)

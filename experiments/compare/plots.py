@@ -34,7 +34,7 @@ PALETTES = {
   BOTH: ("#2e8b3d", "#8fbc3f", "#145225"),
   CONTROL: ("#555555", "#a0a0a0", "#000000"),
 }
-MARKERS = {BEFORE: "sD^v<>", INSIDE: "ohp*8H^vd", BOTH: "dX", CONTROL: "x+1"}
+MARKERS = {BEFORE: "sD^v<>", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
 PAPER = {"dpi": 150, "bbox_inches": "tight"}
 
 

@@ -108,10 +108,11 @@ def _accuracies(
       "errors": sum(answer is None for answer in own),
       **_with_interval("accuracy", mean[index], resampled[:, index]),
     }
-    references = {"difference": 0, "beyond_random": labels.index(control_of[label]) if label in control_of else None}
+    references = {"difference": 0}
+    if label in control_of:
+      references["beyond_random"] = labels.index(control_of[label])
     for name, reference in references.items():
-      if reference is not None:
-        row |= _with_interval(name, mean[index] - mean[reference], resampled[:, index] - resampled[:, reference])
+      row |= _with_interval(name, mean[index] - mean[reference], resampled[:, index] - resampled[:, reference])
     row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
     row["agreement"] = float(np.mean([is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)]))
     figures[label] = row
