@@ -67,6 +67,24 @@ def _block(
   return context.astype(value.dtype).reshape(batch, slots, num_heads, head_dim)
 
 
+def attend_to_cache(
+  query: Float[Array, "B 1 N H"],
+  keys: Float[Array, "B K T H"],
+  values: Float[Array, "B K T H"],
+  mask: Bool[Array, "B 1 1 T"],
+) -> Float[Array, "B 1 N H"]:
+  """Attention of one new slot a row over a cache, for any platform: it reads the cache once, as it lies."""
+  batch, _, num_heads, head_dim = query.shape
+  group = num_heads // keys.shape[1]
+  query = query.reshape(batch, keys.shape[1], group, head_dim)
+  # XLA on CPU would convert the cache to float32 for a product of one row.
+  query = jnp.pad(query, [(0, 0), (0, 0), (0, max(0, 2 - group)), (0, 0)])
+  logits = jnp.einsum("BKGH,BKTH->BKGT", query, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+  weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(values.dtype)
+  context = jnp.einsum("BKGT,BKTH->BKGH", weights, values, preferred_element_type=jnp.float32)
+  return context[:, :, :group].astype(values.dtype).reshape(batch, 1, num_heads, head_dim)
+
+
 def for_platform(platform: str) -> Attend:
   """The implementation for a platform (`cpu`, `gpu`, `tpu`)."""
   return {"cpu": blockwise_attention}.get(platform, xla_attention)

@@ -18,14 +18,14 @@ class SegmentCache:
   """The cache of the layers between two pruning stages, which all hold the same tokens.
 
   Attributes:
-    keys: rotated keys of each layer, `[B, T, K, H]`.
-    values: values of each layer, `[B, T, K, H]`.
+    keys: rotated keys of each layer, `[B, K, T, H]`.
+    values: values of each layer, `[B, K, T, H]`.
     positions: `[B, T]` rotary position of each slot's token, `UNUSED_POSITION` where there is none.
     num_slots_used: scalar, slots written so far; the same in every row, since shorter rows hold padding.
   """
 
-  keys: tuple[Float[Array, "B T K H"], ...]
-  values: tuple[Float[Array, "B T K H"], ...]
+  keys: tuple[Float[Array, "B K T H"], ...]
+  values: tuple[Float[Array, "B K T H"], ...]
   positions: Int[Array, "B T"]
   num_slots_used: Int[Array, ""]
 
@@ -47,12 +47,22 @@ def from_prefill(
 ) -> SegmentCache:
   """A cache that holds a prefilled segment and has room for `num_new_slots` more tokens."""
 
-  def grow(x: Array, fill: int) -> Array:
-    return jnp.pad(x, [(0, 0), (0, num_new_slots)] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+  def grow(x: Float[Array, "B S K H"]) -> Float[Array, "B K T H"]:
+    return jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, num_new_slots), (0, 0)))
 
   return SegmentCache(
-    keys=tuple(grow(x, 0) for x in keys),
-    values=tuple(grow(x, 0) for x in values),
-    positions=grow(positions, UNUSED_POSITION),
+    keys=tuple(map(grow, keys)),
+    values=tuple(map(grow, values)),
+    positions=jnp.pad(positions, ((0, 0), (0, num_new_slots)), constant_values=UNUSED_POSITION),
     num_slots_used=jnp.int32(positions.shape[1]),
   )
+
+
+def write_slot(
+  cached: Float[Array, "B K T H"], new: Float[Array, "B 1 K H"], slot: Int[Array, ""]
+) -> Float[Array, "B K T H"]:
+  """A layer's keys or values with a new token's in a slot."""
+  # As bits, since XLA on CPU rewrites the whole of a bfloat16 array to update a slice of it.
+  bits = jnp.dtype(f"uint{8 * cached.dtype.itemsize}")
+  old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (cached, jnp.swapaxes(new, 1, 2)))
+  return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2), cached.dtype)

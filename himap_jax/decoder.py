@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax import rope
-from himap_jax.attention import Attend
-from himap_jax.cache import SegmentCache
+from himap_jax.attention import Attend, attend_to_cache
+from himap_jax.cache import SegmentCache, write_slot
 from himap_jax.config import TextConfig
 from himap_jax.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
 
@@ -129,18 +129,17 @@ class DecoderLayer(nn.Module):
 
   def extend(
     self,
-    x: Float[Array, "B S D"],
+    x: Float[Array, "B 1 D"],
     rotation: Rotation,
-    mask: Bool[Array, "B 1 S T"],
-    keys: Float[Array, "B T K H"],
-    values: Float[Array, "B T K H"],
+    mask: Bool[Array, "B 1 1 T"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
     slot: Int[Array, ""],
-  ) -> tuple[Float[Array, "B S D"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
-    """Runs the layer on new tokens, which take the cache's slots from `slot` on; returns the cache with them."""
+  ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
+    """Runs the layer on one new token a row, which takes a slot of the cache; returns the cache with it."""
     new = self.self_attn.project(self.input_layernorm(x), rotation)
-    keys = jax.lax.dynamic_update_slice_in_dim(keys, new.key, slot, axis=1)
-    values = jax.lax.dynamic_update_slice_in_dim(values, new.value, slot, axis=1)
-    return self._finish(x, self.attend(new.query, keys, values, mask)), keys, values
+    keys, values = write_slot(keys, new.key, slot), write_slot(values, new.value, slot)
+    return self._finish(x, attend_to_cache(new.query, keys, values, mask)), keys, values
 
   def _finish(self, x: Float[Array, "B S D"], context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
     x = x + self.self_attn.output(context)

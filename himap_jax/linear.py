@@ -28,7 +28,7 @@ Weight = Any
 
 # In a decode loop the weights do not change, so XLA on CPU converts (one row) or transposes (few rows) all of them ahead
 # of the loop and holds them twice. More rows and a barrier that ties each weight to its input keep it from doing so.
-MIN_ROWS = 4
+MIN_ROWS = 2
 
 
 def product(x: Float[Array, "B S D"], weight: Weight) -> Float[Array, "B S F"]:

@@ -44,4 +44,6 @@ def integer_product(x: Float[Array, "B S D"], weight: qwix.QArray) -> Float[Arra
   """`x · weightᵀ` in float32, a product of integers: the activations become int8 too, with a scale for every slot."""
   x = qwix.quantize(x.astype(jnp.float32), jnp.int8, channelwise_axes=(0, 1))
   with jax.numpy_dtype_promotion("standard"):  # qwix mixes dtypes inside
-    return qwix.dot_general(x, weight, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y = qwix.dot_general(weight, x, (((1,), (2,)), ((), ())), preferred_element_type=jnp.float32)
+  # Of few rows XLA on CPU computes `weight · xᵀ` twice as fast as its transpose, which it would make of the two.
+  return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)

@@ -54,6 +54,14 @@ def test_is_torch_s(attend, shape, masked):
     np.testing.assert_allclose(actual, by_torch(*arrays, mask, is_causal=is_causal), atol=5e-5, rtol=0)
 
 
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["one query head a key head", "three"])
+def test_over_a_cache_is_torch_s(heads):
+  query, key, value = draw((1, 70, *heads))
+  mask = random_mask(1, 70)
+  actual = jax.jit(attention.attend_to_cache)(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
+  np.testing.assert_allclose(actual, by_torch(query, key, value, mask), atol=5e-5, rtol=0)
+
+
 def test_blocks_in_bfloat16_are_as_exact_as_xla_s():
   arrays = draw(SHAPES["blocks and a rest"], jnp.bfloat16)
   expected = by_torch(*(x.astype(jnp.float32) for x in arrays), is_causal=True)

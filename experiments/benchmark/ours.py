@@ -90,13 +90,13 @@ class Ours:
     side.reset_peak_memory()
 
   def turn(self) -> dict[str, float]:
-    """Runs the tower, the prefill after it, the choosing alone, and a whole example."""
-    figures = {
-      "tower": side.seconds(lambda: jax.block_until_ready(self._tower())),
-      "prefill": side.seconds(lambda: jax.block_until_ready(self._prefill())),
-    }
-    if self._schedule != Schedule():
-      figures["scoring"] = side.seconds(lambda: jax.block_until_ready(self._scoring()))
+    """Runs a whole example; where it is one token, the tower, the prefill after it and the choosing alone too."""
+    figures = {}
+    if self._num_new_tokens == 1:
+      figures["tower"] = side.seconds(lambda: jax.block_until_ready(self._tower()))
+      figures["prefill"] = side.seconds(lambda: jax.block_until_ready(self._prefill()))
+      if self._schedule != Schedule():
+        figures["scoring"] = side.seconds(lambda: jax.block_until_ready(self._scoring()))
     start = time.perf_counter()
     result = self._generator(self._inputs, self._row_ids)
     figures["example"] = time.perf_counter() - start

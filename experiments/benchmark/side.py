@@ -8,7 +8,8 @@ from typing import Any, Protocol
 from experiments.benchmark.scenarios import Scenario
 
 # Seconds of each: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
-# one decoded token; a whole example from pixels to its last token.
+# one decoded token; a whole example from pixels to its last token. The first three are measured in scenarios of one token:
+# those of more begin in the same way.
 FIGURES = ("tower", "prefill", "scoring", "decode", "example")
 
 PYTORCH = ("transformers", "authors", "authors_cache")
