@@ -14,14 +14,15 @@ from himap_jax.config import RopeConfig
 
 def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
   """Angular frequencies `[H/2]` in radians per position, as transformers computes them for the same `rope_parameters`."""
-  base = 1.0 / config.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
+  exponent = (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
+  base = 1.0 / (config.theta**exponent).astype(np.float32)  # NumPy's float32 power is not rounded as torch's is
   if config.rope_type == "linear":
     return (base / config.factor).astype(np.float32)
   if config.rope_type == "llama3":
-    wavelength = 2 * math.pi / base
+    wavelength = 2 * math.pi * (1 / base)  # torch divides a number by an array so
     low = config.original_max_position_embeddings / config.low_freq_factor
     high = config.original_max_position_embeddings / config.high_freq_factor
-    blend = (config.original_max_position_embeddings / wavelength - config.low_freq_factor) / (
+    blend = (config.original_max_position_embeddings * (1 / wavelength) - config.low_freq_factor) / (
       config.high_freq_factor - config.low_freq_factor
     )
     middle = (1 - blend) * base / config.factor + blend * base
