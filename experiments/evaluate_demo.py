@@ -26,7 +26,7 @@ from experiments import question_sets
 from experiments.demo_data import Lesson, Packer, open_picture
 from experiments.demo_model import answer_logits
 from experiments.question_sets import Question, is_right
-from himap_jax import attention, checkpoint, command, run
+from himap_jax import attention, checkpoint, command, run, sharding
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling
 
@@ -49,7 +49,7 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
     right = {row["id"]: row["right"] for row in map(json.loads, results.read_text().splitlines())}
   dtype = jnp.dtype(flags.FLAGS.dtype)
   loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=dtype)
-  model = Llava(loaded.config, dtype, attention.for_platform(jax.default_backend()))
+  model = Llava(loaded.config, dtype, attention.for_mesh(sharding.make_mesh(1)))
   packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=256)
 
   @jax.jit

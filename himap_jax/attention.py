@@ -3,17 +3,23 @@
 Axes: B batch, S query slots, T key slots, N query heads, K key heads, G query heads per key head, H head dim.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
+
+from himap_jax import sharding
 
 # (query, key, value, mask, is_causal) to the context of every query; `K` divides `N`, and the softmax is in float32.
 # `is_causal` hides the keys after a query's own slot, beside what the mask `[B, 1, S, T]` hides.
 Attend = Callable[..., Float[Array, "B S N H"]]
 
-BLOCK = 256  # query slots
+BLOCK = 256  # query slots, on CPU
+SPLASH_BLOCK = 128  # slots of its default blocks
+SPLASH_HEAD_DIM = 64  # it takes multiples
 
 
 def xla_attention(
@@ -85,6 +91,60 @@ def attend_to_cache(
   return context[:, :, :group].astype(values.dtype).reshape(batch, 1, num_heads, head_dim)
 
 
-def for_platform(platform: str) -> Attend:
-  """The implementation for a platform (`cpu`, `gpu`, `tpu`)."""
-  return {"cpu": blockwise_attention}.get(platform, xla_attention)
+def cudnn_attention(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "B 1 S T"] | None = None,
+  *,
+  is_causal: bool = False,
+) -> Float[Array, "B S N H"]:
+  """For NVIDIA GPUs: cuDNN's flash attention, and JAX's own for what that does not take."""
+  head_dim = query.shape[-1]
+  if mask is not None or query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
+    return xla_attention(query, key, value, mask, is_causal=is_causal)
+  return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
+
+
+def splash_attention(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "B 1 S T"] | None = None,
+  *,
+  is_causal: bool = False,
+  mesh: Mesh,
+  interpret: bool = False,
+) -> Float[Array, "B S N H"]:
+  """For TPU: JAX's Pallas kernel, each device for its rows, and JAX's own implementation for what that does not take."""
+  if mask is not None or not is_causal or query.shape[-1] % SPLASH_HEAD_DIM:
+    return xla_attention(query, key, value, mask, is_causal=is_causal)
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+  slots = query.shape[1]
+  unused = -slots % SPLASH_BLOCK  # at the end, where causality hides them
+  masks = [splash_attention_mask.CausalMask((slots + unused,) * 2)] * query.shape[2]
+  kernel = splash_attention_kernel.make_splash_mha(
+    splash_attention_mask.MultiHeadMask(masks), head_shards=1, q_seq_shards=1, interpret=interpret
+  )
+  rows = sharding.rows(mesh).spec
+  by_device = jax.shard_map(jax.vmap(kernel), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+  heads_first = (
+    jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, unused), (0, 0)))
+    for x in (query * query.shape[-1] ** -0.5, key, value)
+  )
+  return jnp.swapaxes(by_device(*heads_first)[:, :, :slots], 1, 2)
+
+
+@functools.lru_cache
+def for_mesh(mesh: Mesh) -> Attend:
+  """The implementation for a mesh's devices."""
+  device = mesh.devices.flat[0]
+  if device.platform == "cpu":
+    return blockwise_attention
+  if device.platform == "tpu":
+    return functools.partial(splash_attention, mesh=mesh)
+  generation = getattr(device, "compute_capability", "").partition(".")[0]
+  if generation.isdecimal() and int(generation) >= 8:  # AMD's are named otherwise; cuDNN's begins with Ampere
+    return cudnn_attention
+  return xla_attention

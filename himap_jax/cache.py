@@ -62,7 +62,11 @@ def write_slot(
   cached: Float[Array, "B K T H"], new: Float[Array, "B 1 K H"], slot: Int[Array, ""]
 ) -> Float[Array, "B K T H"]:
   """A layer's keys or values with a new token's in a slot."""
-  # As bits, since XLA on CPU rewrites the whole of a bfloat16 array to update a slice of it.
+  new = jnp.swapaxes(new, 1, 2)
+  if cached.shape[0] == 1:
+    return jax.lax.dynamic_update_slice_in_dim(cached, new, slot, axis=2)
+  # As bits, since XLA on CPU converts a bfloat16 array of several rows as a whole to update a slice of it; of one row it
+  # copies the bits.
   bits = jnp.dtype(f"uint{8 * cached.dtype.itemsize}")
-  old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (cached, jnp.swapaxes(new, 1, 2)))
+  old, new = (jax.lax.bitcast_convert_type(x, bits) for x in (cached, new))
   return jax.lax.bitcast_convert_type(jax.lax.dynamic_update_slice_in_dim(old, new, slot, axis=2), cached.dtype)

@@ -21,6 +21,7 @@ from PIL import Image
 from himap_jax import attention, sharding
 from himap_jax.cache import SegmentCache
 from himap_jax.checkpoint import LoadedModel
+from himap_jax.linear import is_quantized
 from himap_jax.llava import Inputs, Llava
 from himap_jax.prefill import prefill
 from himap_jax.processing import DEFAULT_BUCKETS, Processor
@@ -130,6 +131,15 @@ class Generation:
   decode_seconds: float
 
 
+def compiler_options(params: Any) -> dict[str, str]:
+  """What XLA is told about the programs of these parameters."""
+  on_cpu = jax.tree.leaves(params)[0].sharding.mesh.devices.flat[0].platform == "cpu"
+  if on_cpu and any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+    # It would convert all quantised weights as soon as a program begins, and hold them all.
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+  return {}
+
+
 @functools.lru_cache(maxsize=32)
 def _programs_of(*settings: Any) -> dict[tuple[int, ...], tuple[Any, Any]]:
   """The compiled prefill and decode programs of the same settings by input shape, shared by all generators."""
@@ -159,7 +169,7 @@ class Generator:
       raise ValueError(f"max_new_tokens must be at least 1, but is {max_new_tokens}")
     self._params = loaded.params
     mesh = jax.tree.leaves(loaded.params)[0].sharding.mesh
-    self._model = Llava(loaded.config, loaded.dtype, attention.for_platform(mesh.devices.flat[0].platform))
+    self._model = Llava(loaded.config, loaded.dtype, attention.for_mesh(mesh))
     self._rows = sharding.rows(mesh)
     self._seed = seed
     eos_token_ids = () if ignore_eos else loaded.eos_token_ids
@@ -184,8 +194,9 @@ class Generator:
         eos_token_ids=eos_token_ids,
       )
 
-    self._prefill = jax.jit(prefill_program)
-    self._decode = jax.jit(decode_program, donate_argnames="caches")
+    options = compiler_options(loaded.params)
+    self._prefill = jax.jit(prefill_program, compiler_options=options)
+    self._decode = jax.jit(decode_program, compiler_options=options, donate_argnames="caches")
 
   def __call__(self, inputs: Inputs, row_ids: Sequence[int | str]) -> Generation:
     """Generates for a batch.

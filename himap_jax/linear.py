@@ -37,21 +37,22 @@ def product(x: Float[Array, "B S D"], weight: Weight) -> Float[Array, "B S F"]:
   if slots == 1:
     x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
     x, weight = jax.lax.optimization_barrier((x, weight))
-  if _is_quantized(weight):
+  if is_quantized(weight):
     from himap_jax import quantization  # qwix is slow to import, and most runs have no such weight
 
     if slots == 1:  # it reads weights more than it computes
       return quantization.integer_product(x, weight)[:batch]
-    weight = quantization.dequantize(weight, x.dtype)
+    return quantization.mixed_product(x, weight)
   return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
 
 
 def cast(weight: Weight, dtype: Any) -> Weight:
   """A weight in the dtype of a product; a quantised one stays as it is."""
-  return weight if _is_quantized(weight) else weight.astype(dtype)
+  return weight if is_quantized(weight) else weight.astype(dtype)
 
 
-def _is_quantized(weight: Weight) -> bool:
+def is_quantized(weight: Weight) -> bool:
+  """Whether it is a `qwix.QArray`."""
   return hasattr(weight, "qvalue")
 
 

@@ -54,7 +54,7 @@ class Llava(nn.Module):
   Attributes:
     config: the model's sizes.
     dtype: of hidden states and of the weights in products.
-    attend: how attention is computed; see `attention.for_platform`.
+    attend: how attention is computed; see `attention.for_mesh`.
   """
 
   config: LlavaConfig

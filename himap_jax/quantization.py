@@ -3,8 +3,6 @@
 Axes: D in features, F out features.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import qwix
@@ -35,9 +33,10 @@ def quantize_decoder(params: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(convert, params)
 
 
-def dequantize(weight: qwix.QArray, dtype: Any) -> Float[Array, "F D"]:
-  """The weight as numbers again."""
-  return qwix.dequantize(weight).astype(dtype)
+def mixed_product(x: Float[Array, "B S D"], weight: qwix.QArray) -> Float[Array, "B S F"]:
+  """`x · weightᵀ` in float32; the weight's integers are exact in any dtype of `x`, and its scales come after."""
+  y = jnp.einsum("BSD,FD->BSF", x, weight.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
+  return y * jnp.broadcast_to(weight.scale[:, 0], y.shape)
 
 
 def integer_product(x: Float[Array, "B S D"], weight: qwix.QArray) -> Float[Array, "B S F"]:

@@ -1,6 +1,7 @@
 """Every implementation of attention against torch's, and the gradients of what CPUs train with."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from himap_jax import attention
+from himap_jax import attention, sharding
 
 SHAPES = {  # query slots, key slots, query heads, key heads
   "one block": (100, 100, 4, 4),
@@ -85,6 +86,66 @@ def test_gradients_of_blocks():
     np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
 
 
-def test_every_platform_has_one():
-  assert attention.for_platform("cpu") is attention.blockwise_attention
-  assert attention.for_platform("tpu") is attention.xla_attention
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["one query head a key head", "two"])
+def test_splash_is_torch_s(heads):
+  rng = np.random.default_rng(0)
+  arrays = [jnp.asarray(rng.normal(size=(8, 150, n, 64)), jnp.float32) for n in (heads[0], heads[1], heads[1])]
+  mesh = sharding.make_mesh(8)
+  arrays = jax.device_put(arrays, sharding.rows(mesh))
+  splash = functools.partial(attention.splash_attention, is_causal=True, mesh=mesh, interpret=True)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own
+    actual = jax.jit(splash)(*arrays)
+  assert actual.sharding.is_equivalent_to(sharding.rows(mesh), 4)
+  np.testing.assert_allclose(actual, by_torch(*arrays, is_causal=True), atol=2e-5, rtol=0)
+
+
+def test_splash_lowers_for_tpu():
+  arrays = [jax.ShapeDtypeStruct((2, 640, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
+  splash = functools.partial(attention.splash_attention, mesh=sharding.make_mesh(2))
+
+  def lowered(**arguments):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+      traced = jax.jit(functools.partial(splash, **arguments)).trace(*arrays)
+    return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+  assert "tpu_custom_call" in lowered(is_causal=True)
+  assert "tpu_custom_call" not in lowered(is_causal=False)
+
+
+def test_cudnn_takes_what_it_can(monkeypatch):
+  taken = []
+
+  def record(query, *arguments, implementation=None, **settings):
+    taken.append(implementation)
+    return query
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", record)
+  half, single = (jnp.ones((1, 4, 2, 64), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+  attention.cudnn_attention(half, half, half, is_causal=True)
+  attention.cudnn_attention(half, half, half)
+  attention.cudnn_attention(single, single, single, is_causal=True)
+  attention.cudnn_attention(half, half, half, jnp.ones((1, 1, 4, 4), bool))
+  attention.cudnn_attention(*[jnp.ones((1, 4, 2, 60), jnp.bfloat16)] * 3)
+  assert taken == ["cudnn", "cudnn", None, None, None]
+
+
+@pytest.mark.parametrize(
+  ("platform", "capability", "expected"),
+  [
+    ("cpu", None, "blockwise_attention"),
+    ("tpu", None, "splash_attention"),
+    ("gpu", "9.0", "cudnn_attention"),
+    ("gpu", "10.3", "cudnn_attention"),
+    ("gpu", "7.5", "xla_attention"),
+    ("gpu", "gfx90a", "xla_attention"),
+  ],
+)
+def test_every_platform_has_one(platform, capability, expected):
+  device = types.SimpleNamespace(platform=platform)
+  if capability:
+    device.compute_capability = capability
+  mesh = types.SimpleNamespace(devices=np.array([device]))
+  attend = attention.for_mesh.__wrapped__(mesh)
+  assert getattr(attend, "func", attend) is getattr(attention, expected)
+  if platform == "tpu":
+    assert attend.keywords == {"mesh": mesh}

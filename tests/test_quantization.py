@@ -6,8 +6,8 @@ import numpy as np
 import qwix
 import tiny_checkpoints
 
-from himap_jax import checkpoint, linear, quantization
-from himap_jax.generation import generate
+from himap_jax import checkpoint, linear, quantization, sharding
+from himap_jax.generation import compiler_options, generate
 from himap_jax.methods import build_schedule
 
 RNG = np.random.default_rng(0)
@@ -58,3 +58,17 @@ def test_a_model(checkpoints, loaded, images, tmp_path):
     assert len(rounded.token_ids) == 4
     correlation = np.corrcoef(exact.first_logits, rounded.first_logits)[0, 1]
     assert 0.95 < correlation < 1 - 1e-7
+
+
+def test_weights_are_converted_when_they_are_needed():
+  weight = jax.device_put(jnp.zeros((512, 512)), sharding.replicated(sharding.make_mesh(1)))
+  weights = [quantization.quantize(weight) for _ in range(8)]
+
+  def chain(x, weights):
+    for weight in weights:
+      x = linear.matmul(x, weight)
+    return x
+
+  x = jnp.zeros((1, 16, 512), jnp.bfloat16)
+  compiled = jax.jit(chain, compiler_options=compiler_options(weights)).lower(x, weights).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * 512 * 512 * x.dtype.itemsize
