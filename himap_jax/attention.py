@@ -44,33 +44,35 @@ def blockwise_attention(
   is_causal: bool = False,
 ) -> Float[Array, "B S N H"]:
   """For CPU: blocks of queries whose logits stay in the processor's cache, without the keys that causality hides."""
+  batch, slots, num_heads, head_dim = query.shape
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  query = query.reshape(batch, key.shape[1], -1, slots, head_dim)
   blocks = []
-  for first in range(0, query.shape[1], BLOCK):
-    last = min(first + BLOCK, query.shape[1])
-    seen = last if is_causal else key.shape[1]
+  for first in range(0, slots, BLOCK):
+    last = min(first + BLOCK, slots)
+    seen = last if is_causal else key.shape[2]
     visible = None if mask is None else mask[:, :, first:last, :seen]
     if is_causal:
       slot = jnp.arange(seen, dtype=jnp.int32)
       causal = (slot[None] <= slot[first:last, None])[None, None]
       visible = causal if visible is None else visible & causal
-    blocks.append(_block(query[:, first:last], key[:, :seen], value[:, :seen], visible))
-  return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+    blocks.append(_block(query[:, :, :, first:last], key[:, :, :seen], value[:, :, :seen], visible))
+  context = jnp.concatenate(blocks, axis=3).reshape(batch, num_heads, slots, head_dim)
+  return jnp.swapaxes(context, 1, 2)
 
 
 def _block(
-  query: Float[Array, "B S N H"],
-  key: Float[Array, "B T K H"],
-  value: Float[Array, "B T K H"],
+  query: Float[Array, "B K G S H"],
+  key: Float[Array, "B K T H"],
+  value: Float[Array, "B K T H"],
   mask: Bool[Array, "#B 1 S T"] | None,
-) -> Float[Array, "B S N H"]:
-  batch, slots, num_heads, head_dim = query.shape
-  query = query.reshape(batch, slots, key.shape[2], num_heads // key.shape[2], head_dim)
-  logits = jnp.einsum("BSKGH,BTKH->BKGST", query, key, preferred_element_type=jnp.float32) * head_dim**-0.5
+) -> Float[Array, "B K G S H"]:
+  logits = jnp.einsum("BKGSH,BKTH->BKGST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
   if mask is not None:
     logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  context = jnp.einsum("BKGST,BTKH->BSKGH", weights, value, preferred_element_type=jnp.float32)
-  return context.astype(value.dtype).reshape(batch, slots, num_heads, head_dim)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+  context = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  return (context / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
 
 
 def attend_to_cache(

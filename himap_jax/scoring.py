@@ -20,8 +20,8 @@ def attention_of_rows(
   """Causal attention probabilities of the queries of some slots over all slots, by head."""
   num_slots, num_keys = key.shape[1:3]
   batch, num_rows, num_heads, head_dim = query.shape
-  query = query.reshape(batch, num_rows, num_keys, num_heads // num_keys, head_dim)
-  logits = jnp.einsum("BQKGH,BSKH->BKGQS", query, key, preferred_element_type=jnp.float32)
+  query = jnp.swapaxes(query, 1, 2).reshape(batch, num_keys, num_heads // num_keys, num_rows, head_dim)
+  logits = jnp.einsum("BKGQH,BKSH->BKGQS", query, jnp.swapaxes(key, 1, 2), preferred_element_type=jnp.float32)
   causal = jnp.arange(num_slots, dtype=jnp.int32)[None, None] <= rows[:, :, None]
   return jax.nn.softmax(jnp.where(causal[:, None, None], logits * head_dim**-0.5, -jnp.inf), axis=-1)
 
@@ -40,6 +40,7 @@ def received_attention(
 ) -> Float[Array, "B M"]:
   """Σ over the valid rows of the attention probabilities, averaged over heads, in the image's columns."""
   attention = attention_of_rows(query, key, rows)
-  weight = jnp.ones_like(rows, jnp.float32) if valid is None else valid.astype(jnp.float32)
-  received = jnp.einsum("BKGQS,BQ->BS", attention, weight) / query.shape[2]
+  if valid is not None:
+    attention = jnp.where(valid[:, None, None, :, None], attention, 0)
+  received = attention.sum(axis=(1, 2, 3)) / query.shape[2]
   return jnp.take_along_axis(received, layout.image_slots(), axis=1)
