@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": lambda x: nn.gelu(x, approximate=False),
@@ -106,8 +106,9 @@ class Embedding(nn.Module):
   def setup(self) -> None:
     self.weight = self.param("weight", nn.initializers.normal(0.02), (self.num_embeddings, self.features))
 
-  def __call__(self, ids: Array) -> Array:
-    return jnp.take(self.weight, ids, axis=0, mode="clip")
+  def __call__(self, ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
+    ids, weight = jax.lax.optimization_barrier((ids, self.weight))  # or all of it is converted ahead of a decode loop
+    return jnp.take(weight, ids, axis=0, mode="clip")
 
 
 class RMSNorm(nn.Module):
