@@ -49,7 +49,7 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
     right = {row["id"]: row["right"] for row in map(json.loads, results.read_text().splitlines())}
   dtype = jnp.dtype(flags.FLAGS.dtype)
   loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=dtype)
-  model = Llava(loaded.config, dtype, attention.for_mesh(sharding.make_mesh(1)))
+  model = Llava(loaded.config, dtype, attention.for_mesh(sharding.make_mesh()))
   packer = Packer(loaded.processor, loaded.config, image_size=IMAGE_SIZE, question_slots=256)
 
   @jax.jit

@@ -190,7 +190,7 @@ def main(_) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   base = assemble(workdir / "base", cache_dir=checkpoint.default_cache_dir(), adapter=None)
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
-  model = Llava(loaded.config, jnp.dtype(_DTYPE.value), attention.for_mesh(sharding.make_mesh(1)))
+  model = Llava(loaded.config, jnp.dtype(_DTYPE.value), attention.for_mesh(sharding.make_mesh()))
   train(model, loaded.params, loaded.processor, stages, workdir / "checkpoints", pathlib.Path(_ADAPTER.value))
 
 

@@ -85,9 +85,11 @@ def attend_to_cache(
   batch, _, num_heads, head_dim = query.shape
   group = num_heads // keys.shape[1]
   query = query.reshape(batch, keys.shape[1], group, head_dim)
-  # XLA on CPU would convert the cache to float32 for a product of one row.
+  # XLA on CPU would convert the cache to float32 for a product of one column, and reads keys twice as fast on the left, where
+  # it would not leave them.
   query = jnp.pad(query, [(0, 0), (0, 0), (0, max(0, 2 - group)), (0, 0)])
-  logits = jnp.einsum("BKGH,BKTH->BKGT", query, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+  logits = jnp.einsum("BKTH,BKGH->BKTG", keys, query, preferred_element_type=jnp.float32) * head_dim**-0.5
+  logits = jnp.swapaxes(jax.lax.optimization_barrier(logits), 2, 3)
   weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(jnp.float32).min), axis=-1).astype(values.dtype)
   context = jnp.einsum("BKGT,BKTH->BKGH", weights, values, preferred_element_type=jnp.float32)
   return context[:, :, :group].astype(values.dtype).reshape(batch, 1, num_heads, head_dim)
@@ -118,19 +120,20 @@ def splash_attention(
   mesh: Mesh,
   interpret: bool = False,
 ) -> Float[Array, "B S N H"]:
-  """For TPU: JAX's Pallas kernel, each device for its rows, and JAX's own implementation for what that does not take."""
+  """For TPU: JAX's Pallas kernel, each device for its rows and heads, and JAX's own implementation for what that does not take."""
   if mask is not None or not is_causal or query.shape[-1] % SPLASH_HEAD_DIM:
     return xla_attention(query, key, value, mask, is_causal=is_causal)
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
   slots = query.shape[1]
   unused = -slots % SPLASH_BLOCK  # at the end, where causality hides them
-  masks = [splash_attention_mask.CausalMask((slots + unused,) * 2)] * query.shape[2]
+  spec = sharding.heads(mesh, query.shape[2], key.shape[2])
+  num_heads = query.shape[2] // (mesh.shape[spec[1]] if spec[1] else 1)
+  masks = [splash_attention_mask.CausalMask((slots + unused,) * 2)] * num_heads
   kernel = splash_attention_kernel.make_splash_mha(
     splash_attention_mask.MultiHeadMask(masks), head_shards=1, q_seq_shards=1, interpret=interpret
   )
-  rows = sharding.rows(mesh).spec
-  by_device = jax.shard_map(jax.vmap(kernel), mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+  by_device = jax.shard_map(jax.vmap(kernel), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
   heads_first = (
     jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, unused), (0, 0)))
     for x in (query * query.shape[-1] ** -0.5, key, value)

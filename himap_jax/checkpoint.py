@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
@@ -17,7 +17,7 @@ from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.source import first_line, locate
 from himap_jax import sharding
 from himap_jax.config import LlavaConfig, load_config
-from himap_jax.llava import abstract_params
+from himap_jax.llava import abstract_params, logical_axes
 
 READ_BYTES = 256 << 20
 
@@ -27,7 +27,7 @@ class LoadedModel:
   """A model ready to run.
 
   Attributes:
-    config: its configuration.
+    config: its configuration, with as many key heads as `params` holds; see `sharding.with_divisible_key_heads`.
     params: the parameter tree, nested dicts of arrays.
     processor: transformers' processor: tokenizer, image processor and chat template.
     directory: the converted checkpoint.
@@ -93,24 +93,40 @@ class OpenCheckpoint:
   processor: Any
   directory: pathlib.Path
 
-  def restore(self, *, dtype: Any, shardings: PyTree | None = None, quantize_decoder: bool = False) -> LoadedModel:
-    """Reads the weights.
+  def num_bytes(self, dtype: Any, *, quantize_decoder: bool = False) -> int:
+    """Bytes of the weights; see `restore`."""
+    params = abstract_params(self.config, dtype)
+    if quantize_decoder:
+      from himap_jax import quantization  # qwix is slow to import
+
+      params = quantization.abstract_decoder(params)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+  def restore(self, *, dtype: Any, mesh: Mesh | None = None, quantize_decoder: bool = False) -> LoadedModel:
+    """Reads the weights, every device its own part of them.
 
     Args:
       dtype: of every parameter.
-      shardings: a tree like the parameters', or one sharding for all; the first device when absent.
+      mesh: the devices; the first one when absent.
       quantize_decoder: whether the decoder's weights become int8; see `quantization.quantize_decoder`.
 
     Raises:
       ValueError: the weights cannot be read.
     """
-    params = _restore(self.directory / PARAMS, abstract_params(self.config, jnp.float32), dtype, shardings)
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    shardings = sharding.params(logical_axes(self.config), self.config, mesh)
+    params = _restore(self.directory / PARAMS, abstract_params(self.config, dtype), shardings)
+    params = sharding.repeat_key_heads(params, self.config, mesh)
     if quantize_decoder:
       from himap_jax import quantization  # qwix is slow to import
 
       params = quantization.quantize_decoder(params)
     return LoadedModel(
-      self.config, params, self.processor, self.directory, _eos_token_ids(self.directory, self.processor)
+      sharding.with_divisible_key_heads(self.config, mesh),
+      params,
+      self.processor,
+      self.directory,
+      _eos_token_ids(self.directory, self.processor),
     )
 
 
@@ -134,24 +150,19 @@ def load(
   *,
   dtype: Any,
   cache_dir: str | pathlib.Path | None = None,
-  shardings: PyTree | None = None,
+  mesh: Mesh | None = None,
 ) -> LoadedModel:
   """Opens and restores a checkpoint: see `open_checkpoint` and `OpenCheckpoint.restore`."""
-  return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, shardings=shardings)
+  return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, mesh=mesh)
 
 
-def _restore(path: pathlib.Path, abstract: PyTree, dtype: Any, shardings: PyTree | None) -> PyTree:
+def _restore(path: pathlib.Path, abstract: PyTree, shardings: PyTree) -> PyTree:
   """Reads straight into the shardings; beside the parameters the host holds `READ_BYTES` or the largest of them."""
-  if shardings is None:
-    shardings = sharding.replicated(sharding.make_mesh(1))
-  if isinstance(shardings, jax.sharding.Sharding):
-    one = shardings
-    shardings = jax.tree.map(lambda _: one, abstract)
   targets = jax.tree.map(
-    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=placed), abstract, shardings
+    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
   )
   context = ocp.Context()
-  largest = max(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+  largest = max(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))  # it may be stored in float32
   context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest) + 1
   try:
     with context:

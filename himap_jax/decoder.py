@@ -44,10 +44,11 @@ class Attention(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.q_proj = Linear(c.num_attention_heads * c.head_dim, use_bias=c.attention_bias)
-    self.k_proj = Linear(c.num_key_value_heads * c.head_dim, use_bias=c.attention_bias)
-    self.v_proj = Linear(c.num_key_value_heads * c.head_dim, use_bias=c.attention_bias)
-    self.o_proj = Linear(c.hidden_size, use_bias=c.attention_bias)
+    key_width = c.num_key_value_heads * c.head_dim
+    self.q_proj = Linear(c.num_attention_heads * c.head_dim, use_bias=c.attention_bias, axes=("heads", None))
+    self.k_proj = Linear(key_width, use_bias=c.attention_bias, axes=("key_heads", None))
+    self.v_proj = Linear(key_width, use_bias=c.attention_bias, axes=("key_heads", None))
+    self.o_proj = Linear(c.hidden_size, use_bias=c.attention_bias, axes=(None, "heads"))
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
     """Rotated queries."""
@@ -79,9 +80,9 @@ class FeedForward(nn.Module):
 
   def setup(self) -> None:
     c = self.config
-    self.gate_proj = Linear(c.intermediate_size, use_bias=c.mlp_bias)
-    self.up_proj = Linear(c.intermediate_size, use_bias=c.mlp_bias)
-    self.down_proj = Linear(c.hidden_size, use_bias=c.mlp_bias)
+    self.gate_proj = Linear(c.intermediate_size, use_bias=c.mlp_bias, axes=("feed_forward", None))
+    self.up_proj = Linear(c.intermediate_size, use_bias=c.mlp_bias, axes=("feed_forward", None))
+    self.down_proj = Linear(c.hidden_size, use_bias=c.mlp_bias, axes=(None, "feed_forward"))
 
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
@@ -125,7 +126,7 @@ class DecoderLayer(nn.Module):
     mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
     context = self.attend(projections.query, projections.key, projections.value, mask)
     updated = self._finish(_take_slots(x, slots), context)
-    return x.at[jnp.arange(x.shape[0])[:, None], slots].set(updated), projections
+    return jax.vmap(lambda x, at, new: x.at[at].set(new))(x, slots, updated), projections
 
   def extend(
     self,
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
   attend: Attend
 
   def setup(self) -> None:
-    self.embed_tokens = Embedding(self.config.vocab_size, self.config.hidden_size)
+    self.embed_tokens = Embedding(self.config.vocab_size, self.config.hidden_size, axes=("vocabulary", None))
     self.layers = [DecoderLayer(self.config, self.attend) for _ in range(self.config.num_hidden_layers)]
     self.norm = RMSNorm(self.config.rms_norm_eps)
 

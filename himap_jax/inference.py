@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from himap_jax import hosts
 from himap_jax.generation import Generation, Generator
+from himap_jax.hosts import Share
 from himap_jax.images import load_image
 from himap_jax.output import OutputWriter
 from himap_jax.processing import Example, Processor
@@ -47,61 +49,119 @@ def answer_all(
   prompts: Sequence[Prompt | RowError],
   processor: Processor,
   generator: Generator,
-  writer: OutputWriter,
+  writer: OutputWriter | None,
   *,
+  answered: Collection[str | int],
   image_dir: pathlib.Path,
   batch_size: int,
   emit: frozenset[str],
   pictures: pathlib.Path | None,
+  share: Share = Share(),
 ) -> Summary:
-  """Answers every prompt that the output does not hold yet, batch by batch; a bad row becomes an error row."""
-  summary = Summary()
-  todo = [prompt for prompt in prompts if prompt.id not in writer.answered]
-  summary.num_skipped = len(prompts) - len(todo)
-  with tqdm(total=len(todo), unit="row", disable=None) as progress:
-    for group in _prefetch(_batches(todo, processor, image_dir=image_dir, batch_size=batch_size)):
-      if isinstance(group, RowError):
-        rows = [_error_row(group)]
-      else:
-        rows = _answer(group, processor, generator, summary, batch_size=batch_size, emit=emit, pictures=pictures)
-      writer.write(rows)
-      logging.log_first_n(logging.INFO, "ready: first rows", 1)
+  """Answers every prompt that has no answer yet, batch by batch; a bad row becomes an error row.
+
+  Args:
+    prompts: all prompts, in the same order in every process.
+    processor: prepares them.
+    generator: answers them.
+    writer: takes the rows; None where another process writes this one's.
+    answered: ids that have an answer.
+    image_dir: where relative paths of images begin.
+    batch_size: rows that this process prepares for a batch.
+    emit: see `himap_jax.run`.
+    pictures: a directory for pictures of kept patches, or None.
+    share: which prompts this process prepares.
+  """
+  todo = [prompt for prompt in prompts if prompt.id not in answered]
+  summary = Summary(num_skipped=len(prompts) - len(todo))
+  todo = todo[share.index :: share.count]
+  reader = _Reader(todo, processor, image_dir=image_dir, batch_size=batch_size)
+  with tqdm(total=len(todo), unit="row", disable=None) as progress, ThreadPoolExecutor(max_workers=1) as thread:
+    reading = thread.submit(reader.read)
+    while True:
+      reading.result()
+      rows = [_error_row(error) for error in reader.take_errors()]
+      index = hosts.fullest(reader.counts())
+      group = [] if index is None else reader.take(processor.buckets[index])
+      reading = thread.submit(reader.read)
+      if index is not None:
+        rows += _answer(
+          group,
+          processor,
+          generator,
+          summary,
+          bucket=processor.buckets[index],
+          batch_size=batch_size,
+          emit=emit,
+          pictures=pictures if writer is not None else None,
+        )
+      if writer is not None and rows:
+        writer.write(rows)
+        logging.log_first_n(logging.INFO, "ready: first rows", 1)
       summary.num_errors += sum(row["error"] is not None for row in rows)
       progress.update(len(rows))
-  return summary
+      if index is None:
+        return summary
+
+
+def of_all(summary: Summary, share: Share) -> Summary:
+  """The summary with the counts of all processes; their times are alike, since they run the same programs together."""
+  names = ("num_answered", "num_errors", "num_text_tokens", "num_new_tokens")
+  counts = hosts.sum_of_all([getattr(summary, name) if share.is_written_here else 0 for name in names])
+  return dataclasses.replace(summary, **{name: int(count) for name, count in zip(names, counts, strict=True)})
 
 
 Group = list[tuple[Prompt, Example]]
 
 
-def _batches(
-  prompts: Sequence[Prompt | RowError], processor: Processor, *, image_dir: pathlib.Path, batch_size: int
-) -> Iterator[RowError | Group]:
-  """Groups prompts of one bucket; what cannot be prepared comes out as an error at once."""
-  waiting: dict[int, Group] = {}
-  for prompt in prompts:
-    if isinstance(prompt, RowError):
-      yield prompt
-      continue
-    try:
-      example = processor.prepare(load_image(image_dir / prompt.image), prompt.question)
-    except ValueError as error:
-      yield RowError(prompt.id, str(error))
-      continue
-    group = waiting.setdefault(processor.bucket(example), [])
-    group.append((prompt, example))
-    if len(group) == batch_size:
-      yield waiting.pop(processor.bucket(example))
-  yield from waiting.values()
+class _Reader:
+  """Prepares prompts ahead of their batches and sorts them by bucket; what cannot be prepared becomes an error."""
 
+  def __init__(
+    self,
+    prompts: Sequence[Prompt | RowError],
+    processor: Processor,
+    *,
+    image_dir: pathlib.Path,
+    batch_size: int,
+  ):
+    self._prompts = iter(prompts)
+    self._processor = processor
+    self._image_dir = image_dir
+    self._batch_size = batch_size
+    self._waiting: dict[int, Group] = {bucket: [] for bucket in processor.buckets}
+    self._errors: list[RowError] = []
 
-def _prefetch(items: Iterator[RowError | Group]) -> Iterator[RowError | Group]:
-  """The same items; the next one is made by a thread while the one before it is in use."""
-  with ThreadPoolExecutor(max_workers=1) as thread:
-    following = thread.submit(next, items, None)
-    while (item := following.result()) is not None:
-      following = thread.submit(next, items, None)
-      yield item
+  def read(self) -> None:
+    """Reads on until some bucket fills a batch, or to the end."""
+    while max(self.counts()) < self._batch_size:
+      prompt = next(self._prompts, None)
+      if prompt is None:
+        return
+      if isinstance(prompt, RowError):
+        self._errors.append(prompt)
+        continue
+      try:
+        example = self._processor.prepare(load_image(self._image_dir / prompt.image), prompt.question)
+      except ValueError as error:
+        self._errors.append(RowError(prompt.id, str(error)))
+        continue
+      self._waiting[self._processor.bucket(example)].append((prompt, example))
+
+  def counts(self) -> list[int]:
+    """Rows that wait, by bucket."""
+    return [len(group) for group in self._waiting.values()]
+
+  def take(self, bucket: int) -> Group:
+    """The rows of the next batch."""
+    group = self._waiting[bucket]
+    self._waiting[bucket] = group[self._batch_size :]
+    return group[: self._batch_size]
+
+  def take_errors(self) -> list[RowError]:
+    """The errors since the last call."""
+    errors, self._errors = self._errors, []
+    return errors
 
 
 def _answer(
@@ -110,14 +170,15 @@ def _answer(
   generator: Generator,
   summary: Summary,
   *,
+  bucket: int,
   batch_size: int,
   emit: frozenset[str],
   pictures: pathlib.Path | None,
 ) -> list[dict[str, Any]]:
   examples = [example for _, example in group]
   ids = [prompt.id for prompt, _ in group]
-  inputs = processor.batch(examples, bucket=processor.bucket(examples[0]), batch_size=batch_size)
-  result = generator(inputs, ids + ids[-1:] * (batch_size - len(ids)))
+  inputs = processor.batch(examples, bucket=bucket, batch_size=batch_size)
+  result = generator(inputs, ids + (ids[-1:] or [0]) * (batch_size - len(ids)))
   summary.prefill_seconds += result.prefill_seconds
   summary.decode_seconds += result.decode_seconds
   rows = []

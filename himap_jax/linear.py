@@ -33,17 +33,28 @@ MIN_ROWS = 2
 
 def product(x: Float[Array, "B S D"], weight: Weight) -> Float[Array, "B S F"]:
   """`x · weightᵀ` in float32."""
-  batch, slots, _ = x.shape
-  if slots == 1:
-    x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
-    x, weight = jax.lax.optimization_barrier((x, weight))
+  if x.shape[1] == 1:
+    return _product_of_one_slot(x, weight)
   if is_quantized(weight):
     from himap_jax import quantization  # qwix is slow to import, and most runs have no such weight
 
-    if slots == 1:  # it reads weights more than it computes
-      return quantization.integer_product(x, weight)[:batch]
     return quantization.mixed_product(x, weight)
-  return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)[:batch]
+  return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)
+
+
+def _product_of_one_slot(x: Float[Array, "B 1 D"], weight: Weight) -> Float[Array, "B 1 F"]:
+  """A product that reads its weight more than it computes."""
+  batch = x.shape[0]
+  x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
+  x, weight = jax.lax.optimization_barrier((x, weight))
+  if is_quantized(weight):
+    from himap_jax import quantization
+
+    y = quantization.integer_product(x, weight)
+  else:
+    y = jnp.einsum("FD,BSD->FBS", weight, x, preferred_element_type=jnp.float32)
+  # XLA on CPU computes `weight · xᵀ` faster than its transpose, which it would make of the two.
+  return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)[:batch]
 
 
 def cast(weight: Weight, dtype: Any) -> Weight:
@@ -81,18 +92,25 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+# Logical names of a weight's axes, out features first; None where no mesh axis ever divides them. See `sharding`.
+WeightAxes = tuple[str | None, str | None]
+
+
 class Linear(nn.Module):
   """An affine map with a weight of shape `[features, D]`."""
 
   features: int
   use_bias: bool = False
+  axes: WeightAxes = (None, None)
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S F"]:
-    weight = self.param("weight", nn.initializers.lecun_normal(in_axis=1, out_axis=0), (self.features, x.shape[-1]))
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(in_axis=1, out_axis=0), self.axes)
+    weight = self.param("weight", init, (self.features, x.shape[-1]))
     y = matmul(x, cast(weight, x.dtype))
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[:1])
+      bias = self.param("bias", init, (self.features,))
       y = y + jnp.broadcast_to(bias.astype(x.dtype), y.shape)
     return y
 
@@ -102,9 +120,11 @@ class Embedding(nn.Module):
 
   num_embeddings: int
   features: int
+  axes: WeightAxes = (None, None)
 
   def setup(self) -> None:
-    self.weight = self.param("weight", nn.initializers.normal(0.02), (self.num_embeddings, self.features))
+    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+    self.weight = self.param("weight", init, (self.num_embeddings, self.features))
 
   def __call__(self, ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
     ids, weight = jax.lax.optimization_barrier((ids, self.weight))  # or all of it is converted ahead of a decode loop

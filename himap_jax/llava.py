@@ -3,6 +3,7 @@
 Axes: B batch, S slots, N image tokens, D model dim, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -69,7 +70,7 @@ class Llava(nn.Module):
     self.multi_modal_projector = Projector(config)
     self.language_model = Decoder(config.text, self.attend)
     if not config.text.tie_word_embeddings:
-      self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size)
+      self.lm_head = Embedding(config.text.vocab_size, config.text.hidden_size, axes=("vocabulary", None))
 
   def encode_images(self, pixel_values: Float[Array, "B 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
     """Image tokens in the decoder's width, and what the tower says of them."""
@@ -107,6 +108,16 @@ class Llava(nn.Module):
 
 def abstract_params(config: LlavaConfig, dtype: Any) -> dict[str, Any]:
   """The parameter tree as `jax.ShapeDtypeStruct`s of the given dtype; nothing is computed."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_abstract_variables(config))["params"])
+
+
+def logical_axes(config: LlavaConfig) -> dict[str, Any]:
+  """The parameter tree as a `PartitionSpec` of logical axes for every parameter."""
+  return nn.get_partition_spec(_abstract_variables(config))["params"]
+
+
+@functools.lru_cache
+def _abstract_variables(config: LlavaConfig) -> dict[str, Any]:
   side = config.vision.image_size // config.vision.patch_size * config.vision.patch_size
   num_slots = config.num_image_tokens(side, side) + 1
   inputs = Inputs(
@@ -115,5 +126,4 @@ def abstract_params(config: LlavaConfig, dtype: Any) -> dict[str, Any]:
     image_start=jax.ShapeDtypeStruct((1,), jnp.int32),
     pixel_values=jax.ShapeDtypeStruct((1, 3, side, side), jnp.float32),
   )
-  variables = jax.eval_shape(lambda inputs: Llava(config, dtype).init(jax.random.key(0), inputs), inputs)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), variables["params"])
+  return jax.eval_shape(lambda inputs: Llava(config).init(jax.random.key(0), inputs), inputs)

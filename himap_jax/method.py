@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -154,9 +153,23 @@ def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes]
   """The criterion that keeps the highest scores; of equal ones the earlier."""
 
   def select(view: View, keep: int) -> Selection:
-    return Selection(jnp.sort(jax.lax.top_k(score(view), keep)[1], axis=1))
+    return Selection(jnp.sort(top(score(view), keep), axis=1))
 
   return Criterion(select, cost)
+
+
+def top(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]:
+  """Indices of the highest scores, the highest first; of equal ones the earlier.
+
+  As `jax.lax.top_k`, for which XLA would gather the rows of all devices.
+  """
+  return jnp.argsort(scores, axis=-1, descending=True, stable=True)[..., :count]
+
+
+def mark(indices: Int[Array, "*B K"], size: int) -> Bool[Array, "*B M"]:
+  """Which of `size` numbers are among the indices; no scatter, which XLA would not divide over rows."""
+  numbers = jnp.arange(size, dtype=indices.dtype).reshape(*[1] * indices.ndim, size)
+  return (indices[..., None] == numbers).any(axis=-2)
 
 
 def cosine_similarity(x: Float[Array, "B M D"], y: Float[Array, "B K D"]) -> Float[Array, "B M K"]:

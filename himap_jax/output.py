@@ -106,8 +106,8 @@ class OutputWriter:
     return ids
 
 
-def answered_ids(path: str | os.PathLike[str]) -> set[str | int]:
-  """The ids with a row in an output file, rows with an error among them.
+def answered_ids(path: str | os.PathLike[str], *, retry: Collection[str | int] = ()) -> set[str | int]:
+  """The ids with a row in an output file, rows with an error among them but for ids that are to be tried again.
 
   A torn last row does not count, and a missing file has no rows. The file is
   left as it is.
@@ -116,7 +116,8 @@ def answered_ids(path: str | os.PathLike[str]) -> set[str | int]:
     ValueError: the file cannot be read, or has a line that is not an output row.
   """
   try:
-    return _scan(path).ids
+    scan = _scan(path)
+    return scan.ids - scan.failed.intersection(retry)
   except FileNotFoundError:
     return set()
   except OSError as error:

@@ -144,9 +144,10 @@ class Processor:
   def batch(self, examples: Sequence[Example], *, bucket: int, batch_size: int) -> Inputs:
     """Packs examples into arrays of a shape that depends on `bucket` and `batch_size` alone.
 
-    Missing rows repeat the last example.
+    Missing rows repeat the last example, or are blank where there is none.
     """
-    rows = [*examples, *[examples[-1]] * (batch_size - len(examples))]
+    filler = examples[-1] if examples else Example((), (0,), np.zeros((3, *self.image_shape), np.float32))
+    rows = [*examples, *[filler] * (batch_size - len(examples))]
     tokens = np.zeros((batch_size, bucket + self.num_image_tokens), np.int32)
     for row, example in zip(tokens, rows, strict=True):
       ids = [*example.before, *[self._config.image_token_id] * self.num_image_tokens, *example.after]

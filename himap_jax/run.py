@@ -13,18 +13,20 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 from checkpoints_convert.source import write_json
-from himap_jax import checkpoint, command, inference, methods, report, sharding
+from himap_jax import checkpoint, command, hosts, inference, methods, report, sharding, shards
 from himap_jax.generation import Generator
-from himap_jax.output import OutputWriter
+from himap_jax.hosts import Share
+from himap_jax.output import OutputWriter, answered_ids
 from himap_jax.processing import DEFAULT_BUCKETS, Processor
-from himap_jax.prompts import read_prompts
+from himap_jax.prompts import Prompt, RowError, read_prompts
 from himap_jax.sampling import Sampling
 from himap_jax.schedule import Schedule
 
@@ -86,6 +88,22 @@ _EMIT = flags.DEFINE_list(
 _RESUME = flags.DEFINE_bool(
   "resume", True, "Skip prompts that the output already answers; rows with an error are tried again."
 )
+_MESH = flags.DEFINE_list(
+  "mesh",
+  None,
+  "Devices as data:4,tensor:2: rows over data; heads, feed-forward and vocabulary over tensor. Chosen from the number of "
+  "devices and the size of the weights by default, and printed.",
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed",
+  False,
+  "Join the processes that JAX finds by itself, on a Cloud TPU slice of several hosts or in SLURM.",
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of the first of several processes; start the same command in each."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
 _STRICT = flags.DEFINE_bool("strict", False, "Exit with a non-zero status when a row has an error.")
 _PROFILE_DIR = flags.DEFINE_string(
   "profile_dir",
@@ -124,6 +142,7 @@ class RunConfig:
   resume: bool
   strict: bool
   profile_dir: pathlib.Path | None
+  mesh: dict[str, int] | None
   compilation_cache_dir: str
 
 
@@ -166,6 +185,7 @@ def config_from_flags() -> RunConfig:
     resume=_RESUME.value,
     strict=_STRICT.value,
     profile_dir=pathlib.Path(_PROFILE_DIR.value) if _PROFILE_DIR.value else None,
+    mesh=sharding.parse_mesh(_MESH.value) if _MESH.value else None,
     compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   )
 
@@ -178,15 +198,15 @@ def _make_directory(flag: str, directory: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def _open_output(config: RunConfig, retry: Collection[str | int]) -> Iterator[OutputWriter]:
-  """Holds the output from before the model is loaded; a file made for a run that wrote no row is removed again."""
-  existed = config.output.exists()
-  with OutputWriter(config.output, resume=config.resume, retry=retry) as writer:
+def _open_writer(path: pathlib.Path, *, resume: bool, retry: Collection[str | int]) -> Iterator[OutputWriter]:
+  """Holds an output file; one made for a run that wrote no row is removed again."""
+  existed = path.exists()
+  with OutputWriter(path, resume=resume, retry=retry) as writer:
     try:
       yield writer
     finally:
-      if not existed and not config.output.stat().st_size:
-        config.output.unlink()
+      if not existed and not path.stat().st_size:
+        path.unlink()
 
 
 def _settings(config: RunConfig, schedule: Schedule) -> dict[str, Any]:
@@ -206,6 +226,7 @@ def run(config: RunConfig) -> int:
   Raises:
     ValueError: the configuration cannot be run; no row was written.
     OSError: the output or a picture cannot be written; the rows written before are whole.
+    RuntimeError: another process of the run ended; the rows written before are whole.
   """
   prompts = read_prompts(config.prompts)
   if config.output.exists() and config.output.samefile(config.prompts):
@@ -217,41 +238,75 @@ def run(config: RunConfig) -> int:
     _make_directory("pictures", config.pictures)
   if config.profile_dir is not None:
     _make_directory("profile_dir", config.profile_dir)
-  with _open_output(config, retry={prompt.id for prompt in prompts}) as writer:
-    command.use_compilation_cache(config.compilation_cache_dir)
-    mesh = sharding.make_mesh(config.batch_size)
-    logging.info("ready: devices")
-    opened = checkpoint.open_checkpoint(config.checkpoint)
-    logging.info("ready: checkpoint")
-    processor = Processor(
-      opened.processor,
-      opened.config,
-      template=config.prompt_template,
-      buckets=config.prompt_buckets,
-      max_new_tokens=config.max_new_tokens,
+  command.use_compilation_cache(config.compilation_cache_dir)
+  jax.devices()
+  logging.info("ready: devices")
+  if hosts.is_leader():
+    if config.resume:
+      shards.merge(config.output)
+    else:
+      shards.remove(config.output)
+  hosts.wait_for_all("output")
+  retry = {prompt.id for prompt in prompts}
+  if jax.process_count() == 1:
+    with _open_writer(config.output, resume=config.resume, retry=retry) as writer:
+      summary = _answer(config, prompts, writer.answered, lambda share: contextlib.nullcontext(writer))
+  else:
+
+    def open_shard(share: Share) -> contextlib.AbstractContextManager[OutputWriter | None]:
+      path = shards.path(config.output, share)
+      return _open_writer(path, resume=True, retry=()) if share.is_written_here else contextlib.nullcontext()
+
+    answered = answered_ids(config.output, retry=retry) if config.resume else set()
+    summary = _answer(config, prompts, answered, open_shard)
+    hosts.wait_for_all("answered")
+    if hosts.is_leader():
+      shards.merge(config.output, replace=not config.resume)
+    hosts.wait_for_all("merged")
+  return 1 if config.strict and summary.num_errors else 0
+
+
+def _answer(
+  config: RunConfig,
+  prompts: Sequence[Prompt | RowError],
+  answered: Collection[str | int],
+  open_writer: Callable[[Share], contextlib.AbstractContextManager[OutputWriter | None]],
+) -> inference.Summary:
+  """Opens the model and answers what has no answer; the summary is that of all processes."""
+  opened = checkpoint.open_checkpoint(config.checkpoint)
+  logging.info("ready: checkpoint")
+  processor = Processor(
+    opened.processor,
+    opened.config,
+    template=config.prompt_template,
+    buckets=config.prompt_buckets,
+    max_new_tokens=config.max_new_tokens,
+  )
+  if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
+    raise ValueError(
+      f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
+      f"{' x '.join(map(str, processor.patch_grid))} patches"
     )
-    if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
-      raise ValueError(
-        f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
-        f"{' x '.join(map(str, processor.patch_grid))} patches"
-      )
-    schedule = methods.build_schedule(
-      config.method,
-      num_layers=opened.config.text.num_hidden_layers,
-      num_image_tokens=processor.num_image_tokens,
-      has_class_token=opened.config.vision.has_class_token,
-      prune_layers=config.prune_layers,
-      keep=config.keep,
-    )
+  schedule = methods.build_schedule(
+    config.method,
+    num_layers=opened.config.text.num_hidden_layers,
+    num_image_tokens=processor.num_image_tokens,
+    has_class_token=opened.config.vision.has_class_token,
+    prune_layers=config.prune_layers,
+    keep=config.keep,
+  )
+  dtype = command.DTYPES[config.dtype]
+  num_bytes = opened.num_bytes(dtype, quantize_decoder=config.int8_weights)
+  mesh = sharding.make_mesh(**(config.mesh or sharding.choose_mesh(opened.config, num_bytes, config.batch_size)))
+  share = hosts.share(mesh)
+  with open_writer(share) as writer:
     settings = _settings(config, schedule)
     settings_path = config.output.with_name(f"{config.output.name}.settings.json")
-    if writer.answered:
+    if answered:
       command.hold_to_settings(settings_path, settings, "use another --output, or --noresume to replace it")
-    loaded = opened.restore(
-      dtype=command.DTYPES[config.dtype],
-      shardings=sharding.replicated(mesh),
-      quantize_decoder=config.int8_weights,
-    )
+    if hosts.is_leader():
+      print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
+    loaded = opened.restore(dtype=dtype, mesh=mesh, quantize_decoder=config.int8_weights)
     generator = Generator(
       loaded,
       schedule,
@@ -261,7 +316,7 @@ def run(config: RunConfig) -> int:
       ignore_eos=config.ignore_eos,
     )
     logging.info("ready: weights")
-    if not writer.answered:
+    if not answered and hosts.is_leader():
       write_json(settings_path, settings)
     with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
       summary = inference.answer_all(
@@ -269,18 +324,37 @@ def run(config: RunConfig) -> int:
         processor,
         generator,
         writer,
+        answered=answered,
         image_dir=config.image_dir,
-        batch_size=config.batch_size,
+        batch_size=sharding.padded_batch_size(config.batch_size, mesh) // share.count,
         emit=config.emit,
         pictures=config.pictures,
+        share=share,
       )
-    report.print_summary(summary, generator, schedule, loaded.config, processor, method=config.method)
-  return 1 if config.strict and summary.num_errors else 0
+  summary = inference.of_all(summary, share)
+  if hosts.is_leader():
+    report.print_summary(summary, generator, schedule, opened.config, processor, method=config.method)
+  return summary
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
-  command.execute("himap_jax", argv, lambda: run(config_from_flags()), resumes=_RESUME.value)
+
+  def action() -> int:
+    hosts.initialize(
+      from_environment=_DISTRIBUTED.value,
+      coordinator=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+    )
+    try:
+      return run(config_from_flags())
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() > 1:
+        hosts.give_up("himap_jax", error)
+      raise
+
+  command.execute("himap_jax", argv, action, resumes=_RESUME.value)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class Schedule:
   stages: tuple[Stage, ...] = ()
   frozen_layers: tuple[int, ...] = ()
 
+  @property
+  def num_caches(self) -> int:
+    """Segments that have layers."""
+    return len(self.stages) + (not self.stages or self.stages[0].layer > 0)
+
   def segments(self, num_layers: int, num_image_tokens: int) -> tuple[Segment, ...]:
     """Cuts the decoder at the stages; a stage before the decoder makes a first segment without layers.
 

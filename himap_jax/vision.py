@@ -103,9 +103,9 @@ class FeedForward(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    x = Linear(self.config.intermediate_size, use_bias=True, name="fc1")(x)
+    x = Linear(self.config.intermediate_size, use_bias=True, axes=("tower_feed_forward", None), name="fc1")(x)
     x = ACTIVATIONS[self.config.hidden_act](x)
-    return Linear(self.config.hidden_size, use_bias=True, name="fc2")(x)
+    return Linear(self.config.hidden_size, use_bias=True, axes=(None, "tower_feed_forward"), name="fc2")(x)
 
 
 class ClipAttention(nn.Module):
@@ -118,9 +118,11 @@ class ClipAttention(nn.Module):
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     width, heads = self.config.hidden_size, self.config.num_attention_heads
     query, key, value = (
-      _heads(Linear(width, use_bias=True, name=name)(x), heads) for name in ("q_proj", "k_proj", "v_proj")
+      _heads(Linear(width, use_bias=True, axes=("tower_heads", None), name=name)(x), heads)
+      for name in ("q_proj", "k_proj", "v_proj")
     )
-    y = Linear(width, use_bias=True, name="out_proj")(self.attend(query, key, value).reshape(x.shape))
+    output = Linear(width, use_bias=True, axes=(None, "tower_heads"), name="out_proj")
+    y = output(self.attend(query, key, value).reshape(x.shape))
     return y, (query, key)
 
 
@@ -180,7 +182,8 @@ class DinoSelfAttention(nn.Module):
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
     width, heads = self.config.hidden_size, self.config.num_attention_heads
     query, key, value = (
-      _heads(Linear(width, use_bias=self.config.qkv_bias, name=name)(x), heads) for name in ("query", "key", "value")
+      _heads(Linear(width, use_bias=self.config.qkv_bias, axes=("tower_heads", None), name=name)(x), heads)
+      for name in ("query", "key", "value")
     )
     return self.attend(query, key, value).reshape(x.shape), (query, key)
 
@@ -192,7 +195,7 @@ class DinoOutput(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    return Linear(self.config.hidden_size, use_bias=True, name="dense")(x)
+    return Linear(self.config.hidden_size, use_bias=True, axes=(None, "tower_heads"), name="dense")(x)
 
 
 class LayerScale(nn.Module):

@@ -37,9 +37,9 @@ def loaded(checkpoints, tmp_path_factory):
 
   @functools.cache
   def load(name: str, batch_size: int = 1):
-    shardings = sharding.replicated(sharding.make_mesh(batch_size))
+    mesh = sharding.make_mesh(data=max(size for size in range(1, 9) if batch_size % size == 0))
     directory = str(checkpoints(name).directory)
-    return checkpoint.load(directory, dtype=jnp.float32, cache_dir=cache_dir, shardings=shardings)
+    return checkpoint.load(directory, dtype=jnp.float32, cache_dir=cache_dir, mesh=mesh)
 
   return load
 

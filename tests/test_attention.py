@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding, PartitionSpec
 
 from himap_jax import attention, sharding
 
@@ -86,22 +87,24 @@ def test_gradients_of_blocks():
     np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=["rows", "rows and heads"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["one query head a key head", "two"])
-def test_splash_is_torch_s(heads):
+def test_splash_is_torch_s(heads, sizes):
   rng = np.random.default_rng(0)
   arrays = [jnp.asarray(rng.normal(size=(8, 150, n, 64)), jnp.float32) for n in (heads[0], heads[1], heads[1])]
-  mesh = sharding.make_mesh(8)
+  mesh = sharding.make_mesh(**sizes)
   arrays = jax.device_put(arrays, sharding.rows(mesh))
   splash = functools.partial(attention.splash_attention, is_causal=True, mesh=mesh, interpret=True)
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own
     actual = jax.jit(splash)(*arrays)
-  assert actual.sharding.is_equivalent_to(sharding.rows(mesh), 4)
+  expected = PartitionSpec("data", None, "tensor" if "tensor" in sizes else None)
+  assert actual.sharding.is_equivalent_to(NamedSharding(mesh, expected), 4)
   np.testing.assert_allclose(actual, by_torch(*arrays, is_causal=True), atol=2e-5, rtol=0)
 
 
 def test_splash_lowers_for_tpu():
   arrays = [jax.ShapeDtypeStruct((2, 640, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
-  splash = functools.partial(attention.splash_attention, mesh=sharding.make_mesh(2))
+  splash = functools.partial(attention.splash_attention, mesh=sharding.make_mesh(data=2))
 
   def lowered(**arguments):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

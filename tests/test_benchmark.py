@@ -14,7 +14,8 @@ import reference_himap
 import tiny_checkpoints
 import torch
 
-from experiments.benchmark import pytorch, scenarios, side, study, tables
+from experiments import geometries
+from experiments.benchmark import pytorch, side, study, tables
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.weights import Weights, random_file
 from experiments.benchmark.worker import CannotRun, Worker
@@ -137,7 +138,7 @@ def test_a_worker_that_is_killed_begins_anew(weights):
 
 
 def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
-  monkeypatch.setitem(scenarios.GEOMETRIES, "tiny", TINY)
+  monkeypatch.setitem(geometries.GEOMETRIES, "tiny", TINY)
   grid = [Scenario("tiny", 9, 2, 1)]
   for directory in ("work", "output"):
     (tmp_path / directory).mkdir()

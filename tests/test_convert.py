@@ -12,19 +12,17 @@ import threading
 import time
 
 import huggingface_hub
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import transformers
 from flax import traverse_util
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import names, source, store
 from checkpoints_convert.convert import convert
-from himap_jax import checkpoint
+from himap_jax import checkpoint, sharding
 from himap_jax.config import load_config
 from himap_jax.llava import abstract_params
 
@@ -269,14 +267,9 @@ class TestDtypesAndShardings:
 
   def test_restores_into_shardings(self, clip, expected, tmp_path):
     target = quiet(clip, tmp_path / "target")
-    mesh = Mesh(np.asarray(jax.devices()), ("model",))
-    shardings = jax.tree.map(
-      lambda leaf: NamedSharding(mesh, PartitionSpec("model" if leaf.shape[0] % 8 == 0 else None)),
-      abstract_params(load_config(target), jnp.float32),
-    )
-    loaded = flat_params(target, shardings=shardings)
-    head = loaded["lm_head/weight"]
-    assert head.sharding.spec == PartitionSpec("model") and head.addressable_shards[0].data.shape == (34, 48)
+    loaded = flat_params(target, mesh=sharding.make_mesh(data=2, tensor=4))
+    head, down = loaded["lm_head/weight"], loaded["language_model/layers_0/mlp/down_proj/weight"]
+    assert head.addressable_shards[0].data.shape == (68, 48) and down.addressable_shards[0].data.shape == (48, 24)
     assert_same_trees(loaded, expected)
 
 

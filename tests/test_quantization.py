@@ -7,8 +7,9 @@ import qwix
 import tiny_checkpoints
 
 from himap_jax import checkpoint, linear, quantization, sharding
-from himap_jax.generation import compiler_options, generate
+from himap_jax.generation import generate
 from himap_jax.methods import build_schedule
+from himap_jax.programs import compiler_options
 
 RNG = np.random.default_rng(0)
 
@@ -61,7 +62,7 @@ def test_a_model(checkpoints, loaded, images, tmp_path):
 
 
 def test_weights_are_converted_when_they_are_needed():
-  weight = jax.device_put(jnp.zeros((512, 512)), sharding.replicated(sharding.make_mesh(1)))
+  weight = jax.device_put(jnp.zeros((512, 512)), sharding.replicated(sharding.make_mesh()))
   weights = [quantization.quantize(weight) for _ in range(8)]
 
   def chain(x, weights):

@@ -25,6 +25,7 @@ import himap_jax
 from himap_jax import inference
 from himap_jax import run as command
 from himap_jax.images import load_image
+from himap_jax.prompts import Prompt
 from himap_jax.run import RunConfig
 from himap_jax.sampling import Sampling
 
@@ -36,7 +37,7 @@ FLAGS = (
     "checkpoint", "prompts", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "dtype", "emit", "[no]resume",
     "compilation_cache_dir", "[no]strict", "pictures", "profile_dir",
-    "[no]int8_weights",
+    "[no]int8_weights", "mesh", "[no]distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 QUESTIONS = {
   "a": "What is it?",
@@ -95,6 +96,7 @@ def config(tmp_path, loaded, cache, images):
     emit=frozenset(),
     resume=True,
     strict=False,
+    mesh=None,
     compilation_cache_dir=str(cache / "compiled"),
   )
 
@@ -345,38 +347,51 @@ class TestBadRows:
     assert {"plain-1.0.png", "7.png", "a_b.png"} < set(names)
 
 
-class TestPrefetch:
-  def test_one_item_ahead_in_order(self):
-    made = []
+class TestReader:
+  class Stub:
+    """Prompts of one word; its length is the bucket."""
 
-    def items():
-      for number in range(4):
-        made.append(number)
-        yield number
+    buckets = (1, 2, 3)
 
-    seen = []
-    for item in inference._prefetch(items()):
-      seen.append(item)
-      wait_until(lambda seen=seen: len(made) == min(4, len(seen) + 1))
-    assert seen == [0, 1, 2, 3]
+    def prepare(self, image, question):
+      if question == "bad":
+        raise ValueError("bad")
+      return question
 
-  def test_an_error_comes_out_where_its_item_would(self):
-    def items():
-      yield 1
-      raise OSError("gone")
+    def bucket(self, example):
+      return len(example)
 
-    ahead = inference._prefetch(items())
-    assert next(ahead) == 1
-    with pytest.raises(OSError, match="gone"):
-      next(ahead)
+  @pytest.fixture
+  def read(self, monkeypatch):
+    monkeypatch.setattr(inference, "load_image", lambda path: path.name)
 
+    def make(questions, batch_size=2):
+      prompts = [Prompt(index, "image", question) for index, question in enumerate(questions)]
+      return inference._Reader(prompts, self.Stub(), image_dir=pathlib.Path(), batch_size=batch_size)
 
-def wait_until(condition):
-  """Waits for another thread, for at most ten seconds."""
-  end = time.monotonic() + 10
-  while not condition():
-    assert time.monotonic() < end
-    time.sleep(0.001)
+    return make
+
+  def test_reads_until_a_bucket_fills_a_batch(self, read):
+    reader = read(["a", "bb", "bad", "ccc", "d", "e", "f"])
+    reader.read()
+    assert reader.counts() == [2, 1, 1]
+    reader.read()
+    assert reader.counts() == [2, 1, 1]
+    assert [prompt.id for prompt, _ in reader.take(1)] == [0, 4]
+    assert [error.id for error in reader.take_errors()] == [2] and reader.take_errors() == []
+    reader.read()
+    assert reader.counts() == [2, 1, 1]
+    assert [prompt.id for prompt, _ in reader.take(1)] == [5, 6]
+
+  def test_what_is_left_comes_in_smaller_batches(self, read):
+    reader = read(["a", "bb", "c", "d"])
+    for expected in ([2, 1, 0], [1, 1, 0]):
+      reader.read()
+      assert reader.counts() == expected
+      reader.take(1)
+    assert [example for _, example in reader.take(2)] == ["bb"]
+    reader.read()
+    assert reader.counts() == [0, 0, 0] and reader.take(1) == []
 
 
 def refuses(config, message):

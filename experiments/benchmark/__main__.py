@@ -17,8 +17,9 @@ from absl import app, flags
 
 import himap_jax
 from experiments.benchmark import side, study, tables
-from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.side import PYTORCH
+from experiments.geometries import GEOMETRIES
 from himap_jax import command, methods
 
 _GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Whose sizes.")

@@ -15,16 +15,16 @@ import numpy as np
 from experiments.benchmark import side
 from experiments.benchmark.scenarios import NUM_SYSTEM_TOKENS, Scenario
 from experiments.benchmark.weights import Weights
-from himap_jax import attention, flops, sharding
+from himap_jax import attention, flops, programs, sharding
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.config import from_hf
 from himap_jax.decoder import Projections
-from himap_jax.generation import Generator, compiler_options, decode
+from himap_jax.generation import Generator
 from himap_jax.llava import Inputs, Llava, abstract_params
 from himap_jax.methods import build_schedule
 from himap_jax.prefill import Embedded, Sequence, prefill_embedded, prune, start
+from himap_jax.programs import compiler_options
 from himap_jax.quantization import quantize_decoder
-from himap_jax.sampling import Sampling
 from himap_jax.schedule import Schedule
 
 DTYPE = jnp.bfloat16
@@ -36,7 +36,7 @@ class Ours:
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
     method, _, variant = name.partition("/")
     self._config = from_hf(geometry)
-    self._mesh = sharding.make_mesh(1)
+    self._mesh = sharding.make_mesh()
     self._model = Llava(self._config, DTYPE, attention.for_mesh(self._mesh))
     side_length = self._config.vision.image_size
     self._num_image_tokens = self._config.num_image_tokens(side_length, side_length)
@@ -110,24 +110,13 @@ class Ours:
     """Bytes that a decode step reads by XLA's account, and the weights and the cache that it has to read."""
     if self._num_new_tokens == 1:
       return {}
-    out = jax.eval_shape(self._prefill.func, *self._prefill.args)
-    program = jax.jit(
-      lambda params, logits, caches, position, keys: decode(
-        self._model,
-        params,
-        logits,
-        caches,
-        position,
-        keys,
-        max_new_tokens=self._num_new_tokens,  # XLA counts the loop's body once
-        sampling=Sampling(),
-        eos_token_ids=(),
-      ),
-      compiler_options=compiler_options(self._params),
-      donate_argnums=2,
+    # Of more than two tokens: XLA counts the loop's body once, and unrolls a loop of one.
+    jitted = programs.make_programs(
+      self._config, self._mesh, self._schedule, DTYPE, self._num_new_tokens, options=compiler_options(self._params)
     )
-    keys = jax.random.split(jax.random.key(0), len(self._row_ids))
-    compiled = program.lower(self._params, out.logits, out.caches, out.next_position, keys).compile()
+    seeds = np.zeros(len(self._row_ids), np.uint32)
+    inputs, seeds = sharding.from_local_rows((self._inputs, seeds), self._mesh)
+    compiled = programs.lower(jitted, self._params, inputs, seeds).decode.compile()
     read = dict(self._params["language_model"])
     if "lm_head" in self._params:
       read["embed_tokens"] = self._params["lm_head"]

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import tree
 from tqdm import tqdm
 
-from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.weights import random_file
 from experiments.benchmark.worker import CannotRun, Worker
+from experiments.geometries import GEOMETRIES
 from himap_jax.config import from_hf
 from himap_jax.llava import abstract_params
 

@@ -8,9 +8,10 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments.benchmark.scenarios import GEOMETRIES, Scenario
+from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.side import FIGURES
 from experiments.benchmark.study import result_path
+from experiments.geometries import GEOMETRIES
 from himap_jax import flops
 from himap_jax.config import from_hf
 from himap_jax.methods import build_schedule

@@ -12,9 +12,8 @@ import numpy as np
 
 BLOCK_BYTES = 64 << 20
 ALIGNMENT = 64  # bytes; JAX on CPU uses an aligned NumPy array as it lies
-LARGEST_FILE = (
-  6 << 30
-)  # bytes; far beyond any cache, so that reading weights that share them costs what reading others does
+# Bytes; far beyond any cache, so that reading weights that share them costs what reading others does.
+LARGEST_FILE = 4 << 30
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from experiments.compare import timing
 from experiments.compare.grid import Cell
 from experiments.question_sets import Question
@@ -34,7 +36,7 @@ class Runner:
     workdir: pathlib.Path,
     *,
     dtype: Any,
-    shardings: Any,
+    mesh: Mesh,
     seed: int,
     max_new_tokens: int,
     batch_size: int,
@@ -46,7 +48,7 @@ class Runner:
     self._processor = processor
     self._questions = questions
     self._dtype = dtype
-    self._shardings = shardings
+    self._mesh = mesh
     self._seed = seed
     self._max_new_tokens = max_new_tokens
     self._batch_size = batch_size
@@ -70,6 +72,7 @@ class Runner:
           self._processor,
           generator,
           writer,
+          answered=writer.answered,
           image_dir=pathlib.Path(),
           batch_size=self._batch_size,
           emit=frozenset({"tokens", "kept"}),
@@ -92,7 +95,7 @@ class Runner:
 
   @functools.cached_property
   def _loaded(self) -> LoadedModel:
-    return self._opened.restore(dtype=self._dtype, shardings=self._shardings)
+    return self._opened.restore(dtype=self._dtype, mesh=self._mesh)
 
   @functools.cached_property
   def _reference(self) -> Generator:

@@ -102,14 +102,16 @@ def run(config: StudyConfig) -> list[tables.Row]:
   )
   settings = settings_of(config, opened.directory, questions)
   command.hold_to_settings(config.workdir / "settings.json", settings, "use another --workdir")
-  mesh = sharding.make_mesh(math.gcd(config.batch_size, config.timing_batch_size))
+  dtype = command.DTYPES[config.dtype]
+  num_rows = math.gcd(config.batch_size, config.timing_batch_size)
+  mesh = sharding.make_mesh(**sharding.choose_mesh(opened.config, opened.num_bytes(dtype), num_rows))
   runner = Runner(
     opened,
     processor,
     questions,
     config.workdir,
-    dtype=command.DTYPES[config.dtype],
-    shardings=sharding.replicated(mesh),
+    dtype=dtype,
+    mesh=mesh,
     seed=config.seed,
     max_new_tokens=config.max_new_tokens,
     batch_size=config.batch_size,

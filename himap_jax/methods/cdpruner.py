@@ -7,9 +7,9 @@ scaled for each image, so that a row's result is its own.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity, mark
 
 EPSILON = 1e-6
 
@@ -31,17 +31,19 @@ def determinantal(view: View, keep: int) -> Selection:
   tokens, weight = view.image_tokens(), relevance(view)
   kernel = weight[:, :, None] * cosine_similarity(tokens, tokens) * weight[:, None]
   batch, num_tokens, _ = kernel.shape
-  rows = jnp.arange(batch)
 
   def choose(index, state):
     gain, chosen, columns, kept = state
     token = jnp.where(chosen, -jnp.inf, gain).argmax(axis=1).astype(jnp.int32)
-    explained = jnp.einsum("BK,BKM->BM", columns[rows, :, token], columns, precision="highest")
-    own = gain[rows, token]  # zero up to rounding once the kernel's rank is used up: then nothing more is explained
+    explained = jnp.einsum("BK,BKM->BM", _of(columns, token, axis=2), columns, precision="highest")
+    own = _of(
+      gain, token, axis=1
+    )  # zero up to rounding once the kernel's rank is used up: then nothing more is explained
     scale = jnp.where(own > EPSILON**2, jax.lax.rsqrt(jnp.maximum(own, EPSILON**2)), 0.0)
-    column = (kernel[rows, token] - explained) * scale[:, None]
+    column = (_of(kernel, token, axis=1) - explained) * scale[:, None]
     gain = gain - jnp.square(column)
-    return gain, chosen.at[rows, token].set(True), columns.at[:, index].set(column), kept.at[:, index].set(token)
+    chosen |= mark(token[:, None], num_tokens)
+    return gain, chosen, columns.at[:, index].set(column), kept.at[:, index].set(token)
 
   start = (
     jnp.diagonal(kernel, axis1=1, axis2=2),
@@ -50,6 +52,12 @@ def determinantal(view: View, keep: int) -> Selection:
     jnp.zeros((batch, keep), jnp.int32),
   )
   return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[3], axis=1))
+
+
+def _of(x: Float[Array, "B ..."], token: Int[Array, "B"], axis: int) -> Float[Array, "B ..."]:
+  """What each row has for its token."""
+  indices = token.reshape(-1, *[1] * (x.ndim - 1))
+  return jnp.take_along_axis(x, indices, axis=axis).squeeze(axis)
 
 
 def cost(sizes: Sizes) -> int:

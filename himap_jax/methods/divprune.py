@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity, mark
 
 
 def max_min_distance(view: View, keep: int) -> Selection:
@@ -14,13 +14,13 @@ def max_min_distance(view: View, keep: int) -> Selection:
   tokens = view.image_tokens()
   distance = 1.0 - cosine_similarity(tokens, tokens)
   batch, num_tokens, _ = distance.shape
-  rows = jnp.arange(batch)
   nearest = jnp.where(jnp.eye(num_tokens, dtype=bool), jnp.inf, distance).min(axis=2)
 
   def choose(index, state):
     score, reach, kept = state
     token = score.argmax(axis=1).astype(jnp.int32)
-    reach = jnp.minimum(reach, distance[rows, token]).at[rows, token].set(-jnp.inf)
+    from_token = jnp.take_along_axis(distance, token[:, None, None], axis=1)[:, 0]
+    reach = jnp.where(mark(token[:, None], num_tokens), -jnp.inf, jnp.minimum(reach, from_token))
     return reach, reach, kept.at[:, index].set(token)
 
   start = nearest, jnp.full((batch, num_tokens), jnp.inf), jnp.zeros((batch, keep), jnp.int32)

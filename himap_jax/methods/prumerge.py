@@ -4,10 +4,9 @@ The original finds as many outliers as an image has; here a quarter of the kept 
 to samples. Its one extra token, which sums up all that was dropped, has no place in the picture and is left out.
 """
 
-import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity, mark, top
 
 OUTLIER_SHARE = 0.25
 CLUSTER = 32
@@ -17,20 +16,18 @@ def merged_outliers(view: View, keep: int) -> Selection:
   """To each kept token, the 32 others of most similar keys are added, weighted by their class attention."""
   features, attention = view.tower.features, view.tower.class_attention
   batch, num_tokens, _ = features.shape
-  rows = jnp.arange(batch)[:, None]
   num_outliers = round(keep * OUTLIER_SHARE)
-  _, outliers = jax.lax.top_k(attention, num_outliers)
-  is_outlier = jnp.zeros((batch, num_tokens), bool).at[rows, outliers].set(True)
+  outliers = top(attention, num_outliers)
+  is_outlier = mark(outliers, num_tokens)
   others = jnp.argsort(is_outlier, axis=1, stable=True)[:, : num_tokens - num_outliers]
   num_samples = keep - num_outliers
   places = jnp.arange(num_samples) * others.shape[1] // max(num_samples, 1)
   kept = jnp.sort(jnp.concatenate([outliers, others[:, places]], axis=1), axis=1)
   keys = view.tower.keys.reshape(batch, num_tokens, -1)
   similarity = cosine_similarity(jnp.take_along_axis(keys, kept[:, :, None], axis=1), keys)
-  similarity = similarity.at[rows, jnp.arange(keep)[None], kept].set(-jnp.inf)
-  _, cluster = jax.lax.top_k(similarity, min(CLUSTER, num_tokens - 1))
-  weight = jnp.zeros_like(similarity).at[rows[:, :, None], jnp.arange(keep)[None, :, None], cluster].set(1.0)
-  weight = weight * attention[:, None]
+  similarity = jnp.where(mark(kept[:, :, None], num_tokens), -jnp.inf, similarity)
+  cluster = top(similarity, min(CLUSTER, num_tokens - 1))
+  weight = jnp.where(mark(cluster, num_tokens), attention[:, None], 0.0)
   merged = jnp.einsum("BKN,BNF->BKF", weight, features.astype(jnp.float32), precision="highest").astype(features.dtype)
   return Selection(kept, view.project(jnp.take_along_axis(features, kept[:, :, None], axis=1) + merged))
 

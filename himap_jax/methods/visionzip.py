@@ -6,7 +6,7 @@ Its authors keep the class token too; here the decoder sees image tokens only.
 import jax
 import jax.numpy as jnp
 
-from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity
+from himap_jax.method import Criterion, Method, Selection, Sizes, View, cosine_similarity, mark, top
 
 CONTEXTUAL_SHARE = 10 / 64
 
@@ -19,15 +19,14 @@ def dominant_and_contextual(view: View, keep: int) -> Selection:
   num_contextual = round(CONTEXTUAL_SHARE * keep)
   num_dominant = keep - num_contextual
   features, attention = view.tower.features, view.tower.class_attention
-  batch, num_tokens, _ = features.shape
-  rows = jnp.arange(batch)[:, None]
-  _, dominant = jax.lax.top_k(attention, num_dominant)
+  num_tokens = features.shape[1]
+  dominant = top(attention, num_dominant)
   if num_contextual == 0 or keep == num_tokens:
-    return Selection(jnp.sort(jax.lax.top_k(attention, keep)[1], axis=1))
-  is_dominant = jnp.zeros((batch, num_tokens), bool).at[rows, dominant].set(True)
+    return Selection(jnp.sort(top(attention, keep), axis=1))
+  is_dominant = mark(dominant, num_tokens)
   others = jnp.argsort(is_dominant, axis=1, stable=True)[:, : num_tokens - num_dominant]
   targets = others[:, :: others.shape[1] // num_contextual][:, :num_contextual]
-  merges = ~is_dominant.at[rows, targets].set(True)
+  merges = ~(is_dominant | mark(targets, num_tokens))
   keys = view.tower.keys.mean(axis=2)
   similarity = cosine_similarity(keys, jnp.take_along_axis(keys, targets[:, :, None], axis=1))
   assigned = jax.nn.one_hot(similarity.argmax(axis=2), num_contextual, dtype=jnp.float32) * merges[:, :, None].astype(
@@ -35,7 +34,7 @@ def dominant_and_contextual(view: View, keep: int) -> Selection:
   )
   sums = jnp.einsum("BNC,BNF->BCF", assigned, features.astype(jnp.float32), precision="highest")
   means = sums / jnp.maximum(assigned.sum(axis=1), 1.0)[:, :, None]
-  features = features.at[rows, targets].add(means.astype(features.dtype))
+  features = jax.vmap(lambda x, at, added: x.at[at].add(added))(features, targets, means.astype(features.dtype))
   kept = jnp.sort(jnp.concatenate([dominant, targets], axis=1), axis=1)
   return Selection(kept, view.project(jnp.take_along_axis(features, kept[:, :, None], axis=1)))
 

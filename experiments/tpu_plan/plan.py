@@ -1,0 +1,237 @@
+"""Compiles the real programs for a TPU that is not there, and finds the largest batch that its memory holds."""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from experiments import compiler_report
+from experiments.geometries import GEOMETRIES
+from himap_jax import flops, programs, sharding
+from himap_jax.config import LlavaConfig, from_hf
+from himap_jax.llava import abstract_params, logical_axes
+from himap_jax.methods import build_schedule
+from himap_jax.schedule import Schedule
+
+DTYPES = ("bfloat16", "int8")
+_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """What is planned.
+
+  Attributes:
+    model: a key of `geometries.GEOMETRIES`.
+    topology: of a slice, as `v5e:2x4`.
+    tensor: devices that share the heads; the others have rows of their own.
+    weights: one of `DTYPES`; activations and caches are in bfloat16.
+    method: with its default schedule.
+    num_text_slots: the bucket.
+    num_new_tokens: room for an answer.
+  """
+
+  model: str
+  topology: str
+  tensor: int
+  weights: str
+  method: str
+  num_text_slots: int
+  num_new_tokens: int
+
+  @property
+  def name(self) -> str:
+    """Of its file."""
+    return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """What the compiler says of a program at some number of rows.
+
+  Attributes:
+    seconds: that it took to compile.
+    memory: on one device; None where it does not fit.
+    limit: bytes of a device that programs can have; known where one did not fit.
+    collectives: in words.
+    scoring_collectives: those of the pruning stages alone, in words.
+  """
+
+  seconds: float
+  memory: compiler_report.Memory | None
+  limit: int | None = None
+  collectives: str = ""
+  scoring_collectives: str = ""
+
+
+@functools.lru_cache
+def mesh_of(topology: str, tensor: int) -> Mesh:
+  """The devices of a slice that is described and not there.
+
+  Raises:
+    ValueError: libtpu does not know the topology, or `tensor` does not divide its devices.
+  """
+  options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+  try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise ValueError(
+      f"{topology}: {str(error).splitlines()[0]}; it needs libtpu (pip install -e '.[tpu]') and a name such as v5e:2x4"
+    ) from error
+  if len(devices) % tensor:
+    raise ValueError(f"{topology} has {len(devices)} devices, which tensor:{tensor} does not divide")
+  return sharding.make_mesh(len(devices) // tensor, tensor, devices=devices)
+
+
+def model_of(name: str) -> LlavaConfig:
+  """A geometry's configuration."""
+  return from_hf(GEOMETRIES[name])
+
+
+def num_image_tokens(config: LlavaConfig) -> int:
+  """Of a picture of the tower's own size."""
+  return config.num_image_tokens(*[config.vision.image_size] * 2)
+
+
+def schedule_of(config: LlavaConfig, method: str) -> Schedule:
+  """A method's default schedule."""
+  return build_schedule(
+    method,
+    num_layers=config.text.num_hidden_layers,
+    num_image_tokens=num_image_tokens(config),
+    has_class_token=config.vision.has_class_token,
+  )
+
+
+def lower(cell: Cell, rows: int) -> programs.Programs:
+  """Lowers the programs that `himap_jax.run` would run, for `rows` rows on every group of devices that share them."""
+  mesh = mesh_of(cell.topology, cell.tensor)
+  original = model_of(cell.model)
+  config = sharding.with_divisible_key_heads(original, mesh)
+  params = jax.tree.map(
+    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+    abstract_params(config, jnp.bfloat16),
+    sharding.params(logical_axes(config), config, mesh),
+  )
+  if cell.weights == "int8":
+    from himap_jax.quantization import abstract_decoder  # qwix is slow to import
+
+    params = abstract_decoder(params)
+  inputs, seeds = programs.abstract_inputs(
+    config,
+    mesh,
+    batch_size=rows * mesh.shape["data"],
+    num_text_slots=cell.num_text_slots,
+    image_shape=(config.vision.image_size,) * 2,
+  )
+  jitted = programs.make_programs(config, mesh, schedule_of(original, cell.method), jnp.bfloat16, cell.num_new_tokens)
+  return programs.lower(jitted, params, inputs, seeds)
+
+
+def compile_program(lowered: Any) -> Compiled:
+  """Compiles a lowered program, or says how much it lacks.
+
+  Raises:
+    jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
+  """
+  start = time.perf_counter()
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+      raise
+    used = _USED.search(text)
+    limit = int(float(used[3]) * _UNITS[used[4]]) if used else None
+    return Compiled(time.perf_counter() - start, None, limit)
+  seconds = time.perf_counter() - start
+  found = compiler_report.collectives(compiled)
+  return Compiled(
+    seconds,
+    compiler_report.memory(compiled),
+    collectives=compiler_report.summarize(found),
+    scoring_collectives=compiler_report.summarize([one for one in found if "/prune_before_layer_" in one.scope]),
+  )
+
+
+def counted_flops(cell: Cell) -> tuple[int, int]:
+  """Multiplications of one row's prefill, up to its first token: by XLA's count of the unrolled program, and by ours."""
+  config, mesh = model_of(cell.model), sharding.make_mesh()
+  schedule = schedule_of(config, cell.method)
+  inputs, seeds = programs.abstract_inputs(
+    config, mesh, batch_size=1, num_text_slots=cell.num_text_slots, image_shape=(config.vision.image_size,) * 2
+  )
+  params = abstract_params(config, jnp.bfloat16)
+  jitted = programs.make_programs(config, mesh, schedule, jnp.bfloat16, cell.num_new_tokens)
+  counted = jitted.prefill.lower(params, inputs, seeds).cost_analysis()["flops"] / 2
+  return int(counted), flops.costs(config, schedule, num_image_tokens(config), cell.num_text_slots).prefill
+
+
+class Compiler:
+  """Compiles programs of cells at any number of rows, and remembers in a directory what came of it."""
+
+  def __init__(self, workdir: pathlib.Path):
+    self._workdir = workdir
+
+  def __call__(self, cell: Cell, rows: int) -> dict[str, Compiled]:
+    """Both programs of a cell."""
+    path = self._workdir / f"{cell.name}-{rows}.json"
+    if not path.exists():
+      lowered = lower(cell, rows)
+      results = {name: compile_program(program) for name, program in lowered._asdict().items()}
+      unfinished = path.with_suffix(".tmp")
+      content = {name: dataclasses.asdict(result) for name, result in results.items()}
+      unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+      unfinished.replace(path)
+    return {name: _compiled(fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}
+
+
+def _compiled(fields: dict[str, Any]) -> Compiled:
+  memory = fields.pop("memory")
+  return Compiled(memory=None if memory is None else compiler_report.Memory(**memory), **fields)
+
+
+def fits(results: dict[str, Compiled]) -> bool:
+  """Whether both programs do."""
+  return all(result.memory is not None for result in results.values())
+
+
+def largest(measure: Callable[[int], int | None], *, limit: int) -> int:
+  """The largest number of rows that fits, 0 where one row does not; it grows with memory that is nearly affine.
+
+  Args:
+    measure: rows → bytes, or None where they do not fit.
+    limit: bytes of a device, as a first guess.
+  """
+  sizes: dict[int, int] = {}
+  below, above, rows = 0, math.inf, 1
+  while above - below > 1:
+    size = measure(rows)
+    if size is None:
+      above = rows
+    else:
+      below, sizes[rows] = rows, size
+    rows = _guess(sizes, below, above, limit)
+  return below
+
+
+def _guess(sizes: dict[int, int], below: int, above: float, limit: int) -> int:
+  """Where the limit should be by the last two sizes; between what fits and what does not."""
+  if len(sizes) < 2:
+    guess = 2 * below or 1
+  else:
+    (a, size_a), (b, size_b) = sorted(sizes.items())[-2:]
+    guess = b + math.floor((limit - size_b) * (b - a) / max(1, size_b - size_a))
+  guess = max(guess, below + 1)
+  return int(guess if guess < above else (below + above) // 2)

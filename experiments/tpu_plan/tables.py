@@ -1,0 +1,99 @@
+"""A row a cell: the largest batch, and what it takes."""
+
+import csv
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.tpu_plan import plan
+from experiments.tpu_plan.plan import Cell, Compiled, Compiler
+
+Row = dict[str, Any]
+GIB = 1 << 30
+
+
+def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
+  """Plans a cell.
+
+  Args:
+    cell: the cell.
+    compiler: compiles its programs.
+    before: earlier rows, among them that of no pruning at the same place.
+  """
+  seen: dict[int, dict[str, Compiled]] = {}
+
+  def measure(rows: int) -> int | None:
+    print(f"  {rows} rows", end="", flush=True)
+    seen[rows] = compiler(cell, rows)
+    results = seen[rows].values()
+    print(f": {'fits' if plan.fits(seen[rows]) else 'does not fit'}", flush=True)
+    return max(result.memory.total for result in results) if plan.fits(seen[rows]) else None
+
+  devices = plan.mesh_of(cell.topology, cell.tensor).devices
+  rows = plan.largest(measure, limit=14 * GIB)
+  counted, accounted = plan.counted_flops(cell)
+  limits = [result.limit for results in seen.values() for result in results.values() if result.limit]
+  batch = rows * devices.shape[0]
+  row: Row = {
+    "model": cell.model,
+    "topology": cell.topology,
+    "mesh": f"data:{devices.shape[0]},tensor:{devices.shape[1]}",
+    "weights": cell.weights,
+    "method": cell.method,
+    "text slots": cell.num_text_slots,
+    "new tokens": cell.num_new_tokens,
+    "largest batch": batch,
+    "rows per device": batch / devices.size,
+    "times none": None,
+    "device GiB": min(limits) / GIB if limits else None,
+  }
+  plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
+  if plain["largest batch"]:
+    row["times none"] = batch / plain["largest batch"]
+  for name in ("prefill", "decode"):
+    program = seen[max(rows, 1)][name]
+    row[f"{name} compile s"] = program.seconds
+    for part in ("arguments", "temporaries", "results"):
+      row[f"{name} {part} GiB"] = getattr(program.memory, part) / GIB if program.memory else None
+    row[f"{name} collectives"] = program.collectives
+  row["collectives of stages"] = seen[max(rows, 1)]["prefill"].scoring_collectives
+  row["FLOPs, XLA's count ÷ ours"] = counted / accounted
+  return row
+
+
+PLACE = ("model", "topology", "mesh", "weights")
+SHOWN = (
+  *PLACE,
+  "method",
+  "largest batch",
+  "rows per device",
+  "times none",
+  "device GiB",
+  "prefill arguments GiB",
+  "prefill temporaries GiB",
+  "prefill results GiB",
+  "prefill compile s",
+  "decode compile s",
+  "prefill collectives",
+  "collectives of stages",
+  "decode collectives",
+  "FLOPs, XLA's count ÷ ours",
+)
+
+
+def write(output: pathlib.Path, rows: Sequence[Row], heading: str) -> None:
+  """Writes `tpu_plan.csv` with every figure and `tpu_plan.md` with most of them."""
+  with open(output / "tpu_plan.csv", "w", newline="", encoding="utf-8") as file:
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+  lines = [heading, ""]
+  lines += ["| " + " | ".join(cells) + " |" for cells in (SHOWN, ["---"] * len(SHOWN))]
+  lines += ["| " + " | ".join(_text(row[name]) for name in SHOWN) + " |" for row in rows]
+  (output / "tpu_plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _text(value: Any) -> str:
+  if value is None:
+    return "–"
+  return f"{value:.3g}" if isinstance(value, float) else str(value)
