@@ -1,0 +1,52 @@
+"""Compiles programs when they are first needed and keeps account of them."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+class Recorder:
+  """Makes functions that are compiled once for every form of their arguments.
+
+  Attributes:
+    compiled: every program, in the order in which they were needed.
+    seconds: spent tracing, lowering and compiling them, or reading them from the persistent cache.
+  """
+
+  def __init__(self, *, is_abstract: bool = False):
+    """Begins with nothing compiled.
+
+    Args:
+      is_abstract: whether arguments are shapes, and nothing runs: then calls give the shapes of results.
+    """
+    self.compiled: list[Any] = []
+    self.seconds = 0.0
+    self._is_abstract = is_abstract
+
+  def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function; its keyword arguments are static and hashable."""
+    programs: dict[Any, Any] = {}
+
+    def call(*arguments: Any, **static: Any) -> Any:
+      leaves, form = jax.tree.flatten(arguments)
+      key = (form, tuple((leaf.shape, leaf.dtype) for leaf in leaves), tuple(static.items()))
+      if key not in programs:
+        start = time.perf_counter()
+        programs[key] = jax.jit(lambda *arguments: function(*arguments, **static)).lower(*arguments).compile()
+        self.seconds += time.perf_counter() - start
+        self.compiled.append(programs[key])
+      return programs[key].out_info if self._is_abstract else programs[key](*arguments)
+
+    return call
+
+  @property
+  def num_instructions(self) -> int:
+    """Instructions of all programs after optimisation."""
+    return sum(program.as_text().count(" = ") for program in self.compiled)
+
+  @property
+  def temporaries(self) -> int:
+    """Bytes of the program that takes the most."""
+    return max(program.memory_analysis().temp_size_in_bytes for program in self.compiled)

@@ -1,0 +1,120 @@
+"""Planning for TPUs: the search for the largest batch, what compilers say, and programs at true sizes by shapes alone."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from experiments import compiler_report
+from experiments.tpu_plan import plan
+from himap_jax import quantization, sharding
+from himap_jax.llava import abstract_params, logical_axes
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3, 17, 64, 250])
+@pytest.mark.parametrize("bend", [0, 40])
+@pytest.mark.parametrize("limit", [50, 1000, 10**6])
+def test_the_largest_number_of_rows_that_fits(capacity, bend, limit):
+  asked = []
+
+  def measure(rows):
+    assert rows not in asked
+    asked.append(rows)
+    return 100 + 10 * rows + bend * (rows > 5) if rows <= capacity else None
+
+  assert plan.largest(measure, limit=limit) == capacity
+  assert len(asked) <= 24
+
+
+def test_a_good_guess_takes_four_compilations():
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return 1000 + 7 * rows if rows <= 123 else None
+
+  assert plan.largest(measure, limit=1000 + 7 * 123) == 123
+  assert asked == [1, 2, 123, 124]
+
+
+def test_memory_that_does_not_suffice():
+  def lowered(message):
+    def fail():
+      raise jax.errors.JaxRuntimeError(message)
+
+    return types.SimpleNamespace(compile=fail)
+
+  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.41G of 15.75G hbm. Exceeded by 5.66G."
+  result = plan.compile_program(lowered(message))
+  assert result.memory is None and result.limit == int(15.75 * 2**30)
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    plan.compile_program(lowered("INTERNAL: something else"))
+
+
+def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
+  cell = plan.Cell("7b", "v5e:2x4", 8, "bfloat16", "himap", 128, 32)
+  calls = []
+
+  def lower(cell, rows):
+    calls.append(rows)
+    return plan.programs.Programs("prefill", "decode")
+
+  compiled = {
+    "prefill": plan.Compiled(1.5, compiler_report.Memory(1, 2, 3), None, "none", "none"),
+    "decode": plan.Compiled(2.5, None, 99),
+  }
+  monkeypatch.setattr(plan, "lower", lower)
+  monkeypatch.setattr(plan, "compile_program", compiled.get)
+  for _ in range(2):
+    assert plan.Compiler(tmp_path)(cell, 4) == compiled
+  assert calls == [4] and not plan.fits(compiled)
+
+
+@pytest.mark.parametrize("method", ["none", "himap"])
+def test_xla_counts_what_we_account_for(method):
+  counted, accounted = plan.counted_flops(plan.Cell("demo", "v5e:2x4", 1, "bfloat16", method, 64, 8))
+  assert accounted == pytest.approx(counted, rel=0.02)
+
+
+def test_int8_weights_lie_as_their_originals():
+  config, mesh = plan.model_of("demo"), sharding.make_mesh(2, 3)
+  params = jax.tree.map(
+    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+    abstract_params(config, jnp.bfloat16),
+    sharding.params(logical_axes(config), config, mesh),
+  )
+  layer = quantization.abstract_decoder(params)["language_model"]["layers_0"]
+  up, down = (layer["mlp"][name]["weight"] for name in ("up_proj", "down_proj"))
+  assert (up.qvalue.dtype, up.qvalue.shape, up.scale.shape) == (jnp.int8, (1536, 576), (1536, 1))
+  for array, spec in (
+    (up.qvalue, ("tensor", None)),
+    (up.scale, ("tensor", None)),
+    (down.qvalue, (None, "tensor")),
+    (down.scale, (None, None)),
+  ):
+    assert array.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), 2)
+  real = quantization.quantize(jnp.ones((1536, 576), jnp.bfloat16))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(lambda x: (x.shape, x.dtype), up)
+
+
+HLO = """
+  %all-reduce.1 = f32[2,40,64]{2,1,0} all-reduce(%x), channel_id=1, metadata={op_name="jit(f)/layer_0/o_proj/dot"}
+  %all-gather-start.1 = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%y), metadata={op_name="jit(f)/prune_before_layer_2/score"}
+  %all-gather-done.1 = bf16[4,8]{1,0} all-gather-done(%all-gather-start.1)
+  %fusion.1 = (pred[], s32[3]{0}) all-reduce(%a, %b), to_apply=%and
+  %add.1 = f32[2]{0} add(%all-reduce.1, %c)
+"""
+
+
+def test_collectives_of_a_program():
+  found = compiler_report.collectives(types.SimpleNamespace(as_text=lambda: HLO))
+  assert [(one.kind, one.num_bytes) for one in found] == [
+    ("all-reduce", 2 * 40 * 64 * 4),
+    ("all-gather", 4 * 8 * 2),
+    ("all-reduce", 1 + 12),
+  ]
+  assert found[1].scope == "jit(f)/prune_before_layer_2/score"
+  assert compiler_report.summarize(found) == "2 all-reduce 0.0 MiB, 1 all-gather 0.0 MiB"
+  assert compiler_report.summarize([]) == "none"
