@@ -28,7 +28,7 @@ def test_the_largest_number_of_rows_that_fits(capacity, bend, limit):
   assert len(asked) <= 24
 
 
-def test_a_good_guess_takes_four_compilations():
+def test_a_good_guess_takes_five_compilations():
   asked = []
 
   def measure(rows):
@@ -36,7 +36,18 @@ def test_a_good_guess_takes_four_compilations():
     return 1000 + 7 * rows if rows <= 123 else None
 
   assert plan.largest(measure, limit=1000 + 7 * 123) == 123
-  assert asked == [1, 2, 123, 124]
+  assert asked == [1, 2, 16, 123, 124]
+
+
+def test_few_rows_may_take_as_much_as_one():
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return max(1000, 900 + 7 * rows) if rows <= 123 else None
+
+  assert plan.largest(measure, limit=900 + 7 * 123) == 123
+  assert max(asked) < 1000 and len(asked) < 10
 
 
 def test_memory_that_does_not_suffice():

@@ -24,6 +24,7 @@ from himap_jax.methods import build_schedule
 from himap_jax.prefill import prefill
 from himap_jax.schedule import Schedule
 
+FARTHEST = 8  # times what fits is the next guess at most
 DTYPES = ("bfloat16", "int8")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -226,7 +227,8 @@ def largest(measure: Callable[[int], int | None], *, limit: int) -> int:
       below, sizes[rows] = rows, size
     if above - below <= 1:
       return below
-    rows = _affine(sizes, limit) if len(sizes) > 1 else 2 * below
+    # Few rows may take as much as one, so that the line between them says little.
+    rows = min(_affine(sizes, limit), FARTHEST * below) if len(sizes) > 1 else 2 * below
     if rows <= below:  # more than the guess has fitted
       rows, step = below + step, 2 * step
     if rows >= above:
