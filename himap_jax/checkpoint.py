@@ -114,8 +114,8 @@ class OpenCheckpoint:
       ValueError: the weights cannot be read.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    shardings = sharding.params(logical_axes(self.config), self.config, mesh)
-    params = _restore(self.directory / PARAMS, abstract_params(self.config, dtype), shardings)
+    abstract = abstract_params(self.config, dtype)
+    params = _restore(self.directory / PARAMS, sharding.placed(abstract, logical_axes(self.config), self.config, mesh))
     params = sharding.repeat_key_heads(params, self.config, mesh)
     if quantize_decoder:
       from himap_jax import quantization  # qwix is slow to import
@@ -156,13 +156,10 @@ def load(
   return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, mesh=mesh)
 
 
-def _restore(path: pathlib.Path, abstract: PyTree, shardings: PyTree) -> PyTree:
+def _restore(path: pathlib.Path, targets: PyTree) -> PyTree:
   """Reads straight into the shardings; beside the parameters the host holds `READ_BYTES` or the largest of them."""
-  targets = jax.tree.map(
-    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed), abstract, shardings
-  )
   context = ocp.Context()
-  largest = max(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))  # it may be stored in float32
+  largest = max(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(targets))  # it may be stored in float32
   context.memory_options.read_concurrent_bytes = max(READ_BYTES, largest) + 1
   try:
     with context:

@@ -17,6 +17,7 @@ from himap_jax import rope
 from himap_jax.attention import Attend, attend_to_cache
 from himap_jax.cache import SegmentCache, write_slot
 from himap_jax.config import TextConfig
+from himap_jax.layout import take_slots
 from himap_jax.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
 
 Rotation = tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]
@@ -88,10 +89,6 @@ class FeedForward(nn.Module):
     return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
 
 
-def _take_slots(x: Float[Array, "B S *D"], slots: Int[Array, "B R"]) -> Float[Array, "B R *D"]:
-  return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
-
-
 class DecoderLayer(nn.Module):
   """One layer: over a whole sequence when called, over a cache by `extend`."""
 
@@ -114,7 +111,7 @@ class DecoderLayer(nn.Module):
   def project(self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]) -> Projections:
     """Keys and values of all slots, queries of some."""
     x = self.input_layernorm(x)
-    take = functools.partial(_take_slots, slots=slots)
+    take = functools.partial(take_slots, slots=slots)
     key, value = self.self_attn.key_value(x, rotation)
     return Projections(query=self.self_attn.query(take(x), tuple(map(take, rotation))), key=key, value=value)
 
@@ -125,7 +122,7 @@ class DecoderLayer(nn.Module):
     projections = self.project(x, rotation, slots)
     mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
     context = self.attend(projections.query, projections.key, projections.value, mask)
-    updated = self._finish(_take_slots(x, slots), context)
+    updated = self._finish(take_slots(x, slots), context)
     return jax.vmap(lambda x, at, new: x.at[at].set(new))(x, slots, updated), projections
 
   def extend(

@@ -63,6 +63,11 @@ class Layout:
     return source, Layout(self.length - removed, self.image_start, num_kept)
 
 
+def take_slots(x: Float[Array, "B S *D"], slots: Int[Array, "B R"]) -> Float[Array, "B R *D"]:
+  """What each row holds in some of its slots."""
+  return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 def put_image_tokens(
   x: Float[Array, "B S D"], image_start: Int[Array, "B"], image_tokens: Float[Array, "B N D"]
 ) -> Float[Array, "B S D"]:

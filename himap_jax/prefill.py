@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from himap_jax import cache
 from himap_jax.decoder import Projections
-from himap_jax.layout import Layout, put_image_tokens
+from himap_jax.layout import Layout, put_image_tokens, take_slots
 from himap_jax.llava import Inputs, Llava
 from himap_jax.method import Selection, View
 from himap_jax.schedule import Schedule, Stage
@@ -110,8 +110,12 @@ def prefill_embedded(
       if segment.last == 0:  # the decoder never saw the other tokens: its positions are without gaps
         next_position = sequence.layout.length
         sequence = sequence._replace(positions=_positions(sequence.layout, sequence.x.shape[1]))
-  last = jnp.take_along_axis(sequence.x, (sequence.layout.length - 1)[:, None, None], axis=1)
-  return Prefill(bound.logits(last)[:, 0], tuple(caches), next_position, tuple(kept))
+  return Prefill(last_logits(bound, sequence), tuple(caches), next_position, tuple(kept))
+
+
+def last_logits(bound: Llava, sequence: Sequence) -> Float[Array, "B V"]:
+  """The logits after each row's last token."""
+  return bound.logits(take_slots(sequence.x, (sequence.layout.length - 1)[:, None]))[:, 0]
 
 
 def start(embedded: Embedded) -> Sequence:

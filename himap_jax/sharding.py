@@ -92,9 +92,10 @@ def describe(config: LlavaConfig, mesh: Mesh) -> str:
   axes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
   device = mesh.devices.flat[0]
   text = f"{axes} of {device.device_kind} devices, {jax.process_count()} process(es)"
-  copies = with_divisible_key_heads(config, mesh).text.num_key_value_heads // config.text.num_key_value_heads
+  wide = with_divisible_key_heads(config, mesh)
+  copies = wide.text.num_key_value_heads // config.text.num_key_value_heads
   notes = [f"every key head is held {copies} times"] if copies > 1 else []
-  whole = [name for name, axis in rules(with_divisible_key_heads(config, mesh), mesh).items() if axis is None]
+  whole = [name for name, axis in rules(wide, mesh).items() if axis is None]
   notes += [f"not divided: {', '.join(whole)}"] if whole else []
   return "; ".join([text, *notes])
 
@@ -113,9 +114,10 @@ def rules(config: LlavaConfig, mesh: Mesh) -> dict[str, str | None]:
   return {name: None if sizes.get(name, 0) % mesh.shape[axis] else axis for name, axis in RULES.items()}
 
 
-def params(logical_axes: PyTree, config: LlavaConfig, mesh: Mesh) -> PyTree:
-  """The sharding of every parameter, from its logical axes (`llava.logical_axes`)."""
-  return nn.logical_to_mesh_sharding(logical_axes, mesh, tuple(rules(config, mesh).items()))
+def placed(params: PyTree, logical_axes: PyTree, config: LlavaConfig, mesh: Mesh) -> PyTree:
+  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`llava.logical_axes`)."""
+  shardings = nn.logical_to_mesh_sharding(logical_axes, mesh, tuple(rules(config, mesh).items()))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

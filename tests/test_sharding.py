@@ -146,11 +146,7 @@ def compiled(method, sizes):
   before = dict(prune_layers=(0,), keep=(8,)) if METHODS[method].acts == "before" else None
   settings = own.get(method, before or dict(prune_layers=(1, 4), keep=(8, 3)))
   schedule = build_schedule(method, num_layers=6, num_image_tokens=NUM_IMAGE_TOKENS, **settings)
-  params = jax.tree.map(
-    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-    abstract_params(config, jnp.float32),
-    sharding.params(logical_axes(config), config, mesh),
-  )
+  params = sharding.placed(abstract_params(config, jnp.float32), logical_axes(config), config, mesh)
   inputs = programs.abstract_inputs(config, mesh, batch_size=BATCH, num_text_slots=TEXT_SLOTS, image_shape=(28, 28))
   lowered = programs.lower(programs.make_programs(config, mesh, schedule, jnp.float32, 4), params, *inputs)
   return programs.Programs(*(program.compile() for program in lowered))

@@ -91,11 +91,7 @@ def test_xla_counts_what_we_account_for(method):
 
 def test_int8_weights_lie_as_their_originals():
   config, mesh = plan.model_of("demo"), sharding.make_mesh(2, 3)
-  params = jax.tree.map(
-    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-    abstract_params(config, jnp.bfloat16),
-    sharding.params(logical_axes(config), config, mesh),
-  )
+  params = sharding.placed(abstract_params(config, jnp.bfloat16), logical_axes(config), config, mesh)
   layer = quantization.abstract_decoder(params)["language_model"]["layers_0"]
   up, down = (layer["mlp"][name]["weight"] for name in ("up_proj", "down_proj"))
   assert (up.qvalue.dtype, up.qvalue.shape, up.scale.shape) == (jnp.int8, (1536, 576), (1536, 1))

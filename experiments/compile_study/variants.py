@@ -19,6 +19,7 @@ from himap_jax import prefill as library
 from himap_jax import rope
 from himap_jax.cache import UNUSED_POSITION
 from himap_jax.decoder import DecoderLayer, Projections
+from himap_jax.layout import take_slots
 from himap_jax.llava import Inputs, Llava
 from himap_jax.method import Criterion, Selection, View, top
 from himap_jax.methods.himap import image_attention, instruction_attention
@@ -90,7 +91,7 @@ def one_hot(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
         matrix = _same_position(pruned.positions, sequence.positions).astype(sequence.x.dtype)
         x = jnp.einsum("BRS,BSD->BRD", matrix, sequence.x, preferred_element_type=jnp.float32)
         sequence = pruned._replace(x=x.astype(sequence.x.dtype))
-    return _last_logits(bound, sequence), keys_values
+    return library.last_logits(bound, sequence), keys_values
 
   program = recorder.jit(run)
   return lambda params, inputs: program(params, inputs)[0]
@@ -108,11 +109,11 @@ def mask(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
       keys_values += [(p.key, p.value) for p in projections]
       if segment.stage is not None:
         slots = _same_position(kept.positions, whole.positions).argmax(axis=2).astype(jnp.int32)
-        kept = kept._replace(x=_take(whole.x, slots))
-        scored = jax.tree.map(lambda x, slots=slots: _take(x, slots), projections[-1])
+        kept = kept._replace(x=take_slots(whole.x, slots))
+        scored = jax.tree.map(lambda x, slots=slots: take_slots(x, slots), projections[-1])
         kept = library.prune(bound, segment.stage, kept, scored, embedded, _keys(inputs))
         visible = _same_position(kept.positions, whole.positions).any(axis=1)
-    return _last_logits(bound, whole), keys_values
+    return library.last_logits(bound, whole), keys_values
 
   program = recorder.jit(run)
   return lambda params, inputs: program(params, inputs)[0]
@@ -141,7 +142,7 @@ def scan(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
       keys_values += [(p.key, p.value) for p in projections]
       if segment.stage is not None:
         sequence = library.prune(bound, segment.stage, sequence, projections[-1], embedded, _keys(inputs))
-    return _last_logits(bound, sequence), keys_values
+    return library.last_logits(bound, sequence), keys_values
 
   program = recorder.jit(run)
 
@@ -224,7 +225,7 @@ class _Steps:
       return counts[0]
 
     def logits(params: PyTree, sequence: Sequence) -> Float[Array, "B V"]:
-      return _last_logits(model.bind({"params": params}), sequence)
+      return library.last_logits(model.bind({"params": params}), sequence)
 
     self.embed, self.layers, self.prune, self.wanted, self.logits = map(
       recorder.jit, (embed, layers, prune, wanted, logits)
@@ -258,11 +259,6 @@ def _run_layers(
   return sequence._replace(x=x), projections
 
 
-def _last_logits(bound: Llava, sequence: Sequence) -> Float[Array, "B V"]:
-  last = jnp.take_along_axis(sequence.x, (sequence.layout.length - 1)[:, None, None], axis=1)
-  return bound.logits(last)[:, 0]
-
-
 def _stack(*layers: Any) -> Any:
   if isinstance(layers[0], jax.ShapeDtypeStruct):
     return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=layers[0].sharding)
@@ -272,10 +268,6 @@ def _stack(*layers: Any) -> Any:
 def _same_position(positions: Int[Array, "B R"], others: Int[Array, "B S"]) -> Bool[Array, "B R S"]:
   """Where two sequences hold the same token; padding is nowhere."""
   return (positions[:, :, None] == others[:, None]) & (others != UNUSED_POSITION)[:, None]
-
-
-def _take(x: Float[Array, "B S ..."], slots: Int[Array, "B R"]) -> Float[Array, "B R ..."]:
-  return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 VARIANTS = {

@@ -121,11 +121,7 @@ def lower(cell: Cell, rows: int) -> programs.Programs:
   mesh = mesh_of(cell.topology, cell.tensor)
   original = model_of(cell.model)
   config = sharding.with_divisible_key_heads(original, mesh)
-  params = jax.tree.map(
-    lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-    abstract_params(config, jnp.bfloat16),
-    sharding.params(logical_axes(config), config, mesh),
-  )
+  params = sharding.placed(abstract_params(config, jnp.bfloat16), logical_axes(config), config, mesh)
   if cell.weights == "int8":
     from himap_jax.quantization import abstract_decoder  # qwix is slow to import
 

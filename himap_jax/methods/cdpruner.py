@@ -36,9 +36,8 @@ def determinantal(view: View, keep: int) -> Selection:
     gain, chosen, columns, kept = state
     token = jnp.where(chosen, -jnp.inf, gain).argmax(axis=1).astype(jnp.int32)
     explained = jnp.einsum("BK,BKM->BM", _of(columns, token, axis=2), columns, precision="highest")
-    own = _of(
-      gain, token, axis=1
-    )  # zero up to rounding once the kernel's rank is used up: then nothing more is explained
+    own = _of(gain, token, axis=1)
+    # Zero up to rounding once the kernel's rank is used up: then nothing more is explained.
     scale = jnp.where(own > EPSILON**2, jax.lax.rsqrt(jnp.maximum(own, EPSILON**2)), 0.0)
     column = (_of(kernel, token, axis=1) - explained) * scale[:, None]
     gain = gain - jnp.square(column)
