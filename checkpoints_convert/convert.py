@@ -10,9 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tqdm
+from etils import epath
 
-from checkpoints_convert import names, original, store
-from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
+from checkpoints_convert import names, original, remote, store
+from checkpoints_convert.marker import FORMAT, MARKER, read_marker
 from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
 from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json, write_json
 from himap_jax import config as config_lib
@@ -23,19 +24,20 @@ _NOT_COPIED = ("config.json", INDEX, MARKER)
 
 def convert(
   source: str | pathlib.Path,
-  target: str | pathlib.Path,
+  target: str | pathlib.Path | epath.Path,
   *,
   vision_tower: str | None = None,
   progress: bool = True,
-) -> pathlib.Path:
+) -> pathlib.Path | epath.Path:
   """Converts a checkpoint in one of three layouts: Hugging Face LLaVA with older or newer names, or LLaVA's original.
 
   The target holds the parameters (Orbax, in the stored dtype), a complete config.json, the tokenizer, processor and
-  generation files, and a marker. It appears whole or not at all; a target made from the same files is left as it is.
+  generation files, and a marker. It appears whole or not at all, in object storage as its marker does; a target made from the
+  same files is left as it is.
 
   Args:
     source: a directory or a hub id.
-    target: the directory to write.
+    target: the directory to write, here or in object storage as `gs://bucket/name`.
     vision_tower: for the original layout, a directory or hub id instead of the one that its config.json names.
     progress: whether to show a bar and what was unused.
 
@@ -44,9 +46,10 @@ def convert(
 
   Raises:
     ValueError: the source cannot be read, holds a model that this library does not run, or lacks names and shapes of
-      the model that it describes; or the target holds something else.
+      the model that it describes; or the target holds something else or cannot be reached.
   """
-  source, target = locate(str(source)), pathlib.Path(target).expanduser().absolute()
+  source = locate(str(source))
+  target = remote.reach(target) if remote.is_remote(target) else pathlib.Path(target).expanduser().absolute()
   if any(character in str(target) for character in store.FORBIDDEN):
     raise ValueError(
       f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory"
@@ -57,14 +60,14 @@ def convert(
   with store.locked(target):
     if _is_finished(target, digest):
       return target
-    with store.new_directory(target) as work:
+    with store.new_directory(target) as (work, params):
       config = _write_configuration(work, source, tower, fields)
       plan = names.plan(stored, abstract_params(config, jnp.float32), config, str(source))
       if progress and plan.unused:
         print(
           f"{source.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})", file=sys.stderr
         )
-      store.save_params(work / PARAMS, _read(plan, progress))
+      store.save_params(params, _read(plan, progress))
       write_json(work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": digest, "dtypes": plan.dtypes})
   return target
 
@@ -104,13 +107,13 @@ def _read(plan: names.Plan, progress: bool) -> Iterator[tuple[names.Path, np.nda
       bar.update(tensor.num_bytes)
 
 
-def _is_finished(target: pathlib.Path, digest: str) -> bool:
+def _is_finished(target: pathlib.Path | epath.Path, digest: str) -> bool:
   """Whether there is nothing to do.
 
   Raises:
     ValueError: `target` is in the way.
   """
-  if (target.is_dir() and not any(target.iterdir())) or not target.exists():
+  if (target.is_dir() and not any(target.iterdir())) or not target.exists() or remote.is_unfinished(target):
     return False
   marker = read_marker(target) if target.is_dir() else None
   if marker is None or marker.get("fingerprint") != digest:

@@ -15,7 +15,9 @@ _SOURCE = flags.DEFINE_string(
   "Checkpoint: a directory or a Hugging Face id, in the Hugging Face or the original LLaVA layout.",
   required=True,
 )
-_TARGET = flags.DEFINE_string("target", None, "Directory to write.", required=True)
+_TARGET = flags.DEFINE_string(
+  "target", None, "Directory to write, also in object storage as gs://bucket/name.", required=True
+)
 _VISION_TOWER = flags.DEFINE_string(
   "vision_tower", None, "For the original layout: the CLIP tower's directory or id, if not what config.json names."
 )

@@ -10,15 +10,19 @@ from collections.abc import Iterable, Iterator
 from typing import IO
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
+
+from checkpoints_convert import remote
+from checkpoints_convert.marker import PARAMS
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20
 FORBIDDEN = "*?["
 
 
-def save_params(directory: pathlib.Path, tensors: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> None:
+def save_params(directory: pathlib.Path | epath.Path, tensors: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> None:
   """Writes parameters as one Orbax checkpoint, holding no more than `BATCH_BYTES` and one tensor of them.
 
   Args:
@@ -45,16 +49,24 @@ def save_params(directory: pathlib.Path, tensors: Iterable[tuple[tuple[str, ...]
 
 
 @contextlib.contextmanager
-def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_directory(target: pathlib.Path | epath.Path) -> Iterator[tuple[pathlib.Path, pathlib.Path | epath.Path]]:
   """A sibling of `target` to write into, renamed to `target` when the block ends and removed when it fails.
 
-  To be entered with `target` locked; what an earlier, killed process left there is removed first.
+  To be entered with `target` locked; what an earlier, killed process left there is removed first. In object storage, see
+  `remote.new_directory`.
+
+  Yields:
+    Where files go, and where parameters do.
   """
+  if remote.is_remote(target):
+    with remote.new_directory(target) as places:
+      yield places
+    return
   work = target.with_name(f".{target.name}.partial")
   shutil.rmtree(work, ignore_errors=True)
   work.mkdir(parents=True)
   try:
-    yield work
+    yield work, work / PARAMS
     os.rename(work, target)
   except BaseException:
     shutil.rmtree(work, ignore_errors=True)
@@ -62,8 +74,14 @@ def new_directory(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def locked(target: pathlib.Path) -> Iterator[None]:
-  """Holds `target` for this process; another that asks for it waits. The lock of a killed process is free at once."""
+def locked(target: pathlib.Path | epath.Path) -> Iterator[None]:
+  """Holds `target` for this process; another that asks for it waits. The lock of a killed process is free at once.
+
+  Object storage has no locks, and nothing is held there.
+  """
+  if remote.is_remote(target):
+    yield
+    return
   path = target.with_name(f".{target.name}.lock")
   path.parent.mkdir(parents=True, exist_ok=True)
   while True:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from checkpoints_convert.source import fingerprint
+from checkpoints_convert.marker import read_marker
 from experiments import question_sets
 from experiments.demo_data import Lesson, Packer, open_picture
 from experiments.demo_model import answer_logits
@@ -103,6 +103,7 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
       resume=True,
       strict=False,
       profile_dir=None,
+      mesh=None,
       compilation_cache_dir=command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir),
     )
   )
@@ -116,7 +117,7 @@ def main(_) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
   settings = {name: flags.FLAGS[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")}
-  settings["fingerprint"] = fingerprint(checkpoint.resolve(flags.FLAGS.checkpoint))
+  settings["fingerprint"] = read_marker(checkpoint.resolve(flags.FLAGS.checkpoint))["fingerprint"]
   command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   command.use_compilation_cache(command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir))
   rows = {"question only": {question.id: is_right(question.guess, question.answer) for question in questions}}

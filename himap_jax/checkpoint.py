@@ -9,10 +9,12 @@ import re
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from checkpoints_convert import remote
 from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.source import first_line, locate
 from himap_jax import sharding
@@ -52,19 +54,21 @@ def default_cache_dir() -> pathlib.Path:
   return pathlib.Path(os.environ.get("HIMAP_JAX_CACHE") or pathlib.Path(base) / "himap_jax").expanduser()
 
 
-def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path:
+def resolve(name: str, *, cache_dir: str | pathlib.Path | None = None) -> pathlib.Path | epath.Path:
   """The converted checkpoint of a name; what is not converted yet is converted into the cache, once.
 
   Args:
-    name: `demo`, a converted directory, a directory in a layout that `checkpoints_convert` reads, or a hub id.
+    name: `demo`, a converted directory, here or in object storage as `gs://bucket/name`, a directory in a layout that
+      `checkpoints_convert` reads, or a hub id.
     cache_dir: where conversions are kept; `default_cache_dir()` when absent.
 
   Raises:
     ValueError: there is no such checkpoint, or it cannot be converted.
     RuntimeError: the demo model's packages could not be downloaded.
   """
-  cache_dir = default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()
-  cache_dir = cache_dir.absolute()
+  if remote.is_remote(name):
+    return remote.reach(name)
+  cache_dir = _absolute(cache_dir)
   if name == "demo":
     from checkpoints_convert.demo.assemble import assemble  # needs pip, which a run on another checkpoint does not
 
@@ -86,12 +90,14 @@ class OpenCheckpoint:
   Attributes:
     config: the model's configuration.
     processor: transformers' processor: tokenizer, image processor and chat template.
-    directory: the converted checkpoint.
+    directory: the converted checkpoint's files, or their copy where it lies in object storage.
+    params: where its parameters are.
   """
 
   config: LlavaConfig
   processor: Any
   directory: pathlib.Path
+  params: pathlib.Path | epath.Path
 
   def num_bytes(self, dtype: Any, *, quantize_decoder: bool = False) -> int:
     """Bytes of the weights; see `restore`."""
@@ -115,7 +121,7 @@ class OpenCheckpoint:
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     abstract = abstract_params(self.config, dtype)
-    params = _restore(self.directory / PARAMS, sharding.placed(abstract, logical_axes(self.config), self.config, mesh))
+    params = _restore(self.params, sharding.placed(abstract, logical_axes(self.config), self.config, mesh))
     params = sharding.repeat_key_heads(params, self.config, mesh)
     if quantize_decoder:
       from himap_jax import quantization  # qwix is slow to import
@@ -142,7 +148,10 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
     RuntimeError: the demo model's packages could not be downloaded.
   """
   directory = resolve(name, cache_dir=cache_dir)
-  return OpenCheckpoint(load_config(directory), _load_processor(directory), directory)
+  params = directory / PARAMS
+  if remote.is_remote(directory):
+    directory = remote.copy_files(directory, _absolute(cache_dir))
+  return OpenCheckpoint(load_config(directory), _load_processor(directory), directory, params)
 
 
 def load(
@@ -156,7 +165,11 @@ def load(
   return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, mesh=mesh)
 
 
-def _restore(path: pathlib.Path, targets: PyTree) -> PyTree:
+def _absolute(cache_dir: str | pathlib.Path | None) -> pathlib.Path:
+  return (default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()).absolute()
+
+
+def _restore(path: pathlib.Path | epath.Path, targets: PyTree) -> PyTree:
   """Reads straight into the shardings; beside the parameters the host holds `READ_BYTES` or the largest of them."""
   context = ocp.Context()
   largest = max(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(targets))  # it may be stored in float32

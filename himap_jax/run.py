@@ -20,6 +20,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
+from checkpoints_convert import remote
 from checkpoints_convert.source import write_json
 from himap_jax import checkpoint, command, hosts, inference, methods, report, sharding, shards
 from himap_jax.generation import Generator
@@ -36,7 +37,7 @@ _CHECKPOINT = flags.DEFINE_string(
   "checkpoint",
   "demo",
   "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, "
-  "or a directory that checkpoints_convert wrote.",
+  "or a directory that checkpoints_convert wrote, also gs://bucket/name.",
 )
 _PROMPTS = flags.DEFINE_string(
   "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
@@ -155,6 +156,11 @@ def config_from_flags() -> RunConfig:
   for flag in (_PROMPTS, _OUTPUT):
     if not flag.value:
       raise ValueError(f"--{flag.name} is required; see --help")
+  for flag in (_PROMPTS, _IMAGE_DIR, _OUTPUT, _PICTURES, _PROFILE_DIR):
+    if flag.value and remote.is_remote(flag.value):
+      raise ValueError(
+        f"--{flag.name}={flag.value}: only --checkpoint may be a URL; mount the bucket (gcsfuse) and name its path"
+      )
   if _BATCH_SIZE.value < 1:
     raise ValueError(f"--batch_size must be at least 1, but is {_BATCH_SIZE.value}")
   if _MAX_NEW_TOKENS.value < 1:

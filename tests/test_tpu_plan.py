@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import compiler_report
+from experiments import compiler_report, planned
 from experiments.tpu_plan import plan
 from himap_jax import quantization, sharding
-from himap_jax.llava import abstract_params, logical_axes
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 17, 64, 250])
@@ -90,8 +89,8 @@ def test_xla_counts_what_we_account_for(method):
 
 
 def test_int8_weights_lie_as_their_originals():
-  config, mesh = plan.model_of("demo"), sharding.make_mesh(2, 3)
-  params = sharding.placed(abstract_params(config, jnp.bfloat16), logical_axes(config), config, mesh)
+  config, mesh = planned.model_of("demo"), sharding.make_mesh(2, 3)
+  params = planned.params_on(mesh, config)
   layer = quantization.abstract_decoder(params)["language_model"]["layers_0"]
   up, down = (layer["mlp"][name]["weight"] for name in ("up_proj", "down_proj"))
   assert (up.qvalue.dtype, up.qvalue.shape, up.scale.shape) == (jnp.int8, (1536, 576), (1536, 1))

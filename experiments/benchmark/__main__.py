@@ -6,16 +6,13 @@ Every side runs in a process of its own on the same random weights, and they tak
 goes on with the scenarios that have not been measured. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
-import hashlib
 import importlib.metadata
-import os
 import pathlib
-import platform
 import sys
 
 from absl import app, flags
 
-import himap_jax
+from experiments import machine
 from experiments.benchmark import side, study, tables
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.side import PYTORCH
@@ -51,9 +48,15 @@ def run() -> int:
   workdir, output = (pathlib.Path(flag.value).absolute() for flag in (_WORKDIR, _OUTPUT))
   for directory in (workdir, output):
     directory.mkdir(parents=True, exist_ok=True)
-  settings = {"geometry": _GEOMETRY.value, "sides": _SIDES.value, "turns": _TURNS.value, "processor": _processor()}
+  settings = {
+    "geometry": _GEOMETRY.value,
+    "sides": _SIDES.value,
+    "turns": _TURNS.value,
+    "processor": machine.processor(),
+  }
   settings |= {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
-  settings["code"] = _code()
+  measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
+  settings["code"] = machine.checksum_of_library(measured)
   command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   study.run(
     _GEOMETRY.value,
@@ -63,9 +66,7 @@ def run() -> int:
     workdir=workdir,
     weights_dir=pathlib.Path(_WEIGHTS_DIR.value),
   )
-  heading = (
-    f"`python -m experiments.benchmark {' '.join(sys.argv[1:])}` on {_processor()}, medians of {_TURNS.value} turns."
-  )
+  heading = f"`python -m experiments.benchmark {' '.join(sys.argv[1:])}` on {machine.processor()}, medians of {_TURNS.value} turns."
   tables.write(output, tables.read(workdir, scenarios), heading)
   print((output / "benchmark.md").read_text(encoding="utf-8"))
   return 0
@@ -76,23 +77,6 @@ def _scenario(text: str) -> Scenario:
   if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
     raise ValueError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, as 60/1/32")
   return Scenario(_GEOMETRY.value, *map(int, sizes))
-
-
-def _code() -> str:
-  """A checksum of what is measured: figures of other code do not belong into the same table."""
-  library = pathlib.Path(himap_jax.__file__).parent.rglob("*.py")
-  sides = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
-  return hashlib.sha256(b"".join(path.read_bytes() for path in (*sorted(library), *sides))).hexdigest()[:16]
-
-
-def _processor() -> str:
-  """The processor's name and how many of its cores the process has."""
-  names = [
-    line.partition(":")[2].strip()
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    if "model name" in line
-  ]
-  return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from experiments import markdown
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.side import FIGURES
 from experiments.benchmark.study import result_path
@@ -152,10 +153,6 @@ def _scenario(row: dict[str, Any]) -> list[str]:
   return [str(row[field.name]) for field in dataclasses.fields(Scenario)]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  return ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-
-
 def _yes(met: bool) -> str:
   return "yes" if met else "no"
 
@@ -171,7 +168,7 @@ def _targets_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for row in rows
   ]
-  return _table(("ratio", *SCENARIO_COLUMNS, "measured", "at most", "met"), cells)
+  return markdown.table(("ratio", *SCENARIO_COLUMNS, "measured", "at most", "met"), cells)
 
 
 def _figures_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -188,4 +185,4 @@ def _figures_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
       others = [f"{row['prepare']:.1f}", f"{row['peak_bytes'] / 2**30:.1f}"]
       cells.append([*_scenario(row), row["side"], *(cell(row, figure) for figure in FIGURES), *others])
   header = (*SCENARIO_COLUMNS, "side", *(f"{figure}, ms" for figure in FIGURES), "compile and warm up, s", "peak, GiB")
-  return _table(header, cells)
+  return markdown.table(header, cells)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from checkpoints_convert.source import fingerprint
+from checkpoints_convert.marker import read_marker
 from experiments import question_sets
 from experiments.compare import examples, plots, report, strips, tables
 from experiments.compare.grid import Cell, make_cells
@@ -56,7 +56,7 @@ def settings_of(config: StudyConfig, directory: pathlib.Path, questions: Sequenc
   names = ("checkpoint", "dtype", "question_set", "num_questions", "seed", "max_new_tokens", "prompt_template")
   names += ("batch_size", "prompt_buckets", "timing_batch_size", "timing_new_tokens", "timing_repeats")
   return {name: getattr(config, name) for name in names} | {
-    "fingerprint": fingerprint(directory),
+    "fingerprint": read_marker(directory)["fingerprint"],
     "questions": hashlib.sha256(rows.encode()).hexdigest(),
   }
 

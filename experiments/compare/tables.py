@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from experiments import markdown
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.compare.report import Column
 from experiments.compare.statistics import accuracy_by_type, interval, resample
@@ -235,12 +236,12 @@ def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
 def write_markdown(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes the readable table."""
   columns = readable_columns(rows)
-  lines = [_line([column.label for column in columns]), _line(["---" for _ in columns])]
+  cells = []
   for row in readable_rows(rows):
-    cells = [_text(row, column) for column in columns]
+    cells.append([_text(row, column) for column in columns])
     if row.get("note"):
-      cells[2] = row["note"]
-    lines.append(_line(cells))
+      cells[-1][2] = row["note"]
+  lines = markdown.table([column.label for column in columns], cells)
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -265,15 +266,12 @@ def write_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
     if pruned:
       chosen.append((f"{budget:g}", f"mean of {len(pruned)} methods", [cells[name] for name in pruned]))
     chosen += [(f"{budget:g}", name, [cells[name]]) for name in controls if name in cells]
-  lines = [_line(["budget", "", *types]), _line(["---"] * (2 + len(types)))]
+  cells = []
   for budget, name, averaged in chosen:
     means = [np.mean([row[f"{BY_TYPE}{type}"] for row in averaged]) for type in types]
-    lines.append(_line([budget, name, *(f"{mean:.1%}" for mean in means)]))
+    cells.append([budget, name, *(f"{mean:.1%}" for mean in means)])
+  lines = markdown.table(["budget", "", *types], cells)
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _line(cells: Sequence[str]) -> str:
-  return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def print_table(rows: Sequence[Row]) -> None:

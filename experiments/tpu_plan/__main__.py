@@ -8,13 +8,6 @@ That a program compiles proves that it lowers to the TPU's instructions, that it
 memory, and which collectives it runs. It says nothing about speed.
 """
 
-import os
-
-# Before JAX: programs are compiled for devices that are described, on a machine that has none.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-
 import itertools
 import pathlib
 import sys
@@ -22,6 +15,7 @@ from importlib import metadata
 
 from absl import app, flags
 
+from experiments import planned
 from experiments.geometries import GEOMETRIES
 from experiments.tpu_plan import plan, tables
 from himap_jax import command, methods
@@ -49,6 +43,7 @@ def run() -> int:
     for name in flag.value:
       if name not in known:
         raise ValueError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
+  planned.without_devices()
   tensor = command.numbers(_TENSOR, int)
   workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
   for directory in (workdir, output):
@@ -57,7 +52,7 @@ def run() -> int:
   command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   places = itertools.product(_TOPOLOGIES.value, tensor)
   for topology, size in itertools.product(_TOPOLOGIES.value, tensor):
-    plan.mesh_of(topology, size)
+    planned.mesh_of(topology, size)
   cells = [
     plan.Cell(model, topology, size, weights, method, _BUCKET.value, _NEW_TOKENS.value)
     for model, (topology, size), weights, method in itertools.product(

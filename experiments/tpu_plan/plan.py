@@ -12,17 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
-from jax.sharding import Mesh
 
-from experiments import compiler_report
-from experiments.geometries import GEOMETRIES
+from experiments import compiler_report, planned
 from himap_jax import flops, programs, sharding
-from himap_jax.config import LlavaConfig, from_hf
-from himap_jax.llava import Llava, abstract_params, logical_axes
-from himap_jax.methods import build_schedule
+from himap_jax.llava import Llava, abstract_params
 from himap_jax.prefill import prefill
-from himap_jax.schedule import Schedule
 
 FARTHEST = 8  # times what fits is the next guess at most
 DTYPES = ("bfloat16", "int8")
@@ -77,51 +71,12 @@ class Compiled:
   scoring_collectives: str = ""
 
 
-@functools.lru_cache
-def mesh_of(topology: str, tensor: int) -> Mesh:
-  """The devices of a slice that is described and not there.
-
-  Raises:
-    ValueError: libtpu does not know the topology, or `tensor` does not divide its devices.
-  """
-  options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
-  try:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
-  except (RuntimeError, ValueError, NotImplementedError) as error:
-    raise ValueError(
-      f"{topology}: {str(error).splitlines()[0]}; it needs libtpu (pip install -e '.[tpu]') and a name such as v5e:2x4"
-    ) from error
-  if len(devices) % tensor:
-    raise ValueError(f"{topology} has {len(devices)} devices, which tensor:{tensor} does not divide")
-  return sharding.make_mesh(len(devices) // tensor, tensor, devices=devices)
-
-
-def model_of(name: str) -> LlavaConfig:
-  """A geometry's configuration."""
-  return from_hf(GEOMETRIES[name])
-
-
-def num_image_tokens(config: LlavaConfig) -> int:
-  """Of a picture of the tower's own size."""
-  return config.num_image_tokens(*[config.vision.image_size] * 2)
-
-
-def schedule_of(config: LlavaConfig, method: str) -> Schedule:
-  """A method's default schedule."""
-  return build_schedule(
-    method,
-    num_layers=config.text.num_hidden_layers,
-    num_image_tokens=num_image_tokens(config),
-    has_class_token=config.vision.has_class_token,
-  )
-
-
 def lower(cell: Cell, rows: int) -> programs.Programs:
   """Lowers the programs that `himap_jax.run` would run, for `rows` rows on every group of devices that share them."""
-  mesh = mesh_of(cell.topology, cell.tensor)
-  original = model_of(cell.model)
+  mesh = planned.mesh_of(cell.topology, cell.tensor)
+  original = planned.model_of(cell.model)
   config = sharding.with_divisible_key_heads(original, mesh)
-  params = sharding.placed(abstract_params(config, jnp.bfloat16), logical_axes(config), config, mesh)
+  params = planned.params_on(mesh, config)
   if cell.weights == "int8":
     from himap_jax.quantization import abstract_decoder  # qwix is slow to import
 
@@ -133,7 +88,9 @@ def lower(cell: Cell, rows: int) -> programs.Programs:
     num_text_slots=cell.num_text_slots,
     image_shape=(config.vision.image_size,) * 2,
   )
-  jitted = programs.make_programs(config, mesh, schedule_of(original, cell.method), jnp.bfloat16, cell.num_new_tokens)
+  jitted = programs.make_programs(
+    config, mesh, planned.schedule_of(original, cell.method), jnp.bfloat16, cell.num_new_tokens
+  )
   return programs.lower(jitted, params, inputs, seeds)
 
 
@@ -165,8 +122,8 @@ def compile_program(lowered: Any) -> Compiled:
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
   """Multiplications of one row's prefill, up to its first token: by XLA's count of the unrolled program, and by ours."""
-  config, mesh = model_of(cell.model), sharding.make_mesh()
-  schedule = schedule_of(config, cell.method)
+  config, mesh = planned.model_of(cell.model), sharding.make_mesh()
+  schedule = planned.schedule_of(config, cell.method)
   inputs, _ = programs.abstract_inputs(
     config, mesh, batch_size=1, num_text_slots=cell.num_text_slots, image_shape=(config.vision.image_size,) * 2
   )
@@ -174,7 +131,7 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   # With attention that XLA counts: the kernels of TPU and CPU skip what causality hides, and Pallas is not counted.
   program = jax.jit(functools.partial(prefill, Llava(config, jnp.bfloat16), schedule=schedule, num_new_slots=1))
   counted = program.lower(abstract_params(config, jnp.bfloat16), inputs, keys).cost_analysis()["flops"] / 2
-  return int(counted), flops.costs(config, schedule, num_image_tokens(config), cell.num_text_slots).prefill
+  return int(counted), flops.costs(config, schedule, planned.num_image_tokens(config), cell.num_text_slots).prefill
 
 
 class Compiler:

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from experiments import markdown, planned
 from experiments.tpu_plan import plan
 from experiments.tpu_plan.plan import Cell, Compiled, Compiler
 
@@ -29,7 +30,7 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
     print(f": {'fits' if plan.fits(seen[rows]) else 'does not fit'}", flush=True)
     return max(result.memory.total for result in results) if plan.fits(seen[rows]) else None
 
-  devices = plan.mesh_of(cell.topology, cell.tensor).devices
+  devices = planned.mesh_of(cell.topology, cell.tensor).devices
   rows = plan.largest(measure, limit=14 * GIB)
   counted, accounted = plan.counted_flops(cell)
   limits = [result.limit for results in seen.values() for result in results.values() if result.limit]
@@ -87,9 +88,7 @@ def write(output: pathlib.Path, rows: Sequence[Row], heading: str) -> None:
     writer = csv.DictWriter(file, list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-  lines = [heading, ""]
-  lines += ["| " + " | ".join(cells) + " |" for cells in (SHOWN, ["---"] * len(SHOWN))]
-  lines += ["| " + " | ".join(_text(row[name]) for name in SHOWN) + " |" for row in rows]
+  lines = [heading, "", *markdown.table(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))]
   (output / "tpu_plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,74 @@
+"""Runs what has not been measured yet: every variant with an empty compilation cache, then in turns with a filled one."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.compile_study import measure, reports
+from experiments.compile_study.measure import Measurement, Setting
+from experiments.compile_study.reports import Place, Report
+from experiments.compile_study.variants import VARIANTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """What is known.
+
+  Attributes:
+    cold: by variant, with an empty compilation cache.
+    turns: by variant, the processes that found the programs in it.
+    reports: by variant, of the TPU's compiler.
+  """
+
+  cold: dict[str, Measurement]
+  turns: dict[str, list[Measurement]]
+  reports: dict[str, Report]
+
+
+def run(
+  variants: Sequence[str], setting: Setting, place: Place | None, *, turns: int, workdir: pathlib.Path
+) -> Results:
+  """Measures variants and asks the TPU's compiler about them, and goes on from what the work directory holds.
+
+  Args:
+    variants: keys of `VARIANTS`.
+    setting: what all are measured with.
+    place: what is compiled for TPU; nothing when None.
+    turns: measurements of every variant after the first.
+    workdir: a file for every measurement and report, and the compilation caches.
+  """
+  results = Results({}, {name: [] for name in variants}, {})
+  steps = [(name, turn) for turn in range(turns + 1) for name in variants]
+  for name, turn in tqdm(steps, desc="measuring", unit="process", disable=None):
+    cache = workdir / "compiled" / name
+
+    def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> Measurement:
+      if is_cold:
+        shutil.rmtree(cache, ignore_errors=True)
+      return measure.in_own_process(name, setting, cache)
+
+    measurement = Measurement(**_kept(workdir / f"{name}-{turn}.json", measured))
+    if turn == 0:
+      results.cold[name] = measurement
+    else:
+      results.turns[name].append(measurement)
+  if place is not None:
+    reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
+    for name in tqdm(reported, desc="compiling for TPU", unit="variant", disable=None):
+      content = _kept(workdir / f"{name}-tpu.json", lambda name=name: reports.report(name, place))
+      results.reports[name] = Report(**content)
+  return results
+
+
+def _kept(path: pathlib.Path, make: Callable[[], Any]) -> dict[str, Any]:
+  """What the file holds, which is made where it is missing."""
+  if not path.exists():
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(dataclasses.asdict(make()), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+  return json.loads(path.read_text(encoding="utf-8"))

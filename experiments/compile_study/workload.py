@@ -1,0 +1,50 @@
+"""Prompts of mixed lengths, and the batches that they make."""
+
+import collections
+import json
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from himap_jax.images import load_image
+from himap_jax.llava import Inputs
+from himap_jax.processing import Example, Processor
+
+DEMO = pathlib.Path(__file__).parents[1] / "demo"
+SPREAD = 1.0  # of the logarithm of the number of questions in a prompt
+MOST_QUESTIONS = 24
+
+
+def make_examples(processor: Processor, num_prompts: int, *, seed: int) -> list[Example]:
+  """Prompts about the demo's pictures: most ask one question or two, some many, as a log-normal distribution has it."""
+  rng = np.random.default_rng(seed)
+  rows = [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+  counts = np.clip(np.rint(rng.lognormal(0, SPREAD, num_prompts)), 1, MOST_QUESTIONS).astype(int)
+  examples = []
+  for count in counts:
+    questions = " ".join(rows[index]["question"] for index in rng.integers(len(rows), size=count))
+    examples.append(processor.prepare(load_image(DEMO / rows[rng.integers(len(rows))]["image"]), questions))
+  return examples
+
+
+def make_batches(
+  processor: Processor, examples: Sequence[Example], batch_size: int, *, is_bucketed: bool
+) -> list[Inputs]:
+  """Batches as the prompts come in: each of one bucket, or of whatever comes next, padded to the longest of them."""
+  waiting: dict[int, list[Example]] = collections.defaultdict(list)
+  batches = []
+
+  def flush(key: int) -> None:
+    rows = waiting.pop(key)
+    slots = key or max(example.num_text_tokens for example in rows)
+    batches.append(processor.batch(rows, bucket=slots, batch_size=batch_size))
+
+  for example in examples:
+    key = processor.bucket(example) if is_bucketed else 0
+    waiting[key].append(example)
+    if len(waiting[key]) == batch_size:
+      flush(key)
+  for key in list(waiting):
+    flush(key)
+  return batches
