@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import time
 import zlib
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ class Summary:
     num_new_tokens: tokens generated.
     prefill_seconds: time in prefill programs.
     decode_seconds: time in decode programs.
+    seconds: from the first prompt to the last row, compiling included.
   """
 
   num_answered: int = 0
@@ -43,6 +45,7 @@ class Summary:
   num_new_tokens: int = 0
   prefill_seconds: float = 0.0
   decode_seconds: float = 0.0
+  seconds: float = 0.0
 
 
 def answer_all(
@@ -75,6 +78,7 @@ def answer_all(
   todo = [prompt for prompt in prompts if prompt.id not in answered]
   summary = Summary(num_skipped=len(prompts) - len(todo))
   todo = todo[share.index :: share.count]
+  start = time.perf_counter()
   reader = _Reader(todo, processor, image_dir=image_dir, batch_size=batch_size)
   with tqdm(total=len(todo), unit="row", disable=None) as progress, ThreadPoolExecutor(max_workers=1) as thread:
     reading = thread.submit(reader.read)
@@ -101,6 +105,7 @@ def answer_all(
       summary.num_errors += sum(row["error"] is not None for row in rows)
       progress.update(len(rows))
       if index is None:
+        summary.seconds = time.perf_counter() - start
         return summary
 
 

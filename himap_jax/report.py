@@ -19,8 +19,9 @@ def print_summary(
   processor: Processor,
   *,
   method: str,
+  num_devices: int,
 ) -> None:
-  """Prints rows, errors, times, rates, image tokens per stage and FLOPs against no pruning."""
+  """Prints rows, errors, times, rates, device-hours, image tokens per stage and FLOPs against no pruning."""
   table = Table(show_header=False)
   rows = f"{summary.num_answered} answered, {summary.num_errors} errors, {summary.num_skipped} answered before"
   table.add_row("rows", rows)
@@ -32,6 +33,13 @@ def print_summary(
       "decode",
       f"{summary.decode_seconds:.2f} s ({summary.num_new_tokens / summary.decode_seconds:.1f} tokens/s, "
       f"{summary.num_new_tokens} tokens)",
+    )
+    running = summary.seconds - generator.compile_seconds
+    hours = running * num_devices / summary.num_answered * 1e6 / 3600
+    table.add_row(
+      "in all",
+      f"{running:.2f} s without compilation ({summary.num_answered / running:.2f} rows/s; {hours:,.1f} device-hours for a "
+      "million rows)",
     )
   table.add_row("compilation", f"{generator.compile_seconds:.2f} s, {generator.num_programs} programs")
   counts = [f"{processor.num_image_tokens}"]

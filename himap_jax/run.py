@@ -339,7 +339,9 @@ def _answer(
       )
   summary = inference.of_all(summary, share)
   if hosts.is_leader():
-    report.print_summary(summary, generator, schedule, opened.config, processor, method=config.method)
+    report.print_summary(
+      summary, generator, schedule, opened.config, processor, method=config.method, num_devices=mesh.size
+    )
   return summary
 
 

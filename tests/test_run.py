@@ -164,7 +164,7 @@ class TestAnswers:
     assert load_image(pictures / "3.png").size == (3 * (28 + 8) + 8, 28 + 16 + 2 * 8)
 
     table = capsys.readouterr().out
-    for text in ("4 answered, 0 errors, 0 answered before", "rows/s", "tokens/s", "4 programs", "himap",
+    for text in ("4 answered, 0 errors, 0 answered before", "rows/s", "device-hours for a million rows", "tokens/s", "4 programs", "himap",
                      "16, 8 from layer 2 on, 3 from layer 4 on", "HiMAP Eq. 10", "FLOPs on all tokens"):  # fmt: skip
       assert text in table
 
