@@ -23,9 +23,9 @@ from experiments.compare.budget import schedule_for_budget
 from experiments.compare.grid import Cell, make_cells
 from experiments.compare.report import Example, Shown
 from experiments.compare.runner import OutputWriter
-from experiments.compare.statistics import accuracy_by_type, interval, pareto_front, resample
 from experiments.compare.study import StudyConfig
 from experiments.question_sets import Question, is_right
+from experiments.statistics import accuracy_by_type, interval, pareto_front, resample
 from himap_jax import flops, methods
 from himap_jax.llava import Inputs, Llava
 from himap_jax.prefill import prefill

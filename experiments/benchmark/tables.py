@@ -1,6 +1,5 @@
 """From what was measured to tables: medians with their spread, and the ratios that matter."""
 
-import csv
 import dataclasses
 import json
 import pathlib
@@ -8,7 +7,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments import markdown
+from experiments import tabular
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.side import FIGURES
 from experiments.benchmark.study import result_path
@@ -127,10 +126,7 @@ def write(output: pathlib.Path, all_results: Results, heading: str) -> None:
   """Writes `figures.csv`, `targets.csv` and both as Markdown in `benchmark.md`."""
   rows, held = list(figures(all_results)), list(targets(all_results))
   for name, table in (("figures", rows), ("targets", held)):
-    with open(output / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
-      writer = csv.DictWriter(file, list(table[0]) if table else [])
-      writer.writeheader()
-      writer.writerows(table)
+    tabular.write_csv(output / f"{name}.csv", table)
   devices = {result["device"] for results in all_results.values() for result in results.values() if "device" in result}
   text = [
     f"{heading} Devices: {', '.join(sorted(devices))}.",
@@ -168,7 +164,7 @@ def _targets_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for row in rows
   ]
-  return markdown.table(("ratio", *SCENARIO_COLUMNS, "measured", "at most", "met"), cells)
+  return tabular.markdown(("ratio", *SCENARIO_COLUMNS, "measured", "at most", "met"), cells)
 
 
 def _figures_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -185,4 +181,4 @@ def _figures_markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
       others = [f"{row['prepare']:.1f}", f"{row['peak_bytes'] / 2**30:.1f}"]
       cells.append([*_scenario(row), row["side"], *(cell(row, figure) for figure in FIGURES), *others])
   header = (*SCENARIO_COLUMNS, "side", *(f"{figure}, ms" for figure in FIGURES), "compile and warm up, s", "peak, GiB")
-  return markdown.table(header, cells)
+  return tabular.markdown(header, cells)

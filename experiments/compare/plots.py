@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import matplotlib.ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from experiments import figures
 from experiments.compare.grid import REFERENCE
-from experiments.compare.statistics import pareto_front
 from experiments.compare.tables import BY_TYPE, QUESTION_ONLY, Row, types_of
+from experiments.statistics import pareto_front
 from himap_jax.methods import METHODS, parse
 
 BEFORE, INSIDE, BOTH, CONTROL = "before the decoder", "inside the decoder", "before + inside", "controls"
@@ -35,7 +35,6 @@ PALETTES = {
   CONTROL: ("#555555", "#a0a0a0", "#000000"),
 }
 MARKERS = {BEFORE: "sD^v<>", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
-PAPER = {"dpi": 150, "bbox_inches": "tight"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +111,7 @@ def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
     ("no pruning", {"marker": "*", "color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8, "markersize": 9}),
     ("not beaten (front)", {"color": "#222222", "alpha": 0.35, "linewidth": 2}),
   ])  # fmt: skip
-  _save(figure, path)
+  figures.save(path, figure)
 
 
 def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -146,7 +145,7 @@ def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
     ("no pruning", {"color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8}),
     ("question only", {"color": "#888888", "linestyle": ":", "linewidth": 0.8}),
   ])  # fmt: skip
-  _save(figure, path)
+  figures.save(path, figure)
 
 
 def _draw(axes: Axes, rows: Sequence[Row], x: str, y: str, styles: dict[str, Style], *, bars: bool) -> None:
@@ -222,8 +221,3 @@ def _finish(axes: Axes) -> None:
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-  FigureCanvasAgg(figure)
-  figure.savefig(path, **PAPER)

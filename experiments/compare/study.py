@@ -151,7 +151,7 @@ def write_results(
   num_layers: int,
 ) -> None:
   """Writes tables, plots and the report."""
-  tables.write_csv(config.output / "table.csv", rows)
+  tabular.write_csv(config.output / "table.csv", rows)
   tables.write_markdown(config.output / "table.md", rows)
   tables.write_types(config.output / "types.md", rows)
   plots.plot_pareto(config.output / "pareto.png", rows)

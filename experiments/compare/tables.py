@@ -1,7 +1,6 @@
 """One row a cell: every figure for machines (CSV), and the same for people (Markdown, terminal, report)."""
 
 import collections
-import csv
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,11 +9,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments import markdown
+from experiments import tabular
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.compare.report import Column
-from experiments.compare.statistics import accuracy_by_type, interval, resample
 from experiments.question_sets import Question, is_right
+from experiments.statistics import accuracy_by_type, interval, resample
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
 from himap_jax.methods import METHODS
@@ -121,7 +120,7 @@ def _accuracies(
 
 
 def _with_interval(name: str, value: float, resampled: np.ndarray) -> Row:
-  low, high = interval(resampled)
+  low, high = map(float, interval(resampled))
   return {name: float(value), f"{name}_low": low, f"{name}_high": high}
 
 
@@ -224,15 +223,6 @@ def _text(row: Row, column: Column) -> str:
   return f"{value:.1f}".removesuffix(".0") if column.kind == "number" else str(value)
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes every figure; shares are fractions."""
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  with open(path, "w", encoding="utf-8", newline="") as file:
-    writer = csv.DictWriter(file, names)
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def write_markdown(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Writes the readable table."""
   columns = readable_columns(rows)
@@ -241,7 +231,7 @@ def write_markdown(path: pathlib.Path, rows: Sequence[Row]) -> None:
     cells.append([_text(row, column) for column in columns])
     if row.get("note"):
       cells[-1][2] = row["note"]
-  lines = markdown.table([column.label for column in columns], cells)
+  lines = tabular.markdown([column.label for column in columns], cells)
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -270,7 +260,7 @@ def write_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
   for budget, name, averaged in chosen:
     means = [np.mean([row[f"{BY_TYPE}{type}"] for row in averaged]) for type in types]
     cells.append([budget, name, *(f"{mean:.1%}" for mean in means)])
-  lines = markdown.table(["budget", "", *types], cells)
+  lines = tabular.markdown(["budget", "", *types], cells)
   path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

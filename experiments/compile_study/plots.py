@@ -4,9 +4,9 @@ import pathlib
 from collections.abc import Sequence
 
 import matplotlib.ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from experiments import figures
 from experiments.compile_study.tables import Row
 
 COLOURS = {"running": "#2f8fe0", "reading the cache": "#e0b000", "compiling": "#d1221b"}
@@ -26,7 +26,7 @@ def plot_break_even(path: pathlib.Path, rows: Sequence[Row]) -> None:
   axes.set_ylabel("workloads per second, compilation included")
   axes.grid(alpha=0.3)
   axes.legend(fontsize=8)
-  _save(path, figure)
+  figures.save(path, figure)
 
 
 def plot_seconds(path: pathlib.Path, rows: Sequence[Row]) -> None:
@@ -46,9 +46,4 @@ def plot_seconds(path: pathlib.Path, rows: Sequence[Row]) -> None:
   axes.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)])
   axes.set_xlabel("seconds for one pass over the workload: running, reading programs from the cache, compiling them")
   axes.legend(fontsize=8)
-  _save(path, figure)
-
-
-def _save(path: pathlib.Path, figure: Figure) -> None:
-  FigureCanvasAgg(figure)
-  figure.savefig(path, dpi=150, bbox_inches="tight")
+  figures.save(path, figure)

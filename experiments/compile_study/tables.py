@@ -1,12 +1,11 @@
 """From measurements to a row for every variant."""
 
-import csv
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from experiments import markdown
+from experiments import tabular
 from experiments.compile_study.measure import Measurement
 from experiments.compile_study.study import Results
 from experiments.compile_study.variants import VARIANTS
@@ -83,11 +82,7 @@ def make_rows(results: Results) -> list[Row]:
 
 def write(output: pathlib.Path, rows: Sequence[Row], heading: str, tpu_heading: str | None) -> None:
   """Writes `compile_study.csv` and `compile_study.md`."""
-  names = list(dict.fromkeys(name for row in rows for name in row))
-  with open(output / "compile_study.csv", "w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, names)
-    writer.writeheader()
-    writer.writerows(rows)
+  tabular.write_csv(output / "compile_study.csv", rows)
   lines = [heading, "", *_markdown(CPU_COLUMNS, rows), ""]
   if tpu_heading is not None:
     lines += [tpu_heading, "", *_markdown(TPU_COLUMNS, [row for row in rows if "tpu_programs" in row]), ""]
@@ -96,7 +91,7 @@ def write(output: pathlib.Path, rows: Sequence[Row], heading: str, tpu_heading: 
 
 
 def _markdown(columns: dict[str, tuple[str, str]], rows: Sequence[Row]) -> list[str]:
-  return markdown.table(
+  return tabular.markdown(
     [label for label, _ in columns.values()],
     ([form.format(row[name]) for name, (_, form) in columns.items()] for row in rows),
   )

@@ -33,7 +33,17 @@ def kinds(layout: Layout, num_slots: int) -> dict[str, Bool[Array, "B S"]]:
 
 
 def block(layout: Layout, num_slots: int, name: str) -> Bool[Array, "B S S"]:
-  """The pairs (query, key) of a block that causality allows."""
+  """The pairs (query, key) of a block between which causality lets information flow: of different tokens."""
   query, key = (kinds(layout, num_slots)[kind] for kind in BLOCKS[name])
-  causal = jnp.tril(jnp.ones((num_slots, num_slots), bool))[None]
-  return query[:, :, None] & key[:, None] & causal
+  return query[:, :, None] & key[:, None] & earlier(num_slots)
+
+
+def all_pairs(layout: Layout, num_slots: int) -> Bool[Array, "B S S"]:
+  """The pairs of all blocks, and of those that have no name."""
+  is_token = jnp.arange(num_slots, dtype=jnp.int32)[None] < layout.length[:, None]
+  return is_token[:, :, None] & is_token[:, None] & earlier(num_slots)
+
+
+def earlier(num_slots: int) -> Bool[Array, "1 S S"]:
+  """The pairs (query, key) whose key comes before the query."""
+  return jnp.tril(jnp.ones((num_slots, num_slots), bool), k=-1)[None]

@@ -17,6 +17,7 @@ import textwrap
 
 from absl import app, flags
 
+from experiments import tabular
 from experiments.flow import subject
 from experiments.saliency import plots, study, tables
 from himap_jax import command
@@ -51,8 +52,8 @@ def run() -> int:
   blocks = tables.blocks(flow, studied.loaded.config.text.num_attention_heads)
   shares = tables.contributions(flow)
   heading = f"`python -m experiments.saliency {' '.join(sys.argv[1:])}`, {len(questions)} questions."
-  tables.write_csv(output / "saliency.csv", tables.rows_of_blocks(blocks))
-  tables.write_csv(output / "contributions.csv", tables.rows_of_contributions(shares))
+  tabular.write_csv(output / "saliency.csv", tables.rows_of_blocks(blocks))
+  tabular.write_csv(output / "contributions.csv", tables.rows_of_contributions(shares))
   tables.write_markdown(output / "saliency.md", blocks, shares, flow, heading)
   plots.plot_blocks(output / "saliency.png", blocks)
   plots.plot_contributions(output / "contributions.png", shares)

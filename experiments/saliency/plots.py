@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from experiments import figures, statistics
 from experiments.flow import tokens
-from experiments.saliency.tables import INTRA_VISUAL, VISUAL_TEXTUAL, Blocks, Contributions, interval
+from experiments.saliency.tables import INTRA_VISUAL, VISUAL_TEXTUAL, Blocks, Contributions
 
 COLOURS = {
   "image→instruction": "#d1221b",
@@ -37,7 +37,9 @@ def plot_blocks(path: pathlib.Path, result: Blocks) -> None:
       panels[row, 1].plot(layers, mean, color=COLOURS[name], label=name, linewidth=1.4)
       if name in (VISUAL_TEXTUAL, INTRA_VISUAL):
         panels[row, 0].plot(layers, mean, color=COLOURS[name], label=name)
-        panels[row, 0].fill_between(layers, *interval(values[..., number]), color=COLOURS[name], alpha=0.2)
+        panels[row, 0].fill_between(
+          layers, *statistics.interval(statistics.resample(values[..., number])), color=COLOURS[name], alpha=0.2
+        )
     for axes in panels[row]:
       axes.set_yscale("log")
       axes.set_ylabel(f"saliency, {label}")
@@ -45,7 +47,7 @@ def plot_blocks(path: pathlib.Path, result: Blocks) -> None:
       axes.legend(fontsize=8)
   for axes in panels[1]:
     axes.set_xlabel("layer")
-  _save(path, figure)
+  figures.save(path, figure)
 
 
 def plot_contributions(path: pathlib.Path, result: Contributions) -> None:
@@ -60,7 +62,7 @@ def plot_contributions(path: pathlib.Path, result: Contributions) -> None:
     axes.set_ylim(0, 1)
     axes.margins(x=0)
   axes.legend(fontsize=8, loc="lower right")
-  _save(path, figure)
+  figures.save(path, figure)
 
 
 def plot_maps(
@@ -93,9 +95,4 @@ def plot_maps(
       axes.set_title(f"layer {layer}", fontsize=8)
   for axes in panels.ravel():
     axes.set_axis_off()
-  _save(path, figure)
-
-
-def _save(path: pathlib.Path, figure: Figure) -> None:
-  FigureCanvasAgg(figure)
-  figure.savefig(path, dpi=130, bbox_inches="tight")
+  figures.save(path, figure)

@@ -72,9 +72,8 @@ def flow(values: Float[Array, "L B S S"], layout: Layout) -> Flow:
   kinds = jnp.stack(list(tokens.kinds(layout, slots).values()), axis=1)
   last = take_slots(jnp.moveaxis(values, 0, 2), (layout.length - 1)[:, None])[:, 0]  # [B, L, S]
 
-  def from_image_tokens(kind: str) -> Float[Array, "L B N"]:
-    rows = tokens.kinds(layout, slots)[kind][None, :, :, None]
-    received = jnp.where(rows, values, 0).sum(axis=2)
+  def from_image_tokens(block: str) -> Float[Array, "L B N"]:
+    received = jnp.where(tokens.block(layout, slots, block)[None], values, 0).sum(axis=2)
     return jax.vmap(lambda layer: take_slots(layer, layout.image_slots()))(received)
 
   return Flow(
@@ -82,8 +81,8 @@ def flow(values: Float[Array, "L B S S"], layout: Layout) -> Flow:
     pairs=masks.sum(axis=(2, 3)),
     contributions=jnp.einsum("BLS,BCS->LBC", last, kinds.astype(values.dtype)),
     num_tokens=kinds.sum(axis=2),
-    to_instruction=from_image_tokens("instruction"),
-    to_image=from_image_tokens("image"),
+    to_instruction=from_image_tokens("image→instruction"),
+    to_image=from_image_tokens("image→image"),
   )
 
 

@@ -3,19 +3,16 @@
 Axes: L layers, Q questions, P blocks.
 """
 
-import csv
 import pathlib
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-from experiments import markdown
+from experiments import statistics, tabular
 from experiments.flow import tokens
 from experiments.saliency.saliency import Flow
 
-RESAMPLES = 2000
 VISUAL_TEXTUAL, INTRA_VISUAL = "image→instruction", "image→image"
 
 
@@ -56,14 +53,6 @@ def contributions(flow: Flow) -> Contributions:
   )
 
 
-def interval(values: Float[np.ndarray, "L Q"], *, seed: int = 0) -> Float[np.ndarray, "2 L"]:
-  """95% bootstrap intervals of the mean over questions."""
-  rng = np.random.default_rng(seed)
-  count = values.shape[1]
-  times = rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES) / count
-  return np.quantile(values @ times.T, (0.025, 0.975), axis=1)
-
-
 def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
   """The first layer from which on a ratio is above one; None where its last is not."""
   below = np.flatnonzero(ratio <= 1)
@@ -75,7 +64,7 @@ def rows_of_blocks(result: Blocks) -> list[dict[str, Any]]:
   """A row for every layer and block."""
   rows = []
   for number, name in enumerate(tokens.BLOCKS):
-    low, high = interval(result.by_pair[..., number])
+    low, high = statistics.interval(statistics.resample(result.by_pair[..., number]))
     for layer in range(len(low)):
       rows.append(
         {
@@ -104,14 +93,6 @@ def rows_of_contributions(result: Contributions) -> list[dict[str, Any]]:
   ]
 
 
-def write_csv(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
-  """Writes rows that have the same fields."""
-  with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-
-
 def write_markdown(path: pathlib.Path, result: Blocks, shares: Contributions, flow: Flow, heading: str) -> None:
   """Writes the figures that the paper shows."""
   names = list(tokens.BLOCKS)
@@ -138,7 +119,7 @@ def write_markdown(path: pathlib.Path, result: Blocks, shares: Contributions, fl
     "S_vt is what flows from image to instruction, S_vv from image to image; the last columns are the shares of what flows into "
     "the last token.",
     "",
-    *markdown.table(header, lines),
+    *tabular.markdown(header, lines),
     "",
     *(
       f"- {name}: S_vv is above S_vt {'not at the end' if turn is None else f'from layer {turn} on'}."

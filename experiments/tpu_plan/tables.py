@@ -1,11 +1,10 @@
 """A row a cell: the largest batch, and what it takes."""
 
-import csv
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import markdown, planned
+from experiments import planned, tabular
 from experiments.tpu_plan import plan
 from experiments.tpu_plan.plan import Cell, Compiled, Compiler
 
@@ -84,11 +83,8 @@ SHOWN = (
 
 def write(output: pathlib.Path, rows: Sequence[Row], heading: str) -> None:
   """Writes `tpu_plan.csv` with every figure and `tpu_plan.md` with most of them."""
-  with open(output / "tpu_plan.csv", "w", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-  lines = [heading, "", *markdown.table(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))]
+  tabular.write_csv(output / "tpu_plan.csv", rows)
+  lines = [heading, "", *tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))]
   (output / "tpu_plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

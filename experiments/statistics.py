@@ -13,28 +13,30 @@ LEVEL = 0.95
 AT_ONCE = 500
 
 
-def resample(right: Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES) -> Float[np.ndarray, "R C"]:
-  """Bootstrap over questions: accuracies in samples of as many questions, the same sample for every cell.
+def resample(
+  values: Float[np.ndarray, "C Q"] | Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES
+) -> Float[np.ndarray, "R C"]:
+  """Bootstrap over questions: means in samples of as many questions, the same sample for every cell.
 
   Args:
-    right: which questions each cell answers right.
+    values: of each cell and question, such as whether its answer is right.
     seed: of the resampling.
     resamples: how many.
   """
   rng = np.random.default_rng(seed)
-  num_questions = right.shape[1]
-  accuracies = []
+  num_questions = values.shape[1]
+  means = []
   for first in range(0, resamples, AT_ONCE):
     size = min(AT_ONCE, resamples - first)
     times = rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), size=size)
-    accuracies.append(times.astype(np.float64) @ right.T.astype(np.float64) / num_questions)
-  return np.concatenate(accuracies)
+    means.append(times.astype(np.float64) @ values.T.astype(np.float64) / num_questions)
+  return np.concatenate(means)
 
 
-def interval(values: Float[np.ndarray, "R"]) -> tuple[float, float]:
-  """The 95% percentile interval of what was resampled."""
-  low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-  return float(low), float(high)
+def interval(values: Float[np.ndarray, "R *C"]) -> tuple[Float[np.ndarray, "*C"], Float[np.ndarray, "*C"]]:
+  """The 95% percentile intervals of what was resampled."""
+  low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+  return low, high
 
 
 def accuracy_by_type(right: Bool[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:

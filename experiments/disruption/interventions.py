@@ -1,0 +1,213 @@
+"""What is taken out of attention, and what is put in its place (HiMAP, section 3.2).
+
+Axes: L layers, B batch, S slots, M image tokens, E places counted from a prompt's end, N query heads, H head dim, D model dim,
+V vocabulary.
+
+A token's attention to itself is never taken out: nothing flows between tokens there.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from experiments.flow import tokens
+from experiments.flow.decoder import edited_attention, weigh
+from himap_jax import prefill
+from himap_jax.layout import Layout, put_image_tokens, take_slots
+from himap_jax.llava import Llava
+from himap_jax.prefill import Embedded
+
+BLOCKS = ("image→instruction", "image→image")
+HOW = {
+  "mask": "hidden before the softmax, so that the rest takes their weight: the authors' code",
+  "zero": "probabilities set to zero: the paper's text",
+  "mean": "what flows replaced by its mean over the questions at the same place",
+}
+CHOSEN = {
+  "block": "the block's pairs",
+  "random": "as many pairs at random",
+  "mass": "pairs at random that together have the block's probability in that layer",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+  """One way to disrupt.
+
+  Attributes:
+    block: one of `BLOCKS`.
+    chosen: a key of `CHOSEN`.
+    how: a key of `HOW`; the mean is known for whole blocks alone.
+  """
+
+  block: str
+  chosen: Literal["block", "random", "mass"]
+  how: Literal["mask", "zero", "mean"]
+
+  @property
+  def name(self) -> str:
+    """In tables."""
+    pairs = {"block": self.block, "random": f"as many as {self.block}", "mass": f"as much as {self.block}"}[self.chosen]
+    return f"{pairs}, {self.how}"
+
+
+class Means(NamedTuple):
+  """The mean of what flows through each block into one token.
+
+  Attributes:
+    into_instruction: `[L, E, N, H]` from the image, by the place counted from the prompt's end.
+    into_image: `[L, M, N, H]` from other image tokens, by image token.
+  """
+
+  into_instruction: Float[Array, "L E N H"]
+  into_image: Float[Array, "L M N H"]
+
+
+def hidden_states(model: Llava, params: Any, embedded: Embedded) -> Float[Array, "L B S D"]:
+  """What enters every layer, undisturbed."""
+  bound, sequence = model.bind({"params": params}), prefill.start(embedded)
+  x, states = sequence.x, []
+  for layer in range(model.config.text.num_hidden_layers):
+    states.append(x)
+    x, _ = bound.language_model(x, sequence.positions, first=layer, last=layer + 1)
+  return jnp.stack(states)
+
+
+def flows(model: Llava, params: Any, embedded: Embedded, hidden: Float[Array, "L B S D"]) -> Means:
+  """The sums over rows of what `Means` has the means of; places before a row's instruction count as nothing."""
+  bound, sequence = model.bind({"params": params}), prefill.start(embedded)
+  layout, slots = sequence.layout, hidden.shape[2]
+  from_end = _slots_from_end(layout, slots)
+  into_instruction, into_image = [], []
+  for layer in range(model.config.text.num_hidden_layers):
+    _, (p,) = bound.language_model(hidden[layer], sequence.positions, first=layer, last=layer + 1)
+
+    def through(block: str, p: Any = p) -> Float[Array, "B S N H"]:
+      pairs = tokens.block(layout, slots, block)[:, None]
+      return edited_attention(
+        p.query, p.key, p.value, is_causal=True, edit=lambda a, v: weigh(jnp.where(pairs, a, 0), v)
+      ).astype(jnp.float32)
+
+    into_instruction.append(take_slots(through(BLOCKS[0]), from_end).sum(axis=0))
+    into_image.append(take_slots(through(BLOCKS[1]), layout.image_slots()).sum(axis=0))
+  return Means(jnp.stack(into_instruction), jnp.stack(into_image))
+
+
+def instruction_rows(layout: Layout, slots: int) -> Int[Array, "E"]:
+  """How many rows have an instruction token at each place counted from the end."""
+  places = jnp.arange(slots - layout.num_image_tokens, dtype=jnp.int32)[None]
+  return (places < _instruction_length(layout)[:, None]).sum(axis=0)
+
+
+def disrupted_logits(
+  model: Llava,
+  params: Any,
+  embedded: Embedded,
+  hidden: Float[Array, "L B S D"],
+  active: Bool[Array, "L"],
+  intervention: Intervention,
+  means: Means | None,
+  keys: Key[Array, "B"],
+) -> Float[Array, "B V"]:
+  """The logits of the first answer token when some layers are disrupted.
+
+  Args:
+    model: the model.
+    params: its parameters.
+    embedded: the prompts, from `Llava.embed`.
+    hidden: from `hidden_states`; the layers before the first active one are not run again.
+    active: which layers.
+    intervention: static.
+    means: needed where the mean takes the place of what flows.
+    keys: a random key a row.
+  """
+  sequence = prefill.start(embedded)
+  layout, slots = sequence.layout, hidden.shape[2]
+  pairs = tokens.block(layout, slots, intervention.block)
+  order, by_order = (None, None) if intervention.chosen == "block" else _random_order(layout, slots, keys)
+  started = jnp.cumsum(active) > 0
+
+  def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Any:
+    taken = pairs
+    if intervention.chosen == "random":
+      taken = order < pairs.sum(axis=(1, 2))[:, None, None]
+    elif intervention.chosen == "mass":
+      taken = _of_equal_mass(order, by_order, probabilities.mean(axis=1), pairs)
+    left = jnp.where(taken[:, None], 0, probabilities)
+    if intervention.how == "mask":
+      left = left / jnp.maximum(left.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    context = weigh(left, values)
+    if intervention.how == "mean":
+      context += _place(layout, slots, intervention.block, means, layer).astype(context.dtype)
+    return context
+
+  def run(own: Llava, layer: int, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    return own.bind({"params": params}).language_model(x, sequence.positions, first=layer, last=layer + 1)[0]
+
+  x = sequence.x
+  for layer in range(model.config.text.num_hidden_layers):
+
+    def attend(*arguments: Any, layer: int = layer, **options: Any) -> Any:
+      return edited_attention(*arguments, **options, edit=lambda a, v: edit(layer, a, v))
+
+    def disrupted(x: Array, layer: int = layer, attend: Any = attend) -> Array:
+      return run(model.clone(attend=attend), layer, x)
+
+    def plain(x: Array, layer: int = layer) -> Array:
+      return run(model, layer, x)
+
+    def step(x: Array, layer: int = layer, disrupted: Any = disrupted, plain: Any = plain) -> Array:
+      return jax.lax.cond(active[layer], disrupted, plain, x)
+
+    begins = active[layer] & ~(started[layer - 1] if layer else jnp.bool_(False))
+    x = jnp.where(begins, hidden[layer], x)
+    x = jax.lax.cond(started[layer], step, lambda x: x, x)
+  return prefill.last_logits(model.bind({"params": params}), sequence._replace(x=x))
+
+
+def _instruction_length(layout: Layout) -> Int[Array, "B"]:
+  return layout.length - layout.image_start - layout.num_image_tokens
+
+
+def _slots_from_end(layout: Layout, slots: int) -> Int[Array, "B E"]:
+  """The slot of each place counted from the end."""
+  places = jnp.arange(slots - layout.num_image_tokens, dtype=jnp.int32)[None]
+  return jnp.maximum(layout.length[:, None] - 1 - places, 0)
+
+
+def _place(layout: Layout, slots: int, block: str, means: Means, layer: int) -> Float[Array, "B S N H"]:
+  """A block's mean flow in the slots that it flows into, nothing elsewhere."""
+  batch = layout.length.shape[0]
+  if block == BLOCKS[1]:
+    mean = means.into_image[layer]
+    flat = jnp.broadcast_to(mean.reshape(1, mean.shape[0], -1), (batch, mean.shape[0], mean[0].size))
+    empty = jnp.zeros((batch, slots, flat.shape[2]), flat.dtype)
+    return put_image_tokens(empty, layout.image_start, flat).reshape(batch, slots, *mean.shape[1:])
+  mean = means.into_instruction[layer]
+  place = layout.length[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)[None]
+  is_instruction = tokens.kinds(layout, slots)["instruction"]
+  return jnp.where(is_instruction[:, :, None, None], mean[jnp.clip(place, 0, mean.shape[0] - 1)], 0)
+
+
+def _random_order(layout: Layout, slots: int, keys: Key[Array, "B"]) -> tuple[Int[Array, "B S S"], Int[Array, "B S*S"]]:
+  """The place of every pair in a random order of all pairs, and the pairs in that order; what is no pair comes last."""
+  chance = jax.vmap(lambda key: jax.random.uniform(key, (slots, slots)))(keys)
+  chance = jnp.where(tokens.all_pairs(layout, slots), chance, 2).reshape(len(keys), -1)
+  by_order = jnp.argsort(chance, axis=1)
+  return jnp.argsort(by_order, axis=1).reshape(len(keys), slots, slots), by_order
+
+
+def _of_equal_mass(
+  order: Int[Array, "B S S"],
+  by_order: Int[Array, "B S*S"],
+  probabilities: Float[Array, "B S S"],
+  pairs: Bool[Array, "B S S"],
+) -> Bool[Array, "B S S"]:
+  """The first pairs of an order whose probabilities add up to those of given pairs."""
+  target = jnp.where(pairs, probabilities, 0).sum(axis=(1, 2))
+  in_order = jnp.take_along_axis(probabilities.reshape(order.shape[0], -1), by_order, axis=1)
+  count = (jnp.cumsum(in_order, axis=1) <= target[:, None]).sum(axis=1)
+  return (order < count[:, None, None]) & tokens.earlier(order.shape[1])
