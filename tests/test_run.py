@@ -531,6 +531,15 @@ class TestFlags:
     assert (config.emit, config.sampling) == (frozenset({"kept", "tokens"}), Sampling(0.5, 0.9))
     assert (config.compilation_cache_dir, config.resume) == ("", False)
 
+  @pytest.mark.parametrize("name, devices", [("cloud_tpu_v5e_8", 8), ("cloud_tpu_v5e_16", 16)])
+  def test_flagfiles_of_slices(self, name, devices, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with parsed(f"--flagfile=experiments/flags/{name}.flags"):
+      config, is_distributed = command.config_from_flags(), flags.FLAGS.distributed
+    assert (config.method, config.prune_layers, config.keep) == ("himap", (2, 8), (288, 72))
+    assert config.mesh["data"] * config.mesh["tensor"] == devices and config.batch_size % config.mesh["data"] == 0
+    assert config.checkpoint.startswith("gs://") and is_distributed == (devices > 8)
+
   @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -545,6 +554,8 @@ class TestFlags:
       ((*NEEDED, "--keep=1.5,2"), "--keep=1.5,2: not a list of numbers"),
       ((*NEEDED, "--prune_layers=2;8"), "not a list of numbers"),
       ((*NEEDED, "--prompt_buckets=a"), "--prompt_buckets=a: not a list of numbers"),
+      (("--prompts=p", "--output=gs://b/o"), "--output=gs://b/o: only --checkpoint may be a URL; mount the bucket"),
+      ((*NEEDED, "--image_dir=gs://b/i"), "--image_dir=gs://b/i: only --checkpoint may be a URL"),
       ((*NEEDED, "--top_p=0.5"), "top_p below 1 needs a temperature above 0"),
       ((*NEEDED, "--temperature=nan"), "temperature must be 0, or finite"),
     ],

@@ -1,0 +1,213 @@
+"""Disruptions against transformers' layers with the same pairs taken out, and what controls and means must satisfy."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_himap
+import tiny_checkpoints
+import torch
+from transformers.models.llama import modeling_llama
+
+from experiments.disruption import interventions, study, tables
+from experiments.disruption.interventions import BLOCKS, Intervention, Means
+from experiments.flow import tokens
+from experiments.flow.decoder import first_logits
+from himap_jax.layout import Layout
+from himap_jax.llava import Inputs, Llava
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
+SLOTS, NUM_LAYERS = 72, 6
+
+
+@pytest.fixture(scope="module", params=["clip_mha", "dinov2"])
+def subject(request, checkpoints, loaded, images):
+  """A tiny model with two embedded rows, and `logits(intervention, active, means, seed)`."""
+  tiny, model = checkpoints(request.param), loaded(request.param)
+  rows = [tiny.encode(image, prompt) for image, prompt in zip(images[:2], PROMPTS, strict=True)]
+  inputs = Inputs(**jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, SLOTS)))
+  llava = Llava(model.config, jnp.float32)
+  embedded = llava.bind({"params": model.params}).embed(inputs)
+  hidden = jax.jit(lambda params: interventions.hidden_states(llava, params, embedded))(model.params)
+
+  def logits(intervention, active, means=None, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    run = jax.jit(
+      lambda params, active: interventions.disrupted_logits(
+        llava, params, embedded, hidden, active, intervention, means, keys
+      )
+    )
+    return np.asarray(run(model.params, jnp.asarray(active)))
+
+  class Subject:
+    pass
+
+  subject = Subject()
+  subject.tiny, subject.rows, subject.embedded, subject.hidden, subject.logits = tiny, rows, embedded, hidden, logits
+  subject.model, subject.params = llava, model.params
+  subject.plain = np.asarray(first_logits(llava, model.params, embedded, {}))
+  return subject
+
+
+def in_torch(tiny, row, block, active, how, monkeypatch):
+  """The last token's logits when transformers' own layers lack a block's pairs."""
+  ids, pixels = row
+  hidden, first, last = reference_himap.embed(tiny.model, ids, pixels)
+  slot = torch.arange(len(ids))
+  is_image, is_instruction = (slot >= first) & (slot <= last), slot > last
+  rows = is_instruction if block == "image→instruction" else is_image
+  taken = rows[:, None] & is_image[None] & (slot[None] < slot[:, None])
+  is_active = False
+
+  def attention(module, query, key, value, mask, scaling, dropout=0.0, **kwargs):
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    logits = query @ key.mT * scaling + mask
+    if is_active and how == "mask":
+      logits = logits.masked_fill(taken, -torch.inf)
+    probabilities = logits.softmax(-1)
+    if is_active and how == "zero":
+      probabilities = probabilities.masked_fill(taken, 0)
+    return (probabilities @ value).transpose(1, 2), probabilities
+
+  monkeypatch.setattr(modeling_llama, "eager_attention_forward", attention)
+  decoder = tiny.model.model.language_model
+  with torch.no_grad():
+    for index, layer in enumerate(decoder.layers):
+      is_active = bool(active[index])
+      hidden, _ = reference_himap.run_layer(decoder, layer, hidden, slot)
+    return tiny.model.lm_head(decoder.norm(hidden))[-1].numpy()
+
+
+@pytest.mark.parametrize("how", ["mask", "zero"])
+@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("active", [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+def test_against_transformers_layers(subject, block, how, active, monkeypatch):
+  active = np.array(active, bool)
+  ours = subject.logits(Intervention(block, "block", how), active)
+  for number, row in enumerate(subject.rows):
+    theirs = in_torch(subject.tiny, row, block, active, how, monkeypatch)
+    np.testing.assert_allclose(ours[number], theirs, atol=1e-4)
+    assert np.abs(theirs - subject.plain[number]).max() > 1e-3
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_one_question_s_own_mean_changes_nothing(subject, block):
+  x, layout, tower = subject.embedded
+  for row in range(2):
+    alone = (x[row : row + 1], jax.tree.map(lambda a, row=row: a[row : row + 1], layout), tower)
+    means = interventions.flows(subject.model, subject.params, alone, subject.hidden[:, row : row + 1])
+    result = subject.logits(Intervention(block, "block", "mean"), np.ones(NUM_LAYERS, bool), means)
+    np.testing.assert_allclose(result[row], subject.plain[row], atol=1e-4)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_mean_of_nothing_is_zero(subject, block):
+  active = np.arange(NUM_LAYERS) >= 3
+  shape = jax.eval_shape(lambda: interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden))
+  nothing = Means(*(jnp.zeros(part.shape, part.dtype) for part in shape))
+  with_mean = subject.logits(Intervention(block, "block", "mean"), active, nothing)
+  zeroed = subject.logits(Intervention(block, "block", "zero"), active)
+  np.testing.assert_allclose(with_mean, zeroed, atol=1e-5)
+
+
+def test_the_mean_is_over_questions_at_the_same_place(subject):
+  x, layout, tower = subject.embedded
+  parts = []
+  for row in range(2):
+    alone = (x[row : row + 1], jax.tree.map(lambda a, row=row: a[row : row + 1], layout), tower)
+    parts.append(interventions.flows(subject.model, subject.params, alone, subject.hidden[:, row : row + 1]))
+  both = interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden)
+  counts = np.asarray(interventions.instruction_rows(layout, SLOTS))
+  lengths = np.asarray(layout.length - layout.image_start) - layout.num_image_tokens
+  np.testing.assert_array_equal(counts, [(lengths > place).sum() for place in range(len(counts))])
+  np.testing.assert_allclose(both.into_image, parts[0].into_image + parts[1].into_image, atol=1e-5)
+  np.testing.assert_allclose(both.into_instruction, parts[0].into_instruction + parts[1].into_instruction, atol=1e-5)
+  assert not np.asarray(both.into_instruction)[:, counts == 0].any()
+
+
+def test_random_pairs():
+  layout = Layout(jnp.array([9, 8], jnp.int32), jnp.array([2, 1], jnp.int32), 4)
+  keys = jax.random.split(jax.random.key(3), 2)
+  order, by_order = interventions._random_order(layout, 10, keys)
+  pairs = np.asarray(tokens.all_pairs(layout, 10))
+  for row, length in enumerate((9, 8)):
+    count = length * (length - 1) // 2
+    assert pairs[row].sum() == count
+    assert sorted(np.asarray(order)[row][pairs[row]].tolist()) == list(range(count))
+    flat = np.asarray(order)[row].reshape(-1)
+    np.testing.assert_array_equal(flat[np.asarray(by_order)[row]], np.arange(100))
+  probabilities = jax.nn.softmax(
+    jnp.where(jnp.tril(jnp.ones((10, 10), bool)), jax.random.normal(keys[0], (2, 10, 10)), -1e9)
+  )
+  block = tokens.block(layout, 10, "image→instruction")
+  taken = np.asarray(interventions._of_equal_mass(order, by_order, probabilities, block))
+  for row in range(2):
+    target = float(np.asarray(probabilities)[row][np.asarray(block)[row]].sum())
+    found = float(np.asarray(probabilities)[row][taken[row]].sum())
+    count = taken[row].sum()
+    following = float(np.asarray(probabilities)[row][np.asarray(order)[row] == count].sum())
+    assert 0 < count < pairs[row].sum() and found <= target + 1e-6 < found + following + 2e-6
+    assert not (taken[row] & ~pairs[row]).any()
+
+
+@pytest.mark.parametrize("chosen", ["random", "mass"])
+def test_controls_depend_on_their_key_alone(subject, chosen):
+  intervention = Intervention("image→instruction", chosen, "zero")
+  active = np.arange(NUM_LAYERS) == 2
+  first, again, other = (subject.logits(intervention, active, seed=seed) for seed in (1, 1, 2))
+  np.testing.assert_array_equal(first, again)
+  assert np.abs(first - other).max() > 1e-4 and np.abs(first - subject.plain).max() > 1e-4
+
+
+def test_what_changed():
+  plain = np.log(np.array([[0.4, 0.2, 0.15, 0.1, 0.08, 0.07], [0.4, 0.2, 0.15, 0.1, 0.08, 0.07]]))
+  disturbed = np.log(np.array([[0.07, 0.2, 0.15, 0.1, 0.08, 0.4], [0.4, 0.2, 0.15, 0.1, 0.08, 0.07]]))
+  outcome = study.compare(plain, disturbed)
+  np.testing.assert_array_equal(outcome.is_same, [False, True])
+  np.testing.assert_allclose(outcome.overlap, [4 / 6, 1])
+  np.testing.assert_allclose(outcome.divergence, [0.4 * np.log(0.4 / 0.07) + 0.07 * np.log(0.07 / 0.4), 0], atol=1e-12)
+
+
+def test_bias_ratio():
+  assert tables.bias_ratio(np.float64(0.5), np.float64(0.5), 10) == 0
+  assert tables.bias_ratio(np.float64(0.2), np.float64(0.6), 10**9) == pytest.approx(np.log(2), abs=1e-6)
+  assert np.isfinite(tables.bias_ratio(np.float64(1), np.float64(0.6), 10))
+
+
+@pytest.mark.parametrize("name", ["saliency", "disruption"])
+def test_the_command(name, checkpoints, images, tmp_path):
+  rows = []
+  for number, image in enumerate(images[:3]):
+    image.save(tmp_path / f"{number}.png")
+    rows.append({"id": f"q{number}", "image": f"{number}.png", "question": "Why?", "answer": "yes", "type": "why"})
+  rows.append({"id": "broken", "image": "none.png", "question": "Why?", "answer": "yes", "type": "why"})
+  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  command = [
+    sys.executable, "-m", f"experiments.{name}", f"--checkpoint={checkpoints('clip_mha').directory}",
+    f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
+    "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", "--compilation_cache_dir=",
+    "--layers_at_a_time=4" if name == "saliency" else "--layers=1,4",
+  ]  # fmt: skip
+  first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert first.returncode == 0, first.stderr
+  assert "3 questions" in first.stdout and "broken is left out" in first.stderr
+  parts = {"saliency": "flow-*.npz", "disruption": "outcome-*.npz"}[name]
+  files = sorted((tmp_path / "work").glob(parts))
+  assert len(files) == 2
+  files[1].unlink()
+  before = files[0].stat().st_mtime_ns
+  again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert again.returncode == 0 and files[0].stat().st_mtime_ns == before and files[1].exists()
+  assert again.stdout == first.stdout
+  expected = {
+    "saliency": {"saliency.csv", "contributions.csv", "saliency.md", "saliency.png", "contributions.png"}
+    | {"maps_to_instruction.png", "maps_to_image.png"},
+    "disruption": {"disruption.csv", "bias.csv", "disruption.md", "disruption.png", "bias.png"},
+  }[name]
+  assert {path.name for path in (tmp_path / "out").iterdir()} == expected
