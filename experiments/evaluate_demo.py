@@ -5,11 +5,12 @@
 
 The first form answers questions with `himap_jax.run`, one prompt a question, and resumes. The second evaluates no pruning on
 all questions with the questions of an image packed behind it, as in training: the same positions and the same attention as
-one by one, hence the same answers, at a tenth of the cost. `--checkpoint`, `--dtype`, `--batch_size` and
-`--compilation_cache_dir` are those of `himap_jax.run`. A work directory belongs to one checkpoint and question set.
+one by one, hence the same answers, at a tenth of the cost. The other flags are those of `himap_jax.run`. A work directory belongs
+to one checkpoint and question set.
 """
 
 import collections
+import dataclasses
 import json
 import pathlib
 
@@ -28,7 +29,7 @@ from experiments.demo_model import answer_logits
 from experiments.question_sets import Question, is_right
 from himap_jax import attention, checkpoint, command, run, sharding
 from himap_jax.llava import Llava
-from himap_jax.sampling import Sampling
+from himap_jax.run_config import config_from_flags
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Prompts, outputs and results; a second start goes on from them.", required=True
@@ -39,6 +40,8 @@ _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn fr
 _PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning, with questions packed by image.")
 
 IMAGE_SIZE = 336
+MAX_NEW_TOKENS = 4
+PROMPT_BUCKETS = (64, 128)
 
 
 def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
@@ -80,33 +83,9 @@ def method_right(method: str, questions: list[Question], workdir: pathlib.Path) 
   prompts, output = workdir / "prompts.jsonl", workdir / f"{method}.jsonl"
   rows = ({"id": q.id, "image": str(q.image.absolute()), "question": q.question} for q in questions)
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  run.run(
-    run.RunConfig(
-      checkpoint=flags.FLAGS.checkpoint,
-      prompts=prompts,
-      image_dir=workdir,
-      output=output,
-      pictures=None,
-      method=method,
-      prune_layers=None,
-      keep=None,
-      max_new_tokens=4,
-      sampling=Sampling(),
-      seed=0,
-      ignore_eos=False,
-      batch_size=flags.FLAGS.batch_size,
-      prompt_buckets=(64, 128),
-      prompt_template="chat",
-      dtype=flags.FLAGS.dtype,
-      int8_weights=False,
-      emit=frozenset(),
-      resume=True,
-      strict=False,
-      profile_dir=None,
-      mesh=None,
-      compilation_cache_dir=command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir),
-    )
-  )
+  flags.FLAGS.prompts, flags.FLAGS.output = str(prompts), str(output)
+  changes = {"method": method, "max_new_tokens": MAX_NEW_TOKENS, "prompt_buckets": PROMPT_BUCKETS}
+  run.run(dataclasses.replace(config_from_flags(), **changes))
   answers = {row["id"]: row["answer"] for row in map(json.loads, output.read_text().splitlines())}
   return {question.id: is_right(answers[question.id], question.answer) for question in questions}
 

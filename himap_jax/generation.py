@@ -31,17 +31,24 @@ class Generation:
 
   Attributes:
     tokens: for each row its generated token ids, the one that ended it included.
-    kept: for each stage `[B, keep]` kept image tokens, ascending.
+    kept: for each stage the kept image tokens of every row, ascending; `[B, keep]` where all rows keep as many.
     logits: `[B, V]` float32, of the first generated token.
     prefill_seconds: wall time of the prefill program for the batch.
     decode_seconds: wall time of the decode program for the batch.
+    rungs: `[B]` where there is a ladder of schedules, the rung of every row.
   """
 
   tokens: list[list[int]]
-  kept: tuple[np.ndarray, ...]
+  kept: tuple[Sequence[np.ndarray], ...]
   logits: np.ndarray
   prefill_seconds: float
   decode_seconds: float
+  rungs: np.ndarray | None = None
+
+
+def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
+  """A seed for each row's random keys, the same whatever the batch it is in."""
+  return np.array([zlib.crc32(f"{seed}/{row_id!r}".encode()) for row_id in row_ids], np.uint32)
 
 
 @functools.lru_cache(maxsize=32)
@@ -89,7 +96,7 @@ class Generator:
       inputs: the batch; where there are several processes, the rows of this one's share.
       row_ids: one a row; with the seed they make each row's random key, whatever the batch it is in.
     """
-    seeds = np.array([zlib.crc32(f"{self._seed}/{i!r}".encode()) for i in row_ids], np.uint32)
+    seeds = row_seeds(self._seed, row_ids)
     inputs, seeds = sharding.from_local_rows((inputs, seeds), self._mesh)
     prefill, decode = self._programs(inputs, seeds)
     start = time.perf_counter()

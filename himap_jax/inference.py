@@ -1,5 +1,6 @@
 """The main loop: prompts into batches, batches through the model, answers into the output file."""
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -14,6 +15,7 @@ from absl import logging
 from tqdm import tqdm
 
 from himap_jax import hosts
+from himap_jax.adaptive_generation import AdaptiveGenerator
 from himap_jax.generation import Generation, Generator
 from himap_jax.hosts import Share
 from himap_jax.images import load_image
@@ -33,6 +35,7 @@ class Summary:
     num_skipped: rows that the output held already.
     num_text_tokens: text tokens of the answered prompts.
     num_new_tokens: tokens generated.
+    num_by_rung: where there is a ladder of schedules, answered rows on each rung.
     prefill_seconds: time in prefill programs.
     decode_seconds: time in decode programs.
     seconds: from the first prompt to the last row, compiling included.
@@ -43,6 +46,7 @@ class Summary:
   num_skipped: int = 0
   num_text_tokens: int = 0
   num_new_tokens: int = 0
+  num_by_rung: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
   prefill_seconds: float = 0.0
   decode_seconds: float = 0.0
   seconds: float = 0.0
@@ -51,12 +55,13 @@ class Summary:
 def answer_all(
   prompts: Sequence[Prompt | RowError],
   processor: Processor,
-  generator: Generator,
+  generator: Generator | AdaptiveGenerator,
   writer: OutputWriter | None,
   *,
   answered: Collection[str | int],
   image_dir: pathlib.Path,
-  batch_size: int,
+  rows_at_once: int,
+  multiple: int,
   emit: frozenset[str],
   pictures: pathlib.Path | None,
   share: Share = Share(),
@@ -70,7 +75,8 @@ def answer_all(
     writer: takes the rows; None where another process writes this one's.
     answered: ids that have an answer.
     image_dir: where relative paths of images begin.
-    batch_size: rows that this process prepares for a batch.
+    rows_at_once: rows that this process prepares for a call of the generator, at most.
+    multiple: their number is padded to a multiple of it.
     emit: see `himap_jax.run`.
     pictures: a directory for pictures of kept patches, or None.
     share: which prompts this process prepares.
@@ -79,7 +85,7 @@ def answer_all(
   summary = Summary(num_skipped=len(prompts) - len(todo))
   todo = todo[share.index :: share.count]
   start = time.perf_counter()
-  reader = _Reader(todo, processor, image_dir=image_dir, batch_size=batch_size)
+  reader = _Reader(todo, processor, image_dir=image_dir, batch_size=rows_at_once)
   with tqdm(total=len(todo), unit="row", disable=None) as progress, ThreadPoolExecutor(max_workers=1) as thread:
     reading = thread.submit(reader.read)
     while True:
@@ -95,7 +101,7 @@ def answer_all(
           generator,
           summary,
           bucket=processor.buckets[index],
-          batch_size=batch_size,
+          multiple=multiple,
           emit=emit,
           pictures=pictures if writer is not None else None,
         )
@@ -172,16 +178,17 @@ class _Reader:
 def _answer(
   group: Group,
   processor: Processor,
-  generator: Generator,
+  generator: Generator | AdaptiveGenerator,
   summary: Summary,
   *,
   bucket: int,
-  batch_size: int,
+  multiple: int,
   emit: frozenset[str],
   pictures: pathlib.Path | None,
 ) -> list[dict[str, Any]]:
   examples = [example for _, example in group]
   ids = [prompt.id for prompt, _ in group]
+  batch_size = max(1, -(-len(group) // multiple)) * multiple
   inputs = processor.batch(examples, bucket=bucket, batch_size=batch_size)
   result = generator(inputs, ids + (ids[-1:] or [0]) * (batch_size - len(ids)))
   summary.prefill_seconds += result.prefill_seconds
@@ -194,6 +201,8 @@ def _answer(
     summary.num_answered += 1
     summary.num_text_tokens += example.num_text_tokens
     summary.num_new_tokens += len(result.tokens[index])
+    if result.rungs is not None:
+      summary.num_by_rung[int(result.rungs[index])] += 1
     rows.append(_answer_row(prompt, result, index, processor, len(group), emit))
     if pictures is not None:
       kept = [stage[index].tolist() for stage in result.kept]

@@ -29,7 +29,8 @@ class View:
     projections: of the layer before; None at layer 0.
     next_projections: computes those of the layer that comes next, as they would be without pruning here, with the
       queries `[B, R, N, H]` of the slots `[B, R]` that it is given.
-    embeddings: `[B, I, D]` the decoder's input, before any pruning.
+    embeddings: `[B, I, D]` the decoder's input, before any pruning; None, as what follows, where a prefill is taken up between
+      layers.
     embedded_layout: where the image tokens stand in it.
     tower: what the vision tower says of the picture's N tokens.
     project: the projector, from tower features to the decoder's width.
@@ -42,9 +43,9 @@ class View:
   original: Int[Array, "B M"]
   projections: Projections | None
   next_projections: Callable[[Int[Array, "B R"]], Projections]
-  embeddings: Float[Array, "B I D"]
-  embedded_layout: Layout
-  tower: TowerOutput
+  embeddings: Float[Array, "B I D"] | None
+  embedded_layout: Layout | None
+  tower: TowerOutput | None
   project: Callable[[Float[Array, "B K F"]], Float[Array, "B K D"]]
   keys: Key[Array, "B"]
 

@@ -16,7 +16,7 @@ from himap_jax.decoder import Projections
 from himap_jax.layout import Layout, put_image_tokens, take_slots
 from himap_jax.llava import Inputs, Llava
 from himap_jax.method import Selection, View
-from himap_jax.schedule import Schedule, Stage
+from himap_jax.schedule import Schedule, Segment, Stage
 from himap_jax.vision import TowerOutput
 
 
@@ -85,8 +85,42 @@ def prefill_embedded(
   bound = model.bind({"params": params})
   sequence = start(embedded)
   next_position = sequence.layout.length
-  caches, kept = [], []
-  for segment in schedule.segments(model.config.text.num_hidden_layers, sequence.layout.num_image_tokens):
+  if schedule.stages and schedule.stages[0].layer == 0:  # the decoder never sees the other tokens: no gaps in positions
+    next_position = next_position - (sequence.layout.num_image_tokens - schedule.stages[0].keep)
+  segments = schedule.segments(model.config.text.num_hidden_layers, sequence.layout.num_image_tokens)
+  sequence, caches, kept, _ = run_segments(
+    bound, sequence, segments, embedded, keys, num_new_slots, frozen_layers=schedule.frozen_layers
+  )
+  return Prefill(last_logits(bound, sequence), caches, next_position, kept)
+
+
+def run_segments(
+  bound: Llava,
+  sequence: Sequence,
+  segments: tuple[Segment, ...],
+  embedded: Embedded | None,
+  keys: Key[Array, "B"],
+  num_new_slots: int,
+  *,
+  frozen_layers: tuple[int, ...] = (),
+) -> tuple[Sequence, tuple[cache.SegmentCache, ...], tuple[Int[Array, "B M"], ...], Projections | None]:
+  """Runs segments of layers with the stages that follow them.
+
+  Args:
+    bound: the model with its parameters.
+    sequence: what enters the first segment.
+    segments: consecutive ones of a schedule.
+    embedded: the prompts before any pruning; None where no stage reads them.
+    keys: a random key a row, for methods that use chance.
+    num_new_slots: room for decoded tokens in the caches; static.
+    frozen_layers: layers that do not update image tokens.
+
+  Returns:
+    What is left of the prompts, a cache for each segment that has layers, the image tokens that each stage kept, and the last
+    layer's projections.
+  """
+  caches, kept, projections = [], [], []
+  for segment in segments:
     x, positions, layout, _ = sequence
     with jax.named_scope(f"prefill_layers_{segment.first}_to_{segment.last}"):
       x, projections = bound.language_model(
@@ -94,8 +128,8 @@ def prefill_embedded(
         positions,
         first=segment.first,
         last=segment.last,
-        partial_layers=frozenset(schedule.frozen_layers),
-        updated_slots=layout.text_slots(x.shape[1]) if schedule.frozen_layers else None,
+        partial_layers=frozenset(frozen_layers),
+        updated_slots=layout.text_slots(x.shape[1]) if frozen_layers else None,
       )
     sequence = sequence._replace(x=x)
     if projections:
@@ -107,10 +141,9 @@ def prefill_embedded(
     if segment.stage is not None:
       sequence = prune(bound, segment.stage, sequence, projections[-1] if projections else None, embedded, keys)
       kept.append(sequence.original)
-      if segment.last == 0:  # the decoder never saw the other tokens: its positions are without gaps
-        next_position = sequence.layout.length
+      if segment.last == 0:
         sequence = sequence._replace(positions=_positions(sequence.layout, sequence.x.shape[1]))
-  return Prefill(last_logits(bound, sequence), tuple(caches), next_position, tuple(kept))
+  return sequence, tuple(caches), tuple(kept), projections[-1] if projections else None
 
 
 def last_logits(bound: Llava, sequence: Sequence) -> Float[Array, "B V"]:
@@ -132,7 +165,7 @@ def prune(
   stage: Stage,
   sequence: Sequence,
   projections: Projections | None,
-  embedded: Embedded,
+  embedded: Embedded | None,
   keys: Key[Array, "B"],
 ) -> Sequence:
   """What a stage leaves of the prompts.
@@ -142,30 +175,42 @@ def prune(
     stage: the stage.
     sequence: what enters the stage's layer.
     projections: of the layer before; None before the decoder.
-    embedded: the prompts before any pruning.
+    embedded: the prompts before any pruning; None where the stage does not read them.
     keys: a random key a row.
   """
   x, positions, layout, original = sequence
-  embeddings, embedded_layout, tower = embedded
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
-    view = View(
-      layer=stage.layer,
-      x=x,
-      layout=layout,
-      original=original,
-      projections=projections,
-      next_projections=functools.partial(bound.language_model.project, x, positions, stage.layer),
-      embeddings=embeddings,
-      embedded_layout=embedded_layout,
-      tower=tower,
-      project=bound.multi_modal_projector,
-      keys=keys,
-    )
     with jax.named_scope("score"):
-      selection = stage.criterion.select(view, stage.keep)
+      seen = view(bound, stage.layer, sequence, projections, embedded, keys)
+      selection = stage.criterion.select(seen, stage.keep)
     with jax.named_scope("gather"):
       x, positions, layout = apply(selection, x, positions, layout)
     return Sequence(x, positions, layout, jnp.take_along_axis(original, selection.kept, axis=1))
+
+
+def view(
+  bound: Llava,
+  layer: int,
+  sequence: Sequence,
+  projections: Projections | None,
+  embedded: Embedded | None,
+  keys: Key[Array, "B"],
+) -> View:
+  """What a method sees before a layer; the arguments are those of `prune`."""
+  embeddings, embedded_layout, tower = embedded or (None, None, None)
+  return View(
+    layer=layer,
+    x=sequence.x,
+    layout=sequence.layout,
+    original=sequence.original,
+    projections=projections,
+    next_projections=functools.partial(bound.language_model.project, sequence.x, sequence.positions, layer),
+    embeddings=embeddings,
+    embedded_layout=embedded_layout,
+    tower=tower,
+    project=bound.multi_modal_projector,
+    keys=keys,
+  )
 
 
 def _positions(layout: Layout, num_slots: int) -> Int[Array, "B S"]:

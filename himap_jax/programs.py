@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt
 
-from himap_jax import attention, sharding
+from himap_jax import adaptive, attention, sharding
+from himap_jax.adaptive import Begun, Ladder
 from himap_jax.cache import SegmentCache
 from himap_jax.config import LlavaConfig
 from himap_jax.decoding import decode
@@ -92,6 +93,60 @@ def make_programs(
     ),
     decode=jax.jit(
       decode_program, out_shardings=(rows, rows, caches), donate_argnames="caches", compiler_options=options
+    ),
+  )
+
+
+class LadderPrograms(NamedTuple):
+  """Jitted functions of adaptive keep counts.
+
+  Attributes:
+    begin: `(params, inputs, seeds)` to `adaptive.Begun`.
+    regroup: `(tuple of Begun, rows)` to the `Begun` of these rows.
+    finish: for each rung `(params, begun)` to `Prefill`.
+    decode: for each rung as in `Programs`.
+  """
+
+  begin: Any
+  regroup: Any
+  finish: tuple[Any, ...]
+  decode: tuple[Any, ...]
+
+
+def make_ladder_programs(
+  config: LlavaConfig,
+  mesh: Mesh,
+  ladder: Ladder,
+  dtype: Any,
+  max_new_tokens: int,
+  sampling: Sampling = Sampling(),
+  eos_token_ids: tuple[int, ...] = (),
+  *,
+  options: dict[str, str] | None = None,
+) -> LadderPrograms:
+  """The programs of a ladder; arguments as in `make_programs`."""
+  model = Llava(config, dtype, attention.for_mesh(mesh))
+  rows, cache = sharding.rows(mesh), sharding.cache(config, mesh)
+  begun = Begun(x=rows, positions=rows, layout=rows, order=rows, cache=cache, keys=rows, mass=rows, rung=rows)
+
+  def begin_program(params: PyTree, inputs: Inputs, seeds: UInt[Array, "B"]) -> Begun:
+    keys, _ = _keys(seeds)
+    return adaptive.begin(model, params, inputs, keys, ladder, max_new_tokens)
+
+  def finish_program(rung: Schedule) -> Any:
+    return jax.jit(
+      lambda params, begun: adaptive.finish(model, params, begun, rung, max_new_tokens),
+      out_shardings=Prefill(logits=rows, caches=(cache,) * rung.num_caches, next_position=rows, kept=rows),
+      compiler_options=options,
+    )
+
+  return LadderPrograms(
+    begin=jax.jit(begin_program, out_shardings=begun, compiler_options=options),
+    regroup=jax.jit(adaptive.regroup, out_shardings=begun),
+    finish=tuple(map(finish_program, ladder.rungs)),
+    decode=tuple(
+      make_programs(config, mesh, rung, dtype, max_new_tokens, sampling, eos_token_ids, options=options).decode
+      for rung in ladder.rungs
     ),
   )
 

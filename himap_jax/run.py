@@ -20,180 +20,17 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from checkpoints_convert import remote
 from checkpoints_convert.source import write_json
-from himap_jax import checkpoint, command, hosts, inference, methods, report, sharding, shards
+from himap_jax import adaptive, checkpoint, command, hosts, inference, methods, report, sharding, shards
+from himap_jax.adaptive import Ladder
+from himap_jax.adaptive_generation import AdaptiveGenerator
 from himap_jax.generation import Generator
 from himap_jax.hosts import Share
 from himap_jax.output import OutputWriter, answered_ids
-from himap_jax.processing import DEFAULT_BUCKETS, Processor
+from himap_jax.processing import Processor
 from himap_jax.prompts import Prompt, RowError, read_prompts
-from himap_jax.sampling import Sampling
+from himap_jax.run_config import RunConfig, config_from_flags, join_processes
 from himap_jax.schedule import Schedule
-
-EMIT = ("tokens", "kept", "logits", "timing")
-
-_CHECKPOINT = flags.DEFINE_string(
-  "checkpoint",
-  "demo",
-  "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, "
-  "or a directory that checkpoints_convert wrote, also gs://bucket/name.",
-)
-_PROMPTS = flags.DEFINE_string(
-  "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
-)
-_IMAGE_DIR = flags.DEFINE_string("image_dir", ".", "Where the images are; absolute paths in a row work too.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSONL to write: id, answer and error of every prompt, in any order.")
-_PICTURES = flags.DEFINE_string(
-  "pictures", None, "Directory for a picture per prompt of the patches kept at each stage."
-)
-_METHOD = flags.DEFINE_string(
-  "method",
-  "himap",
-  f"The pruning method: {', '.join(methods.METHODS)}; or one that acts before the decoder + one inside, as divprune+himap.",
-)
-_PRUNE_LAYERS = flags.DEFINE_list(
-  "prune_layers", None, "Layers to prune before, e.g. 2,8, 0 being before the decoder; the method's own by default."
-)
-_KEEP = flags.DEFINE_list(
-  "keep",
-  None,
-  "Image tokens to keep at each stage, e.g. 288,72 or 50%,12.5% of the image's; the method's own by default.",
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling; 0 is greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that together have this probability.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of sampling, and of what the method random keeps.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Go on to max_new_tokens whatever comes.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
-_PROMPT_BUCKETS = flags.DEFINE_list(
-  "prompt_buckets",
-  [str(bucket) for bucket in DEFAULT_BUCKETS],
-  "Padded text lengths, in tokens; each is compiled once, when first needed. The longest that the model's context "
-  "allows is always among them.",
-)
-_PROMPT_TEMPLATE = flags.DEFINE_string(
-  "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations; products accumulate in float32."
-)
-_INT8_WEIGHTS = flags.DEFINE_bool(
-  "int8_weights",
-  False,
-  "Decoder weights as int8, a scale for every output feature: half the memory, faster decoding.",
-)
-_EMIT = flags.DEFINE_list(
-  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
-)
-_RESUME = flags.DEFINE_bool(
-  "resume", True, "Skip prompts that the output already answers; rows with an error are tried again."
-)
-_MESH = flags.DEFINE_list(
-  "mesh",
-  None,
-  "Devices as data:4,tensor:2: rows over data; heads, feed-forward and vocabulary over tensor. Chosen from the number of "
-  "devices and the size of the weights by default, and printed.",
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed",
-  False,
-  "Join the processes that JAX finds by itself, on a Cloud TPU slice of several hosts or in SLURM.",
-)
-_COORDINATOR = flags.DEFINE_string(
-  "coordinator", None, "host:port of the first of several processes; start the same command in each."
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-_STRICT = flags.DEFINE_bool("strict", False, "Exit with a non-zero status when a row has an error.")
-_PROFILE_DIR = flags.DEFINE_string(
-  "profile_dir",
-  None,
-  "Directory for a JAX profiler trace of the batches, for TensorBoard or Perfetto; use few prompts.",
-)
-_COMPILATION_CACHE_DIR = flags.DEFINE_string(
-  "compilation_cache_dir",
-  None,
-  "JAX's persistent compilation cache; in the user's cache folder by default, off when empty.",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-  """A run, as the flags give it; the names and meanings are the flags'."""
-
-  checkpoint: str
-  prompts: pathlib.Path
-  image_dir: pathlib.Path
-  output: pathlib.Path
-  pictures: pathlib.Path | None
-  method: str
-  prune_layers: tuple[int, ...] | None
-  keep: tuple[int | float, ...] | None
-  max_new_tokens: int
-  sampling: Sampling
-  seed: int
-  ignore_eos: bool
-  batch_size: int
-  prompt_buckets: tuple[int, ...]
-  prompt_template: str
-  dtype: str
-  int8_weights: bool
-  emit: frozenset[str]
-  resume: bool
-  strict: bool
-  profile_dir: pathlib.Path | None
-  mesh: dict[str, int] | None
-  compilation_cache_dir: str
-
-
-def config_from_flags() -> RunConfig:
-  """Reads and checks the flags.
-
-  Raises:
-    ValueError: a flag that is missing, malformed or contradicts another.
-  """
-  for flag in (_PROMPTS, _OUTPUT):
-    if not flag.value:
-      raise ValueError(f"--{flag.name} is required; see --help")
-  for flag in (_PROMPTS, _IMAGE_DIR, _OUTPUT, _PICTURES, _PROFILE_DIR):
-    if flag.value and remote.is_remote(flag.value):
-      raise ValueError(
-        f"--{flag.name}={flag.value}: only --checkpoint may be a URL; mount the bucket (gcsfuse) and name its path"
-      )
-  if _BATCH_SIZE.value < 1:
-    raise ValueError(f"--batch_size must be at least 1, but is {_BATCH_SIZE.value}")
-  if _MAX_NEW_TOKENS.value < 1:
-    raise ValueError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
-  methods.parse(_METHOD.value)
-  unknown = sorted(set(_EMIT.value) - set(EMIT))
-  if unknown:
-    raise ValueError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")
-  return RunConfig(
-    checkpoint=_CHECKPOINT.value,
-    prompts=pathlib.Path(_PROMPTS.value),
-    image_dir=pathlib.Path(_IMAGE_DIR.value),
-    output=pathlib.Path(_OUTPUT.value),
-    pictures=pathlib.Path(_PICTURES.value) if _PICTURES.value else None,
-    method=_METHOD.value,
-    prune_layers=command.numbers(_PRUNE_LAYERS, int),
-    keep=command.numbers(_KEEP, command.keep_count),
-    max_new_tokens=_MAX_NEW_TOKENS.value,
-    sampling=Sampling(_TEMPERATURE.value, _TOP_P.value),
-    seed=_SEED.value,
-    ignore_eos=_IGNORE_EOS.value,
-    batch_size=_BATCH_SIZE.value,
-    prompt_buckets=command.numbers(_PROMPT_BUCKETS, int) or (),
-    prompt_template=_PROMPT_TEMPLATE.value,
-    dtype=_DTYPE.value,
-    int8_weights=_INT8_WEIGHTS.value,
-    emit=frozenset(_EMIT.value),
-    resume=_RESUME.value,
-    strict=_STRICT.value,
-    profile_dir=pathlib.Path(_PROFILE_DIR.value) if _PROFILE_DIR.value else None,
-    mesh=sharding.parse_mesh(_MESH.value) if _MESH.value else None,
-    compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
-  )
 
 
 def _make_directory(flag: str, directory: pathlib.Path) -> None:
@@ -215,12 +52,44 @@ def _open_writer(path: pathlib.Path, *, resume: bool, retry: Collection[str | in
         path.unlink()
 
 
-def _settings(config: RunConfig, schedule: Schedule) -> dict[str, Any]:
+def _schedule(config: RunConfig, opened: checkpoint.OpenCheckpoint, processor: Processor) -> Schedule | Ladder:
+  """What becomes of the image tokens: the same in every row, or as its question needs."""
+  num_layers, num_image_tokens = opened.config.text.num_hidden_layers, processor.num_image_tokens
+  if config.method == adaptive.METHOD:
+    if jax.process_count() > 1:
+      raise ValueError(f"--method={adaptive.METHOD} regroups rows of all devices, and so runs in one process")
+    return adaptive.build_ladder(
+      num_layers=num_layers,
+      num_image_tokens=num_image_tokens,
+      prune_layers=config.prune_layers,
+      keeps=config.ladder,
+      threshold=config.threshold,
+    )
+  return methods.build_schedule(
+    config.method,
+    num_layers=num_layers,
+    num_image_tokens=num_image_tokens,
+    has_class_token=opened.config.vision.has_class_token,
+    prune_layers=config.prune_layers,
+    keep=config.keep,
+  )
+
+
+def _settings(config: RunConfig, schedule: Schedule | Ladder) -> dict[str, Any]:
   """What the rows of an output depend on, beside the prompts."""
   names = ("checkpoint", "method", "max_new_tokens", "seed", "ignore_eos", "prompt_template", "dtype", "int8_weights")
   return {name: getattr(config, name) for name in names} | {
     "sampling": dataclasses.asdict(config.sampling),
     "emit": sorted(config.emit),
+    **_settings_of_schedule(schedule),
+  }
+
+
+def _settings_of_schedule(schedule: Schedule | Ladder) -> dict[str, Any]:
+  if isinstance(schedule, Ladder):
+    rungs = [_settings_of_schedule(rung) for rung in schedule.rungs]
+    return rungs[0] | {"keep": [rung["keep"] for rung in rungs], "threshold": schedule.threshold}
+  return {
     "prune_layers": [*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)],
     "keep": [stage.keep for stage in schedule.stages],
   }
@@ -293,14 +162,7 @@ def _answer(
       f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of "
       f"{' x '.join(map(str, processor.patch_grid))} patches"
     )
-  schedule = methods.build_schedule(
-    config.method,
-    num_layers=opened.config.text.num_hidden_layers,
-    num_image_tokens=processor.num_image_tokens,
-    has_class_token=opened.config.vision.has_class_token,
-    prune_layers=config.prune_layers,
-    keep=config.keep,
-  )
+  schedule = _schedule(config, opened, processor)
   dtype = command.DTYPES[config.dtype]
   num_bytes = opened.num_bytes(dtype, quantize_decoder=config.int8_weights)
   mesh = sharding.make_mesh(**(config.mesh or sharding.choose_mesh(opened.config, num_bytes, config.batch_size)))
@@ -313,14 +175,21 @@ def _answer(
     if hosts.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
     loaded = opened.restore(dtype=dtype, mesh=mesh, quantize_decoder=config.int8_weights)
-    generator = Generator(
-      loaded,
-      schedule,
-      max_new_tokens=config.max_new_tokens,
-      sampling=config.sampling,
-      seed=config.seed,
-      ignore_eos=config.ignore_eos,
-    )
+    batch_size = sharding.padded_batch_size(config.batch_size, mesh)
+    rows_at_once = batch_size // share.count
+    options = {
+      "max_new_tokens": config.max_new_tokens,
+      "sampling": config.sampling,
+      "seed": config.seed,
+      "ignore_eos": config.ignore_eos,
+    }
+    if isinstance(schedule, Ladder):
+      rows_at_once = batch_size * config.batches_to_regroup
+      generator = AdaptiveGenerator(
+        loaded, schedule, batch_size=batch_size, num_batches=config.batches_to_regroup, **options
+      )
+    else:
+      generator = Generator(loaded, schedule, **options)
     logging.info("ready: weights")
     if not answered and hosts.is_leader():
       write_json(settings_path, settings)
@@ -332,7 +201,8 @@ def _answer(
         writer,
         answered=answered,
         image_dir=config.image_dir,
-        batch_size=sharding.padded_batch_size(config.batch_size, mesh) // share.count,
+        rows_at_once=rows_at_once,
+        multiple=batch_size // share.count,
         emit=config.emit,
         pictures=config.pictures,
         share=share,
@@ -349,12 +219,7 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
 
   def action() -> int:
-    hosts.initialize(
-      from_environment=_DISTRIBUTED.value,
-      coordinator=_COORDINATOR.value,
-      num_processes=_NUM_PROCESSES.value,
-      process_id=_PROCESS_ID.value,
-    )
+    join_processes()
     try:
       return run(config_from_flags())
     except jax.errors.JaxRuntimeError as error:
@@ -362,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
         hosts.give_up("himap_jax", error)
       raise
 
-  command.execute("himap_jax", argv, action, resumes=_RESUME.value)
+  command.execute("himap_jax", argv, action, resumes=flags.FLAGS.resume)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from himap_jax import inference
 from himap_jax import run as command
 from himap_jax.images import load_image
 from himap_jax.prompts import Prompt
-from himap_jax.run import RunConfig
+from himap_jax.run_config import RunConfig, config_from_flags
 from himap_jax.sampling import Sampling
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -36,7 +36,7 @@ PRUNE_LAYERS, KEEP = (2, 4), (8, 3)
 FLAGS = (
     "checkpoint", "prompts", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "dtype", "emit", "[no]resume",
-    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir",
+    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "ladder", "threshold", "batches_to_regroup", "schedule",
     "[no]int8_weights", "mesh", "[no]distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 QUESTIONS = {
@@ -85,6 +85,9 @@ def config(tmp_path, loaded, cache, images):
     method="himap",
     prune_layers=PRUNE_LAYERS,
     keep=KEEP,
+    ladder=((4, 2), (8, 3)),
+    threshold=0.6,
+    batches_to_regroup=2,
     max_new_tokens=MAX_NEW,
     sampling=Sampling(),
     seed=0,
@@ -517,7 +520,7 @@ NEEDED = ("--prompts=p", "--output=o")
 class TestFlags:
   def test_defaults(self):
     with parsed(*NEEDED):
-      config = command.config_from_flags()
+      config = config_from_flags()
     assert (config.method, config.prune_layers, config.keep) == ("himap", None, None)
     assert (config.checkpoint, config.dtype, config.sampling) == ("demo", "bfloat16", Sampling())
     assert config.resume and not config.strict and config.compilation_cache_dir.endswith("/compiled")
@@ -526,7 +529,7 @@ class TestFlags:
   def test_values(self):
     with parsed(*NEEDED, "--keep=50%, 12.5%", "--prune_layers=2,8", "--emit=kept,tokens", "--prompt_buckets=8,16",
                     "--temperature=0.5", "--top_p=0.9", "--compilation_cache_dir=", "--noresume"):  # fmt: skip
-      config = command.config_from_flags()
+      config = config_from_flags()
     assert (config.keep, config.prune_layers, config.prompt_buckets) == ((0.5, 0.125), (2, 8), (8, 16))
     assert (config.emit, config.sampling) == (frozenset({"kept", "tokens"}), Sampling(0.5, 0.9))
     assert (config.compilation_cache_dir, config.resume) == ("", False)
@@ -535,7 +538,7 @@ class TestFlags:
   def test_flagfiles_of_slices(self, name, devices, monkeypatch):
     monkeypatch.chdir(ROOT)
     with parsed(f"--flagfile=experiments/flags/{name}.flags"):
-      config, is_distributed = command.config_from_flags(), flags.FLAGS.distributed
+      config, is_distributed = config_from_flags(), flags.FLAGS.distributed
     assert (config.method, config.prune_layers, config.keep) == ("himap", (2, 8), (288, 72))
     assert config.mesh["data"] * config.mesh["tensor"] == devices and config.batch_size % config.mesh["data"] == 0
     assert config.checkpoint.startswith("gs://") and is_distributed == (devices > 8)
@@ -562,7 +565,7 @@ class TestFlags:
   )
   def test_contradictions(self, arguments, message):
     with parsed(*arguments), pytest.raises(ValueError) as caught:
-      command.config_from_flags()
+      config_from_flags()
     assert message in str(caught.value)
 
   @pytest.mark.parametrize("argument", ["--dtype=int8", "--batch_size=two", "--no_such_flag"])

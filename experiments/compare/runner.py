@@ -74,7 +74,8 @@ class Runner:
           writer,
           answered=writer.answered,
           image_dir=pathlib.Path(),
-          batch_size=self._batch_size,
+          rows_at_once=self._batch_size,
+          multiple=self._batch_size,
           emit=frozenset({"tokens", "kept"}),
           pictures=None,
         )
