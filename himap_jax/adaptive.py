@@ -117,9 +117,7 @@ class Begun:
   rung: Int[Array, "B"]
 
 
-def begin(
-  model: Llava, params: PyTree, inputs: Inputs, keys: Key[Array, "B"], ladder: Ladder, num_new_slots: int
-) -> Begun:
+def begin(model: Llava, params: PyTree, inputs: Inputs, keys: Key[Array, "B"], ladder: Ladder) -> Begun:
   """Runs the prompts up to the first stage and assigns each row its rung.
 
   Args:
@@ -128,14 +126,11 @@ def begin(
     inputs: the batch.
     keys: a random key a row.
     ladder: static.
-    num_new_slots: room for decoded tokens in the caches; static.
   """
   bound = model.bind({"params": params})
   embedded = bound.embed(inputs)
   segment = Segment(0, ladder.layer, embedded[1].num_image_tokens, None)
-  sequence, (cache,), _, projections = library.run_segments(
-    bound, library.start(embedded), (segment,), embedded, keys, num_new_slots
-  )
+  sequence, (cache,), _, projections = library.run_segments(bound, library.start(embedded), (segment,), embedded, keys)
   with jax.named_scope("score"):
     scores = himap.instruction_attention(library.view(bound, ladder.layer, sequence, projections, embedded, keys))
     order = top(scores, scores.shape[1])
@@ -154,7 +149,7 @@ def begin(
   )
 
 
-def finish(model: Llava, params: PyTree, begun: Begun, schedule: Schedule, num_new_slots: int) -> Prefill:
+def finish(model: Llava, params: PyTree, begun: Begun, schedule: Schedule) -> Prefill:
   """Takes rows of one rung to the end of their prefill.
 
   Args:
@@ -162,7 +157,6 @@ def finish(model: Llava, params: PyTree, begun: Begun, schedule: Schedule, num_n
     params: its parameters.
     begun: the rows.
     schedule: the rung; static.
-    num_new_slots: as in `begin`.
   """
   bound = model.bind({"params": params})
   kept = jnp.sort(begun.order[:, : schedule.stages[0].keep], axis=1)
@@ -170,18 +164,12 @@ def finish(model: Llava, params: PyTree, begun: Begun, schedule: Schedule, num_n
     x, positions, layout = library.apply(Selection(kept), begun.x, begun.positions, begun.layout)
   segments = schedule.segments(model.config.text.num_hidden_layers, begun.layout.num_image_tokens)
   sequence, caches, kept_later, _ = library.run_segments(
-    bound, Sequence(x, positions, layout, kept), segments[1:], None, begun.keys, num_new_slots
+    bound, Sequence(x, positions, layout, kept), segments[1:], None, begun.keys
   )
-  cache = begun.cache.replace(num_slots_used=jnp.int32(begun.x.shape[1]))
-  return Prefill(library.last_logits(bound, sequence), (cache, *caches), begun.layout.length, (kept, *kept_later))
+  return Prefill(library.last_logits(bound, sequence), (begun.cache, *caches), begun.layout.length, (kept, *kept_later))
 
 
 def regroup(parts: tuple[Begun, ...], rows: Int[Array, "B"]) -> Begun:
   """Some rows of several batches, numbered through."""
 
-  def take(*leaves: Array) -> Array:
-    if leaves[0].ndim == 0:  # the same in every batch
-      return leaves[0]
-    return jnp.concatenate(leaves)[rows]
-
-  return jax.tree.map(take, *parts)
+  return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[rows], *parts)

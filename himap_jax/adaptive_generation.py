@@ -124,8 +124,7 @@ class AdaptiveGenerator:
 
   def _decode(self, number: int, prefilled: Any, seeds: Any) -> tuple[np.ndarray, np.ndarray]:
     arguments = (self._params, prefilled.logits, prefilled.caches, prefilled.next_position, seeds)
-    tokens, counts, _ = self._run(f"decode {number}", self._jitted.decode[number], *arguments)
-    return sharding.to_local_rows((tokens, counts))
+    return sharding.to_local_rows(self._run(f"decode {number}", self._jitted.decode[number], *arguments))
 
   def _place(self, tree: Any, rows: Any) -> Any:
     return sharding.from_local_rows(jax.tree.map(lambda x: np.asarray(x)[rows], tree), self._mesh)

@@ -1,6 +1,6 @@
 """A LLaMA-family decoder: layers over hidden states, once over a whole sequence or token by token over a cache.
 
-Axes: B batch, S query slots, T cache slots, N query heads, K key heads, H head dim, D model dim, V vocabulary.
+Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, D model dim, V vocabulary.
 
 It runs ranges of layers on whatever sequence it is given and knows nothing of images or of pruning.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax import rope
 from himap_jax.attention import Attend, attend_to_cache
-from himap_jax.cache import SegmentCache, write_slot
+from himap_jax.cache import NewTokens, SegmentCache, visible, write_slot
 from himap_jax.config import TextConfig
 from himap_jax.layout import take_slots
 from himap_jax.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
@@ -129,15 +129,26 @@ class DecoderLayer(nn.Module):
     self,
     x: Float[Array, "B 1 D"],
     rotation: Rotation,
-    mask: Bool[Array, "B 1 1 T"],
-    keys: Float[Array, "B K T H"],
-    values: Float[Array, "B K T H"],
+    prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
+    new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
     slot: Int[Array, ""],
-  ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K T H"], Float[Array, "B K T H"]]:
-    """Runs the layer on one new token a row, which takes a slot of the cache; returns the cache with it."""
-    new = self.self_attn.project(self.input_layernorm(x), rotation)
-    keys, values = write_slot(keys, new.key, slot), write_slot(values, new.value, slot)
-    return self._finish(x, attend_to_cache(new.query, keys, values, mask)), keys, values
+  ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K M H"], Float[Array, "B K M H"]]:
+    """Runs the layer on one new token a row.
+
+    Args:
+      x: its hidden states.
+      rotation: of its position.
+      prompt: keys, values and mask of the prompt.
+      new: those of the tokens after it.
+      slot: which of these it takes.
+
+    Returns:
+      The hidden states, and keys and values of the tokens after the prompt with it.
+    """
+    own = self.self_attn.project(self.input_layernorm(x), rotation)
+    keys, values, mask = new
+    keys, values = write_slot(keys, own.key, slot), write_slot(values, own.value, slot)
+    return self._finish(x, attend_to_cache(own.query, *prompt, keys, values, mask)), keys, values
 
   def _finish(self, x: Float[Array, "B S D"], context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
     x = x + self.self_attn.output(context)
@@ -202,32 +213,32 @@ class Decoder(nn.Module):
     tokens: Int[Array, "B 1"],
     positions: Int[Array, "B 1"],
     caches: tuple[SegmentCache, ...],
+    new: NewTokens,
     dtype: jnp.dtype,
-  ) -> tuple[Float[Array, "B 1 D"], tuple[SegmentCache, ...]]:
+  ) -> tuple[Float[Array, "B 1 D"], NewTokens]:
     """Runs every layer on one new token a row, over the caches of all segments.
 
     Args:
       tokens: the new tokens.
       positions: their rotary positions.
-      caches: one cache a segment, layers in order.
+      caches: the prompts, one cache a segment, layers in order.
+      new: the tokens after them.
       dtype: of the hidden states.
 
     Returns:
-      The hidden states before the final norm, and the caches with the new token in each.
+      The hidden states before the final norm, and the tokens after the prompts with this one.
     """
     x = self.embed_tokens(tokens).astype(dtype)
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
-    index, extended = 0, []
+    new = new.append_positions(positions)
+    new_mask, slot = visible(new.positions, positions), new.num_slots_used - 1
+    keys, values = [], []
     for cache in caches:
-      cache = cache.append_positions(positions)
-      mask = cache.visible_to(positions)
-      keys, values = [], []
-      for layer_keys, layer_values in zip(cache.keys, cache.values, strict=True):
-        x, layer_keys, layer_values = self.layers[index].extend(
-          x, rotation, mask, layer_keys, layer_values, cache.num_slots_used - 1
-        )
-        keys.append(layer_keys)
-        values.append(layer_values)
-        index += 1
-      extended.append(cache.replace(keys=tuple(keys), values=tuple(values)))
-    return x, tuple(extended)
+      mask = visible(cache.positions, positions)
+      for prompt in zip(cache.keys, cache.values, strict=True):
+        index = len(keys)
+        own = (new.keys[index], new.values[index], new_mask)
+        x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, mask), own, slot)
+        keys.append(new_keys)
+        values.append(new_values)
+    return x, new.replace(keys=tuple(keys), values=tuple(values))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from himap_jax.cache import SegmentCache
+from himap_jax import cache
+from himap_jax.cache import NewTokens, SegmentCache
 from himap_jax.llava import Llava
 from himap_jax.sampling import Sampling, choose
 
@@ -26,7 +27,7 @@ class DecodeState:
     last: `[B]` the newest token.
     finished: `[B]` whether the row has ended.
     num_tokens: `[B]` tokens of the row, the one that ended it included.
-    caches: one a segment.
+    new: keys and values of the tokens after the prompts.
   """
 
   step: Int[Array, ""]
@@ -34,7 +35,7 @@ class DecodeState:
   last: Int[Array, "B"]
   finished: Bool[Array, "B"]
   num_tokens: Int[Array, "B"]
-  caches: tuple[SegmentCache, ...]
+  new: NewTokens
 
 
 def decode(
@@ -48,14 +49,14 @@ def decode(
   max_new_tokens: int,
   sampling: Sampling,
   eos_token_ids: tuple[int, ...],
-) -> tuple[Int[Array, "B M"], Int[Array, "B"], tuple[SegmentCache, ...]]:
+) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
   """Generates from prefilled caches until every row has ended or has `max_new_tokens`.
 
   Args:
     model: the model.
     params: its parameters.
     logits: of the prompts' last tokens.
-    caches: prefilled, with room for `max_new_tokens`.
+    caches: of the prompts.
     next_position: the rotary position of each row's first new token.
     keys: a random key a row.
     max_new_tokens: M; static.
@@ -63,7 +64,7 @@ def decode(
     eos_token_ids: tokens that end a row; static.
 
   Returns:
-    The tokens, how many of each row count, and the caches, so that a caller who donates them has them updated in place.
+    The tokens, and how many of each row count.
   """
   bound = model.bind({"params": params})
 
@@ -73,7 +74,7 @@ def decode(
   def step(state: DecodeState) -> DecodeState:
     positions = (next_position + state.step - 1)[:, None]
     with jax.named_scope("decode"):
-      x, caches = bound.language_model.extend(state.last[:, None], positions, state.caches, model.dtype)
+      x, new = bound.language_model.extend(state.last[:, None], positions, caches, state.new, model.dtype)
       token = choose(sampling, bound.logits(x)[:, 0], keys, state.step)
     token = jnp.where(state.finished, 0, token)
     return DecodeState(
@@ -82,7 +83,7 @@ def decode(
       last=token,
       finished=state.finished | ended(token),
       num_tokens=state.num_tokens + (~state.finished).astype(jnp.int32),
-      caches=caches,
+      new=new,
     )
 
   first = choose(sampling, logits, keys, jnp.int32(0))
@@ -93,7 +94,7 @@ def decode(
     last=first,
     finished=ended(first),
     num_tokens=jnp.ones_like(first),
-    caches=caches,
+    new=cache.empty(caches, max(1, max_new_tokens - 1)),
   )
   state = jax.lax.while_loop(lambda s: (s.step < max_new_tokens) & ~s.finished.all(), step, state)
-  return state.tokens, state.num_tokens, state.caches
+  return state.tokens, state.num_tokens

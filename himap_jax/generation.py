@@ -103,7 +103,7 @@ class Generator:
     result = jax.block_until_ready(prefill(self._params, inputs, seeds))
     middle = time.perf_counter()
     kept, logits = sharding.to_local_rows((result.kept, result.logits))
-    tokens, num_tokens, _ = decode(self._params, result.logits, result.caches, result.next_position, seeds)
+    tokens, num_tokens = decode(self._params, result.logits, result.caches, result.next_position, seeds)
     tokens, num_tokens = sharding.to_local_rows((tokens, num_tokens))
     end = time.perf_counter()
     return Generation(

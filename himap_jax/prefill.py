@@ -56,9 +56,7 @@ class Sequence(NamedTuple):
 Embedded = tuple[Float[Array, "B S D"], Layout, TowerOutput]
 
 
-def prefill(
-  model: Llava, params: Any, inputs: Inputs, keys: Key[Array, "B"], schedule: Schedule, num_new_slots: int
-) -> Prefill:
+def prefill(model: Llava, params: Any, inputs: Inputs, keys: Key[Array, "B"], schedule: Schedule) -> Prefill:
   """Runs the prompts through the model, pruning as the schedule says.
 
   Args:
@@ -67,10 +65,9 @@ def prefill(
     inputs: the batch.
     keys: a random key a row, for methods that use chance.
     schedule: stages; static.
-    num_new_slots: room for decoded tokens in the caches; static.
   """
   embedded = model.bind({"params": params}).embed(inputs)
-  return prefill_embedded(model, params, embedded, keys, schedule, num_new_slots)
+  return prefill_embedded(model, params, embedded, keys, schedule)
 
 
 def prefill_embedded(
@@ -79,7 +76,6 @@ def prefill_embedded(
   embedded: Embedded,
   keys: Key[Array, "B"],
   schedule: Schedule,
-  num_new_slots: int,
 ) -> Prefill:
   """`prefill` of prompts that `Llava.embed` has embedded already."""
   bound = model.bind({"params": params})
@@ -89,7 +85,7 @@ def prefill_embedded(
     next_position = next_position - (sequence.layout.num_image_tokens - schedule.stages[0].keep)
   segments = schedule.segments(model.config.text.num_hidden_layers, sequence.layout.num_image_tokens)
   sequence, caches, kept, _ = run_segments(
-    bound, sequence, segments, embedded, keys, num_new_slots, frozen_layers=schedule.frozen_layers
+    bound, sequence, segments, embedded, keys, frozen_layers=schedule.frozen_layers
   )
   return Prefill(last_logits(bound, sequence), caches, next_position, kept)
 
@@ -100,7 +96,6 @@ def run_segments(
   segments: tuple[Segment, ...],
   embedded: Embedded | None,
   keys: Key[Array, "B"],
-  num_new_slots: int,
   *,
   frozen_layers: tuple[int, ...] = (),
 ) -> tuple[Sequence, tuple[cache.SegmentCache, ...], tuple[Int[Array, "B M"], ...], Projections | None]:
@@ -112,7 +107,6 @@ def run_segments(
     segments: consecutive ones of a schedule.
     embedded: the prompts before any pruning; None where no stage reads them.
     keys: a random key a row, for methods that use chance.
-    num_new_slots: room for decoded tokens in the caches; static.
     frozen_layers: layers that do not update image tokens.
 
   Returns:
@@ -134,9 +128,7 @@ def run_segments(
     sequence = sequence._replace(x=x)
     if projections:
       caches.append(
-        cache.from_prefill(
-          tuple(p.key for p in projections), tuple(p.value for p in projections), positions, num_new_slots
-        )
+        cache.from_prefill(tuple(p.key for p in projections), tuple(p.value for p in projections), positions)
       )
     if segment.stage is not None:
       sequence = prune(bound, segment.stage, sequence, projections[-1] if projections else None, embedded, keys)

@@ -27,8 +27,7 @@ class Programs(NamedTuple):
 
   Attributes:
     prefill: `(params, inputs, seeds)` to `Prefill`.
-    decode: `(params, logits, caches, next_position, seeds)` to tokens `[B, M]`, how many of each row count `[B]`, and the
-      caches, which it is given for good.
+    decode: `(params, logits, caches, next_position, seeds)` to tokens `[B, M]`, and how many of each row count `[B]`.
   """
 
   prefill: Any
@@ -63,7 +62,7 @@ def make_programs(
 
   def prefill_program(params: PyTree, inputs: Inputs, seeds: UInt[Array, "B"]) -> Prefill:
     keys, _ = _keys(seeds)
-    return prefill(model, params, inputs, keys, schedule, max_new_tokens)
+    return prefill(model, params, inputs, keys, schedule)
 
   def decode_program(
     params: PyTree,
@@ -91,9 +90,7 @@ def make_programs(
       out_shardings=Prefill(logits=rows, caches=caches, next_position=rows, kept=rows),
       compiler_options=options,
     ),
-    decode=jax.jit(
-      decode_program, out_shardings=(rows, rows, caches), donate_argnames="caches", compiler_options=options
-    ),
+    decode=jax.jit(decode_program, out_shardings=(rows, rows), compiler_options=options),
   )
 
 
@@ -131,11 +128,11 @@ def make_ladder_programs(
 
   def begin_program(params: PyTree, inputs: Inputs, seeds: UInt[Array, "B"]) -> Begun:
     keys, _ = _keys(seeds)
-    return adaptive.begin(model, params, inputs, keys, ladder, max_new_tokens)
+    return adaptive.begin(model, params, inputs, keys, ladder)
 
   def finish_program(rung: Schedule) -> Any:
     return jax.jit(
-      lambda params, begun: adaptive.finish(model, params, begun, rung, max_new_tokens),
+      lambda params, begun: adaptive.finish(model, params, begun, rung),
       out_shardings=Prefill(logits=rows, caches=(cache,) * rung.num_caches, next_position=rows, kept=rows),
       compiler_options=options,
     )

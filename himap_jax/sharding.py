@@ -133,7 +133,7 @@ def rows(mesh: Mesh) -> NamedSharding:
 def cache(config: LlavaConfig, mesh: Mesh) -> SegmentCache:
   """Of a segment's cache."""
   entries = NamedSharding(mesh, PartitionSpec(RULES["batch"], rules(config, mesh)["key_heads"]))
-  return SegmentCache(keys=entries, values=entries, positions=rows(mesh), num_slots_used=replicated(mesh))
+  return SegmentCache(keys=entries, values=entries, positions=rows(mesh))
 
 
 def heads(mesh: Mesh, num_heads: int, num_key_heads: int) -> PartitionSpec:

@@ -57,10 +57,13 @@ def test_is_torch_s(attend, shape, masked):
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["one query head a key head", "three"])
-def test_over_a_cache_is_torch_s(heads):
+@pytest.mark.parametrize("num_new", [1, 9])
+def test_over_a_cache_is_torch_s(heads, num_new):
   query, key, value = draw((1, 70, *heads))
   mask = random_mask(1, 70)
-  actual = jax.jit(attention.attend_to_cache)(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
+  prompt = (key[:, :-num_new].swapaxes(1, 2), value[:, :-num_new].transpose(0, 2, 3, 1), mask[..., :-num_new])
+  new = (key[:, -num_new:].swapaxes(1, 2), value[:, -num_new:].swapaxes(1, 2), mask[..., -num_new:])
+  actual = jax.jit(attention.attend_to_cache)(query, *prompt, *new)
   np.testing.assert_allclose(actual, by_torch(query, key, value, mask), atol=5e-5, rtol=0)
 
 

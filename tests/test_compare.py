@@ -120,7 +120,7 @@ def test_methods_take_the_extreme_counts(loaded, method):
     schedule = schedule_for_budget(method, budget, num_layers=NUM_LAYERS, num_image_tokens=N)
     result = jax.eval_shape(
       lambda params, inputs, keys, schedule=schedule: prefill(
-        Llava(model.config, np.float32), params, inputs, keys, schedule, 2
+        Llava(model.config, np.float32), params, inputs, keys, schedule
       ),
       model.params,
       shapes,

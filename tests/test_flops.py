@@ -161,7 +161,7 @@ def test_prefill_is_what_xla_counts(method):
     pixel_values=jax.ShapeDtypeStruct((1, 3, 336, 336), jnp.float32),
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-  program = jax.jit(lambda *arguments: prefill(model, *arguments, schedule, 1))
+  program = jax.jit(lambda *arguments: prefill(model, *arguments, schedule))
   counted = program.lower(abstract_params(SHALLOW, jnp.bfloat16), inputs, keys).cost_analysis()["flops"] / 2
   costs = flops.costs(SHALLOW, schedule, N, num_text_tokens)
   assert costs.prefill == pytest.approx(counted, rel=0.005)

@@ -155,7 +155,7 @@ def test_rows_are_their_own(method, checkpoints, loaded, rows):
   model, keys = loaded(NAME), jax.random.split(jax.random.key(3), len(rows))
   schedule = schedule_of(checkpoints(NAME), method)
   program = jax.jit(
-    lambda params, inputs, keys: prefill(Llava(model.config, jnp.float32), params, inputs, keys, schedule, 1)
+    lambda params, inputs, keys: prefill(Llava(model.config, jnp.float32), params, inputs, keys, schedule)
   )
 
   def run(rows, keys, padding):

@@ -74,7 +74,7 @@ class Ours:
     )
     self._prefill = functools.partial(
       jax.jit(
-        lambda params, embedded, keys: prefill_embedded(model, params, embedded, keys, schedule, self._num_new_tokens),
+        lambda params, embedded, keys: prefill_embedded(model, params, embedded, keys, schedule),
         compiler_options=compiler_options(self._params),
       ),
       self._params,

@@ -33,7 +33,9 @@ def _serve(connection: Connection, name: str, geometry: dict[str, Any], weights:
   call, arguments = make, ()
   while True:
     try:
-      connection.send(("result", call(*arguments)))
+      result = call(*arguments)
+      side.give_memory_back()
+      connection.send(("result", result))
     except NotImplementedError as error:
       connection.send(("cannot", str(error)))
     except Exception as error:  # the parent decides what becomes of it

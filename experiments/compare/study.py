@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoints_convert.marker import read_marker
-from experiments import question_sets
+from experiments import question_sets, tabular
 from experiments.compare import examples, plots, report, strips, tables
 from experiments.compare.grid import Cell, make_cells
 from experiments.compare.runner import Runner

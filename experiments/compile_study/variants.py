@@ -55,7 +55,7 @@ def gather(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
   """The library's own."""
 
   def run(params: PyTree, inputs: Inputs) -> Any:
-    result = library.prefill(model, params, inputs, _keys(inputs), schedule, 0)
+    result = library.prefill(model, params, inputs, _keys(inputs), schedule)
     return result.logits, result.caches
 
   program = recorder.jit(run)

@@ -19,7 +19,7 @@ from absl import app, flags
 from experiments import tabular
 from experiments.disruption import plots, study, tables
 from experiments.disruption.interventions import BLOCKS, CHOSEN, HOW, Intervention
-from experiments.flow import subject
+from experiments.flow import subject_flags
 from himap_jax import command
 
 _HOW = flags.DEFINE_list("how", list(HOW), "; ".join(f"{name}: {meaning}" for name, meaning in HOW.items()))
@@ -42,7 +42,7 @@ def run() -> int:
   workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
   for directory in (workdir, output):
     directory.mkdir(parents=True, exist_ok=True)
-  studied = subject.from_flags(workdir)
+  studied = subject_flags.read(workdir)
   layers = command.numbers(_LAYERS, int) or tuple(range(studied.num_layers))
   if not all(0 <= layer < studied.num_layers for layer in layers):
     raise ValueError(f"--layers: the model has layers 0 to {studied.num_layers - 1}")

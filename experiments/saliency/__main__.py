@@ -18,7 +18,7 @@ import textwrap
 from absl import app, flags
 
 from experiments import tabular
-from experiments.flow import subject
+from experiments.flow import subject_flags
 from experiments.saliency import plots, study, tables
 from himap_jax import command
 
@@ -40,7 +40,7 @@ def run() -> int:
   workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
   for directory in (workdir, output):
     directory.mkdir(parents=True, exist_ok=True)
-  studied = subject.from_flags(workdir)
+  studied = subject_flags.read(workdir)
   num_layers = studied.num_layers
   layers = command.numbers(_MAP_LAYERS, int) or tuple(dict.fromkeys(num_layers * step // 8 for step in range(8)))
   if not all(0 <= layer < num_layers for layer in layers):

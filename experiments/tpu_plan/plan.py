@@ -129,7 +129,7 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   )
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   # With attention that XLA counts: the kernels of TPU and CPU skip what causality hides, and Pallas is not counted.
-  program = jax.jit(functools.partial(prefill, Llava(config, jnp.bfloat16), schedule=schedule, num_new_slots=1))
+  program = jax.jit(functools.partial(prefill, Llava(config, jnp.bfloat16), schedule=schedule))
   counted = program.lower(abstract_params(config, jnp.bfloat16), inputs, keys).cost_analysis()["flops"] / 2
   return int(counted), flops.costs(config, schedule, planned.num_image_tokens(config), cell.num_text_slots).prefill
 

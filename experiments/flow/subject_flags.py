@@ -1,0 +1,56 @@
+"""The flags that name what an analysis looks at, the same for every analysis."""
+
+import pathlib
+
+from absl import flags
+
+from checkpoints_convert.marker import read_marker
+from experiments import question_sets
+from experiments.flow.subject import Subject
+from himap_jax import attention, checkpoint, command, sharding
+from himap_jax.llava import Llava
+from himap_jax.processing import Processor
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
+_QUESTION_SET = flags.DEFINE_string(
+  "question_set", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file, as in experiments.compare."
+)
+_NUM_QUESTIONS = flags.DEFINE_integer("num_questions", 50, "Drawn from it, each type in proportion.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draw, and of all chance after it.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Questions per batch.", lower_bound=1)
+_PROMPT_BUCKETS = flags.DEFINE_list("prompt_buckets", ["64", "128", "256"], "As in himap_jax.run.")
+_PROMPT_TEMPLATE = flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
+_COMPILATION_CACHE_DIR = flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
+
+
+def read(workdir: pathlib.Path) -> Subject:
+  """What the flags name.
+
+  Args:
+    workdir: where a question set that has to be made is written.
+
+  Raises:
+    ValueError: there is no such checkpoint or question set, or a flag is malformed.
+  """
+  command.use_compilation_cache(command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value))
+  questions = question_sets.load(
+    _QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=_SEED.value, workdir=workdir
+  )
+  loaded = checkpoint.load(_CHECKPOINT.value, dtype=command.DTYPES[_DTYPE.value])
+  processor = Processor(
+    loaded.processor, loaded.config, template=_PROMPT_TEMPLATE.value, buckets=command.numbers(_PROMPT_BUCKETS, int)
+  )
+  flags_of_results = (
+    _CHECKPOINT, _DTYPE, _QUESTION_SET, _NUM_QUESTIONS, _SEED, _BATCH_SIZE, _PROMPT_BUCKETS, _PROMPT_TEMPLATE
+  )  # fmt: skip
+  settings = {flag.name: flag.value for flag in flags_of_results}
+  return Subject(
+    loaded=loaded,
+    model=Llava(loaded.config, loaded.dtype, attention.for_mesh(sharding.make_mesh())),
+    processor=processor,
+    questions=questions,
+    batch_size=_BATCH_SIZE.value,
+    seed=_SEED.value,
+    settings=settings | {"fingerprint": read_marker(loaded.directory)["fingerprint"]},
+  )
