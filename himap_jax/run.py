@@ -21,7 +21,7 @@ import jax
 from absl import app, flags, logging
 
 from checkpoints_convert.source import write_json
-from himap_jax import adaptive, checkpoint, command, hosts, inference, methods, report, sharding, shards
+from himap_jax import adaptive, checkpoint, command, hosts, inference, methods, report, run_config, sharding, shards
 from himap_jax.adaptive import Ladder
 from himap_jax.adaptive_generation import AdaptiveGenerator
 from himap_jax.generation import Generator
@@ -31,6 +31,8 @@ from himap_jax.processing import Processor
 from himap_jax.prompts import Prompt, RowError, read_prompts
 from himap_jax.run_config import RunConfig, config_from_flags, join_processes
 from himap_jax.schedule import Schedule
+
+flags.adopt_module_key_flags(run_config)  # for --help
 
 
 def _make_directory(flag: str, directory: pathlib.Path) -> None:

@@ -1,5 +1,6 @@
 """Disruptions against transformers' layers with the same pairs taken out, and what controls and means must satisfy."""
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -36,14 +37,13 @@ def subject(request, checkpoints, loaded, images):
   embedded = llava.bind({"params": model.params}).embed(inputs)
   hidden = jax.jit(lambda params: interventions.hidden_states(llava, params, embedded))(model.params)
 
+  @functools.partial(jax.jit, static_argnames="intervention")
+  def run(params, active, means, keys, *, intervention):
+    return interventions.disrupted_logits(llava, params, embedded, hidden, active, intervention, means, keys)
+
   def logits(intervention, active, means=None, seed=0):
     keys = jax.random.split(jax.random.key(seed), 2)
-    run = jax.jit(
-      lambda params, active: interventions.disrupted_logits(
-        llava, params, embedded, hidden, active, intervention, means, keys
-      )
-    )
-    return np.asarray(run(model.params, jnp.asarray(active)))
+    return np.asarray(run(model.params, jnp.asarray(active), means, keys, intervention=intervention))
 
   class Subject:
     pass
@@ -192,7 +192,7 @@ def test_the_command(name, checkpoints, images, tmp_path):
     sys.executable, "-m", f"experiments.{name}", f"--checkpoint={checkpoints('clip_mha').directory}",
     f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
     "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", "--compilation_cache_dir=",
-    "--layers_at_a_time=4" if name == "saliency" else "--layers=1,4",
+    *(["--layers_at_a_time=6"] if name == "saliency" else ["--layers=1,4", "--how=mask", "--chosen=block"]),
   ]  # fmt: skip
   first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert first.returncode == 0, first.stderr

@@ -1,33 +1,33 @@
 """The evaluation runs the same command as everyone, and counts what it answers."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
-import pytest
-from absl import flags
-from absl.testing import flagsaver
+import himap_jax
+from himap_jax.images import load_image
 
-from experiments import evaluate_demo
-from experiments.question_sets import Question
+ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture
-def answered(tmp_path, loaded, images):
-  """Returns `answered(questions)`: which of them the model answers right; its own answers are in `none.jsonl`."""
+def test_right_and_wrong(loaded, images, tmp_path):
   images[0].save(tmp_path / "0.png")
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-
-  def run(answers):
-    questions = [Question(name, tmp_path / "0.png", "Why?", answer, "why", "") for name, answer in answers.items()]
-    given = {"checkpoint": str(loaded("clip_mha").directory), "dtype": "float32", "compilation_cache_dir": ""}
-    with flagsaver.flagsaver(**given):
-      return evaluate_demo.method_right("none", questions, tmp_path)
-
-  return run
-
-
-def test_right_and_wrong(answered, tmp_path):
-  assert answered({"a": "no such answer", "b": "nor this"}) == {"a": False, "b": False}
-  rows = map(json.loads, (tmp_path / "none.jsonl").read_text().splitlines())
-  given = {row["id"]: row["answer"] for row in rows}
-  assert answered({"a": given["a"], "b": "nor this"}) == {"a": True, "b": False}
+  (answer,) = himap_jax.generate(loaded("clip_mha"), [load_image(tmp_path / "0.png")], ["Why?"], max_new_tokens=4)
+  answers = {"a": answer.text, "b": f"not {answer.text}", "c": answer.text.upper()}
+  rows = [
+    {"id": name, "image": "0.png", "question": "Why?", "answer": text, "type": "why", "guess": ""}
+    for name, text in answers.items()
+  ]
+  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  arguments = [
+    f"--question_set={tmp_path / 'questions.jsonl'}", f"--checkpoint={loaded('clip_mha').directory}", "--dtype=float32",
+    "--methods=none", f"--workdir={tmp_path / 'work'}", "--compilation_cache_dir=",
+  ]  # fmt: skip
+  command = [sys.executable, "-m", "experiments.evaluate_demo", *arguments]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  row = next(line for line in done.stdout.splitlines() if "none" in line and "%" in line)
+  assert "66.67%" in row
+  output = map(json.loads, (tmp_path / "work" / "none.jsonl").read_text().splitlines())
+  assert {row["answer"] for row in output} == {answer.text}

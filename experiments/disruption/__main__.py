@@ -22,6 +22,7 @@ from experiments.disruption.interventions import BLOCKS, CHOSEN, HOW, Interventi
 from experiments.flow import subject_flags
 from himap_jax import command
 
+flags.adopt_module_key_flags(subject_flags)  # for --help
 _HOW = flags.DEFINE_list("how", list(HOW), "; ".join(f"{name}: {meaning}" for name, meaning in HOW.items()))
 _CHOSEN = flags.DEFINE_list("chosen", list(CHOSEN), "; ".join(f"{name}: {meaning}" for name, meaning in CHOSEN.items()))
 _LAYERS = flags.DEFINE_list("layers", None, "Which to disrupt; every one by default.")

@@ -22,6 +22,7 @@ from experiments.flow import subject_flags
 from experiments.saliency import plots, study, tables
 from himap_jax import command
 
+flags.adopt_module_key_flags(subject_flags)  # for --help
 _LAYERS_AT_A_TIME = flags.DEFINE_integer(
   "layers_at_a_time", 10, "Whose saliency is held at once; each takes 4 bytes × rows × slots².", lower_bound=1
 )
