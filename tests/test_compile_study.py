@@ -1,4 +1,6 @@
-"""The variants of a prefill that the study of static shapes compares are the same prefill."""
+"""The study of static shapes: its variants are the same prefill, its workload is all there, its figures are what was measured."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -6,11 +8,13 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import variants
+from experiments.compile_study import measure, plots, reports, study, tables, variants, workload
+from experiments.compile_study.measure import Measurement, Setting
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
 from himap_jax.llava import Inputs, Llava
 from himap_jax.methods import build_schedule
+from himap_jax.processing import Processor
 
 PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 SAME = [name for name in VARIANTS if name not in ("dynamic", "exact_length")]
@@ -70,3 +74,77 @@ def test_compiles_from_shapes_alone(name, loaded):
   logits = VARIANTS[name].build(recorder, Llava(model.config, jnp.float32), schedule)(params, inputs)
   assert (logits.shape, logits.dtype) == ((2, 272), jnp.float32)
   assert recorder.num_instructions > 100
+
+
+@pytest.mark.parametrize("is_bucketed", [True, False])
+def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
+  monkeypatch.setattr(workload, "MOST_QUESTIONS", 6)  # the tiny model's context is short
+  model = loaded("clip_mha")
+  processor = Processor(model.processor, model.config, template="<image>{question}", buckets=(64, 128, 256))
+  examples = workload.make_examples(processor, 40, seed=3)
+  lengths = [example.num_text_tokens for example in examples]
+  assert min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)
+  assert lengths == [e.num_text_tokens for e in workload.make_examples(processor, 40, seed=3)]
+  batches = workload.make_batches(processor, examples, 3, is_bucketed=is_bucketed)
+  found = []
+  for batch in batches:
+    slots = batch.tokens.shape[1] - 16
+    own = [int(length) - 16 for length in batch.length]
+    assert batch.tokens.shape[0] == 3
+    if is_bucketed:
+      assert slots in processor.buckets and all(processor.bucket(examples[lengths.index(n)]) == slots for n in own)
+    else:
+      assert slots == max(own)
+    found += own
+  assert set(found) == set(lengths) and len(found) >= 40
+  if not is_bucketed:
+    assert found[:39] == lengths[:39]
+
+
+def measurement(**fields):
+  common = dict(num_programs=2, compile_seconds=10.0, num_instructions=5, temporaries=3 << 20, num_tokens=900)
+  return Measurement(**common | dict(step_seconds=1.0, mix_seconds=9.0, num_slots=1000) | fields)
+
+
+def test_rows_are_medians_and_ratios_within_turns(tmp_path):
+  results = study.Results(
+    cold={"gather": measurement(), "mask": measurement(num_programs=1)},
+    turns={
+      "gather": [measurement(compile_seconds=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))],
+      "mask": [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))],
+    },
+    reports={"gather": reports.Report(1, 30.0, 7, 5 << 20, "2 all-reduce 1.0 MiB", "none")},
+  )
+  gather, mask = tables.make_rows(results)
+  assert (gather["programs"], gather["compile_cold"], gather["compile_cached"]) == (2, 10.0, 2.0)
+  assert gather["step"] == 1.0 and mask["step"] == 2.0  # of 2, 1, 1 and of 1, 2, 3
+  assert gather["padding"] == pytest.approx(0.1) and gather["temporaries"] == 3
+  assert gather["tokens_per_second"] == 100 and mask["tokens_per_second"] == pytest.approx(900 / 19)
+  assert gather["tokens_per_second_cold"] == pytest.approx(900 / 19)
+  assert gather["tokens_per_second_cached"] == pytest.approx(900 / 11)
+  assert gather["tpu_temporaries"] == 5 and "tpu_programs" not in mask
+  tables.write(tmp_path, [gather, mask], "heading", "TPU")
+  text = (tmp_path / "compile_study.md").read_text()
+  assert "| gather | 1 | 30.0 | 7 | 5 | 2 all-reduce 1.0 MiB | none |" in text
+  for draw in (plots.plot_seconds, plots.plot_break_even):
+    draw(tmp_path / f"{draw.__name__}.png", [gather, mask])
+    assert (tmp_path / f"{draw.__name__}.png").stat().st_size > 5000
+
+
+def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
+  setting = Setting(str(loaded("clip_mha").directory), "float32", 3, 2, (128,), 0, (2, 4), (8, 3))
+  first = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
+  assert first.cold["gather"].num_programs == first.turns["gather"][0].num_programs >= 1
+  assert first.cold["gather"].num_instructions == first.turns["gather"][0].num_instructions
+  assert any((tmp_path / "compiled" / "gather").iterdir())
+  (tmp_path / "gather-1.json").unlink()
+  asked = []
+
+  def instead(variant, given, cache):
+    asked.append((variant, given, cache.name))
+    return dataclasses.replace(first.cold["gather"], step_seconds=7.0)
+
+  monkeypatch.setattr(measure, "in_own_process", instead)
+  again = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
+  assert asked == [("gather", setting, "gather")] and again.cold == first.cold
+  assert again.turns["gather"][0].step_seconds == 7.0

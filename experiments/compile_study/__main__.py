@@ -29,6 +29,8 @@ _NUM_PROMPTS = flags.DEFINE_integer("num_prompts", 48, "In the workload.", lower
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 4, "Prompts per batch.", lower_bound=1)
 _PROMPT_BUCKETS = flags.DEFINE_list("prompt_buckets", ["64", "128", "256", "512"], "As in himap_jax.run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the lengths of prompts.")
+_PRUNE_LAYERS = flags.DEFINE_list("prune_layers", None, "Of HiMAP, as in himap_jax.run.")
+_KEEP = flags.DEFINE_list("keep", None, "Of HiMAP, as in himap_jax.run.")
 _TURNS = flags.DEFINE_integer("turns", 3, "Measurements of every variant after the first.", lower_bound=1)
 _TOPOLOGY = flags.DEFINE_string("topology", "", "A TPU slice to compile for, as v5e:2x4; none when empty.")
 _TENSOR = flags.DEFINE_integer("tensor", 4, "Its devices that share the heads.", lower_bound=1)
@@ -56,6 +58,8 @@ def run() -> int:
     _BATCH_SIZE.value,
     command.numbers(_PROMPT_BUCKETS, int),
     _SEED.value,
+    command.numbers(_PRUNE_LAYERS, int),
+    command.numbers(_KEEP, command.keep_count),
   )
   place = None
   if _TOPOLOGY.value:

@@ -32,6 +32,8 @@ class Setting:
     batch_size: rows of a batch.
     buckets: padded text lengths.
     seed: of the workload.
+    prune_layers: HiMAP's layers; its own when None.
+    keep: what it keeps; its own when None.
   """
 
   checkpoint: str
@@ -40,6 +42,8 @@ class Setting:
   batch_size: int
   buckets: tuple[int, ...]
   seed: int
+  prune_layers: tuple[int, ...] | None = None
+  keep: tuple[int | float, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +90,8 @@ def measure(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurem
     num_layers=config.text.num_hidden_layers,
     num_image_tokens=processor.num_image_tokens,
     has_class_token=config.vision.has_class_token,
+    prune_layers=setting.prune_layers,
+    keep=setting.keep,
   )
   examples = workload.make_examples(processor, setting.num_prompts, seed=setting.seed)
   batches = workload.make_batches(processor, examples, setting.batch_size, is_bucketed=VARIANTS[variant].is_bucketed)
