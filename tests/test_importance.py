@@ -1,0 +1,106 @@
+"""Manipulated scores and contents: what is kept, and whose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+from experiments.importance import manipulations, study, tables
+from experiments.importance.study import Pair
+from experiments.question_sets import Question
+from himap_jax.llava import Inputs, Llava
+from himap_jax.methods import build_schedule
+from himap_jax.prefill import prefill
+
+N, KEEP = 16, (6, 3)
+PROMPTS = ("<s>USER: <image>\nWhat is it? ASSISTANT:", "<s>USER: <image>\nWhat is it? ASSISTANT:")
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints, loaded, images):
+  """Returns `run(schedule, images)`: the prefill of a pair."""
+  tiny, model = checkpoints("clip_mha"), loaded("clip_mha")
+
+  def call(schedule, pictures=(0, 1)):
+    rows = [tiny.encode(images[index], prompt) for index, prompt in zip(pictures, PROMPTS, strict=True)]
+    inputs = Inputs(**jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, 72)))
+    keys = jax.random.split(jax.random.key(1), 2)
+    return jax.jit(lambda params: prefill(Llava(model.config, jnp.float32), params, inputs, keys, schedule))(
+      model.params
+    )
+
+  return call
+
+
+@pytest.fixture(scope="module")
+def own():
+  return build_schedule("himap", num_layers=6, num_image_tokens=N, prune_layers=(2, 4), keep=KEEP)
+
+
+def test_own_scores_are_himap_s(run, own):
+  result, expected = run(manipulations.with_scores(own, "own")), run(own)
+  np.testing.assert_array_equal(result.kept[0], expected.kept[0])
+  np.testing.assert_array_equal(result.kept[1], expected.kept[1])
+  np.testing.assert_allclose(result.logits, expected.logits, atol=1e-5)
+
+
+def test_manipulated_scores(run, own):
+  first = np.asarray(run(own).kept[0])
+  np.testing.assert_array_equal(run(manipulations.with_scores(own, "partner's")).kept[0], first[::-1])
+  wide = build_schedule("himap", num_layers=6, num_image_tokens=N, prune_layers=(2, 4), keep=(N - KEEP[0], 3))
+  rest = np.asarray(run(manipulations.with_scores(wide, "reversed")).kept[0])
+  for row in range(2):
+    assert sorted([*first[row], *rest[row]]) == list(range(N))
+  shuffled = np.asarray(run(manipulations.with_scores(own, "shuffled")).kept[0])
+  assert (shuffled != first).any() and all(len(set(row)) == KEEP[0] for row in shuffled.tolist())
+
+
+@pytest.mark.parametrize("chosen_by_partner", [True, False])
+def test_a_partner_like_oneself_changes_nothing(run, own, chosen_by_partner):
+  schedule = manipulations.with_partner_s_contents(own, chosen_by_partner=chosen_by_partner)
+  np.testing.assert_allclose(run(schedule, (2, 2)).logits, run(own, (2, 2)).logits, atol=1e-5)
+  result, expected = run(schedule), run(own)
+  first = np.asarray(expected.kept[0])
+  np.testing.assert_array_equal(result.kept[0], first[::-1] if chosen_by_partner else first)
+  assert np.abs(result.logits - expected.logits).max() > 1e-2
+
+
+def question(name, text, answer, image):
+  return Question(name, image, text, answer, "kind", "")
+
+
+def test_pairs():
+  questions = [
+    question("a", "one?", "x", "1.png"), question("b", "one?", "y", "2.png"), question("c", "one?", "x", "3.png"),
+    question("d", "two?", "x", "1.png"), question("e", "two?", "x", "2.png"), question("f", "three?", "x", "1.png"),
+    question("g", "three?", "y", "1.png"), question("h", "four?", "x", "1.png"), question("i", "four?", "z", "4.png"),
+  ]  # fmt: skip
+  pairs = study.make_pairs(questions, 10, seed=0)
+  texts = [pair.questions[0].question for pair in pairs]
+  assert texts == ["one?", "four?"]
+  for pair in pairs:
+    one, other = pair.questions
+    assert one.question == other.question and one.answer != other.answer and one.image != other.image
+  assert len(study.make_pairs(questions, 1, seed=0)) == 1
+
+
+def test_the_middle_is_swapped():
+  first, second = np.zeros((3, 8, 12)), np.ones((3, 8, 12))
+  mixed = study.swapped(first, second)
+  expected = np.zeros((8, 12))
+  expected[2:6, 3:9] = 1
+  np.testing.assert_array_equal(mixed, np.stack([expected] * 3))
+  assert not first.any()
+
+
+def test_whose_answers():
+  pairs = [Pair((question("a", "?", "cat", "1"), question("b", "?", "dog", "2")))] * 2
+  answers = {
+    "no pruning": [("cat", "dog"), ("cat", "cow")],
+    "partner's": [("dog", "cat"), ("cow", "dog")],
+  }
+  plain, swapped = tables.rows(pairs, answers, seed=0)
+  assert plain["right"] == 0.75 and plain["as the row's own picture unpruned"] == 1
+  assert swapped["right"] == 0.25 and swapped["as the partner's picture unpruned"] == 0.75
+  assert swapped["as the row's own picture unpruned"] == 0
