@@ -46,20 +46,24 @@ def _normal(answer: str) -> str:
   return answer.strip().lower().removesuffix(".").strip()
 
 
-def load(name: str, *, num_questions: int | None, seed: int, workdir: pathlib.Path) -> list[Question]:
+def load(
+  name: str, *, num_questions: int | None, seed: int, workdir: pathlib.Path, needs_answers: bool = True
+) -> list[Question]:
   """Loads a question set, or as many of its questions, each type in proportion.
 
   Args:
     name: a name in `SETS`, or a JSONL file of `{"id", "image", "question", "answer", "type"}` a line, images relative to
-      it; a row without `guess` is guessed as `guess_from_other_half` does.
+      it; a row without `guess` is guessed as `guess_from_other_half` does. Where answers are not needed, rows may lack them
+      and the type.
     num_questions: how many to draw; all when None.
     seed: of the draw.
     workdir: where a set that has to be made is written.
+    needs_answers: whether a row of a file without an answer is an error.
 
   Raises:
     ValueError: there is no such set, or it cannot be read.
   """
-  questions = SETS[name](workdir) if name in SETS else _read(name)
+  questions = SETS[name](workdir) if name in SETS else _read(name, needs_answers=needs_answers)
   return questions if num_questions is None else draw(questions, num_questions, seed=seed)
 
 
@@ -123,10 +127,11 @@ def _scenes(workdir: pathlib.Path) -> list[Question]:
   path = workdir / "scenes" / "questions.jsonl"
   if not path.exists():
     scenes.write(path.parent, "test", NUM_SCENES)
-  return _read(str(path))
+  return _read(str(path), needs_answers=True)
 
 
-def _read(name: str) -> list[Question]:
+def _read(name: str, *, needs_answers: bool) -> list[Question]:
+  absent = {} if needs_answers else {"answer": "", "type": "question"}
   path = pathlib.Path(name)
   try:
     lines = path.read_text(encoding="utf-8").splitlines()
@@ -136,7 +141,7 @@ def _read(name: str) -> list[Question]:
   rows = []
   for number, line in enumerate(lines, start=1):
     try:
-      row = json.loads(line)
+      row = absent | json.loads(line)
       rows.append({field: str(row[field]) for field in ("id", "image", "question", "answer", "type")})
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{path}: line {number} is not a question with its answer ({error})") from error

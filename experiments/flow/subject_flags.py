@@ -24,18 +24,23 @@ _PROMPT_TEMPLATE = flags.DEFINE_string("prompt_template", "chat", "As in himap_j
 _COMPILATION_CACHE_DIR = flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
 
 
-def read(workdir: pathlib.Path) -> Subject:
+def read(workdir: pathlib.Path, *, needs_answers: bool = False) -> Subject:
   """What the flags name.
 
   Args:
     workdir: where a question set that has to be made is written.
+    needs_answers: whether the questions' true answers are used.
 
   Raises:
     ValueError: there is no such checkpoint or question set, or a flag is malformed.
   """
   command.use_compilation_cache(command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value))
   questions = question_sets.load(
-    _QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=_SEED.value, workdir=workdir
+    _QUESTION_SET.value,
+    num_questions=_NUM_QUESTIONS.value,
+    seed=_SEED.value,
+    workdir=workdir,
+    needs_answers=needs_answers,
   )
   loaded = checkpoint.load(_CHECKPOINT.value, dtype=command.DTYPES[_DTYPE.value])
   processor = Processor(

@@ -41,7 +41,7 @@ def run() -> int:
   workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
   for directory in (workdir, output):
     directory.mkdir(parents=True, exist_ok=True)
-  studied = subject_flags.read(workdir)
+  studied = subject_flags.read(workdir, needs_answers=True)
   config = studied.loaded.config
   schedule = build_schedule(
     "himap",

@@ -1,0 +1,188 @@
+"""Tries the proposals, and compares the best on questions that it has not seen."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments import statistics, tabular
+from experiments.calibrate import measure
+from experiments.calibrate.propose import Measured, Proposal, candidates, finished, propose
+from experiments.flow.subject import Subject
+from experiments.question_sets import Question
+from himap_jax import flops
+from himap_jax.methods import build_schedule
+from himap_jax.schedule import Schedule
+
+PAPER = ((2, 8), (0.5, 0.125))
+GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second ones in shares of the depth
+GRID_KEEPS = 2  # first keep counts for each pair of layers
+FINISHED = 0.1  # of a flow, that may be left when it is said to have finished
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+  """A schedule that was run.
+
+  Attributes:
+    name: what it is.
+    layers: K1 and K2.
+    keep: image tokens after each stage.
+    price: FLOPs on image tokens in units of no pruning.
+    agreement: the share of answers that are those without pruning, with its 95% interval.
+    proposal: what was expected of it; None of a schedule that was not proposed.
+  """
+
+  name: str
+  layers: tuple[int, int]
+  keep: tuple[int, int]
+  price: float
+  agreement: tuple[float, float, float]
+  proposal: Proposal | None
+
+
+def split(questions: Sequence[Question], num_heldout: int, *, seed: int) -> tuple[list[Question], list[Question]]:
+  """The questions to calibrate on, and those to compare on."""
+  order = np.random.default_rng(seed).permutation(len(questions))
+  heldout = set(order[:num_heldout].tolist())
+  return (
+    [question for index, question in enumerate(questions) if index not in heldout],
+    [question for index, question in enumerate(questions) if index in heldout],
+  )
+
+
+def price_of(studied: Subject) -> Callable[[tuple[int, int], tuple[int, int]], float]:
+  """FLOPs on image tokens (HiMAP, Eq. 10) of layers and keep counts, in units of no pruning."""
+  text, count = studied.loaded.config.text, studied.processor.num_image_tokens
+  plain = flops.image_token_flops(text, Schedule(), count)
+  return lambda layers, keep: flops.image_token_flops(text, schedule_of(studied, layers, keep), count) / plain
+
+
+def schedule_of(studied: Subject, layers: tuple[int, int], keep: tuple[int | float, ...]) -> Schedule:
+  """HiMAP with these layers and keep counts."""
+  return build_schedule(
+    "himap",
+    num_layers=studied.num_layers,
+    num_image_tokens=studied.processor.num_image_tokens,
+    prune_layers=layers,
+    keep=keep,
+  )
+
+
+def try_proposals(
+  studied: Subject, measured: Measured, budget: float, workdir: pathlib.Path, *, count: int, max_new_tokens: int
+) -> list[Tried]:
+  """Runs the schedules that lose least on the calibration questions."""
+  proposals = propose(measured, price_of(studied), budget, count=count)
+  return _run(
+    studied,
+    [(f"proposal {number}", p.prune_layers, p.keep, p) for number, p in enumerate(proposals, start=1)],
+    workdir,
+    "calibration",
+    max_new_tokens=max_new_tokens,
+  )
+
+
+def best(tried: Sequence[Tried]) -> Tried:
+  """The one that agrees most; of equal ones the one that was proposed first."""
+  return max(tried, key=lambda one: one.agreement[0])
+
+
+def compare(
+  studied: Subject, chosen: Tried, budget: float, workdir: pathlib.Path, *, max_new_tokens: int
+) -> list[Tried]:
+  """Runs the chosen schedule, the paper's and a grid at the budget on other questions."""
+  count, price = studied.processor.num_image_tokens, price_of(studied)
+  layers, keep = PAPER[0], tuple(stage.keep for stage in schedule_of(studied, *PAPER).stages)
+  entries = [("calibrated", chosen.layers, chosen.keep, chosen.proposal), ("the paper's", layers, keep, None)]
+  second = [round(share * studied.num_layers) for share in GRID_SECOND]
+  by_layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
+  for layers, keep in candidates(studied.num_layers, count, price, budget):
+    if layers[0] in GRID_FIRST and layers[1] in second:
+      by_layers.setdefault(layers, []).append(keep)
+  for layers, keeps in by_layers.items():
+    places = np.unique(np.linspace(0, len(keeps) - 1, GRID_KEEPS).round().astype(int))
+    entries += [("grid", layers, keeps[place], None) for place in places]
+  return _run(studied, entries, workdir, "heldout", max_new_tokens=max_new_tokens)
+
+
+def _run(
+  studied: Subject,
+  entries: Sequence[tuple[str, tuple[int, int], tuple[int, int], Proposal | None]],
+  workdir: pathlib.Path,
+  part: str,
+  *,
+  max_new_tokens: int,
+) -> list[Tried]:
+  """Answers all questions with each schedule and counts how many answers stay."""
+  plain = measure.answers(studied, Schedule(), workdir / f"{part}-none.json", max_new_tokens=max_new_tokens)
+  price, tried = price_of(studied), []
+  for name, layers, keep, proposal in entries:
+    path = workdir / f"{part}-{'_'.join(map(str, (*layers, *keep)))}.json"
+    given = measure.answers(studied, schedule_of(studied, layers, keep), path, max_new_tokens=max_new_tokens)
+    same = measure.agreement(given, plain)
+    low, high = statistics.interval(statistics.resample(same[None], seed=studied.seed)[:, 0])
+    agreement = (float(same.mean()), float(low), float(high))
+    tried.append(Tried(name, layers, keep, price(layers, keep), agreement, proposal))
+  return tried
+
+
+def describe(chosen: Tried, studied: Subject, measured: Measured) -> dict[str, Any]:
+  """The content of a schedule file: what `himap_jax.run --schedule` reads, and where it comes from."""
+  return {
+    "method": "himap",
+    "prune_layers": list(chosen.layers),
+    "keep": list(chosen.keep),
+    "image_token_flops": chosen.price,
+    "expected_agreement": {"share": chosen.agreement[0], "interval": list(chosen.agreement[1:])},
+    "lost": chosen.proposal.lost,
+    "scores_covered": list(chosen.proposal.covered),
+    "image_to_instruction_flows_before_layer": finished(measured.to_instruction.sum(axis=2).mean(axis=1), FINISHED),
+    "image_to_image_matters_before_layer": finished(measured.image_weight, FINISHED),
+    "num_questions": len(measured.to_image[0]),
+    "checkpoint": studied.settings["checkpoint"],
+  }
+
+
+def write(output: pathlib.Path, tried: Sequence[Tried], compared: Sequence[Tried], heading: str) -> None:
+  """Writes `calibrate.csv` and `calibrate.md`."""
+  rows = [{"questions": "calibration"} | _row(one) for one in tried]
+  rows += [{"questions": "held out"} | _row(one) for one in compared]
+  tabular.write_csv(output / "calibrate.csv", rows)
+  lines = [heading, "", "## Tried on the calibration questions", "", *_markdown(tried)]
+  if compared:
+    order = sorted(compared, key=lambda one: one.name == "grid" and 1 - one.agreement[0])
+    lines += ["", "## Compared on held-out questions", "", *_markdown(order)]
+  (output / "calibrate.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(one: Tried) -> Row:
+  agreement, low, high = one.agreement
+  row: Row = {"schedule": one.name, "layers": "/".join(map(str, one.layers)), "keep": "/".join(map(str, one.keep))}
+  row |= {"image_token_flops": one.price, "agreement": agreement, "agreement_low": low, "agreement_high": high}
+  if one.proposal is not None:
+    row |= {"lost": one.proposal.lost, "covered": "/".join(f"{share:.3f}" for share in one.proposal.covered)}
+  return row
+
+
+def _markdown(tried: Sequence[Tried]) -> list[str]:
+  cells = []
+  for one in tried:
+    row = _row(one)
+    cells.append(
+      [
+        row["schedule"],
+        row["layers"],
+        row["keep"],
+        f"{one.price:.1%}",
+        f"{row['agreement']:.1%} ({row['agreement_low']:.1%} to {row['agreement_high']:.1%})",
+        f"{row['lost']:.1%}" if "lost" in row else "–",
+        row.get("covered", "–"),
+      ]
+    )
+  header = ("", "layers", "keeps", "FLOPs on image tokens", "answers as without pruning", "flow lost", "scores kept")
+  return tabular.markdown(header, cells)

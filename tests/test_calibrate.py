@@ -1,0 +1,112 @@
+"""Calibration: what a schedule loses, computed token by token; the best of all that the budget allows; and a run of it."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.calibrate import measure, propose, study
+from experiments.calibrate.propose import Measured
+from experiments.flow.subject import Subject
+from experiments.question_sets import Question
+from himap_jax.llava import Llava
+from himap_jax.processing import Processor
+
+L, Q, N = 5, 3, 8
+
+
+@pytest.fixture
+def measured():
+  rng = np.random.default_rng(0)
+  flows = [rng.exponential(size=(L, Q, N)) for _ in range(2)]
+  return Measured(*flows, rng.random(L), rng.random(L), *(rng.random((L, Q, N)) for _ in range(2)))
+
+
+def price(layers, keep):
+  """Token-layers in units of no pruning."""
+  return (layers[0] * N + (layers[1] - layers[0]) * keep[0] + (L - layers[1]) * keep[1]) / (L * N)
+
+
+def test_everything_that_matters_is_one(measured):
+  weights = propose.matter(measured)
+  np.testing.assert_allclose(weights.sum(axis=(0, 2)), 1)
+  share = measured.to_instruction[2, 1, 3] / measured.to_instruction[2, 1].sum() * measured.instruction_weight[2]
+  share += measured.to_image[2, 1, 3] / measured.to_image[2, 1].sum() * measured.image_weight[2]
+  assert weights[2, 1, 3] == pytest.approx(share / (measured.instruction_weight + measured.image_weight).sum())
+
+
+def lost(measured, layers, keep):
+  """Layer by layer, token by token."""
+  weights, total = propose.matter(measured), 0.0
+  for q in range(Q):
+    kept = set(range(N))
+    for layer in range(L):
+      if layer == layers[0]:
+        scores = measured.instruction_scores[layer - 1, q]
+        kept = set(sorted(kept, key=lambda n, s=scores: -s[n])[: keep[0]])
+      if layer == layers[1]:
+        scores = measured.image_scores[layer - 1, q]
+        kept = set(sorted(kept, key=lambda n, s=scores: -s[n])[: keep[1]])
+      total += sum(weights[layer, q, n] for n in range(N) if n not in kept)
+  return total / Q
+
+
+def test_the_best_of_all(measured, monkeypatch):
+  monkeypatch.setattr(propose, "LEAST", 1)
+  budget = 0.6
+  found = propose.propose(measured, price, budget, count=3)
+  firsts = sorted({round(share * N) for share in propose.SHARES})
+  by_layers = {}
+  for layers in itertools.combinations(range(1, L), 2):
+    for first in firsts:
+      affordable = [second for second in range(1, first + 1) if price(layers, (first, second)) <= budget]
+      if affordable:
+        keep = (first, affordable[-1])
+        by_layers.setdefault(layers, []).append((lost(measured, layers, keep), layers, keep))
+  expected = sorted(min(options) for options in by_layers.values())[:3]
+  np.testing.assert_allclose([p.lost for p in found], [value for value, *_ in expected])  # layers may be a matter of rounding
+  for p in found:
+    assert p.lost == pytest.approx(lost(measured, p.prune_layers, p.keep))
+    assert price(p.prune_layers, p.keep) <= budget and all(0 < share <= 1 for share in p.covered)
+  with pytest.raises(ValueError, match="raise --budget"):
+    propose.propose(measured, price, 0.1, count=1)
+
+
+def test_where_a_flow_has_finished():
+  assert propose.finished([5, 3, 1, 0.5, 0.5], 0.1) == 3
+  assert propose.finished([1, 1, 1, 1], 0.1) == 4
+
+
+def test_a_calibration(loaded, images, tmp_path):
+  model = loaded("clip_mha")
+  for number, image in enumerate(images):
+    image.save(tmp_path / f"{number}.png")
+  questions = [Question(f"q{i}", tmp_path / f"{i}.png", "Why?", "", "question", "") for i in range(4)]
+  studied = Subject(
+    loaded=model,
+    model=Llava(model.config, jnp.float32),
+    processor=Processor(model.processor, model.config, template="<image>{question}", buckets=(24,), max_new_tokens=3),
+    questions=questions,
+    batch_size=2,
+    seed=0,
+    settings={"checkpoint": "tiny"},
+  )
+  found = measure.measure(studied, tmp_path, layers_at_a_time=6, disrupted_layers=(0, 2, 5))
+  assert found.to_image.shape == found.instruction_scores.shape == (6, 4, 16)
+  assert found.image_weight[1] == pytest.approx((found.image_weight[0] + found.image_weight[2]) / 2)
+  for layer in range(6):  # a causal softmax: the image's rows give the image and the text before it one each
+    assert (found.image_scores[layer].sum(axis=1) < 16).all() and (found.instruction_scores[layer] > 0).all()
+  tried = study.try_proposals(studied, found, 0.6, tmp_path, count=2, max_new_tokens=3)
+  chosen = study.best(tried)
+  assert chosen.price <= 0.6 and chosen.agreement[0] == max(one.agreement[0] for one in tried)
+  plain, given = (json.loads(path.read_text()) for path in (
+    tmp_path / "calibration-none.json",
+    tmp_path / f"calibration-{'_'.join(map(str, (*chosen.layers, *chosen.keep)))}.json",
+  ))  # fmt: skip
+  assert chosen.agreement[0] == np.mean([plain[name] == given[name] for name in plain])
+  content = study.describe(chosen, studied, found)
+  assert content["prune_layers"] == list(chosen.layers) and content["keep"] == list(chosen.keep)
+  jax.clear_caches()
