@@ -15,7 +15,7 @@ from himap_jax.generation import Generator
 from himap_jax.llava import Inputs
 from himap_jax.methods import build_schedule
 
-NAMES = ("clip_mha", "dinov2")
+NAMES = ("dinov2",)
 LAYERS = (2, 4)
 KEEPS = ((4, 2), (8, 3), (12, 6))
 BATCH, NUM_BATCHES, SLOTS, NEW = 2, 3, 80, 5

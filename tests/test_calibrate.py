@@ -67,7 +67,9 @@ def test_the_best_of_all(measured, monkeypatch):
         keep = (first, affordable[-1])
         by_layers.setdefault(layers, []).append((lost(measured, layers, keep), layers, keep))
   expected = sorted(min(options) for options in by_layers.values())[:3]
-  np.testing.assert_allclose([p.lost for p in found], [value for value, *_ in expected])  # layers may be a matter of rounding
+  np.testing.assert_allclose(
+    [p.lost for p in found], [value for value, *_ in expected]
+  )  # layers may be a matter of rounding
   for p in found:
     assert p.lost == pytest.approx(lost(measured, p.prune_layers, p.keep))
     assert price(p.prune_layers, p.keep) <= budget and all(0 < share <= 1 for share in p.covered)

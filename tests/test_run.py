@@ -199,6 +199,25 @@ class TestAnswers:
     expected = answers_of(config, emit=emit)
     assert answers_of(config, emit=emit, batch_size=3, prompt_buckets=(100,)) == expected
 
+  def test_adaptive_rows_are_those_of_their_rung(self, config, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    emit = frozenset({"tokens", "kept"})
+    fixed = [answers_of(config, emit=emit, keep=keep) for keep in config.ladder]
+    adaptive = changed(config, emit=emit, method="himap_adaptive", keep=None, output=tmp_path / "adaptive.jsonl")
+    assert command.run(adaptive) == 0
+    rows = read(adaptive.output)
+    assert rows.keys() == fixed[0].keys()
+    rungs = []
+    for name, row in rows.items():
+      counts = tuple(map(len, row["kept"]))
+      rungs.append(config.ladder.index(counts))
+      assert row == fixed[rungs[-1]][name]
+    table = capsys.readouterr().out
+    for number, keep in enumerate(config.ladder):
+      assert f"image tokens of {rungs.count(number)} rows" in table and f"{keep[0]} from layer 2 on" in table
+    with pytest.raises(ValueError, match="begun with other settings .threshold was 0.6, now 0.7"):
+      command.run(changed(adaptive, threshold=0.7, prompts=config.prompts))
+
   def test_no_pruning(self, config):
     config = changed(config, prompt_buckets=(64,))
     rows = answers_of(config, method="none", prune_layers=None, keep=None, emit=frozenset({"kept"}))
@@ -534,6 +553,24 @@ class TestFlags:
     assert (config.emit, config.sampling) == (frozenset({"kept", "tokens"}), Sampling(0.5, 0.9))
     assert (config.compilation_cache_dir, config.resume) == ("", False)
 
+  def test_a_schedule_from_a_file(self, tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"method": "himap", "prune_layers": [3, 9], "keep": [200, 50], "lost": 0.1}))
+    with parsed(*NEEDED, f"--schedule={path}"):
+      config = config_from_flags()
+    assert (config.method, config.prune_layers, config.keep) == ("himap", (3, 9), (200, 50))
+    with (
+      parsed(*NEEDED, f"--schedule={path}", "--keep=5,3"),
+      pytest.raises(ValueError, match="takes the place of --keep"),
+    ):
+      config_from_flags()
+    path.write_text(json.dumps({"method": "himap", "keep": [200, 50]}))
+    with (
+      parsed(*NEEDED, f"--schedule={path}"),
+      pytest.raises(ValueError, match="not an object with method, prune_layers"),
+    ):
+      config_from_flags()
+
   @pytest.mark.parametrize("name, devices", [("cloud_tpu_v5e_8", 8), ("cloud_tpu_v5e_16", 16)])
   def test_flagfiles_of_slices(self, name, devices, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -553,6 +590,8 @@ class TestFlags:
       ((*NEEDED, "--emit=tokens,thoughts"), "--emit: unknown thoughts; known: tokens, kept, logits, timing"),
       ((*NEEDED, "--method=fasttv"), "unknown method 'fasttv'; known: cdpruner, dart, divprune, fastervlm,"),
       ((*NEEDED, "--method=divprune+fasttv"), "unknown method 'fasttv'"),
+      ((*NEEDED, "--method=himap_adaptive", "--keep=5,3"), "--method=himap_adaptive takes --ladder in place of --keep"),
+      ((*NEEDED, "--ladder=5/3,half"), "--ladder=5/3,half: not a list such as 144/36,288/72"),
       ((*NEEDED, "--keep=half,2"), "--keep=half,2: not a list of numbers"),
       ((*NEEDED, "--keep=1.5,2"), "--keep=1.5,2: not a list of numbers"),
       ((*NEEDED, "--prune_layers=2;8"), "not a list of numbers"),
