@@ -23,7 +23,7 @@ def test_the_largest_number_of_rows_that_fits(capacity, bend, limit):
     asked.append(rows)
     return 100 + 10 * rows + bend * (rows > 5) if rows <= capacity else None
 
-  assert plan.largest(measure, limit=limit) == capacity
+  assert plan.largest(measure, lambda: limit) == capacity
   assert len(asked) <= 24
 
 
@@ -34,8 +34,20 @@ def test_a_good_guess_takes_five_compilations():
     asked.append(rows)
     return 1000 + 7 * rows if rows <= 123 else None
 
-  assert plan.largest(measure, limit=1000 + 7 * 123) == 123
+  assert plan.largest(measure, lambda: 1000 + 7 * 123) == 123
   assert asked == [1, 2, 16, 123, 124]
+
+
+def test_the_limit_is_learned_where_something_does_not_fit():
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return 1000 + 7 * rows if rows <= 173 else None
+
+  known = lambda: 1000 + 7 * 173 if max(asked) > 173 else 1000 + 7 * 140  # noqa: E731
+  assert plan.largest(measure, known) == 173
+  assert asked[:5] == [1, 2, 16, 128, 140] and {173, 174} <= set(asked) and len(asked) < 14
 
 
 def test_few_rows_may_take_as_much_as_one():
@@ -45,7 +57,7 @@ def test_few_rows_may_take_as_much_as_one():
     asked.append(rows)
     return max(1000, 900 + 7 * rows) if rows <= 123 else None
 
-  assert plan.largest(measure, limit=900 + 7 * 123) == 123
+  assert plan.largest(measure, lambda: 900 + 7 * 123) == 123
   assert max(asked) < 1000 and len(asked) < 10
 
 

@@ -18,7 +18,13 @@ from himap_jax import flops, programs, sharding
 from himap_jax.llava import Llava, abstract_params
 from himap_jax.prefill import prefill
 
-FARTHEST = 8  # times what fits is the next guess at most
+FARTHEST, FEW = 8, 16  # the next guess is at most so many times what fits, up to so many rows
+HBM = {
+  "v4": 31.25,
+  "v5e": 15.75,
+  "v5p": 95.0,
+  "v6e": 31.25,
+}  # GiB that programs can have, until the compiler says so itself
 DTYPES = ("bfloat16", "int8")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -163,12 +169,12 @@ def fits(results: dict[str, Compiled]) -> bool:
   return all(result.memory is not None for result in results.values())
 
 
-def largest(measure: Callable[[int], int | None], *, limit: int) -> int:
+def largest(measure: Callable[[int], int | None], limit: Callable[[], int]) -> int:
   """The largest number of rows that fits, 0 where one row does not; memory is nearly affine in it.
 
   Args:
     measure: rows → bytes, or None where they do not fit.
-    limit: bytes of a device, as a first guess.
+    limit: bytes of a device, as far as is known so far.
   """
   sizes: dict[int, int] = {}
   below, above, rows, step = 0, math.inf, 1, 1
@@ -180,12 +186,14 @@ def largest(measure: Callable[[int], int | None], *, limit: int) -> int:
       below, sizes[rows] = rows, size
     if above - below <= 1:
       return below
-    # Few rows may take as much as one, so that the line between them says little.
-    rows = min(_affine(sizes, limit), FARTHEST * below) if len(sizes) > 1 else 2 * below
-    if rows <= below:  # more than the guess has fitted
-      rows, step = below + step, 2 * step
-    if rows >= above:
-      rows = (below + int(above)) // 2
+    guess = _affine(sizes, limit()) if len(sizes) > 1 else 2 * below
+    if below < guess < above:
+      rows = min(guess, (FARTHEST if below <= FEW else 2) * below)  # a few rows more may take no more memory at all
+    else:  # the answer is near the guess
+      rows = below + step if guess <= below else int(above) - step
+      step *= 4
+      if not below < rows < above:
+        rows = (below + int(above)) // 2
 
 
 def _affine(sizes: dict[int, int], limit: int) -> int:

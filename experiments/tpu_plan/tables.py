@@ -30,9 +30,14 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
     return max(result.memory.total for result in results) if plan.fits(seen[rows]) else None
 
   devices = planned.mesh_of(cell.topology, cell.tensor).devices
-  rows = plan.largest(measure, limit=14 * GIB)
+
+  def limit() -> int:
+    """What a program that did not fit said that there is."""
+    known = [result.limit for results in seen.values() for result in results.values() if result.limit]
+    return min(known, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
+
+  rows = plan.largest(measure, limit)
   counted, accounted = plan.counted_flops(cell)
-  limits = [result.limit for results in seen.values() for result in results.values() if result.limit]
   batch = rows * devices.shape[0]
   row: Row = {
     "model": cell.model,
@@ -45,7 +50,7 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
     "largest batch": batch,
     "rows per device": batch / devices.size,
     "times none": None,
-    "device GiB": min(limits) / GIB if limits else None,
+    "device GiB": limit() / GIB,
   }
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
   if plain["largest batch"]:
