@@ -5,10 +5,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from checkpoints_convert.marker import read_marker
 from experiments.question_sets import Question
+from himap_jax import attention, checkpoint, sharding
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.images import load_image
 from himap_jax.llava import Inputs, Llava
@@ -89,6 +92,50 @@ class Subject:
         yield batch(bucket)
     for bucket in list(waiting):
       yield batch(bucket)
+
+
+def make(
+  name: str,
+  questions: list[Question],
+  *,
+  dtype: Any = jnp.float32,
+  template: str = "chat",
+  buckets: tuple[int, ...] = (64, 128, 256),
+  batch_size: int = 1,
+  seed: int = 0,
+) -> Subject:
+  """Loads a checkpoint to look at with some questions.
+
+  Args:
+    name: as `checkpoint.resolve` takes it.
+    questions: what to ask.
+    dtype: of parameters and activations.
+    template: see `Processor`.
+    buckets: padded text lengths.
+    batch_size: questions per batch.
+    seed: of all chance.
+
+  Raises:
+    ValueError: there is no such checkpoint, or the settings cannot be used.
+  """
+  loaded = checkpoint.load(name, dtype=dtype)
+  return Subject(
+    loaded=loaded,
+    model=Llava(loaded.config, loaded.dtype, attention.for_mesh(sharding.make_mesh())),
+    processor=Processor(loaded.processor, loaded.config, template=template, buckets=buckets),
+    questions=questions,
+    batch_size=batch_size,
+    seed=seed,
+    settings={
+      "checkpoint": name,
+      "fingerprint": read_marker(loaded.directory)["fingerprint"],
+      "dtype": str(loaded.dtype),
+      "prompt_template": template,
+      "prompt_buckets": buckets,
+      "batch_size": batch_size,
+      "seed": seed,
+    },
+  )
 
 
 def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:

@@ -1,15 +1,14 @@
 """The flags that name what an analysis looks at, the same for every analysis."""
 
+import dataclasses
 import pathlib
 
 from absl import flags
 
-from checkpoints_convert.marker import read_marker
 from experiments import question_sets
+from experiments.flow import subject
 from experiments.flow.subject import Subject
-from himap_jax import attention, checkpoint, command, sharding
-from himap_jax.llava import Llava
-from himap_jax.processing import Processor
+from himap_jax import command
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
@@ -42,20 +41,14 @@ def read(workdir: pathlib.Path, *, needs_answers: bool = False) -> Subject:
     workdir=workdir,
     needs_answers=needs_answers,
   )
-  loaded = checkpoint.load(_CHECKPOINT.value, dtype=command.DTYPES[_DTYPE.value])
-  processor = Processor(
-    loaded.processor, loaded.config, template=_PROMPT_TEMPLATE.value, buckets=command.numbers(_PROMPT_BUCKETS, int)
-  )
-  flags_of_results = (
-    _CHECKPOINT, _DTYPE, _QUESTION_SET, _NUM_QUESTIONS, _SEED, _BATCH_SIZE, _PROMPT_BUCKETS, _PROMPT_TEMPLATE
-  )  # fmt: skip
-  settings = {flag.name: flag.value for flag in flags_of_results}
-  return Subject(
-    loaded=loaded,
-    model=Llava(loaded.config, loaded.dtype, attention.for_mesh(sharding.make_mesh())),
-    processor=processor,
-    questions=questions,
+  made = subject.make(
+    _CHECKPOINT.value,
+    questions,
+    dtype=command.DTYPES[_DTYPE.value],
+    template=_PROMPT_TEMPLATE.value,
+    buckets=command.numbers(_PROMPT_BUCKETS, int),
     batch_size=_BATCH_SIZE.value,
     seed=_SEED.value,
-    settings=settings | {"fingerprint": read_marker(loaded.directory)["fingerprint"]},
   )
+  asked = {flag.name: flag.value for flag in (_QUESTION_SET, _NUM_QUESTIONS)}
+  return dataclasses.replace(made, settings=made.settings | asked)
