@@ -27,7 +27,7 @@ PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 SLOTS, NUM_LAYERS = 72, 6
 
 
-@pytest.fixture(scope="module", params=["clip_mha", "dinov2"])
+@pytest.fixture(scope="module", params=["dinov2"])
 def subject(request, checkpoints, loaded, images):
   """A tiny model with two embedded rows, and `logits(intervention, active, means, seed)`."""
   tiny, model = checkpoints(request.param), loaded(request.param)

@@ -115,9 +115,7 @@ def expected(make_command):
   return rows
 
 
-@pytest.mark.parametrize(
-  "arguments", [("--mesh=data:8", "--batch_size=16"), ("--mesh=data:2,tensor:4", "--batch_size=3"), ("--batch_size=5",)]
-)
+@pytest.mark.parametrize("arguments", [("--mesh=data:2,tensor:4", "--batch_size=3"), ("--batch_size=5",)])
 def test_two_processes_answer_as_one(make_command, expected, arguments):
   command = make_command()
   (table, errors), rows = command.run(2, *arguments)

@@ -13,7 +13,7 @@ from himap_jax.layout import Layout
 from himap_jax.llava import Inputs, Llava
 
 PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
-NAMES = ("clip_mha", "dinov2")
+NAMES = ("dinov2",)
 
 
 @pytest.fixture(scope="module", params=NAMES)
