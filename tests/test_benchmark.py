@@ -29,7 +29,7 @@ TINY = {
   "text_config": tiny_checkpoints.LLAMA | {"num_hidden_layers": 10, "num_key_value_heads": 2},
 }
 SCENARIO = Scenario("tiny", num_instruction_tokens=9, batch_size=1, num_new_tokens=3)
-SIDES = ("none", "himap", "none/int8", "visionzip", *side.PYTORCH)
+SIDES = ("himap", "none/int8", *side.PYTORCH)
 
 
 @pytest.fixture(scope="module")
