@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import pathlib
 import shutil
@@ -15,7 +16,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from checkpoints_convert import remote
-from checkpoints_convert.marker import PARAMS
+from checkpoints_convert.marker import PARAMS, read_marker
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20
@@ -99,6 +100,28 @@ def locked(target: pathlib.Path | epath.Path) -> Iterator[None]:
   finally:
     path.unlink(missing_ok=True)
     file.close()
+
+
+def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Path:
+  """The files of a finished conversion in object storage, without its parameters, copied into a cache once.
+
+  Raises:
+    ValueError: there is no finished conversion.
+  """
+  marker = read_marker(directory)
+  if marker is None or remote.is_unfinished(directory):
+    raise ValueError(
+      f"{directory}: no converted checkpoint; write one with python -m checkpoints_convert.llava --target={directory}"
+    )
+  digest = hashlib.sha256(f"{directory} {marker['fingerprint']}".encode()).hexdigest()[:16]
+  copy = cache_dir / "remote" / f"{directory.name}-{digest}"
+  with locked(copy):
+    if not copy.exists():
+      with new_directory(copy) as (files, _):
+        for path in directory.iterdir():
+          if path.name != PARAMS:
+            (files / path.name).write_bytes(path.read_bytes())
+  return copy
 
 
 def is_still(file: IO[bytes], path: str | os.PathLike[str]) -> bool:

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from himap_jax.config import LlavaConfig, from_hf
+from himap_jax.methods import build_schedule
+from himap_jax.schedule import Schedule
+
 _CLIP_LARGE = {
   "model_type": "clip_vision_model",
   "hidden_size": 1024,
@@ -95,3 +99,23 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     rope_theta=10_000.0,
   ),
 }
+
+
+def model_of(name: str) -> LlavaConfig:
+  """A geometry's configuration."""
+  return from_hf(GEOMETRIES[name])
+
+
+def num_image_tokens(config: LlavaConfig) -> int:
+  """Of a picture of the tower's own size."""
+  return config.num_image_tokens(*[config.vision.image_size] * 2)
+
+
+def schedule_of(config: LlavaConfig, method: str) -> Schedule:
+  """A method's default schedule."""
+  return build_schedule(
+    method,
+    num_layers=config.text.num_hidden_layers,
+    num_image_tokens=num_image_tokens(config),
+    has_class_token=config.vision.has_class_token,
+  )

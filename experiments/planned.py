@@ -1,4 +1,4 @@
-"""Models at their true sizes on TPUs that are not there: meshes, configurations and parameters as shapes with shardings."""
+"""TPUs that are not there: meshes of their devices, and parameters as shapes with shardings on them."""
 
 import functools
 import os
@@ -9,12 +9,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from experiments.geometries import GEOMETRIES
 from himap_jax import sharding
-from himap_jax.config import LlavaConfig, from_hf
+from himap_jax.config import LlavaConfig
 from himap_jax.llava import abstract_params, logical_axes
-from himap_jax.methods import build_schedule
-from himap_jax.schedule import Schedule
 
 
 def without_devices() -> None:
@@ -42,26 +39,6 @@ def mesh_of(topology: str, tensor: int) -> Mesh:
   if len(devices) % tensor:
     raise ValueError(f"{topology} has {len(devices)} devices, which tensor:{tensor} does not divide")
   return sharding.make_mesh(len(devices) // tensor, tensor, devices=devices)
-
-
-def model_of(name: str) -> LlavaConfig:
-  """A geometry's configuration."""
-  return from_hf(GEOMETRIES[name])
-
-
-def num_image_tokens(config: LlavaConfig) -> int:
-  """Of a picture of the tower's own size."""
-  return config.num_image_tokens(*[config.vision.image_size] * 2)
-
-
-def schedule_of(config: LlavaConfig, method: str) -> Schedule:
-  """A method's default schedule."""
-  return build_schedule(
-    method,
-    num_layers=config.text.num_hidden_layers,
-    num_image_tokens=num_image_tokens(config),
-    has_class_token=config.vision.has_class_token,
-  )
 
 
 def params_on(mesh: Mesh, config: LlavaConfig) -> PyTree:

@@ -103,7 +103,6 @@ class Begun:
     order: `[B, N]` the image tokens by score, the highest first.
     cache: of the layers so far.
     keys: a random key a row.
-    mass: `[B, R]` the share of the scores that each rung's tokens hold.
     rung: `[B]` where each row goes.
   """
 
@@ -113,7 +112,6 @@ class Begun:
   order: Int[Array, "B N"]
   cache: SegmentCache
   keys: Key[Array, "B"]
-  mass: Float[Array, "B R"]
   rung: Int[Array, "B"]
 
 
@@ -144,7 +142,6 @@ def begin(model: Llava, params: PyTree, inputs: Inputs, keys: Key[Array, "B"], l
     order=order,
     cache=cache,
     keys=keys,
-    mass=mass,
     rung=jnp.argmax(is_enough, axis=1).astype(jnp.int32),
   )
 
@@ -171,5 +168,4 @@ def finish(model: Llava, params: PyTree, begun: Begun, schedule: Schedule) -> Pr
 
 def regroup(parts: tuple[Begun, ...], rows: Int[Array, "B"]) -> Begun:
   """Some rows of several batches, numbered through."""
-
   return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[rows], *parts)

@@ -3,7 +3,6 @@
 Axes: B rows of a batch, V vocabulary.
 """
 
-import functools
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +14,9 @@ import numpy as np
 from himap_jax import programs, sharding
 from himap_jax.adaptive import Begun, Ladder
 from himap_jax.checkpoint import LoadedModel
-from himap_jax.generation import Generation, row_seeds
+from himap_jax.generation import Generation, compiled_programs, row_seeds
 from himap_jax.llava import Inputs
 from himap_jax.sampling import Sampling
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled_programs(*settings: Any) -> dict[tuple[Any, ...], Any]:
-  """The compiled programs of the same settings by name and input shape, shared by all generators."""
-  del settings
-  return {}
 
 
 class AdaptiveGenerator:
@@ -65,7 +57,7 @@ class AdaptiveGenerator:
     self._batch_size, self._num_batches = batch_size, num_batches
     eos_token_ids = () if ignore_eos else loaded.eos_token_ids
     settings = (loaded.config, self._mesh, ladder, loaded.dtype, max_new_tokens, sampling, eos_token_ids)
-    self._compiled = _compiled_programs(jax.tree.structure(loaded.params), num_batches, *settings)
+    self._compiled = compiled_programs(jax.tree.structure(loaded.params), num_batches, *settings)
     self.num_programs = 0
     self.compile_seconds = 0.0
     self._jitted = programs.make_ladder_programs(*settings, options=programs.compiler_options(loaded.params))

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
-from checkpoints_convert import remote
+from checkpoints_convert import remote, store
 from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.source import first_line, locate
 from himap_jax import sharding
@@ -150,7 +150,7 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
   directory = resolve(name, cache_dir=cache_dir)
   params = directory / PARAMS
   if remote.is_remote(directory):
-    directory = remote.copy_files(directory, _absolute(cache_dir))
+    directory = store.copy_of_files(directory, _absolute(cache_dir))
   return OpenCheckpoint(load_config(directory), _load_processor(directory), directory, params)
 
 

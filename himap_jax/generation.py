@@ -52,8 +52,8 @@ def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
 
 
 @functools.lru_cache(maxsize=32)
-def _compiled_programs(*settings: Any) -> dict[tuple[int, ...], Programs]:
-  """The compiled programs of the same settings by input shape, shared by all generators."""
+def compiled_programs(*settings: Any) -> dict[tuple[Any, ...], Any]:
+  """The compiled programs of the same settings by name and input shape, shared by all generators."""
   del settings
   return {}
 
@@ -84,7 +84,7 @@ class Generator:
     eos_token_ids = () if ignore_eos else loaded.eos_token_ids
     types = jax.tree.structure(loaded.params)  # tells quantised weights from others
     settings = (loaded.config, self._mesh, schedule, loaded.dtype, max_new_tokens, sampling, eos_token_ids)
-    self._compiled = _compiled_programs(types, *settings)
+    self._compiled = compiled_programs(types, *settings)
     self.num_programs = 0
     self.compile_seconds = 0.0
     self._jitted = programs.make_programs(*settings, options=programs.compiler_options(loaded.params))

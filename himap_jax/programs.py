@@ -124,7 +124,7 @@ def make_ladder_programs(
   """The programs of a ladder; arguments as in `make_programs`."""
   model = Llava(config, dtype, attention.for_mesh(mesh))
   rows, cache = sharding.rows(mesh), sharding.cache(config, mesh)
-  begun = Begun(x=rows, positions=rows, layout=rows, order=rows, cache=cache, keys=rows, mass=rows, rung=rows)
+  begun = Begun(x=rows, positions=rows, layout=rows, order=rows, cache=cache, keys=rows, rung=rows)
 
   def begin_program(params: PyTree, inputs: Inputs, seeds: UInt[Array, "B"]) -> Begun:
     keys, _ = _keys(seeds)

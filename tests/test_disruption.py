@@ -35,7 +35,7 @@ def subject(request, checkpoints, loaded, images):
   inputs = Inputs(**jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, SLOTS)))
   llava = Llava(model.config, jnp.float32)
   embedded = llava.bind({"params": model.params}).embed(inputs)
-  hidden = jax.jit(lambda params: interventions.hidden_states(llava, params, embedded))(model.params)
+  hidden, _ = jax.jit(lambda params: interventions.undisturbed(llava, params, embedded))(model.params)
 
   @functools.partial(jax.jit, static_argnames="intervention")
   def run(params, active, means, keys, *, intervention):

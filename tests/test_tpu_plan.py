@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import compiler_report, planned
+from experiments import compiler_report, geometries, planned
 from experiments.tpu_plan import plan
 from himap_jax import quantization, sharding
 
@@ -101,7 +101,7 @@ def test_xla_counts_what_we_account_for(method):
 
 
 def test_int8_weights_lie_as_their_originals():
-  config, mesh = planned.model_of("demo"), sharding.make_mesh(2, 3)
+  config, mesh = geometries.model_of("demo"), sharding.make_mesh(2, 3)
   params = planned.params_on(mesh, config)
   layer = quantization.abstract_decoder(params)["language_model"]["layers_0"]
   up, down = (layer["mlp"][name]["weight"] for name in ("up_proj", "down_proj"))

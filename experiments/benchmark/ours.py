@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import geometries
 from experiments.benchmark import side
 from experiments.benchmark.scenarios import NUM_SYSTEM_TOKENS, Scenario
 from experiments.benchmark.weights import Weights
@@ -21,7 +22,6 @@ from himap_jax.config import from_hf
 from himap_jax.decoder import Projections
 from himap_jax.generation import Generator
 from himap_jax.llava import Inputs, Llava, abstract_params
-from himap_jax.methods import build_schedule
 from himap_jax.prefill import Embedded, Sequence, prefill_embedded, prune, start
 from himap_jax.programs import compiler_options
 from himap_jax.quantization import quantize_decoder
@@ -38,14 +38,8 @@ class Ours:
     self._config = from_hf(geometry)
     self._mesh = sharding.make_mesh()
     self._model = Llava(self._config, DTYPE, attention.for_mesh(self._mesh))
-    side_length = self._config.vision.image_size
-    self._num_image_tokens = self._config.num_image_tokens(side_length, side_length)
-    self._schedule = build_schedule(
-      method,
-      num_layers=self._config.text.num_hidden_layers,
-      num_image_tokens=self._num_image_tokens,
-      has_class_token=self._config.vision.has_class_token,
-    )
+    self._num_image_tokens = geometries.num_image_tokens(self._config)
+    self._schedule = geometries.schedule_of(self._config, method)
     file = Weights(weights)
     place = functools.partial(jax.device_put, device=sharding.replicated(self._mesh), may_alias=True)
     self._params = jax.tree_util.tree_map_with_path(

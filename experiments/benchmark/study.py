@@ -2,9 +2,7 @@
 
 import contextlib
 import dataclasses
-import json
 import math
-import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,11 +11,11 @@ import jax.numpy as jnp
 from jax import tree
 from tqdm import tqdm
 
+from experiments import geometries, kept
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.weights import random_file
 from experiments.benchmark.worker import CannotRun, Worker
 from experiments.geometries import GEOMETRIES
-from himap_jax.config import from_hf
 from himap_jax.llava import abstract_params
 
 
@@ -39,16 +37,12 @@ def run(
   todo = [scenario for scenario in scenarios if not result_path(workdir, scenario).exists()]
   if not todo:
     return
-  params = abstract_params(from_hf(GEOMETRIES[geometry]), jnp.bfloat16)
+  params = abstract_params(geometries.model_of(geometry), jnp.bfloat16)
   num_bytes = sum(2 * math.prod(leaf.shape) for leaf in tree.leaves(params))
   with random_file(weights_dir, num_bytes) as weights, contextlib.ExitStack() as stack:
     workers = {name: stack.enter_context(Worker(name, GEOMETRIES[geometry], weights)) for name in sides}
     for scenario in tqdm(todo, desc=geometry, unit="scenario", disable=None):
-      result = measure(scenario, workers, turns=turns)
-      path = result_path(workdir, scenario)
-      unfinished = path.with_suffix(".tmp")
-      unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-      os.replace(unfinished, path)
+      kept.json_of(result_path(workdir, scenario), lambda scenario=scenario: measure(scenario, workers, turns=turns))
 
 
 def result_path(workdir: pathlib.Path, scenario: Scenario) -> pathlib.Path:

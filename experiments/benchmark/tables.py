@@ -7,14 +7,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from experiments import tabular
+from experiments import geometries, tabular
 from experiments.benchmark.scenarios import Scenario
 from experiments.benchmark.side import FIGURES
 from experiments.benchmark.study import result_path
-from experiments.geometries import GEOMETRIES
 from himap_jax import flops
-from himap_jax.config import from_hf
-from himap_jax.methods import build_schedule
 from himap_jax.schedule import Schedule
 
 Results = dict[Scenario, dict[str, dict[str, Any]]]
@@ -72,14 +69,8 @@ def ratio(results: dict[str, dict[str, Any]], figure: str, side: str, reference:
 
 def flops_ratio(scenario: Scenario, method: str) -> float:
   """What a method should take: the decoder's prefill on all tokens in units of no pruning, the last token's logits included."""
-  config = from_hf(GEOMETRIES[scenario.geometry])
-  num_image_tokens = config.num_image_tokens(*[config.vision.image_size] * 2)
-  schedule = build_schedule(
-    method,
-    num_layers=config.text.num_hidden_layers,
-    num_image_tokens=num_image_tokens,
-    has_class_token=config.vision.has_class_token,
-  )
+  config = geometries.model_of(scenario.geometry)
+  num_image_tokens, schedule = geometries.num_image_tokens(config), geometries.schedule_of(config, method)
   pruned, plain = (flops.costs(config, s, num_image_tokens, scenario.num_text_tokens) for s in (schedule, Schedule()))
   return (pruned.decoder + pruned.head) / (plain.decoder + plain.head)
 

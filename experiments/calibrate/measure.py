@@ -4,7 +4,6 @@ Axes: L layers, B batch, N image tokens.
 """
 
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -13,37 +12,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm import tqdm
 
+from experiments import kept
 from experiments.calibrate.propose import Measured
 from experiments.disruption import study as disruption
 from experiments.disruption.interventions import BLOCKS, Intervention
-from experiments.flow import subject
-from experiments.flow.subject import Subject
+from experiments.flow.subject import Batch, Subject
 from experiments.question_sets import is_right
 from experiments.saliency import study as saliency
 from himap_jax.generation import Generator
 from himap_jax.llava import Inputs, Llava
-from himap_jax.prefill import start
+from himap_jax.methods.himap import image_attention, instruction_attention
+from himap_jax.prefill import start, view
 from himap_jax.schedule import Schedule
-from himap_jax.scoring import queries_of, received_attention
+
+NAMES = ("instruction", "image")
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def scores(model: Llava, params: Any, inputs: Inputs) -> tuple[Float[Array, "L B N"], Float[Array, "L B N"]]:
-  """The attention that every image token receives in each layer, from the instruction and from the image, without pruning."""
+  """What HiMAP's stages would score by after each layer, the first and the second, without pruning."""
   bound = model.bind({"params": params})
-  sequence = start(bound.embed(inputs))
-  x, layout, received = sequence.x, sequence.layout, []
-  rows, valid = layout.instruction_slots(x.shape[1])
+  sequence, keys = start(bound.embed(inputs)), jax.random.split(jax.random.key(0), inputs.tokens.shape[0])
+  received = []
   for layer in range(model.config.text.num_hidden_layers):
-    x, (p,) = bound.language_model(x, sequence.positions, first=layer, last=layer + 1)
-    received.append(
-      (
-        received_attention(queries_of(p, rows), p.key, layout, rows, valid),
-        received_attention(queries_of(p, layout.image_slots()), p.key, layout, layout.image_slots()),
-      )
-    )
+    x, (projections,) = bound.language_model(sequence.x, sequence.positions, first=layer, last=layer + 1)
+    sequence = sequence._replace(x=x)
+    seen = view(bound, layer + 1, sequence, projections, None, keys)
+    received.append((instruction_attention(seen), image_attention(seen)))
   return tuple(map(jnp.stack, zip(*received, strict=True)))
 
 
@@ -66,36 +62,29 @@ def measure(
   changed = 1 - outcome.overlap[:: len(disruption.MODES)].mean(axis=2)  # of one layer alone
   weights = [np.interp(np.arange(studied.num_layers), disrupted_layers, values) for values in changed]
   received = []
-  for batch in studied.batches():
-    path = workdir / f"scores-{batch.number:05d}.npz"
-    if not path.exists():
-      inputs = jax.tree.map(jnp.asarray, batch.inputs)
-      parts = scores(studied.model, studied.loaded.params, inputs)
-      names = ("instruction", "image")
-      count = len(batch.questions)
-      subject.save(path, {name: np.asarray(part)[:, :count] for name, part in zip(names, parts, strict=True)})
-    received.append(subject.load(path))
-  by_instruction, by_image = (
-    np.concatenate([part[name] for part in received], axis=1) for name in ("instruction", "image")
-  )
+  for batch in studied.batches("scores"):
+
+    def score(batch: Batch = batch) -> dict[str, np.ndarray]:
+      parts = scores(studied.model, studied.loaded.params, jax.tree.map(jnp.asarray, batch.inputs))
+      return {name: np.asarray(part)[:, : len(batch.questions)] for name, part in zip(NAMES, parts, strict=True)}
+
+    received.append(kept.arrays_of(workdir / f"scores-{batch.number:05d}.npz", score))
+  by_instruction, by_image = (np.concatenate([part[name] for part in received], axis=1) for name in NAMES)
   return Measured(flow.to_instruction, flow.to_image, *weights, by_instruction, by_image)
 
 
 def answers(studied: Subject, schedule: Schedule, path: pathlib.Path, *, max_new_tokens: int) -> dict[str, str]:
   """The greedy answers of all questions, from a file where it is there."""
-  if not path.exists():
+
+  def ask() -> dict[str, str]:
     generator = Generator(studied.loaded, schedule, max_new_tokens=max_new_tokens, seed=studied.seed)
     given = {}
-    total = -(-len(studied.questions) // studied.batch_size)
-    for batch in tqdm(studied.batches(), desc=path.stem, total=total, unit="batch", disable=None):
-      ids = [question.id for question in batch.questions]
-      padded = ids + ids[-1:] * (studied.batch_size - len(ids))
-      result = generator(batch.inputs, padded)
-      given |= {row_id: studied.processor.decode(tokens) for row_id, tokens in zip(ids, result.tokens, strict=False)}
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(given, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-  return json.loads(path.read_text(encoding="utf-8"))
+    for batch in studied.batches(path.stem):
+      tokens = generator(batch.inputs, batch.row_ids).tokens
+      given |= dict(zip(batch.row_ids, map(studied.processor.decode, tokens), strict=True))
+    return given
+
+  return kept.json_of(path, ask)
 
 
 def agreement(given: dict[str, str], plain: dict[str, str]) -> Float[np.ndarray, "Q"]:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import itertools
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -86,13 +85,12 @@ class Runner:
     path = self._timings / f"{cell.file_name}.json"
     if not self._timing_repeats:
       return {}
-    if not path.exists():
+
+    def measure() -> dict[str, Any]:
       generator = self._timed(cell.schedule) if cell.schedule != Schedule() else self._reference
-      measured = timing.measure(self._reference, generator, self._timing_inputs, repeats=self._timing_repeats)
-      unfinished = path.with_suffix(".tmp")
-      unfinished.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-      os.replace(unfinished, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+      return timing.measure(self._reference, generator, self._timing_inputs, repeats=self._timing_repeats)
+
+    return kept.json_of(path, measure)
 
   @functools.cached_property
   def _loaded(self) -> LoadedModel:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from experiments import compiler_report, planned
+from experiments import compiler_report, geometries, planned
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
 from himap_jax import attention, programs, sharding
@@ -58,7 +58,7 @@ def report(variant: str, place: Place) -> Report:
     ValueError: see `planned.mesh_of`.
   """
   mesh = planned.mesh_of(place.topology, place.tensor)
-  original = planned.model_of(place.geometry)
+  original = geometries.model_of(place.geometry)
   config = sharding.with_divisible_key_heads(original, mesh)
   inputs, _ = programs.abstract_inputs(
     config,
@@ -69,7 +69,7 @@ def report(variant: str, place: Place) -> Report:
   )
   recorder = Recorder(is_abstract=True)
   model = Llava(config, jnp.bfloat16, attention.for_mesh(mesh))
-  VARIANTS[variant].build(recorder, model, planned.schedule_of(original, "himap"))(
+  VARIANTS[variant].build(recorder, model, geometries.schedule_of(original, "himap"))(
     planned.params_on(mesh, config), inputs
   )
   found = [one for program in recorder.compiled for one in compiler_report.collectives(program)]

@@ -1,14 +1,14 @@
 """Runs what has not been measured yet: every variant with an empty compilation cache, then in turns with a filled one."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from experiments import kept
 from experiments.compile_study import measure, reports
 from experiments.compile_study.measure import Measurement, Setting
 from experiments.compile_study.reports import Place, Report
@@ -47,12 +47,12 @@ def run(
   for name, turn in tqdm(steps, desc="measuring", unit="process", disable=None):
     cache = workdir / "compiled" / name
 
-    def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> Measurement:
+    def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> dict[str, Any]:
       if is_cold:
         shutil.rmtree(cache, ignore_errors=True)
-      return measure.in_own_process(name, setting, cache)
+      return dataclasses.asdict(measure.in_own_process(name, setting, cache))
 
-    measurement = Measurement(**_kept(workdir / f"{name}-{turn}.json", measured))
+    measurement = Measurement(**kept.json_of(workdir / f"{name}-{turn}.json", measured))
     if turn == 0:
       results.cold[name] = measurement
     else:
@@ -60,15 +60,8 @@ def run(
   if place is not None:
     reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
     for name in tqdm(reported, desc="compiling for TPU", unit="variant", disable=None):
-      content = _kept(workdir / f"{name}-tpu.json", lambda name=name: reports.report(name, place))
+      content = kept.json_of(
+        workdir / f"{name}-tpu.json", lambda name=name: dataclasses.asdict(reports.report(name, place))
+      )
       results.reports[name] = Report(**content)
   return results
-
-
-def _kept(path: pathlib.Path, make: Callable[[], Any]) -> dict[str, Any]:
-  """What the file holds, which is made where it is missing."""
-  if not path.exists():
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(dataclasses.asdict(make()), indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
-  return json.loads(path.read_text(encoding="utf-8"))

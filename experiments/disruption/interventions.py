@@ -66,14 +66,14 @@ class Means(NamedTuple):
   into_image: Float[Array, "L M N H"]
 
 
-def hidden_states(model: Llava, params: Any, embedded: Embedded) -> Float[Array, "L B S D"]:
-  """What enters every layer, undisturbed."""
+def undisturbed(model: Llava, params: Any, embedded: Embedded) -> tuple[Float[Array, "L B S D"], Float[Array, "B V"]]:
+  """What enters every layer, and the logits of the first answer token."""
   bound, sequence = model.bind({"params": params}), prefill.start(embedded)
   x, states = sequence.x, []
   for layer in range(model.config.text.num_hidden_layers):
     states.append(x)
     x, _ = bound.language_model(x, sequence.positions, first=layer, last=layer + 1)
-  return jnp.stack(states)
+  return jnp.stack(states), prefill.last_logits(bound, sequence._replace(x=x))
 
 
 def flows(model: Llava, params: Any, embedded: Embedded, hidden: Float[Array, "L B S D"]) -> Means:
@@ -118,7 +118,7 @@ def disrupted_logits(
     model: the model.
     params: its parameters.
     embedded: the prompts, from `Llava.embed`.
-    hidden: from `hidden_states`; the layers before the first active one are not run again.
+    hidden: from `undisturbed`; the layers before the first active one are not run again.
     active: which layers.
     intervention: static.
     means: needed where the mean takes the place of what flows.

@@ -5,7 +5,6 @@ Axes: I interventions and modes, L layers of the study, B batch, Q questions, V 
 
 import functools
 import pathlib
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from tqdm import tqdm
 
+from experiments import kept
 from experiments.disruption.interventions import (
   Intervention,
   Means,
   disrupted_logits,
   flows,
-  hidden_states,
   instruction_rows,
+  undisturbed,
 )
-from experiments.flow import subject
-from experiments.flow.decoder import first_logits
 from experiments.flow.subject import Batch, Subject
+from experiments.question_sets import Question
+from himap_jax.generation import row_seeds
 
 MODES = ("single", "onward")  # one layer, as the paper says; it and all after it, as the authors' code does
 TOP = 5
@@ -47,7 +46,7 @@ class Outcome(NamedTuple):
 
 def run(
   studied: Subject, interventions: Sequence[Intervention], layers: Sequence[int], workdir: pathlib.Path
-) -> tuple[list[subject.Question], Outcome]:
+) -> tuple[list[Question], Outcome]:
   """The outcome of all questions, in the order of their batches; interventions × modes in that order.
 
   Args:
@@ -56,14 +55,14 @@ def run(
     layers: where; in the mode `onward`, from where on.
     workdir: a file for every batch, and one for the means.
   """
-  means = _means(studied, workdir) if any(one.how == "mean" for one in interventions) else None
+  means = None
+  if any(one.how == "mean" for one in interventions):
+    means = Means(**kept.arrays_of(workdir / "means.npz", lambda: _means(studied)._asdict()))
   questions, outcomes = [], []
-  total = -(-len(studied.questions) // studied.batch_size)
-  for batch in tqdm(studied.batches(), desc="disrupting", total=total, unit="batch", disable=None):
+  for batch in studied.batches("disrupting"):
     path = workdir / f"outcome-{batch.number:05d}.npz"
-    if not path.exists():
-      subject.save(path, _measure(studied, batch, interventions, layers, means)._asdict())
-    outcomes.append(Outcome(**subject.load(path)))
+    arrays = kept.arrays_of(path, lambda batch=batch: _measure(studied, batch, interventions, layers, means)._asdict())
+    outcomes.append(Outcome(**arrays))
     questions += batch.questions
   return questions, Outcome(*(np.concatenate(parts, axis=2) for parts in zip(*outcomes, strict=True)))
 
@@ -71,7 +70,7 @@ def run(
 @functools.partial(jax.jit, static_argnames="model")
 def _undisturbed(model: Any, params: Any, inputs: Any) -> Any:
   embedded = model.bind({"params": params}).embed(inputs)
-  return embedded, hidden_states(model, params, embedded), first_logits(model, params, embedded, {})
+  return embedded, *undisturbed(model, params, embedded)
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -79,34 +78,27 @@ def _flows(model: Any, params: Any, embedded: Any, hidden: Any) -> tuple[Means, 
   return flows(model, params, embedded, hidden), instruction_rows(embedded[1], hidden.shape[2])
 
 
-def _means(studied: Subject, workdir: pathlib.Path) -> Means:
+def _means(studied: Subject) -> Means:
   """The means over all questions."""
-  path = workdir / "means.npz"
-  if not path.exists():
-    sums, counts, rows = {}, {}, 0
-    total = -(-len(studied.questions) // studied.batch_size)
-    for batch in tqdm(studied.batches(), desc="means", total=total, unit="batch", disable=None):
-      inputs = jax.tree.map(lambda x, batch=batch: jnp.asarray(x[: len(batch.questions)]), batch.inputs)
-      embedded, hidden, _ = _undisturbed(studied.model, studied.loaded.params, inputs)
-      part, count = _flows(studied.model, studied.loaded.params, embedded, hidden)
-      rows += len(batch.questions)
-      place = len(count)  # buckets differ in how many places there are
-      sums[place] = jax.tree.map(np.add, sums[place], part) if place in sums else jax.tree.map(np.asarray, part)
-      counts[place] = counts.get(place, 0) + np.asarray(count)
-    longest = max(sums)
-    into_instruction = sum(
-      np.pad(part.into_instruction, ((0, 0), (0, longest - place), (0, 0), (0, 0))) for place, part in sums.items()
-    )
-    count = sum(np.pad(count, (0, longest - place)) for place, count in counts.items())
-    into_image = sum(part.into_image for part in sums.values())
-    subject.save(
-      path,
-      {
-        "into_instruction": (into_instruction / np.maximum(count, 1)[None, :, None, None]).astype(np.float32),
-        "into_image": (into_image / rows).astype(np.float32),
-      },
-    )
-  return Means(**subject.load(path))
+  sums, counts, rows = {}, {}, 0
+  for batch in studied.batches("means"):
+    inputs = jax.tree.map(lambda x, batch=batch: jnp.asarray(x[: len(batch.questions)]), batch.inputs)
+    embedded, hidden, _ = _undisturbed(studied.model, studied.loaded.params, inputs)
+    part, count = _flows(studied.model, studied.loaded.params, embedded, hidden)
+    rows += len(batch.questions)
+    place = len(count)  # buckets differ in how many places there are
+    sums[place] = jax.tree.map(np.add, sums[place], part) if place in sums else jax.tree.map(np.asarray, part)
+    counts[place] = counts.get(place, 0) + np.asarray(count)
+  longest = max(sums)
+  into_instruction = sum(
+    np.pad(part.into_instruction, ((0, 0), (0, longest - place), (0, 0), (0, 0))) for place, part in sums.items()
+  )
+  count = sum(np.pad(count, (0, longest - place)) for place, count in counts.items())
+  into_image = sum(part.into_image for part in sums.values())
+  return Means(
+    into_instruction=(into_instruction / np.maximum(count, 1)[None, :, None, None]).astype(np.float32),
+    into_image=(into_image / rows).astype(np.float32),
+  )
 
 
 def _measure(
@@ -119,8 +111,7 @@ def _measure(
   """The outcome of a batch's real rows."""
   inputs = jax.tree.map(jnp.asarray, batch.inputs)
   embedded, hidden, plain = _undisturbed(studied.model, studied.loaded.params, inputs)
-  rows = [*batch.questions, *[batch.questions[-1]] * (studied.batch_size - len(batch.questions))]
-  seeds = jnp.asarray([zlib.crc32(f"{studied.seed}/{question.id}".encode()) for question in rows], jnp.uint32)
+  seeds = jnp.asarray(row_seeds(studied.seed, batch.row_ids))
   count, numbers = len(batch.questions), jnp.arange(studied.num_layers, dtype=jnp.int32)
   outcomes = []
   for intervention in interventions:

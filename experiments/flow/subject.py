@@ -1,13 +1,12 @@
 """What the analyses look at: a model, and batches of questions about pictures."""
 
 import dataclasses
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from absl import logging
+from tqdm import tqdm
 
 from checkpoints_convert.marker import read_marker
 from experiments.question_sets import Question
@@ -31,6 +30,12 @@ class Batch:
   questions: list[Question]
   inputs: Inputs
   number: int
+
+  @property
+  def row_ids(self) -> list[str]:
+    """The ids of all rows."""
+    ids = [question.id for question in self.questions]
+    return ids + ids[-1:] * (len(self.inputs.tokens) - len(ids))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +73,12 @@ class Subject:
     """
     return self.processor.prepare(load_image(question.image), question.question)
 
-  def batches(self) -> Iterator[Batch]:
-    """Batches of one bucket each; a question that cannot be prepared is left out with a warning."""
+  def batches(self, label: str) -> Iterator[Batch]:
+    """Batches of one bucket each, with a bar of this label; a question that cannot be prepared is left out with a warning."""
+    total = -(-len(self.questions) // self.batch_size)  # more where buckets end before a batch does
+    return tqdm(self._batches(), desc=label, total=total, unit="batch", disable=None)
+
+  def _batches(self) -> Iterator[Batch]:
     waiting: dict[int, list[tuple[Question, Example]]] = {}
     number = 0
 
@@ -136,16 +145,3 @@ def make(
       "seed": seed,
     },
   )
-
-
-def save(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-  """Writes arrays to a file that appears whole."""
-  unfinished = path.with_suffix(".tmp.npz")
-  np.savez(unfinished, **arrays)
-  unfinished.replace(path)
-
-
-def load(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """The arrays of a file."""
-  with np.load(path) as file:
-    return dict(file)

@@ -12,13 +12,12 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import json
 import pathlib
 import sys
 
 from absl import app, flags
 
-from experiments import tabular
+from experiments import kept, tabular
 from experiments.flow import subject_flags
 from experiments.importance import study, tables
 from himap_jax import command
@@ -59,12 +58,11 @@ def run() -> int:
       "no two questions have the same text, different pictures and different answers; use more questions"
     )
   answers = study.answers(studied, pairs, schedule, workdir)
-  path = workdir / "correlations.json"
-  if not path.exists():
-    correlations = study.correlations(studied, pairs, schedule.stages[0].layer)
-    path.write_text(json.dumps(correlations), encoding="utf-8")
+  each = kept.json_of(
+    workdir / "correlations.json", lambda: study.correlations(studied, pairs, schedule.stages[0].layer)
+  )
   measured = tables.rows(pairs, answers, seed=studied.seed)
-  correlations = tables.correlation_row(json.loads(path.read_text(encoding="utf-8")), seed=studied.seed)
+  correlations = tables.correlation_row(each, seed=studied.seed)
   tabular.write_csv(output / "importance.csv", measured)
   tabular.write_csv(output / "correlations.csv", [correlations])
   heading = f"`python -m experiments.importance {' '.join(sys.argv[1:])}`, {len(pairs)} pairs."

@@ -4,7 +4,6 @@ Axes: Q questions, N image tokens.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm import tqdm
 
+from experiments import kept
 from experiments.flow.subject import Subject
 from experiments.importance import manipulations
 from experiments.importance.manipulations import MANIPULATIONS
@@ -75,13 +75,12 @@ def answers(
   result = {}
   for name, schedule in tqdm(schedules(own).items(), desc="answering", unit="schedule", disable=None):
     path = workdir / f"answers-{''.join(c if c.isalnum() else '_' for c in name)}.json"
-    if not path.exists():
+
+    def ask(name: str = name, schedule: Schedule = schedule) -> list[tuple[str, str]]:
       generator = Generator(studied.loaded, schedule, max_new_tokens=MAX_NEW_TOKENS, seed=studied.seed)
-      given = [_answer(studied, generator, pair) for pair in tqdm(pairs, desc=name, unit="pair", disable=None)]
-      unfinished = path.with_suffix(".tmp")
-      unfinished.write_text(json.dumps(given), encoding="utf-8")
-      unfinished.replace(path)
-    result[name] = [tuple(pair) for pair in json.loads(path.read_text(encoding="utf-8"))]
+      return [_answer(studied, generator, pair) for pair in tqdm(pairs, desc=name, unit="pair", disable=None)]
+
+    result[name] = [tuple(pair) for pair in kept.json_of(path, ask)]
   return result
 
 

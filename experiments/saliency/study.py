@@ -8,16 +8,16 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from experiments.flow import subject
+from experiments import kept
 from experiments.flow.subject import Batch, Subject
+from experiments.question_sets import Question
 from experiments.saliency.saliency import Flow, flow_of
 
 BY_LAYER = ("sums", "contributions", "to_instruction", "to_image")  # [L, B, …]; the others are [B, …]
 
 
-def run(studied: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[subject.Question], Flow]:
+def run(studied: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[Question], Flow]:
   """The flow of all questions, in the order of their batches.
 
   Args:
@@ -29,12 +29,10 @@ def run(studied: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tu
     The questions, and their flow with Q in place of B.
   """
   questions, flows = [], []
-  total = -(-len(studied.questions) // studied.batch_size)
-  for batch in tqdm(studied.batches(), desc="saliency", total=total, unit="batch", disable=None):
+  for batch in studied.batches("saliency"):
     path = workdir / f"flow-{batch.number:05d}.npz"
-    if not path.exists():
-      subject.save(path, _measure(studied, batch, layers_at_a_time)._asdict())
-    flows.append(Flow(**subject.load(path)))
+    arrays = kept.arrays_of(path, lambda batch=batch: _measure(studied, batch, layers_at_a_time)._asdict())
+    flows.append(Flow(**arrays))
     questions += batch.questions
   joined = {
     name: np.concatenate([getattr(flow, name) for flow in flows], axis=int(name in BY_LAYER)) for name in Flow._fields

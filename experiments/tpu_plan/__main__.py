@@ -50,8 +50,8 @@ def run() -> int:
     directory.mkdir(parents=True, exist_ok=True)
   settings = {name: metadata.version(name) for name in ("jax", "libtpu")}
   command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
-  places = itertools.product(_TOPOLOGIES.value, tensor)
-  for topology, size in itertools.product(_TOPOLOGIES.value, tensor):
+  places = list(itertools.product(_TOPOLOGIES.value, tensor))
+  for topology, size in places:
     planned.mesh_of(topology, size)
   cells = [
     plan.Cell(model, topology, size, weights, method, _BUCKET.value, _NEW_TOKENS.value)

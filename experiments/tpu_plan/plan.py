@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import re
@@ -13,18 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import compiler_report, planned
+from experiments import compiler_report, geometries, kept, planned
 from himap_jax import flops, programs, sharding
 from himap_jax.llava import Llava, abstract_params
 from himap_jax.prefill import prefill
 
 FARTHEST, FEW = 8, 16  # the next guess is at most so many times what fits, up to so many rows
-HBM = {
-  "v4": 31.25,
-  "v5e": 15.75,
-  "v5p": 95.0,
-  "v6e": 31.25,
-}  # GiB that programs can have, until the compiler says so itself
+# GiB that programs can have, until the compiler says so itself.
+HBM = {"v4": 31.25, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 DTYPES = ("bfloat16", "int8")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -80,7 +75,7 @@ class Compiled:
 def lower(cell: Cell, rows: int) -> programs.Programs:
   """Lowers the programs that `himap_jax.run` would run, for `rows` rows on every group of devices that share them."""
   mesh = planned.mesh_of(cell.topology, cell.tensor)
-  original = planned.model_of(cell.model)
+  original = geometries.model_of(cell.model)
   config = sharding.with_divisible_key_heads(original, mesh)
   params = planned.params_on(mesh, config)
   if cell.weights == "int8":
@@ -95,7 +90,7 @@ def lower(cell: Cell, rows: int) -> programs.Programs:
     image_shape=(config.vision.image_size,) * 2,
   )
   jitted = programs.make_programs(
-    config, mesh, planned.schedule_of(original, cell.method), jnp.bfloat16, cell.num_new_tokens
+    config, mesh, geometries.schedule_of(original, cell.method), jnp.bfloat16, cell.num_new_tokens
   )
   return programs.lower(jitted, params, inputs, seeds)
 
@@ -128,8 +123,8 @@ def compile_program(lowered: Any) -> Compiled:
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
   """Multiplications of one row's prefill, up to its first token: by XLA's count of the unrolled program, and by ours."""
-  config, mesh = planned.model_of(cell.model), sharding.make_mesh()
-  schedule = planned.schedule_of(config, cell.method)
+  config, mesh = geometries.model_of(cell.model), sharding.make_mesh()
+  schedule = geometries.schedule_of(config, cell.method)
   inputs, _ = programs.abstract_inputs(
     config, mesh, batch_size=1, num_text_slots=cell.num_text_slots, image_shape=(config.vision.image_size,) * 2
   )
@@ -137,7 +132,7 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   # With attention that XLA counts: the kernels of TPU and CPU skip what causality hides, and Pallas is not counted.
   program = jax.jit(functools.partial(prefill, Llava(config, jnp.bfloat16), schedule=schedule))
   counted = program.lower(abstract_params(config, jnp.bfloat16), inputs, keys).cost_analysis()["flops"] / 2
-  return int(counted), flops.costs(config, schedule, planned.num_image_tokens(config), cell.num_text_slots).prefill
+  return int(counted), flops.costs(config, schedule, geometries.num_image_tokens(config), cell.num_text_slots).prefill
 
 
 class Compiler:
@@ -149,14 +144,12 @@ class Compiler:
   def __call__(self, cell: Cell, rows: int) -> dict[str, Compiled]:
     """Both programs of a cell."""
     path = self._workdir / f"{cell.name}-{rows}.json"
-    if not path.exists():
+
+    def compile_both() -> dict[str, Any]:
       lowered = lower(cell, rows)
-      results = {name: compile_program(program) for name, program in lowered._asdict().items()}
-      unfinished = path.with_suffix(".tmp")
-      content = {name: dataclasses.asdict(result) for name, result in results.items()}
-      unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-      unfinished.replace(path)
-    return {name: _compiled(fields) for name, fields in json.loads(path.read_text(encoding="utf-8")).items()}
+      return {name: dataclasses.asdict(compile_program(program)) for name, program in lowered._asdict().items()}
+
+    return {name: _compiled(fields) for name, fields in kept.json_of(path, compile_both).items()}
 
 
 def _compiled(fields: dict[str, Any]) -> Compiled:

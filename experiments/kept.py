@@ -1,0 +1,27 @@
+"""Results in files that appear whole and are made once, so that a study goes on where it stopped."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def json_of(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+  """What a JSON file holds; where it is missing, it is made first."""
+  if not path.exists():
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(make(), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def arrays_of(path: pathlib.Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """The arrays of an npz file; where it is missing, it is made first."""
+  if not path.exists():
+    unfinished = path.with_suffix(".tmp.npz")
+    np.savez(unfinished, **make())
+    unfinished.replace(path)
+  with np.load(path) as file:
+    return dict(file)
