@@ -191,7 +191,7 @@ def test_the_command(name, checkpoints, images, tmp_path):
   command = [
     sys.executable, "-m", f"experiments.{name}", f"--checkpoint={checkpoints('clip_mha').directory}",
     f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
-    "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", "--compilation_cache_dir=",
+    "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", f"--compilation_cache_dir={tmp_path / 'compiled'}",
     *(["--layers_at_a_time=6"] if name == "saliency" else ["--layers=1,4", "--how=mask", "--chosen=block"]),
   ]  # fmt: skip
   first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from experiments import kept
 from experiments.compare import timing
 from experiments.compare.grid import Cell
 from experiments.question_sets import Question
