@@ -99,7 +99,7 @@ class Scenes:
   """Lessons from composed scenes; the ten types of question and two kinds of lists take turns.
 
   A list says of everything what it is and where. It teaches more in a picture than questions do, of whose tokens one in ten
-  is an answer. Lists are never asked for in an evaluation.
+  is an answer.
   """
 
   def __init__(self):
@@ -113,23 +113,9 @@ class Scenes:
   def draw(self, rng: np.random.Generator) -> Lesson:
     scene = self.compose(rng)
     asked = [[(q.question, q.answer) for q in questions] for questions in scenes.ask(rng, scene).values()]
-    asked += lists(scene)
+    across, down, places = (questions[0][1:] for questions in scenes.ask_for_lists(scene).values())
+    asked += [[across, down], [places]]
     return Lesson(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
-
-
-def lists(scene: scenes.Scene) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-  """Everything in a scene in order, and everything with its place."""
-  across, down = (sorted(scene.things, key=lambda thing: thing.middle[axis]) for axis in (0, 1))
-
-  def kinds(things: Sequence[scenes.Thing]) -> str:
-    return ", ".join(thing.cutout.kind for thing in things)
-
-  def place(thing: scenes.Thing) -> str:
-    x, y = (min(int(3 * position), 2) for position in thing.middle)
-    return f"{thing.cutout.kind} {('left', 'middle', 'right')[x]} {('top', 'middle', 'bottom')[y]}"
-
-  in_order = [("what is there from left to right?", kinds(across)), ("what is there from top to bottom?", kinds(down))]
-  return in_order, [("where is everything?", ", ".join(place(thing) for thing in across))]
 
 
 class Lessons:

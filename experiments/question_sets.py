@@ -1,6 +1,7 @@
-"""Questions about pictures with their answers: easy-VQA, composed scenes, or a file."""
+"""Questions about pictures with their answers: easy-VQA, composed scenes and lists of what is in them, or a file."""
 
 import collections
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -40,6 +41,22 @@ class Question(NamedTuple):
 def is_right(answer: str | None, truth: str | None) -> bool:
   """Whether two answers are equal but for surrounding space, case and a final period; no answer is never right."""
   return answer is not None and truth is not None and _normal(answer) == _normal(truth)
+
+
+def score(answer: str | None, truth: str | None) -> float:
+  """How much of a list of items an answer has in its order: the F-measure of their longest common subsequence.
+
+  This is ROUGE-L (Lin 2004) of items, which commas separate. A truth of one item makes it 1 where the answer is right and, where
+  the answer is one item too, 0 where it is not.
+  """
+  if answer is None or truth is None:
+    return 0.0
+  given, wanted = ([_normal(item) for item in text.split(",")] for text in (answer, truth))
+  longest = np.zeros((len(given) + 1, len(wanted) + 1), int)
+  for i, one in enumerate(given):
+    for j, other in enumerate(wanted):
+      longest[i + 1, j + 1] = longest[i, j] + 1 if one == other else max(longest[i, j + 1], longest[i + 1, j])
+  return float(2 * longest[-1, -1] / (len(given) + len(wanted)))
 
 
 def _normal(answer: str) -> str:
@@ -123,10 +140,10 @@ def _easyvqa(workdir: pathlib.Path) -> list[Question]:
   ]
 
 
-def _scenes(workdir: pathlib.Path) -> list[Question]:
-  path = workdir / "scenes" / "questions.jsonl"
+def _scenes(workdir: pathlib.Path, *, lists: bool = False) -> list[Question]:
+  path = workdir / ("scene_lists" if lists else "scenes") / "questions.jsonl"
   if not path.exists():
-    scenes.write(path.parent, "test", NUM_SCENES)
+    scenes.write(path.parent, "test", NUM_SCENES, lists=lists)
   return _read(str(path), needs_answers=True)
 
 
@@ -157,4 +174,8 @@ def _read(name: str, *, needs_answers: bool) -> list[Question]:
   ]
 
 
-SETS: dict[str, Callable[[pathlib.Path], list[Question]]] = {"easyvqa": _easyvqa, "scenes": _scenes}
+SETS: dict[str, Callable[[pathlib.Path], list[Question]]] = {
+  "easyvqa": _easyvqa,
+  "scenes": _scenes,
+  "scene_lists": functools.partial(_scenes, lists=True),
+}

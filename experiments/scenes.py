@@ -1,4 +1,6 @@
-"""Scenes: cut-outs on a background, and questions of ten types about them; the same for the same seed.
+"""Scenes: cut-outs on a background, and what can be asked about them; the same for the same seed.
+
+Questions are of ten types:
 
 | type     | question                                                     | answer                          |
 |----------|--------------------------------------------------------------|---------------------------------|
@@ -12,6 +14,8 @@
 | relation | is the animal to the left or to the right of the plant? (above or below) | left, right, above, below |
 | corner   | what kind of thing is in the top left corner?                | a kind, nothing                 |
 | empty    | is there nothing in the top left corner?                     | yes, no                         |
+
+Lists, answers as long as a caption, say what there is from left to right, from top to bottom, and where everything is.
 
 Yes and no, the two sides of a relation, and the answers of the other types are drawn as evenly as the scenes allow.
 Positions are of the middle of a thing, in shares of the picture's width and height.
@@ -210,6 +214,25 @@ def ask(rng: np.random.Generator, scene: Scene) -> dict[str, list[Question]]:
   return {type: [asked[i] for i in rng.permutation(len(asked))] for type, asked in questions.items()}
 
 
+def ask_for_lists(scene: Scene) -> dict[str, list[Question]]:
+  """Questions about everything in a scene: in order across, in order down, and with its place."""
+  across, down = (sorted(scene.things, key=lambda thing: thing.middle[axis]) for axis in (0, 1))
+
+  def kinds(things: Sequence[Thing]) -> str:
+    return ", ".join(thing.cutout.kind for thing in things)
+
+  def place(thing: Thing) -> str:
+    x, y = (min(int(3 * position), 2) for position in thing.middle)
+    return f"{thing.cutout.kind} {('left', 'middle', 'right')[x]} {('top', 'middle', 'bottom')[y]}"
+
+  lists = (
+    Question("across", "what is there from left to right?", kinds(across)),
+    Question("down", "what is there from top to bottom?", kinds(down)),
+    Question("places", "where is everything?", ", ".join(map(place, across))),
+  )
+  return {question.type: [question] for question in lists}
+
+
 def _corners() -> dict[str, tuple[float, float, float, float]]:
   sides = {"top": (0.0, CORNER), "bottom": (1 - CORNER, 1.0)}, {"left": (0.0, CORNER), "right": (1 - CORNER, 1.0)}
   return {f"{v} {h}": (x[0], y[0], x[1], y[1]) for v, y in sides[0].items() for h, x in sides[1].items()}
@@ -232,35 +255,37 @@ def _plural(kind: str) -> str:
   return f"pieces of {kind}" if kind in PIECES else f"{kind}s"
 
 
-def scene_of(split: str, index: int, pictures: Sequence[Cutout]) -> tuple[Scene, dict[str, list[Question]]]:
-  """Scene number `index` of a split, and its questions."""
+def scene_of(
+  split: str, index: int, pictures: Sequence[Cutout], *, lists: bool = False
+) -> tuple[Scene, dict[str, list[Question]]]:
+  """Scene number `index` of a split, and its questions, or the lists that can be asked for."""
   rng = np.random.default_rng(["train", "test"].index(split) * 10**9 + index)
   scene = compose(rng, pictures)
-  return scene, ask(rng, scene)
+  return scene, ask_for_lists(scene) if lists else ask(rng, scene)
 
 
-def commonest_answers(pictures: Sequence[Cutout]) -> tuple[dict[str, str], dict[str, str]]:
+def commonest_answers(pictures: Sequence[Cutout], *, lists: bool = False) -> tuple[dict[str, str], dict[str, str]]:
   """The commonest answer of every question and, for questions not met, of every type, in scenes of the train split."""
   by_question, by_type = collections.defaultdict(collections.Counter), collections.defaultdict(collections.Counter)
   for index in range(GUESS_SCENES):
-    for questions in scene_of("train", index, pictures)[1].values():
+    for questions in scene_of("train", index, pictures, lists=lists)[1].values():
       for question in questions:
         by_question[question.question][question.answer] += 1
         by_type[question.type][question.answer] += 1
   return tuple({key: counts.most_common(1)[0][0] for key, counts in by.items()} for by in (by_question, by_type))
 
 
-def write(directory: pathlib.Path, split: str, num_scenes: int) -> pathlib.Path:
-  """Writes scenes and, of each, one question of every type that it has; returns the path of `questions.jsonl`.
+def write(directory: pathlib.Path, split: str, num_scenes: int, *, lists: bool = False) -> pathlib.Path:
+  """Writes scenes and, of each, one question of every type that it has, or lists; returns the path of `questions.jsonl`.
 
   A row's `guess` is what can be answered without the picture.
   """
   pictures = cutouts.load(default_cache_dir())
-  by_question, by_type = commonest_answers(pictures["train"])
+  by_question, by_type = commonest_answers(pictures["train"], lists=lists)
   directory.mkdir(parents=True, exist_ok=True)
   rows = []
   for index in tqdm(range(num_scenes), unit="scene", disable=None):
-    scene, asked = scene_of(split, index, pictures[split])
+    scene, asked = scene_of(split, index, pictures[split], lists=lists)
     scene.picture.save(directory / f"{index:05d}.png")
     for type, questions in asked.items():
       if questions:

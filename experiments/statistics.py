@@ -39,8 +39,8 @@ def interval(values: Float[np.ndarray, "R *C"]) -> tuple[Float[np.ndarray, "*C"]
   return low, high
 
 
-def accuracy_by_type(right: Bool[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:
-  """The share of right answers of every cell, by type in the order of appearance."""
+def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:
+  """The mean over questions of how right the answers of every cell are, by type in the order of appearance."""
   types = np.asarray(types)
   return {str(type): right[:, types == type].mean(axis=1) for type in dict.fromkeys(types.tolist())}
 

@@ -14,6 +14,9 @@ import dataclasses
 import torch
 import transformers
 
+# methods made of HiMAP's own criteria, which need no compilation of their own where every method is compiled
+ABLATIONS = frozenset({"himap_swapped", "instruction_attention", "image_attention"})
+
 
 @dataclasses.dataclass(frozen=True)
 class Forward:

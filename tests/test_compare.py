@@ -267,6 +267,22 @@ def test_is_right(answer, truth, expected):
   assert is_right(answer, truth) == expected
 
 
+@pytest.mark.parametrize("answer, truth", [
+  ("a, b, c", "a, b, c"), ("A,b.", "a, b, c"), ("c, b, a", "a, b, c"), ("b, a, b, c", "a, b, b"), ("x", "a, b"), ("a, b", "a"), ("", "a"), ("red", "Red."),
+])  # fmt: skip
+def test_lists_are_scored_by_what_they_share_in_order(answer, truth):
+  given, wanted = ([item.strip(" .").lower() for item in text.split(",")] for text in (answer, truth))
+
+  def ordered(items):
+    return {part for size in range(len(items) + 1) for part in itertools.combinations(items, size)}
+
+  longest = max(map(len, ordered(given) & ordered(wanted)))
+  precision, recall = longest / len(given), longest / len(wanted)
+  expected = 2 * precision * recall / (precision + recall) if longest else 0.0
+  assert question_sets.score(answer, truth) == pytest.approx(expected)
+  assert question_sets.score(None, truth) == question_sets.score(answer, None) == 0
+
+
 def test_question_files(tmp_path):
   path = tmp_path / "questions.jsonl"
   rows = [

@@ -270,6 +270,9 @@ def uniform(row, keep):
 
 SLOW = {
   "himap": (himap_1, himap_2),
+  "himap_swapped": (himap_2, himap_1),
+  "instruction_attention": (himap_1,),
+  "image_attention": (himap_2,),
   "fastv": (fastv,),
   "pyramiddrop": (pyramiddrop,),
   "sparsevlm": (sparsevlm,),
@@ -362,6 +365,9 @@ def schedule(method, **settings):
   [
     ("none", []),
     ("himap", [(2, 288), (8, 72)]),
+    ("himap_swapped", [(2, 288), (8, 72)]),
+    ("instruction_attention", [(2, 288)]),
+    ("image_attention", [(8, 144)]),
     ("fastv", [(2, 288)]),
     ("pyramiddrop", [(8, 288), (16, 144), (24, 72)]),
     ("sparsevlm", [(2, 300), (6, 200), (15, 110)]),

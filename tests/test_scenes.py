@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments import align_projector, cutouts, demo_data, scene_packages, scenes
+from experiments import align_projector, cutouts, scene_packages, scenes
 from experiments.cutouts import COLOUR_NAMES, KINDS, Cutout
 
 NUM_SCENES = 60
@@ -131,7 +131,7 @@ def test_one_of_a_kind_is_asked_for_less_often_than_it_is_there(drawn):
 def test_lists_name_everything_in_order_and_in_its_place(drawn):
   thirds = {"left": 0, "middle": 1, "right": 2, "top": 0, "bottom": 2}
   for scene, _ in drawn:
-    (across, down), (places,) = demo_data.lists(scene)
+    (across,), (down,), (places,) = ([q[1:] for q in asked] for asked in scenes.ask_for_lists(scene).values())
     boxes = {thing.box: thing.cutout.kind for thing in scene.things}
     for (question, answer), axis in ((across, 0), (down, 1)):
       assert question.endswith(("from left to right?", "from top to bottom?")[axis])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference_himap
 from jax.sharding import PartitionSpec
 
 from experiments.compiler_report import collectives
@@ -153,7 +154,7 @@ def compiled(method, sizes):
 
 
 class TestCollectives:
-  @pytest.mark.parametrize("method", METHODS)
+  @pytest.mark.parametrize("method", [name for name in METHODS if name not in reference_himap.ABLATIONS])
   def test_rows_need_none_but_to_know_that_all_have_ended(self, method):
     prefill, decode = compiled(method, (8, 1))
     assert collectives(prefill) == []

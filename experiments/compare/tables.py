@@ -12,7 +12,7 @@ from rich.table import Table
 from experiments import tabular
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.compare.report import Column
-from experiments.question_sets import Question, is_right
+from experiments.question_sets import Question, is_right, score
 from experiments.statistics import accuracy_by_type, interval, resample
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
@@ -98,7 +98,7 @@ def _accuracies(
 ) -> dict[str, Row]:
   """Accuracy of every label, its difference to no pruning, and to the control where it has one."""
   labels = list(given)
-  right = np.array([[is_right(a, q.answer) for a, q in zip(own, questions, strict=True)] for own in given.values()])
+  right = np.array([[score(a, q.answer) for a, q in zip(own, questions, strict=True)] for own in given.values()])
   by_type = accuracy_by_type(right, [question.type for question in questions])
   resampled, mean = resample(right, seed=seed), right.mean(axis=1)
   figures = {}
