@@ -35,6 +35,11 @@ def keep_count(text: str) -> int | float:
   return float(text[:-1]) / 100 if text.endswith("%") else int(text)
 
 
+def keep_counts(text: str) -> tuple[int | float, ...]:
+  """How many image tokens to keep at each stage: `288/72`, or shares."""
+  return tuple(map(keep_count, text.split("/")))
+
+
 def compilation_cache_dir(given: str | None) -> str:
   """The directory of JAX's persistent cache: the given one (none when empty), or the user's."""
   return str(checkpoint.default_cache_dir() / "compiled") if given is None else given

@@ -185,7 +185,7 @@ def config_from_flags() -> RunConfig:
     method=method,
     prune_layers=prune_layers,
     keep=keep,
-    ladder=_ladder(),
+    ladder=command.numbers(_LADDER, command.keep_counts),
     threshold=_THRESHOLD.value,
     batches_to_regroup=_BATCHES_TO_REGROUP.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,
@@ -223,13 +223,6 @@ def _schedule() -> tuple[str, tuple[int, ...] | None, tuple[int | float, ...] | 
       f"--schedule={_SCHEDULE.value}: not an object with method, prune_layers and keep, as experiments.calibrate writes it"
     ) from error
   return str(method), layers, keep
-
-
-def _ladder() -> tuple[tuple[int | float, ...], ...]:
-  try:
-    return tuple(tuple(map(command.keep_count, rung.strip().split("/"))) for rung in _LADDER.value)
-  except ValueError as error:
-    raise ValueError(f"--ladder={','.join(_LADDER.value)}: not a list such as 144/36,288/72") from error
 
 
 def join_processes() -> None:

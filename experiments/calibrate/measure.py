@@ -3,44 +3,24 @@
 Axes: L layers, B batch, N image tokens.
 """
 
-import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from experiments import kept
 from experiments.calibrate.propose import Measured
 from experiments.disruption import study as disruption
 from experiments.disruption.interventions import BLOCKS, Intervention
+from experiments.flow import scores
 from experiments.flow.subject import Batch, Subject
 from experiments.question_sets import is_right
 from experiments.saliency import study as saliency
-from himap_jax.generation import Generator
-from himap_jax.llava import Inputs, Llava
-from himap_jax.methods.himap import image_attention, instruction_attention
-from himap_jax.prefill import start, view
-from himap_jax.schedule import Schedule
 
 NAMES = ("instruction", "image")
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def scores(model: Llava, params: Any, inputs: Inputs) -> tuple[Float[Array, "L B N"], Float[Array, "L B N"]]:
-  """What HiMAP's stages would score by after each layer, the first and the second, without pruning."""
-  bound = model.bind({"params": params})
-  sequence, keys = start(bound.embed(inputs)), jax.random.split(jax.random.key(0), inputs.tokens.shape[0])
-  received = []
-  for layer in range(model.config.text.num_hidden_layers):
-    x, (projections,) = bound.language_model(sequence.x, sequence.positions, first=layer, last=layer + 1)
-    sequence = sequence._replace(x=x)
-    seen = view(bound, layer + 1, sequence, projections, None, keys)
-    received.append((instruction_attention(seen), image_attention(seen)))
-  return tuple(map(jnp.stack, zip(*received, strict=True)))
 
 
 def measure(
@@ -65,26 +45,12 @@ def measure(
   for batch in studied.batches("scores"):
 
     def score(batch: Batch = batch) -> dict[str, np.ndarray]:
-      parts = scores(studied.model, studied.loaded.params, jax.tree.map(jnp.asarray, batch.inputs))
+      parts = scores.all_layers(studied.model, studied.loaded.params, jax.tree.map(jnp.asarray, batch.inputs))
       return {name: np.asarray(part)[:, : len(batch.questions)] for name, part in zip(NAMES, parts, strict=True)}
 
     received.append(kept.arrays_of(workdir / f"scores-{batch.number:05d}.npz", score))
   by_instruction, by_image = (np.concatenate([part[name] for part in received], axis=1) for name in NAMES)
   return Measured(flow.to_instruction, flow.to_image, *weights, by_instruction, by_image)
-
-
-def answers(studied: Subject, schedule: Schedule, path: pathlib.Path, *, max_new_tokens: int) -> dict[str, str]:
-  """The greedy answers of all questions, from a file where it is there."""
-
-  def ask() -> dict[str, str]:
-    generator = Generator(studied.loaded, schedule, max_new_tokens=max_new_tokens, seed=studied.seed)
-    given = {}
-    for batch in studied.batches(path.stem):
-      tokens = generator(batch.inputs, batch.row_ids).tokens
-      given |= dict(zip(batch.row_ids, map(studied.processor.decode, tokens), strict=True))
-    return given
-
-  return kept.json_of(path, ask)
 
 
 def agreement(given: dict[str, str], plain: dict[str, str]) -> Float[np.ndarray, "Q"]:

@@ -10,6 +10,7 @@ import numpy as np
 from experiments import statistics, tabular
 from experiments.calibrate import measure
 from experiments.calibrate.propose import Measured, Proposal, candidates, finished, propose
+from experiments.flow.answers import answers
 from experiments.flow.subject import Subject
 from experiments.question_sets import Question
 from himap_jax import flops
@@ -119,11 +120,11 @@ def _run(
   max_new_tokens: int,
 ) -> list[Tried]:
   """Answers all questions with each schedule and counts how many answers stay."""
-  plain = measure.answers(studied, Schedule(), workdir / f"{part}-none.json", max_new_tokens=max_new_tokens)
+  plain = answers(studied, Schedule(), workdir / f"{part}-none.json", max_new_tokens=max_new_tokens)
   price, tried = price_of(studied), []
   for name, layers, keep, proposal in entries:
     path = workdir / f"{part}-{'_'.join(map(str, (*layers, *keep)))}.json"
-    given = measure.answers(studied, schedule_of(studied, layers, keep), path, max_new_tokens=max_new_tokens)
+    given = answers(studied, schedule_of(studied, layers, keep), path, max_new_tokens=max_new_tokens)
     same = measure.agreement(given, plain)
     low, high = statistics.interval(statistics.resample(same[None], seed=studied.seed)[:, 0])
     agreement = (float(same.mean()), float(low), float(high))

@@ -8,23 +8,19 @@ import pathlib
 from collections import defaultdict
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from tqdm import tqdm
 
 from experiments import kept
+from experiments.flow import scores
 from experiments.flow.subject import Subject
 from experiments.importance import manipulations
 from experiments.importance.manipulations import MANIPULATIONS
 from experiments.question_sets import Question
 from himap_jax.generation import Generator
-from himap_jax.llava import Inputs, Llava
-from himap_jax.method import View
-from himap_jax.methods.himap import instruction_attention
-from himap_jax.prefill import run_segments, start, view
-from himap_jax.schedule import Schedule, Segment
+from himap_jax.llava import Inputs
+from himap_jax.schedule import Schedule
 
 MAX_NEW_TOKENS = 6
 SHARE = 0.5  # of the picture's width and height that a swapped window takes
@@ -115,7 +111,6 @@ def correlations(studied: Subject, pairs: Sequence[Pair], layer: int) -> list[di
     For each question the correlation of its first-stage scores with those of its own picture and of the other one, in the
     window that was swapped and outside.
   """
-  score = jax.jit(lambda params, inputs: _scores(studied.model, params, inputs, layer))
   rows = []
   grid = studied.processor.patch_grid
   inside = np.zeros(grid, bool)
@@ -129,7 +124,7 @@ def correlations(studied: Subject, pairs: Sequence[Pair], layer: int) -> list[di
       for number, example in enumerate(examples)
     ]
     plain, changed = (
-      np.asarray(score(studied.loaded.params, jax.tree.map(jnp.asarray, _inputs(studied, part))))
+      np.asarray(scores.first_stage(studied.model, studied.loaded.params, _inputs(studied, part), layer=layer))
       for part in (examples, mixed)
     )
     for number in range(2):
@@ -139,14 +134,3 @@ def correlations(studied: Subject, pairs: Sequence[Pair], layer: int) -> list[di
           row[f"{place}, {whose}"] = float(np.corrcoef(changed[number][where], plain[other][where])[0, 1])
       rows.append(row)
   return rows
-
-
-def _scores(model: Llava, params: dict, inputs: Inputs, layer: int) -> Float[Array, "B N"]:
-  """The scores of HiMAP's first stage."""
-  bound = model.bind({"params": params})
-  embedded = bound.embed(inputs)
-  keys = jax.random.split(jax.random.key(0), inputs.tokens.shape[0])
-  segment = Segment(0, layer, embedded[1].num_image_tokens, None)
-  sequence, _, _, projections = run_segments(bound, start(embedded), (segment,), embedded, keys)
-  seen: View = view(bound, layer, sequence, projections, embedded, keys)
-  return instruction_attention(seen)
