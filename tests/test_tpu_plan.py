@@ -4,11 +4,12 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import compiler_report, geometries, planned
-from experiments.tpu_plan import plan
+from experiments.tpu_plan import plan, tables
 from himap_jax import quantization, sharding
 
 
@@ -61,6 +62,41 @@ def test_few_rows_may_take_as_much_as_one():
   assert max(asked) < 1000 and len(asked) < 10
 
 
+@pytest.mark.parametrize("capacity, highest", [(0, 0), (0, 9), (173, 173), (170, 173), (3, 173), (500, 173)])
+def test_a_second_program_is_asked_about_what_the_first_can(capacity, highest):
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return 1000 + 7 * rows if rows <= capacity else None
+
+  assert plan.largest(measure, lambda: 1000 + 7 * capacity, highest=highest) == min(capacity, highest)
+  assert asked[:1] == [highest][: highest > 0]
+  assert max(asked, default=0) <= highest and len(asked) == len(set(asked)) <= 12
+
+
+def test_a_row_is_of_the_batch_that_both_programs_can(monkeypatch):
+  """Prefill can 40 rows, decode 25; the latter is asked about 40 first."""
+  asked = []
+
+  def compiler(cell, name, rows):
+    asked.append((name, rows))
+    fits = rows <= {"prefill": 40, "decode": 25}[name]
+    memory = compiler_report.Memory(1000 + 10 * rows, 5, 7) if fits else None
+    return plan.Compiled(1.0, memory, None if fits else 1412, name, "stages")
+
+  monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
+  monkeypatch.setattr(
+    tables.planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4)))
+  )
+  cell = plan.Cell("7b", "v5e:2x4", 4, "bfloat16", "none", 128, 32)
+  row = tables.make_row(cell, compiler, [])
+  assert (row["largest batch"], row["rows per device"], row["times none"]) == (50, 6.25, 1)
+  assert row["prefill arguments GiB"] == row["decode arguments GiB"] == 1250 / 2**30
+  assert row["prefill collectives of stages"] == "stages" and row["FLOPs, XLA's count ÷ ours"] == 1.02
+  assert next(rows for name, rows in asked if name == "decode") == 40
+
+
 def test_memory_that_does_not_suffice():
   def lowered(message):
     def fail():
@@ -90,8 +126,8 @@ def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
   monkeypatch.setattr(plan, "lower", lower)
   monkeypatch.setattr(plan, "compile_program", compiled.get)
   for _ in range(2):
-    assert plan.Compiler(tmp_path)(cell, 4) == compiled
-  assert calls == [4] and not plan.fits(compiled)
+    assert {name: plan.Compiler(tmp_path)(cell, name, 4) for name in compiled} == compiled
+  assert calls == [4, 4]
 
 
 @pytest.mark.parametrize("method", ["none", "himap"])

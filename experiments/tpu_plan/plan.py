@@ -136,49 +136,37 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
 
 
 class Compiler:
-  """Compiles programs of cells at any number of rows, and remembers in a directory what came of it."""
+  """Compiles a program of a cell at any number of rows, and remembers in a directory what came of it."""
 
   def __init__(self, workdir: pathlib.Path):
     self._workdir = workdir
 
-  def __call__(self, cell: Cell, rows: int) -> dict[str, Compiled]:
-    """Both programs of a cell."""
-    path = self._workdir / f"{cell.name}-{rows}.json"
-
-    def compile_both() -> dict[str, Any]:
-      lowered = lower(cell, rows)
-      return {name: dataclasses.asdict(compile_program(program)) for name, program in lowered._asdict().items()}
-
-    return {name: _compiled(fields) for name, fields in kept.json_of(path, compile_both).items()}
+  def __call__(self, cell: Cell, name: str, rows: int) -> Compiled:
+    """Its `prefill` or its `decode`."""
+    path = self._workdir / f"{cell.name}-{name}-{rows}.json"
+    fields = kept.json_of(path, lambda: dataclasses.asdict(compile_program(getattr(lower(cell, rows), name))))
+    memory = fields.pop("memory")
+    return Compiled(memory=None if memory is None else compiler_report.Memory(**memory), **fields)
 
 
-def _compiled(fields: dict[str, Any]) -> Compiled:
-  memory = fields.pop("memory")
-  return Compiled(memory=None if memory is None else compiler_report.Memory(**memory), **fields)
-
-
-def fits(results: dict[str, Compiled]) -> bool:
-  """Whether both programs do."""
-  return all(result.memory is not None for result in results.values())
-
-
-def largest(measure: Callable[[int], int | None], limit: Callable[[], int]) -> int:
+def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:
   """The largest number of rows that fits, 0 where one row does not; memory is nearly affine in it.
 
   Args:
     measure: rows → bytes, or None where they do not fit.
     limit: bytes of a device, as far as is known so far.
+    highest: rows that more than which are not asked about, and which are asked about first.
   """
   sizes: dict[int, int] = {}
   below, above, rows, step = 0, math.inf, 1, 1
-  while True:
+  if highest is not None:
+    above, rows = highest + 1, highest
+  while above - below > 1:
     size = measure(rows)
     if size is None:
       above = rows
     else:
       below, sizes[rows] = rows, size
-    if above - below <= 1:
-      return below
     guess = _affine(sizes, limit()) if len(sizes) > 1 else 2 * below
     if below < guess < above:
       rows = min(guess, (FARTHEST if below <= FEW else 2) * below)  # a few rows more may take no more memory at all
@@ -187,6 +175,7 @@ def largest(measure: Callable[[int], int | None], limit: Callable[[], int]) -> i
       step *= 4
       if not below < rows < above:
         rows = (below + int(above)) // 2
+  return below
 
 
 def _affine(sizes: dict[int, int], limit: int) -> int:

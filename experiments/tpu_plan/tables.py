@@ -1,5 +1,6 @@
 """A row a cell: the largest batch, and what it takes."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,23 +21,24 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
     compiler: compiles its programs.
     before: earlier rows, among them that of no pruning at the same place.
   """
-  seen: dict[int, dict[str, Compiled]] = {}
+  seen: dict[tuple[str, int], Compiled] = {}
 
-  def measure(rows: int) -> int | None:
-    print(f"  {rows} rows", end="", flush=True)
-    seen[rows] = compiler(cell, rows)
-    results = seen[rows].values()
-    print(f": {'fits' if plan.fits(seen[rows]) else 'does not fit'}", flush=True)
-    return max(result.memory.total for result in results) if plan.fits(seen[rows]) else None
+  def measure(name: str, rows: int) -> int | None:
+    print(f"  {name}, {rows} rows", end="", flush=True)
+    result = seen[name, rows] = compiler(cell, name, rows)
+    print(f": {'does not fit' if result.memory is None else 'fits'}", flush=True)
+    return None if result.memory is None else result.memory.total
 
   devices = planned.mesh_of(cell.topology, cell.tensor).devices
 
   def limit() -> int:
     """What a program that did not fit said that there is."""
-    known = [result.limit for results in seen.values() for result in results.values() if result.limit]
+    known = [result.limit for result in seen.values() if result.limit]
     return min(known, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
 
-  rows = plan.largest(measure, limit)
+  rows = None
+  for name in NAMES:
+    rows = plan.largest(functools.partial(measure, name), limit, highest=rows)
   counted, accounted = plan.counted_flops(cell)
   batch = rows * devices.shape[0]
   row: Row = {
@@ -55,17 +57,18 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
   if plain["largest batch"]:
     row["times none"] = batch / plain["largest batch"]
-  for name in ("prefill", "decode"):
-    program = seen[max(rows, 1)][name]
+  for name in NAMES:
+    program = compiler(cell, name, max(rows, 1))
     row[f"{name} compile s"] = program.seconds
     for part in ("arguments", "temporaries", "results"):
       row[f"{name} {part} GiB"] = getattr(program.memory, part) / GIB if program.memory else None
     row[f"{name} collectives"] = program.collectives
-  row["collectives of stages"] = seen[max(rows, 1)]["prefill"].scoring_collectives
+    row[f"{name} collectives of stages"] = program.scoring_collectives
   row["FLOPs, XLA's count ÷ ours"] = counted / accounted
   return row
 
 
+NAMES = ("prefill", "decode")
 PLACE = ("model", "topology", "mesh", "weights")
 SHOWN = (
   *PLACE,
@@ -80,7 +83,7 @@ SHOWN = (
   "prefill compile s",
   "decode compile s",
   "prefill collectives",
-  "collectives of stages",
+  "prefill collectives of stages",
   "decode collectives",
   "FLOPs, XLA's count ÷ ours",
 )
