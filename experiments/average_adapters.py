@@ -1,29 +1,39 @@
-"""Averages two adapters of the demo model, weight by weight: what one training forgot of another comes back.
+"""Averages adapters of the demo model, weight by weight: what a training forgot of the one that it went on from comes back.
 
-    python -m experiments.average_adapters --adapters=2.safetensors,3.safetensors --shares=0.4,0.6 --adapter=adapter.safetensors
+    python -m experiments.average_adapters --adapters=2.safetensors,3.safetensors --shares=0.5,0.5 --adapter=adapter.safetensors
 
-Both have to lie on one path of training, one begun from the other (Wortsman et al., arXiv 2109.01903).
+As Wortsman et al. do (arXiv 2109.01903); the adapters have to lie on one path of training, each begun from the one before.
 """
 
 import operator
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from absl import app, flags
 
 from experiments.demo_model import export_adapter, import_adapter
+from himap_jax import command
 
 _ADAPTERS = flags.DEFINE_list("adapters", None, "What to average.", required=True)
 _SHARES = flags.DEFINE_list("shares", None, "The share of each; together 1.", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
 
 
-def main(_) -> None:
-  shares = [float(share) for share in _SHARES.value]
-  adapters = [import_adapter(path) for path in _ADAPTERS.value]
+def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
+  """The weighted mean of trees of one structure.
+
+  Raises:
+    ValueError: the shares are not one for each, or not 1 together.
+  """
   if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
-    raise app.UsageError(f"--shares={','.join(_SHARES.value)}: one for each adapter, and together 1")
-  mean = jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
+    raise ValueError(f"--shares: {len(adapters)} are needed that together are 1")
+  return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
+
+
+def main(_) -> None:
+  mean = average(list(map(import_adapter, _ADAPTERS.value)), command.numbers(_SHARES, float))
   export_adapter(pathlib.Path(_ADAPTER.value), *mean)
 
 
