@@ -5,31 +5,16 @@
 As Wortsman et al. do (arXiv 2109.01903); the adapters have to lie on one path of training, each begun from the one before.
 """
 
-import operator
 import pathlib
-from collections.abc import Sequence
-from typing import Any
 
-import jax
 from absl import app, flags
 
-from experiments.demo_model import export_adapter, import_adapter
+from experiments.demo_model import average, export_adapter, import_adapter
 from himap_jax import command
 
 _ADAPTERS = flags.DEFINE_list("adapters", None, "What to average.", required=True)
 _SHARES = flags.DEFINE_list("shares", None, "The share of each; together 1.", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
-
-
-def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
-  """The weighted mean of trees of one structure.
-
-  Raises:
-    ValueError: the shares are not one for each, or not 1 together.
-  """
-  if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
-    raise ValueError(f"--shares: {len(adapters)} are needed that together are 1")
-  return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
 
 
 def main(_) -> None:

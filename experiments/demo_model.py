@@ -4,7 +4,9 @@ Axes: B images, A answer tokens, F features of the tower, V vocabulary.
 """
 
 import dataclasses
+import operator
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -148,3 +150,14 @@ def import_adapter(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
       key = "/".join(layer).replace("layers/", "layers_")
       lora.setdefault(key, {})[leaf.removeprefix("lora_")] = jnp.asarray(value)
   return projector, lora
+
+
+def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
+  """The weighted mean of adapters, as `import_adapter` reads them.
+
+  Raises:
+    ValueError: the shares are not one for each, or not 1 together.
+  """
+  if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
+    raise ValueError(f"{len(adapters)} shares are needed that together are 1, not {shares}")
+  return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)

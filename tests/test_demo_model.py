@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import average_adapters, demo_model
+from experiments import demo_model
 from experiments.demo_data import UNUSED, Batch, Lesson, Packer
 from himap_jax.llava import Inputs, Llava
 from himap_jax.processing import Processor
@@ -39,11 +39,11 @@ def test_adapter_round_trip(tmp_path):
 
 def test_adapters_average():
   adapters = [{"linear": {"weight": jnp.full(3, value)}} for value in (2.0, 6.0)]
-  mean = average_adapters.average(adapters, [0.25, 0.75])
+  mean = demo_model.average(adapters, [0.25, 0.75])
   np.testing.assert_array_equal(mean["linear"]["weight"], [5, 5, 5])
   for shares in ([0.5, 0.6], [1.0]):
-    with pytest.raises(ValueError, match="2 are needed"):
-      average_adapters.average(adapters, shares)
+    with pytest.raises(ValueError, match="2 shares are needed"):
+      demo_model.average(adapters, shares)
 
 
 def test_packed_questions_see_the_prefix_and_themselves():
