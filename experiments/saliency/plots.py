@@ -34,6 +34,7 @@ def plot_blocks(path: pathlib.Path, result: Blocks) -> None:
   for row, (values, label) in enumerate(((result.by_pair, "mean over pairs"), (result.summed, "sum over pairs"))):
     for number, name in enumerate(tokens.BLOCKS):
       mean = values[..., number].mean(axis=1)
+      mean[mean == 0] = np.nan  # nothing flows within the image in the last layer, and there is no logarithm of it
       panels[row, 1].plot(layers, mean, color=COLOURS[name], label=name, linewidth=1.4)
       if name in (VISUAL_TEXTUAL, INTRA_VISUAL):
         panels[row, 0].plot(layers, mean, color=COLOURS[name], label=name)

@@ -122,7 +122,7 @@ def write_markdown(path: pathlib.Path, result: Blocks, shares: Contributions, fl
     *tabular.markdown(header, lines),
     "",
     *(
-      f"- {name}: S_vv is above S_vt {'not at the end' if turn is None else f'from layer {turn} on'}."
+      f"- {name}: S_vv stays above S_vt {'from no layer on' if turn is None else f'from layer {turn} on'}."
       for name, turn in zip(("A pair", "Summed"), turns, strict=True)
     ),
     "- One token's share of what flows into the last, mean over layers: "
