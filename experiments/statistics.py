@@ -39,6 +39,12 @@ def interval(values: Float[np.ndarray, "R *C"]) -> tuple[Float[np.ndarray, "*C"]
   return low, high
 
 
+def with_interval(name: str, value: float, resampled: Float[np.ndarray, "R"]) -> dict[str, float]:
+  """A value by its name, and the ends of its interval as `name_low` and `name_high`."""
+  low, high = map(float, interval(resampled))
+  return {name: float(value), f"{name}_low": low, f"{name}_high": high}
+
+
 def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:
   """The mean over questions of how right the answers of every cell are, by type in the order of appearance."""
   types = np.asarray(types)

@@ -131,10 +131,8 @@ def begin(model: Llava, params: PyTree, inputs: Inputs, keys: Key[Array, "B"], l
   sequence, (cache,), _, projections = library.run_segments(bound, library.start(embedded), (segment,), embedded, keys)
   with jax.named_scope("score"):
     scores = himap.instruction_attention(library.view(bound, ladder.layer, sequence, projections, embedded, keys))
-    order = top(scores, scores.shape[1])
-    held = jnp.cumsum(jnp.take_along_axis(scores, order, axis=1), axis=1) / scores.sum(axis=1, keepdims=True)
+    order, held = rank(scores)
     mass = jnp.stack([held[:, rung.stages[0].keep - 1] for rung in ladder.rungs], axis=1)
-    is_enough = (mass >= ladder.threshold).at[:, -1].set(True)
   return Begun(
     x=sequence.x,
     positions=sequence.positions,
@@ -142,8 +140,21 @@ def begin(model: Llava, params: PyTree, inputs: Inputs, keys: Key[Array, "B"], l
     order=order,
     cache=cache,
     keys=keys,
-    rung=jnp.argmax(is_enough, axis=1).astype(jnp.int32),
+    rung=assign(mass, ladder.threshold),
   )
+
+
+def rank(scores: Float[Array, "B N"]) -> tuple[Int[Array, "B N"], Float[Array, "B N"]]:
+  """The image tokens by score, the highest first, and the share of all scores that they hold up to each."""
+  order = top(scores, scores.shape[1])
+  held = jnp.cumsum(jnp.take_along_axis(scores, order, axis=1), axis=1) / scores.sum(axis=1, keepdims=True)
+  return order, held
+
+
+def assign(mass: Float[Array, "B R"], threshold: float) -> Int[Array, "B"]:
+  """The cheapest rung whose tokens hold enough, for each row; the last takes what none does."""
+  is_enough = (mass >= threshold).at[:, -1].set(True)
+  return jnp.argmax(is_enough, axis=1).astype(jnp.int32)
 
 
 def finish(model: Llava, params: PyTree, begun: Begun, schedule: Schedule) -> Prefill:

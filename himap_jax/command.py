@@ -16,7 +16,7 @@ from himap_jax import checkpoint
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
-def numbers(flag: Any, parse: Callable[[str], Any]) -> tuple | None:
+def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") -> tuple | None:
   """The parsed values of a list flag; None where it has none.
 
   Raises:
@@ -27,7 +27,7 @@ def numbers(flag: Any, parse: Callable[[str], Any]) -> tuple | None:
   try:
     return tuple(parse(text.strip()) for text in flag.value)
   except ValueError as error:
-    raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list of numbers") from error
+    raise ValueError(f"--{flag.name}={','.join(flag.value)}: not a list {like}") from error
 
 
 def keep_count(text: str) -> int | float:
@@ -38,6 +38,15 @@ def keep_count(text: str) -> int | float:
 def keep_counts(text: str) -> tuple[int | float, ...]:
   """How many image tokens to keep at each stage: `288/72`, or shares."""
   return tuple(map(keep_count, text.split("/")))
+
+
+def ladder(flag: Any) -> tuple[tuple[int | float, ...], ...]:
+  """The keep counts of every rung of a list flag.
+
+  Raises:
+    ValueError: a value that cannot be parsed.
+  """
+  return numbers(flag, keep_counts, "such as 144/36,288/72")
 
 
 def compilation_cache_dir(given: str | None) -> str:

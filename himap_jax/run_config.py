@@ -185,7 +185,7 @@ def config_from_flags() -> RunConfig:
     method=method,
     prune_layers=prune_layers,
     keep=keep,
-    ladder=command.numbers(_LADDER, command.keep_counts),
+    ladder=command.ladder(_LADDER),
     threshold=_THRESHOLD.value,
     batches_to_regroup=_BATCHES_TO_REGROUP.value,
     max_new_tokens=_MAX_NEW_TOKENS.value,

@@ -591,7 +591,7 @@ class TestFlags:
       ((*NEEDED, "--method=fasttv"), "unknown method 'fasttv'; known: cdpruner, dart, divprune, fastervlm,"),
       ((*NEEDED, "--method=divprune+fasttv"), "unknown method 'fasttv'"),
       ((*NEEDED, "--method=himap_adaptive", "--keep=5,3"), "--method=himap_adaptive takes --ladder in place of --keep"),
-      ((*NEEDED, "--ladder=5/3,half"), "--ladder=5/3,half: not a list of numbers"),
+      ((*NEEDED, "--ladder=5/3,half"), "--ladder=5/3,half: not a list such as 144/36,288/72"),
       ((*NEEDED, "--keep=half,2"), "--keep=half,2: not a list of numbers"),
       ((*NEEDED, "--keep=1.5,2"), "--keep=1.5,2: not a list of numbers"),
       ((*NEEDED, "--prune_layers=2;8"), "not a list of numbers"),

@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import pathlib
 import sys
 
 from absl import app, flags
@@ -29,8 +28,6 @@ _THRESHOLDS = flags.DEFINE_list(
   "thresholds", ["0.5", "0.6", "0.7", "0.75", "0.8", "0.85", "0.9", "0.95", "0.98"], "What to ask of a rung."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
-_WORKDIR = flags.DEFINE_string("workdir", None, "What was measured; a second start goes on from it.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for the table and the plot.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -39,9 +36,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
   """Measures what is missing and writes the table and the plot."""
-  workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
+  workdir, output = subject_flags.directories()
   thresholds = command.numbers(_THRESHOLDS, float) or ()
   studied = subject_flags.read(workdir, needs_answers=True)
   ladders = [
@@ -49,7 +44,7 @@ def run() -> int:
       num_layers=studied.num_layers,
       num_image_tokens=studied.processor.num_image_tokens,
       prune_layers=command.numbers(_PRUNE_LAYERS, int),
-      keeps=command.numbers(_LADDER, command.keep_counts),
+      keeps=command.ladder(_LADDER),
       threshold=threshold,
     )
     for threshold in thresholds

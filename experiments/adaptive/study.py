@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from experiments import kept
 from experiments.flow import scores
 from experiments.flow.answers import answers
 from experiments.flow.subject import Batch, Subject
 from experiments.question_sets import score
-from himap_jax import flops
+from himap_jax import adaptive, flops
 from himap_jax.schedule import Schedule
 
 
@@ -45,10 +45,9 @@ def measure(studied: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
     name = "_".join(str(stage.keep) for stage in schedule.stages) or "none"
     given.append(answers(studied, schedule, workdir / f"answers-{name}.json", max_new_tokens=max_new_tokens))
   questions = [question for question in studied.questions if question.id in given[-1]]
-  held = _held(studied, rungs[0].stages[0].layer, workdir)
-  lengths = [studied.example(question).num_text_tokens for question in questions]
+  held, lengths = _held_and_lengths(studied, rungs[0].stages[0].layer, workdir)
   return Outcomes(
-    price=np.array([_prices(studied, schedule, lengths) for schedule in schedules]),
+    price=np.array([_prices(studied, schedule, [lengths[q.id] for q in questions]) for schedule in schedules]),
     right=np.array([[score(own[q.id], q.answer) for q in questions] for own in given]),
     same=np.array([[score(own[q.id], given[-1][q.id]) for q in questions] for own in given]),
     mass=np.array([[held[q.id][rung.stages[0].keep - 1] for q in questions] for rung in rungs]),
@@ -56,19 +55,24 @@ def measure(studied: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
   )
 
 
-def _held(studied: Subject, layer: int, workdir: pathlib.Path) -> dict[str, Float[np.ndarray, "N"]]:
-  """By question the share of all scores that the highest hold, one, two and so on."""
-  held = {}
+def _held_and_lengths(
+  studied: Subject, layer: int, workdir: pathlib.Path
+) -> tuple[dict[str, Float[np.ndarray, "N"]], dict[str, int]]:
+  """By question the share of all scores that the highest hold, one, two and so on, and the prompt's text tokens."""
+  held, lengths = {}, {}
   for batch in studied.batches("scores"):
 
     def score_batch(batch: Batch = batch) -> dict[str, np.ndarray]:
       received = scores.first_stage(studied.model, studied.loaded.params, batch.inputs, layer=layer)
-      return {"scores": np.asarray(received)[: len(batch.questions)]}
+      return {"held": np.asarray(adaptive.rank(received)[1])[: len(batch.questions)]}
 
-    received = kept.arrays_of(workdir / f"scores-{batch.number:05d}.npz", score_batch)["scores"]
-    shares = np.cumsum(-np.sort(-received, axis=1), axis=1) / received.sum(axis=1, keepdims=True)
-    held |= {question.id: share for question, share in zip(batch.questions, shares, strict=True)}
-  return held
+    shares = kept.arrays_of(workdir / f"held-{batch.number:05d}.npz", score_batch)["held"]
+    for question, share, length in zip(
+      batch.questions, shares, batch.inputs.length, strict=False
+    ):  # rows repeat the last
+      held[question.id] = share
+      lengths[question.id] = int(length) - studied.processor.num_image_tokens
+  return held, lengths
 
 
 def _prices(studied: Subject, schedule: Schedule, lengths: Sequence[int]) -> list[float]:
@@ -78,10 +82,3 @@ def _prices(studied: Subject, schedule: Schedule, lengths: Sequence[int]) -> lis
 
   by_length = {length: total(schedule, length) / total(Schedule(), length) for length in set(lengths)}
   return [by_length[length] for length in lengths]
-
-
-def assign(mass: Float[np.ndarray, "R Q"], threshold: float) -> Int[np.ndarray, "Q"]:
-  """The cheapest rung of every question that holds enough; the last takes what none does."""
-  is_enough = mass >= threshold
-  is_enough[-1] = True
-  return is_enough.argmax(axis=0)

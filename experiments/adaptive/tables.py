@@ -7,12 +7,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
 from experiments import statistics, tabular
-from experiments.adaptive.study import Outcomes, assign
-from himap_jax.adaptive import Ladder
+from experiments.adaptive.study import Outcomes
+from himap_jax.adaptive import Ladder, assign
 
 MEASURES = {"right": "accuracy", "same": "agreement"}
 Row = dict[str, Any]
@@ -26,7 +27,7 @@ def rows(outcomes: Outcomes, ladders: Sequence[Ladder], *, seed: int) -> tuple[l
   """
   names = ["/".join(map(str, keep)) for keep in outcomes.keep] + ["no pruning"]
   numbers = np.arange(outcomes.price.shape[1])
-  assigned = [assign(outcomes.mass, ladder.threshold) for ladder in ladders]
+  assigned = [np.asarray(assign(jnp.asarray(outcomes.mass.T), ladder.threshold)) for ladder in ladders]
 
   def both(values: Float[np.ndarray, "P Q"]) -> Float[np.ndarray, "C Q"]:
     return np.concatenate([values, [values[rungs, numbers] for rungs in assigned]])
@@ -39,12 +40,14 @@ def rows(outcomes: Outcomes, ladders: Sequence[Ladder], *, seed: int) -> tuple[l
     row: Row = {"keep": names[index]} if index < len(names) else _thresholds(ladders, assigned, index - len(names))
     row["flops"] = float(means["price"][index])
     for name, label in MEASURES.items():
-      row |= _with_interval(label, means[name][index], resampled[name][:, index])
+      row |= statistics.with_interval(label, means[name][index], resampled[name][:, index])
     if index >= len(names):
       for name, label in MEASURES.items():
         fixed = _line(means["price"][None], means[name][None], index, len(names))[0]
         line = _line(resampled["price"], resampled[name], index, len(names))
-        row |= _with_interval(f"{label}_beyond_fixed", means[name][index] - fixed, resampled[name][:, index] - line)
+        row |= statistics.with_interval(
+          f"{label}_beyond_fixed", means[name][index] - fixed, resampled[name][:, index] - line
+        )
     table.append(row)
   return table[: len(names)], table[len(names) :]
 
@@ -63,11 +66,6 @@ def _line(
   )
 
 
-def _with_interval(name: str, value: float, resampled: Float[np.ndarray, "W"]) -> Row:
-  low, high = statistics.interval(resampled)
-  return {name: float(value), f"{name}_low": float(low), f"{name}_high": float(high)}
-
-
 def cheapest(outcomes: Outcomes) -> float:
   """The mean price where every question goes to the cheapest rung with the answer of no pruning, which nothing can know."""
   return float(np.take_along_axis(outcomes.price, (outcomes.same == 1).argmax(axis=0)[None], axis=0).mean())
@@ -77,15 +75,14 @@ def write_markdown(
   path: pathlib.Path, fixed: Sequence[Row], adapted: Sequence[Row], heading: str, cheapest: float
 ) -> None:
   """Writes both tables."""
-
-  def cell(row: Row, name: str, form: str) -> str:
-    return f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})"
-
   measures = list(MEASURES.values())
   lines = [heading, "", "## Fixed", ""]
   lines += tabular.markdown(
     ("keeps", "FLOPs, all tokens", *measures),
-    ([row["keep"], f"{row['flops']:.1%}", *(cell(row, name, ".1%") for name in measures)] for row in fixed),
+    (
+      [row["keep"], f"{row['flops']:.1%}", *(tabular.with_interval(row, name, ".1%") for name in measures)]
+      for row in fixed
+    ),
   )
   lines += ["", "## Adaptive", ""]
   lines += tabular.markdown(
@@ -95,8 +92,8 @@ def write_markdown(
         f"{row['threshold']:g}",
         row["rungs"],
         f"{row['flops']:.1%}",
-        *(cell(row, name, ".1%") for name in measures),
-        *(cell(row, f"{name}_beyond_fixed", "+.1%") for name in measures),
+        *(tabular.with_interval(row, name, ".1%") for name in measures),
+        *(tabular.with_interval(row, f"{name}_beyond_fixed", "+.1%") for name in measures),
       ]
       for row in adapted
     ),

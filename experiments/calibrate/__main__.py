@@ -14,7 +14,6 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 import dataclasses
-import pathlib
 import sys
 
 from absl import app, flags
@@ -35,8 +34,6 @@ _DISRUPTED_LAYERS = flags.DEFINE_list(
   "disrupted_layers", None, "As --layers of experiments.disruption; every one by default."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
-_WORKDIR = flags.DEFINE_string("workdir", None, "What was measured; a second start goes on from it.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for schedule.json and the tables.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -51,9 +48,7 @@ def run() -> int:
     raise ValueError(f"--budget={_BUDGET.value}: not a share such as 24%") from error
   if not isinstance(budget, float) or not 0 < budget <= 1:
     raise ValueError(f"--budget={_BUDGET.value}: not a share such as 24%")
-  workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
+  workdir, output = subject_flags.directories()
   studied = subject_flags.read(workdir)
   count = len(studied.questions) - _NUM_HELDOUT.value
   if count < 1:

@@ -180,7 +180,7 @@ def _markdown(tried: Sequence[Tried]) -> list[str]:
         row["layers"],
         row["keep"],
         f"{one.price:.1%}",
-        f"{row['agreement']:.1%} ({row['agreement_low']:.1%} to {row['agreement_high']:.1%})",
+        tabular.with_interval(row, "agreement", ".1%"),
         f"{row['lost']:.1%}" if "lost" in row else "–",
         row.get("covered", "–"),
       ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from experiments.compare.budget import schedule_for_budget
 from himap_jax import methods
-from himap_jax.command import keep_count
+from himap_jax.command import keep_counts
 from himap_jax.schedule import Schedule
 
 REFERENCE = "none"
@@ -101,7 +101,7 @@ def _parse(pattern: re.Pattern[str], text: str) -> tuple[str, tuple[int, ...] | 
     return (
       parts["method"],
       tuple(map(int, layers.split("/"))) if layers else None,
-      tuple(map(keep_count, keep.split("/"))) if keep else None,
+      keep_counts(keep) if keep else None,
     )
   except ValueError as error:
     raise ValueError(f"{text!r}: {error}") from error

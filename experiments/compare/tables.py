@@ -13,7 +13,7 @@ from experiments import tabular
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.compare.report import Column
 from experiments.question_sets import Question, is_right, score
-from experiments.statistics import accuracy_by_type, interval, resample
+from experiments.statistics import accuracy_by_type, resample, with_interval
 from himap_jax import flops
 from himap_jax.config import LlavaConfig
 from himap_jax.methods import METHODS
@@ -106,22 +106,17 @@ def _accuracies(
     row = {
       "questions": len(questions),
       "errors": sum(answer is None for answer in own),
-      **_with_interval("accuracy", mean[index], resampled[:, index]),
+      **with_interval("accuracy", mean[index], resampled[:, index]),
     }
     references = {"difference": 0}
     if label in control_of:
       references["beyond_random"] = labels.index(control_of[label])
     for name, reference in references.items():
-      row |= _with_interval(name, mean[index] - mean[reference], resampled[:, index] - resampled[:, reference])
+      row |= with_interval(name, mean[index] - mean[reference], resampled[:, index] - resampled[:, reference])
     row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
     row["agreement"] = float(np.mean([is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)]))
     figures[label] = row
   return figures
-
-
-def _with_interval(name: str, value: float, resampled: np.ndarray) -> Row:
-  low, high = map(float, interval(resampled))
-  return {name: float(value), f"{name}_low": low, f"{name}_high": high}
 
 
 def _tokens(schedule: Schedule, own: flops.Costs, num_layers: int) -> Row:

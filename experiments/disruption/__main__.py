@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import pathlib
 import sys
 
 from absl import app, flags
@@ -26,8 +25,6 @@ flags.adopt_module_key_flags(subject_flags)  # for --help
 _HOW = flags.DEFINE_list("how", list(HOW), "; ".join(f"{name}: {meaning}" for name, meaning in HOW.items()))
 _CHOSEN = flags.DEFINE_list("chosen", list(CHOSEN), "; ".join(f"{name}: {meaning}" for name, meaning in CHOSEN.items()))
 _LAYERS = flags.DEFINE_list("layers", None, "Which to disrupt; every one by default.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "What was measured; a second start goes on from it.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for tables and plots.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -40,9 +37,7 @@ def run() -> int:
     for name in flag.value:
       if name not in known:
         raise ValueError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
-  workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
+  workdir, output = subject_flags.directories()
   studied = subject_flags.read(workdir)
   layers = command.numbers(_LAYERS, int) or tuple(range(studied.num_layers))
   if not all(0 <= layer < studied.num_layers for layer in layers):

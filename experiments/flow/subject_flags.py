@@ -20,7 +20,17 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the draw, and of all chance after it
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Questions per batch.", lower_bound=1)
 _PROMPT_BUCKETS = flags.DEFINE_list("prompt_buckets", ["64", "128", "256"], "As in himap_jax.run.")
 _PROMPT_TEMPLATE = flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "What was measured; a second start goes on from it.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Directory for what comes of it: tables, plots, files.", required=True)
 _COMPILATION_CACHE_DIR = flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
+
+
+def directories() -> tuple[pathlib.Path, pathlib.Path]:
+  """The work directory and that of the results, made where they are missing."""
+  made = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
+  for directory in made:
+    directory.mkdir(parents=True, exist_ok=True)
+  return made
 
 
 def read(workdir: pathlib.Path, *, needs_answers: bool = False) -> Subject:

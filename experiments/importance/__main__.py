@@ -12,7 +12,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import pathlib
 import sys
 
 from absl import app, flags
@@ -27,8 +26,6 @@ flags.adopt_module_key_flags(subject_flags)  # for --help
 _NUM_PAIRS = flags.DEFINE_integer("num_pairs", 50, "Pairs of questions, drawn from --num_questions.", lower_bound=1)
 _PRUNE_LAYERS = flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
 _KEEP = flags.DEFINE_list("keep", ["50%", "12.5%"], "Of HiMAP, as in himap_jax.run.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "What was measured; a second start goes on from it.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for the tables.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -37,9 +34,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
   """Measures what is missing and writes the tables."""
-  workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
+  workdir, output = subject_flags.directories()
   studied = subject_flags.read(workdir, needs_answers=True)
   config = studied.loaded.config
   schedule = build_schedule(

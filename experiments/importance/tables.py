@@ -46,8 +46,7 @@ def _with_intervals(values: Mapping[str, Sequence[float]], num_pairs: int, seed:
   row: Row = {}
   for name, each in values.items():
     by_pair = np.asarray(each, np.float64).reshape(num_pairs, 2).mean(axis=1)
-    low, high = statistics.interval(statistics.resample(by_pair[None], seed=seed)[:, 0])
-    row |= {name: float(by_pair.mean()), f"{name}_low": float(low), f"{name}_high": float(high)}
+    row |= statistics.with_interval(name, by_pair.mean(), statistics.resample(by_pair[None], seed=seed)[:, 0])
   return row
 
 
@@ -58,7 +57,7 @@ def write_markdown(path: pathlib.Path, measured: Sequence[Row], correlations: Ro
     return [name for name in row if name != "schedule" and not name.endswith(("_low", "_high"))]
 
   def cells(row: Row, form: str) -> list[str]:
-    return [f"{row[name]:{form}} ({row[f'{name}_low']:{form}} to {row[f'{name}_high']:{form}})" for name in names(row)]
+    return [tabular.with_interval(row, name, form) for name in names(row)]
 
   content = [
     heading,

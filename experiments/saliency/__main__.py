@@ -11,7 +11,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import pathlib
 import sys
 import textwrap
 
@@ -28,8 +27,6 @@ _LAYERS_AT_A_TIME = flags.DEFINE_integer(
 )
 _NUM_MAPS = flags.DEFINE_integer("num_maps", 4, "Pictures to draw maps on.", lower_bound=0)
 _MAP_LAYERS = flags.DEFINE_list("map_layers", None, "Layers to draw them for; eight, evenly, by default.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "What was measured; a second start goes on from it.", required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Directory for tables and plots.", required=True)
 
 
 def main(argv: list[str]) -> None:
@@ -38,9 +35,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
   """Measures what is missing and writes tables and plots."""
-  workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
+  workdir, output = subject_flags.directories()
   studied = subject_flags.read(workdir)
   num_layers = studied.num_layers
   layers = command.numbers(_MAP_LAYERS, int) or tuple(dict.fromkeys(num_layers * step // 8 for step in range(8)))

@@ -155,7 +155,7 @@ def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, h
   Args:
     measure: rows → bytes, or None where they do not fit.
     limit: bytes of a device, as far as is known so far.
-    highest: rows that more than which are not asked about, and which are asked about first.
+    highest: the most rows to ask about, which come first; there is no such bound when None.
   """
   sizes: dict[int, int] = {}
   below, above, rows, step = 0, math.inf, 1, 1

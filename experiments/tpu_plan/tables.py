@@ -8,6 +8,7 @@ from typing import Any
 from experiments import planned, tabular
 from experiments.tpu_plan import plan
 from experiments.tpu_plan.plan import Cell, Compiled, Compiler
+from himap_jax.programs import Programs
 
 Row = dict[str, Any]
 GIB = 1 << 30
@@ -37,7 +38,7 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
     return min(known, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
 
   rows = None
-  for name in NAMES:
+  for name in Programs._fields:
     rows = plan.largest(functools.partial(measure, name), limit, highest=rows)
   counted, accounted = plan.counted_flops(cell)
   batch = rows * devices.shape[0]
@@ -57,7 +58,7 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
   if plain["largest batch"]:
     row["times none"] = batch / plain["largest batch"]
-  for name in NAMES:
+  for name in Programs._fields:
     program = compiler(cell, name, max(rows, 1))
     row[f"{name} compile s"] = program.seconds
     for part in ("arguments", "temporaries", "results"):
@@ -68,7 +69,6 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
   return row
 
 
-NAMES = ("prefill", "decode")
 PLACE = ("model", "topology", "mesh", "weights")
 SHOWN = (
   *PLACE,
