@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from experiments.compile_study.recorder import Recorder
@@ -261,7 +262,9 @@ def _run_layers(
 
 def _stack(*layers: Any) -> Any:
   if isinstance(layers[0], jax.ShapeDtypeStruct):
-    return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=layers[0].sharding)
+    own = layers[0].sharding
+    spread = None if own is None else NamedSharding(own.mesh, PartitionSpec(None, *own.spec))  # layers are whole everywhere
+    return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=spread)
   return jnp.stack(layers)
 
 
