@@ -12,7 +12,8 @@ from experiments.compile_study import measure, plots, reports, study, tables, va
 from experiments.compile_study.measure import Measurement, Setting
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
-from himap_jax.llava import Inputs, Llava
+from himap_jax import sharding
+from himap_jax.llava import Inputs, Llava, abstract_params, logical_axes
 from himap_jax.methods import build_schedule
 from himap_jax.processing import Processor
 
@@ -70,7 +71,8 @@ def test_compiles_from_shapes_alone(name, loaded):
   inputs = Inputs(
     array((2, 72), jnp.int32), array((2,), jnp.int32), array((2,), jnp.int32), array((2, 3, 28, 28), jnp.float32)
   )
-  params = jax.tree.map(lambda x: array(x.shape, x.dtype), model.params)
+  mesh = sharding.make_mesh(4, 2)
+  params = sharding.placed(abstract_params(model.config, jnp.float32), logical_axes(model.config), model.config, mesh)
   logits = VARIANTS[name].build(recorder, Llava(model.config, jnp.float32), schedule)(params, inputs)
   assert (logits.shape, logits.dtype) == ((2, 272), jnp.float32)
   assert recorder.num_instructions > 100
