@@ -263,7 +263,7 @@ def _run_layers(
 def _stack(*layers: Any) -> Any:
   if isinstance(layers[0], jax.ShapeDtypeStruct):
     own = layers[0].sharding
-    spread = None if own is None else NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
+    spread = NamedSharding(own.mesh, PartitionSpec(None, *own.spec))
     return jax.ShapeDtypeStruct((len(layers), *layers[0].shape), layers[0].dtype, sharding=spread)
   return jnp.stack(layers)
 
