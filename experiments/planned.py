@@ -2,6 +2,7 @@
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,9 @@ def mesh_of(topology: str, tensor: int) -> Mesh:
   Raises:
     ValueError: libtpu does not know the topology, or `tensor` does not divide its devices.
   """
-  options = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+  options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+  if topology.startswith("v4:"):
+    options["chip_config_name"] = "megacore"  # one device for both cores of a chip
   try:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
   except (RuntimeError, ValueError, NotImplementedError) as error:

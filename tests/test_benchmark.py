@@ -144,7 +144,9 @@ def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
     (tmp_path / directory).mkdir()
 
   def run():
-    study.run("tiny", grid, ("himap", "none", "authors"), turns=2, workdir=tmp_path / "work", weights_dir=tmp_path)
+    study.run(
+      "tiny", grid, ("himap", "none", "authors"), turns=2, at_once=2, workdir=tmp_path / "work", weights_dir=tmp_path
+    )
 
   run()
   before = {path: path.read_bytes() for path in (tmp_path / "work").iterdir()}

@@ -29,6 +29,9 @@ _SIDES = flags.DEFINE_list(
   "Our methods, with /int8 for weights of eight bits; transformers in PyTorch; the HiMAP authors' algorithm in PyTorch, without and with a cache.",
 )
 _TURNS = flags.DEFINE_integer("turns", 5, "How many turns each side takes.", lower_bound=1)
+_AT_ONCE = flags.DEFINE_integer(
+  "at_once", 1, "How many sides load and compile at a time; more need more memory and processors.", lower_bound=1
+)
 _WORKDIR = flags.DEFINE_string("workdir", "benchmark_work", "What was measured; a second start goes on from it.")
 _OUTPUT = flags.DEFINE_string("output", "benchmark_output", "Directory of the tables.")
 _WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Where the random weights lie while it runs.")
@@ -63,6 +66,7 @@ def run() -> int:
     scenarios,
     _SIDES.value,
     turns=_TURNS.value,
+    at_once=_AT_ONCE.value,
     workdir=workdir,
     weights_dir=pathlib.Path(_WEIGHTS_DIR.value),
   )

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,10 +26,11 @@ def run(
   sides: Sequence[str],
   *,
   turns: int,
+  at_once: int,
   workdir: pathlib.Path,
   weights_dir: pathlib.Path,
 ) -> None:
-  """Measures the scenarios of one geometry that have not been measured yet.
+  """Measures the scenarios of one geometry that have not been measured yet; `at_once` sides load and compile together.
 
   Raises:
     OSError: the weights or the results cannot be written.
@@ -40,9 +42,16 @@ def run(
   params = abstract_params(geometries.model_of(geometry), jnp.bfloat16)
   num_bytes = sum(2 * math.prod(leaf.shape) for leaf in tree.leaves(params))
   with random_file(weights_dir, num_bytes) as weights, contextlib.ExitStack() as stack:
-    workers = {name: stack.enter_context(Worker(name, GEOMETRIES[geometry], weights)) for name in sides}
+    pool = stack.enter_context(ThreadPoolExecutor(at_once))
+
+    def begin(name: str) -> Worker:
+      return stack.enter_context(Worker(name, GEOMETRIES[geometry], weights))
+
+    workers = dict(zip(sides, pool.map(begin, sides), strict=True))
     for scenario in tqdm(todo, desc=geometry, unit="scenario", disable=None):
-      kept.json_of(result_path(workdir, scenario), lambda scenario=scenario: measure(scenario, workers, turns=turns))
+      kept.json_of(
+        result_path(workdir, scenario), lambda scenario=scenario: measure(scenario, workers, pool, turns=turns)
+      )
 
 
 def result_path(workdir: pathlib.Path, scenario: Scenario) -> pathlib.Path:
@@ -50,7 +59,9 @@ def result_path(workdir: pathlib.Path, scenario: Scenario) -> pathlib.Path:
   return workdir / f"{'-'.join(map(str, dataclasses.astuple(scenario)))}.json"
 
 
-def measure(scenario: Scenario, workers: dict[str, Worker], *, turns: int) -> dict[str, dict[str, Any]]:
+def measure(
+  scenario: Scenario, workers: dict[str, Worker], pool: ThreadPoolExecutor, *, turns: int
+) -> dict[str, dict[str, Any]]:
   """For every side the seconds of each figure, turn by turn, or why there are none.
 
   All sides are prepared first; then they take turns, A B C A B C, so that a slow minute of the machine meets all.
@@ -58,7 +69,9 @@ def measure(scenario: Scenario, workers: dict[str, Worker], *, turns: int) -> di
   Raises:
     RuntimeError: a side failed; nothing of the scenario is kept.
   """
-  results: dict[str, dict[str, Any]] = {}
+  results: dict[str, dict[str, Any]] = {
+    name: {"device": worker.device, "turns": []} for name, worker in workers.items()
+  }
 
   def attempt(name: str, action: Callable[[Worker], dict[str, Any]]) -> None:
     if "cannot" not in results[name]:
@@ -67,9 +80,7 @@ def measure(scenario: Scenario, workers: dict[str, Worker], *, turns: int) -> di
       except CannotRun as error:
         results[name] = {"cannot": str(error)}
 
-  for name, worker in workers.items():
-    results[name] = {"device": worker.device, "turns": []}
-    attempt(name, lambda worker: {"prepare": worker.prepare(scenario)})
+  list(pool.map(lambda name: attempt(name, lambda worker: {"prepare": worker.prepare(scenario)}), workers))
   for _ in range(turns):
     for name in workers:
       attempt(name, lambda worker, name=name: {"turns": [*results[name]["turns"], worker.turn()]})
