@@ -88,6 +88,11 @@ def test_the_table_against_slow_sums(tmp_path):
   outcomes = Outcomes(price, right, same, mass, list(KEEPS))
   fixed, adapted = tables.rows(outcomes, [ladder(0.3), ladder(0.7)], seed=0)
   assert [row["keep"] for row in fixed] == ["4/2", "8/3", "12/6", "no pruning"]
+  for rung in range(3):
+    stay, change = ([mass[rung, q] for q in range(count) if (same[rung, q] == 1) == stays] for stays in (True, False))
+    pairs = [(one > other) + (one == other) / 2 for one in stay for other in change]
+    assert fixed[rung]["mass_tells"] == pytest.approx(sum(pairs) / len(pairs))
+  assert "mass_tells" not in fixed[3]
   for row, threshold in zip(adapted, (0.3, 0.7), strict=True):
     spent, good, rungs = 0.0, 0.0, [0, 0, 0]
     for q in range(count):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from experiments import statistics, tabular
 from experiments.adaptive.study import Outcomes
@@ -49,7 +49,17 @@ def rows(outcomes: Outcomes, ladders: Sequence[Ladder], *, seed: int) -> tuple[l
           f"{label}_beyond_fixed", means[name][index] - fixed, resampled[name][:, index] - line
         )
     table.append(row)
+  for row, mass, same in zip(table, outcomes.mass, outcomes.same, strict=False):  # of the rungs
+    row |= {"mass": float(mass.mean()), "mass_spread": float(mass.std()), "mass_tells": _tells(mass, same == 1)}
   return table[: len(names)], table[len(names) :]
+
+
+def _tells(mass: Float[np.ndarray, "Q"], stays: Bool[np.ndarray, "Q"]) -> float | None:
+  """How often a question whose answer stays has more mass than one whose does not (the area under the ROC curve)."""
+  if stays.all() or not stays.any():
+    return None
+  higher = np.sign(mass[stays][:, None] - mass[~stays][None])
+  return float((higher.mean() + 1) / 2)
 
 
 def _thresholds(ladders: Sequence[Ladder], assigned: Sequence[np.ndarray], number: int) -> Row:
@@ -78,9 +88,15 @@ def write_markdown(
   measures = list(MEASURES.values())
   lines = [heading, "", "## Fixed", ""]
   lines += tabular.markdown(
-    ("keeps", "FLOPs, all tokens", *measures),
+    ("keeps", "FLOPs, all tokens", *measures, "attention held", "held more where the answer stays"),
     (
-      [row["keep"], f"{row['flops']:.1%}", *(tabular.with_interval(row, name, ".1%") for name in measures)]
+      [
+        row["keep"],
+        f"{row['flops']:.1%}",
+        *(tabular.with_interval(row, name, ".1%") for name in measures),
+        f"{row['mass']:.1%} ± {row['mass_spread']:.1%}" if "mass" in row else "–",
+        f"{row['mass_tells']:.0%} of pairs" if row.get("mass_tells") is not None else "–",
+      ]
       for row in fixed
     ),
   )
