@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -82,6 +83,16 @@ def load(
   """
   questions = SETS[name](workdir) if name in SETS else _read(name, needs_answers=needs_answers)
   return questions if num_questions is None else draw(questions, num_questions, seed=seed)
+
+
+def digest(questions: Sequence[Question]) -> str:
+  """What results about questions depend on: their texts, and the contents of the pictures that can be read."""
+  result = hashlib.sha256()
+  for question in questions:
+    result.update(json.dumps(question._replace(image="")).encode())
+    if question.image.is_file():
+      result.update(hashlib.sha256(question.image.read_bytes()).digest())
+  return result.hexdigest()
 
 
 def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> list[Question]:

@@ -70,7 +70,7 @@ class AdaptiveGenerator:
       row_ids: one a row; rows that share one are the same row, which is run once.
     """
     seeds = row_seeds(self._seed, row_ids)
-    compiled_before = self.compile_seconds
+    compiling = self.compile_seconds
     start = time.perf_counter()
     begun = []
     for first in range(0, len(row_ids), self._batch_size):
@@ -78,7 +78,7 @@ class AdaptiveGenerator:
       begun.append(self._run("begin", self._jitted.begin, self._params, *self._place((inputs, seeds), rows)))
     rungs = np.concatenate([sharding.to_local_rows(part.rung) for part in begun])
     parts = tuple(begun + [begun[-1]] * (self._num_batches - len(begun)))
-    prefill_seconds = time.perf_counter() - start
+    prefill_seconds = time.perf_counter() - start - (self.compile_seconds - compiling)
     first_of = {row_id: row for row, row_id in reversed(list(enumerate(row_ids)))}
     wanted = np.array(sorted(first_of.values()))
     results: dict[int, tuple[list[int], list[np.ndarray], np.ndarray]] = {}
@@ -87,13 +87,13 @@ class AdaptiveGenerator:
       own = wanted[rungs[wanted] == number]
       for first in range(0, len(own), self._batch_size):
         rows = own[first : first + self._batch_size]
-        start = time.perf_counter()
+        compiling, start = self.compile_seconds, time.perf_counter()
         padded = np.concatenate([rows, np.repeat(rows[-1:], self._batch_size - len(rows))])
         prefilled = self._finish(number, parts, padded)
-        middle = time.perf_counter()
+        prefill_seconds += time.perf_counter() - start - (self.compile_seconds - compiling)
+        compiling, start = self.compile_seconds, time.perf_counter()
         tokens, counts = self._decode(number, prefilled, self._place(seeds, padded))
-        decode_seconds += time.perf_counter() - middle
-        prefill_seconds += middle - start
+        decode_seconds += time.perf_counter() - start - (self.compile_seconds - compiling)
         kept, logits = sharding.to_local_rows((prefilled.kept, prefilled.logits))
         for place, row in enumerate(rows.tolist()):
           answer = tokens[place, : counts[place]].tolist()
@@ -104,7 +104,7 @@ class AdaptiveGenerator:
       tokens=[tokens for tokens, _, _ in in_order],
       kept=tuple([kept[stage] for _, kept, _ in in_order] for stage in range(num_stages)),
       logits=np.stack([logits for *_, logits in in_order]),
-      prefill_seconds=prefill_seconds - (self.compile_seconds - compiled_before),
+      prefill_seconds=prefill_seconds,
       decode_seconds=decode_seconds,
       rungs=rungs[[first_of[row_id] for row_id in row_ids]],
     )

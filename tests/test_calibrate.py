@@ -12,7 +12,9 @@ from experiments.calibrate import measure, propose, study
 from experiments.calibrate.propose import Measured
 from experiments.flow.subject import Subject
 from experiments.question_sets import Question
+from himap_jax.generation import Generator
 from himap_jax.llava import Llava
+from himap_jax.methods import build_schedule
 from himap_jax.processing import Processor
 
 L, Q, N = 5, 3, 8
@@ -82,6 +84,21 @@ def test_where_a_flow_has_finished():
   assert propose.finished([1, 1, 1, 1], 0.1) == 4
 
 
+def test_what_to_expect_is_not_what_was_chosen():
+  rng = np.random.default_rng(0)
+
+  def tried(same):
+    return study.Tried("", (1, 2), (3, 2), 0.5, (float(same.mean()), 0, 1), same, None)
+
+  draws = [[tried(rng.integers(0, 2, 100).astype(float)) for _ in range(30)] for _ in range(20)]
+  assert np.mean([study.best(coins).agreement[0] for coins in draws]) > 0.58
+  expected = [study.expected_agreement(coins, seed=0) for coins in draws]
+  assert abs(np.mean([share for share, *_ in expected]) - 0.5) < 0.03
+  assert sum(low <= 0.5 <= high for _, low, high in expected) >= 16
+  alone = study.expected_agreement(draws[0][:1], seed=0)
+  assert alone[0] == pytest.approx(draws[0][0].agreement[0])
+
+
 def test_a_calibration(loaded, images, tmp_path):
   model = loaded("clip_mha")
   for number, image in enumerate(images):
@@ -101,6 +118,20 @@ def test_a_calibration(loaded, images, tmp_path):
   assert found.image_weight[1] == pytest.approx((found.image_weight[0] + found.image_weight[2]) / 2)
   for layer in range(6):  # a causal softmax: the image's rows give the image and the text before it one each
     assert (found.image_scores[layer].sum(axis=1) < 16).all() and (found.instruction_scores[layer] > 0).all()
+  for batch in studied.batches("scores"):
+    rows = slice(2 * batch.number, 2 * batch.number + 2)
+    for method, received in (
+      ("instruction_attention", found.instruction_scores),
+      ("image_attention", found.image_scores),
+    ):
+      schedule = build_schedule(method, num_layers=6, num_image_tokens=16, prune_layers=(3,), keep=(5,))
+      kept = Generator(model, schedule, max_new_tokens=1, seed=0)(batch.inputs, batch.row_ids).kept[0]
+      np.testing.assert_array_equal(kept, [sorted(order[:5]) for order in np.argsort(-received[2, rows], axis=1)])
+  outcome = np.load(tmp_path / "disruption" / "outcome-00000.npz")["overlap"]  # [block × mode, layer, question]
+  other = np.load(tmp_path / "disruption" / "outcome-00001.npz")["overlap"]
+  for number, weight in ((0, found.instruction_weight), (2, found.image_weight)):
+    changed = 1 - np.concatenate([outcome[number], other[number]], axis=1).mean(axis=1)
+    np.testing.assert_allclose(weight[[0, 2, 5]], changed)
   tried = study.try_proposals(studied, found, 0.6, tmp_path, count=2, max_new_tokens=3)
   chosen = study.best(tried)
   assert chosen.price <= 0.6 and chosen.agreement[0] == max(one.agreement[0] for one in tried)
@@ -109,6 +140,6 @@ def test_a_calibration(loaded, images, tmp_path):
     tmp_path / f"calibration-{'_'.join(map(str, (*chosen.layers, *chosen.keep)))}.json",
   ))  # fmt: skip
   assert chosen.agreement[0] == np.mean([plain[name] == given[name] for name in plain])
-  content = study.describe(chosen, studied, found)
+  content = study.describe(chosen, (0.5, 0.2, 0.7), studied, found)
   assert content["prune_layers"] == list(chosen.layers) and content["keep"] == list(chosen.keep)
   jax.clear_caches()

@@ -227,6 +227,20 @@ def question(index, type="t", text="q", answer="a", guess=""):
   return Question(str(index), pathlib.Path(f"{index}.png"), text, answer, type, guess)
 
 
+def test_results_belong_to_questions_and_pictures(tmp_path):
+  path = tmp_path / "a.png"
+  path.write_bytes(b"one")
+  asked = [Question("a", path, "Why?", "x", "why", ""), Question("b", tmp_path / "b.png", "Why?", "x", "why", "")]
+  first = question_sets.digest(asked)
+  assert first == question_sets.digest(asked)
+  assert first != question_sets.digest(asked[:1])
+  assert first != question_sets.digest([asked[0], asked[1]._replace(question="Who?")])
+  path.write_bytes(b"other")
+  other = question_sets.digest(asked)
+  (tmp_path / "b.png").write_bytes(b"repaired")
+  assert len({first, other, question_sets.digest(asked)}) == 3
+
+
 def test_draw_keeps_proportions_and_order():
   questions = [question(i, type="abbcccdddd"[i % 10]) for i in range(200)]
   drawn = question_sets.draw(questions, 50, seed=0)

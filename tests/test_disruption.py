@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import torch
 from transformers.models.llama import modeling_llama
 
 from experiments.disruption import interventions, study, tables
-from experiments.disruption.interventions import BLOCKS, Intervention, Means
+from experiments.disruption.interventions import BLOCKS, Flows, Intervention
 from experiments.flow import tokens
 from experiments.flow.decoder import first_logits
 from himap_jax.layout import Layout
@@ -98,37 +99,56 @@ def test_against_transformers_layers(subject, block, how, active, monkeypatch):
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_one_question_s_own_mean_changes_nothing(subject, block):
-  x, layout, tower = subject.embedded
-  for row in range(2):
-    alone = (x[row : row + 1], jax.tree.map(lambda a, row=row: a[row : row + 1], layout), tower)
-    means = interventions.flows(subject.model, subject.params, alone, subject.hidden[:, row : row + 1])
-    result = subject.logits(Intervention(block, "block", "mean"), np.ones(NUM_LAYERS, bool), means)
-    np.testing.assert_allclose(result[row], subject.plain[row], atol=1e-4)
+  own = interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden)
+  result = subject.logits(Intervention(block, "block", "mean"), np.ones(NUM_LAYERS, bool), own)
+  np.testing.assert_allclose(result, subject.plain, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_mean_of_nothing_is_zero(subject, block):
   active = np.arange(NUM_LAYERS) >= 3
   shape = jax.eval_shape(lambda: interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden))
-  nothing = Means(*(jnp.zeros(part.shape, part.dtype) for part in shape))
+  nothing = Flows(*(jnp.zeros(part.shape, part.dtype) for part in shape))
   with_mean = subject.logits(Intervention(block, "block", "mean"), active, nothing)
   zeroed = subject.logits(Intervention(block, "block", "zero"), active)
   np.testing.assert_allclose(with_mean, zeroed, atol=1e-5)
 
 
-def test_the_mean_is_over_questions_at_the_same_place(subject):
+def test_the_mean_is_of_the_other_questions_at_the_same_place(subject):
+  _, layout, _ = subject.embedded
+  places = np.asarray(interventions.instruction_places(layout, SLOTS))
+  lengths = np.asarray(layout.length - layout.image_start) - layout.num_image_tokens
+  np.testing.assert_array_equal(places, np.arange(places.shape[1])[None] < lengths[:, None])
+  own = Flows(*map(np.asarray, interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden)))
+  assert not own.into_instruction[:, ~places].any() and own.into_instruction[:, places].any()
+  third, longer = np.float32(2) * own.into_image[:, 0], places.shape[1] + 3  # a question of a larger bucket
+  sums = study.Sums(
+    into_instruction=np.pad(own.into_instruction.sum(axis=1), ((0, 0), (0, 3), (0, 0), (0, 0)), constant_values=7),
+    into_image=own.into_image.sum(axis=1) + third,
+    count=np.pad(places.sum(axis=0), (0, 3), constant_values=1),
+    num_questions=np.int64(3),
+  )
+  assert sums.into_instruction.shape[1] == longer
+  others = study.mean_of_others(sums, own, places)
+  both = places.all(axis=0)
+  for row in range(2):
+    np.testing.assert_allclose(others.into_image[:, row], (own.into_image[:, 1 - row] + third) / 2, atol=1e-5)
+    np.testing.assert_allclose(others.into_instruction[:, row, both], own.into_instruction[:, 1 - row, both], atol=1e-5)
+    alone = places[row] & ~places[1 - row]
+    assert not others.into_instruction[:, row, alone].any()
+  assert (places.sum(axis=1)[0] != places.sum(axis=1)[1]) and both.any()
+
+
+def test_flows_are_those_of_each_row_alone(subject):
   x, layout, tower = subject.embedded
   parts = []
   for row in range(2):
     alone = (x[row : row + 1], jax.tree.map(lambda a, row=row: a[row : row + 1], layout), tower)
     parts.append(interventions.flows(subject.model, subject.params, alone, subject.hidden[:, row : row + 1]))
-  both = interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden)
-  counts = np.asarray(interventions.instruction_rows(layout, SLOTS))
-  lengths = np.asarray(layout.length - layout.image_start) - layout.num_image_tokens
-  np.testing.assert_array_equal(counts, [(lengths > place).sum() for place in range(len(counts))])
-  np.testing.assert_allclose(both.into_image, parts[0].into_image + parts[1].into_image, atol=1e-5)
-  np.testing.assert_allclose(both.into_instruction, parts[0].into_instruction + parts[1].into_instruction, atol=1e-5)
-  assert not np.asarray(both.into_instruction)[:, counts == 0].any()
+  together = interventions.flows(subject.model, subject.params, subject.embedded, subject.hidden)
+  for name in Flows._fields:
+    each = np.concatenate([np.asarray(getattr(part, name)) for part in parts], axis=1)
+    np.testing.assert_allclose(getattr(together, name), each, atol=1e-5)
 
 
 def test_random_pairs():
@@ -156,13 +176,46 @@ def test_random_pairs():
     assert not (taken[row] & ~pairs[row]).any()
 
 
-@pytest.mark.parametrize("chosen", ["random", "mass"])
+def test_random_tokens():
+  layout = Layout(jnp.array([9, 8], jnp.int32), jnp.array([2, 1], jnp.int32), 4)
+  kinds = {name: np.asarray(kind) for name, kind in tokens.kinds(layout, 10).items()}
+  seen = np.zeros((2, 10), int)
+  for seed in range(60):
+    pairs = np.asarray(interventions._into_random_tokens(layout, 10, jax.random.split(jax.random.key(seed), 2)))
+    for row, instruction in enumerate((3, 3)):
+      into = pairs[row].any(axis=1)
+      first = np.flatnonzero(kinds["image"][row])[0]  # sees no image token before it, and may be drawn
+      assert instruction - 1 <= into.sum() <= instruction and not into[first]
+      for query in np.flatnonzero(into):
+        np.testing.assert_array_equal(pairs[row, query], kinds["image"][row] & (np.arange(10) < query))
+      seen[row] += into
+  may = kinds["image"] | kinds["instruction"]
+  assert not seen[~may].any() and (np.sort(seen[may]) > 0).sum() == may.sum() - 2
+
+
+@pytest.mark.parametrize("chosen", ["random", "mass", "rows"])
 def test_controls_depend_on_their_key_alone(subject, chosen):
   intervention = Intervention("image→instruction", chosen, "zero")
   active = np.arange(NUM_LAYERS) == 2
   first, again, other = (subject.logits(intervention, active, seed=seed) for seed in (1, 1, 2))
   np.testing.assert_array_equal(first, again)
   assert np.abs(first - other).max() > 1e-4 and np.abs(first - subject.plain).max() > 1e-4
+
+
+def test_single_is_one_layer_and_onward_all_after_it(monkeypatch):
+  active = []
+
+  def disturbed(model, params, embedded, hidden, layers, *arguments, intervention):
+    active.append(np.asarray(layers).astype(int).tolist())
+    return jnp.zeros((1, 9))
+
+  monkeypatch.setattr(study, "_undisturbed", lambda *arguments: (None, None, jnp.zeros((1, 9))))
+  monkeypatch.setattr(study, "_disturbed", disturbed)
+  studied = types.SimpleNamespace(model=None, loaded=types.SimpleNamespace(params=None), num_layers=4, seed=0)
+  batch = types.SimpleNamespace(inputs={}, row_ids=["a"], questions=[None])
+  outcome = study._measure(studied, batch, [Intervention(BLOCKS[0], "block", "mask")], (1, 2), None)
+  assert active == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+  assert outcome.overlap.shape == (2, 2, 1)
 
 
 def test_what_changed():
@@ -178,6 +231,30 @@ def test_bias_ratio():
   assert tables.bias_ratio(np.float64(0.5), np.float64(0.5), 10) == 0
   assert tables.bias_ratio(np.float64(0.2), np.float64(0.6), 10**9) == pytest.approx(np.log(2), abs=1e-6)
   assert np.isfinite(tables.bias_ratio(np.float64(1), np.float64(0.6), 10))
+  one_changed = 1 - (1 - 4 / 6) / 10  # one of the five likeliest tokens in one of ten questions
+  assert tables.bias_ratio(np.float64(one_changed), np.float64(1), 10) == pytest.approx(np.log(3))
+
+
+def test_rows_name_what_was_done():
+  """Interventions × modes × layers, each with a value of its own."""
+  done = [Intervention(block, "block", "mask") for block in BLOCKS]
+  overlap = np.arange(2 * 2 * 3, dtype=np.float64).reshape(4, 3, 1) / 20 * np.ones(2)
+  outcome = study.Outcome(overlap > 0.5, overlap, 10 * overlap)
+  found = {
+    (row["intervention"], row["mode"], row["layer"]): row for row in tables.rows(outcome, done, (1, 4, 5), seed=0)
+  }
+  expected = iter(range(12))
+  for block in BLOCKS:
+    for mode in ("single", "onward"):
+      for layer in (1, 4, 5):
+        row, value = found[f"{block}, mask", mode, layer], next(expected) / 20
+        assert row["overlap"] == pytest.approx(value) and row["divergence"] == pytest.approx(10 * value)
+        assert row["overlap_low"] == pytest.approx(value) and row["is_same"] == (value > 0.5)
+  bias = {(row["mode"], row["layer"]): row["bias"] for row in tables.bias_rows(outcome, done, (1, 4, 5), seed=0)}
+  for index, mode in enumerate(("single", "onward")):
+    for place, layer in enumerate((1, 4, 5)):
+      into_instruction, into_image = ((3 * (2 * block + index) + place) / 20 for block in (0, 1))
+      assert bias[mode, layer] == pytest.approx(np.log((1 - into_image + 1 / 12) / (1 - into_instruction + 1 / 12)))
 
 
 @pytest.mark.parametrize("name", ["saliency", "disruption"])
@@ -192,7 +269,7 @@ def test_the_command(name, checkpoints, images, tmp_path):
     sys.executable, "-m", f"experiments.{name}", f"--checkpoint={checkpoints('clip_mha').directory}",
     f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
     "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", f"--compilation_cache_dir={tmp_path / 'compiled'}",
-    *(["--layers_at_a_time=6"] if name == "saliency" else ["--layers=1,4", "--how=mask", "--chosen=block"]),
+    *(["--layers_at_a_time=6"] if name == "saliency" else ["--layers=1,4", "--how=mask,mean", "--chosen=block"]),
   ]  # fmt: skip
   first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert first.returncode == 0, first.stderr
@@ -200,6 +277,11 @@ def test_the_command(name, checkpoints, images, tmp_path):
   parts = {"saliency": "flow-*.npz", "disruption": "outcome-*.npz"}[name]
   files = sorted((tmp_path / "work").glob(parts))
   assert len(files) == 2
+  if name == "disruption":
+    sums = np.load(tmp_path / "work" / "sums.npz")
+    assert (
+      sums["num_questions"] == sums["count"][0] == sums["count"].max() == 3
+    )  # the row that fills a batch does not count
   files[1].unlink()
   before = files[0].stat().st_mtime_ns
   again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

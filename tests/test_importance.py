@@ -1,6 +1,7 @@
 """Manipulated scores and contents: what is kept, and whose."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +91,26 @@ def test_pairs():
 
 def test_the_middle_is_swapped():
   first, second = np.zeros((3, 8, 12)), np.ones((3, 8, 12))
-  mixed = study.swapped(first, second)
+  mixed = study.swapped(first, second, (4, 4))
   expected = np.zeros((8, 12))
   expected[2:6, 3:9] = 1
   np.testing.assert_array_equal(mixed, np.stack([expected] * 3))
   assert not first.any()
+  whole = study.swapped(np.zeros((3, 54, 54)), np.ones((3, 54, 54)), (27, 27))[0].reshape(27, 2, 27, 2)
+  by_patch = whole.mean(axis=(1, 3))  # a patch comes from one picture or from the other
+  assert set(by_patch.ravel()) == {0, 1}
+  inside = np.zeros((27, 27), bool)
+  inside[study._window((27, 27))] = True
+  np.testing.assert_array_equal(by_patch, inside)
+
+
+def test_what_cannot_be_asked_is_left_out():
+  def example(asked):
+    if asked.id == "b":
+      raise ValueError("unreadable")
+
+  questions = [question(name, "?", "x", "1.png") for name in "abc"]
+  assert [q.id for q in study.askable(types.SimpleNamespace(questions=questions, example=example))] == ["a", "c"]
 
 
 def test_whose_answers():

@@ -8,7 +8,7 @@ import tiny_checkpoints
 import torch
 
 from experiments.flow import tokens
-from experiments.saliency import saliency
+from experiments.saliency import saliency, tables
 from himap_jax.layout import Layout
 from himap_jax.llava import Inputs, Llava
 
@@ -88,3 +88,31 @@ def test_sums_of_blocks():
     np.testing.assert_allclose(result.to_instruction[:, row], v[:, row, a:b, c:d].sum(1), rtol=1e-5)
     within = np.tril(v[:, row, c:d, c:d], -1)
     np.testing.assert_allclose(result.to_image[:, row], within.sum(1), rtol=1e-5)
+
+
+def test_where_the_flows_take_turns():
+  """In the last layer nothing flows within the image, whatever the model does before."""
+  assert tables.turning_layer(np.array([0.1, 2, 0.5, 3, 4, 0])) == 3
+  assert tables.turning_layer(np.array([2.0, 2, 0])) == 0
+  assert tables.turning_layer(np.array([0.1, 2, 0.5, 3, 0.9, 0])) is None
+
+
+def test_normalisations():
+  layers, questions = 2, 3
+  rng = np.random.default_rng(0)
+  sums = rng.random((layers, questions, len(tokens.BLOCKS)))
+  contributions = rng.random((layers, questions, 3)) * [0, 1, 1]  # no system prompt
+  flow = saliency.Flow(
+    sums=sums,
+    pairs=np.tile(np.arange(len(tokens.BLOCKS)), (questions, 1)),
+    contributions=contributions,
+    num_tokens=np.tile([0, 4, 2], (questions, 1)),
+    to_instruction=None,
+    to_image=None,
+  )
+  blocks, shares = tables.blocks(flow, 5), tables.contributions(flow)
+  np.testing.assert_allclose(blocks.by_pair[..., 3], sums[..., 3] / 3)
+  np.testing.assert_allclose(blocks.summed, sums / 5)
+  np.testing.assert_allclose(shares.whole.sum(axis=-1), 1)
+  each = contributions[..., 1] / 4, contributions[..., 2] / 2
+  np.testing.assert_allclose(shares.by_token[..., 1], each[0] / (each[0] + each[1]))

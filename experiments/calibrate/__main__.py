@@ -55,12 +55,12 @@ def run() -> int:
     raise ValueError(
       f"--num_heldout={_NUM_HELDOUT.value} leaves none of {len(studied.questions)} questions to calibrate on"
     )
-  own = (_NUM_HELDOUT, _MAX_NEW_TOKENS, _DISRUPTED_LAYERS)
-  settings = studied.settings | {flag.name: flag.value for flag in own}
-  command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   layers = command.numbers(_DISRUPTED_LAYERS, int) or tuple(range(studied.num_layers))
   if list(layers) != sorted(set(layers)) or not all(0 <= layer < studied.num_layers for layer in layers):
     raise ValueError(f"--disrupted_layers must ascend from 0 to {studied.num_layers - 1}")
+  own = (_NUM_HELDOUT, _MAX_NEW_TOKENS, _DISRUPTED_LAYERS)
+  settings = studied.settings | {flag.name: flag.value for flag in own}
+  command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   chosen, heldout = study.split(studied.questions, _NUM_HELDOUT.value, seed=studied.seed)
   calibration = dataclasses.replace(studied, questions=chosen)
   measured = measure.measure(calibration, workdir, layers_at_a_time=_LAYERS_AT_A_TIME.value, disrupted_layers=layers)
@@ -68,13 +68,14 @@ def run() -> int:
     calibration, measured, budget, workdir, count=_NUM_TRIED.value, max_new_tokens=_MAX_NEW_TOKENS.value
   )
   best = study.best(tried)
-  write_json(output / "schedule.json", study.describe(best, studied, measured))
+  expected = study.expected_agreement(tried, seed=studied.seed)
+  write_json(output / "schedule.json", study.describe(best, expected, studied, measured))
   compared = []
   if heldout:
     others = dataclasses.replace(studied, questions=heldout)
     compared = study.compare(others, best, budget, workdir, max_new_tokens=_MAX_NEW_TOKENS.value)
   heading = f"`python -m experiments.calibrate {' '.join(sys.argv[1:])}`, {len(chosen)} questions."
-  study.write(output, tried, compared, heading)
+  study.write(output, tried, expected, compared, heading)
   print((output / "calibrate.md").read_text(encoding="utf-8"))
   return 0
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -52,12 +50,11 @@ class StudyConfig:
 
 def settings_of(config: StudyConfig, directory: pathlib.Path, questions: Sequence[Question]) -> dict[str, Any]:
   """What the answers and times of a work directory depend on, beside the cells."""
-  rows = json.dumps([[q.id, str(q.image.absolute()), q.question, q.answer, q.type, q.guess] for q in questions])
   names = ("checkpoint", "dtype", "question_set", "num_questions", "seed", "max_new_tokens", "prompt_template")
   names += ("batch_size", "prompt_buckets", "timing_batch_size", "timing_new_tokens", "timing_repeats")
   return {name: getattr(config, name) for name in names} | {
     "fingerprint": read_marker(directory)["fingerprint"],
-    "questions": hashlib.sha256(rows.encode()).hexdigest(),
+    "questions": question_sets.digest(questions),
   }
 
 

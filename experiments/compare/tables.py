@@ -100,7 +100,8 @@ def _accuracies(
   labels = list(given)
   right = np.array([[score(a, q.answer) for a, q in zip(own, questions, strict=True)] for own in given.values()])
   by_type = accuracy_by_type(right, [question.type for question in questions])
-  resampled, mean = resample(right, seed=seed), right.mean(axis=1)
+  same = np.array([[is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)] for own in given.values()])
+  resampled, agreed, mean = resample(right, seed=seed), resample(same, seed=seed), right.mean(axis=1)
   figures = {}
   for index, (label, own) in enumerate(given.items()):
     row = {
@@ -114,7 +115,7 @@ def _accuracies(
     for name, reference in references.items():
       row |= with_interval(name, mean[index] - mean[reference], resampled[:, index] - resampled[:, reference])
     row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
-    row["agreement"] = float(np.mean([is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)]))
+    row |= with_interval("agreement", same[index].mean(), agreed[:, index])
     figures[label] = row
   return figures
 
@@ -175,6 +176,7 @@ def readable_columns(rows: Sequence[Row]) -> list[Column]:
     Column("beyond_random_interval", "95% interval", "text"),
     *(Column(f"{BY_TYPE}{type}", type, "percent") for type in types_of(rows)),
     Column("agreement", "agrees with none", "percent"),
+    Column("agreement_interval", "95% interval", "text"),
     Column("image_token_flops", "FLOPs, image tokens (Eq. 10)", "percent"),
     Column("all_token_flops", "FLOPs, all tokens and scoring", "percent"),
     Column("scoring_share", "scoring in prefill FLOPs", "percent"),
@@ -192,7 +194,7 @@ def readable_rows(rows: Sequence[Row]) -> list[Row]:
 
 def _readable(row: Row) -> Row:
   out = dict(row)
-  for name in ("accuracy", *DIFFERENCES):
+  for name in ("accuracy", "agreement", *DIFFERENCES):
     if name in row:
       low, high = row[f"{name}_low"], row[f"{name}_high"]
       out[f"{name}_interval"] = f"{_percent(low, name)} to {_percent(high, name)}"

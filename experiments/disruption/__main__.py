@@ -2,8 +2,9 @@
 
     python -m experiments.disruption --flagfile=experiments/flags/disruption.flags
 
-Takes the flow from image to instruction or within the image out of one layer, or of it and all after it, and as controls as many
-pairs at random, or pairs that together have the same probability; or puts the flow's mean over the questions in its place.
+Takes the flow from image to instruction or within the image out of one layer, or of it and all after it; as controls as many pairs
+at random, pairs that together have the same probability, or the flow from image to as many random tokens; or puts the flow's
+mean over the other questions in its place.
 Interrupt it at any time: the same command goes on where it stopped.
 """
 
@@ -42,18 +43,13 @@ def run() -> int:
   layers = command.numbers(_LAYERS, int) or tuple(range(studied.num_layers))
   if not all(0 <= layer < studied.num_layers for layer in layers):
     raise ValueError(f"--layers: the model has layers 0 to {studied.num_layers - 1}")
-  interventions = [
-    Intervention(block, chosen, how)
-    for how in _HOW.value
-    for chosen in _CHOSEN.value
-    for block in BLOCKS
-    if how != "mean" or chosen == "block"
-  ]
+  every = (Intervention(block, chosen, how) for how in _HOW.value for chosen in _CHOSEN.value for block in BLOCKS)
+  interventions = [one for one in every if one.is_known]
+  if not interventions:
+    raise ValueError("--how=mean needs --chosen=block: other pairs have no mean")
   settings = studied.settings | {"how": _HOW.value, "chosen": _CHOSEN.value, "layers": layers}
   command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   questions, outcome = study.run(studied, interventions, layers, workdir)
-  if not questions:
-    raise ValueError("none of the questions can be asked")
   measured = tables.rows(outcome, interventions, layers, seed=studied.seed)
   bias = tables.bias_rows(outcome, interventions, layers, seed=studied.seed)
   tabular.write_csv(output / "disruption.csv", measured)

@@ -24,12 +24,13 @@ BLOCKS = ("image→instruction", "image→image")
 HOW = {
   "mask": "hidden before the softmax, so that the rest takes their weight: the authors' code",
   "zero": "probabilities set to zero: the paper's text",
-  "mean": "what flows replaced by its mean over the questions at the same place",
+  "mean": "what flows replaced by its mean over the other questions at the same place",
 }
 CHOSEN = {
   "block": "the block's pairs",
   "random": "as many pairs at random",
   "mass": "pairs at random that together have the block's probability in that layer",
+  "rows": "the image's pairs with as many tokens at random, after the system prompt: the authors' image→random",
 }
 
 
@@ -44,26 +45,33 @@ class Intervention:
   """
 
   block: str
-  chosen: Literal["block", "random", "mass"]
+  chosen: Literal["block", "random", "mass", "rows"]
   how: Literal["mask", "zero", "mean"]
 
   @property
   def name(self) -> str:
     """In tables."""
-    pairs = {"block": self.block, "random": f"as many as {self.block}", "mass": f"as much as {self.block}"}[self.chosen]
-    return f"{pairs}, {self.how}"
+    pairs = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}[self.chosen]
+    return f"{pairs}{self.block}, {self.how}"
+
+  @property
+  def is_known(self) -> bool:
+    """Whether there is such an intervention: whole blocks have means, and the instruction as many tokens elsewhere."""
+    if self.how == "mean":
+      return self.chosen == "block"
+    return self.chosen != "rows" or self.block == BLOCKS[0]
 
 
-class Means(NamedTuple):
-  """The mean of what flows through each block into one token.
+class Flows(NamedTuple):
+  """What flows through each block into one token.
 
   Attributes:
-    into_instruction: `[L, E, N, H]` from the image, by the place counted from the prompt's end.
-    into_image: `[L, M, N, H]` from other image tokens, by image token.
+    into_instruction: `[L, B, E, N, H]` from the image, by the place counted from the prompt's end.
+    into_image: `[L, B, M, N, H]` from other image tokens, by image token.
   """
 
-  into_instruction: Float[Array, "L E N H"]
-  into_image: Float[Array, "L M N H"]
+  into_instruction: Float[Array, "L B E N H"]
+  into_image: Float[Array, "L B M N H"]
 
 
 def undisturbed(model: Llava, params: Any, embedded: Embedded) -> tuple[Float[Array, "L B S D"], Float[Array, "B V"]]:
@@ -76,8 +84,8 @@ def undisturbed(model: Llava, params: Any, embedded: Embedded) -> tuple[Float[Ar
   return jnp.stack(states), prefill.last_logits(bound, sequence._replace(x=x))
 
 
-def flows(model: Llava, params: Any, embedded: Embedded, hidden: Float[Array, "L B S D"]) -> Means:
-  """The sums over rows of what `Means` has the means of; places before a row's instruction count as nothing."""
+def flows(model: Llava, params: Any, embedded: Embedded, hidden: Float[Array, "L B S D"]) -> Flows:
+  """What flows in each row; nothing at places before its instruction."""
   bound, sequence = model.bind({"params": params}), prefill.start(embedded)
   layout, slots = sequence.layout, hidden.shape[2]
   from_end = _slots_from_end(layout, slots)
@@ -91,15 +99,15 @@ def flows(model: Llava, params: Any, embedded: Embedded, hidden: Float[Array, "L
         p.query, p.key, p.value, is_causal=True, edit=lambda a, v: weigh(jnp.where(pairs, a, 0), v)
       ).astype(jnp.float32)
 
-    into_instruction.append(take_slots(through(BLOCKS[0]), from_end).sum(axis=0))
-    into_image.append(take_slots(through(BLOCKS[1]), layout.image_slots()).sum(axis=0))
-  return Means(jnp.stack(into_instruction), jnp.stack(into_image))
+    into_instruction.append(take_slots(through(BLOCKS[0]), from_end))
+    into_image.append(take_slots(through(BLOCKS[1]), layout.image_slots()))
+  return Flows(jnp.stack(into_instruction), jnp.stack(into_image))
 
 
-def instruction_rows(layout: Layout, slots: int) -> Int[Array, "E"]:
-  """How many rows have an instruction token at each place counted from the end."""
+def instruction_places(layout: Layout, slots: int) -> Bool[Array, "B E"]:
+  """Whether a row has an instruction token at each place counted from the end."""
   places = jnp.arange(slots - layout.num_image_tokens, dtype=jnp.int32)[None]
-  return (places < _instruction_length(layout)[:, None]).sum(axis=0)
+  return places < _instruction_length(layout)[:, None]
 
 
 def disrupted_logits(
@@ -109,7 +117,7 @@ def disrupted_logits(
   hidden: Float[Array, "L B S D"],
   active: Bool[Array, "L"],
   intervention: Intervention,
-  means: Means | None,
+  means: Flows | None,
   keys: Key[Array, "B"],
 ) -> Float[Array, "B V"]:
   """The logits of the first answer token when some layers are disrupted.
@@ -121,13 +129,17 @@ def disrupted_logits(
     hidden: from `undisturbed`; the layers before the first active one are not run again.
     active: which layers.
     intervention: static.
-    means: needed where the mean takes the place of what flows.
+    means: what takes the place of what flows, where the mean does.
     keys: a random key a row.
   """
   sequence = prefill.start(embedded)
   layout, slots = sequence.layout, hidden.shape[2]
   pairs = tokens.block(layout, slots, intervention.block)
-  order, by_order = (None, None) if intervention.chosen == "block" else _random_order(layout, slots, keys)
+  order, by_order = None, None
+  if intervention.chosen in ("random", "mass"):
+    order, by_order = _random_order(layout, slots, keys)
+  elif intervention.chosen == "rows":
+    pairs = _into_random_tokens(layout, slots, keys)
   started = jnp.cumsum(active) > 0
 
   def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Any:
@@ -178,18 +190,27 @@ def _slots_from_end(layout: Layout, slots: int) -> Int[Array, "B E"]:
   return jnp.maximum(layout.length[:, None] - 1 - places, 0)
 
 
-def _place(layout: Layout, slots: int, block: str, means: Means, layer: int) -> Float[Array, "B S N H"]:
+def _place(layout: Layout, slots: int, block: str, means: Flows, layer: int) -> Float[Array, "B S N H"]:
   """A block's mean flow in the slots that it flows into, nothing elsewhere."""
-  batch = layout.length.shape[0]
   if block == BLOCKS[1]:
     mean = means.into_image[layer]
-    flat = jnp.broadcast_to(mean.reshape(1, mean.shape[0], -1), (batch, mean.shape[0], mean[0].size))
-    empty = jnp.zeros((batch, slots, flat.shape[2]), flat.dtype)
-    return put_image_tokens(empty, layout.image_start, flat).reshape(batch, slots, *mean.shape[1:])
+    flat = mean.reshape(*mean.shape[:2], -1)
+    empty = jnp.zeros((len(flat), slots, flat.shape[2]), flat.dtype)
+    return put_image_tokens(empty, layout.image_start, flat).reshape(len(flat), slots, *mean.shape[2:])
   mean = means.into_instruction[layer]
   place = layout.length[:, None] - 1 - jnp.arange(slots, dtype=jnp.int32)[None]
   is_instruction = tokens.kinds(layout, slots)["instruction"]
-  return jnp.where(is_instruction[:, :, None, None], mean[jnp.clip(place, 0, mean.shape[0] - 1)], 0)
+  return jnp.where(is_instruction[:, :, None, None], take_slots(mean, jnp.clip(place, 0, mean.shape[1] - 1)), 0)
+
+
+def _into_random_tokens(layout: Layout, slots: int, keys: Key[Array, "B"]) -> Bool[Array, "B S S"]:
+  """The pairs of the image with as many tokens after the system prompt, drawn at random, as the instruction has."""
+  kinds = tokens.kinds(layout, slots)
+  chance = jax.vmap(lambda key: jax.random.uniform(key, (slots,)))(keys)
+  chance = jnp.where(kinds["image"] | kinds["instruction"], chance, 2)
+  place = jnp.argsort(jnp.argsort(chance, axis=1), axis=1)
+  rows = place < _instruction_length(layout)[:, None]
+  return rows[:, :, None] & kinds["image"][:, None] & tokens.earlier(slots)
 
 
 def _random_order(layout: Layout, slots: int, keys: Key[Array, "B"]) -> tuple[Int[Array, "B S S"], Int[Array, "B S*S"]]:

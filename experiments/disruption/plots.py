@@ -11,7 +11,7 @@ from experiments.disruption.study import MODES
 from experiments.disruption.tables import Row
 
 COLOURS = {BLOCKS[0]: "#d1221b", BLOCKS[1]: "#2f8fe0"}
-LINES = {"block": "-", "as many": "--", "as much": ":"}
+LINES = {"block": "-", "as many": "--", "as much": ":", "image→random": "-."}
 MEASURES = {"is_same": "label consistency", "overlap": "score consistency", "divergence": "divergence, nats"}
 
 

@@ -1,6 +1,7 @@
 """Disrupts every layer in every way, question by question, and goes on from what a work directory holds.
 
-Axes: I interventions and modes, L layers of the study, B batch, Q questions, V vocabulary.
+Axes: I interventions and modes, L layers of the study, B batch, Q questions, V vocabulary; in `Sums` and `Flows` L layers of the
+model, E places counted from a prompt's end, M image tokens, N query heads, H head dim.
 """
 
 import functools
@@ -15,11 +16,11 @@ from jaxtyping import Bool, Float, Int
 
 from experiments import kept
 from experiments.disruption.interventions import (
+  Flows,
   Intervention,
-  Means,
   disrupted_logits,
   flows,
-  instruction_rows,
+  instruction_places,
   undisturbed,
 )
 from experiments.flow.subject import Batch, Subject
@@ -44,6 +45,22 @@ class Outcome(NamedTuple):
   divergence: Float[np.ndarray, "I L Q"]
 
 
+class Sums(NamedTuple):
+  """Of `Flows` over all questions.
+
+  Attributes:
+    into_instruction: `[L, E, N, H]`.
+    into_image: `[L, M, N, H]`.
+    count: `[E]` questions with an instruction token at that place.
+    num_questions: `[]` all.
+  """
+
+  into_instruction: Float[np.ndarray, "L E N H"]
+  into_image: Float[np.ndarray, "L M N H"]
+  count: Int[np.ndarray, "E"]
+  num_questions: Int[np.ndarray, ""]
+
+
 def run(
   studied: Subject, interventions: Sequence[Intervention], layers: Sequence[int], workdir: pathlib.Path
 ) -> tuple[list[Question], Outcome]:
@@ -53,15 +70,15 @@ def run(
     studied: model and questions.
     interventions: what is done.
     layers: where; in the mode `onward`, from where on.
-    workdir: a file for every batch, and one for the means.
+    workdir: a file for every batch, and one for the sums of what flows.
   """
-  means = None
+  sums = None
   if any(one.how == "mean" for one in interventions):
-    means = Means(**kept.arrays_of(workdir / "means.npz", lambda: _means(studied)._asdict()))
+    sums = Sums(**kept.arrays_of(workdir / "sums.npz", lambda: _sums(studied)._asdict()))
   questions, outcomes = [], []
   for batch in studied.batches("disrupting"):
     path = workdir / f"outcome-{batch.number:05d}.npz"
-    arrays = kept.arrays_of(path, lambda batch=batch: _measure(studied, batch, interventions, layers, means)._asdict())
+    arrays = kept.arrays_of(path, lambda batch=batch: _measure(studied, batch, interventions, layers, sums)._asdict())
     outcomes.append(Outcome(**arrays))
     questions += batch.questions
   return questions, Outcome(*(np.concatenate(parts, axis=2) for parts in zip(*outcomes, strict=True)))
@@ -74,31 +91,50 @@ def _undisturbed(model: Any, params: Any, inputs: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _flows(model: Any, params: Any, embedded: Any, hidden: Any) -> tuple[Means, Int[Any, "E"]]:
-  return flows(model, params, embedded, hidden), instruction_rows(embedded[1], hidden.shape[2])
+def _flows(model: Any, params: Any, embedded: Any, hidden: Any) -> tuple[Flows, Bool[Any, "B E"]]:
+  return flows(model, params, embedded, hidden), instruction_places(embedded[1], hidden.shape[2])
 
 
-def _means(studied: Subject) -> Means:
-  """The means over all questions."""
-  sums, counts, rows = {}, {}, 0
-  for batch in studied.batches("means"):
-    inputs = jax.tree.map(lambda x, batch=batch: jnp.asarray(x[: len(batch.questions)]), batch.inputs)
+def _sums(studied: Subject) -> Sums:
+  """Over all questions."""
+  by_places: dict[int, Sums] = {}  # buckets differ in how many places there are
+  for batch in studied.batches("flows"):
+    inputs = jax.tree.map(jnp.asarray, batch.inputs)
     embedded, hidden, _ = _undisturbed(studied.model, studied.loaded.params, inputs)
-    part, count = _flows(studied.model, studied.loaded.params, embedded, hidden)
-    rows += len(batch.questions)
-    place = len(count)  # buckets differ in how many places there are
-    sums[place] = jax.tree.map(np.add, sums[place], part) if place in sums else jax.tree.map(np.asarray, part)
-    counts[place] = counts.get(place, 0) + np.asarray(count)
-  longest = max(sums)
-  into_instruction = sum(
-    np.pad(part.into_instruction, ((0, 0), (0, longest - place), (0, 0), (0, 0))) for place, part in sums.items()
-  )
-  count = sum(np.pad(count, (0, longest - place)) for place, count in counts.items())
-  into_image = sum(part.into_image for part in sums.values())
-  return Means(
-    into_instruction=(into_instruction / np.maximum(count, 1)[None, :, None, None]).astype(np.float32),
-    into_image=(into_image / rows).astype(np.float32),
-  )
+    own, has_place = _flows(studied.model, studied.loaded.params, embedded, hidden)
+    rows = len(batch.questions)
+    part = Sums(
+      *(np.asarray(x[:, :rows]).sum(axis=1) for x in own), np.asarray(has_place)[:rows].sum(axis=0), np.int64(rows)
+    )
+    before = by_places.get(len(part.count))
+    by_places[len(part.count)] = part if before is None else Sums(*map(np.add, before, part))
+  longest = max(by_places)
+
+  def padded(part: Sums) -> Sums:
+    missing = (0, longest - len(part.count))
+    return part._replace(
+      into_instruction=np.pad(part.into_instruction, ((0, 0), missing, (0, 0), (0, 0))),
+      count=np.pad(part.count, missing),
+    )
+
+  return Sums(*map(sum, zip(*map(padded, by_places.values()), strict=True)))
+
+
+def mean_of_others(sums: Sums, own: Flows, has_place: Bool[np.ndarray, "B E"]) -> Flows:
+  """For each row the mean over all other questions; nothing where no other has a token at that place.
+
+  Args:
+    sums: over all questions, these among them.
+    own: of these.
+    has_place: where these have instruction tokens.
+  """
+  places = has_place.shape[1]
+  count = (sums.count[:places] - has_place)[None, :, :, None, None]
+  others = sums.into_instruction[:, None, :places] - own.into_instruction
+  into_instruction = np.where(count > 0, others / np.maximum(count, 1), 0)
+  num_others = sums.num_questions - 1
+  into_image = (sums.into_image[:, None] - own.into_image) / np.maximum(num_others, 1) * (num_others > 0)
+  return Flows(into_instruction.astype(np.float32), into_image.astype(np.float32))
 
 
 def _measure(
@@ -106,13 +142,17 @@ def _measure(
   batch: Batch,
   interventions: Sequence[Intervention],
   layers: Sequence[int],
-  means: Means | None,
+  sums: Sums | None,
 ) -> Outcome:
   """The outcome of a batch's real rows."""
   inputs = jax.tree.map(jnp.asarray, batch.inputs)
   embedded, hidden, plain = _undisturbed(studied.model, studied.loaded.params, inputs)
   seeds = jnp.asarray(row_seeds(studied.seed, batch.row_ids))
   count, numbers = len(batch.questions), jnp.arange(studied.num_layers, dtype=jnp.int32)
+  means = None
+  if sums is not None:
+    own = jax.tree.map(np.asarray, _flows(studied.model, studied.loaded.params, embedded, hidden))
+    means = jax.tree.map(jnp.asarray, mean_of_others(sums, *own))
   outcomes = []
   for intervention in interventions:
     for mode in MODES:

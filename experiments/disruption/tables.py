@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from experiments import statistics, tabular
 from experiments.disruption.interventions import BLOCKS, Intervention
-from experiments.disruption.study import MODES, Outcome
+from experiments.disruption.study import MODES, TOP, Outcome
 
 Row = dict[str, Any]
 
@@ -28,7 +28,7 @@ def bias_ratio(into_image: Float[np.ndarray, "*C"], into_instruction: Float[np.n
     into_instruction: when that from image to instruction is.
     count: questions.
   """
-  least = 0.5 / (5 * count)
+  least = 0.5 * (1 - (TOP - 1) / (TOP + 1)) / count
   return np.log((1 - into_image + least) / (1 - into_instruction + least))
 
 

@@ -74,7 +74,11 @@ class Subject:
     return self.processor.prepare(load_image(question.image), question.question)
 
   def batches(self, label: str) -> Iterator[Batch]:
-    """Batches of one bucket each, with a bar of this label; a question that cannot be prepared is left out with a warning."""
+    """Batches of one bucket each, with a bar of this label; a question that cannot be prepared is left out with a warning.
+
+    Raises:
+      ValueError: none can be prepared, once all were tried.
+    """
     total = -(-len(self.questions) // self.batch_size)  # more where buckets end before a batch does
     return tqdm(self._batches(), desc=label, total=total, unit="batch", disable=None)
 
@@ -101,6 +105,8 @@ class Subject:
         yield batch(bucket)
     for bucket in list(waiting):
       yield batch(bucket)
+    if not number:
+      raise ValueError("none of the questions can be asked; the warnings say why")
 
 
 def make(

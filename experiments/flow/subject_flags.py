@@ -61,4 +61,4 @@ def read(workdir: pathlib.Path, *, needs_answers: bool = False) -> Subject:
     seed=_SEED.value,
   )
   asked = {flag.name: flag.value for flag in (_QUESTION_SET, _NUM_QUESTIONS)}
-  return dataclasses.replace(made, settings=made.settings | asked)
+  return dataclasses.replace(made, settings=made.settings | asked | {"questions": question_sets.digest(questions)})

@@ -12,6 +12,7 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
+import math
 import sys
 
 from absl import app, flags
@@ -45,13 +46,17 @@ def run() -> int:
     prune_layers=command.numbers(_PRUNE_LAYERS, int),
     keep=command.numbers(_KEEP, command.keep_count),
   )
-  chosen = {"num_pairs": _NUM_PAIRS.value, "prune_layers": _PRUNE_LAYERS.value, "keep": _KEEP.value}
-  command.hold_to_settings(workdir / "settings.json", studied.settings | chosen, "use another --workdir")
-  pairs = study.make_pairs(studied.questions, _NUM_PAIRS.value, seed=studied.seed)
+  if studied.processor.num_image_tokens != math.prod(studied.processor.patch_grid):
+    raise ValueError(
+      f"the checkpoint's {studied.processor.num_image_tokens} image tokens are not the patches of a picture, which are swapped here"
+    )
+  pairs = study.make_pairs(study.askable(studied), _NUM_PAIRS.value, seed=studied.seed)
   if not pairs:
     raise ValueError(
       "no two questions have the same text, different pictures and different answers; use more questions"
     )
+  chosen = {"num_pairs": _NUM_PAIRS.value, "prune_layers": _PRUNE_LAYERS.value, "keep": _KEEP.value}
+  command.hold_to_settings(workdir / "settings.json", studied.settings | chosen, "use another --workdir")
   answers = study.answers(studied, pairs, schedule, workdir)
   each = kept.json_of(
     workdir / "correlations.json", lambda: study.correlations(studied, pairs, schedule.stages[0].layer)

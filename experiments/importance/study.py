@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from absl import logging
 from jaxtyping import Float
 from tqdm import tqdm
 
@@ -31,6 +32,19 @@ class Pair:
   """Two questions with the same text about different pictures, with different answers."""
 
   questions: tuple[Question, Question]
+
+
+def askable(studied: Subject) -> list[Question]:
+  """The questions that can be prepared; the others are left out with a warning."""
+  found = []
+  for question in tqdm(studied.questions, desc="reading", unit="question", disable=None):
+    try:
+      studied.example(question)
+    except ValueError as error:
+      logging.warning("%s is left out: %s", question.id, error)
+    else:
+      found.append(question)
+  return found
 
 
 def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> list[Pair]:
@@ -91,17 +105,22 @@ def _inputs(studied: Subject, examples: Sequence) -> Inputs:
   return studied.processor.batch(examples, bucket=bucket, batch_size=len(examples))
 
 
-def swapped(first: Float[np.ndarray, "3 h w"], second: Float[np.ndarray, "3 h w"]) -> Float[np.ndarray, "3 h w"]:
-  """The first picture with the middle of the second."""
-  window = _window(first.shape[1:])
+def swapped(
+  first: Float[np.ndarray, "3 h w"], second: Float[np.ndarray, "3 h w"], grid: tuple[int, int]
+) -> Float[np.ndarray, "3 h w"]:
+  """The first picture with the patches in the middle of the second."""
+  rows, columns = (
+    slice(window.start * side // count, window.stop * side // count)
+    for window, side, count in zip(_window(grid), first.shape[1:], grid, strict=True)
+  )
   result = first.copy()
-  result[:, window[0], window[1]] = second[:, window[0], window[1]]
+  result[:, rows, columns] = second[:, rows, columns]
   return result
 
 
-def _window(shape: tuple[int, ...]) -> tuple[slice, slice]:
-  """The middle of a picture or of a grid of patches."""
-  return tuple(slice(round(side * (1 - SHARE) / 2), round(side * (1 + SHARE) / 2)) for side in shape)
+def _window(grid: tuple[int, int]) -> tuple[slice, slice]:
+  """The middle of a grid of patches."""
+  return tuple(slice(round(side * (1 - SHARE) / 2), round(side * (1 + SHARE) / 2)) for side in grid)
 
 
 def correlations(studied: Subject, pairs: Sequence[Pair], layer: int) -> list[dict[str, float]]:
@@ -120,7 +139,7 @@ def correlations(studied: Subject, pairs: Sequence[Pair], layer: int) -> list[di
     examples = [studied.example(question) for question in pair.questions]
     pixels = [example.pixel_values for example in examples]
     mixed = [
-      dataclasses.replace(example, pixel_values=swapped(pixels[number], pixels[1 - number]))
+      dataclasses.replace(example, pixel_values=swapped(pixels[number], pixels[1 - number], grid))
       for number, example in enumerate(examples)
     ]
     plain, changed = (

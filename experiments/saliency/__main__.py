@@ -43,8 +43,6 @@ def run() -> int:
     raise ValueError(f"--map_layers: the model has layers 0 to {num_layers - 1}")
   command.hold_to_settings(workdir / "settings.json", studied.settings, "use another --workdir")
   questions, flow = study.run(studied, workdir, layers_at_a_time=_LAYERS_AT_A_TIME.value)
-  if not questions:
-    raise ValueError("none of the questions can be asked")
   blocks = tables.blocks(flow, studied.loaded.config.text.num_attention_heads)
   shares = tables.contributions(flow)
   heading = f"`python -m experiments.saliency {' '.join(sys.argv[1:])}`, {len(questions)} questions."

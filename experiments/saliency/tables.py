@@ -54,10 +54,13 @@ def contributions(flow: Flow) -> Contributions:
 
 
 def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
-  """The first layer from which on a ratio is above one; None where its last is not."""
-  below = np.flatnonzero(ratio <= 1)
+  """The first layer from which on S_vv ÷ S_vt is above one, up to the last but one; None where there is none.
+
+  The last layer says nothing: after it no image token is read any more, so that nothing flows within the image.
+  """
+  below = np.flatnonzero(ratio[:-1] <= 1)
   first = 0 if below.size == 0 else int(below[-1]) + 1
-  return first if first < len(ratio) else None
+  return first if first < len(ratio) - 1 else None
 
 
 def rows_of_blocks(result: Blocks) -> list[dict[str, Any]]:
@@ -111,7 +114,7 @@ def write_markdown(path: pathlib.Path, result: Blocks, shares: Contributions, fl
     ]
     for layer in range(len(pair))
   ]
-  each = (shares.whole / flow.num_tokens[None]).mean(axis=(0, 1))
+  each = (shares.whole / np.maximum(flow.num_tokens, 1)[None]).mean(axis=(0, 1))
   turns = [turning_layer(ratio) for ratio in ratios]
   content = [
     heading,
@@ -122,7 +125,7 @@ def write_markdown(path: pathlib.Path, result: Blocks, shares: Contributions, fl
     *tabular.markdown(header, lines),
     "",
     *(
-      f"- {name}: S_vv stays above S_vt {'from no layer on' if turn is None else f'from layer {turn} on'}."
+      f"- {name}: S_vv stays above S_vt {'from no layer on' if turn is None else f'from layer {turn} on, but for the last'}."
       for name, turn in zip(("A pair", "Summed"), turns, strict=True)
     ),
     "- One token's share of what flows into the last, mean over layers: "
