@@ -8,6 +8,7 @@ import tempfile
 from typing import NamedTuple
 
 from checkpoints_convert.demo.packages import sha256_of
+from checkpoints_convert.store import locked
 
 
 class Package(NamedTuple):
@@ -68,9 +69,13 @@ def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
     RuntimeError: it cannot be downloaded or unpacked, or is not the pinned one.
   """
   target = cache_dir / f"{package.name}-{package.version}"
-  if target.is_dir():
-    return target
-  cache_dir.mkdir(parents=True, exist_ok=True)
+  with locked(target):
+    if not target.is_dir():
+      _unpack(package, cache_dir, target)
+  return target
+
+
+def _unpack(package: Package, cache_dir: pathlib.Path, target: pathlib.Path) -> None:
   with tempfile.TemporaryDirectory(prefix=package.name, dir=cache_dir) as work:
     download = cache_dir / package.file
     if not download.exists():
@@ -83,7 +88,6 @@ def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
     into = () if package.unpack[0] == "dpkg-deb" else ("-C",)
     _run((*package.unpack, str(download), *into, str(unpacked)), work, package, cache_dir)
     unpacked.rename(target)
-  return target
 
 
 def _run(command: tuple[str, ...], folder: str, package: Package, cache_dir: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import itertools
 import tarfile
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -216,21 +217,35 @@ def package(**changes) -> scene_packages.Package:
   return scene_packages.Package("p", "1", "p.tgz", "", ("false",), ("tar", "-xzf"))._replace(**changes)
 
 
-def test_package_is_taken_from_the_cache_and_checked(tmp_path):
-  source = tmp_path / "source"
+def downloaded(tmp_path):
+  """A cache folder with a package's archive in it, and the archive's digest."""
+  source, cache = tmp_path / "source", tmp_path / "cache"
   (source / "a").mkdir(parents=True)
   (source / "a" / "b").write_text("hello\n")
-  cache = tmp_path / "cache"
   cache.mkdir()
   with tarfile.open(cache / "p.tgz", "w:gz") as archive:
     archive.add(source / "a", "a")
-  sha256 = hashlib.sha256((cache / "p.tgz").read_bytes()).hexdigest()
+  return cache, hashlib.sha256((cache / "p.tgz").read_bytes()).hexdigest()
+
+
+def test_package_is_taken_from_the_cache_and_checked(tmp_path):
+  cache, sha256 = downloaded(tmp_path)
   with pytest.raises(RuntimeError, match="sha256 differs"):
     scene_packages.fetch(package(sha256="0" * 64), cache)
   assert not (cache / "p-1").exists()
   folder = scene_packages.fetch(package(sha256=sha256), cache)
   assert (folder / "a" / "b").read_text() == "hello\n"
   assert sorted(path.name for path in cache.iterdir()) == ["p-1", "p.tgz"]
+
+
+def test_package_is_unpacked_once_by_two_at_the_same_time(tmp_path):
+  cache, sha256 = downloaded(tmp_path)
+  slow = package(sha256=sha256, unpack=("sh", "-c", 'echo >> ../unpacked; sleep 1; tar -xzf "$0" "$@"'))
+  with futures.ThreadPoolExecutor() as pool:
+    first, second = pool.map(lambda _: scene_packages.fetch(slow, cache), range(2))
+  assert first == second
+  assert (first / "a" / "b").read_text() == "hello\n"
+  assert (cache / "unpacked").read_text() == "\n"
 
 
 @pytest.mark.parametrize("download", [("false",), ("no-such-command-here",)])
