@@ -153,27 +153,20 @@ def test_flows_are_those_of_each_row_alone(subject):
 
 def test_random_pairs():
   layout = Layout(jnp.array([9, 8], jnp.int32), jnp.array([2, 1], jnp.int32), 4)
-  keys = jax.random.split(jax.random.key(3), 2)
-  order, by_order = interventions._random_order(layout, 10, keys)
-  pairs = np.asarray(tokens.all_pairs(layout, 10))
-  for row, length in enumerate((9, 8)):
-    count = length * (length - 1) // 2
-    assert pairs[row].sum() == count
-    assert sorted(np.asarray(order)[row][pairs[row]].tolist()) == list(range(count))
-    flat = np.asarray(order)[row].reshape(-1)
-    np.testing.assert_array_equal(flat[np.asarray(by_order)[row]], np.arange(100))
-  probabilities = jax.nn.softmax(
-    jnp.where(jnp.tril(jnp.ones((10, 10), bool)), jax.random.normal(keys[0], (2, 10, 10)), -1e9)
-  )
-  block = tokens.block(layout, 10, "image→instruction")
-  taken = np.asarray(interventions._of_equal_mass(order, by_order, probabilities, block))
-  for row in range(2):
-    target = float(np.asarray(probabilities)[row][np.asarray(block)[row]].sum())
-    found = float(np.asarray(probabilities)[row][taken[row]].sum())
-    count = taken[row].sum()
-    following = float(np.asarray(probabilities)[row][np.asarray(order)[row] == count].sum())
-    assert 0 < count < pairs[row].sum() and found <= target + 1e-6 < found + following + 2e-6
-    assert not (taken[row] & ~pairs[row]).any()
+  every, block = tokens.all_pairs(layout, 10), tokens.block(layout, 10, "image→instruction")
+  for seed in range(20):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    chance = jax.vmap(lambda key: jax.random.bits(key, (10, 10)))(keys)
+    scores = jnp.where(jnp.tril(jnp.ones((10, 10), bool)), jax.random.normal(keys[0], (2, 10, 10)), -jnp.inf)
+    for weights in (every.astype(jnp.float32), jnp.where(every, jax.nn.softmax(scores), 0)):
+      taken = np.asarray(interventions._as_much(chance, weights, block))
+      for row in range(2):
+        first = np.argsort(np.asarray(chance)[row], axis=None)
+        first = first[np.asarray(every)[row].reshape(-1)[first]]
+        target = np.asarray(weights)[row][np.asarray(block)[row]].sum()
+        count = int((np.cumsum(np.asarray(weights)[row].reshape(-1)[first]) <= target + 1e-6).sum())
+        assert 0 < count < len(first)
+        np.testing.assert_array_equal(np.flatnonzero(taken[row]), np.sort(first[:count]))
 
 
 def test_random_tokens():

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from experiments.flow import tokens
 from experiments.flow.decoder import edited_attention, weigh
@@ -135,19 +135,19 @@ def disrupted_logits(
   sequence = prefill.start(embedded)
   layout, slots = sequence.layout, hidden.shape[2]
   pairs = tokens.block(layout, slots, intervention.block)
-  order, by_order = None, None
-  if intervention.chosen in ("random", "mass"):
-    order, by_order = _random_order(layout, slots, keys)
-  elif intervention.chosen == "rows":
+  if intervention.chosen == "rows":
     pairs = _into_random_tokens(layout, slots, keys)
+  elif intervention.chosen in ("random", "mass"):
+    every = tokens.all_pairs(layout, slots)
+    chance = jax.vmap(lambda key: jax.random.bits(key, (slots, slots)))(keys)
   started = jnp.cumsum(active) > 0
 
   def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Any:
     taken = pairs
     if intervention.chosen == "random":
-      taken = order < pairs.sum(axis=(1, 2))[:, None, None]
+      taken = _as_much(chance, every.astype(jnp.float32), pairs)
     elif intervention.chosen == "mass":
-      taken = _of_equal_mass(order, by_order, probabilities.mean(axis=1), pairs)
+      taken = _as_much(chance, jnp.where(every, probabilities.mean(axis=1), 0), pairs)
     left = jnp.where(taken[:, None], 0, probabilities)
     if intervention.how == "mask":
       left = left / jnp.maximum(left.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -213,22 +213,16 @@ def _into_random_tokens(layout: Layout, slots: int, keys: Key[Array, "B"]) -> Bo
   return rows[:, :, None] & kinds["image"][:, None] & tokens.earlier(slots)
 
 
-def _random_order(layout: Layout, slots: int, keys: Key[Array, "B"]) -> tuple[Int[Array, "B S S"], Int[Array, "B S*S"]]:
-  """The place of every pair in a random order of all pairs, and the pairs in that order; what is no pair comes last."""
-  chance = jax.vmap(lambda key: jax.random.uniform(key, (slots, slots)))(keys)
-  chance = jnp.where(tokens.all_pairs(layout, slots), chance, 2).reshape(len(keys), -1)
-  by_order = jnp.argsort(chance, axis=1)
-  return jnp.argsort(by_order, axis=1).reshape(len(keys), slots, slots), by_order
-
-
-def _of_equal_mass(
-  order: Int[Array, "B S S"],
-  by_order: Int[Array, "B S*S"],
-  probabilities: Float[Array, "B S S"],
-  pairs: Bool[Array, "B S S"],
+def _as_much(
+  chance: UInt32[Array, "B S S"], weights: Float[Array, "B S S"], pairs: Bool[Array, "B S S"]
 ) -> Bool[Array, "B S S"]:
-  """The first pairs of an order whose probabilities add up to those of given pairs."""
-  target = jnp.where(pairs, probabilities, 0).sum(axis=(1, 2))
-  in_order = jnp.take_along_axis(probabilities.reshape(order.shape[0], -1), by_order, axis=1)
-  count = (jnp.cumsum(in_order, axis=1) <= target[:, None]).sum(axis=1)
-  return (order < count[:, None, None]) & tokens.earlier(order.shape[1])
+  """The weighed pairs of the lowest chances whose weights add up to those of given pairs, or to less by a part of one."""
+  target = jnp.where(pairs, weights, 0).sum(axis=(1, 2))
+
+  def step(index: Int[Array, ""], bound: UInt32[Array, "B"]) -> UInt32[Array, "B"]:
+    higher = bound | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+    total = jnp.where(chance < higher[:, None, None], weights, 0).sum(axis=(1, 2))
+    return jnp.where(total <= target, higher, bound)
+
+  bound = jax.lax.fori_loop(0, 32, step, jnp.zeros(len(chance), jnp.uint32))
+  return (chance < bound[:, None, None]) & (weights > 0)
