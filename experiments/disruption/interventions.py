@@ -140,13 +140,13 @@ def disrupted_logits(
   elif intervention.chosen in ("random", "mass"):
     every = tokens.all_pairs(layout, slots)
     chance = jax.vmap(lambda key: jax.random.bits(key, (slots, slots)))(keys)
+    if intervention.chosen == "random":
+      pairs = _as_much(chance, every.astype(jnp.float32), pairs)
   started = jnp.cumsum(active) > 0
 
   def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Any:
     taken = pairs
-    if intervention.chosen == "random":
-      taken = _as_much(chance, every.astype(jnp.float32), pairs)
-    elif intervention.chosen == "mass":
+    if intervention.chosen == "mass":
       taken = _as_much(chance, jnp.where(every, probabilities.mean(axis=1), 0), pairs)
     left = jnp.where(taken[:, None], 0, probabilities)
     if intervention.how == "mask":
