@@ -154,12 +154,13 @@ def test_flows_are_those_of_each_row_alone(subject):
 def test_random_pairs():
   layout = Layout(jnp.array([9, 8], jnp.int32), jnp.array([2, 1], jnp.int32), 4)
   every, block = tokens.all_pairs(layout, 10), tokens.block(layout, 10, "image→instruction")
+  as_much = jax.jit(interventions._as_much)
   for seed in range(20):
     keys = jax.random.split(jax.random.key(seed), 2)
     chance = jax.vmap(lambda key: jax.random.bits(key, (10, 10)))(keys)
     scores = jnp.where(jnp.tril(jnp.ones((10, 10), bool)), jax.random.normal(keys[0], (2, 10, 10)), -jnp.inf)
     for weights in (every.astype(jnp.float32), jnp.where(every, jax.nn.softmax(scores), 0)):
-      taken = np.asarray(interventions._as_much(chance, weights, block))
+      taken = np.asarray(as_much(chance, weights, block))
       for row in range(2):
         first = np.argsort(np.asarray(chance)[row], axis=None)
         first = first[np.asarray(every)[row].reshape(-1)[first]]
