@@ -1,5 +1,6 @@
 """Calibration: what a schedule loses, computed token by token; the best of all that the budget allows; and a run of it."""
 
+import csv
 import itertools
 import json
 
@@ -88,7 +89,9 @@ def test_what_to_expect_is_not_what_was_chosen():
   rng = np.random.default_rng(0)
 
   def tried(same):
-    return study.Tried("", (1, 2), (3, 2), 0.5, (float(same.mean()), 0, 1), same, None)
+    return study.Tried(
+      "", (1, 2), (3, 2), 0.5, (float(same.mean()), 0, 1), same, propose.Proposal((1, 2), (3, 2), 0.5, (0.5, 0.5))
+    )
 
   draws = [[tried(rng.integers(0, 2, 100).astype(float)) for _ in range(30)] for _ in range(20)]
   assert np.mean([study.best(coins).agreement[0] for coins in draws]) > 0.58
@@ -99,7 +102,7 @@ def test_what_to_expect_is_not_what_was_chosen():
   assert alone[0] == pytest.approx(draws[0][0].agreement[0])
 
 
-def test_a_calibration(loaded, images, tmp_path):
+def test_a_calibration(loaded, images, tmp_path, monkeypatch):
   model = loaded("clip_mha")
   for number, image in enumerate(images):
     image.save(tmp_path / f"{number}.png")
@@ -142,4 +145,19 @@ def test_a_calibration(loaded, images, tmp_path):
   assert chosen.agreement[0] == np.mean([plain[name] == given[name] for name in plain])
   content = study.describe(chosen, (0.5, 0.2, 0.7), studied, found)
   assert content["prune_layers"] == list(chosen.layers) and content["keep"] == list(chosen.keep)
+  for name, value in (("PAPER", ((1, 3), (8, 2))), ("GRID_FIRST", (1,)), ("GRID_SECOND", (0.5,))):
+    monkeypatch.setattr(study, name, value)
+  compared = study.compare(studied, chosen, found, 0.6, tmp_path, max_new_tokens=3)
+  assert [one.name for one in compared] == ["calibrated", "the paper's", "grid", "grid"]
+  assert (compared[1].layers, compared[1].keep) == ((1, 3), (8, 2)) and compared[2].layers == (1, 3)
+  assert compared[0].proposal == chosen.proposal and max(one.price for one in compared[2:]) <= 0.6
+  assert compared[1].proposal.lost > compared[0].proposal.lost
+  study.write(tmp_path, tried, (0.5, 0.2, 0.7), compared, "Heading.", seed=0)
+  with open(tmp_path / "calibrate.csv", newline="") as file:
+    rows = [row for row in csv.DictReader(file) if row["questions"] == "held out"]
+  for row, one in zip(rows, compared, strict=True):
+    difference = one.agreement[0] - compared[0].agreement[0]
+    assert float(row["difference"]) == pytest.approx(difference) and float(row["lost"]) == one.proposal.lost
+    assert float(row["difference_low"]) <= difference <= float(row["difference_high"])
+  assert (tmp_path / "calibrate.md").read_text().count("| grid |") == 2
   jax.clear_caches()

@@ -66,6 +66,12 @@ def matter(measured: Measured) -> Float[np.ndarray, "L Q N"]:
   return total / total.sum(axis=(0, 2), keepdims=True)
 
 
+def matter_later(measured: Measured) -> Float[np.ndarray, "L+1 Q N"]:
+  """What each image token's flow matters from each layer on, and nothing after the last."""
+  weights = matter(measured)
+  return np.concatenate([np.cumsum(weights[::-1], axis=0)[::-1], np.zeros((1, *weights.shape[1:]))])
+
+
 def candidates(
   num_layers: int, num_image_tokens: int, price: Callable[[tuple[int, int], tuple[int, int]], float], budget: float
 ) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
@@ -106,8 +112,7 @@ def propose(
     ValueError: none is within the budget.
   """
   num_layers, _, num_image_tokens = measured.to_image.shape
-  weights = matter(measured)
-  later = np.concatenate([np.cumsum(weights[::-1], axis=0)[::-1], np.zeros((1, *weights.shape[1:]))])  # from a layer on
+  later = matter_later(measured)
   best: dict[tuple[int, int], Proposal] = {}
   for layers, keep in candidates(num_layers, num_image_tokens, price, budget):
     proposal = assess(measured, later, layers, keep)
@@ -125,7 +130,7 @@ def assess(
 
   Args:
     measured: of the calibration questions.
-    later: what each token matters from each layer on, and nothing after the last.
+    later: from `matter_later`.
     layers: K1 and K2.
     keep: image tokens after each stage.
   """

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from experiments import statistics, tabular
 from experiments.calibrate import measure
-from experiments.calibrate.propose import Measured, Proposal, candidates, finished, propose
+from experiments.calibrate.propose import Measured, Proposal, assess, candidates, finished, matter_later, propose
 from experiments.flow.answers import answers
 from experiments.flow.subject import Subject
 from experiments.question_sets import Question
@@ -38,7 +38,7 @@ class Tried:
     price: FLOPs on image tokens in units of no pruning.
     agreement: the share of answers that are those without pruning, with its 95% interval.
     same: `[Q]` whether each answer is.
-    proposal: what was expected of it; None of a schedule that was not proposed.
+    proposal: what was expected of it.
   """
 
   name: str
@@ -47,7 +47,7 @@ class Tried:
   price: float
   agreement: tuple[float, float, float]
   same: Float[np.ndarray, "Q"]
-  proposal: Proposal | None
+  proposal: Proposal
 
 
 def split(questions: Sequence[Question], num_heldout: int, *, seed: int) -> tuple[list[Question], list[Question]]:
@@ -85,7 +85,7 @@ def try_proposals(
   proposals = propose(measured, price_of(studied), budget, count=count)
   return _run(
     studied,
-    [(f"proposal {number}", p.prune_layers, p.keep, p) for number, p in enumerate(proposals, start=1)],
+    [(f"proposal {number}", proposal) for number, proposal in enumerate(proposals, start=1)],
     workdir,
     "calibration",
     max_new_tokens=max_new_tokens,
@@ -114,12 +114,12 @@ def expected_agreement(tried: Sequence[Tried], *, seed: int) -> tuple[float, flo
 
 
 def compare(
-  studied: Subject, chosen: Tried, budget: float, workdir: pathlib.Path, *, max_new_tokens: int
+  studied: Subject, chosen: Tried, measured: Measured, budget: float, workdir: pathlib.Path, *, max_new_tokens: int
 ) -> list[Tried]:
   """Runs the chosen schedule, the paper's and a grid at the budget on other questions."""
   count, price = studied.processor.num_image_tokens, price_of(studied)
   layers, keep = PAPER[0], tuple(stage.keep for stage in schedule_of(studied, *PAPER).stages)
-  entries = [("calibrated", chosen.layers, chosen.keep, chosen.proposal), ("the paper's", layers, keep, None)]
+  entries = [("calibrated", chosen.layers, chosen.keep), ("the paper's", layers, keep)]
   second = [round(share * studied.num_layers) for share in GRID_SECOND]
   by_layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
   for layers, keep in candidates(studied.num_layers, count, price, budget):
@@ -127,13 +127,15 @@ def compare(
       by_layers.setdefault(layers, []).append(keep)
   for layers, keeps in by_layers.items():
     places = np.unique(np.linspace(0, len(keeps) - 1, GRID_KEEPS).round().astype(int))
-    entries += [("grid", layers, keeps[place], None) for place in places]
-  return _run(studied, entries, workdir, "heldout", max_new_tokens=max_new_tokens)
+    entries += [("grid", layers, keeps[place]) for place in places]
+  later = matter_later(measured)
+  assessed = [(name, assess(measured, later, layers, keep)) for name, layers, keep in entries]
+  return _run(studied, assessed, workdir, "heldout", max_new_tokens=max_new_tokens)
 
 
 def _run(
   studied: Subject,
-  entries: Sequence[tuple[str, tuple[int, int], tuple[int, int], Proposal | None]],
+  entries: Sequence[tuple[str, Proposal]],
   workdir: pathlib.Path,
   part: str,
   *,
@@ -142,7 +144,8 @@ def _run(
   """Answers all questions with each schedule and counts how many answers stay."""
   plain = answers(studied, Schedule(), workdir / f"{part}-none.json", max_new_tokens=max_new_tokens)
   price, tried = price_of(studied), []
-  for name, layers, keep, proposal in entries:
+  for name, proposal in entries:
+    layers, keep = proposal.prune_layers, proposal.keep
     path = workdir / f"{part}-{'_'.join(map(str, (*layers, *keep)))}.json"
     given = answers(studied, schedule_of(studied, layers, keep), path, max_new_tokens=max_new_tokens)
     same = measure.agreement(given, plain)
@@ -181,43 +184,41 @@ def write(
   expected: tuple[float, float, float],
   compared: Sequence[Tried],
   heading: str,
+  *,
+  seed: int,
 ) -> None:
-  """Writes `calibrate.csv` and `calibrate.md`."""
+  """Writes `calibrate.csv` and `calibrate.md`; of what was compared, the first is what the others are compared with."""
   rows = [{"questions": "calibration"} | _row(one) for one in tried]
-  rows += [{"questions": "held out"} | _row(one) for one in compared]
+  rows += [{"questions": "held out"} | _row(one, compared[0], seed=seed) for one in compared]
   tabular.write_csv(output / "calibrate.csv", rows)
   share, low, high = expected
   lines = [heading, "", "## Tried on the calibration questions", "", *_markdown(tried), ""]
   lines += [f"To expect of the best on other questions, by cross-validation: {share:.1%} ({low:.1%} to {high:.1%})."]
   if compared:
     order = sorted(compared, key=lambda one: one.name == "grid" and 1 - one.agreement[0])
-    lines += ["", "## Compared on held-out questions", "", *_markdown(order)]
+    lines += ["", "## Compared on held-out questions", "", *_markdown(order, compared[0], seed=seed)]
   (output / "calibrate.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _row(one: Tried) -> Row:
+def _row(one: Tried, reference: Tried | None = None, *, seed: int = 0) -> Row:
   agreement, low, high = one.agreement
   row: Row = {"schedule": one.name, "layers": "/".join(map(str, one.layers)), "keep": "/".join(map(str, one.keep))}
   row |= {"image_token_flops": one.price, "agreement": agreement, "agreement_low": low, "agreement_high": high}
-  if one.proposal is not None:
-    row |= {"lost": one.proposal.lost, "covered": "/".join(f"{share:.3f}" for share in one.proposal.covered)}
-  return row
+  if reference is not None:
+    difference, low, high = _with_interval(one.same - reference.same, seed=seed)
+    row |= {"difference": difference, "difference_low": low, "difference_high": high}
+  return row | {"lost": one.proposal.lost, "covered": "/".join(f"{share:.3f}" for share in one.proposal.covered)}
 
 
-def _markdown(tried: Sequence[Tried]) -> list[str]:
+def _markdown(tried: Sequence[Tried], reference: Tried | None = None, *, seed: int = 0) -> list[str]:
   cells = []
   for one in tried:
-    row = _row(one)
-    cells.append(
-      [
-        row["schedule"],
-        row["layers"],
-        row["keep"],
-        f"{one.price:.1%}",
-        tabular.with_interval(row, "agreement", ".1%"),
-        f"{row['lost']:.1%}" if "lost" in row else "–",
-        row.get("covered", "–"),
-      ]
-    )
-  header = ("", "layers", "keeps", "FLOPs on image tokens", "answers as without pruning", "flow lost", "scores kept")
-  return tabular.markdown(header, cells)
+    row = _row(one, reference, seed=seed)
+    cell = [row["schedule"], row["layers"], row["keep"], f"{one.price:.1%}"]
+    cell.append(tabular.with_interval(row, "agreement", ".1%"))
+    if reference is not None:
+      cell.append(tabular.with_interval(row, "difference", "+.1%"))
+    cells.append([*cell, f"{one.proposal.lost:.1%}", row["covered"]])
+  header = ["", "layers", "keeps", "FLOPs on image tokens", "answers as without pruning"]
+  header += [f"difference to {reference.name}"] if reference is not None else []
+  return tabular.markdown([*header, "flow lost", "scores kept"], cells)
