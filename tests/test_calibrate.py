@@ -3,6 +3,9 @@
 import csv
 import itertools
 import json
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +21,7 @@ from himap_jax.llava import Llava
 from himap_jax.methods import build_schedule
 from himap_jax.processing import Processor
 
+ROOT = pathlib.Path(__file__).parents[1]
 L, Q, N = 5, 3, 8
 
 
@@ -161,3 +165,38 @@ def test_a_calibration(loaded, images, tmp_path, monkeypatch):
     assert float(row["difference_low"]) <= difference <= float(row["difference_high"])
   assert (tmp_path / "calibrate.md").read_text().count("| grid |") == 2
   jax.clear_caches()
+
+
+def test_the_command_s_schedule_is_one_that_run_accepts(checkpoints, images, tmp_path):
+  rows = []
+  for number, image in enumerate(images[:2]):
+    image.save(tmp_path / f"{number}.png")
+    rows.append({"id": f"q{number}", "image": f"{number}.png", "question": "Why?"})
+  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  common = [f"--checkpoint={checkpoints('clip_mha').directory}", "--prompt_template=<image>{question}"]
+  common += [
+    "--prompt_buckets=24",
+    "--max_new_tokens=2",
+    "--batch_size=2",
+    f"--compilation_cache_dir={tmp_path / 'xla'}",
+  ]
+
+  def run(module, *arguments):
+    command = [sys.executable, "-m", module, *common, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+  printed = run(
+    "experiments.calibrate", f"--question_set={tmp_path / 'questions.jsonl'}", "--budget=60%", "--num_tried=1",
+    "--layers_at_a_time=6", "--disrupted_layers=0,5", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
+  )  # fmt: skip
+  assert "2 questions" in printed and "proposal 1" in printed
+  schedule = json.loads((tmp_path / "out" / "schedule.json").read_text())
+  run(
+    "himap_jax.run", f"--schedule={tmp_path / 'out' / 'schedule.json'}", f"--prompts={tmp_path / 'questions.jsonl'}",
+    f"--image_dir={tmp_path}", f"--output={tmp_path / 'answers.jsonl'}", "--emit=kept",
+  )  # fmt: skip
+  answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+  assert [row["error"] for row in answers] == [None, None]
+  assert all([len(stage) for stage in row["kept"]] == schedule["keep"] for row in answers)
