@@ -1,10 +1,6 @@
 """Disruptions against transformers' layers with the same pairs taken out, and what controls and means must satisfy."""
 
 import functools
-import json
-import pathlib
-import subprocess
-import sys
 import types
 
 import jax
@@ -23,7 +19,6 @@ from experiments.flow.decoder import first_logits
 from himap_jax.layout import Layout
 from himap_jax.llava import Inputs, Llava
 
-ROOT = pathlib.Path(__file__).parents[1]
 PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 SLOTS, NUM_LAYERS = 72, 6
 
@@ -249,41 +244,3 @@ def test_rows_name_what_was_done():
     for place, layer in enumerate((1, 4, 5)):
       into_instruction, into_image = ((3 * (2 * block + index) + place) / 20 for block in (0, 1))
       assert bias[mode, layer] == pytest.approx(np.log((1 - into_image + 1 / 12) / (1 - into_instruction + 1 / 12)))
-
-
-@pytest.mark.parametrize("name", ["saliency", "disruption"])
-def test_the_command(name, checkpoints, images, tmp_path):
-  rows = []
-  for number, image in enumerate(images[:3]):
-    image.save(tmp_path / f"{number}.png")
-    rows.append({"id": f"q{number}", "image": f"{number}.png", "question": "Why?", "answer": "yes", "type": "why"})
-  rows.append({"id": "broken", "image": "none.png", "question": "Why?", "answer": "yes", "type": "why"})
-  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  command = [
-    sys.executable, "-m", f"experiments.{name}", f"--checkpoint={checkpoints('clip_mha').directory}",
-    f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
-    "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", f"--compilation_cache_dir={tmp_path / 'compiled'}",
-    *(["--layers_at_a_time=6"] if name == "saliency" else ["--layers=1,4", "--how=mask,mean", "--chosen=block"]),
-  ]  # fmt: skip
-  first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert first.returncode == 0, first.stderr
-  assert "3 questions" in first.stdout and "broken is left out" in first.stderr
-  parts = {"saliency": "flow-*.npz", "disruption": "outcome-*.npz"}[name]
-  files = sorted((tmp_path / "work").glob(parts))
-  assert len(files) == 2
-  if name == "disruption":
-    sums = np.load(tmp_path / "work" / "sums.npz")
-    assert (
-      sums["num_questions"] == sums["count"][0] == sums["count"].max() == 3
-    )  # the row that fills a batch does not count
-  files[1].unlink()
-  before = files[0].stat().st_mtime_ns
-  again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert again.returncode == 0 and files[0].stat().st_mtime_ns == before and files[1].exists()
-  assert again.stdout == first.stdout
-  expected = {
-    "saliency": {"saliency.csv", "contributions.csv", "saliency.md", "saliency.png", "contributions.png"}
-    | {"maps_to_instruction.png", "maps_to_image.png"},
-    "disruption": {"disruption.csv", "bias.csv", "disruption.md", "disruption.png", "bias.png"},
-  }[name]
-  assert {path.name for path in (tmp_path / "out").iterdir()} == expected

@@ -1,0 +1,88 @@
+"""The commands that analyse a model's flow: what they write, what they leave out, and that they go on where they stopped."""
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Command(NamedTuple):
+  """A command, and what is expected of it.
+
+  Attributes:
+    arguments: its own.
+    asked: what it says of how much it asked.
+    kept: what its work directory holds of a run.
+    written: what its output directory holds.
+  """
+
+  arguments: tuple[str, ...]
+  asked: str
+  kept: str
+  written: set[str]
+
+
+COMMANDS = {
+  "saliency": Command(
+    ("--layers_at_a_time=6",),
+    "3 questions",
+    "flow-*.npz",
+    {"saliency.csv", "contributions.csv", "saliency.md", "saliency.png", "contributions.png"}
+    | {"maps_to_instruction.png", "maps_to_image.png"},
+  ),
+  "disruption": Command(
+    ("--layers=1,4", "--how=mask,mean", "--chosen=block"),
+    "3 questions",
+    "outcome-*.npz",
+    {"disruption.csv", "bias.csv", "disruption.md", "disruption.png", "bias.png"},
+  ),
+  "importance": Command(
+    ("--num_pairs=2", "--prune_layers=1,3", "--keep=8,3"),
+    "1 pairs",
+    "answers-*.json",
+    {"importance.csv", "correlations.csv", "importance.md"},
+  ),
+  "adaptive": Command(
+    ("--ladder=4/2,12/6", "--prune_layers=1,3", "--thresholds=0.5", "--max_new_tokens=2"),
+    "3 questions",
+    "held-*.npz",
+    {"adaptive.csv", "adaptive.md", "adaptive.png"},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command(name, checkpoints, images, tmp_path):
+  own, rows = COMMANDS[name], []
+  for number, image in enumerate(images[:3]):
+    image.save(tmp_path / f"{number}.png")
+    answer = f"{number // 2}"
+    rows.append({"id": f"q{number}", "image": f"{number}.png", "question": "Why?", "answer": answer, "type": "why"})
+  rows.append({"id": "broken", "image": "none.png", "question": "Why?", "answer": "yes", "type": "why"})
+  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  command = [
+    sys.executable, "-m", f"experiments.{name}", f"--checkpoint={checkpoints('clip_mha').directory}",
+    f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
+    "--batch_size=2", "--prompt_buckets=40", "--prompt_template=<image>{question}", f"--compilation_cache_dir={tmp_path / 'compiled'}",
+    *own.arguments,
+  ]  # fmt: skip
+  first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert first.returncode == 0, first.stderr
+  assert own.asked in first.stdout and "broken is left out" in first.stderr
+  files = sorted((tmp_path / "work").glob(own.kept))
+  assert len(files) > 1
+  if name == "disruption":  # the row that fills a batch does not count
+    sums = np.load(tmp_path / "work" / "sums.npz")
+    assert sums["num_questions"] == sums["count"][0] == sums["count"].max() == 3
+  files[1].unlink()
+  before = files[0].stat().st_mtime_ns
+  again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert again.returncode == 0 and files[0].stat().st_mtime_ns == before and files[1].exists()
+  assert again.stdout == first.stdout
+  assert {path.name for path in (tmp_path / "out").iterdir()} == own.written
