@@ -3,9 +3,6 @@
 import csv
 import itertools
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,6 @@ from himap_jax.llava import Llava
 from himap_jax.methods import build_schedule
 from himap_jax.processing import Processor
 
-ROOT = pathlib.Path(__file__).parents[1]
 L, Q, N = 5, 3, 8
 
 
@@ -93,9 +89,7 @@ def test_what_to_expect_is_not_what_was_chosen():
   rng = np.random.default_rng(0)
 
   def tried(same):
-    return study.Tried(
-      "", (1, 2), (3, 2), 0.5, (float(same.mean()), 0, 1), same, propose.Proposal((1, 2), (3, 2), 0.5, (0.5, 0.5))
-    )
+    return study.Tried("", 0.5, (float(same.mean()), 0, 1), same, propose.Proposal((1, 2), (3, 2), 0.5, (0.5, 0.5)))
 
   draws = [[tried(rng.integers(0, 2, 100).astype(float)) for _ in range(30)] for _ in range(20)]
   assert np.mean([study.best(coins).agreement[0] for coins in draws]) > 0.58
@@ -144,16 +138,18 @@ def test_a_calibration(loaded, images, tmp_path, monkeypatch):
   assert chosen.price <= 0.6 and chosen.agreement[0] == max(one.agreement[0] for one in tried)
   plain, given = (json.loads(path.read_text()) for path in (
     tmp_path / "calibration-none.json",
-    tmp_path / f"calibration-{'_'.join(map(str, (*chosen.layers, *chosen.keep)))}.json",
+    tmp_path / f"calibration-{'_'.join(map(str, (*chosen.proposal.prune_layers, *chosen.proposal.keep)))}.json",
   ))  # fmt: skip
   assert chosen.agreement[0] == np.mean([plain[name] == given[name] for name in plain])
   content = study.describe(chosen, (0.5, 0.2, 0.7), studied, found)
-  assert content["prune_layers"] == list(chosen.layers) and content["keep"] == list(chosen.keep)
+  assert content["prune_layers"] == list(chosen.proposal.prune_layers) and content["keep"] == list(chosen.proposal.keep)
   for name, value in (("PAPER", ((1, 3), (8, 2))), ("GRID_FIRST", (1,)), ("GRID_SECOND", (0.5,))):
     monkeypatch.setattr(study, name, value)
   compared = study.compare(studied, chosen, found, 0.6, tmp_path, max_new_tokens=3)
   assert [one.name for one in compared] == ["calibrated", "the paper's", "grid", "grid"]
-  assert (compared[1].layers, compared[1].keep) == ((1, 3), (8, 2)) and compared[2].layers == (1, 3)
+  assert (compared[1].proposal.prune_layers, compared[1].proposal.keep) == ((1, 3), (8, 2)) and compared[
+    2
+  ].proposal.prune_layers == (1, 3)
   assert compared[0].proposal == chosen.proposal and max(one.price for one in compared[2:]) <= 0.6
   assert compared[1].proposal.lost > compared[0].proposal.lost
   study.write(tmp_path, tried, (0.5, 0.2, 0.7), compared, "Heading.", seed=0)
@@ -165,38 +161,3 @@ def test_a_calibration(loaded, images, tmp_path, monkeypatch):
     assert float(row["difference_low"]) <= difference <= float(row["difference_high"])
   assert (tmp_path / "calibrate.md").read_text().count("| grid |") == 2
   jax.clear_caches()
-
-
-def test_the_command_s_schedule_is_one_that_run_accepts(checkpoints, images, tmp_path):
-  rows = []
-  for number, image in enumerate(images[:2]):
-    image.save(tmp_path / f"{number}.png")
-    rows.append({"id": f"q{number}", "image": f"{number}.png", "question": "Why?"})
-  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  common = [f"--checkpoint={checkpoints('clip_mha').directory}", "--prompt_template=<image>{question}"]
-  common += [
-    "--prompt_buckets=24",
-    "--max_new_tokens=2",
-    "--batch_size=2",
-    f"--compilation_cache_dir={tmp_path / 'xla'}",
-  ]
-
-  def run(module, *arguments):
-    command = [sys.executable, "-m", module, *common, *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-  printed = run(
-    "experiments.calibrate", f"--question_set={tmp_path / 'questions.jsonl'}", "--budget=60%", "--num_tried=1",
-    "--layers_at_a_time=6", "--disrupted_layers=0,5", f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}",
-  )  # fmt: skip
-  assert "2 questions" in printed and "proposal 1" in printed
-  schedule = json.loads((tmp_path / "out" / "schedule.json").read_text())
-  run(
-    "himap_jax.run", f"--schedule={tmp_path / 'out' / 'schedule.json'}", f"--prompts={tmp_path / 'questions.jsonl'}",
-    f"--image_dir={tmp_path}", f"--output={tmp_path / 'answers.jsonl'}", "--emit=kept",
-  )  # fmt: skip
-  answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-  assert [row["error"] for row in answers] == [None, None]
-  assert all([len(stage) for stage in row["kept"]] == schedule["keep"] for row in answers)

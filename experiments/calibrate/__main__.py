@@ -74,7 +74,7 @@ def run() -> int:
   if heldout:
     others = dataclasses.replace(studied, questions=heldout)
     compared = study.compare(others, best, measured, budget, workdir, max_new_tokens=_MAX_NEW_TOKENS.value)
-  heading = f"`python -m experiments.calibrate {' '.join(sys.argv[1:])}`, {len(chosen)} questions."
+  heading = f"`python -m experiments.calibrate {' '.join(sys.argv[1:])}`, {len(best.same)} questions."
   study.write(output, tried, expected, compared, heading, seed=studied.seed)
   print((output / "calibrate.md").read_text(encoding="utf-8"))
   return 0

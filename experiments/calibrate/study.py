@@ -33,17 +33,13 @@ class Tried:
 
   Attributes:
     name: what it is.
-    layers: K1 and K2.
-    keep: image tokens after each stage.
     price: FLOPs on image tokens in units of no pruning.
     agreement: the share of answers that are those without pruning, with its 95% interval.
     same: `[Q]` whether each answer is.
-    proposal: what was expected of it.
+    proposal: its layers and keep counts, and what was expected of them.
   """
 
   name: str
-  layers: tuple[int, int]
-  keep: tuple[int, int]
   price: float
   agreement: tuple[float, float, float]
   same: Float[np.ndarray, "Q"]
@@ -119,7 +115,7 @@ def compare(
   """Runs the chosen schedule, the paper's and a grid at the budget on other questions."""
   count, price = studied.processor.num_image_tokens, price_of(studied)
   layers, keep = PAPER[0], tuple(stage.keep for stage in schedule_of(studied, *PAPER).stages)
-  entries = [("calibrated", chosen.layers, chosen.keep), ("the paper's", layers, keep)]
+  entries = [("calibrated", chosen.proposal.prune_layers, chosen.proposal.keep), ("the paper's", layers, keep)]
   second = [round(share * studied.num_layers) for share in GRID_SECOND]
   by_layers: dict[tuple[int, int], list[tuple[int, int]]] = {}
   for layers, keep in candidates(studied.num_layers, count, price, budget):
@@ -150,7 +146,7 @@ def _run(
     given = answers(studied, schedule_of(studied, layers, keep), path, max_new_tokens=max_new_tokens)
     same = measure.agreement(given, plain)
     agreement = _with_interval(same, seed=studied.seed)
-    tried.append(Tried(name, layers, keep, price(layers, keep), agreement, same, proposal))
+    tried.append(Tried(name, price(layers, keep), agreement, same, proposal))
   return tried
 
 
@@ -165,8 +161,8 @@ def describe(
   """The content of a schedule file: what `himap_jax.run --schedule` reads, and where it comes from."""
   return {
     "method": "himap",
-    "prune_layers": list(chosen.layers),
-    "keep": list(chosen.keep),
+    "prune_layers": list(chosen.proposal.prune_layers),
+    "keep": list(chosen.proposal.keep),
     "image_token_flops": chosen.price,
     "expected_agreement": {"share": expected[0], "interval": list(expected[1:])},
     "lost": chosen.proposal.lost,
@@ -202,7 +198,8 @@ def write(
 
 def _row(one: Tried, reference: Tried | None = None, *, seed: int = 0) -> Row:
   agreement, low, high = one.agreement
-  row: Row = {"schedule": one.name, "layers": "/".join(map(str, one.layers)), "keep": "/".join(map(str, one.keep))}
+  layers, keep = ("/".join(map(str, values)) for values in (one.proposal.prune_layers, one.proposal.keep))
+  row: Row = {"schedule": one.name, "layers": layers, "keep": keep}
   row |= {"image_token_flops": one.price, "agreement": agreement, "agreement_low": low, "agreement_high": high}
   if reference is not None:
     difference, low, high = _with_interval(one.same - reference.same, seed=seed)
