@@ -11,24 +11,18 @@ from typing import NamedTuple
 import numpy as np
 
 from checkpoints_convert.demo import easyvqa
-from experiments import scenes
-from experiments.demo_data import question_only_answers
+from experiments.demo_model import questions as scene_questions
 from himap_jax.checkpoint import default_cache_dir
+from himap_jax.errors import UserError
 
 NUM_SCENES = 200
-SHAPES = frozenset({"circle", "rectangle", "triangle"})
+SHAPES = ("circle", "rectangle", "triangle")
 
 
 class Question(NamedTuple):
-  """One question about one picture.
+  """A question about a picture, by an id that is unique in its set, with the true answer and the type of the question.
 
-  Attributes:
-    id: unique in its set.
-    image: the picture's file.
-    question: its text.
-    answer: the true answer.
-    type: what kind of question it is.
-    guess: what can be answered without the picture; empty where nothing can.
+  Its `guess` is the answer that the question alone suggests, empty where none is known.
   """
 
   id: str
@@ -45,10 +39,9 @@ def is_right(answer: str | None, truth: str | None) -> bool:
 
 
 def score(answer: str | None, truth: str | None) -> float:
-  """How much of a list of items an answer has in its order: the F-measure of their longest common subsequence.
+  """ROUGE-L (Lin 2004) of the items of two lists, which commas separate: the F-measure of their longest common subsequence.
 
-  This is ROUGE-L (Lin 2004) of items, which commas separate. A truth of one item makes it 1 where the answer is right and, where
-  the answer is one item too, 0 where it is not.
+  With a truth of one item, a right answer scores 1, and a wrong one of a single item 0.
   """
   if answer is None or truth is None:
     return 0.0
@@ -79,14 +72,14 @@ def load(
     needs_answers: whether a row of a file without an answer is an error.
 
   Raises:
-    ValueError: there is no such set, or it cannot be read.
+    UserError: there is no such set, or it cannot be read.
   """
   questions = SETS[name](workdir) if name in SETS else _read(name, needs_answers=needs_answers)
   return questions if num_questions is None else draw(questions, num_questions, seed=seed)
 
 
 def digest(questions: Sequence[Question]) -> str:
-  """What results about questions depend on: their texts, and the contents of the pictures that can be read."""
+  """A digest of all that results about questions depend on: their texts, and the pictures that can be read."""
   result = hashlib.sha256()
   for question in questions:
     result.update(json.dumps(question._replace(image="")).encode())
@@ -111,50 +104,39 @@ def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> lis
 
 
 def guess_from_other_half(asked: Sequence[tuple[str, str, str, str]]) -> list[str]:
-  """What could be answered without the picture: the commonest answer in the half of the pictures that a row is not in.
+  """Question-only answers: for each row the commonest answer in the half of the pictures that it is not in.
 
-  Every other picture is in one half. Leaving only the row itself out would make the rarer answer of a balanced set the
-  commonest of what is left.
+  That is the answer to its question, else to its type, else nothing. Every other picture is in one half; leaving out only the
+  row itself would make the rarer answer of a balanced set the commonest of the rest.
 
   Args:
     asked: image, question, type and answer of every row.
-
-  Returns:
-    For every row the commonest answer to its question in the other half, else to its type, else nothing.
   """
   halves = {image: index % 2 for index, image in enumerate(dict.fromkeys(image for image, *_ in asked))}
-  counts = collections.defaultdict(collections.Counter)
-  for image, question, type, answer in asked:
-    counts[halves[image], "question", question][answer] += 1
-    counts[halves[image], "type", type][answer] += 1
-  guesses = []
-  for image, question, type, _ in asked:
-    other = 1 - halves[image]
-    seen = counts[other, "question", question] or counts[other, "type", type]
-    guesses.append(seen.most_common(1)[0][0] if seen else "")
-  return guesses
+  keyed = [((halves[image], "question", question), answer) for image, question, _, answer in asked]
+  keyed += [((halves[image], "type", type), answer) for image, _, type, answer in asked]
+  seen = scene_questions.commonest(keyed)
+  others = [(1 - halves[image], question, type) for image, question, type, _ in asked]
+  return [seen.get((half, "question", q), seen.get((half, "type", type), "")) for half, q, type in others]
 
 
 def _easyvqa(workdir: pathlib.Path) -> list[Question]:
   del workdir
-  guesses = question_only_answers(easyvqa.load(default_cache_dir(), "train"))
+  train = easyvqa.load(default_cache_dir(), "train")
+  guesses = scene_questions.commonest((example.question, example.answer) for example in train)
+  types = {"yes": "yes or no", "no": "yes or no"} | dict.fromkeys(SHAPES, "shape")
   return [
     Question(
-      id=example.id,
-      image=example.image,
-      question=example.question,
-      answer=example.answer,
-      type="yes or no" if example.answer in ("yes", "no") else "shape" if example.answer in SHAPES else "colour",
-      guess=guesses.get(example.question, ""),
+      one.id, one.image, one.question, one.answer, types.get(one.answer, "colour"), guesses.get(one.question, "")
     )
-    for example in easyvqa.load(default_cache_dir(), "test")
+    for one in easyvqa.load(default_cache_dir(), "test")
   ]
 
 
 def _scenes(workdir: pathlib.Path, *, lists: bool = False) -> list[Question]:
   path = workdir / ("scene_lists" if lists else "scenes") / "questions.jsonl"
   if not path.exists():
-    scenes.write(path.parent, "test", NUM_SCENES, lists=lists)
+    scene_questions.write(path.parent, "test", NUM_SCENES, lists=lists)
   return _read(str(path), needs_answers=True)
 
 
@@ -165,24 +147,21 @@ def _read(name: str, *, needs_answers: bool) -> list[Question]:
     lines = path.read_text(encoding="utf-8").splitlines()
   except OSError as error:
     known = ", ".join(SETS)
-    raise ValueError(f"{name}: neither a question set ({known}) nor a file that can be read") from error
+    raise UserError(f"{name}: neither a question set ({known}) nor a file that can be read") from error
   rows = []
   for number, line in enumerate(lines, start=1):
     try:
       row = absent | json.loads(line)
       rows.append({field: str(row[field]) for field in ("id", "image", "question", "answer", "type")})
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path}: line {number} is not a question with its answer ({error})") from error
+      raise UserError(f"{path}: line {number} is not a question with its answer ({error})") from error
     rows[-1]["guess"] = row.get("guess")
   if len({row["id"] for row in rows}) < len(rows) or not rows:
-    raise ValueError(f"{path}: {'two questions share an id' if rows else 'no questions'}")
+    raise UserError(f"{path}: {'two questions share an id' if rows else 'no questions'}")
   guesses = guess_from_other_half([(row["image"], row["question"], row["type"], row["answer"]) for row in rows])
-  return [
-    Question(
-      **row | {"image": path.parent / row["image"], "guess": guess if row["guess"] is None else str(row["guess"])}
-    )
-    for row, guess in zip(rows, guesses, strict=True)
-  ]
+  for row, guess in zip(rows, guesses, strict=True):
+    row["image"], row["guess"] = path.parent / row["image"], guess if row["guess"] is None else str(row["guess"])
+  return [Question(**row) for row in rows]
 
 
 SETS: dict[str, Callable[[pathlib.Path], list[Question]]] = {

@@ -5,10 +5,15 @@ import os
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # tiny programs take far longer to compile than to run
+if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # tiny programs take far longer to compile than to run
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+install_import_hook(["himap_jax", "checkpoints_convert"], "beartype.beartype")  # annotations hold, shapes included
 
 import jax
 import pytest
@@ -29,10 +34,11 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def loaded(checkpoints, tmp_path_factory):
-  """Returns `load(name, batch_size)`: the same checkpoint through our converter and loader, float32, on its devices."""
+  """Returns `load(name, batch_size)`: the same checkpoint through our loader, float32, on its devices."""
   import jax.numpy as jnp
 
-  from himap_jax import checkpoint, sharding
+  from himap_jax import checkpoint
+  from himap_jax.engine import sharding
 
   cache_dir = tmp_path_factory.mktemp("cache")
 

@@ -227,17 +227,24 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
   )
 
 
-def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int) -> dict[str, np.ndarray]:
-  """Encoded rows as right-padded arrays: tokens [B, S], length [B], image_start [B], pixel_values [B, 3, H, W]."""
-  tokens = np.zeros((len(rows), num_slots), np.int32)
+def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int, padding: int = 0):
+  """Encoded rows as a right-padded `himap_jax.inputs.Inputs` on the host; `padding` is the token id in padding."""
+  from himap_jax.inputs import IMAGE as IMAGE_KIND
+  from himap_jax.inputs import PADDING, TEXT, Inputs, Layout
+
+  tokens = np.full((len(rows), num_slots), padding, np.int32)
+  length = np.array([len(input_ids) for input_ids, _ in rows])[:, None]
   for row, (input_ids, _) in zip(tokens, rows, strict=True):
     row[: len(input_ids)] = input_ids
-  return {
-    "tokens": tokens,
-    "length": np.array([len(input_ids) for input_ids, _ in rows], np.int32),
-    "image_start": (tokens == SPECIAL_TOKENS.index(IMAGE)).argmax(1).astype(np.int32),
-    "pixel_values": np.concatenate([pixels.numpy() for _, pixels in rows]),
-  }
+  used = np.arange(num_slots)[None] < length
+  is_image = used & (tokens == SPECIAL_TOKENS.index(IMAGE))
+  kind = np.where(used, np.where(is_image, IMAGE_KIND, TEXT), PADDING)
+  return Inputs(
+    tokens=tokens,
+    layout=Layout.of_rows(kind, np.zeros_like(kind), int(is_image.sum(axis=1).max())),
+    positions=np.where(used, np.arange(num_slots, dtype=np.int32)[None], 0),
+    pixel_values=np.concatenate([pixels.numpy() for _, pixels in rows]),
+  )
 
 
 def noise_image(size: tuple[int, int], seed: int) -> PIL.Image.Image:

@@ -11,14 +11,19 @@ import os
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 import pathlib
-from collections.abc import Sequence
 
 from absl import app, flags
 
 from experiments import question_sets
 from experiments.compare import study
-from himap_jax import command, methods
-from himap_jax.processing import DEFAULT_BUCKETS
+from experiments.compare.grid import Grid
+from experiments.compare.study import StudyConfig
+from experiments.compare.timing import Timing
+from himap_jax.engine.batching import DEFAULT_BUCKETS
+from himap_jax.engine.engine import GenerationConfig
+from himap_jax.generation import InputConfig
+from himap_jax.pruning import methods
+from himap_jax.run import command
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
@@ -26,18 +31,17 @@ _QUESTION_SET = flags.DEFINE_string(
   "question_set",
   "easyvqa",
   f"{', '.join(question_sets.SETS)}, or a JSONL file of id, image (relative to the file), question, answer, type and "
-  "optionally guess, which is what can be answered without the picture.",
+  "optionally guess, the answer that the question alone suggests.",
 )
 _NUM_QUESTIONS = flags.DEFINE_integer(
-  "num_questions", None, "Questions drawn, each type in proportion; all when absent."
+  "num_questions", None, "Questions drawn, each type in proportion; all if absent.", 1
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draw of questions, of random methods and of the bootstrap.")
 _METHODS = flags.DEFINE_list(
   "methods",
   ["random", "uniform", "himap"],
-  f"Methods to run at every budget, each as METHOD or METHOD@LAYERS with layers joined by /, e.g. himap,himap@1/4. "
-  f"Methods: {', '.join(methods.METHODS)}; or one before the decoder + one inside, as divprune+himap. No pruning is always "
-  "run.",
+  f"Methods to run at every budget, each as METHOD or METHOD@LAYERS with layers joined by /, such as himap,himap@1/4. "
+  f"Methods: {', '.join(methods.METHODS)}; or one before the decoder + one inside, as divprune+himap.",
 )
 _BUDGETS = flags.DEFINE_list(
   "budgets",
@@ -47,76 +51,56 @@ _BUDGETS = flags.DEFINE_list(
 _SETTINGS = flags.DEFINE_list(
   "settings",
   [],
-  "Settings to run as they are, each as METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, e.g. himap@2/8:288/72 or "
-  "fastv:25%; what is left out is the method's own.",
+  "Further cells, each as METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%; what is left "
+  "out is the method's own.",
 )
 _SHORTV_RANKING = flags.DEFINE_list(
-  "shortv_ranking",
-  None,
-  "Layers from least to most useful, which shortv needs for a budget; see experiments.rank_layers.",
+  "shortv_ranking", None, "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
 )
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Questions per batch.")
-_PROMPT_BUCKETS = flags.DEFINE_list("prompt_buckets", [str(b) for b in DEFAULT_BUCKETS], "As in himap_jax.run.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", 1)
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Questions per batch.", 1)
+_PROMPT_BUCKETS = flags.DEFINE_list("prompt_buckets", list(map(str, DEFAULT_BUCKETS)), "As in himap_jax.run.")
 _PROMPT_TEMPLATE = flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
-_TIMING_BATCH_SIZE = flags.DEFINE_integer("timing_batch_size", 1, "Questions in the batch that is timed.")
-_TIMING_NEW_TOKENS = flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each when timing.")
+_TIMING_BATCH_SIZE = flags.DEFINE_integer("timing_batch_size", 1, "Questions in the batch that is timed.", 1)
+_TIMING_NEW_TOKENS = flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each when timing.", 1)
 _TIMING_REPEATS = flags.DEFINE_integer(
-  "timing_repeats", 5, "Turns of no pruning and a cell, of whose ratios the median counts; 0 measures no times."
+  "timing_repeats",
+  5,
+  "Runs of no pruning and a cell in turns, of whose ratios the median counts; 0 measures no times.",
+  0,
 )
 _NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 12, "Questions to browse in the report.")
 _NUM_STRIPS = flags.DEFINE_integer("num_strips", 4, "How many of them strips.png shows.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Answers and times; a second start goes on from them.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of answers and times, to resume from.", required=True)
 _OUTPUT = flags.DEFINE_string("output", None, "Directory for tables, plots and the report.", required=True)
 _COMPILATION_CACHE_DIR = flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
 
 
-def config_from_flags() -> study.StudyConfig:
-  """Reads and checks the flags.
-
-  Raises:
-    ValueError: a flag that is malformed.
-  """
-  at_least_one = (_MAX_NEW_TOKENS, _BATCH_SIZE, _TIMING_BATCH_SIZE, _TIMING_NEW_TOKENS)
-  at_least_one += () if _NUM_QUESTIONS.value is None else (_NUM_QUESTIONS,)
-  for flag in at_least_one:
-    if flag.value < 1:
-      raise ValueError(f"--{flag.name} must be at least 1, but is {flag.value}")
-  return study.StudyConfig(
+def config_from_flags() -> StudyConfig:
+  """Reads the flags; raises `UserError` where one is malformed."""
+  budgets, ranking = command.numbers(_BUDGETS, float), command.numbers(_SHORTV_RANKING, int)
+  return StudyConfig(
     checkpoint=_CHECKPOINT.value,
-    dtype=_DTYPE.value,
     question_set=_QUESTION_SET.value,
-    num_questions=_NUM_QUESTIONS.value,
-    seed=_SEED.value,
-    methods=tuple(_METHODS.value),
-    budgets=command.numbers(_BUDGETS, float),
-    settings=tuple(_SETTINGS.value),
-    shortv_ranking=command.numbers(_SHORTV_RANKING, int),
-    max_new_tokens=_MAX_NEW_TOKENS.value,
-    batch_size=_BATCH_SIZE.value,
-    prompt_buckets=command.numbers(_PROMPT_BUCKETS, int),
-    prompt_template=_PROMPT_TEMPLATE.value,
-    timing_batch_size=_TIMING_BATCH_SIZE.value,
-    timing_new_tokens=_TIMING_NEW_TOKENS.value,
-    timing_repeats=_TIMING_REPEATS.value,
-    num_examples=_NUM_EXAMPLES.value,
-    num_strips=_NUM_STRIPS.value,
     workdir=pathlib.Path(_WORKDIR.value),
     output=pathlib.Path(_OUTPUT.value),
+    grid=Grid(tuple(_METHODS.value), budgets, tuple(_SETTINGS.value), ranking),
+    num_questions=_NUM_QUESTIONS.value,
+    dtype=_DTYPE.value,
+    generation=GenerationConfig(_MAX_NEW_TOKENS.value, seed=_SEED.value),
+    inputs=InputConfig(_PROMPT_TEMPLATE.value, command.numbers(_PROMPT_BUCKETS, int), _BATCH_SIZE.value),
+    timing=Timing(_TIMING_BATCH_SIZE.value, _TIMING_NEW_TOKENS.value, _TIMING_REPEATS.value),
+    num_examples=_NUM_EXAMPLES.value,
+    num_strips=_NUM_STRIPS.value,
     compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   )
 
 
 def run() -> int:
-  """Runs the study that the flags describe."""
+  """Runs the comparison that the flags describe."""
   study.run(config_from_flags())
   return 0
 
 
-def main(argv: Sequence[str]) -> None:
-  """Runs the command and exits with its status."""
-  command.execute("experiments.compare", argv, run)
-
-
 if __name__ == "__main__":
-  app.run(main)
+  app.run(lambda argv: command.execute("experiments.compare", argv, run))

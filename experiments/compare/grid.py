@@ -1,30 +1,103 @@
-"""The grid: methods × budgets and explicit settings, each a cell with a schedule or the reason why there is none."""
+"""The grid: methods × budgets and explicit settings, each a cell with a schedule or the reason why there is none.
+
+A budget is a mean number of image tokens per layer.
+"""
 
 import dataclasses
 import re
 import zlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from experiments.compare.budget import schedule_for_budget
-from himap_jax import methods
-from himap_jax.command import keep_counts
-from himap_jax.schedule import Schedule
+import numpy as np
+
+from himap_jax.errors import UserError
+from himap_jax.pruning import methods
+from himap_jax.pruning.schedule import PruningConfig, Schedule
+from himap_jax.run.command import keep_count
 
 REFERENCE = "none"
 _METHOD = re.compile(r"(?P<method>[^@:]+)(@(?P<layers>\d+(/\d+)*))?")
 _SETTING = re.compile(_METHOD.pattern + r"(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?")
 
 
+class Shape(NamedTuple):
+  """The arguments of `PruningConfig.schedule`: a model's layers, its image tokens, and whether its tower has a class token."""
+
+  num_layers: int
+  num_image_tokens: int
+  has_class_token: bool = True
+
+
+def schedule_for_budget(
+  pruning: PruningConfig, budget: float, shape: Shape, ranking: Sequence[int] | None = None
+) -> Schedule:
+  """Builds the schedule of a method with a given mean number of image tokens per layer.
+
+  A method that prunes keeps its own shares times a common factor, at most all tokens and at least one, such that the mean
+  number of image tokens that enter a layer is as near to the budget as possible. Of two methods both are scaled. A method that
+  freezes instead updates that many image tokens in a layer on average; `ranking` are layers from least to most useful.
+
+  Raises:
+    UserError: a budget that the method cannot come down to, or a method that cannot be run.
+  """
+  method, whole = pruning.method, shape.num_image_tokens
+  if not 0 < budget <= whole:
+    raise UserError(f"a budget must be above 0 and at most the image's {whole} tokens, not {budget:g}")
+  if any(methods.METHODS[name].freezes for name in methods.parse(method)):
+    if pruning.prune_layers is not None:
+      raise UserError(f"for a budget, {method!r} takes its layers from their ranking, not from its name")
+    return PruningConfig(method, frozen_for_budget(budget, shape, ranking)).schedule(*shape)
+  own = pruning.schedule(*shape)
+  if not own.stages:
+    raise UserError(f"method {method!r} has nothing to scale to a budget")
+  layers = tuple(stage.layer for stage in own.stages)
+  keep = scale([stage.keep for stage in own.stages], layers, budget, shape)
+  return PruningConfig(method, layers, keep, pruning.parameters).schedule(*shape)
+
+
+def frozen_for_budget(budget: float, shape: Shape, ranking: Sequence[int] | None) -> tuple[int, ...]:
+  """The least useful layers that, frozen, bring the mean of updated image tokens nearest to the budget."""
+  if ranking is None:
+    raise UserError("a budget of a method that freezes layers needs their ranking: --shortv_ranking")
+  lowest = shape.num_image_tokens * (shape.num_layers - len(ranking)) / shape.num_layers
+  if lowest > budget:
+    raise UserError(f"the ranking names {len(ranking)} layers; the lowest mean that they reach is {lowest:.1f} tokens")
+  return tuple(ranking[: round(shape.num_layers * (1 - budget / shape.num_image_tokens))])
+
+
+def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shape) -> tuple[int, ...]:
+  """Scales non-increasing keep counts to a mean: by a factor, then the last count alone."""
+  num_layers, num_image_tokens, _ = shape
+  spans = np.diff([0, *layers, num_layers])
+
+  def counts(factor: float) -> np.ndarray:
+    return np.clip(np.rint(factor * np.asarray(keep)), 1, num_image_tokens).astype(int)
+
+  def mean(kept: np.ndarray) -> float:
+    return float(spans @ [num_image_tokens, *kept]) / num_layers
+
+  def adjust_last(kept: np.ndarray) -> np.ndarray:
+    """The last count that brings the mean nearest to the budget with the others as they are."""
+    entering = [num_image_tokens, *kept[:-1]]
+    wanted = (budget * num_layers - spans[:-1] @ entering) / spans[-1]
+    return np.append(kept[:-1], int(np.clip(round(wanted), 1, entering[-1])))
+
+  if mean(counts(0.0)) > budget:
+    raise UserError(f"the lowest mean reachable is {mean(counts(0.0)):.1f} tokens")
+  low, high = 0.0, num_image_tokens / min(keep)
+  for _ in range(60):
+    middle = (low + high) / 2
+    low, high = (middle, high) if mean(counts(middle)) <= budget else (low, middle)
+  candidates = [adjust_last(counts(factor)) for factor in (low, high)]
+  return tuple(min(candidates, key=lambda kept: abs(mean(kept) - budget)).tolist())
+
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One thing to run.
+  """A method with a schedule; where its budget cannot be reached, a note says why there is none.
 
-  Attributes:
-    method: its name; with `@` and layers where they are not the method's own.
-    label: unique in the grid; ends with the budget where there is one.
-    budget: the average number of image tokens that was asked for, or None.
-    schedule: what happens to the image tokens, or None where the budget cannot be reached.
-    note: why there is no schedule.
+  The method's name has `@` and layers where they are not its own; the label is unique and ends with the budget.
   """
 
   method: str
@@ -34,74 +107,66 @@ class Cell:
   note: str | None = None
 
   @property
-  def family(self) -> str:
+  def base_method(self) -> str:
     """The method's name without layers."""
     return self.method.partition("@")[0]
 
   @property
   def file_name(self) -> str:
-    """Names the schedule too: one that comes out differently is another file."""
+    """A name for files of this schedule: a cell whose schedule has changed has other files."""
     stages = [(stage.layer, stage.keep) for stage in self.schedule.stages]
-    checksum = zlib.crc32(repr((self.family, stages, self.schedule.frozen_layers)).encode())
+    checksum = zlib.crc32(repr((self.base_method, stages, self.schedule.frozen_layers)).encode())
     return f"{re.sub(r'[^-+@%.=0-9a-z]', '-', self.label.replace(':', '='))}.{checksum:08x}"
 
 
-def make_cells(
-  names: Sequence[str],
-  budgets: Sequence[float],
-  settings: Sequence[str],
-  *,
-  num_layers: int,
-  num_image_tokens: int,
-  has_class_token: bool,
-  ranking: Sequence[int] | None,
-) -> list[Cell]:
-  """The cells of a grid, no pruning first.
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """What is compared, as the flags give it.
 
-  Args:
-    names: `method` or `method@layers`, as `himap@1/4`.
-    budgets: average numbers of image tokens, for each of `names`.
+  Attributes:
+    methods: `method` or `method@layers`, as `himap@1/4`.
+    budgets: mean numbers of image tokens per layer, for each of `methods`.
     settings: `method`, `method@layers` or `method@layers:keep`, as `himap@2/8:288/72` or `fastv:25%`.
-    num_layers: the decoder's layers.
-    num_image_tokens: before pruning.
-    has_class_token: whether the tower has a class token.
     ranking: layers from least to most useful, for a method that freezes.
-
-  Raises:
-    ValueError: a method or a setting that is not one, or a setting that the model cannot run.
   """
-  sizes = {"num_layers": num_layers, "num_image_tokens": num_image_tokens, "has_class_token": has_class_token}
-  cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
-  for name in names:
-    method, layers, _ = _parse(_METHOD, name)
-    if method == REFERENCE:
-      continue
-    for budget in budgets:
-      cell = Cell(name, f"{name} {budget:g}", budget)
-      try:
-        schedule = schedule_for_budget(method, budget, **sizes, prune_layers=layers, ranking=ranking)
-        cells.append(dataclasses.replace(cell, schedule=schedule))
-      except ValueError as error:
-        cells.append(dataclasses.replace(cell, note=str(error)))
-  for setting in settings:
-    method, layers, keep = _parse(_SETTING, setting)
-    schedule = methods.build_schedule(method, **sizes, prune_layers=layers, keep=keep)
-    cells.append(Cell(setting.partition(":")[0], setting, schedule=schedule))
-  return list({cell.label: cell for cell in cells}.values())
+
+  methods: tuple[str, ...] = ()
+  budgets: tuple[float, ...] = ()
+  settings: tuple[str, ...] = ()
+  ranking: tuple[int, ...] | None = None
+
+  def cells(self, shape: Shape) -> list[Cell]:
+    """The cells for a model, no pruning first; raises `UserError` at what is no method, or a setting it cannot run."""
+    cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
+    for name in self.methods:
+      pruning = _parse(_METHOD, name)
+      if pruning.method != REFERENCE:
+        cells += [self._cell(name, pruning, budget, shape) for budget in self.budgets]
+    for setting in self.settings:
+      cells.append(Cell(setting.partition(":")[0], setting, schedule=_parse(_SETTING, setting).schedule(*shape)))
+    return list({cell.label: cell for cell in cells}.values())
+
+  def _cell(self, name: str, pruning: PruningConfig, budget: float, shape: Shape) -> Cell:
+    schedule = note = None
+    try:
+      schedule = schedule_for_budget(pruning, budget, shape, self.ranking)
+    except UserError as error:
+      note = str(error)
+    return Cell(name, f"{name} {budget:g}", budget, schedule, note)
 
 
-def _parse(pattern: re.Pattern[str], text: str) -> tuple[str, tuple[int, ...] | None, tuple[int | float, ...] | None]:
+def _parse(pattern: re.Pattern[str], text: str) -> PruningConfig:
   match = pattern.fullmatch(text)
   if not match:
-    raise ValueError(f"{text!r} is not a method, method@layers or method@layers:keep, as himap@2/8:288/72")
+    raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, as himap@2/8:288/72")
   parts = match.groupdict()
   methods.parse(parts["method"])
   layers, keep = parts["layers"], parts.get("keep")
   try:
-    return (
+    return PruningConfig(
       parts["method"],
       tuple(map(int, layers.split("/"))) if layers else None,
-      keep_counts(keep) if keep else None,
+      tuple(map(keep_count, keep.split("/"))) if keep else None,
     )
   except ValueError as error:
-    raise ValueError(f"{text!r}: {error}") from error
+    raise UserError(f"{text!r}: {error}") from error

@@ -1,45 +1,32 @@
-"""The comparison of pruning methods as one HTML file: a table of figures, and what each method keeps of pictures."""
+"""The comparison as one HTML file: a table of figures, and what each method keeps of pictures."""
 
 import base64
 import dataclasses
 import io
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from PIL import Image
 
 from experiments.question_sets import is_right
-from himap_jax.visualize import kept_mask
+from himap_jax.run.drawing import kept_mask
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-  """A column of the table.
-
-  Attributes:
-    name: its key in the rows.
-    label: its heading.
-    kind: how its values are written; `percent` is a fraction, 0.25 is shown as 25.0%.
-  """
+class Column(NamedTuple):
+  """A column of the table: its key in the rows, its heading, and how its values are written, 0.25 as 25.0% in `percent`."""
 
   name: str
   label: str
   kind: Literal["text", "number", "percent"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-  """What one method did with one question.
-
-  Attributes:
-    answer: what the model answered.
-    stages: for each pruning stage the layer it acts before and the indices of the image tokens present from there on.
-  """
+class Shown(NamedTuple):
+  """What one method did with one question: the answer, and for each pruning stage its layer and the image tokens it keeps."""
 
   answer: str
   stages: Sequence[tuple[int, Sequence[int]]]
@@ -47,14 +34,10 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One question about one picture, and what every method did with it.
+  """One question about one picture, as the model saw it, with its true answer, and what every method did with it.
 
   Attributes:
-    picture: the picture as the model saw it.
     grid: (rows, columns) of image tokens.
-    question: the question.
-    answer: the true answer.
-    type: the kind of question.
     cells: method and budget, as in `himap 25%` → what it did. The reader can filter by a last word that is a number.
   """
 
@@ -79,11 +62,11 @@ def write_report(
 
   Args:
     path: the file to write.
-    columns: the table's columns; the first names the method, and a row named `none` there is set off.
-    rows: column name → value; None or a missing key is a missing value. `note` stands in place of missing figures.
+    columns: of the table; the first names the method, and a row named `none` there is set off.
+    rows: column name → value, None or nothing where it is missing; `note` stands in place of missing figures.
     examples: the questions to browse.
-    title: the report's heading.
-    num_layers: how many layers the decoder has; without it the slider ends at the last layer where anything is pruned.
+    title: of the report.
+    num_layers: the decoder's; without it the slider ends at the last layer where anything is pruned.
 
   Raises:
     ValueError: a kept image token is outside its example's grid, or a stage's layer is outside the decoder.
@@ -92,21 +75,17 @@ def write_report(
   last_layer = max(layers, default=0) if num_layers is None else num_layers - 1
   if any(not 0 <= layer <= last_layer for layer in layers):
     raise ValueError(f"a stage's layer is outside the decoder's layers, 0 to {last_layer}")
+  names = [*(column.name for column in columns), "note"]
   data = {
-    "columns": [dataclasses.asdict(column) for column in columns],
-    "rows": [_row(row, [*(column.name for column in columns), "note"]) for row in rows],
+    "columns": [column._asdict() for column in columns],
+    "rows": [{name: _plain(row.get(name)) for name in names} for row in rows],
     "lastLayer": last_layer,
     "examples": [_example(example) for example in examples],
   }
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
-  )
+  loader = jinja2.FileSystemLoader(Path(__file__).parent)
+  environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
   page = environment.get_template("report.html").render(title=title, data=data)
   Path(path).write_text(page, encoding="utf-8")
-
-
-def _row(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, str | int | float | None]:
-  return {name: _plain(row.get(name)) for name in names}
 
 
 def _plain(value: Any) -> str | int | float | None:
@@ -118,24 +97,19 @@ def _plain(value: Any) -> str | int | float | None:
 
 
 def _example(example: Example) -> dict[str, Any]:
-  return {
-    "picture": _data_uri(example.picture),
-    "grid": list(example.grid),
-    "question": example.question,
-    "answer": example.answer,
-    "type": example.type,
-    "cells": [_cell(name, shown, example) for name, shown in example.cells.items()],
-  }
-
-
-def _cell(name: str, shown: Shown, example: Example) -> dict[str, Any]:
-  stages = sorted(shown.stages, key=lambda stage: stage[0])
-  return {
-    "name": name,
-    "answer": shown.answer,
-    "right": is_right(shown.answer, example.answer),
-    "stages": [[layer, _bits(kept, example.grid)] for layer, kept in stages],
-  }
+  fields = {name: getattr(example, name) for name in ("grid", "question", "answer", "type")}
+  cells = [
+    {
+      "name": name,
+      "answer": shown.answer,
+      "right": is_right(shown.answer, example.answer),
+      "stages": [
+        [layer, _bits(kept, example.grid)] for layer, kept in sorted(shown.stages, key=lambda stage: stage[0])
+      ],
+    }
+    for name, shown in example.cells.items()
+  ]
+  return {"picture": _data_uri(example.picture), **fields, "cells": cells}
 
 
 def _bits(kept: Sequence[int], grid: tuple[int, int]) -> str:
@@ -145,10 +119,10 @@ def _bits(kept: Sequence[int], grid: tuple[int, int]) -> str:
 
 def _data_uri(picture: Image.Image) -> str:
   """The picture as JPEG or PNG, whichever is smaller."""
-  encoded = []
+  encoded = {}
   for name, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
     file = io.BytesIO()
     picture.convert("RGB").save(file, name, **options)
-    encoded.append((name, file.getvalue()))
-  name, content = min(encoded, key=lambda item: len(item[1]))
-  return f"data:image/{name};base64,{base64.b64encode(content).decode()}"
+    encoded[name] = file.getvalue()
+  name = min(encoded, key=lambda name: len(encoded[name]))
+  return f"data:image/{name};base64,{base64.b64encode(encoded[name]).decode()}"

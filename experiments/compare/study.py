@@ -1,164 +1,199 @@
-"""A comparison from its settings to its tables, plots and report."""
+"""A comparison from its settings to its tables, plots and report; what its work directory holds is not run again."""
 
 import contextlib
 import dataclasses
+import functools
+import itertools
+import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from checkpoints_convert.marker import read_marker
-from experiments import question_sets, tabular
-from experiments.compare import examples, plots, report, strips, tables
-from experiments.compare.grid import Cell, make_cells
-from experiments.compare.runner import Runner
-from experiments.question_sets import Question
-from himap_jax import checkpoint, command, sharding
-from himap_jax.processing import Processor
+from experiments import question_sets
+from experiments.compare import examples, plots, report, tables
+from experiments.compare.comparison import Comparison, PromptSizes, Row
+from experiments.compare.grid import Cell, Grid, Shape
+from experiments.compare.timing import Timing, measure_times
+from experiments.shared import kept, tabular
+from himap_jax import checkpoint
+from himap_jax.engine import accounting, sharding
+from himap_jax.engine.batching import Batcher
+from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.errors import UserError
+from himap_jax.generation import InputConfig
+from himap_jax.inputs import Example, Inputs
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run import answering, command, contract, output, pictures, prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-  """A study, as the flags give it; the names and meanings are the flags'."""
+  """A comparison, as the flags give it; `generation.seed` is also that of the draw of questions and of the bootstrap."""
 
   checkpoint: str
-  dtype: str
   question_set: str
-  num_questions: int | None
-  seed: int
-  methods: tuple[str, ...]
-  budgets: tuple[float, ...]
-  settings: tuple[str, ...]
-  shortv_ranking: tuple[int, ...] | None
-  max_new_tokens: int
-  batch_size: int
-  prompt_buckets: tuple[int, ...]
-  prompt_template: str
-  timing_batch_size: int
-  timing_new_tokens: int
-  timing_repeats: int
-  num_examples: int
-  num_strips: int
   workdir: pathlib.Path
   output: pathlib.Path
-  compilation_cache_dir: str
+  grid: Grid
+  num_questions: int | None = None
+  dtype: str = "float32"
+  generation: GenerationConfig = GenerationConfig(max_new_tokens=8)
+  inputs: InputConfig = InputConfig()
+  timing: Timing = Timing()
+  num_examples: int = 12
+  num_strips: int = 4
+  compilation_cache_dir: str = ""
 
 
-def settings_of(config: StudyConfig, directory: pathlib.Path, questions: Sequence[Question]) -> dict[str, Any]:
-  """What the answers and times of a work directory depend on, beside the cells."""
-  names = ("checkpoint", "dtype", "question_set", "num_questions", "seed", "max_new_tokens", "prompt_template")
-  names += ("batch_size", "prompt_buckets", "timing_batch_size", "timing_new_tokens", "timing_repeats")
-  return {name: getattr(config, name) for name in names} | {
-    "fingerprint": read_marker(directory)["fingerprint"],
-    "questions": question_sets.digest(questions),
-  }
+class Runner:
+  """Runs the cells of one comparison; the weights are read when first needed.
+
+  Attributes:
+    processor: prepares questions.
+    shape: of the model, for its schedules.
+  """
+
+  def __init__(
+    self, config: StudyConfig, opened: checkpoint.OpenCheckpoint, questions: Sequence[question_sets.Question]
+  ):
+    """Raises `UserError` where the model cannot take prompts of this form."""
+    self._config, self._opened, self._questions = config, opened, questions
+    self.processor = opened.prompts(config.inputs.prompt_template)
+    self._batcher = Batcher(
+      opened.config,
+      self.processor.image_shape,
+      buckets=config.inputs.prompt_buckets,
+      max_new_tokens=max(config.generation.max_new_tokens, config.timing.new_tokens),
+    )
+    text, vision = opened.config.text, opened.config.vision
+    self.shape = Shape(text.num_hidden_layers, self._batcher.num_image_tokens, vision.has_class_token)
+
+  def check_workdir(self) -> None:
+    """Raises `UserError` where the results in the work directory were made with other settings."""
+    command.check_settings(self._config.workdir / "settings.json", self._settings, "use another --workdir")
+    for name in ("answers", "timings"):
+      (self._config.workdir / name).mkdir(exist_ok=True)
+
+  def answer(self, cell: Cell) -> dict[str, dict[str, Any]]:
+    """Answers what is not answered yet; returns every output row by its id."""
+    path = self._config.workdir / "answers" / f"{cell.file_name}.jsonl"
+    if not path.exists() or path.read_bytes().count(b"\n") < len(self._questions):
+      asked = [prompts.Prompt(q.id, str(q.image.absolute()), q.question) for q in self._questions]
+      wanted = contract.Contract(path, self._settings, asked, advice="use another --workdir")
+      with output.Output(wanted, resume=True) as rows:
+        engine, batch_size = self._engine(cell.schedule, self._config.generation), self._config.inputs.batch_size
+        emit = frozenset({"tokens", "kept"})
+        answering.Answerer(self.processor, self._batcher, engine, batch_size, emit).answer_all(rows)
+    return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+  def time(self, cell: Cell) -> dict[str, Any]:
+    """Times a cell once: the result of `measure_times`, or nothing without repeats."""
+    repeats = self._config.timing.repeats
+
+    def measure() -> dict[str, Any]:
+      engine = self._reference if cell.schedule == Schedule() else self._timed(cell.schedule)
+      return measure_times(self._reference, engine, self._timing_inputs, repeats=repeats)
+
+    path = self._config.workdir / "timings" / f"{cell.file_name}.json"
+    return kept.json_of(path, measure) if repeats else {}
+
+  def prompt_sizes(self) -> PromptSizes:
+    """The sizes of the questions that the model can take, on average."""
+    blank = Image.new("RGB", (64, 64))
+    by_text = {text: self._prepare(text, lambda: blank) for text in {q.question for q in self._questions}}
+    lengths = [by_text[q.question].num_text_tokens for q in self._questions if by_text[q.question]]
+    bytes_per_value = jnp.dtype(command.DTYPES[self._config.dtype]).itemsize
+    num_text_tokens = round(float(np.mean(lengths)))
+    return PromptSizes(
+      accounting.model_sizes(self._opened.config), self.shape.num_image_tokens, num_text_tokens, bytes_per_value
+    )
+
+  @functools.cached_property
+  def _settings(self) -> dict[str, Any]:
+    """What answers and times depend on, beside the cell, whose schedule is in the names of its files."""
+    config = self._config
+    return {
+      **{name: getattr(config, name) for name in ("checkpoint", "dtype", "question_set", "num_questions")},
+      **dataclasses.asdict(config.generation),
+      **dataclasses.asdict(config.inputs),
+      "timing": dataclasses.asdict(config.timing),
+      "weights": self._opened.digest(),
+      "questions": question_sets.digest(self._questions),
+    }
+
+  @functools.cached_property
+  def _loaded(self) -> checkpoint.LoadedModel:
+    config, dtype = self._config, command.DTYPES[self._config.dtype]
+    num_rows = math.gcd(config.inputs.batch_size, config.timing.batch_size)
+    axes = sharding.choose_mesh(self._opened.config, self._opened.num_bytes(dtype), num_rows)
+    return self._opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
+
+  @functools.cached_property
+  def _reference(self) -> Engine:
+    return self._timed(Schedule())
+
+  @functools.cached_property
+  def _timing_inputs(self) -> Inputs:
+    batch_size = self._config.timing.batch_size
+    prepared = (self._prepare(q.question, lambda q=q: pictures.load_image(q.image)) for q in self._questions)
+    first = list(itertools.islice(filter(None, prepared), batch_size))
+    if not first:
+      raise UserError("no question can be prepared for timing")
+    return self._batcher.pack(first, bucket=max(map(self._batcher.bucket, first)), batch_size=batch_size)
+
+  def _prepare(self, question: str, load: Callable[[], Image.Image]) -> Example | None:
+    """A prepared question; None where it cannot be prepared, and so is an error among the answers."""
+    with contextlib.suppress(UserError):
+      example = self.processor.prepare(load(), question)
+      self._batcher.bucket(example)
+      return example
+
+  def _timed(self, schedule: Schedule) -> Engine:
+    new_tokens, seed = self._config.timing.new_tokens, self._config.generation.seed
+    return self._engine(schedule, GenerationConfig(new_tokens, seed=seed, ignore_eos=True))
+
+  def _engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
+    return Engine(self._loaded.model, schedule, generation, eos_token_ids=self._loaded.eos_token_ids)
 
 
-def mean_text_tokens(processor: Processor, questions: Sequence[Question]) -> int:
-  """The mean number of text tokens of the prompts that the model can take."""
-  blank, lengths = Image.new("RGB", (64, 64)), {}
-  for text in {question.question for question in questions}:
-    with contextlib.suppress(ValueError):
-      lengths[text] = processor.prepare(blank, text).num_text_tokens
-  return round(float(np.mean([lengths[q.question] for q in questions if q.question in lengths])))
-
-
-def run(config: StudyConfig) -> list[tables.Row]:
+def run(config: StudyConfig) -> list[Row]:
   """Runs what has not been run yet, writes the results and returns the table's rows.
 
   Raises:
-    ValueError: the configuration cannot be run, or the work directory belongs to another.
-    OSError: a file cannot be written; what was written before is whole.
+    UserError: the configuration cannot be run, the work directory belongs to another, or a file cannot be written; what was
+      written before is whole.
+    CheckpointError: the checkpoint cannot be read.
   """
   for directory in (config.workdir, config.output):
-    directory.mkdir(parents=True, exist_ok=True)
+    with command.user_error(f"cannot create {directory}"):
+      directory.mkdir(parents=True, exist_ok=True)
   command.use_compilation_cache(config.compilation_cache_dir)
-  questions = question_sets.load(
-    config.question_set, num_questions=config.num_questions, seed=config.seed, workdir=config.workdir
-  )
-  opened = checkpoint.open_checkpoint(config.checkpoint)
-  processor = Processor(
-    opened.processor,
-    opened.config,
-    template=config.prompt_template,
-    buckets=config.prompt_buckets,
-    max_new_tokens=max(config.max_new_tokens, config.timing_new_tokens),
-  )
-  cells = make_cells(
-    config.methods,
-    config.budgets,
-    config.settings,
-    num_layers=opened.config.text.num_hidden_layers,
-    num_image_tokens=processor.num_image_tokens,
-    has_class_token=opened.config.vision.has_class_token,
-    ranking=config.shortv_ranking,
-  )
-  settings = settings_of(config, opened.directory, questions)
-  command.hold_to_settings(config.workdir / "settings.json", settings, "use another --workdir")
-  dtype = command.DTYPES[config.dtype]
-  num_rows = math.gcd(config.batch_size, config.timing_batch_size)
-  mesh = sharding.make_mesh(**sharding.choose_mesh(opened.config, opened.num_bytes(dtype), num_rows))
-  runner = Runner(
-    opened,
-    processor,
-    questions,
-    config.workdir,
-    dtype=dtype,
-    mesh=mesh,
-    seed=config.seed,
-    max_new_tokens=config.max_new_tokens,
-    batch_size=config.batch_size,
-    timing_batch_size=config.timing_batch_size,
-    timing_new_tokens=config.timing_new_tokens,
-    timing_repeats=config.timing_repeats,
-  )
+  seed, num_questions = config.generation.seed, config.num_questions
+  questions = question_sets.load(config.question_set, num_questions=num_questions, seed=seed, workdir=config.workdir)
+  runner = Runner(config, checkpoint.open_checkpoint(config.checkpoint), questions)
+  cells = config.grid.cells(runner.shape)
+  runner.check_workdir()
   answers, timings = {}, {}
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
     if cell.schedule is not None:
-      answers[cell.label] = runner.answer(cell)
-      timings[cell.label] = runner.time(cell)
-  rows = tables.make_rows(
-    cells,
-    answers,
-    timings,
-    questions,
-    opened.config,
-    num_image_tokens=processor.num_image_tokens,
-    num_text_tokens=mean_text_tokens(processor, questions),
-    bytes_per_value=jnp.dtype(command.DTYPES[config.dtype]).itemsize,
-    seed=config.seed,
-  )
-  shown = examples.collect(examples.choose(questions, config.num_examples), cells, answers, processor)
-  write_results(config, rows, shown, cells, len(questions), opened.config.text.num_hidden_layers)
+      answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
+  comparison = Comparison(questions, cells, answers, timings, runner.prompt_sizes())
+  shown = examples.collect(examples.choose(questions, config.num_examples), comparison, runner.processor)
+  rows, directory = comparison.rows(seed=seed), config.output
+  tabular.write_csv(directory / "table.csv", rows)
+  tables.write_markdown(directory / "table.md", rows)
+  tables.write_types(directory / "types.md", rows)
+  plots.plot_pareto(directory / "pareto.png", rows)
+  plots.plot_types(directory / "types.png", rows)
+  examples.draw_strips(directory / "strips.png", shown[: config.num_strips], examples.cells_to_show(cells))
+  title, num_layers = f"Pruning methods on {config.question_set}, {len(questions)} questions", runner.shape.num_layers
+  columns, readable = tables.readable_columns(rows), tables.readable_rows(rows)
+  report.write_report(directory / "report.html", columns, readable, shown, title=title, num_layers=num_layers)
   tables.print_table(rows)
   return rows
-
-
-def write_results(
-  config: StudyConfig,
-  rows: Sequence[tables.Row],
-  shown: Sequence[report.Example],
-  cells: Sequence[Cell],
-  num_questions: int,
-  num_layers: int,
-) -> None:
-  """Writes tables, plots and the report."""
-  tabular.write_csv(config.output / "table.csv", rows)
-  tables.write_markdown(config.output / "table.md", rows)
-  tables.write_types(config.output / "types.md", rows)
-  plots.plot_pareto(config.output / "pareto.png", rows)
-  plots.plot_types(config.output / "types.png", rows)
-  strips.draw(config.output / "strips.png", shown[: config.num_strips], strips.cells_to_show(cells))
-  report.write_report(
-    config.output / "report.html",
-    tables.readable_columns(rows),
-    tables.readable_rows(rows),
-    shown,
-    title=f"Pruning methods on {config.question_set}, {num_questions} questions",
-    num_layers=num_layers,
-  )

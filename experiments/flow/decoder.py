@@ -1,26 +1,29 @@
-"""The library's decoder with what is done to attention between probabilities and values, layer by layer.
+"""The library's decoder layer by layer: with edited attention, and with the scores of HiMAP's stages.
 
-Axes: B batch, S query slots, T key slots, N query heads, K key heads, H head dim, D model dim, V vocabulary.
+Axes: L layers, B batch, S query slots, T key slots, I image tokens, N query heads, K key heads, H head dim, D model
+dim, V vocabulary.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax import prefill
-from himap_jax.llava import Llava
-from himap_jax.prefill import Embedded
+from himap_jax.engine import prefill
+from himap_jax.inputs import Inputs
+from himap_jax.model.decoder import Projections
+from himap_jax.model.network import Embedded, Model
+from himap_jax.pruning.methods.himap import image_attention, instruction_attention
 
-# (probabilities, values of every query head) to the context of every query, `[B, S, N, H]`.
+# From probabilities and the values of every query head to the context of every query, `[B, S, N, H]`.
 Edit = Callable[[Float[Array, "B N S T"], Float[Array, "B T N H"]], Float[Array, "B S N H"]]
 
 
 def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Float[Array, "B S N H"]:
-  """The context that attention gives: the edit that changes nothing."""
+  """The context of unedited attention."""
   return jnp.einsum(
     "BNST,BTNH->BSNH", probabilities.astype(values.dtype), values, preferred_element_type=jnp.float32
   ).astype(values.dtype)
@@ -35,7 +38,7 @@ def edited_attention(
   is_causal: bool = False,
   edit: Edit,
 ) -> Float[Array, "B S N H"]:
-  """Attention whose probabilities are all there, in float32, and edited."""
+  """Attention that computes all probabilities, in float32, and edits them; see `Kernels.attention`."""
   group = query.shape[2] // key.shape[2]
   key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
   logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
@@ -46,23 +49,43 @@ def edited_attention(
   return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
 
 
-def first_logits(model: Llava, params: Any, embedded: Embedded, edits: Mapping[int, Edit]) -> Float[Array, "B V"]:
-  """The logits of the first answer token, without pruning, where some layers' attention is edited.
+def edited(model: Model, edit: Edit) -> Model:
+  """The model with edited attention."""
+  attention = functools.partial(edited_attention, edit=edit)
+  kernels = dataclasses.replace(model.network.kernels, attention=attention)
+  return model.replace(network=model.network.clone(kernels=kernels))
 
-  Args:
-    model: the model.
-    params: its parameters.
-    embedded: the prompts, from `Llava.embed`.
-    edits: by layer; the others attend as the model does.
-  """
+
+def run_layer(
+  model: Model, layer: int, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S D"], Projections]:
+  """The hidden states after one layer of the decoder, and the layer's projections."""
+  x, (projections,) = model.bind().language_model(x, positions, range(layer, layer + 1))
+  return x, projections
+
+
+def first_logits(model: Model, embedded: Embedded, edits: Mapping[int, Edit]) -> Float[Array, "B V"]:
+  """The logits of the first answer token of embedded prompts, without pruning, with some layers' attention edited."""
   sequence = prefill.start(embedded)
-
-  def run(layer: int, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-    own = model.clone(attend=functools.partial(edited_attention, edit=edits[layer])) if layer in edits else model
-    x, _ = own.bind({"params": params}).language_model(x, sequence.positions, first=layer, last=layer + 1)
-    return x
-
   x = sequence.x
   for layer in range(model.config.text.num_hidden_layers):
-    x = jax.checkpoint(functools.partial(run, layer))(x)  # gradients keep one layer's attention at a time
-  return prefill.last_logits(model.bind({"params": params}), sequence._replace(x=x))
+    own = edited(model, edits[layer]) if layer in edits else model
+    run = jax.checkpoint(functools.partial(run_layer, own, layer))  # gradients keep one layer's attention at a time
+    x, _ = run(x, sequence.positions)
+  return prefill.last_logits(model.bind(), sequence._replace(x=x))
+
+
+@functools.partial(jax.jit, static_argnames="num_layers")
+def himap_scores(
+  model: Model, inputs: Inputs, *, num_layers: int
+) -> tuple[Float[Array, "L B I"], Float[Array, "L B I"]]:
+  """The scores of HiMAP's first and second stage after each of the first layers, without pruning."""
+  network, scores = model.bind(), []
+  sequence = prefill.start(network.embed(inputs))
+  context = prefill.Context(jax.random.split(jax.random.key(0), len(inputs.tokens)))
+  for layer in range(num_layers):
+    x, projections = run_layer(model, layer, sequence.x, sequence.positions)
+    sequence = sequence._replace(x=x)
+    view = prefill.view(network, layer + 1, sequence, projections, context)
+    scores.append((instruction_attention(view), image_attention(view)))
+  return tuple(map(jnp.stack, zip(*scores, strict=True)))

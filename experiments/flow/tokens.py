@@ -1,12 +1,11 @@
-"""Which slots are of the system prompt, of the image and of the instruction, and the blocks of attention between them.
+"""Token kinds (system prompt, image, instruction) and the blocks of attention between them.
 
 Axes: B batch, S slots.
 """
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from himap_jax.layout import Layout
+from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
 
 KINDS = ("system", "image", "instruction")
 
@@ -21,29 +20,24 @@ BLOCKS = {
 }
 
 
-def kinds(layout: Layout, num_slots: int) -> dict[str, Bool[Array, "B S"]]:
-  """Where the tokens of each kind are: text before the image, the image, and all after it; padding is none."""
-  slot = jnp.arange(num_slots, dtype=jnp.int32)[None]
-  start, end = layout.image_start[:, None], (layout.image_start + layout.num_image_tokens)[:, None]
+def kinds(layout: Layout) -> dict[str, Bool[Array, "B S"]]:
+  """The slots of each kind: text before the first image token, image tokens, and text after the last image token."""
+  text, image = layout.kind == TEXT, layout.kind == IMAGE
+  images_so_far = image.cumsum(axis=1)
   return {
-    "system": slot < start,
-    "image": (slot >= start) & (slot < end),
-    "instruction": (slot >= end) & (slot < layout.length[:, None]),
+    "system": text & (images_so_far == 0),
+    "image": image,
+    "instruction": text & (images_so_far == images_so_far[:, -1:]) & image.any(axis=1, keepdims=True),
   }
 
 
-def block(layout: Layout, num_slots: int, name: str) -> Bool[Array, "B S S"]:
-  """The pairs (query, key) of a block between which causality lets information flow: of different tokens."""
-  query, key = (kinds(layout, num_slots)[kind] for kind in BLOCKS[name])
-  return query[:, :, None] & key[:, None] & earlier(num_slots)
+def block(layout: Layout, name: str) -> Bool[Array, "B S S"]:
+  """The pairs (query, key) of a block, the key before the query."""
+  query, key = (kinds(layout)[kind] for kind in BLOCKS[name])
+  return query[:, :, None] & key[:, None] & earlier(layout)
 
 
-def all_pairs(layout: Layout, num_slots: int) -> Bool[Array, "B S S"]:
-  """The pairs of all blocks, and of those that have no name."""
-  is_token = jnp.arange(num_slots, dtype=jnp.int32)[None] < layout.length[:, None]
-  return is_token[:, :, None] & is_token[:, None] & earlier(num_slots)
-
-
-def earlier(num_slots: int) -> Bool[Array, "1 S S"]:
-  """The pairs (query, key) whose key comes before the query."""
-  return jnp.tril(jnp.ones((num_slots, num_slots), bool), k=-1)[None]
+def earlier(layout: Layout) -> Bool[Array, "B S S"]:
+  """All pairs (query, key) of tokens whose key comes before the query."""
+  order = layout.order
+  return (order[:, None] < order[:, :, None]) & (layout.kind != PADDING)[:, :, None]

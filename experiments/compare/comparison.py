@@ -1,0 +1,120 @@
+"""The figures of a comparison: one row a cell."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from experiments.compare.grid import REFERENCE, Cell
+from experiments.question_sets import Question, is_right, score
+from experiments.shared.statistics import accuracy_by_type, resample, with_interval
+from himap_jax.pruning.cost import Costs, ModelSizes, costs
+from himap_jax.pruning.schedule import Schedule
+
+QUESTION_ONLY = "question only"
+CONTROL = "random"
+BY_TYPE = "accuracy: "
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSizes:
+  """What the costs of a prompt depend on: the model, its tokens before pruning, and the bytes of a value in the cache."""
+
+  model: ModelSizes
+  num_image_tokens: int
+  num_text_tokens: int
+  bytes_per_value: int = 2
+
+  def costs(self, schedule: Schedule) -> Costs:
+    """What a prompt costs."""
+    return costs(self.model, schedule, self.num_image_tokens, self.num_text_tokens, self.bytes_per_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """What was run and what came out.
+
+  Attributes:
+    questions: what was asked.
+    cells: no pruning first.
+    answers: label of a cell that has run, no pruning first → id of the question → output row.
+    timings: label → the result of `timing.measure_times`, or nothing.
+    sizes: of the prompts.
+  """
+
+  questions: Sequence[Question]
+  cells: Sequence[Cell]
+  answers: Mapping[str, Mapping[str, Mapping[str, Any]]]
+  timings: Mapping[str, Mapping[str, Any]]
+  sizes: PromptSizes
+
+  def rows(self, *, seed: int) -> list[Row]:
+    """Every figure of every cell, and a row for the answers that the questions alone suggest; `seed` is the bootstrap's."""
+    accuracies, plain = self._accuracies(seed), self.sizes.costs(Schedule())
+    rows = []
+    for cell in self.cells:
+      row = {"method": cell.method, "label": cell.label, "budget": cell.budget, "note": cell.note}
+      if cell.schedule is not None:
+        own, timing = self._costs(cell), self.timings[cell.label]
+        row |= self._tokens(cell.schedule, own) | accuracies[cell.label]
+        row |= {
+          "image_token_flops": own.image_tokens / plain.image_tokens,
+          "all_token_flops": (own.decoder + own.scoring) / plain.decoder,
+          "scoring_share": own.scoring / own.prefill,
+          "cache": own.cache_bytes / plain.cache_bytes,
+          "cache_bytes": own.cache_bytes,
+          **{f"{phase}_time": timing.get(f"{phase}_ratio") for phase in ("prefill", "decode")},
+          **{name: timing.get(name) for name in ("prefill_seconds", "decode_seconds", "compile_seconds")},
+        }
+      rows.append(row)
+    rows.insert(1, {"method": QUESTION_ONLY, "label": QUESTION_ONLY} | accuracies[QUESTION_ONLY])
+    return rows
+
+  def _accuracies(self, seed: int) -> dict[str, Row]:
+    """Accuracy of every label, its difference to no pruning, and to the control at its budget where there is one."""
+    given = {label: [own[question.id]["answer"] for question in self.questions] for label, own in self.answers.items()}
+    given[QUESTION_ONLY] = [question.guess for question in self.questions]
+    truths, labels = [question.answer for question in self.questions], list(given)
+    controls = {cell.budget: cell.label for cell in self.cells if cell.method == CONTROL and cell.label in given}
+    control_of = {cell.label: controls.get(cell.budget) for cell in self.cells}
+    right = np.array([[score(a, b) for a, b in zip(own, truths, strict=True)] for own in given.values()])
+    same = np.array([[is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)] for own in given.values()])
+    resampled, agreed, mean = resample(right, seed=seed), resample(same, seed=seed), right.mean(axis=1)
+    by_type = accuracy_by_type(right, [question.type for question in self.questions])
+    figures = {}
+    for index, (label, own) in enumerate(given.items()):
+      row = {"questions": len(own), "errors": sum(answer is None for answer in own)}
+      row |= with_interval("accuracy", mean[index], resampled[:, index])
+      references = {"difference": REFERENCE, "beyond_random": control_of.get(label)}
+      for name, reference in references.items():
+        if reference is not None:
+          other = labels.index(reference)
+          row |= with_interval(name, mean[index] - mean[other], resampled[:, index] - resampled[:, other])
+      row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
+      figures[label] = row | with_interval("agreement", same[index].mean(), agreed[:, index])
+    return figures
+
+  def _costs(self, cell: Cell) -> Costs:
+    """What a prompt costs with a cell's schedule: the mean over rows where these keep different counts."""
+    rows = self.answers[cell.label].values()
+    counts = collections.Counter(tuple(map(len, row["kept"])) for row in rows if row.get("kept") is not None)
+    each = [self.sizes.costs(cell.schedule.with_counts(kept)) for kept in counts] or [self.sizes.costs(cell.schedule)]
+    if len(each) == 1:
+      return each[0]
+    weights = list(counts.values())
+    *operations, tokens_in, tokens_out = np.average([dataclasses.astuple(own) for own in each], axis=0, weights=weights)
+    return Costs(*map(round, operations), float(tokens_in), float(tokens_out))
+
+  def _tokens(self, schedule: Schedule, own: Costs) -> Row:
+    layers = schedule.frozen_layers or [stage.layer for stage in schedule.stages]
+    return {
+      "prune_layers": "/".join(map(str, layers)) or None,
+      "keep": "/".join(str(stage.keep) for stage in schedule.stages) or None,
+      "tokens_in": own.mean_tokens_in,
+      "tokens_out": own.mean_tokens_out,
+      "tokens_updated": own.mean_tokens_in * (1 - len(schedule.frozen_layers) / self.sizes.model.num_layers),
+    }

@@ -1,0 +1,157 @@
+"""The trained parts of the demo model: projector and low-rank updates, the whitening of tower features, and their file.
+
+Axes: B images, A answer tokens, P patches, F features of the tower, V vocabulary.
+"""
+
+import contextlib
+import dataclasses
+import operator
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, Key
+from safetensors.numpy import save_file
+
+from checkpoints_convert.demo.assemble import read_adapter
+from experiments.demo_model.packing import Batch
+from himap_jax.errors import UserError
+from himap_jax.inputs import pytree, take_slots
+from himap_jax.model.linear import matmul
+from himap_jax.model.network import Model
+
+LORA_SCALE = 2.0
+WHITENING_FLOOR = 1e-2  # in units of squared features; the largest variance is about 20
+
+PROJECTOR = "multi_modal_projector"
+
+Weights = dict[str, dict[str, Array]]
+
+
+@pytree
+class Adapter:
+  """What is trained: the connector's parameters, and low-rank updates of the decoder's linear layers by the layer's path.
+
+  The updates are LoRA's (Hu et al., arXiv 2106.09685): `{"a": [rank, in], "b": [out, rank]}`.
+  """
+
+  projector: Weights
+  lora: Weights
+
+  def save(self, path: pathlib.Path) -> None:
+    """Writes the adapter in bfloat16 under the checkpoint's names; the file appears whole."""
+    tensors = traverse_util.flatten_dict({PROJECTOR: self.projector}, sep=".")
+    for layer, update in self.lora.items():
+      name = layer.replace("/", ".").replace("layers_", "layers.")
+      tensors |= {f"{name}.lora_{leaf}": x for leaf, x in update.items()}
+    tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
+    partial = path.with_suffix(".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, partial, metadata={"lora_scale": str(LORA_SCALE)})
+    partial.replace(path)
+
+  @classmethod
+  def read(cls, path: str | pathlib.Path) -> Self:
+    """Reads what `save` wrote; raises `CheckpointError` where it is something else, `UserError` at another LoRA scale."""
+    tensors, scale = read_adapter(pathlib.Path(path))
+    if scale != LORA_SCALE:
+      raise UserError(f"{path}: its lora_scale is {scale}, that of this training {LORA_SCALE}")
+    projector = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, tensors), sep=".")[PROJECTOR]
+    lora = {}
+    for name, value in tensors.items():
+      if not name.startswith(PROJECTOR):
+        layer, _, leaf = name.rpartition(".lora_")
+        lora.setdefault(layer.replace(".", "/").replace("layers/", "layers_"), {})[leaf] = jnp.asarray(value)
+    return cls(projector, lora)
+
+
+def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
+  """The weighted mean of adapters; raises `UserError` where the shares are not one for each, or not 1 together."""
+  if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
+    raise UserError(f"{len(adapters)} shares are needed that together are 1, not {shares}")
+  return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
+
+
+def init_lora(key: Key[Array, ""], language_model: dict[str, Any], rank: int) -> Weights:
+  """Updates of every linear layer of the decoder; `b` is zero."""
+  lora = {}
+  for path, weight in sorted(traverse_util.flatten_dict({"language_model": language_model}).items()):
+    if path[-2].endswith("_proj") and path[-1] == "weight":
+      key, subkey = jax.random.split(key)
+      out_features, in_features = weight.shape
+      a = jax.random.normal(subkey, (rank, in_features)) * in_features**-0.5
+      lora["/".join(path[:-1])] = {"a": a, "b": jnp.zeros((out_features, rank))}
+  return lora
+
+
+def apply_lora(lora: Weights) -> contextlib.AbstractContextManager[None]:
+  """Adds the low-rank updates to the linear layers of whatever module runs in this context."""
+
+  def interceptor(call, args, kwargs, context):
+    y = call(*args, **kwargs)
+    update = lora.get("/".join(context.module.path))
+    if update is None:
+      return y
+    kernels = context.module.kernels
+    return y + LORA_SCALE * matmul(matmul(args[0], update["a"], kernels), update["b"], kernels)
+
+  return nn.intercept_methods(interceptor)
+
+
+def answer_logits(model: Model, lora: Weights, batch: Batch) -> Float[Array, "B A V"]:
+  """Logits of every answer token, given the tokens before it."""
+  with apply_lora(lora):
+    network = model.bind()
+    embedded = network.embed(batch.inputs)
+    layers = range(model.config.text.num_hidden_layers)
+    x, _ = network.language_model(embedded.x, embedded.positions, layers, mask=batch.mask())
+    return network.logits(take_slots(x, batch.answer_slots))
+
+
+@dataclasses.dataclass(frozen=True)
+class Whitening:
+  """An affine map of tower features to zero mean and about unit covariance; the matrix is symmetric."""
+
+  mean: Float[Array, "F"]
+  matrix: Float[Array, "F F"]
+
+  @classmethod
+  def measure(cls, features: Float[np.ndarray, "P F"]) -> Self:
+    """From mean and covariance of tower features; variances below `WHITENING_FLOOR` are not amplified further."""
+    features = features.astype(np.float64)
+    variances, axes = np.linalg.eigh(np.cov(features.T))
+    matrix = (axes / np.sqrt(variances + WHITENING_FLOOR)) @ axes.T
+    return cls(jnp.asarray(features.mean(0), jnp.float32), jnp.asarray(matrix, jnp.float32))
+
+  def __call__(self, features: Float[np.ndarray, "P F"]) -> Float[np.ndarray, "P F"]:
+    """Whitens."""
+    return (features - np.asarray(self.mean)) @ np.asarray(self.matrix)
+
+  def fold(self, projector: Weights) -> Weights:
+    """The projector on features, given the projector on whitened features."""
+    weight = projector["linear_1"]["weight"] @ self.matrix
+    bias = projector["linear_1"]["bias"] - weight @ self.mean
+    return {**projector, "linear_1": {"weight": weight, "bias": bias}}
+
+  def unfold(self, projector: Weights) -> Weights:
+    """The inverse of `fold`."""
+    weight, bias = projector["linear_1"]["weight"], projector["linear_1"]["bias"]
+    whitened = jnp.linalg.solve(self.matrix, weight.T).T
+    return {**projector, "linear_1": {"weight": whitened, "bias": bias + weight @ self.mean}}
+
+
+def init_projector(key: Key[Array, ""], params: Any) -> Weights:
+  """A projector on whitened features whose image tokens are at first as large as the text's embeddings."""
+  size = jnp.sqrt(jnp.mean(jnp.square(params["language_model"]["embed_tokens"]["weight"])))
+  projector = {}
+  for subkey, (layer, own) in zip(jax.random.split(key), sorted(params[PROJECTOR].items()), strict=True):
+    outputs, inputs = own["weight"].shape
+    weight = jax.random.normal(subkey, (outputs, inputs))
+    weight = weight * inputs**-0.5 if layer == "linear_1" else weight * 1.5 * size * inputs**-0.5
+    projector[layer] = {"weight": weight, "bias": jnp.zeros(outputs)}
+  return projector

@@ -1,0 +1,138 @@
+"""The cut-outs that scenes are made of: what kind of thing each shows, what it is called, and its colour.
+
+Kinds come from the folders of the stamps and the subcategories of the emoji, names from their captions, colours from the
+pixels themselves. A picture belongs to the train or to the test split; of the three drawings of an emoji, one may be in one
+split and one in the other. What is asked by name in the test split has been seen by name in training.
+"""
+
+import collections
+import functools
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from experiments.demo_model import packages
+
+# Folders and subcategories of every kind; pictures there that show something else; words that end a caption and do not say what
+# is shown; and for every colour name ranges of hue in degrees, of saturation and of value that no other name has.
+TABLES = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+NOT_OF_THEIR_KIND = frozenset(" ".join(TABLES["not_of_their_kind"]).split())
+KINDS = tuple(TABLES["stamp_folders"])
+COLOUR_NAMES = tuple(dict.fromkeys(name for name, *_ in TABLES["colours"]))
+NAMED = 3  # subjects that a word must name to be a name
+COLOUR_SHARE = 0.7
+TEST_SHARE = 5  # one picture of five is a test picture
+
+
+class Cutout(NamedTuple):
+  """A picture of one thing on a transparent ground: a file, its kind, its name and the colour of most of it, or None.
+
+  It has a name where its caption says so in a word that names `NAMED` subjects or more.
+  """
+
+  path: pathlib.Path
+  kind: str
+  name: str | None
+  colour: str | None
+
+
+class Found(NamedTuple):
+  """A picture of a package: its file, what the pictures of one thing share, its kind, the last word of its caption."""
+
+  path: pathlib.Path
+  subject: str
+  kind: str
+  word: str | None
+
+
+def load(cache_dir: pathlib.Path) -> dict[str, list[Cutout]]:
+  """All cut-outs of the splits `train` and `test`."""
+  return split([*_stamps(cache_dir), *_emoji(cache_dir)])
+
+
+def split(found: Sequence[Found]) -> dict[str, list[Cutout]]:
+  """Splits pictures, of each kind one of `TEST_SHARE` into the test split."""
+  subjects = {(one.kind, one.subject): one.word for one in found}
+  words = collections.Counter((kind, word) for (kind, _), word in subjects.items())
+  splits = {"train": [], "test": []}
+  for kind in KINDS:
+    alike = sorted((one for one in found if one.kind == kind), key=_checksum)
+    for index, (path, _, _, word) in enumerate(alike):
+      name = word if words[kind, word] >= NAMED and word not in (kind, *TABLES["not_names"]) else None
+      splits["train" if index % TEST_SHARE else "test"].append(Cutout(path, kind, name, dominant_colour(path)))
+  known = {cutout.name for cutout in splits["train"]}
+  splits["test"] = [c if c.name in known else c._replace(name=None) for c in splits["test"]]
+  return splits
+
+
+def _checksum(one: Found) -> int:
+  """Of the file's name, wherever the packages are."""
+  return zlib.crc32("/".join(one.path.parts[-3:]).encode())
+
+
+def _stamps(cache_dir: pathlib.Path) -> list[Found]:
+  root = packages.fetch(packages.STAMPS, cache_dir) / "usr/share/tuxpaint/stamps"
+  found = []
+  for kind, folders in TABLES["stamp_folders"].items():
+    for path in (path for folder in folders for path in sorted((root / folder).rglob("*.png"))):
+      if path.stem in NOT_OF_THEIR_KIND or path.stem.endswith("_mirror") or "toys" in path.parts:
+        continue
+      caption = path.with_suffix(".txt")
+      text = caption.read_text(encoding="utf-8", errors="replace").splitlines()[0] if caption.exists() else ""
+      found.append(Found(path, path.name, kind, last_word(text)))
+  return found
+
+
+def _emoji(cache_dir: pathlib.Path) -> list[Found]:
+  noto, twemoji, fluent = (
+    packages.fetch(package, cache_dir) / "package" for package in (packages.NOTO, packages.TWEMOJI, packages.FLUENT)
+  )
+  kinds = {subcategory: kind for kind, own in TABLES["emoji_subcategories"].items() for subcategory in own}
+  found = []
+  for entry in json.loads((noto / "emoji.json").read_text(encoding="utf-8")):
+    kind = kinds.get(entry["subcategory"])
+    if kind is None or entry["short_name"] in NOT_OF_THEIR_KIND:
+      continue
+    word = last_word(re.sub(r"_face$|\d+$", "", entry["short_name"]).replace("_", " "))
+    drawings = [noto / "img/google/64" / entry["image"], twemoji / "img/twitter/64" / entry["image"]]
+    drawings.append(fluent / "assets" / f"{entry['unified'].lower()}.webp")
+    found += [Found(path, entry["short_name"], kind, word) for path in drawings if path.exists()]
+  return found
+
+
+def last_word(caption: str) -> str | None:
+  """The last word of a caption's first clause: "A great blue heron." names a heron."""
+  words = re.findall(r"[a-z]+", re.split(r"[,(.!?]| from | in | with | on ", caption.lower())[0])
+  return words[-1] if words else None
+
+
+def dominant_colour(path: pathlib.Path) -> str | None:
+  """The colour of most of a picture's opaque pixels, None where none has `COLOUR_SHARE` of them."""
+  picture = read(path).copy()
+  picture.thumbnail((96, 96))
+  pixels = np.asarray(picture)
+  opaque = pixels[..., 3] > 128
+  h, s, v = np.moveaxis(np.asarray(Image.fromarray(pixels[..., :3]).convert("HSV"), np.float32)[opaque], -1, 0)
+  h, s, v = h * 360 / 255, s / 255, v / 255
+  names = np.full(h.shape, "", dtype=object)
+  for name, (first, last), (least_s, most_s), (least_v, most_v) in TABLES["colours"]:
+    inside = ((h - first) % 360 < last - first) & (s >= least_s) & (s < most_s)
+    names[inside & (v >= least_v) & (v < most_v)] = name
+  name, count = collections.Counter(names.tolist()).most_common(1)[0]
+  return name if name and count >= COLOUR_SHARE * opaque.sum() else None
+
+
+@functools.lru_cache(maxsize=2048)
+def read(path: pathlib.Path) -> Image.Image:
+  """The picture, cropped to what is opaque, at most 256 pixels wide and high; not to be changed in place."""
+  with Image.open(path) as picture:
+    picture = picture.convert("RGBA")
+  picture = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())
+  picture.thumbnail((256, 256))
+  return picture

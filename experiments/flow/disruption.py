@@ -1,0 +1,282 @@
+"""Does the answer change when visual information cannot flow in some layer? (HiMAP, sections 3.2 and 3.3)
+
+    python -m experiments.flow.disruption --flagfile=experiments/flags/disruption.flags
+
+Takes the flow from image to instruction or within the image out of one layer, or of it and all layers after it.
+Controls are as many pairs at random, random pairs of the same probability, the flow from image to as many random
+tokens, and the mean flow over the other questions in place of the flow. The same command resumes an interrupted run.
+
+Axes: C cells, D disruptions, L layers, B batch, A aligned tokens, Q questions, V vocabulary, N query heads, H head dim.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Bool, Float, Int
+from matplotlib.figure import Figure
+
+from experiments.flow import interventions
+from experiments.flow.interventions import BLOCKS, CHOSEN, HOW, Intervention
+from experiments.question_sets import Question
+from experiments.shared import figures, kept, statistics, study, tabular
+from experiments.shared.study import Report
+from experiments.shared.subject import Batch, Subject
+from experiments.shared.tabular import Row
+from himap_jax.engine.engine import row_seeds
+from himap_jax.errors import UserError
+
+MODES = ("single", "onward")  # one layer, as in the paper; it and all layers after it, as in the authors' code
+TOP = 5
+COLOURS = {BLOCKS[0]: "#d1221b", BLOCKS[1]: "#2f8fe0"}
+LINES = {"block": "-", "random": "--", "mass": ":", "rows": "-."}
+MEASURES = {"is_same": "label consistency", "overlap": "score consistency", "divergence": "divergence, nats"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Disruption:
+  """An intervention in one layer (mode `single`), or in it and all layers after it (`onward`)."""
+
+  intervention: Intervention
+  mode: str
+  layer: int
+
+  def active(self, num_layers: int) -> Bool[np.ndarray, "L"]:
+    """The disrupted layers."""
+    numbers = np.arange(num_layers)
+    return numbers == self.layer if self.mode == "single" else numbers >= self.layer
+
+
+class Outcome(NamedTuple):
+  """The effect of each disruption on the first answer token of each question.
+
+  Attributes:
+    is_same: whether the most likely token is the same.
+    overlap: |A ∩ B| / |A ∪ B| of the five most likely tokens with and without disruption.
+    divergence: Kullback–Leibler divergence from the undisturbed distribution, in nats.
+  """
+
+  is_same: Bool[np.ndarray, "D Q"]
+  overlap: Float[np.ndarray, "D Q"]
+  divergence: Float[np.ndarray, "D Q"]
+
+
+class Sums(NamedTuple):
+  """Sums over all questions: of `interventions.flows`, and of the questions that have each aligned token."""
+
+  flows: Float[np.ndarray, "L A N H"]
+  count: Int[np.ndarray, "A"]
+
+
+def measure(
+  subject: Subject, disruptions: Sequence[Disruption], workdir: pathlib.Path
+) -> tuple[list[Question], Outcome]:
+  """The outcome of all questions, in the order of their batches; resumes from the work directory."""
+  sums = None
+  if any(disruption.intervention.how == "mean" for disruption in disruptions):
+    sums = Sums(**kept.arrays_of(workdir / "sums.npz", lambda: _sums(subject)._asdict()))
+
+  def compute(batch: Batch) -> dict[str, np.ndarray]:
+    return outcome_of(subject, batch, disruptions, sums)._asdict()
+
+  questions, arrays = subject.measure(workdir / "outcome", compute, axis=1)
+  return questions, Outcome(**arrays)
+
+
+def outcome_of(subject: Subject, batch: Batch, disruptions: Sequence[Disruption], sums: Sums | None) -> Outcome:
+  """The outcome of a batch's rows."""
+  model, seeds = subject.loaded.model, row_seeds(subject.seed, batch.row_ids)
+  plain, means = interventions.undisturbed(model, batch.inputs), None
+  if sums is not None:
+    means = jax.device_put(mean_of_others(sums, *map(np.asarray, interventions.flows(model, plain))))
+  outcomes = []
+  for disruption in disruptions:
+    intervention, active = disruption.intervention, disruption.active(subject.num_layers)
+    used = means if intervention.how == "mean" else None
+    logits = interventions.disrupted_logits(model, plain, intervention, active, used, seeds)
+    outcomes.append(compare(np.asarray(plain.logits), np.asarray(logits)))
+  return Outcome(*map(np.stack, zip(*outcomes, strict=True)))
+
+
+def _sums(subject: Subject) -> Sums:
+  by_size: dict[int, Sums] = {}  # buckets differ in their number of aligned tokens
+  for batch in subject.batches("flows"):
+    own, present = interventions.flows(
+      subject.loaded.model, interventions.undisturbed(subject.loaded.model, batch.inputs)
+    )
+    rows = len(batch.questions)
+    part = Sums(np.asarray(own[:, :rows]).sum(axis=1), np.asarray(present)[:rows].sum(axis=0))
+    before = by_size.get(len(part.count))
+    by_size[len(part.count)] = part if before is None else Sums(*map(np.add, before, part))
+
+  def padded(part: Sums) -> Sums:
+    missing = (0, max(by_size) - len(part.count))
+    return Sums(np.pad(part.flows, ((0, 0), missing, (0, 0), (0, 0))), np.pad(part.count, missing))
+
+  return Sums(*map(sum, zip(*map(padded, by_size.values()), strict=True)))
+
+
+def mean_of_others(
+  sums: Sums, own: Float[np.ndarray, "L B A N H"], present: Bool[np.ndarray, "B A"]
+) -> Float[np.ndarray, "L B A N H"]:
+  """For each row the mean flow over all other questions; 0 where no other question has an aligned token.
+
+  `sums` includes the rows, whose own flows and aligned tokens are given.
+  """
+  size = present.shape[1]
+  count = (sums.count[:size] - present)[None, :, :, None, None]
+  others = sums.flows[:, None, :size] - own
+  return np.where(count > 0, others / np.maximum(count, 1), 0).astype(np.float32)
+
+
+def compare(plain: Float[np.ndarray, "Q V"], disrupted: Float[np.ndarray, "Q V"]) -> Outcome:
+  """The change between the logits of two distributions over the next token, for one disruption, without its axis."""
+  log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (plain, disrupted))
+  top = [np.argsort(-logits, axis=1, kind="stable")[:, :TOP] for logits in (plain, disrupted)]
+  common = np.array([len(set(a) & set(b)) for a, b in zip(*top, strict=True)])
+  return Outcome(
+    is_same=top[0][:, 0] == top[1][:, 0],
+    overlap=common / (2 * TOP - common),
+    divergence=(np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+  )
+
+
+def _log_softmax(logits: Float[np.ndarray, "Q V"]) -> Float[np.ndarray, "Q V"]:
+  shifted = logits - logits.max(axis=1, keepdims=True)
+  return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def bias_ratio(into_image: Float[np.ndarray, "*C"], into_instruction: Float[np.ndarray, "*C"], count: int) -> Any:
+  """D = log(E_vv / E_vt) (Eq. 7), with E = 1 − the mean overlap of the five most likely tokens.
+
+  The overlaps are means over `count` questions under disruption of the flow into the image and into the instruction.
+  Half a changed token in one question is added to both E, so that the logarithm exists where nothing changes.
+  """
+  least = 0.5 * (1 - (TOP - 1) / (TOP + 1)) / count
+  return np.log((1 - into_image + least) / (1 - into_instruction + least))
+
+
+def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[Row]:
+  """A row for every disruption."""
+  result = [{"intervention": d.intervention.name, "mode": d.mode, "layer": d.layer} for d in disruptions]
+  for name, values in outcome._asdict().items():
+    resampled = statistics.resample(values, seed=seed)
+    for row, mean, own in zip(result, values.mean(axis=1), resampled.T, strict=True):
+      row |= statistics.with_interval(name, mean, own)
+  return result
+
+
+def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[Row]:
+  """The bias ratio for every way, mode and layer in which both blocks were disrupted."""
+  count, means = outcome.overlap.shape[1], outcome.overlap.mean(axis=1)
+  resampled, result = statistics.resample(outcome.overlap, seed=seed), []
+  numbers = {disruption: number for number, disruption in enumerate(disruptions)}
+  for disruption, number in numbers.items():
+    intervention = disruption.intervention
+    pair = dataclasses.replace(disruption, intervention=dataclasses.replace(intervention, block=BLOCKS[1]))
+    if intervention.block == BLOCKS[0] and pair in numbers:
+      into_image = numbers[pair]
+      low, high = statistics.interval(bias_ratio(resampled[:, into_image], resampled[:, number], count))
+      row = {"chosen": intervention.chosen, "how": intervention.how, "mode": pair.mode, "layer": pair.layer}
+      bias = bias_ratio(means[into_image], means[number], count)
+      result.append(row | {"bias": float(bias), "low": float(low), "high": float(high)})
+  return result
+
+
+def summary(measured: Sequence[Row], bias: Sequence[Row]) -> list[str]:
+  """Markdown tables of label and score consistency and of bias ratios, a column for each layer."""
+  title = {"is_same": "Label consistency: how often the most likely first token stays the same"}
+  title["overlap"] = "Score consistency: overlap of the five most likely tokens"
+  lines = []
+  for name, heading in title.items():
+    form = tabular.with_interval(name, ".0%", "{} ({}–{})")
+    lines += [f"## {heading}", "", *_by_layer(measured, ("intervention", "mode"), form), ""]
+  form = "{bias:.2f} ({low:.2f} to {high:.2f})"
+  return [*lines, "## Bias ratio D = log(E_vv / E_vt)", "", *_by_layer(bias, ("chosen", "how", "mode"), form)]
+
+
+def _by_layer(rows: Sequence[Row], names: Sequence[str], form: str) -> list[str]:
+  layers = list(dict.fromkeys(str(row["layer"]) for row in rows))
+  lines: dict[tuple[str, ...], list[str]] = {}
+  for row in rows:
+    lines.setdefault(tuple(row[name] for name in names), []).append(form.format_map(row))
+  return tabular.markdown([*names, *layers], ([*key, *cells] for key, cells in lines.items()))
+
+
+def plot_consistency(rows: Sequence[Row], made: Sequence[Intervention]) -> Figure:
+  """Every measure by layer: a colour for each block, a line style for the pairs, panels for each `how` and mode."""
+  ways = list(itertools.product(dict.fromkeys(intervention.how for intervention in made), MODES))
+  figure = Figure(figsize=(12, 3.1 * len(ways)), layout="constrained")
+  panels = figure.subplots(len(ways), len(MEASURES), squeeze=False, sharex=True)
+  for panel_row, (how, mode) in zip(panels, ways, strict=True):
+    for axes, (measure, label) in zip(panel_row, MEASURES.items(), strict=True):
+      for intervention in made:
+        if intervention.how == how:
+          series = [row for row in rows if (row["intervention"], row["mode"]) == (intervention.name, mode)]
+          style = {"color": COLOURS[intervention.block], "label": intervention.name.rpartition(", ")[0]}
+          line = LINES[intervention.chosen]
+          figures.line_with_interval(
+            axes, series, "layer", statistics.names(measure), line, marker=".", linewidth=1.3, **style
+          )
+      axes.set_ylabel(label)
+      axes.set_title(f"{how}, {mode}", fontsize=9)
+      axes.grid(alpha=0.3)
+    panel_row[0].legend(fontsize=7)
+  for axes in panels[-1]:
+    axes.set_xlabel("layer")
+  return figure
+
+
+def plot_bias(rows: Sequence[Row]) -> Figure:
+  """The bias ratio by layer, a panel for each mode."""
+  figure = Figure(figsize=(11, 3.8), layout="constrained")
+  for axes, mode in zip(figure.subplots(1, len(MODES), sharey=True), MODES, strict=True):
+    for chosen, how in dict.fromkeys((row["chosen"], row["how"]) for row in rows):
+      series = [row for row in rows if (row["chosen"], row["how"], row["mode"]) == (chosen, how, mode)]
+      figures.line_with_interval(axes, series, "layer", ("bias", "low", "high"), marker=".", label=f"{chosen}, {how}")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_title(f"{mode}; above 0 image→image matters more", fontsize=9)
+    axes.set_xlabel("layer")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+  return figure
+
+
+def define_flags() -> None:
+  """Defines the study's own flags."""
+  for name, known in (("how", HOW), ("chosen", CHOSEN)):
+    flags.DEFINE_list(name, list(known), "; ".join(f"{value}: {meaning}" for value, meaning in known.items()))
+  flags.DEFINE_list("layers", None, "Layers to disrupt; every layer by default.")
+
+
+def run(values: Any) -> Report:
+  """Measures what is missing and makes tables and plots."""
+  for flag, known in ((values["how"], HOW), (values["chosen"], CHOSEN)):
+    for name in flag.value:
+      if name not in known:
+        raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
+  every = (Intervention(block, chosen, how) for how in values.how for chosen in values.chosen for block in BLOCKS)
+  made = [intervention for intervention in every if intervention.is_defined]
+  if not made:
+    raise UserError("--how=mean needs --chosen=block: other pairs have no mean")
+  subject = study.load_subject()
+  layers = study.layers(values["layers"], subject) or tuple(range(subject.num_layers))
+  workdir = study.open_workdir(subject, how=values.how, chosen=values.chosen, layers=layers)
+  disruptions = [Disruption(*each) for each in itertools.product(made, MODES, layers)]
+  questions, outcome = measure(subject, disruptions, workdir)
+  rows, bias = (make(outcome, disruptions, seed=subject.seed) for make in (consistency_rows, bias_rows))
+  return Report(
+    count=f"{len(questions)} questions",
+    summary=summary(rows, bias),
+    tables={"disruption": rows, "bias": bias},
+    plots={"disruption": plot_consistency(rows, made), "bias": plot_bias(bias)},
+  )
+
+
+if __name__ == "__main__":
+  study.start("experiments.flow.disruption", define_flags, run)

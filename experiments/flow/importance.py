@@ -1,0 +1,243 @@
+"""Does HiMAP keep tokens with information or tokens with attention? Scores or contents are manipulated.
+
+    python -m experiments.flow.importance --flagfile=experiments/flags/importance.flags
+
+Pairs of questions with the same text about different pictures are answered with the scores of the own picture, of the
+other one, shuffled and reversed; and with the other picture's hidden states at the tokens that its scores or the own
+scores choose. In pictures whose middle comes from another one, the scores show whether they follow the contents or the
+place. The same command resumes an interrupted run.
+
+Axes: B batch, Q questions, M image tokens. The rows of a batch come in pairs of two pictures with one question; each
+row of a pair is the other's partner.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float
+
+from experiments.flow.decoder import himap_scores
+from experiments.question_sets import Question, is_right
+from experiments.shared import statistics, study, tabular
+from experiments.shared.study import Report
+from experiments.shared.subject import Batch, Subject
+from experiments.shared.tabular import Row
+from himap_jax.errors import UserError
+from himap_jax.inputs import take_slots
+from himap_jax.pruning.method import Selection, View, highest, stable_top_k
+from himap_jax.pruning.methods.himap import image_attention, instruction_attention
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run import command
+
+MAX_NEW_TOKENS = 6
+SHARE = 0.5  # width and height of the swapped window, in shares of the picture's
+
+Pair = tuple[Question, Question]  # the same text about different pictures, with different answers
+Answers = dict[str, dict[str, str]]  # by schedule and question
+
+
+def partner(x: Array) -> Array:
+  """The values of every row's partner."""
+  return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
+
+
+def shuffled(view: View, scores: Float[Array, "B M"]) -> Float[Array, "B M"]:
+  """The scores in random order among the picture's tokens."""
+  keys = jax.vmap(lambda key: jax.random.fold_in(key, view.layer))(view.keys)
+  return jax.vmap(jax.random.permutation)(keys, scores)
+
+
+# Manipulations of a stage's scores; the picture stays the same.
+MANIPULATIONS: dict[str, Callable[[View, Float[Array, "B M"]], Float[Array, "B M"]]] = {
+  "own": lambda view, scores: scores,
+  "partner's": lambda view, scores: partner(scores),
+  "shuffled": shuffled,
+  "reversed": lambda view, scores: -scores,
+}
+
+
+def with_scores(schedule: Schedule, name: str) -> Schedule:
+  """HiMAP's schedule with scores manipulated as in `MANIPULATIONS`.
+
+  At the second stage partners have kept different tokens, and a partner's score is that of its token of the same rank.
+  """
+  stages = []
+  for stage, score in zip(schedule.stages, (instruction_attention, image_attention), strict=True):
+    criterion = highest(lambda view, score=score: MANIPULATIONS[name](view, score(view)), stage.criterion.cost)
+    stages.append(dataclasses.replace(stage, criterion=criterion))
+  return Schedule(tuple(stages))
+
+
+def with_partner_contents(schedule: Schedule, *, chosen_by_partner: bool) -> Schedule:
+  """HiMAP's schedule with the partner's hidden states in place of the row's own after the first stage.
+
+  The kept tokens are chosen by the partner's scores or by the row's own.
+  """
+  first, second = schedule.stages
+
+  def select(view: View, keep: int) -> Selection:
+    scores = instruction_attention(view)
+    kept = jnp.sort(stable_top_k(partner(scores) if chosen_by_partner else scores, keep), axis=1)
+    return Selection(kept, take_slots(partner(view.image_tokens()), kept))
+
+  replaced = dataclasses.replace(first, criterion=dataclasses.replace(first.criterion, select=select))
+  return Schedule((replaced, second))
+
+
+def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> list[Pair]:
+  """Draws pairs; each question is in one pair at most."""
+  by_text: dict[str, list[Question]] = collections.defaultdict(list)
+  for question in questions:
+    by_text[question.question].append(question)
+  rng = np.random.default_rng(seed)
+  pairs = []
+  for group in by_text.values():
+    rest = [group[index] for index in rng.permutation(len(group))]
+    while rest:
+      one = rest.pop()
+      other = next((q for q in rest if q.answer != one.answer and q.image != one.image), None)
+      if other is not None:
+        rest.remove(other)
+        pairs.append((one, other))
+  order = rng.permutation(len(pairs))[:num_pairs]
+  return [pairs[index] for index in sorted(order.tolist())]
+
+
+def schedules(own: Schedule) -> dict[str, Schedule]:
+  """The schedules that every pair is answered with: no pruning, manipulated scores, and the partner's contents."""
+  plain, scores = {"no pruning": Schedule()}, {f"scores: {name}": with_scores(own, name) for name in MANIPULATIONS}
+  contents = {
+    f"partner's contents, {whose} scores": with_partner_contents(own, chosen_by_partner=whose == "its")
+    for whose in ("its", "own")
+  }
+  return plain | scores | contents
+
+
+def window_of(grid: tuple[int, int]) -> tuple[slice, ...]:
+  """The rows and columns of patches in the middle of a grid."""
+  return tuple(slice(round(side * (1 - SHARE) / 2), round(side * (1 + SHARE) / 2)) for side in grid)
+
+
+def swapped(
+  pixels: Float[np.ndarray, "Q 3 h w"], others: Float[np.ndarray, "Q 3 h w"], grid: tuple[int, int]
+) -> Float[np.ndarray, "Q 3 h w"]:
+  """Pictures with the patches in the middle of other ones."""
+  rows, columns = (
+    slice(window.start * side // count, window.stop * side // count)
+    for window, side, count in zip(window_of(grid), pixels.shape[2:], grid, strict=True)
+  )
+  result = pixels.copy()
+  result[:, :, rows, columns] = others[:, :, rows, columns]
+  return result
+
+
+def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[np.ndarray, "2"]]:
+  """Correlations of first-stage scores of a pair of pictures whose middle comes from the other one.
+
+  They are with the scores of the row's own picture and of the other one, in the swapped window and outside.
+  """
+  grid, pixels = subject.processor.patch_grid, batch.inputs.pixel_values
+  inside = np.zeros(grid, bool)
+  inside[window_of(grid)] = True
+  mixed = batch.inputs.replace(pixel_values=swapped(pixels, pixels[::-1], grid))
+  before, after = (
+    np.asarray(himap_scores(subject.loaded.model, inputs, num_layers=layer)[0][-1]) for inputs in (batch.inputs, mixed)
+  )
+  return {
+    f"{place}, {whose}": np.array([np.corrcoef(a[where], b[where])[0, 1] for a, b in zip(after, other, strict=True)])
+    for place, where in (("inside", inside.ravel()), ("outside", ~inside.ravel()))
+    for whose, other in (("own", before), ("other's", before[::-1]))
+  }
+
+
+def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[Row]:
+  """A row for every schedule: how often the answer is right, and equal to which picture's answer without pruning."""
+  plain, result = answers["no pruning"], []
+  for name, given in answers.items():
+    shares: dict[str, list[bool]] = collections.defaultdict(list)
+    for pair in pairs:
+      for own, other in (pair, pair[::-1]):
+        shares["right"].append(is_right(given[own.id], own.answer))
+        shares["as the row's own picture unpruned"].append(is_right(given[own.id], plain[own.id]))
+        shares["as the partner's picture unpruned"].append(is_right(given[own.id], plain[other.id]))
+    result.append({"schedule": name} | means(shares, seed=seed))
+  return result
+
+
+def means(values: Mapping[str, Sequence[float]], *, seed: int) -> Row:
+  """Means over pairs of two consecutive values, with intervals."""
+  row: Row = {}
+  for name, each in values.items():
+    row |= statistics.mean_with_interval(name, np.asarray(each, np.float64).reshape(-1, 2).mean(axis=1), seed=seed)
+  return row
+
+
+def summary(measured: Sequence[Row], correlations: Row) -> list[str]:
+  """Both tables in Markdown."""
+
+  def columns(row: Row, form: str) -> dict[str, str]:
+    names = [name for name in row if name != "schedule" and not name.endswith(("_low", "_high"))]
+    return {name: tabular.with_interval(name, form) for name in names}
+
+  return [
+    "## Answers",
+    "",
+    *tabular.formatted(measured, {"": "{schedule}"} | columns(measured[0], ".1%")),
+    "",
+    "## Scores of pictures whose middle comes from another",
+    "",
+    "Correlation of the first stage's scores with those of the row's own picture and of the other one.",
+    "",
+    *tabular.formatted([correlations], columns(correlations, ".2f")),
+  ]
+
+
+def define_flags() -> None:
+  """Defines the study's own flags."""
+  flags.DEFINE_integer("num_pairs", 50, "Pairs of questions, drawn from --num_questions.", lower_bound=1)
+  flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
+  flags.DEFINE_list("keep", ["50%", "12.5%"], "Of HiMAP, as in himap_jax.run.")
+
+
+def run(values: Any) -> Report:
+  """Measures what is missing and makes the tables."""
+  layers = command.numbers(values["prune_layers"], int)
+  keep = command.numbers(values["keep"], command.keep_count)
+  subject = study.load_subject(needs_answers=True)
+  schedule = subject.himap(layers, keep)
+  if subject.batcher.num_image_tokens != math.prod(subject.processor.patch_grid):
+    raise UserError(
+      f"the checkpoint's {subject.batcher.num_image_tokens} image tokens are not the patches of the picture"
+    )
+  questions = [question for question, *_ in subject.examples("reading")]
+  pairs = make_pairs(questions, values.num_pairs, seed=subject.seed)
+  if not pairs:
+    raise UserError("no two questions have the same text, different pictures and different answers; use more questions")
+  settings = {name: values[name].value for name in ("num_pairs", "prune_layers", "keep")}
+  workdir = study.open_workdir(subject, **settings)
+  # The questions of a pair have one text, hence one bucket, and fill a batch together.
+  paired = dataclasses.replace(subject, questions=list(itertools.chain(*pairs)), batch_size=2)
+  answers = {}
+  for name, own in schedules(schedule).items():
+    path = workdir / f"answers-{''.join(c if c.isalnum() else '_' for c in name)}.json"
+    answers[name] = paired.answers(own, path, max_new_tokens=MAX_NEW_TOKENS)
+  first_layer = schedule.stages[0].layer
+  _, each = paired.measure(workdir / "correlations", lambda batch: correlations(paired, batch, first_layer), axis=0)
+  rows, correlation = answer_rows(pairs, answers, seed=subject.seed), means(each, seed=subject.seed)
+  return Report(
+    count=f"{len(pairs)} pairs",
+    summary=summary(rows, correlation),
+    tables={"importance": rows, "correlations": [correlation]},
+  )
+
+
+if __name__ == "__main__":
+  study.start("experiments.flow.importance", define_flags, run)

@@ -1,0 +1,200 @@
+"""Interventions on attention: which pairs are taken out, and what takes their place (HiMAP, section 3.2).
+
+Axes: L layers, B batch, S slots, A aligned tokens, N query heads, H head dim, D model dim, V vocabulary.
+
+A token's attention to itself always stays: no information flows between tokens there.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
+
+from experiments.flow import tokens
+from experiments.flow.decoder import edited, edited_attention, run_layer, weigh
+from himap_jax.engine import prefill
+from himap_jax.inputs import IMAGE, Inputs, Layout, take_slots
+from himap_jax.model.network import Embedded, Model
+
+BLOCKS = ("image→instruction", "image→image")
+HOW = {
+  "mask": "hidden before the softmax, so that the other pairs take their probability: the authors' code",
+  "zero": "probabilities set to zero: the paper's text",
+  "mean": "the context from these pairs replaced by its mean over the other questions at the same place",
+}
+CHOSEN = {
+  "block": "the block's pairs",
+  "random": "as many pairs at random",
+  "mass": "pairs at random that together have the block's probability in that layer",
+  "rows": "the image's pairs with as many tokens at random, after the system prompt: the authors' image→random",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+  """One way to disrupt attention.
+
+  Attributes:
+    block: one of `BLOCKS`.
+    chosen: a key of `CHOSEN`.
+    how: a key of `HOW`.
+  """
+
+  block: str
+  chosen: Literal["block", "random", "mass", "rows"]
+  how: Literal["mask", "zero", "mean"]
+
+  @property
+  def name(self) -> str:
+    """In tables."""
+    pairs = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}[self.chosen]
+    return f"{pairs}{self.block}, {self.how}"
+
+  @property
+  def is_defined(self) -> bool:
+    """Whether it exists: only whole blocks have means, and only the instruction has as many tokens elsewhere."""
+    if self.how == "mean":
+      return self.chosen == "block"
+    return self.chosen != "rows" or self.block == BLOCKS[0]
+
+
+class Undisturbed(NamedTuple):
+  """A prefill without any intervention.
+
+  Attributes:
+    embedded: the prompts, from `Network.embed`.
+    hidden: `[L, B, S, D]` the input of every layer.
+    logits: `[B, V]` of the first answer token.
+  """
+
+  embedded: Embedded
+  hidden: Float[Array, "L B S D"]
+  logits: Float[Array, "B V"]
+
+
+@jax.jit
+def undisturbed(model: Model, inputs: Inputs) -> Undisturbed:
+  """The prefill of a batch without any intervention."""
+  embedded = model.bind().embed(inputs)
+  sequence, states = prefill.start(embedded), [embedded.x]
+  for layer in range(model.config.text.num_hidden_layers):
+    states.append(run_layer(model, layer, states[-1], sequence.positions)[0])
+  logits = prefill.last_logits(model.bind(), sequence._replace(x=states.pop()))
+  return Undisturbed(embedded, jnp.stack(states), logits)
+
+
+def aligned(layout: Layout) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
+  """The slots of a row's tokens that information flows into, in the same order for all rows, and which of them exist.
+
+  First come the image tokens in their order, then the instruction from the prompt's end backwards.
+  """
+  places = jnp.arange(layout.num_slots - layout.num_image_tokens, dtype=jnp.int32)[None]
+  instruction = jnp.maximum(layout.last_slot()[:, None] - places, 0)
+  present = places < tokens.kinds(layout)["instruction"].sum(axis=1, keepdims=True)
+  return (
+    jnp.concatenate([layout.image_slots(), instruction], axis=1),
+    jnp.concatenate([layout.image_present(), present], axis=1),
+  )
+
+
+@jax.jit
+def flows(model: Model, plain: Undisturbed) -> tuple[Float[Array, "L B A N H"], Bool[Array, "B A"]]:
+  """The context of each aligned token that comes from other image tokens, and which tokens exist; 0 where none does."""
+  layout = plain.embedded.layout
+  pairs = (tokens.block(layout, BLOCKS[0]) | tokens.block(layout, BLOCKS[1]))[:, None]
+  slots, present = aligned(layout)
+  received = []
+  for layer, x in enumerate(plain.hidden):
+    _, p = run_layer(model, layer, x, plain.embedded.positions)
+    context = edited_attention(
+      p.query, p.key, p.value, is_causal=True, edit=lambda a, v: weigh(jnp.where(pairs, a, 0), v)
+    )
+    received.append(jnp.where(present[:, :, None, None], take_slots(context.astype(jnp.float32), slots), 0))
+  return jnp.stack(received), present
+
+
+@functools.partial(jax.jit, static_argnames="intervention")
+def disrupted_logits(
+  model: Model,
+  plain: Undisturbed,
+  intervention: Intervention,
+  active: Bool[Array, "L"],
+  means: Float[Array, "L B A N H"] | None,
+  seeds: UInt[Array, "B"],
+) -> Float[Array, "B V"]:
+  """The logits of the first answer token when some layers are disrupted.
+
+  Args:
+    model: the model.
+    plain: the layers before the first active one are taken from it.
+    intervention: static.
+    active: the disrupted layers.
+    means: of `flows` over other questions, for interventions with a mean.
+    seeds: of the random draws of each row.
+  """
+  keys = jax.vmap(jax.random.key)(seeds)
+  sequence, layout = prefill.start(plain.embedded), plain.embedded.layout
+  block, every = tokens.block(layout, intervention.block), tokens.earlier(layout)
+  chance = jax.vmap(lambda key: jax.random.bits(key, (layout.num_slots, layout.num_slots)))(keys)
+  pairs = block
+  if intervention.chosen == "rows":
+    pairs = _into_random_tokens(layout, keys)
+  elif intervention.chosen == "random":
+    pairs = _as_much(chance, every.astype(jnp.float32), block)
+
+  receives = tokens.kinds(layout)[tokens.BLOCKS[intervention.block][0]][:, :, None, None]
+  slot = jnp.arange(layout.num_slots, dtype=jnp.int32)[None]
+  place = jnp.where(
+    layout.kind == IMAGE, layout.image_token, layout.num_image_tokens + layout.last_slot()[:, None] - slot
+  )
+  place = jnp.clip(place, 0, layout.num_slots - 1)
+
+  def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Any:
+    taken = pairs
+    if intervention.chosen == "mass":
+      taken = _as_much(chance, jnp.where(every, probabilities.mean(axis=1), 0), block)
+    left = jnp.where(taken[:, None], 0, probabilities)
+    if intervention.how == "mask":
+      left = left / jnp.maximum(left.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    context = weigh(left, values)
+    if intervention.how == "mean":
+      context += jnp.where(receives, take_slots(means[layer], place), 0).astype(context.dtype)
+    return context
+
+  x, has_begun = sequence.x, jnp.cumsum(active) > 0
+  for layer in range(model.config.text.num_hidden_layers):
+    begins = has_begun[layer] & ~(has_begun[layer - 1] if layer else jnp.bool_(False))
+    x = jnp.where(begins, plain.hidden[layer], x)
+    which = has_begun[layer].astype(jnp.int32) + active[layer].astype(jnp.int32)
+    models = model, edited(model, functools.partial(edit, layer))
+    runs = [lambda x, own=own, layer=layer: run_layer(own, layer, x, sequence.positions)[0] for own in models]
+    x = jax.lax.switch(which, [lambda x: x, *runs], x)
+  return prefill.last_logits(model.bind(), sequence._replace(x=x))
+
+
+def _into_random_tokens(layout: Layout, keys: Key[Array, "B"]) -> Bool[Array, "B S S"]:
+  """The image's pairs with random tokens after the system prompt, as many as the instruction has."""
+  kinds = tokens.kinds(layout)
+  chance = jax.vmap(lambda key: jax.random.uniform(key, (layout.num_slots,)))(keys)
+  chance = jnp.where(kinds["image"] | kinds["instruction"], chance, 2)
+  rank = jnp.argsort(jnp.argsort(chance, axis=1), axis=1)
+  rows = rank < kinds["instruction"].sum(axis=1, keepdims=True)
+  return rows[:, :, None] & kinds["image"][:, None] & tokens.earlier(layout)
+
+
+def _as_much(
+  chance: UInt32[Array, "B S S"], weights: Float[Array, "B S S"], pairs: Bool[Array, "B S S"]
+) -> Bool[Array, "B S S"]:
+  """Random pairs with the total weight of given pairs: those of lowest chance, as many as do not exceed it."""
+  target = jnp.where(pairs, weights, 0).sum(axis=(1, 2))
+
+  def step(index: Int[Array, ""], bound: UInt32[Array, "B"]) -> UInt32[Array, "B"]:
+    higher = bound | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+    total = jnp.where(chance < higher[:, None, None], weights, 0).sum(axis=(1, 2))
+    return jnp.where(total <= target, higher, bound)
+
+  bound = jax.lax.fori_loop(0, 32, step, jnp.zeros(len(chance), jnp.uint32))
+  return (chance < bound[:, None, None]) & (weights > 0)

@@ -1,0 +1,311 @@
+"""Where does visual information flow, layer by layer? The saliency of attention (HiMAP, sections 2 and 3.1).
+
+    python -m experiments.flow.saliency --flagfile=experiments/flags/saliency.flags
+
+For every layer: the saliency from the image into the instruction (S_vt) and within the image (S_vv), that of the other
+blocks, what the last token receives from each kind of token, and heat maps on pictures. The same command resumes an
+interrupted run.
+
+The saliency of a pair of tokens is I = |Σ over heads of A ⊙ ∂L/∂A| (Eq. 1), with L the cross-entropy of the answer's
+first token. Each probability is multiplied by a one that all heads share; the gradient by these ones is the sum.
+
+Axes: L layers, B batch, Q questions, S slots, N image tokens, V vocabulary, P blocks.
+"""
+
+import functools
+import math
+import pathlib
+import textwrap
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jaxtyping import Array, Float, Int
+from matplotlib.figure import Figure
+from PIL import Image
+
+from experiments.flow import tokens
+from experiments.flow.decoder import first_logits, weigh
+from experiments.question_sets import Question
+from experiments.shared import figures, statistics, study, tabular
+from experiments.shared.study import Report
+from experiments.shared.subject import Batch, Subject
+from experiments.shared.tabular import Row
+from himap_jax.inputs import Inputs, Layout, take_slots
+from himap_jax.model.network import Embedded, Model
+
+VISUAL_TEXTUAL, INTRA_VISUAL = "image→instruction", "image→image"
+COLOURS = dict(zip(tokens.BLOCKS, ("#d1221b", "#2f8fe0", "#e0b000", "#2e8b3d", "#5b4fc9", "#999999"), strict=True))
+KIND_COLOURS = ("#2e8b3d", "#2f8fe0", "#d1221b")
+
+
+class Flow(NamedTuple):
+  """The saliency of layers, summed by blocks and kinds of tokens.
+
+  Attributes:
+    sums: `[L, B, P]` over the pairs of each of `tokens.BLOCKS`.
+    pairs: `[L, B, P]` the number of these pairs.
+    contributions: `[L, B, 3]` from all tokens of each of `tokens.KINDS` into the last token.
+    num_tokens: `[L, B, 3]` tokens of each kind.
+    to_instruction: `[L, B, N]` from every image token into the instruction.
+    to_image: `[L, B, N]` from every image token into the image.
+  """
+
+  sums: Float[Array, "L B P"]
+  pairs: Int[Array, "L B P"]
+  contributions: Float[Array, "L B 3"]
+  num_tokens: Int[Array, "L B 3"]
+  to_instruction: Float[Array, "L B N"]
+  to_image: Float[Array, "L B N"]
+
+
+def measure(subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[Question], Flow]:
+  """The flow of all questions, in the order of their batches, with Q in place of B; resumes from the work directory.
+
+  The saliency of `layers_at_a_time` layers is in memory at once.
+  """
+
+  def compute(batch: Batch) -> dict[str, np.ndarray]:
+    answers, parts = None, []
+    for first in range(0, subject.num_layers, layers_at_a_time):
+      layers = tuple(range(first, min(first + layers_at_a_time, subject.num_layers)))
+      part, answers = flow_of(subject.loaded.model, batch.inputs, answers, layers=layers)
+      parts.append(jax.tree.map(np.asarray, part))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)._asdict()
+
+  questions, arrays = subject.measure(workdir / "flow", compute, axis=1)
+  return questions, Flow(**arrays)
+
+
+@functools.partial(jax.jit, static_argnames="layers")
+def flow_of(
+  model: Model, inputs: Inputs, answers: Int[Array, "B"] | None, *, layers: tuple[int, ...]
+) -> tuple[Flow, Int[Array, "B"]]:
+  """The flow in some layers, and the first token of the answers; the model's own answers where none are given."""
+  embedded = jax.lax.stop_gradient(model.bind().embed(inputs))
+  if answers is None:
+    answers = first_logits(model, embedded, {}).argmax(axis=-1)
+  return flow(saliency(model, embedded, answers, layers), embedded.layout), answers
+
+
+def saliency(
+  model: Model, embedded: Embedded, answers: Int[Array, "B"], layers: tuple[int, ...]
+) -> Float[Array, "L B S S"]:
+  """The saliency of every pair (query, key) in some layers; `answers` are the first token of each answer."""
+  batch, slots = embedded.x.shape[:2]
+
+  def loss(ones: Float[Array, "L B S S"]) -> Float[Array, ""]:
+    edits = {
+      layer: lambda probabilities, values, one=one: weigh(probabilities * one[:, None], values)
+      for layer, one in zip(layers, ones, strict=True)
+    }
+    logits = first_logits(model, embedded, edits)
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), answers[:, None], axis=1).sum()
+
+  return jnp.abs(jax.grad(loss)(jnp.ones((len(layers), batch, slots, slots), jnp.float32)))
+
+
+def flow(values: Float[Array, "L B S S"], layout: Layout) -> Flow:
+  """Sums the saliency of pairs by blocks and kinds of tokens."""
+  masks = jnp.stack([tokens.block(layout, name) for name in tokens.BLOCKS], axis=1)
+  kinds = jnp.stack(list(tokens.kinds(layout).values()), axis=1)
+  last = take_slots(jnp.moveaxis(values, 0, 2), layout.last_slot()[:, None])[:, 0]  # [B, L, S]
+
+  def count(chosen: Array) -> Int[Array, "L B _"]:
+    return jnp.broadcast_to(chosen, (len(values), *chosen.shape))
+
+  def from_image_tokens(block: str) -> Float[Array, "L B N"]:
+    received = jnp.where(tokens.block(layout, block)[None], values, 0).sum(axis=2)
+    return jax.vmap(lambda layer: take_slots(layer, layout.image_slots()))(received)
+
+  return Flow(
+    sums=jnp.einsum("LBST,BPST->LBP", values, masks.astype(values.dtype)),
+    pairs=count(masks.sum(axis=(2, 3))),
+    contributions=jnp.einsum("BLS,BCS->LBC", last, kinds.astype(values.dtype)),
+    num_tokens=count(kinds.sum(axis=2)),
+    to_instruction=from_image_tokens("image→instruction"),
+    to_image=from_image_tokens("image→image"),
+  )
+
+
+def blocks(flow: Flow, num_heads: int) -> dict[str, Float[np.ndarray, "L Q P"]]:
+  """The saliency of every block by question, in two normalisations.
+
+  `by_pair` is the mean over a block's pairs of |Σ over heads| (the paper's S, Eq. 2), `summed` the sum over its pairs
+  of |mean over heads| (the authors' code).
+  """
+  return {"by_pair": flow.sums / np.maximum(flow.pairs, 1), "summed": flow.sums / num_heads}
+
+
+def contributions(flow: Flow) -> dict[str, Float[np.ndarray, "L Q 3"]]:
+  """Shares of what the last token receives from each kind of token, by question, in two normalisations.
+
+  `whole` is of all saliency into the last token; in `by_token` a kind counts with the mean over its tokens in place of
+  the sum (the authors' code).
+  """
+  parts = {"whole": flow.contributions, "by_token": flow.contributions / np.maximum(flow.num_tokens, 1)}
+  return {name: part / part.sum(axis=-1, keepdims=True) for name, part in parts.items()}
+
+
+def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
+  """The first layer from which on S_vv ÷ S_vt is above one, up to the last layer but one; None where there is none.
+
+  The last layer does not count: no image token is read after it, so that S_vv is 0 there.
+  """
+  below = np.flatnonzero(ratio[:-1] <= 1)
+  first = 0 if below.size == 0 else int(below[-1]) + 1
+  return first if first < len(ratio) - 1 else None
+
+
+def rows_of_blocks(result: dict[str, np.ndarray]) -> list[Row]:
+  """A row for every layer and block."""
+  rows = []
+  for number, name in enumerate(tokens.BLOCKS):
+    by_pair, summed = (values[..., number] for values in result.values())
+    resampled = statistics.resample(by_pair)
+    for layer in range(len(by_pair)):
+      row = {"layer": layer, "block": name}
+      row |= statistics.with_interval("by_pair", by_pair[layer].mean(), resampled[:, layer])
+      rows.append(row | {"summed": summed[layer].mean()})
+  return rows
+
+
+def rows_of_contributions(result: dict[str, np.ndarray]) -> list[Row]:
+  """A row for every layer and kind of token."""
+  means = {name: values.mean(axis=1) for name, values in result.items()}
+  return [
+    {"layer": layer, "tokens": kind} | {name: values[layer, number] for name, values in means.items()}
+    for number, kind in enumerate(tokens.KINDS)
+    for layer in range(len(means["whole"]))
+  ]
+
+
+def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: Flow) -> list[str]:
+  """A Markdown table of the values that the paper plots, by layer."""
+  header = ["layer", "S_vt a pair", "S_vv a pair", "÷", "S_vt summed", "S_vv summed", "÷", *tokens.KINDS]
+  text, image = (list(tokens.BLOCKS).index(name) for name in (VISUAL_TEXTUAL, INTRA_VISUAL))
+  columns, turns = [], []
+  for name, values in zip(("A pair", "Summed"), result.values(), strict=True):
+    s_vt, s_vv = (values[..., block].mean(axis=1) for block in (text, image))
+    columns += [(s_vt, ".2e"), (s_vv, ".2e"), (s_vv / s_vt, ".2f")]
+    turn = turning_layer(s_vv / s_vt)
+    since = "from no layer on" if turn is None else f"from layer {turn} on, but for the last"
+    turns.append(f"- {name}: S_vv stays above S_vt {since}.")
+  columns += [(share, ".1%") for share in shares["whole"].mean(axis=1).T]
+  lines = [[f"{layer}", *(f"{values[layer]:{form}}" for values, form in columns)] for layer in range(len(flow.sums))]
+  each = (shares["whole"] / np.maximum(flow.num_tokens, 1)).mean(axis=(0, 1))
+  share_of_one = ", ".join(f"{kind} {share:.3%}" for kind, share in zip(tokens.KINDS, each, strict=True))
+  return [
+    "S_vt is the saliency from image to instruction, S_vv that from image to image; the last columns are shares of the "
+    "saliency into the last token.",
+    "",
+    *tabular.markdown(header, lines),
+    "",
+    *turns,
+    f"- One token's share of the saliency into the last token, mean over layers: {share_of_one}.",
+  ]
+
+
+def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
+  """The saliency of blocks by layer: S_vt and S_vv with intervals, and all blocks, in both normalisations."""
+  figure = Figure(figsize=(11, 7), layout="constrained")
+  panels = figure.subplots(2, 2, sharex=True)
+  for (main, every), values, label in zip(panels, result.values(), ("mean over pairs", "sum over pairs"), strict=True):
+    for number, name in enumerate(tokens.BLOCKS):
+      mean = values[..., number].mean(axis=1)
+      mean[mean == 0] = np.nan  # S_vv of the last layer, which has no logarithm
+      every.plot(mean, color=COLOURS[name], label=name, linewidth=1.4)
+      if name in (VISUAL_TEXTUAL, INTRA_VISUAL):
+        bounds = statistics.interval(statistics.resample(values[..., number]))
+        rows = [dict(zip("xylh", row, strict=True)) for row in zip(range(len(mean)), mean, *bounds, strict=True)]
+        figures.line_with_interval(main, rows, "x", "ylh", color=COLOURS[name], label=name)
+    for axes in (main, every):
+      axes.set_yscale("log")
+      axes.set_ylabel(f"saliency, {label}")
+      axes.grid(alpha=0.3)
+      axes.legend(fontsize=8)
+  for axes in panels[1]:
+    axes.set_xlabel("layer")
+  return figure
+
+
+def plot_contributions(result: dict[str, np.ndarray]) -> Figure:
+  """What the last token receives from each kind of token by layer: from all its tokens, and from one on average."""
+  figure = Figure(figsize=(11, 3.6), layout="constrained")
+  titles = ("share of all saliency into the last token", "share of the kinds' mean a token")
+  for axes, values, title in zip(figure.subplots(1, 2), result.values(), titles, strict=True):
+    means = values.mean(axis=1).T
+    axes.stackplot(np.arange(means.shape[1]), means, labels=tokens.KINDS, colors=KIND_COLOURS, alpha=0.8)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("layer")
+    axes.set_ylim(0, 1)
+    axes.margins(x=0)
+  axes.legend(fontsize=8, loc="lower right")
+  return figure
+
+
+def plot_maps(
+  pictures: Sequence[tuple[str, Image.Image]],
+  maps: Float[np.ndarray, "L Q N"],
+  grid: tuple[int, int],
+  layers: Sequence[int],
+) -> Figure:
+  """The saliency of the image tokens in some layers as heat maps on pictures with titles, one for each question."""
+  figure = Figure(figsize=(1.7 * (len(layers) + 1), 2.0 * len(pictures)), layout="constrained")
+  panels = figure.subplots(len(pictures), len(layers) + 1, squeeze=False)
+  for number, (row, (title, picture)) in enumerate(zip(panels, pictures, strict=True)):
+    row[0].imshow(picture)
+    row[0].set_title(title, fontsize=8)
+    for axes, layer in zip(row[1:], layers, strict=True):
+      heat, extent = maps[layer, number].reshape(grid), (0, picture.width, picture.height, 0)
+      axes.imshow(picture.convert("L"), cmap="gray", alpha=0.6)
+      axes.imshow(heat, cmap="inferno", alpha=0.65, extent=extent, vmax=np.quantile(heat, 0.99))
+      axes.set_title(f"layer {layer}", fontsize=8)
+  for axes in panels.ravel():
+    axes.set_axis_off()
+  return figure
+
+
+def define_flags() -> None:
+  """Defines the study's own flags."""
+  at_once = "Layers whose saliency is in memory at once, 4 bytes × rows × slots² each."
+  flags.DEFINE_integer("layers_at_a_time", 10, at_once, lower_bound=1)
+  flags.DEFINE_integer("num_maps", 4, "Pictures with heat maps.", lower_bound=0)
+  flags.DEFINE_list("map_layers", None, "Layers with heat maps; eight at equal distances by default.")
+
+
+def run(values: Any) -> Report:
+  """Measures what is missing and makes tables and plots."""
+  subject = study.load_subject()
+  num_layers, processor = subject.num_layers, subject.processor
+  layers = study.layers(values["map_layers"], subject) or tuple(
+    dict.fromkeys(num_layers * step // 8 for step in range(8))
+  )
+  workdir = study.open_workdir(subject)
+  questions, flow = measure(subject, workdir, layers_at_a_time=values.layers_at_a_time)
+  by_block = blocks(flow, subject.loaded.config.text.num_attention_heads)
+  shares = contributions(flow)
+  plots = {"saliency": plot_blocks(by_block), "contributions": plot_contributions(shares)}
+  first_of_image = {question.image: index for index, question in reversed(list(enumerate(questions)))}
+  chosen = sorted(first_of_image.values())[: values.num_maps]
+  if chosen and subject.batcher.num_image_tokens == math.prod(processor.patch_grid):
+    shown = [
+      (textwrap.fill(questions[index].question, 24), processor.picture(subject.example(questions[index])))
+      for index in chosen
+    ]
+    for name in ("to_instruction", "to_image"):
+      maps = getattr(flow, name)[:, chosen]
+      plots[f"maps_{name}"] = plot_maps(shown, maps, processor.patch_grid, layers)
+  return Report(
+    count=f"{len(questions)} questions",
+    summary=summary(by_block, shares, flow),
+    tables={"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares)},
+    plots=plots,
+  )
+
+
+if __name__ == "__main__":
+  study.start("experiments.flow.saliency", define_flags, run)

@@ -1,0 +1,28 @@
+"""Plots."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def line_with_interval(
+  axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, names: Sequence[str], *style: str, **options: Any
+) -> None:
+  """Draws a line through rows of a table and shades its interval.
+
+  `x` names the values on the horizontal axis, `names` the value and the ends of its interval. For the rest see
+  `Axes.plot`.
+  """
+  places, values, *bounds = ([row[name] for row in rows] for name in (x, *names))
+  (line,) = axes.plot(places, values, *style, **options)
+  axes.fill_between(places, *bounds, color=line.get_color(), alpha=0.12)
+
+
+def save(path: pathlib.Path, figure: Figure) -> None:
+  """Writes a figure; no window is ever opened."""
+  FigureCanvasAgg(figure)
+  figure.savefig(path, dpi=150, bbox_inches="tight")

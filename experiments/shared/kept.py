@@ -1,0 +1,27 @@
+"""Results kept in files, computed once and written atomically, so that a study resumes where it stopped."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def json_of(path: pathlib.Path, make: Callable[[], Any]) -> Any:
+  """The content of a JSON file; where it is missing, it is computed and written first."""
+  if not path.exists():
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(make(), indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+  return json.loads(path.read_text(encoding="utf-8"))
+
+
+def arrays_of(path: pathlib.Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  """The arrays of an npz file; where it is missing, they are computed and written first."""
+  if not path.exists():
+    unfinished = path.with_suffix(".tmp.npz")
+    np.savez(unfinished, **make())
+    unfinished.replace(path)
+  with np.load(path) as file:
+    return dict(file)

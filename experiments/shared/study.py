@@ -1,0 +1,144 @@
+"""The runner of studies: flags → subject → check of the settings → measurement → files.
+
+A study is a module with its own flags, `define_flags`, and a measurement, `run`, which ends with
+
+    if __name__ == "__main__":
+      study.start("experiments.flow.saliency", define_flags, run)
+"""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+from matplotlib.figure import Figure
+
+from checkpoints_convert.source import write_json
+from experiments import question_sets
+from experiments.shared import figures, tabular
+from experiments.shared.subject import Subject
+from himap_jax.errors import UserError
+from himap_jax.generation import InputConfig
+from himap_jax.run import command
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """The results of a study.
+
+  Attributes:
+    count: how much was measured, such as `50 questions`.
+    summary: lines of the Markdown file after its heading.
+    tables: rows of each CSV file, by its name.
+    plots: the figure in each PNG file, by its name.
+    documents: the content of each JSON file, by its name.
+  """
+
+  count: str
+  summary: Sequence[str]
+  tables: Mapping[str, Sequence[tabular.Row]]
+  plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  documents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+  def write(self, output: pathlib.Path, name: str, called: str) -> str:
+    """Writes all files into a directory and returns the text of the Markdown file, which names the command line."""
+    for table, rows in self.tables.items():
+      tabular.write_csv(output / f"{table}.csv", rows)
+    for plot, figure in self.plots.items():
+      figures.save(output / f"{plot}.png", figure)
+    for document, content in self.documents.items():
+      write_json(output / f"{document}.json", content)
+    text = "\n".join([f"`{called}`, {self.count}.", "", *self.summary]) + "\n"
+    (output / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def start(module: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
+  """Runs a study as a command: from the values of all flags to a report, which is written and printed.
+
+  The last name of the module is that of the report's Markdown file.
+  """
+  name = module.rpartition(".")[2]
+  _define_flags()
+  define_flags()
+  for flag in flags.FLAGS.get_flags_for_module(__name__):  # for --help
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+  def action() -> int:
+    report = run(flags.FLAGS)
+    print(report.write(_directory("output"), name, " ".join(["python -m", module, *sys.argv[1:]])))
+    return 0
+
+  app.run(lambda argv: command.execute(name, argv, action))
+
+
+def _define_flags() -> None:
+  flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+  flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
+  sets = ", ".join(question_sets.SETS)
+  flags.DEFINE_string("question_set", "scenes", f"{sets}, or a JSONL file, as in experiments.compare.")
+  flags.DEFINE_integer("num_questions", 50, "Questions drawn from the set, each type in proportion.", lower_bound=1)
+  flags.DEFINE_integer("seed", 0, "Of the draw of questions and of all later random draws.")
+  flags.DEFINE_integer("batch_size", 1, "Questions per batch.", lower_bound=1)
+  flags.DEFINE_list("prompt_buckets", ["64", "128", "256"], "As in himap_jax.run.")
+  flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
+  flags.DEFINE_string("workdir", None, "Directory of measurements; a second start resumes.", required=True)
+  flags.DEFINE_string("output", None, "Directory of the results: tables, plots, files.", required=True)
+  flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
+
+
+def load_subject(*, needs_answers: bool = False) -> Subject:
+  """The subject that the flags describe; `needs_answers` says whether the true answers are used.
+
+  Raises:
+    UserError: there is no such checkpoint or question set, or a flag is malformed.
+  """
+  values = flags.FLAGS
+  command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
+  chosen = {"num_questions": values.num_questions, "seed": values.seed}
+  questions = question_sets.load(
+    values.question_set, **chosen, workdir=_directory("workdir"), needs_answers=needs_answers
+  )
+  buckets = command.numbers(values["prompt_buckets"], int) or ()
+  inputs = InputConfig(values.prompt_template, buckets, values.batch_size)
+  dtype = command.DTYPES[values.dtype]
+  subject = Subject.load(values.checkpoint, questions, dtype=dtype, inputs=inputs, seed=values.seed)
+  chosen |= {"question_set": values.question_set, "questions": question_sets.digest(questions)}
+  return dataclasses.replace(subject, settings={**subject.settings, **chosen})
+
+
+def open_workdir(subject: Subject, **settings: Any) -> pathlib.Path:
+  """The work directory, for measurements that depend on the subject and on further settings.
+
+  Raises:
+    UserError: the work directory was begun with other settings.
+  """
+  workdir = _directory("workdir")
+  command.check_settings(workdir / "settings.json", {**subject.settings, **settings}, "use another --workdir")
+  return workdir
+
+
+def layers(flag: Any, subject: Subject) -> tuple[int, ...] | None:
+  """The layers in a list flag; None where it has none.
+
+  Raises:
+    UserError: the model has no such layer.
+  """
+  numbers = command.numbers(flag, int)
+  if not all(0 <= layer < subject.num_layers for layer in numbers or ()):
+    raise UserError(f"--{flag.name}: the model has layers 0 to {subject.num_layers - 1}")
+  return numbers or None
+
+
+def _directory(name: str) -> pathlib.Path:
+  """The directory that a flag names, created where it is missing."""
+  path = pathlib.Path(flags.FLAGS[name].value)
+  with command.user_error(f"--{name}: cannot create {path}"):
+    path.mkdir(parents=True, exist_ok=True)
+  return path

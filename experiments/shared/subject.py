@@ -1,0 +1,178 @@
+"""The subject of a study: a model, and batches of questions about pictures."""
+
+import collections
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from experiments.question_sets import Question
+from experiments.shared import kept
+from himap_jax import checkpoint
+from himap_jax.checkpoint import LoadedModel
+from himap_jax.engine.batching import Batcher
+from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.errors import UserError
+from himap_jax.families.family import Processor
+from himap_jax.generation import InputConfig
+from himap_jax.inputs import Example, Inputs
+from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run.pictures import load_image
+from himap_jax.run.progress import Progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Questions that are measured together, and their prompts; the rows after those of the questions repeat the last."""
+
+  questions: Sequence[Question]
+  inputs: Inputs
+
+  @property
+  def row_ids(self) -> list[str]:
+    """The ids of all rows."""
+    ids = [question.id for question in self.questions]
+    return ids + ids[-1:] * (len(self.inputs.tokens) - len(ids))
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A model and the questions that it is studied on.
+
+  Attributes:
+    loaded: the checkpoint.
+    processor: prepares prompts.
+    batcher: packs them into batches.
+    questions: in the order of their set.
+    batch_size: rows of a batch.
+    seed: of all random draws.
+    settings: values that every result depends on.
+  """
+
+  loaded: LoadedModel
+  processor: Processor
+  batcher: Batcher
+  questions: Sequence[Question]
+  batch_size: int = 1
+  seed: int = 0
+  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def load(
+    cls,
+    name: str,
+    questions: Sequence[Question],
+    *,
+    dtype: Any = jnp.float32,
+    inputs: InputConfig = InputConfig(prompt_buckets=(64, 128, 256), batch_size=1),
+    seed: int = 0,
+  ) -> "Subject":
+    """Loads a checkpoint, named as in `checkpoint.load`, to study on some questions.
+
+    Raises:
+      UserError: there is no such checkpoint, or the settings cannot be used.
+    """
+    loaded = checkpoint.load(name, dtype=dtype)
+    processor = loaded.prompts(inputs.prompt_template)
+    batcher = Batcher(loaded.config, processor.image_shape, buckets=inputs.prompt_buckets)
+    settings = {"checkpoint": name, "fingerprint": loaded.fingerprint, "dtype": jnp.dtype(dtype).name, "seed": seed}
+    settings |= dataclasses.asdict(inputs)
+    return cls(loaded, processor, batcher, questions, inputs.batch_size, seed, settings)
+
+  @property
+  def num_layers(self) -> int:
+    """Layers of the decoder."""
+    return self.loaded.config.text.num_hidden_layers
+
+  def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
+    """HiMAP's schedule for the model; arguments and errors are those of `methods.build_schedule`."""
+    shape = {"num_layers": self.num_layers, "num_image_tokens": self.batcher.num_image_tokens}
+    return build_schedule("himap", **shape, prune_layers=prune_layers, keep=keep)
+
+  def answers(self, schedule: Schedule, path: pathlib.Path, *, max_new_tokens: int) -> dict[str, str]:
+    """The greedy answers by question, from a file where it exists; a question that cannot be prepared has none."""
+
+    def compute() -> dict[str, str]:
+      generation = GenerationConfig(max_new_tokens, seed=self.seed)
+      engine = Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)
+      answers: dict[str, str] = {}
+      for batch in self.batches(path.stem):
+        tokens = engine(batch.inputs, batch.row_ids).tokens
+        answers |= dict(zip(batch.row_ids, map(self.processor.decode, tokens), strict=True))
+      return answers
+
+    return kept.json_of(path, compute)
+
+  def measure(
+    self, prefix: pathlib.Path, compute: Callable[[Batch], Mapping[str, np.ndarray]], *, axis: int
+  ) -> tuple[list[Question], dict[str, np.ndarray]]:
+    """Arrays of all questions, computed batch by batch.
+
+    Args:
+      prefix: start of the path of each batch's file; a batch whose file exists is not computed again.
+      compute: from a batch to arrays with an axis of its rows.
+      axis: the number of that axis.
+
+    Returns:
+      The questions in the order of their batches, and the arrays with an axis of questions in place of rows.
+    """
+    questions, parts = [], []
+    for number, batch in enumerate(self.batches(prefix.name)):
+      rows = np.arange(len(batch.questions))
+
+      def make(batch: Batch = batch, rows: np.ndarray = rows) -> dict[str, np.ndarray]:
+        return {name: np.take(values, rows, axis) for name, values in compute(batch).items()}
+
+      parts.append(kept.arrays_of(prefix.with_name(f"{prefix.name}-{number:05d}.npz"), make))
+      questions += batch.questions
+    return questions, {name: np.concatenate([part[name] for part in parts], axis) for name in parts[0]}
+
+  def example(self, question: Question) -> Example:
+    """A prepared question.
+
+    Raises:
+      UserError: it cannot be prepared.
+    """
+    return self.processor.prepare(load_image(question.image), question.question)
+
+  def examples(self, label: str) -> Iterator[tuple[Question, Example, int]]:
+    """Every question with its prompt and bucket, with a progress bar of this label.
+
+    A question that cannot be prepared is left out with a warning.
+
+    Raises:
+      UserError: no question can be prepared.
+    """
+    num_left_out = 0
+    with Progress(len(self.questions), "question", label) as progress:
+      for question in self.questions:
+        try:
+          example = self.example(question)
+          prepared = question, example, self.batcher.bucket(example)
+        except UserError as error:
+          logging.warning("%s is left out: %s", question.id, error)
+          num_left_out += 1
+        else:
+          yield prepared
+        progress.update()
+    if num_left_out == len(self.questions):
+      raise UserError("none of the questions can be prepared; the warnings say why")
+
+  def batches(self, label: str) -> Iterator[Batch]:
+    """Batches of one bucket each; see `examples`. They depend on the questions and the batch size alone."""
+    waiting: dict[int, list[tuple[Question, Example]]] = collections.defaultdict(list)
+
+    def batch(bucket: int) -> Batch:
+      questions, examples = zip(*waiting.pop(bucket), strict=True)
+      return Batch(questions, self.batcher.pack(examples, bucket=bucket, batch_size=self.batch_size))
+
+    for question, example, bucket in self.examples(label):
+      waiting[bucket].append((question, example))
+      if len(waiting[bucket]) == self.batch_size:
+        yield batch(bucket)
+    yield from map(batch, list(waiting))

@@ -1,0 +1,154 @@
+"""The engine: batches through a prefill program and a decode program, compiled once per shape of the inputs.
+
+Axes: B rows, M new tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+import time
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt
+
+from himap_jax.engine import programs, sharding
+from himap_jax.engine.decoding import DecodeConfig
+from himap_jax.engine.programs import Programs
+from himap_jax.engine.sampling import Sampling
+from himap_jax.errors import UserError
+from himap_jax.inputs import Inputs
+from himap_jax.model.network import Model, Network
+from himap_jax.pruning.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+  """How answers are generated.
+
+  Attributes:
+    max_new_tokens: the longest answer, in tokens.
+    sampling: how tokens are chosen; greedily by default.
+    seed: of sampling, and of methods that use chance.
+    ignore_eos: whether to go on to `max_new_tokens` whatever comes.
+  """
+
+  max_new_tokens: int = 32
+  sampling: Sampling = Sampling()
+  seed: int = 0
+  ignore_eos: bool = False
+
+  def __post_init__(self) -> None:
+    """Raises `UserError` where nothing could be generated."""
+    if self.max_new_tokens < 1:
+      raise UserError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """The result of one batch, on the host.
+
+  Attributes:
+    tokens: for each row its generated token ids, the one that ended it included.
+    kept: for each stage, for each row the numbers of the image tokens it keeps, ascending.
+    logits: `[B, V]` float32, of the first generated token.
+    prefill_seconds: wall time of the prefill program for the batch.
+    decode_seconds: wall time of the decode program for the batch.
+  """
+
+  tokens: list[list[int]]
+  kept: tuple[list[list[int]], ...]
+  logits: Float[np.ndarray, "B V"]
+  prefill_seconds: float
+  decode_seconds: float
+
+
+def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
+  """A seed for each row's random keys, the same whatever the batch it is in."""
+  return np.array([zlib.crc32(f"{seed}/{row_id!r}".encode()) for row_id in row_ids], np.uint32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramKey:
+  """What compiled programs depend on beside the shapes of their inputs."""
+
+  network: Network
+  mesh: Mesh
+  schedule: Schedule
+  decoding: DecodeConfig
+  param_types: Any
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(key: ProgramKey) -> dict[Any, Programs]:
+  """The compiled programs of one key by the shapes of their inputs, shared by all engines."""
+  del key
+  return {}
+
+
+class Engine:
+  """Runs batches through the compiled programs of one model, schedule and way of generating.
+
+  Attributes:
+    num_programs: programs compiled so far.
+    compile_seconds: time spent compiling them or reading them from the persistent cache.
+  """
+
+  def __init__(
+    self,
+    model: Model,
+    schedule: Schedule,
+    generation: GenerationConfig = GenerationConfig(),
+    *,
+    eos_token_ids: tuple[int, ...] = (),
+  ):
+    self._model, self._seed = model, generation.seed
+    self._mesh = sharding.mesh_of(model.params)
+    eos_token_ids = () if generation.ignore_eos else eos_token_ids
+    decoding = DecodeConfig(generation.max_new_tokens, generation.sampling, eos_token_ids)
+    key = ProgramKey(model.network, self._mesh, schedule, decoding, jax.tree.structure(model.params))
+    self._compiled = _compiled(key)
+    self._jitted = programs.make_programs(model, self._mesh, schedule, decoding)
+    self._parameters = programs.method_parameters(schedule)
+    self.num_programs = 0
+    self.compile_seconds = 0.0
+
+  def __call__(self, inputs: Inputs, row_ids: Sequence[int | str]) -> Generation:
+    """Generates for a batch.
+
+    Args:
+      inputs: the batch; where there are several processes, the rows of this one's share.
+      row_ids: one a row; with the seed they make each row's random key, whatever the batch it is in.
+    """
+    seeds = row_seeds(self._seed, row_ids)
+    inputs, seeds = sharding.from_local_rows((inputs, seeds), self._mesh)
+    prefill, decode = self._programs(inputs, seeds)
+    start = time.perf_counter()
+    state = jax.block_until_ready(prefill(self._model, inputs, seeds, self._parameters))
+    middle = time.perf_counter()
+    kept, logits = sharding.to_local_rows((state.kept, state.logits))
+    tokens, num_tokens = sharding.to_local_rows(decode(self._model, state, seeds))
+    end = time.perf_counter()
+    return Generation(
+      tokens=[row[:count].tolist() for row, count in zip(tokens, num_tokens, strict=True)],
+      kept=tuple([row[row >= 0].tolist() for row in stage] for stage in kept),
+      logits=logits,
+      prefill_seconds=middle - start,
+      decode_seconds=end - middle,
+    )
+
+  def _programs(self, inputs: Inputs, seeds: jax.Array) -> Programs:
+    leaves, structure = jax.tree.flatten(inputs)
+    shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    if shapes not in self._compiled:
+      start = time.perf_counter()
+      lowered = programs.lower(self._jitted, self._model, inputs, seeds, self._parameters)
+      self._compiled[shapes] = Programs(*(program.compile() for program in lowered))
+      self.num_programs += 2
+      self.compile_seconds += time.perf_counter() - start
+      logging.info("ready: programs of shape %s", inputs.tokens.shape)
+    return self._compiled[shapes]

@@ -1,0 +1,105 @@
+"""The two programs that answer a batch, prefill and decode, with the shardings of all that enters and leaves them.
+
+Axes: B rows, S slots, M new tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt
+
+from himap_jax.engine import sharding
+from himap_jax.engine.decoding import DecodeConfig, decode
+from himap_jax.engine.prefill import PrefillState, prefill
+from himap_jax.inputs import Inputs, Layout
+from himap_jax.model.config import ModelConfig
+from himap_jax.model.kernels import is_quantized
+from himap_jax.model.network import Model
+from himap_jax.pruning.schedule import Schedule
+
+
+class Programs(NamedTuple):
+  """Jitted functions, or what became of them when they were lowered or compiled.
+
+  Attributes:
+    prefill: `(model, inputs, seeds, parameters)` to `PrefillState`.
+    decode: `(model, state, seeds)` to tokens `[B, M]`, and how many of each row count `[B]`.
+  """
+
+  prefill: Any
+  decode: Any
+
+
+def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeConfig) -> Programs:
+  """The programs of one way to answer.
+
+  Args:
+    model: arrays or `jax.ShapeDtypeStruct`s, with key heads that the mesh divides (`sharding.with_divisible_key_heads`).
+    mesh: the devices.
+    schedule: what happens to the image tokens.
+    config: of decoding.
+  """
+  rows = sharding.rows(mesh)
+  caches = (sharding.cache(model.config, mesh),) * schedule.num_caches
+  options = _compiler_options(model)
+
+  def prefill_program(
+    model: Model, inputs: Inputs, seeds: UInt[Array, "B"], parameters: Mapping[str, Float[Array, ""]]
+  ) -> PrefillState:
+    return prefill(model.bind(), inputs, _keys(seeds)[0], schedule, parameters)
+
+  def decode_program(
+    model: Model, state: PrefillState, seeds: UInt[Array, "B"]
+  ) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
+    return decode(model.bind(), state, _keys(seeds)[1], config)
+
+  state = PrefillState(logits=rows, caches=caches, next_position=rows, next_order=rows, kept=rows)
+  return Programs(
+    prefill=jax.jit(prefill_program, out_shardings=state, compiler_options=options),
+    decode=jax.jit(decode_program, out_shardings=(rows, rows), compiler_options=options),
+  )
+
+
+def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any] = {}) -> Programs:
+  """Lowers both programs for the shapes and shardings of arrays or of `jax.ShapeDtypeStruct`s."""
+  lowered = programs.prefill.lower(model, inputs, seeds, parameters)
+  return Programs(lowered, programs.decode.lower(model, lowered.out_info, seeds))
+
+
+def abstract_inputs(
+  config: ModelConfig, mesh: Mesh, *, batch_size: int, num_text_slots: int, image_shape: tuple[int, int]
+) -> tuple[Inputs, jax.ShapeDtypeStruct]:
+  """The inputs and seeds of a batch as `jax.ShapeDtypeStruct`s."""
+
+  def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.rows(mesh))
+
+  num_image_tokens = config.num_image_tokens(*image_shape)
+  slots = array((num_text_slots + num_image_tokens,), jnp.int32)
+  inputs = Inputs(
+    tokens=slots,
+    layout=Layout(slots, slots, slots, slots, num_image_tokens),
+    positions=slots,
+    pixel_values=array((3, *image_shape), jnp.float32),
+  )
+  return inputs, array((), jnp.uint32)
+
+
+def method_parameters(schedule: Schedule) -> dict[str, np.float32]:
+  """The parameters of a schedule's methods, as a prefill program takes them."""
+  return {name: np.float32(value) for name, value in schedule.parameters}
+
+
+def _compiler_options(model: Model) -> dict[str, str]:
+  leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
+  return dict(model.network.kernels.int8_compiler_options) if any(map(is_quantized, leaves)) else {}
+
+
+def _keys(seeds: UInt[Array, "B"]) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+  """A key of each row for its method and one for sampling."""
+  both = jax.vmap(jax.random.split)(jax.vmap(jax.random.key)(seeds))
+  return both[:, 0], both[:, 1]

@@ -1,0 +1,213 @@
+"""The one place that decides shardings: a mesh of devices, and the mesh axis that each logical axis lies on.
+
+Rows of a batch lie on `data`; heads, feed-forward and vocabulary on `tensor` (Megatron-LM, arXiv 1909.08053). The model names
+the logical axes of its parameters; inputs, caches and results are placed here; what lies between follows from them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, PyTree
+
+from himap_jax.errors import UserError
+from himap_jax.model.cache import SegmentCache
+from himap_jax.model.config import ModelConfig
+from himap_jax.model.kernels import Kernels, cpu, gpu, tpu, xla
+
+# Logical axis → mesh axis.
+RULES = {
+  "batch": "data",
+  "heads": "tensor",
+  "key_heads": "tensor",
+  "feed_forward": "tensor",
+  "vocabulary": "tensor",
+  "tower_heads": "tensor",
+  "tower_feed_forward": "tensor",
+}
+AXES = ("data", "tensor")
+MEMORY_FOR_PARAMETERS = 0.7  # of a device's; the rest is for caches and temporaries
+
+
+def make_mesh(data: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+  """A mesh of the first devices, or of all where their number is right.
+
+  Raises:
+    UserError: there are fewer devices, or devices of other processes would be left out.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  count = data * tensor
+  if count > len(devices):
+    raise UserError(f"a mesh of data:{data},tensor:{tensor} needs {count} devices, but there are {len(devices)}")
+  if count < len(devices) and jax.process_count() > 1:
+    raise UserError(f"with several processes a mesh needs all {len(devices)} devices, not {count}")
+  if count == len(devices):
+    return Mesh(mesh_utils.create_device_mesh((data, tensor), devices, allow_split_physical_axes=True), AXES)
+  return Mesh(np.array(devices[:count]).reshape(data, tensor), AXES)
+
+
+def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
+  """Sizes by mesh axis from `data:4`, `tensor:2`.
+
+  Raises:
+    UserError: an unknown or repeated axis, or a size that is no positive number.
+  """
+  sizes: dict[str, int] = {}
+  for text in axes:
+    name, _, size = text.strip().partition(":")
+    if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+      raise UserError(f"--mesh: {text!r} is not an axis and its size, as in data:4,tensor:2")
+    sizes[name] = int(size)
+  return sizes
+
+
+def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int) -> dict[str, int]:
+  """A mesh for all devices: as little tensor parallelism as lets the parameters fit, rows over the rest.
+
+  Args:
+    config: the model.
+    num_bytes: of its parameters.
+    batch_size: rows; a single process leaves devices idle that do not divide them.
+  """
+  count = jax.device_count()
+  stats = jax.local_devices()[0].memory_stats() or {}
+  room = MEMORY_FOR_PARAMETERS * stats.get("bytes_limit", math.inf)
+  heads = config.text.num_attention_heads
+  sizes = [size for size in range(1, count + 1) if count % size == 0 and heads % size == 0]
+  tensor = next((size for size in sizes if num_bytes / size <= room), sizes[-1])
+  data = count // tensor
+  if jax.process_count() == 1:
+    data = max(size for size in range(1, data + 1) if batch_size % size == 0)
+  return {"data": data, "tensor": tensor}
+
+
+def describe(config: ModelConfig, mesh: Mesh) -> str:
+  """A mesh in words, with what is replicated because it does not divide evenly."""
+  axes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
+  device = mesh.devices.flat[0]
+  text = f"{axes} of {device.device_kind} devices, {jax.process_count()} process(es)"
+  wide = with_divisible_key_heads(config, mesh)
+  copies = wide.text.num_key_value_heads // config.text.num_key_value_heads
+  notes = [f"{copies} copies of every key head"] if copies > 1 else []
+  replicated_axes = [name for name, axis in rules(wide, mesh).items() if axis is None]
+  notes += [f"replicated: {', '.join(replicated_axes)}"] if replicated_axes else []
+  return "; ".join([text, *notes])
+
+
+def rules(config: ModelConfig, mesh: Mesh) -> dict[str, str | None]:
+  """`RULES` for a model on a mesh; axes that do not divide evenly are replicated."""
+  text, vision = config.text, config.vision
+  sizes = {
+    "heads": text.num_attention_heads,
+    "key_heads": text.num_key_value_heads,
+    "feed_forward": text.intermediate_size,
+    "vocabulary": text.vocab_size,
+    "tower_heads": vision.num_attention_heads,
+    "tower_feed_forward": vision.intermediate_size,
+  }
+  return {name: None if sizes.get(name, 0) % mesh.shape[axis] else axis for name, axis in RULES.items()}
+
+
+def placed(params: PyTree, logical_axes: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
+  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`network.logical_axes`)."""
+  shardings = nn.logical_to_mesh_sharding(logical_axes, mesh, tuple(rules(config, mesh).items()))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of what every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def rows(mesh: Mesh) -> NamedSharding:
+  """The sharding of inputs and results: the leading axis is the batch."""
+  return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def cache(config: ModelConfig, mesh: Mesh) -> SegmentCache:
+  """The shardings of a segment's cache."""
+  entries = NamedSharding(mesh, PartitionSpec(RULES["batch"], rules(config, mesh)["key_heads"]))
+  return SegmentCache(keys=entries, values=entries, order=rows(mesh))
+
+
+def heads(mesh: Mesh, num_heads: int, num_key_heads: int) -> PartitionSpec:
+  """The sharding of queries, keys and values `[B, heads, S, H]` that one kernel attends with."""
+  is_even = math.gcd(num_heads, num_key_heads) % mesh.shape[RULES["heads"]] == 0
+  return PartitionSpec(RULES["batch"], RULES["heads"] if is_even else None)
+
+
+@functools.lru_cache
+def kernels_for(mesh: Mesh) -> Kernels:
+  """The kernels of a mesh's platform."""
+  device = mesh.devices.flat[0]
+  if device.platform == "cpu":
+    return cpu.KERNELS
+  if device.platform == "tpu":
+    return tpu.kernels(mesh, functools.partial(heads, mesh))
+  generation = getattr(device, "compute_capability", "").partition(".")[0]
+  # AMD's are named otherwise; cuDNN's attention begins with Ampere
+  return gpu.KERNELS if generation.isdecimal() and int(generation) >= 8 else xla.KERNELS
+
+
+def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
+  """The model with as many copies of every key head as `tensor` needs to divide them, where it divides the query heads."""
+  text, size = config.text, mesh.shape[RULES["key_heads"]]
+  if text.num_attention_heads % size:
+    return config
+  count = math.lcm(text.num_key_value_heads, size)
+  return dataclasses.replace(config, text=dataclasses.replace(text, num_key_value_heads=count))
+
+
+def repeat_key_heads(tree: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
+  """The parameters of `config` as those of `with_divisible_key_heads`."""
+  wide = with_divisible_key_heads(config, mesh)
+  copies = wide.text.num_key_value_heads // config.text.num_key_value_heads
+  if copies == 1:
+    return tree
+
+  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec(rules(wide, mesh)["key_heads"])))
+  def repeat(x: Array) -> Array:
+    by_head = x.reshape(config.text.num_key_value_heads, -1, *x.shape[1:])
+    return jnp.repeat(by_head, copies, axis=0).reshape(-1, *x.shape[1:])
+
+  def convert(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
+    names = [entry.key for entry in path]
+    return repeat(leaf) if names[0] == "language_model" and names[-2] in ("k_proj", "v_proj") else leaf
+
+  return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def mesh_of(tree: PyTree) -> Mesh:
+  """The mesh that parameters lie on."""
+  return jax.tree.leaves(tree)[0].sharding.mesh
+
+
+def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
+  """Rows of a batch that `data` divides."""
+  size = mesh.shape[RULES["batch"]]
+  return -(-batch_size // size) * size
+
+
+def from_local_rows(tree: PyTree, mesh: Mesh) -> PyTree:
+  """Global arrays of which this process gives its rows; see `processes.Share`."""
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
+
+
+def to_local_rows(tree: PyTree) -> PyTree:
+  """This process's rows of arrays that lie as `rows` says, on the host."""
+
+  def local(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+      return np.asarray(x)
+    shards: Mapping[int, Any] = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+  return jax.tree.map(local, tree)

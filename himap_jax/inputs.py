@@ -1,0 +1,195 @@
+"""What the model is given: a prepared prompt on the host, a batch of prompts, and what each slot of it holds.
+
+Axes: B batch, S slots, M image tokens, T other slots, Q queries, K kept image tokens, R slots after pruning, D model dim.
+
+A row is padded on the right; beyond that, its image tokens may stand anywhere, in any number of runs:
+
+    [ text | image …… image | text | image … | text | padding ]
+
+Pruning removes some of the image tokens and moves the rest of the row to the left, so that a pruned row has the same form.
+"""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+TEXT, IMAGE, PADDING = 0, 1, 2
+
+# The order of padding: later than any query's, hence never visible.
+UNUSED_ORDER = np.iinfo(np.int32).max
+
+
+def pytree(cls: type) -> type:
+  """A frozen dataclass that is a pytree; its leaves may be arrays, or the shapes or shardings of these."""
+  cls.__no_type_check__ = True
+  return flax.struct.dataclass(cls)
+
+
+def take_slots(x: Shaped[Array, "B S *D"], slots: Int[Array, "B R"]) -> Shaped[Array, "B R *D"]:
+  """What each row holds in some of its slots."""
+  return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def first_slots(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B R"]:
+  """The first `count` slots when the chosen ones come first; both the chosen and the others stay in their order."""
+  return jnp.argsort(~chosen, axis=1, stable=True)[:, :count]
+
+
+@pytree
+class Layout:
+  """What each slot of a batch holds.
+
+  Attributes:
+    kind: `[B, S]` int32, `TEXT`, `IMAGE` or `PADDING`.
+    image_id: `[B, S]` which of the row's images the token is of; −1 where it is of none.
+    image_token: `[B, S]` the number of the image token among all of the row's before pruning; −1 where there is none.
+    order: `[B, S]` the slot's number before pruning, `UNUSED_ORDER` in padding. Visibility compares it.
+    num_image_tokens: M, the most image tokens that a row has; static.
+  """
+
+  kind: Int[Array, "B S"]
+  image_id: Int[Array, "B S"]
+  image_token: Int[Array, "B S"]
+  order: Int[Array, "B S"]
+  num_image_tokens: int = flax.struct.field(pytree_node=False)
+
+  @classmethod
+  def of_rows(cls, kind: np.ndarray, image_id: np.ndarray, num_image_tokens: int) -> "Layout":
+    """The layout of unpruned rows, on the host, from their kinds and image ids."""
+    image, slot = kind == IMAGE, np.arange(kind.shape[1], dtype=np.int32)[None]
+    return cls(
+      kind=kind.astype(np.int32),
+      image_id=np.where(image, image_id, -1).astype(np.int32),
+      image_token=np.where(image, image.cumsum(axis=1) - 1, -1).astype(np.int32),
+      order=np.where(kind == PADDING, UNUSED_ORDER, slot).astype(np.int32),
+      num_image_tokens=num_image_tokens,
+    )
+
+  @property
+  def num_slots(self) -> int:
+    """S."""
+    return self.kind.shape[1]
+
+  def num_tokens(self) -> Int[Array, "B"]:
+    """Tokens of each row, padding not counted."""
+    return (self.kind != PADDING).sum(axis=1, dtype=jnp.int32)
+
+  def last_slot(self) -> Int[Array, "B"]:
+    """The slot of each row's last token."""
+    return self.num_tokens() - 1
+
+  def image_slots(self) -> Int[Array, "B M"]:
+    """The slots of the image tokens, ascending; after these, where a row has fewer than M, other slots."""
+    return first_slots(self.kind == IMAGE, self.num_image_tokens)
+
+  def image_present(self) -> Bool[Array, "B M"]:
+    """Which of `image_slots` hold an image token."""
+    count = (self.kind == IMAGE).sum(axis=1, dtype=jnp.int32)
+    return jnp.arange(self.num_image_tokens, dtype=jnp.int32)[None] < count[:, None]
+
+  def original(self) -> Int[Array, "B M"]:
+    """The numbers of the image tokens among all of the row's before pruning, ascending."""
+    return take_slots(self.image_token, self.image_slots())
+
+  def text_slots(self) -> Int[Array, "B T"]:
+    """The slots of everything else, ascending, padding included."""
+    return first_slots(self.kind != IMAGE, self.num_slots - self.num_image_tokens)
+
+  def instruction_slots(self) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """The slots of the text after each row's last image token, then other slots; and which hold such a token."""
+    slot = jnp.arange(self.num_slots, dtype=jnp.int32)[None]
+    last_image = jnp.where(self.kind == IMAGE, slot, -1).max(axis=1, keepdims=True)
+    instruction = (self.kind == TEXT) & (slot > last_image)
+    slots = first_slots(instruction, self.num_slots - self.num_image_tokens)
+    return slots, take_slots(instruction, slots)
+
+  def visible(self, slots: Int[Array, "B Q"]) -> Bool[Array, "B Q S"]:
+    """Which slots the queries of some slots may attend to: none that come later, and no padding."""
+    return self.order[:, None] <= take_slots(self.order, slots)[:, :, None]
+
+  def keep(
+    self, kept: Int[Array, "B K"], present: Bool[Array, "B K"] | None = None
+  ) -> tuple[Int[Array, "B R"], "Layout"]:
+    """Keeps some image tokens and all else.
+
+    Args:
+      kept: indices into the M image tokens, ascending.
+      present: which of these the row really keeps; all where absent. Padding takes the place of the others.
+
+    Returns:
+      The slot that each of the R = S − M + K remaining slots is taken from, and the layout after pruning.
+    """
+    slot = jnp.arange(self.num_slots, dtype=jnp.int32)[None]
+    kept_slots = take_slots(self.image_slots(), kept)
+    if present is not None:
+      kept_slots = jnp.where(present, kept_slots, -1)
+    is_kept = (kept_slots[:, :, None] == slot[:, None]).any(axis=1) | (self.kind != IMAGE)
+    source = first_slots(is_kept, self.num_slots - self.num_image_tokens + kept.shape[1])
+    pruned = jax.tree.map(lambda x: take_slots(x, source), self).replace(num_image_tokens=kept.shape[1])
+    if present is None:
+      return source, pruned
+    removed = ~take_slots(is_kept, source)
+    return source, pruned.replace(
+      kind=jnp.where(removed, PADDING, pruned.kind),
+      image_id=jnp.where(removed, -1, pruned.image_id),
+      image_token=jnp.where(removed, -1, pruned.image_token),
+      order=jnp.where(removed, UNUSED_ORDER, pruned.order),
+    )
+
+
+def put_image_tokens(
+  x: Float[Array, "B S D"], image_tokens: Float[Array, "B M D"], layout: Layout
+) -> Float[Array, "B S D"]:
+  """`x` with the row's image tokens in their slots, in their order."""
+  is_image = layout.kind == IMAGE
+  number = jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1
+  image = take_slots(image_tokens, jnp.clip(number, 0, image_tokens.shape[1] - 1))
+  return jnp.where(is_image[:, :, None], image, x)
+
+
+@pytree
+class Inputs:
+  """A batch of prompts.
+
+  Attributes:
+    tokens: `[B, S]` token ids, padded on the right; the image token's id in image slots.
+    layout: what each slot holds.
+    positions: `[B, S]` rotary positions, 0 in padding.
+    pixel_values: `[B, 3, height, width]` preprocessed images.
+  """
+
+  tokens: Int[Array, "B S"]
+  layout: Layout
+  positions: Int[Array, "B S"]
+  pixel_values: Float[Array, "B 3 h w"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One prepared prompt, on the host.
+
+  Attributes:
+    tokens: `[S]` token ids, the image token's id in image slots.
+    image_id: `[S]` which image the token is of; −1 for text.
+    positions: `[S]` rotary positions.
+    pixel_values: `[3, height, width]` float32.
+  """
+
+  tokens: Int[np.ndarray, "S"]
+  image_id: Int[np.ndarray, "S"]
+  positions: Int[np.ndarray, "S"]
+  pixel_values: Float[np.ndarray, "3 h w"]
+
+  @property
+  def num_image_tokens(self) -> int:
+    """Image tokens of the prompt."""
+    return int((self.image_id >= 0).sum())
+
+  @property
+  def num_text_tokens(self) -> int:
+    """Its other tokens."""
+    return len(self.tokens) - self.num_image_tokens

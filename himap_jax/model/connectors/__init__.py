@@ -1,0 +1,1 @@
+"""Connectors: from tower features to the decoder's width."""

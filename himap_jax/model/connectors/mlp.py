@@ -1,0 +1,26 @@
+"""Two linear layers with an activation between them.
+
+Axes: B batch, N image tokens, F features, D width of the decoder.
+"""
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from himap_jax.model.config import ConnectorConfig
+from himap_jax.model.kernels import Kernels
+from himap_jax.model.linear import ACTIVATIONS, Linear
+
+
+class MlpConnector(nn.Module):
+  """LLaVA's projector."""
+
+  config: ConnectorConfig
+  width: int
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, features: Float[Array, "B N F"]) -> Float[Array, "B N D"]:
+    use_bias = self.config.use_bias
+    x = Linear(self.width, self.kernels, use_bias=use_bias, name="linear_1")(features)
+    x = ACTIVATIONS[self.config.hidden_act](x)
+    return Linear(self.width, self.kernels, use_bias=use_bias, name="linear_2")(x)

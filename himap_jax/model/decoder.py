@@ -1,0 +1,250 @@
+"""A LLaMA-family decoder: layers over hidden states, once over a whole sequence or token by token over a cache.
+
+Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, D model dim, V vocabulary.
+
+It runs ranges of layers on whatever sequence it is given and knows nothing of images or of pruning.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from himap_jax.inputs import pytree, take_slots
+from himap_jax.model import rope
+from himap_jax.model.cache import NewTokens, SegmentCache, visible, write_slot
+from himap_jax.model.config import TextConfig
+from himap_jax.model.kernels import Kernels
+from himap_jax.model.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
+
+Rotation = tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]
+
+
+@pytree
+class Projections:
+  """What one layer's attention computed from its input.
+
+  Attributes:
+    query: rotated queries `[B, S, N, H]`; of the updated slots alone in a layer that does not update all.
+    key: rotated keys `[B, S, K, H]`.
+    value: values `[B, S, K, H]`.
+  """
+
+  query: Float[Array, "B S N H"]
+  key: Float[Array, "B S K H"]
+  value: Float[Array, "B S K H"]
+
+
+class Attention(nn.Module):
+  """Query, key, value and output projections of one layer."""
+
+  config: TextConfig
+  kernels: Kernels
+
+  def setup(self) -> None:
+    c = self.config
+    key_width = c.num_key_value_heads * c.head_dim
+    self.q_proj = Linear(
+      c.num_attention_heads * c.head_dim, self.kernels, use_bias=c.attention_bias, axes=("heads", None)
+    )
+    self.k_proj = Linear(key_width, self.kernels, use_bias=c.attention_bias, axes=("key_heads", None))
+    self.v_proj = Linear(key_width, self.kernels, use_bias=c.attention_bias, axes=("key_heads", None))
+    self.o_proj = Linear(c.hidden_size, self.kernels, use_bias=c.attention_bias, axes=(None, "heads"))
+
+  def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
+    """Rotated queries."""
+    return rope.rotate(self._heads(self.q_proj(x)), *rotation)
+
+  def key_value(
+    self, x: Float[Array, "B S D"], rotation: Rotation
+  ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
+    """Rotated keys, and values."""
+    return rope.rotate(self._heads(self.k_proj(x)), *rotation), self._heads(self.v_proj(x))
+
+  def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
+    """Queries, keys and values of all slots."""
+    key, value = self.key_value(x, rotation)
+    return Projections(query=self.query(x, rotation), key=key, value=value)
+
+  def _heads(self, x: Float[Array, "B S F"]) -> Float[Array, "B S N H"]:
+    return x.reshape(*x.shape[:2], -1, self.config.head_dim)
+
+  def output(self, context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+    """The output projection of all heads."""
+    return self.o_proj(context.reshape(*context.shape[:2], -1))
+
+
+class FeedForward(nn.Module):
+  """The gated feed-forward (SwiGLU)."""
+
+  config: TextConfig
+  kernels: Kernels
+
+  def setup(self) -> None:
+    c = self.config
+    self.gate_proj = Linear(c.intermediate_size, self.kernels, use_bias=c.mlp_bias, axes=("feed_forward", None))
+    self.up_proj = Linear(c.intermediate_size, self.kernels, use_bias=c.mlp_bias, axes=("feed_forward", None))
+    self.down_proj = Linear(c.hidden_size, self.kernels, use_bias=c.mlp_bias, axes=(None, "feed_forward"))
+
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+  """One layer: over a whole sequence when called, over a cache by `extend`."""
+
+  config: TextConfig
+  kernels: Kernels
+
+  def setup(self) -> None:
+    self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+    self.self_attn = Attention(self.config, self.kernels)
+    self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+    self.mlp = FeedForward(self.config, self.kernels)
+
+  def __call__(
+    self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
+  ) -> tuple[Float[Array, "B S D"], Projections]:
+    projections = self.self_attn.project(self.input_layernorm(x), rotation)
+    context = self.kernels.attention(projections.query, projections.key, projections.value, mask, is_causal=True)
+    return self._finish(x, context), projections
+
+  def project(self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]) -> Projections:
+    """Keys and values of all slots, queries of some."""
+    x = self.input_layernorm(x)
+    take = functools.partial(take_slots, slots=slots)
+    key, value = self.self_attn.key_value(x, rotation)
+    return Projections(query=self.self_attn.query(take(x), tuple(map(take, rotation))), key=key, value=value)
+
+  def update(
+    self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]
+  ) -> tuple[Float[Array, "B S D"], Projections]:
+    """Runs the layer for some slots, which attend causally to all; the rest keep their hidden states."""
+    projections = self.project(x, rotation, slots)
+    mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
+    context = self.kernels.attention(projections.query, projections.key, projections.value, mask)
+    updated = self._finish(take_slots(x, slots), context)
+    return jax.vmap(lambda x, at, new: x.at[at].set(new))(x, slots, updated), projections
+
+  def extend(
+    self,
+    x: Float[Array, "B 1 D"],
+    rotation: Rotation,
+    prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
+    new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
+    slot: Int[Array, ""],
+  ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K M H"], Float[Array, "B K M H"]]:
+    """Runs the layer on one new token a row.
+
+    Args:
+      x: its hidden states.
+      rotation: of its position.
+      prompt: keys, values and mask of the prompt.
+      new: those of the tokens after it.
+      slot: which of these it takes.
+
+    Returns:
+      The hidden states, and keys and values of the tokens after the prompt with it.
+    """
+    own = self.self_attn.project(self.input_layernorm(x), rotation)
+    keys, values, mask = new
+    keys, values = write_slot(keys, own.key, slot), write_slot(values, own.value, slot)
+    return self._finish(x, self.kernels.cache_attention(own.query, prompt, (keys, values, mask))), keys, values
+
+  def _finish(self, x: Float[Array, "B S D"], context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
+    x = x + self.self_attn.output(context)
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+  """The language model without its head."""
+
+  config: TextConfig
+  kernels: Kernels
+
+  def setup(self) -> None:
+    self.embed_tokens = Embedding(
+      self.config.vocab_size, self.config.hidden_size, self.kernels, axes=("vocabulary", None)
+    )
+    self.layers = [DecoderLayer(self.config, self.kernels) for _ in range(self.config.num_hidden_layers)]
+    self.norm = RMSNorm(self.config.rms_norm_eps)
+
+  def __call__(
+    self,
+    x: Float[Array, "B S D"],
+    positions: Int[Array, "B S"],
+    layers: range,
+    *,
+    mask: Bool[Array, "B 1 S S"] | None = None,
+    partial_layers: frozenset[int] = frozenset(),
+    updated_slots: Int[Array, "B R"] | None = None,
+  ) -> tuple[Float[Array, "B S D"], list[Projections]]:
+    """Runs a range of layers.
+
+    Args:
+      x: hidden states.
+      positions: rotary positions.
+      layers: which.
+      mask: true where a query slot (row) may attend to a key slot; no slot attends to later ones in any case.
+      partial_layers: layers that update only `updated_slots`.
+      updated_slots: the slots that partial layers update.
+
+    Returns:
+      The hidden states and each layer's projections.
+    """
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    projections = []
+    for index in layers:
+      with jax.named_scope(f"layer_{index}"):
+        if index in partial_layers:
+          x, layer_projections = self.layers[index].update(x, rotation, updated_slots)
+        else:
+          x, layer_projections = self.layers[index](x, rotation, mask)
+      projections.append(layer_projections)
+    return x, projections
+
+  def project(
+    self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
+  ) -> Projections:
+    """What a layer's attention would compute from `x`: keys and values of all slots, queries of some."""
+    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.head_dim, positions), slots)
+
+  def extend(
+    self,
+    tokens: Int[Array, "B 1"],
+    positions: Int[Array, "B 1"],
+    order: Int[Array, "B"],
+    caches: tuple[SegmentCache, ...],
+    new: NewTokens,
+    dtype: Any,
+  ) -> tuple[Float[Array, "B 1 D"], NewTokens]:
+    """Runs every layer on one new token a row, over the caches of all segments.
+
+    Args:
+      tokens: the new tokens.
+      positions: their rotary positions.
+      order: where they stand in their rows, see `Layout.order`.
+      caches: the prompts, one cache a segment, layers in order.
+      new: the tokens after them.
+      dtype: of the hidden states.
+
+    Returns:
+      The hidden states before the final norm, and the tokens after the prompts with this one.
+    """
+    x = self.embed_tokens(tokens).astype(dtype)
+    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    new = new.append_order(order)
+    new_mask, slot = visible(new.order, order), new.num_slots_used - 1
+    keys, values = [], []
+    for cache in caches:
+      mask = visible(cache.order, order)
+      for prompt in zip(cache.keys, cache.values, strict=True):
+        index = len(keys)
+        own = (new.keys[index], new.values[index], new_mask)
+        x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, mask), own, slot)
+        keys.append(new_keys)
+        values.append(new_values)
+    return x, new.replace(keys=tuple(keys), values=tuple(values))

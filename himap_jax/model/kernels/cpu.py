@@ -1,0 +1,134 @@
+"""Kernels for XLA on CPU: what keeps it from converting, transposing or copying what a decoding step only has to read.
+
+Axes: as in `xla`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from himap_jax.model.kernels import Kernels, is_quantized, xla
+
+BLOCK = 256  # query slots
+
+# In a decode loop the weights do not change, so XLA converts (one row) or transposes (few rows) all of them ahead of the
+# loop and holds them twice. More rows and a barrier that ties each weight to its input keep it from doing so.
+MIN_ROWS = 2
+
+INT8_MAX = 127
+
+
+def attention(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "#B 1 S T"] | None = None,
+  *,
+  is_causal: bool = False,
+) -> Float[Array, "B S N H"]:
+  """Blocks of queries whose logits stay in the processor's cache, without the keys that causality hides."""
+  batch, slots, num_heads, head_dim = query.shape
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+  query = query.reshape(batch, key.shape[1], -1, slots, head_dim)
+  blocks = []
+  for first in range(0, slots, BLOCK):
+    last = min(first + BLOCK, slots)
+    seen = last if is_causal else key.shape[2]
+    visible = None if mask is None else mask[:, :, first:last, :seen]
+    if is_causal:
+      slot = jnp.arange(seen, dtype=jnp.int32)
+      causal = (slot[None] <= slot[first:last, None])[None, None]
+      visible = causal if visible is None else visible & causal
+    blocks.append(_block(query[:, :, :, first:last], key[:, :, :seen], value[:, :, :seen], visible))
+  context = jnp.concatenate(blocks, axis=3).reshape(batch, num_heads, slots, head_dim)
+  return jnp.swapaxes(context, 1, 2)
+
+
+def _block(
+  query: Float[Array, "B K G S H"],
+  key: Float[Array, "B K T H"],
+  value: Float[Array, "B K T H"],
+  mask: Bool[Array, "#B 1 S T"] | None,
+) -> Float[Array, "B K G S H"]:
+  logits = jnp.einsum("BKGSH,BKTH->BKGST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+  if mask is not None:
+    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+  weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+  context = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+  return (context / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
+
+
+def cache_attention(
+  query: Float[Array, "B 1 N H"],
+  prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
+  new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
+) -> Float[Array, "B 1 N H"]:
+  """As `xla.cache_attention`; reads every key and value once, as it lies.
+
+  XLA would convert the cache to float32 for a product of one column, and reads a matrix several times as fast on the left
+  of a product of few columns, where it would not leave it without a barrier.
+  """
+  (keys, values, mask), (new_keys, new_values, new_mask) = prompt, new
+  batch, _, num_heads, head_dim = query.shape
+  group = num_heads // keys.shape[1]
+  padding = [(0, 0), (0, 0), (0, max(0, MIN_ROWS - group)), (0, 0)]
+  query = query.reshape(batch, keys.shape[1], group, head_dim)
+  logits = jnp.einsum("BKTH,BKGH->BKTG", keys, jnp.pad(query, padding), preferred_element_type=jnp.float32)
+  logits = jnp.swapaxes(jax.lax.optimization_barrier(logits), 2, 3)[:, :, :group]
+  new_logits = jnp.einsum("BKGH,BKMH->BKGM", query.astype(jnp.float32), new_keys)
+  weights, new_weights = xla.softmax_of_both((logits, new_logits), (mask, new_mask), head_dim)
+  padded = jnp.pad(weights.astype(values.dtype), padding)
+  context = jnp.einsum("BKHT,BKGT->BKHG", values, padded, preferred_element_type=jnp.float32)
+  context = jnp.swapaxes(jax.lax.optimization_barrier(context), 2, 3)[:, :, :group]
+  context += jnp.einsum("BKGM,BKMH->BKGH", new_weights, new_values)
+  return context.astype(values.dtype).reshape(batch, 1, num_heads, head_dim)
+
+
+def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
+  """As `xla.product`; a product of one slot a row is computed as `weight · xᵀ`, which reads its weight once."""
+  if x.shape[1] > 1:
+    return xla.product(x, weight)
+  batch = x.shape[0]
+  x = jnp.pad(x, [(0, max(0, MIN_ROWS - batch)), (0, 0), (0, 0)])
+  x, weight = jax.lax.optimization_barrier((x, weight))
+  if is_quantized(weight):
+    y = _int8_product(x, weight)
+  else:
+    y = jnp.einsum("FD,BSD->FBS", weight, x, preferred_element_type=jnp.float32)
+  # `weight · xᵀ` is faster than its transpose, which XLA would make of the two.
+  return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)[:batch]
+
+
+def _int8_product(x: Float[Array, "B 1 D"], weight: Any) -> Float[Array, "F B 1"]:
+  """`weight · xᵀ` as a product of integers, since XLA would convert the whole weight for any other.
+
+  The activations are the sum of two int8 terms, which leaves an error of at most 2⁻¹⁶ of a token's largest activation:
+  less than bfloat16 does.
+  """
+  x = x[:, 0].astype(jnp.float32)
+  coarse = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny * INT8_MAX) / INT8_MAX
+  fine = coarse / (2 * INT8_MAX)
+  high = jnp.round(x / coarse)
+  low = jnp.round((x - high * coarse) / fine)
+  terms = jnp.concatenate([high, low]).astype(jnp.int8)
+  high, low = jnp.split(jnp.einsum("FD,BD->FB", weight.qvalue, terms, preferred_element_type=jnp.int32), 2, axis=1)
+  y = high.astype(jnp.float32) * coarse[:, 0][None] + low.astype(jnp.float32) * fine[:, 0][None]
+  return (y * jnp.broadcast_to(weight.scale, y.shape))[:, :, None]
+
+
+def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
+  """Rows of a table, which is not converted ahead of a decode loop."""
+  return xla.take_rows(*jax.lax.optimization_barrier((table, ids)))
+
+
+KERNELS = Kernels(
+  attention,
+  cache_attention,
+  product,
+  take_rows,
+  new_token_dtype=lambda dtype: jnp.dtype(jnp.float32),  # written in place, and read faster
+  # XLA would convert all int8 weights as soon as a program begins, and hold them all.
+  int8_compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
+)

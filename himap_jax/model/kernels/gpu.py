@@ -1,0 +1,29 @@
+"""Kernels for NVIDIA GPUs from Ampere on: cuDNN's flash attention where it applies.
+
+Axes: as in `xla`.
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from himap_jax.model.kernels import xla
+
+
+def attention(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "#B 1 S T"] | None = None,
+  *,
+  is_causal: bool = False,
+) -> Float[Array, "B S N H"]:
+  """cuDNN's flash attention; JAX's own implementation for masks, other dtypes and head dims."""
+  head_dim = query.shape[-1]
+  if mask is not None or query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
+    return xla.attention(query, key, value, mask, is_causal=is_causal)
+  return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
+
+
+KERNELS = dataclasses.replace(xla.KERNELS, attention=attention)

@@ -1,0 +1,80 @@
+"""Kernels in plain JAX, for any platform.
+
+Axes: B batch, S query slots, T key slots, N query heads, K key heads, G query heads per key head, H head dim,
+M slots of new tokens, D in features, F out features.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from himap_jax.model.kernels import Kernels, is_quantized
+
+
+def attention(
+  query: Float[Array, "B S N H"],
+  key: Float[Array, "B T K H"],
+  value: Float[Array, "B T K H"],
+  mask: Bool[Array, "#B 1 S T"] | None = None,
+  *,
+  is_causal: bool = False,
+) -> Float[Array, "B S N H"]:
+  """JAX's own implementation."""
+  with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+
+
+def cache_attention(
+  query: Float[Array, "B 1 N H"],
+  prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
+  new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
+) -> Float[Array, "B 1 N H"]:
+  """Attention of one new token a row.
+
+  Args:
+    query: its queries.
+    prompt: keys, values and mask of the prompt.
+    new: those of the tokens after it.
+  """
+  (keys, values, mask), (new_keys, new_values, new_mask) = prompt, new
+  batch, _, num_heads, head_dim = query.shape
+  query = query.reshape(batch, keys.shape[1], num_heads // keys.shape[1], head_dim)
+  logits = jnp.einsum("BKGH,BKTH->BKGT", query, keys, preferred_element_type=jnp.float32)
+  new_logits = jnp.einsum("BKGH,BKMH->BKGM", query, new_keys, preferred_element_type=jnp.float32)
+  weights, new_weights = softmax_of_both((logits, new_logits), (mask, new_mask), head_dim)
+  context = jnp.einsum("BKGT,BKHT->BKGH", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+  context += jnp.einsum(
+    "BKGM,BKMH->BKGH", new_weights.astype(new_values.dtype), new_values, preferred_element_type=jnp.float32
+  )
+  return context.astype(values.dtype).reshape(batch, 1, num_heads, head_dim)
+
+
+def softmax_of_both(
+  logits: tuple[Float[Array, "B K G T"], Float[Array, "B K G M"]],
+  masks: tuple[Bool[Array, "B 1 1 T"], Bool[Array, "B 1 1 M"]],
+  head_dim: int,
+) -> tuple[Float[Array, "B K G T"], Float[Array, "B K G M"]]:
+  """One softmax over the prompt and the tokens after it, in float32."""
+  both = jnp.concatenate(logits, axis=-1) * head_dim**-0.5
+  visible = jnp.concatenate(masks, axis=-1)
+  weights = jax.nn.softmax(jnp.where(visible, both, jnp.finfo(jnp.float32).min), axis=-1)
+  prompt, new = jnp.split(weights, [logits[0].shape[-1]], axis=-1)
+  return prompt, new
+
+
+def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
+  """`x · weightᵀ` in float32. An int8 weight is exact in any dtype of `x`; its scales come after the product."""
+  if is_quantized(weight):
+    y = jnp.einsum("BSD,FD->BSF", x, weight.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
+    return y * jnp.broadcast_to(weight.scale[:, 0], y.shape)
+  return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)
+
+
+def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
+  """Rows of a table."""
+  return jnp.take(table, ids, axis=0, mode="clip")
+
+
+KERNELS = Kernels(attention, cache_attention, product, take_rows, new_token_dtype=jnp.dtype)

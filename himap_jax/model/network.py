@@ -1,0 +1,134 @@
+"""A vision-language model: tower → connector → merge with the text → decoder.
+
+Axes: B batch, S slots, N image tokens, D model dim, V vocabulary.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from himap_jax.inputs import Inputs, Layout, put_image_tokens, pytree
+from himap_jax.model.config import ModelConfig
+from himap_jax.model.connectors.mlp import MlpConnector
+from himap_jax.model.decoder import Decoder
+from himap_jax.model.kernels import Kernels, xla
+from himap_jax.model.linear import Embedding, cast
+from himap_jax.model.towers import VisionTower
+from himap_jax.model.towers.common import TowerOutput
+
+
+class Embedded(NamedTuple):
+  """Prompts before the decoder.
+
+  Attributes:
+    x: `[B, S, D]` hidden states.
+    positions: `[B, S]` rotary positions.
+    layout: what each slot holds.
+    tower: what the vision tower says of the images.
+  """
+
+  x: Float[Array, "B S D"]
+  positions: Int[Array, "B S"]
+  layout: Layout
+  tower: TowerOutput
+
+
+class Network(nn.Module):
+  """The computation; it runs in `dtype`, softmax, norms, products and logits accumulating in float32.
+
+  Attributes:
+    config: the model's sizes.
+    dtype: of hidden states and of the weights in products.
+    kernels: the platform's implementations.
+  """
+
+  config: ModelConfig
+  dtype: Any = jnp.bfloat16
+  kernels: Kernels = xla.KERNELS
+
+  def setup(self) -> None:
+    config, text = self.config, self.config.text
+    self.vision_tower = VisionTower(config.vision, self.kernels)
+    self.multi_modal_projector = MlpConnector(config.connector, text.hidden_size, self.kernels)
+    self.language_model = Decoder(text, self.kernels)
+    if not text.tie_word_embeddings:
+      self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))
+
+  def encode_images(self, pixel_values: Float[Array, "B 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
+    """Image tokens in the decoder's width, and what the tower says of them."""
+    with jax.named_scope("vision_tower"):
+      tower = self.vision_tower(pixel_values.astype(self.dtype))
+    with jax.named_scope("connector"):
+      return self.multi_modal_projector(tower.features), tower
+
+  def embed(self, inputs: Inputs) -> Embedded:
+    """Embeds a batch: the tokens, with the image tokens in their slots."""
+    image_tokens, tower = self.encode_images(inputs.pixel_values)
+    x = self.language_model.embed_tokens(inputs.tokens).astype(self.dtype)
+    return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
+
+  def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
+    """Final norm and head, in float32."""
+    head = self.language_model.embed_tokens if self.config.text.tie_word_embeddings else self.lm_head
+    x = self.language_model.norm(x)
+    return self.kernels.product(x, cast(head.weight, x.dtype))
+
+  def __call__(self, inputs: Inputs) -> Float[Array, "B S V"]:
+    """Logits of every slot, without pruning; those of padding are meaningless."""
+    embedded = self.embed(inputs)
+    x, _ = self.language_model(embedded.x, embedded.positions, range(self.config.text.num_hidden_layers))
+    return self.logits(x)
+
+
+@pytree
+class Model:
+  """A network with its parameters: one argument of every compiled program.
+
+  Attributes:
+    params: the parameter tree, nested dicts of arrays; names are those of the checkpoint.
+    network: static.
+  """
+
+  params: PyTree
+  network: Network = flax.struct.field(pytree_node=False)
+
+  @property
+  def config(self) -> ModelConfig:
+    """The model's sizes."""
+    return self.network.config
+
+  @property
+  def dtype(self) -> Any:
+    """Of activations, and of all parameters that are not quantised."""
+    return self.network.dtype
+
+  def bind(self) -> Network:
+    """The network with its parameters bound, for use inside a program."""
+    return self.network.bind({"params": self.params})
+
+
+def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
+  """The parameter tree as `jax.ShapeDtypeStruct`s of the given dtype; nothing is computed."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_abstract_variables(config))["params"])
+
+
+def logical_axes(config: ModelConfig) -> dict[str, Any]:
+  """The parameter tree as a `PartitionSpec` of logical axes for every parameter."""
+  return nn.get_partition_spec(_abstract_variables(config))["params"]
+
+
+@functools.lru_cache
+def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
+  side = config.vision.image_size // config.vision.patch_size * config.vision.patch_size
+  num_image_tokens = config.num_image_tokens(side, side)
+  image_id = np.zeros((1, num_image_tokens + 1), np.int32)
+  image_id[0, -1] = -1
+  layout = Layout.of_rows((image_id >= 0).astype(np.int32), image_id, num_image_tokens)
+  inputs = Inputs(image_id, layout, image_id, np.zeros((1, 3, side, side), np.float32))
+  return jax.eval_shape(lambda inputs: Network(config).init(jax.random.key(0), inputs), inputs)

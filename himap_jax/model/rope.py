@@ -1,0 +1,49 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) with the scalings that LLaMA checkpoints use.
+
+Axes: B batch, S sequence, N heads, H head dim.
+"""
+
+import math
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from himap_jax.model.config import RopeConfig
+
+
+def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
+  """Angular frequencies `[H/2]` in radians per position, as transformers computes them for the same `rope_parameters`."""
+  exponent = (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
+  base = 1.0 / (config.theta**exponent).astype(np.float32)  # NumPy's float32 power is not rounded as torch's is
+  if config.rope_type == "linear":
+    return (base / config.factor).astype(np.float32)
+  if config.rope_type == "llama3":
+    wavelength = 2 * math.pi * (1 / base)  # torch divides a number by an array so
+    low = config.original_max_position_embeddings / config.low_freq_factor
+    high = config.original_max_position_embeddings / config.high_freq_factor
+    blend = (config.original_max_position_embeddings * (1 / wavelength) - config.low_freq_factor) / (
+      config.high_freq_factor - config.low_freq_factor
+    )
+    middle = (1 - blend) * base / config.factor + blend * base
+    scaled = np.where(wavelength > low, base / config.factor, np.where(wavelength < high, base, middle))
+    return scaled.astype(np.float32)
+  return base.astype(np.float32)
+
+
+def rotation(
+  config: RopeConfig, head_dim: int, positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]:
+  """Cosine and sine of every position in float32, to be computed once and shared by all layers."""
+  angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), jnp.asarray(frequencies(config, head_dim)))
+  angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(
+  x: Float[Array, "B S N H"], cos: Float[Array, "B S 1 H"], sin: Float[Array, "B S 1 H"]
+) -> Float[Array, "B S N H"]:
+  """Rotates the pairs (i, i + H/2) of every head."""
+  first, second = jnp.split(x, 2, axis=-1)
+  turned = jnp.concatenate([-second, first], axis=-1)
+  return x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)

@@ -1,0 +1,73 @@
+"""Vision towers: pixels to features, up to the last layer that the features need. A tower is one module and one row here."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from himap_jax.model.config import VisionConfig
+from himap_jax.model.kernels import Kernels
+from himap_jax.model.linear import LayerNorm
+from himap_jax.model.towers import clip, dinov2
+from himap_jax.model.towers.common import QueryKey, TowerOutput, class_attention
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """What makes one tower differ from another.
+
+  Attributes:
+    embeddings: the module from pixels to the first hidden state.
+    layer: the module of one layer.
+    layer_name: what the checkpoint calls its layers.
+    norm_name: what it calls the norm before them; None where there is none.
+  """
+
+  embeddings: type[nn.Module]
+  layer: type[nn.Module]
+  layer_name: str = "layers"
+  norm_name: str | None = None
+
+
+TOWERS = {
+  "clip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer, norm_name="pre_layrnorm"),
+  "siglip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer),
+  "dinov2": Tower(dinov2.DinoEmbeddings, dinov2.DinoLayer, layer_name="layer"),
+}
+
+
+class Encoder(nn.Module):
+  """The layers that are run; returns the hidden state after each, the input first, and the last one's queries and keys."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[list[Float[Array, "B S D"]], QueryKey]:
+    tower = TOWERS[self.config.model_type]
+    hidden_states, query_key = [x], None
+    for index in range(self.config.num_layers_run):
+      x, query_key = tower.layer(self.config, self.kernels, name=f"{tower.layer_name}_{index}")(x)
+      hidden_states.append(x)
+    return hidden_states, query_key
+
+
+class VisionTower(nn.Module):
+  """Pixels to the features that the connector reads."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> TowerOutput:
+    tower = TOWERS[self.config.model_type]
+    x = tower.embeddings(self.config, self.kernels, name="embeddings")(pixel_values)
+    if tower.norm_name is not None:
+      x = LayerNorm(self.config.layer_norm_eps, name=tower.norm_name)(x)
+    hidden_states, (query, key) = Encoder(self.config, self.kernels, name="encoder")(x)
+    features = jnp.concatenate([hidden_states[layer] for layer in self.config.feature_layers], axis=-1)
+    attention = class_attention(query, key) if self.config.has_class_token else None
+    output = TowerOutput(features, attention, key)
+    return jax.tree.map(lambda y: y[:, 1:], output) if self.config.select_strategy == "default" else output

@@ -1,0 +1,124 @@
+"""What vision towers share: patches, position grids, their feed-forward, and the attention of a class token.
+
+Axes: B batch, P patches, S tokens of the tower (patches and, where there is one, the class token), D width, N heads,
+H head dim. Module names are those of the checkpoints.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from himap_jax.inputs import pytree
+from himap_jax.model.config import VisionConfig
+from himap_jax.model.kernels import Kernels
+from himap_jax.model.linear import ACTIVATIONS, Linear
+
+
+@pytree
+class TowerOutput:
+  """What the tower says of a batch of images.
+
+  Attributes:
+    features: what the projector reads, one vector an image token.
+    class_attention: float32 attention of the class token to every image token in the last layer that the features need,
+        averaged over heads; None where the tower has no class token.
+    keys: that layer's keys of the image tokens, by head.
+  """
+
+  features: Float[Array, "B P F"]
+  class_attention: Float[Array, "B P"] | None
+  keys: Float[Array, "B P N H"]
+
+
+# Queries and keys of a layer.
+QueryKey = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
+
+
+def bicubic_weights(source: int, target: int) -> np.ndarray:
+  """`[target, source]` matrix of a bicubic resize, as torch's `interpolate(mode="bicubic", align_corners=False)`.
+
+  Keys' kernel with a = −0.75, half-pixel centres, borders repeated, no antialiasing.
+  """
+  a = -0.75
+  centre = (np.arange(target) + 0.5) * (source / target) - 0.5
+  first = np.floor(centre).astype(int)
+  weights = np.zeros((target, source))
+  for tap in range(-1, 3):
+    x = np.abs(centre - (first + tap))
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    np.add.at(weights, (np.arange(target), np.clip(first + tap, 0, source - 1)), np.where(x <= 1, near, far))
+  return weights.astype(np.float32)
+
+
+def resize_positions(positions: Float[Array, "P D"], height: int, width: int) -> Float[Array, "Q D"]:
+  """Resizes a square grid of position embeddings to `height` × `width` patches, in float32."""
+  side = round(positions.shape[0] ** 0.5)
+  if (height, width) == (side, side):
+    return positions
+  grid = positions.astype(jnp.float32).reshape(side, side, -1)
+  rows, columns = bicubic_weights(side, height), bicubic_weights(side, width)
+  resized = jnp.einsum("hr,wc,rcD->hwD", rows, columns, grid, precision="highest")
+  return resized.reshape(height * width, -1).astype(positions.dtype)
+
+
+def patchify(pixel_values: Float[Array, "B 3 h w"], patch: int) -> Float[Array, "B P F"]:
+  """Cuts images into flattened patches, ordered (channel, row, column) as a convolution's weight is."""
+  batch, channels, height, width = pixel_values.shape
+  rows, columns = height // patch, width // patch
+  x = pixel_values[:, :, : rows * patch, : columns * patch]
+  x = x.reshape(batch, channels, rows, patch, columns, patch)
+  return x.transpose(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch * patch)
+
+
+class PatchEmbedding(nn.Module):
+  """The towers' strided convolution, as one product over flattened patches; its weight is `[D, 3, patch, patch]`."""
+
+  features: int
+  patch_size: int
+  use_bias: bool
+
+  @nn.compact
+  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B P D"]:
+    shape = (self.features, 3, self.patch_size, self.patch_size)
+    weight = self.param("weight", nn.initializers.normal(0.02), shape)
+    patches = patchify(pixel_values, self.patch_size)
+    kernel = weight.reshape(self.features, -1).astype(patches.dtype)
+    x = jnp.einsum("BPF,DF->BPD", patches, kernel, preferred_element_type=jnp.float32).astype(patches.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,))
+      x = x + jnp.broadcast_to(bias.astype(x.dtype), x.shape)
+    return x
+
+
+def heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S N H"]:
+  """Channels by head."""
+  return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+class FeedForward(nn.Module):
+  """The two-layer feed-forward of all towers."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    c, k = self.config, self.kernels
+    x = Linear(c.intermediate_size, k, use_bias=True, axes=("tower_feed_forward", None), name="fc1")(x)
+    x = ACTIVATIONS[c.hidden_act](x)
+    return Linear(c.hidden_size, k, use_bias=True, axes=(None, "tower_feed_forward"), name="fc2")(x)
+
+
+def prepend(token: Float[Array, "D"], x: Float[Array, "B P D"]) -> Float[Array, "B S D"]:
+  """A token before the patches."""
+  first = jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2]))
+  return jnp.concatenate([first, x], axis=1)
+
+
+def class_attention(query: Float[Array, "B S N H"], key: Float[Array, "B S N H"]) -> Float[Array, "B S"]:
+  """Attention probabilities of the first token, averaged over heads."""
+  logits = jnp.einsum("BNH,BSNH->BNS", query[:, 0], key, preferred_element_type=jnp.float32)
+  return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1).mean(axis=1)

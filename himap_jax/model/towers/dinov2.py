@@ -1,0 +1,104 @@
+"""DINOv2's tower. Axes: as in `common`."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from himap_jax.model.config import VisionConfig
+from himap_jax.model.kernels import Kernels
+from himap_jax.model.linear import LayerNorm, Linear
+from himap_jax.model.towers.common import FeedForward, PatchEmbedding, QueryKey, heads, prepend, resize_positions
+
+
+class DinoAttention(nn.Module):
+  """Attention with the names of a DINOv2 checkpoint."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
+    y, query_key = DinoSelfAttention(self.config, self.kernels, name="attention")(x)
+    return DinoOutput(self.config, self.kernels, name="output")(y), query_key
+
+
+class DinoSelfAttention(nn.Module):
+  """Self-attention of DINOv2 before its output layer."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
+    width, num_heads = self.config.hidden_size, self.config.num_attention_heads
+    query, key, value = (
+      heads(
+        Linear(width, self.kernels, use_bias=self.config.qkv_bias, axes=("tower_heads", None), name=name)(x), num_heads
+      )
+      for name in ("query", "key", "value")
+    )
+    return self.kernels.attention(query, key, value).reshape(x.shape), (query, key)
+
+
+class DinoOutput(nn.Module):
+  """The output layer of DINOv2's attention."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    return Linear(self.config.hidden_size, self.kernels, use_bias=True, axes=(None, "tower_heads"), name="dense")(x)
+
+
+class LayerScale(nn.Module):
+  """A learned scale of every channel."""
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    scale = self.param("lambda1", nn.initializers.ones, (x.shape[-1],))
+    return x * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
+
+
+class DinoLayer(nn.Module):
+  """An encoder layer of DINOv2."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
+    epsilon = self.config.layer_norm_eps
+    y, query_key = DinoAttention(self.config, self.kernels, name="attention")(LayerNorm(epsilon, name="norm1")(x))
+    x = x + LayerScale(name="layer_scale1")(y)
+    y = FeedForward(self.config, self.kernels, name="mlp")(LayerNorm(epsilon, name="norm2")(x))
+    return x + LayerScale(name="layer_scale2")(y), query_key
+
+
+class DinoPatchEmbeddings(nn.Module):
+  """DINOv2's patch embedding."""
+
+  config: VisionConfig
+
+  @nn.compact
+  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B P D"]:
+    return PatchEmbedding(self.config.hidden_size, self.config.patch_size, use_bias=True, name="projection")(
+      pixel_values
+    )
+
+
+class DinoEmbeddings(nn.Module):
+  """Patch, position and class embeddings of DINOv2; the position grid is resized to the image."""
+
+  config: VisionConfig
+  kernels: Kernels
+
+  @nn.compact
+  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B S D"]:
+    width, patch = self.config.hidden_size, self.config.patch_size
+    x = DinoPatchEmbeddings(self.config, name="patch_embeddings")(pixel_values)
+    num_positions = (self.config.image_size // patch) ** 2 + 1
+    positions = self.param("position_embeddings", nn.initializers.normal(0.02), (1, num_positions, width))[0]
+    class_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))[0, 0]
+    grid = resize_positions(positions[1:], pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
+    return prepend((class_token + positions[0]).astype(x.dtype), x + grid[None].astype(x.dtype))

@@ -1,0 +1,148 @@
+"""The pruning methods: every module here names its own in `METHODS`."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from himap_jax.errors import UserError
+from himap_jax.pruning.method import Criterion, Method
+from himap_jax.pruning.schedule import Schedule, Stage
+
+_MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
+METHODS: dict[str, Method] = dict(sorted(item for module in _MODULES for item in module.METHODS.items()))
+if len(METHODS) < sum(len(module.METHODS) for module in _MODULES):
+  raise RuntimeError("two modules of himap_jax.pruning.methods name the same method")
+
+
+def parse(method: str) -> list[str]:
+  """The names in `a` or `a+b`.
+
+  Raises:
+    UserError: one is not in `METHODS`.
+  """
+  names = method.split("+")
+  for name in names:
+    if name not in METHODS:
+      raise UserError(f"unknown method {name!r}; known: {', '.join(METHODS)}")
+  return names
+
+
+def build_schedule(
+  method: str,
+  *,
+  num_layers: int,
+  num_image_tokens: int,
+  has_class_token: bool = True,
+  prune_layers: tuple[int, ...] | None = None,
+  keep: tuple[int | float, ...] | None = None,
+  parameters: Mapping[str, float] | None = None,
+) -> Schedule:
+  """Builds and checks the schedule of a method for a model.
+
+  Args:
+    method: a name in `METHODS`, or two joined by `+`: one before the decoder, one inside.
+    num_layers: the decoder's layers.
+    num_image_tokens: image tokens before pruning.
+    has_class_token: whether the tower has a class token.
+    prune_layers: layers to prune before, one a stage, 0 being before the decoder (for a method that freezes, the layers
+      in which image tokens are not updated); the method's own when None.
+    keep: image tokens to keep at each stage, a count (int) or a share of the image's tokens (float in (0, 1], rounded
+      to the nearest count, at least one); the method's own when None. Of two methods, the second one's own shares are
+      of what the first keeps.
+    parameters: values of the method's `Method.parameters`; those left out have their defaults.
+
+  Raises:
+    UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
+  """
+  entries = _entries(method, has_class_token)
+  values = _parameters(method, entries, parameters or {})
+  if prune_layers is None:
+    prune_layers = sum((_of_depth(entry.prune_layers, num_layers) for entry in entries), ())
+  if entries[0].freezes:
+    if keep is not None:
+      raise UserError(f"method {method!r} keeps every image token, so it takes no keep")
+    schedule = Schedule(frozen_layers=tuple(sorted(prune_layers)), parameters=values)
+  else:
+    criteria = _criteria(method, entries, prune_layers)
+    counts = _counts(entries, num_layers, num_image_tokens, keep)
+    if len(counts) != len(criteria):
+      raise UserError(f"method {method!r} has {len(criteria)} stages, but keep has {len(counts)} values")
+    stages = tuple(Stage(*stage) for stage in zip(prune_layers, counts, criteria, strict=True))
+    schedule = Schedule(stages, parameters=values)
+  schedule.segments(num_layers, num_image_tokens)
+  return schedule
+
+
+def _entries(method: str, has_class_token: bool) -> list[Method]:
+  """The one method or the two that combine."""
+  names = parse(method)
+  for name in names:
+    if METHODS[name].needs_class_attention and not has_class_token:
+      others = [known for known, entry in METHODS.items() if not entry.needs_class_attention]
+      raise UserError(
+        f"method {name!r} reads the attention of the tower's class token, and this model's tower has none; "
+        f"methods that work: {', '.join(others)}"
+      )
+  first, *rest = entries = [METHODS[name] for name in names]
+  can_be = first.criteria and first.acts != "inside" and all(e.criteria and e.acts != "before" for e in rest)
+  if len(rest) > 1 or (rest and not can_be):
+    before = [name for name, entry in METHODS.items() if entry.criteria and entry.acts != "inside"]
+    raise UserError(
+      f"method {method!r}: two methods combine as one that acts before the decoder ({', '.join(before)}) + one that "
+      "prunes inside it"
+    )
+  return entries
+
+
+def _parameters(method: str, entries: list[Method], given: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+  values = {name: value for entry in entries for name, value in entry.parameters.items()}
+  for name in given:
+    if name not in values:
+      raise UserError(f"method {method!r} has no parameter {name!r}; it has: {', '.join(values) or 'none'}")
+  values |= given
+  for entry in entries:
+    entry.check(values)
+  return tuple(sorted(values.items()))
+
+
+def _criteria(method: str, entries: list[Method], prune_layers: tuple[int, ...]) -> list[Criterion]:
+  """The criterion of every stage; a method's single one serves as many stages as there are."""
+  first, own = list(entries[0].criteria) if len(entries) > 1 else [], list(entries[-1].criteria)
+  num_own = len(prune_layers) - len(first)
+  if (len(own) != 1 and num_own != len(own)) or num_own < len(own):
+    raise UserError(
+      f"method {method!r} has {len(first) + len(own)} stages, but prune_layers has {len(prune_layers)} values"
+    )
+  for index, layer in enumerate(prune_layers):
+    acts = entries[0 if index == 0 else -1].acts
+    if acts == "before" and layer != 0:
+      raise UserError(f"method {method!r} acts before the decoder: its prune_layers can only be 0, not {layer}")
+    if acts == "inside" and layer == 0:
+      raise UserError(f"method {method!r} cannot prune before layer 0: it needs the attention of the layer before")
+  return first + (own if len(own) == num_own else own * num_own)
+
+
+def _counts(
+  entries: list[Method], num_layers: int, num_image_tokens: int, keep: tuple[int | float, ...] | None
+) -> list[int]:
+  """Image tokens after each stage: those given, or the methods' own."""
+  if keep is not None:
+    return [_count(k, num_image_tokens) for k in keep]
+  counts = []
+  for entry in entries:
+    entering = counts[-1] if counts else num_image_tokens
+    counts += [_count(share, entering) for share in _of_depth(entry.keep, num_layers)]
+  return counts
+
+
+def _of_depth(value: Any, num_layers: int) -> tuple:
+  return value(num_layers) if callable(value) else value
+
+
+def _count(keep: int | float, num_image_tokens: int) -> int:
+  if isinstance(keep, int):
+    return keep
+  if not 0 < keep <= 1:
+    raise UserError(f"a share of image tokens to keep must be above 0% and at most 100%, not {keep:.4%}")
+  return max(1, round(keep * num_image_tokens))

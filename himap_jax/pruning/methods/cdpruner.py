@@ -1,0 +1,75 @@
+"""CDPruner: tokens that matter to the instruction and differ from each other, by a determinantal point process.
+
+Its authors take the relevance from the tower's text encoder. A LLaVA checkpoint has none, so here it is the similarity
+of image tokens and instruction tokens where they meet, at the decoder's input. They scale relevance over the batch;
+here it is scaled for each row, so that a row's result is its own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from himap_jax.inputs import take_slots
+from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, mark
+from himap_jax.pruning.sizes import Sizes
+
+EPSILON = 1e-6
+
+
+def relevance(view: View) -> Float[Array, "B M"]:
+  """Mean cosine with the instruction's tokens, scaled to (0, 1]."""
+  slots, valid = view.layout.instruction_slots()
+  similarity = cosine_similarity(view.image_tokens(), take_slots(view.x, slots))
+  count = jnp.maximum(valid.sum(axis=1, dtype=jnp.float32), 1.0)[:, None]
+  mean = jnp.where(valid[:, None], similarity, 0.0).sum(axis=2) / count
+  present = view.layout.image_present()
+  low = jnp.where(present, mean, jnp.inf).min(axis=1, keepdims=True)
+  high = jnp.where(present, mean, -jnp.inf).max(axis=1, keepdims=True)
+  return (mean - low + EPSILON) / jnp.maximum(high - low, EPSILON)
+
+
+def determinantal(view: View, keep: int) -> Selection:
+  """Greedy maximum a posteriori of the process with kernel r_i · cos(v_i, v_j) · r_j (arXiv 1709.05135)."""
+  tokens, weight, present = view.image_tokens(), relevance(view), view.layout.image_present()
+  kernel = weight[:, :, None] * cosine_similarity(tokens, tokens) * weight[:, None]
+  batch, num_tokens, _ = kernel.shape
+
+  def choose(index, state):
+    gain, chosen, columns, kept = state
+    candidate = jnp.where(present, gain, jnp.finfo(jnp.float32).min)
+    token = jnp.where(chosen, -jnp.inf, candidate).argmax(axis=1).astype(jnp.int32)
+    explained = jnp.einsum("BK,BKM->BM", _of(columns, token, axis=2), columns, precision="highest")
+    own = _of(gain, token, axis=1)
+    # Zero up to rounding once the kernel's rank is used up: then nothing more is explained.
+    scale = jnp.where(own > EPSILON**2, jax.lax.rsqrt(jnp.maximum(own, EPSILON**2)), 0.0)
+    column = (_of(kernel, token, axis=1) - explained) * scale[:, None]
+    gain = gain - jnp.square(column)
+    chosen |= mark(token[:, None], num_tokens)
+    return gain, chosen, columns.at[:, index].set(column), kept.at[:, index].set(token)
+
+  start = (
+    jnp.diagonal(kernel, axis1=1, axis2=2),
+    jnp.zeros((batch, num_tokens), bool),
+    jnp.zeros((batch, keep, num_tokens), jnp.float32),
+    jnp.zeros((batch, keep), jnp.int32),
+  )
+  return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[3], axis=1))
+
+
+def _of(x: Float[Array, "B ..."], token: Int[Array, "B"], axis: int) -> Float[Array, "B ..."]:
+  """What each row has for its token."""
+  indices = token.reshape(-1, *[1] * (x.ndim - 1))
+  return jnp.take_along_axis(x, indices, axis=axis).squeeze(axis)
+
+
+def cost(sizes: Sizes) -> int:
+  """Products of all pairs of image tokens and of image and text, and a pass over the columns for every kept token."""
+  pairs = sizes.num_present * (sizes.num_present + sizes.num_text_tokens)
+  return pairs * sizes.model.hidden_size + sizes.keep**2 * sizes.num_present
+
+
+METHODS = {
+  "cdpruner": Method(
+    "arXiv 2506.10967, 64 tokens", (Criterion(determinantal, cost),), prune_layers=(0,), keep=(64 / 576,), acts="before"
+  )
+}

@@ -1,0 +1,50 @@
+"""The controls: no pruning; random tokens, which a method has to beat; a regular grid, whatever the picture shows."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from himap_jax.pruning.method import Criterion, Method, Selection, View, filled, highest
+
+
+def noise(view: View) -> Float[Array, "B M"]:
+  """Independent uniform numbers, which depend on the row's key and the layer alone."""
+  num_tokens = view.layout.num_image_tokens
+  return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, view.layer), (num_tokens,)))(view.keys)
+
+
+def spread(num_tokens: int, keep: int) -> Int[np.ndarray, "K"]:
+  """`keep` of `num_tokens` indices at equal distances."""
+  return (2 * np.arange(keep, dtype=np.int32) + 1) * num_tokens // (2 * keep)
+
+
+def grid(side: int, keep: int) -> Int[np.ndarray, "K"]:
+  """`keep` of a square grid's indices: rows at equal distances, and in each row tokens at equal distances."""
+  rows = spread(side, min(side, max(math.ceil(keep / side), round(keep**0.5))))
+  per_row = np.diff(np.arange(len(rows) + 1) * keep // len(rows))
+  return np.concatenate([row * side + spread(side, count) for row, count in zip(rows, per_row.tolist(), strict=True)])
+
+
+def regular(view: View, keep: int) -> Selection:
+  """The same tokens for every row with all M image tokens; tokens at equal distances for one with fewer."""
+  present = view.layout.image_present()
+  count, num_tokens = present.sum(axis=1, keepdims=True, dtype=jnp.int32), present.shape[1]
+  side = math.isqrt(num_tokens)
+  is_whole_grid = side * side == num_tokens == view.features.shape[1]
+  same = jnp.asarray(grid(side, keep) if is_whole_grid else spread(num_tokens, keep), jnp.int32)[None]
+  own = (2 * jnp.arange(keep, dtype=jnp.int32)[None] + 1) * count // (2 * keep)
+  return Selection(filled(jnp.where(count == num_tokens, same, own), present))
+
+
+def _control(criterion: Criterion) -> Method:
+  return Method("control", (criterion,), prune_layers=(0,), keep=(0.25,), acts="anywhere")
+
+
+METHODS = {
+  "none": Method("no pruning"),
+  "random": _control(highest(noise, lambda sizes: 0)),
+  "uniform": _control(Criterion(regular, lambda sizes: 0)),
+}

@@ -1,0 +1,24 @@
+"""PyramidDrop: what the last token would attend to in the layer that comes next, several times over."""
+
+from jaxtyping import Array, Float
+
+from himap_jax.pruning.method import Method, View, highest
+from himap_jax.pruning.scoring import received_attention
+from himap_jax.pruning.sizes import Sizes
+
+
+def next_layer_attention(view: View) -> Float[Array, "B M"]:
+  """Attention that each image token would receive from the last token, by the next layer's queries and keys."""
+  last = view.layout.last_slot()[:, None]
+  query, key = view.next_layer(last)
+  return received_attention(query, key, view.layout, last, scale=view.scale)
+
+
+def cost(sizes: Sizes) -> int:
+  """One row of queries and attention, and the keys of the whole sequence."""
+  model = sizes.model
+  return sizes.attention(1) + model.hidden_size * (model.query_width + sizes.num_slots * model.key_width)
+
+
+CRITERION = highest(next_layer_attention, cost)
+METHODS = {"pyramiddrop": Method("arXiv 2410.17247", (CRITERION,), prune_layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))}

@@ -1,0 +1,48 @@
+"""VisPruner: half by the class token's attention, half what is left when the most similar tokens are removed."""
+
+import jax.numpy as jnp
+
+from himap_jax.inputs import take_slots
+from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, filled
+from himap_jax.pruning.sizes import Sizes
+
+IMPORTANT_SHARE = 0.5
+REMOVED_AT_ONCE = 8
+
+
+def important_and_diverse(view: View, keep: int) -> Selection:
+  """The highest class attention; of the rest, in that order, tokens are removed while a partner resembles them most.
+
+  Partners are the tokens at even and at odd places; of the even ones, the eight that most resemble an odd one go.
+  """
+  num_important, present = int(keep * IMPORTANT_SHARE), view.layout.image_present()
+  order = jnp.argsort(jnp.where(present, -view.class_attention, jnp.inf), axis=1, stable=True)
+  important, residual = order[:, :num_important], order[:, num_important:]
+  num_diverse = keep - num_important
+  while (size := residual.shape[1]) > num_diverse:
+    even, odd = residual[:, ::2], residual[:, 1::2]
+    similarity = cosine_similarity(take_slots(view.features, even), take_slots(view.features, odd))
+    likeness = jnp.where(take_slots(present, odd)[:, None], similarity, -1.0).max(axis=2, initial=-1.0)
+    likeness = jnp.where(take_slots(present, even), likeness, jnp.inf)
+    survivors = jnp.argsort(-likeness, axis=1, stable=True)[:, min(REMOVED_AT_ONCE, size - num_diverse) :]
+    residual = jnp.concatenate([take_slots(even, survivors), odd], axis=1)
+  return Selection(filled(jnp.concatenate([important, residual], axis=1), present))
+
+
+def cost(sizes: Sizes) -> int:
+  """The class token's attention, and similarities of features in every round."""
+  num_important = int(sizes.keep * IMPORTANT_SHARE)
+  size, products = sizes.num_image_tokens - num_important, 0
+  while size > sizes.keep - num_important:
+    products += (size + 1) // 2 * (size // 2)
+    size -= min(REMOVED_AT_ONCE, size - (sizes.keep - num_important), (size + 1) // 2)
+  return sizes.class_attention() + products * sizes.model.num_features
+
+
+SOURCE = "arXiv 2412.01818v2, 128 tokens"
+CRITERION = Criterion(important_and_diverse, cost)
+METHODS = {
+  "vispruner": Method(
+    SOURCE, (CRITERION,), prune_layers=(0,), keep=(128 / 576,), acts="before", needs_class_attention=True
+  )
+}

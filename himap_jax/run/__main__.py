@@ -1,0 +1,40 @@
+"""Answers a file of questions about images.
+
+    python -m himap_jax.run --flagfile=experiments/flags/demo.flags
+
+Reads prompts, writes one JSON row per prompt as batches finish, resumes where an earlier run stopped.
+"""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags
+
+from himap_jax.engine import processes
+from himap_jax.run import command, job
+from himap_jax.run import flags as run_flags
+
+flags.adopt_module_key_flags(run_flags)  # for --help
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the command and exits with its status."""
+
+  def action() -> int:
+    run_flags.join_processes()
+    try:
+      return job.run(run_flags.config_from_flags())
+    except jax.errors.JaxRuntimeError as error:
+      if jax.process_count() > 1:
+        processes.give_up("himap_jax", error)
+      raise
+
+  command.execute("himap_jax", argv, action, resumes=flags.FLAGS.resume)
+
+
+if __name__ == "__main__":
+  app.run(main)

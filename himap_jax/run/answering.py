@@ -1,0 +1,193 @@
+"""The main loop: prompts into batches, batches through the model, answers into the output."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from himap_jax.engine import processes
+from himap_jax.engine.batching import Batcher
+from himap_jax.engine.engine import Engine, Generation
+from himap_jax.engine.processes import Share
+from himap_jax.errors import UserError
+from himap_jax.inputs import Example
+from himap_jax.run.command import out_of_memory_is_user_error, user_error
+from himap_jax.run.drawing import draw_kept
+from himap_jax.run.output import Output
+from himap_jax.run.pictures import load_with_digest
+from himap_jax.run.progress import Progress
+from himap_jax.run.prompts import Prompt
+from himap_jax.run.summary import Result, Summary
+
+
+class Prepared(NamedTuple):
+  """A prompt that is ready for the model, and the digest of its output row."""
+
+  prompt: Prompt
+  example: Example
+  digest: str
+
+
+class Reader:
+  """Prepares prompts ahead of their batches and sorts them by bucket; what cannot be prepared becomes an error."""
+
+  def __init__(self, prompts: Iterable[Prompt], prepare: Callable, *, buckets: Sequence[int], batch_size: int):
+    """Reads nothing yet; `prepare` turns a prompt into its bucket and a `Prepared`, or raises UserError."""
+    self._prompts, self._prepare, self._batch_size = iter(prompts), prepare, batch_size
+    self._waiting: dict[int, list[Prepared]] = {bucket: [] for bucket in buckets}
+    self._errors: list[tuple[Prompt, str]] = []
+
+  def read(self) -> None:
+    """Reads on until some bucket fills a batch, or to the end."""
+    while max(self.counts()) < self._batch_size:
+      prompt = next(self._prompts, None)
+      if prompt is None:
+        return
+      try:
+        if prompt.error is not None:
+          raise UserError(prompt.error)
+        bucket, prepared = self._prepare(prompt)
+        self._waiting[bucket].append(prepared)
+      except UserError as error:
+        self._errors.append((prompt, str(error)))
+
+  def counts(self) -> list[int]:
+    """Rows that wait, by bucket."""
+    return [len(group) for group in self._waiting.values()]
+
+  def take(self, bucket: int) -> list[Prepared]:
+    """The rows of the next batch."""
+    group = self._waiting[bucket]
+    self._waiting[bucket] = group[self._batch_size :]
+    return group[: self._batch_size]
+
+  def take_errors(self) -> list[tuple[Prompt, str]]:
+    """The prompts that cannot be answered since the last call, and why."""
+    errors, self._errors = self._errors, []
+    return errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Answerer:
+  """What makes output rows of prompts.
+
+  Attributes:
+    processor: prepares prompts; a `families.family.Processor`.
+    batcher: packs prepared prompts.
+    engine: answers batches.
+    batch_size: rows of a batch in all processes together; a multiple of the mesh's `data` axis.
+    emit: further fields of a row: `tokens`, `kept`, `logits`, `timing`.
+    pictures: a directory for pictures of kept patches, or None.
+  """
+
+  processor: Any
+  batcher: Batcher
+  engine: Engine
+  batch_size: int
+  emit: frozenset[str] = frozenset()
+  pictures: pathlib.Path | None = None
+
+  def answer_all(self, output: Output, share: Share = Share()) -> Summary:
+    """Answers every prompt that has no answer yet, batch by batch; a bad row becomes an error row.
+
+    Every process of the run calls this and prepares the prompts of its share. The rows of all are collected in each, and
+    the first process writes them.
+
+    Raises:
+      UserError: a file cannot be written, or the devices have too little memory; the rows written before are whole.
+    """
+    contract, buckets = output.contract, self.batcher.buckets
+    todo = [prompt for prompt in contract.prompts if prompt.key not in output.answered]
+    summary = Summary(num_skipped=len(contract.prompts) - len(todo))
+    num_rows = self.batch_size // share.count
+
+    def prepare(prompt: Prompt) -> tuple[int, Prepared]:
+      image, picture = load_with_digest(contract.image_dir / prompt.image)
+      example = self.processor.prepare(image, prompt.question)
+      return self.batcher.bucket(example), Prepared(prompt, example, contract.row_digest(prompt, picture))
+
+    reader = Reader(todo[share.index :: share.count], prepare, buckets=buckets, batch_size=num_rows)
+    progress = Progress(len(todo), "row", "himap_jax", shown=processes.is_leader())
+    start = time.perf_counter()
+    with progress, ThreadPoolExecutor(max_workers=1) as thread:
+      reading = thread.submit(reader.read)
+      while True:
+        reading.result()
+        errors = reader.take_errors()
+        results = [Result(prompt.row(contract.row_digest(prompt), error=error)) for prompt, error in errors]
+        index = processes.fullest(reader.counts())
+        group = [] if index is None else reader.take(buckets[index])
+        reading = thread.submit(reader.read)
+        if index is not None:
+          generation = self._generate(group, buckets[index], num_rows)
+          summary.prefill_seconds += generation.prefill_seconds
+          summary.decode_seconds += generation.decode_seconds
+          results += self._results(group, generation)
+          if self.pictures is not None and share.is_written_here:
+            self._draw(group, generation)
+        results = _of_all_processes(results if share.is_written_here else [])
+        output.write([result.row for result in results])
+        if results:
+          logging.log_first_n(logging.INFO, "ready: first rows", 1)
+        summary.count(results)
+        progress.update(len(results))
+        if index is None:
+          summary.seconds = time.perf_counter() - start
+          return summary
+
+  def _generate(self, group: Sequence[Prepared], bucket: int, num_rows: int) -> Generation:
+    inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
+    ids = [row.prompt.key for row in group]
+    ids += (ids[-1:] or [""]) * (num_rows - len(ids))
+    with out_of_memory_is_user_error():
+      return self.engine(inputs, ids)
+
+  def _results(self, group: Sequence[Prepared], generation: Generation) -> list[Result]:
+    results = []
+    seconds = {name: getattr(generation, name) / max(1, len(group)) for name in ("prefill_seconds", "decode_seconds")}
+    for index, (prompt, example, digest) in enumerate(group):
+      logits, tokens = generation.logits[index], generation.tokens[index]
+      if not np.isfinite(logits).all():
+        results.append(Result(prompt.row(digest, error="the model's logits are not finite; try --dtype=float32")))
+        continue
+      kept = [stage[index] for stage in generation.kept]
+      more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}
+      if "kept" in self.emit:
+        more["kept"] = kept
+      if "logits" in self.emit:
+        more["first_logits"] = logits.tolist()
+      if "timing" in self.emit:
+        more["timing"] = seconds | {"rows_in_batch": len(group)}
+      row = prompt.row(digest, answer=self.processor.decode(tokens), **more)
+      counts = (example.num_image_tokens, example.num_text_tokens, [len(stage) for stage in kept])
+      results.append(Result(row, len(tokens), *counts))
+    return results
+
+  def _draw(self, group: Sequence[Prepared], generation: Generation) -> None:
+    for index, (prompt, example, _) in enumerate(group):
+      if np.isfinite(generation.logits[index]).all():
+        kept = [stage[index] for stage in generation.kept]
+        picture = draw_kept(self.processor.picture(example), kept, self.processor.patch_grid)
+        path = self.pictures / f"{prompt.file_name}.png"
+        with user_error(f"--pictures: cannot write {path}"):
+          picture.save(path, format="PNG")
+
+
+def _of_all_processes(results: list[Result]) -> list[Result]:
+  """The results that all processes have, in every process."""
+  if jax.process_count() == 1:
+    return results
+  data = np.frombuffer(json.dumps(results).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([data.size])).ravel()
+  padded = np.zeros(1 << (int(sizes.max()) - 1).bit_length(), np.uint8)  # few shapes, hence few programs
+  padded[: data.size] = data
+  gathered = zip(multihost_utils.process_allgather(padded), sizes, strict=True)
+  return [Result(*result) for data, size in gathered for result in json.loads(data[:size].tobytes())]

@@ -1,0 +1,128 @@
+"""What the commands share: values of flags, the compilation cache, the settings of results, messages and exit statuses."""
+
+import contextlib
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+from checkpoints_convert.errors import CheckpointError
+
+from checkpoints_convert.source import read_json, write_json
+from himap_jax import checkpoint
+from himap_jax.errors import UserError
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") -> tuple | None:
+  """The parsed values of a list flag, or None where it has none; UserError where one cannot be parsed."""
+  if flag.value is None:
+    return None
+  try:
+    return tuple(parse(text.strip()) for text in flag.value)
+  except ValueError as error:
+    raise UserError(f"--{flag.name}={','.join(flag.value)}: not a list {like}") from error
+
+
+def keep_count(text: str) -> int | float:
+  """How many image tokens to keep: `72`, or `12.5%` as a fraction."""
+  return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+
+
+def named_number(text: str) -> tuple[str, float]:
+  """A name and its value: `threshold:0.8`."""
+  name, value = text.split(":")
+  return name.strip(), float(value)
+
+
+def compilation_cache_dir(given: str | None) -> str:
+  """The directory of JAX's persistent cache: the given one (none when empty), or the user's."""
+  return str(checkpoint.default_cache_dir() / "compiled") if given is None else given
+
+
+def use_compilation_cache(directory: str) -> None:
+  """Has JAX keep compiled programs in a directory, unless it is empty."""
+  if directory:
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+  """What differs between two settings, in words; empty where nothing does."""
+  before, now = (json.loads(json.dumps(dict(settings))) for settings in (before, now))  # lists for tuples
+  names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+  return "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+
+
+def check_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str) -> None:
+  """Writes the settings that the results beside a file depend on or, where the file is there, compares them.
+
+  Raises:
+    UserError: the settings are other ones, which the message names before the advice; or the file cannot be written.
+  """
+  if path.exists():
+    changed = differences(read_json(path), settings)
+    if changed:
+      raise UserError(f"{path}: begun with other settings ({changed}); {advice}")
+  else:
+    with user_error(f"cannot write {path}"):
+      write_json(path, dict(settings))
+
+
+@contextlib.contextmanager
+def user_error(what: str) -> Iterator[None]:
+  """Turns an OSError about a path of the user's into a UserError that says what was tried and why it failed."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"{what}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def out_of_memory_is_user_error() -> Iterator[None]:
+  """Turns JAX's error for exhausted device memory into a UserError that says what takes less of it."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(
+      f"the devices have too little memory ({str(error).splitlines()[0]}); use a smaller --batch_size, --int8_weights, or a "
+      "--mesh that shards the weights over more devices, such as --mesh=data:1,tensor:4"
+    ) from error
+
+
+def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resumes: bool = True) -> None:
+  """Runs a command and exits with its status.
+
+  That is what the action returns; 2 after an error that the user can mend, which is one line; 130 after an interrupt; and 1
+  after any other exception, which is a bug and keeps its traceback.
+
+  Args:
+    name: of the command, for messages.
+    argv: what is left of the command line beside flags.
+    action: what to do.
+    resumes: whether the same command goes on where an interrupted one stopped.
+  """
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    if len(argv) > 1:
+      raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
+    sys.exit(action())
+  except (UserError, CheckpointError) as error:
+    print(f"{name}: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print(f"\n{name}: interrupted{'; the same command goes on from here' if resumes else ''}", file=sys.stderr)
+    sys.exit(130)
+  except Exception:
+    traceback.print_exc()
+    print(f"{name}: this is a bug; please report it with the lines above and the command line", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,52 @@
+"""A picture of which image patches survive each pruning stage."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw
+
+MARGIN, CAPTION = 8, 16
+
+
+def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> Bool[np.ndarray, "N"]:
+  """True at the kept image tokens, of all that a grid of (rows, columns) has.
+
+  Raises:
+    ValueError: a kept image token is outside the grid.
+  """
+  rows, columns = grid
+  if any(not 0 <= index < rows * columns for index in kept):
+    raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
+  mask = np.zeros(rows * columns, bool)
+  mask[list(kept)] = True
+  return mask
+
+
+def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
+  """Fades every patch that is not kept; see `kept_mask`."""
+  mask = kept_mask(kept, grid).astype(np.uint8) * 255
+  patches = Image.fromarray(mask.reshape(grid)).resize(picture.size, Image.Resampling.NEAREST)
+  faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.85)
+  return Image.composite(picture, faded, patches)
+
+
+def draw_kept(picture: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[int, int]) -> Image.Image:
+  """Draws the picture and, beside it, what is left of it after each stage.
+
+  Args:
+    picture: the picture as the model saw it.
+    kept: for each stage the numbers of the kept image tokens, row by row over the grid.
+    grid: (rows, columns) of image tokens.
+  """
+  rows, columns = grid
+  panels = [(f"{rows * columns} image tokens", picture)]
+  panels += [(f"stage {n}: {len(stage)} kept", fade(picture, stage, grid)) for n, stage in enumerate(kept, start=1)]
+  width, height = picture.size
+  sheet = Image.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, height + CAPTION + 2 * MARGIN), "white")
+  draw = ImageDraw.Draw(sheet)
+  for index, (caption, panel) in enumerate(panels):
+    left = MARGIN + index * (width + MARGIN)
+    draw.text((left, MARGIN // 2), caption, fill="black")
+    sheet.paste(panel, (left, MARGIN + CAPTION))
+  return sheet

@@ -1,0 +1,187 @@
+"""The flags of `himap_jax.run`, as one frozen configuration."""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from checkpoints_convert import remote
+from checkpoints_convert.source import read_json
+from himap_jax.engine import processes, sharding
+from himap_jax.engine.engine import GenerationConfig
+from himap_jax.engine.sampling import Sampling
+from himap_jax.errors import UserError
+from himap_jax.generation import InputConfig
+from himap_jax.pruning import methods
+from himap_jax.pruning.schedule import PruningConfig
+from himap_jax.run import command
+
+EMIT = ("tokens", "kept", "logits", "timing")
+
+flags.DEFINE_string(
+  "checkpoint",
+  "demo",
+  "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, or a directory that "
+  "himap_jax.convert wrote, also gs://bucket/name.",
+)
+flags.DEFINE_string(
+  "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
+)
+flags.DEFINE_string("image_dir", ".", "Where the images are; absolute paths in a row work too.")
+flags.DEFINE_string("output", None, "JSONL to write: id, answer, error and digest of every prompt, in any order.")
+flags.DEFINE_string("pictures", None, "Directory for a picture per prompt of the patches kept at each stage.")
+_METHOD = flags.DEFINE_string(
+  "method",
+  "himap",
+  f"The pruning method: {', '.join(methods.METHODS)}; or one that acts before the decoder + one inside, as divprune+himap.",
+)
+_PRUNE_LAYERS = flags.DEFINE_list(
+  "prune_layers", None, "Layers to prune before, such as 2,8; 0 is before the decoder. The method's own by default."
+)
+_KEEP = flags.DEFINE_list(
+  "keep", None, "Image tokens to keep at each stage, such as 288,72 or 50%,12.5%. The method's own by default."
+)
+_METHOD_PARAMETERS = flags.DEFINE_list(
+  "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
+)
+_SCHEDULE = flags.DEFINE_string(
+  "schedule", None, "JSON file of method, prune_layers and keep, such as experiments.calibrate writes, for these flags."
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Temperature of sampling; 0 is greedy decoding.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of likeliest tokens that has this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling, and of methods that choose at random.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Generate max_new_tokens tokens, also past the end of the answer.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
+_PROMPT_BUCKETS = flags.DEFINE_list(
+  "prompt_buckets",
+  [str(bucket) for bucket in InputConfig().prompt_buckets],
+  "Padded text lengths, in tokens; each is compiled once, when needed. The longest that the context allows is added.",
+)
+_PROMPT_TEMPLATE = flags.DEFINE_string(
+  "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
+)
+flags.DEFINE_enum(
+  "dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations; products accumulate in float32."
+)
+flags.DEFINE_bool(
+  "int8_weights", False, "Decoder weights as int8, with a scale for every output feature: half the memory."
+)
+_EMIT = flags.DEFINE_list(
+  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
+)
+flags.DEFINE_bool(
+  "resume", True, "Skip prompts whose question and picture the output has an answer to. --noresume replaces the output."
+)
+_MESH = flags.DEFINE_list(
+  "mesh",
+  None,
+  "Devices, such as data:4,tensor:2: rows are sharded over data; heads, feed-forward and vocabulary over tensor, and axes "
+  "that do not divide evenly are replicated. By default chosen from the devices and the size of the weights, and printed.",
+)
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Join the processes that JAX finds by itself, on a Cloud TPU slice or under SLURM."
+)
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "host:port of the first of several processes; start the same command in each."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+flags.DEFINE_bool("strict", False, "Exit with status 1 when a row has an error.")
+flags.DEFINE_string(
+  "profile_dir", None, "Directory for a JAX profiler trace, for TensorBoard or Perfetto; use few prompts."
+)
+_COMPILATION_CACHE_DIR = flags.DEFINE_string(
+  "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off when empty."
+)
+_VALUES = ("checkpoint", "dtype", "int8_weights", "resume", "strict")
+_PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+  """A run, as the flags give it; names and meanings are the flags'. `mesh` is None where it is to be chosen."""
+
+  checkpoint: str
+  prompts: pathlib.Path
+  output: pathlib.Path
+  image_dir: pathlib.Path = pathlib.Path()
+  pruning: PruningConfig = PruningConfig()
+  generation: GenerationConfig = GenerationConfig()
+  inputs: InputConfig = InputConfig()
+  dtype: str = "bfloat16"
+  int8_weights: bool = False
+  mesh: dict[str, int] | None = None
+  emit: frozenset[str] = frozenset()
+  pictures: pathlib.Path | None = None
+  resume: bool = True
+  strict: bool = False
+  profile_dir: pathlib.Path | None = None
+  compilation_cache_dir: str = ""
+
+
+def config_from_flags() -> RunConfig:
+  """Reads and checks the flags.
+
+  Raises:
+    UserError: a flag that is missing, malformed or contradicts another.
+  """
+  values, paths = ({name: flags.FLAGS[name].value for name in names} for names in (_VALUES, _PATHS))
+  for name in ("prompts", "output"):
+    if not paths[name]:
+      raise UserError(f"--{name} is required; see --help")
+  for name, path in paths.items():
+    if path and remote.is_remote(path):
+      raise UserError(f"--{name}={path}: only --checkpoint may be a URL; mount the bucket (gcsfuse) and name its path")
+  for flag in (_BATCH_SIZE, _MAX_NEW_TOKENS):
+    if flag.value < 1:
+      raise UserError(f"--{flag.name} must be at least 1, but is {flag.value}")
+  unknown = sorted(set(_EMIT.value) - set(EMIT))
+  if unknown:
+    raise UserError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")
+  sampling = Sampling(_TEMPERATURE.value, _TOP_P.value)
+  return RunConfig(
+    **values,
+    **{name: pathlib.Path(path) for name, path in paths.items() if path},
+    pruning=_pruning(),
+    generation=GenerationConfig(_MAX_NEW_TOKENS.value, sampling, _SEED.value, _IGNORE_EOS.value),
+    inputs=InputConfig(_PROMPT_TEMPLATE.value, command.numbers(_PROMPT_BUCKETS, int) or (), _BATCH_SIZE.value),
+    mesh=sharding.parse_mesh(_MESH.value) if _MESH.value else None,
+    emit=frozenset(_EMIT.value),
+    compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
+  )
+
+
+def _pruning() -> PruningConfig:
+  """Method, layers and keep counts from their flags or from a file; parameters from their flag."""
+  parameters = command.numbers(_METHOD_PARAMETERS, command.named_number, "such as threshold:0.8") or ()
+  given = (_METHOD, _PRUNE_LAYERS, _KEEP)
+  if _SCHEDULE.value is None:
+    method = _METHOD.value
+    layers, keep = command.numbers(_PRUNE_LAYERS, int), command.numbers(_KEEP, command.keep_count)
+  else:
+    for flag in given:
+      if flag.present:
+        raise UserError(f"--schedule={_SCHEDULE.value} takes the place of --{flag.name}")
+    fields = read_json(pathlib.Path(_SCHEDULE.value))
+    try:
+      method, *lists = (fields[flag.name] for flag in given)
+      layers, keep = (tuple(map(int, values)) for values in lists)
+    except (KeyError, TypeError, ValueError) as error:
+      wanted = "an object with method, prune_layers and keep, as experiments.calibrate writes it"
+      raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
+  methods.parse(method)
+  return PruningConfig(method, layers, keep, parameters)
+
+
+def join_processes() -> None:
+  """Joins the other processes that the flags name, see `processes.initialize`; UserError where it cannot."""
+  try:
+    processes.initialize(
+      from_environment=_DISTRIBUTED.value,
+      coordinator=_COORDINATOR.value,
+      num_processes=_NUM_PROCESSES.value,
+      process_id=_PROCESS_ID.value,
+    )
+  except RuntimeError as error:
+    raise UserError(f"cannot join the other processes ({error})") from error

@@ -1,0 +1,102 @@
+"""A run from its configuration to its exit status."""
+
+import contextlib
+import dataclasses
+import math
+import sys
+from typing import Any
+
+import jax
+from absl import logging
+
+from himap_jax import checkpoint
+from himap_jax.engine import processes, sharding
+from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.batching import Batcher
+from himap_jax.engine.engine import Engine
+from himap_jax.errors import UserError
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run import command
+from himap_jax.run.answering import Answerer
+from himap_jax.run.contract import Contract
+from himap_jax.run.flags import RunConfig
+from himap_jax.run.output import Output
+from himap_jax.run.prompts import read_prompts
+from himap_jax.run.summary import Report
+
+
+def run(config: RunConfig) -> int:
+  """Runs to the end and returns the exit status.
+
+  Raises:
+    UserError, CheckpointError: the run cannot be started, or cannot go on; the rows written before are whole.
+    JaxRuntimeError: another process of the run ended; the rows written before are whole.
+  """
+  prompts = read_prompts(config.prompts)
+  _check_paths(config)
+  command.use_compilation_cache(config.compilation_cache_dir)
+  jax.devices()
+  logging.info("ready: devices")
+  opened = checkpoint.open_checkpoint(config.checkpoint)
+  logging.info("ready: checkpoint")
+  processor = opened.prompts(config.inputs.prompt_template)
+  buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
+  batcher = Batcher(opened.config, processor.image_shape, buckets=buckets, max_new_tokens=max_new_tokens)
+  if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
+    grid = " x ".join(map(str, processor.patch_grid))
+    raise UserError(
+      f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of {grid} patches"
+    )
+  num_layers, has_class_token = opened.config.text.num_hidden_layers, opened.config.vision.has_class_token
+  schedule = config.pruning.schedule(num_layers, processor.num_image_tokens, has_class_token)
+  dtype = command.DTYPES[config.dtype]
+  num_bytes = opened.num_bytes(dtype, int8_weights=config.int8_weights)
+  batch_size = config.inputs.batch_size
+  mesh = sharding.make_mesh(**(config.mesh or sharding.choose_mesh(opened.config, num_bytes, batch_size)))
+  share = processes.share(mesh)
+  contract = Contract(config.output, settings(config, schedule, opened.digest()), prompts, config.image_dir)
+  with Output(contract, resume=config.resume) as output:
+    if processes.is_leader():
+      print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
+    with command.out_of_memory_is_user_error():
+      loaded = opened.restore(dtype=dtype, mesh=mesh, int8_weights=config.int8_weights)
+    engine = Engine(loaded.model, schedule, config.generation, eos_token_ids=loaded.eos_token_ids)
+    logging.info("ready: weights")
+    batch_size = sharding.padded_batch_size(batch_size, mesh)
+    answerer = Answerer(processor, batcher, engine, batch_size, config.emit, config.pictures)
+    with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
+      summary = answerer.answer_all(output, share)
+  if processes.is_leader():
+    sizes = model_sizes(opened.config)
+    report = Report(config.pruning.method, schedule, sizes, processor.num_image_tokens, mesh.size)
+    report.show(summary, engine)
+  return 1 if config.strict and summary.num_errors else 0
+
+
+def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, Any]:
+  """Everything that answers depend on beside the prompts; `weights` is the digest of the checkpoint's."""
+  return {
+    "checkpoint": weights,
+    "method": config.pruning.method,
+    "prune_layers": [*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)],
+    "keep": [stage.keep for stage in schedule.stages],
+    "method_parameters": dict(schedule.parameters),
+    **dataclasses.asdict(config.generation),
+    "prompt_template": config.inputs.prompt_template,
+    "dtype": config.dtype,
+    "int8_weights": config.int8_weights,
+    "emit": sorted(config.emit),
+  }
+
+
+def _check_paths(config: RunConfig) -> None:
+  with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
+    if config.output.exists() and config.output.samefile(config.prompts):
+      raise UserError("--output is the same file as --prompts")
+    if not config.image_dir.is_dir():
+      raise UserError(f"--image_dir={config.image_dir}: no such directory")
+  directories = {"output": config.output.parent, "pictures": config.pictures, "profile_dir": config.profile_dir}
+  for flag, directory in directories.items():
+    if directory is not None:
+      with command.user_error(f"--{flag}: cannot make the directory {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,40 @@
+"""How far a command is: a bar on a terminal, otherwise a line every so often."""
+
+import contextlib
+import math
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress(contextlib.AbstractContextManager):
+  """Counts what is done and shows it; a context manager.
+
+  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr at most every `interval` seconds: how much is done, how
+  fast it went since the line before, and how long the rest takes at this rate.
+  """
+
+  def __init__(self, total: int, unit: str, label: str, *, shown: bool = True, interval: int | float = 30):
+    """Starts at nothing done of `total`; `unit` is singular, such as `row`, and `label` begins the bar or line."""
+    is_terminal = sys.stderr.isatty()
+    self._bar = tqdm(total=total, unit=unit, desc=label, file=sys.stderr, disable=not (shown and is_terminal))
+    self._total, self._unit, self._label = total, unit, label
+    self._interval = math.inf if is_terminal or not shown else interval
+    self._done = self._done_before = 0
+    self._time_before = time.monotonic()
+
+  def __exit__(self, *exception: object) -> None:
+    self._bar.close()
+
+  def update(self, count: int = 1) -> None:
+    """Counts what was done since the last call."""
+    self._bar.update(count)
+    self._done += count
+    now = time.monotonic()
+    if now - self._time_before >= self._interval and self._done > self._done_before:
+      rate = (self._done - self._done_before) / (now - self._time_before)
+      left = tqdm.format_interval(round((self._total - self._done) / rate))
+      rows = f"{self._done} of {self._total} {self._unit}s, {rate:.3g} {self._unit}s/s"
+      print(f"{self._label}: {rows}, {left} left", file=sys.stderr, flush=True)
+      self._done_before, self._time_before = self._done, now

@@ -1,0 +1,142 @@
+"""Prompt files: JSON lines in, prompts out; and what an output row says of its prompt."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from himap_jax.errors import UserError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+  """One row of a prompt file: a question about an image, or what is wrong with the row.
+
+  Attributes:
+    id: the row's own id, or `line:<n>` where it has none or an earlier row has it. Ids are compared as text: 1 is "1".
+    image: path of the image as the row gives it.
+    question: the question's text.
+    error: why the row cannot be answered, with its line number; None where it can.
+  """
+
+  id: str | int
+  image: str = ""
+  question: str = ""
+  error: str | None = None
+
+  @property
+  def key(self) -> str:
+    """The id as text, unique in its file."""
+    return str(self.id)
+
+  @property
+  def file_name(self) -> str:
+    """A name for a file of this prompt: the id where it can name one, otherwise what can of it and a digest."""
+    name = re.sub(r"[^\w.-]", "_", self.key, flags=re.ASCII)[:100]
+    return name if name == self.key else f"{name}-{hashlib.sha256(self.key.encode()).hexdigest()[:12]}"
+
+  def row(self, digest: str, *, answer: str | None = None, error: str | None = None, **more: Any) -> dict[str, Any]:
+    """The prompt's output row; `digest` says what it depends on, see `himap_jax.run.contract`."""
+    return {"id": self.id, "answer": answer, "error": error, "digest": digest, **more}
+
+
+class _BadRow(UserError):
+  """What is wrong with a row."""
+
+
+def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
+  """Reads a prompt file, one JSON object a line.
+
+  A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`. Other fields
+  are ignored, and so are blank lines. The ids of the result are unique: of rows that share an id, the first has it and the
+  others are errors.
+
+  Raises:
+    UserError: the file cannot be read, or has no row at all.
+  """
+  try:
+    with open(path, "rb") as file:
+      data = file.read()
+  except (OSError, ValueError) as error:
+    reason = getattr(error, "strerror", None) or error
+    raise UserError(f"cannot read the prompt file {path}: {reason}") from error
+  lines = data.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
+  numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
+  if not numbered:
+    raise UserError(f"the prompt file {path} is empty")
+
+  owner: dict[str, int] = {}
+  rows: list[tuple[int, str | int | None, Prompt | str]] = []
+  for number, line in numbered:
+    row_id = None
+    try:
+      record = _record(line)
+      row_id = _claim(record, owner, number)
+      row = Prompt(row_id, _text(record, "image"), _text(record, "question", "text"))
+    except _BadRow as error:
+      row = f"line {number}: {error}"
+    rows.append((number, row_id, row))
+
+  return [
+    Prompt(_line_id(number, owner) if row_id is None else row_id, error=row) if isinstance(row, str) else row
+    for number, row_id, row in rows
+  ]
+
+
+def _record(line: bytes) -> Mapping[str, Any]:
+  try:
+    record = json.loads(line.decode("utf-8"))
+  except UnicodeDecodeError as error:
+    raise _BadRow(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
+  except json.JSONDecodeError as error:
+    raise _BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from error
+  except (ValueError, RecursionError) as error:
+    raise _BadRow(f"not valid JSON: {error}") from error
+  if not isinstance(record, dict):
+    raise _BadRow(f"not a JSON object but {_kind(record)}")
+  return record
+
+
+def _claim(record: Mapping[str, Any], owner: dict[str, int], number: int) -> str | int:
+  _, row_id = _field(record, "id", "question_id")
+  if type(row_id) is not int:
+    row_id = _text(record, "id", "question_id", expected="a string or an integer")
+  if str(row_id) in owner:
+    raise _BadRow(f"the id {json.dumps(row_id)} was already used on line {owner[str(row_id)]}")
+  owner[str(row_id)] = number
+  return row_id
+
+
+def _text(record: Mapping[str, Any], *names: str, expected: str = "a string") -> str:
+  name, value = _field(record, *names)
+  if not isinstance(value, str):
+    raise _BadRow(f'"{name}" must be {expected}, not {_kind(value)}')
+  if not value.strip():
+    raise _BadRow(f'"{name}" is empty')
+  if any("\ud800" <= character <= "\udfff" for character in value):
+    raise _BadRow(f'"{name}" has an unpaired surrogate, which is not text')
+  return value
+
+
+def _field(record: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+  for name in names:
+    if record.get(name) is not None:
+      return name, record[name]
+  raise _BadRow(f"{' or '.join(json.dumps(name) for name in names)} is missing")
+
+
+def _kind(value: Any) -> str:
+  kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+  return kinds.get(type(value), "null")
+
+
+def _line_id(number: int, owner: Mapping[str, int]) -> str:
+  name = f"line:{number}"
+  while name in owner:
+    name += "'"
+  return name

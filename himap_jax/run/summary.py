@@ -1,0 +1,119 @@
+"""What a run did, and the table of it that ends the run."""
+
+import collections
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from himap_jax.engine.engine import Engine
+from himap_jax.pruning.cost import ModelSizes, costs
+from himap_jax.pruning.schedule import Schedule
+
+_COSTS = ("image_tokens", "decoder", "scoring", "prefill", "cache_bytes")
+
+
+class Result(NamedTuple):
+  """What became of a prompt: its output row, and tokens; `kept` counts the image tokens that remained at each stage."""
+
+  row: dict[str, Any]
+  num_new_tokens: int = 0
+  num_image_tokens: int = 0
+  num_text_tokens: int = 0
+  kept: Sequence[int] = ()
+
+
+@dataclasses.dataclass
+class Summary:
+  """What all processes of a run did; their times are alike, since they run the same programs together.
+
+  Attributes:
+    num_errors: rows that were reported as errors.
+    num_skipped: rows that the output held already.
+    num_new_tokens: tokens generated.
+    answered: answered rows by their image tokens, their text tokens, and the image tokens kept at each stage.
+    prefill_seconds: time in prefill programs.
+    decode_seconds: time in decode programs.
+    seconds: from the first prompt to the last row, compiling included.
+  """
+
+  num_errors: int = 0
+  num_skipped: int = 0
+  num_new_tokens: int = 0
+  answered: collections.Counter[tuple] = dataclasses.field(default_factory=collections.Counter)
+  prefill_seconds: float = 0.0
+  decode_seconds: float = 0.0
+  seconds: float = 0.0
+
+  @property
+  def num_answered(self) -> int:
+    """Rows that were answered."""
+    return self.answered.total()
+
+  def count(self, results: Iterable[Result]) -> None:
+    """Counts rows."""
+    for result in results:
+      if result.row["error"] is not None:
+        self.num_errors += 1
+        continue
+      self.num_new_tokens += result.num_new_tokens
+      self.answered[result.num_image_tokens, result.num_text_tokens, tuple(result.kept)] += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """The table at the end of a run; `sizes` are the model's, and `num_image_tokens` those of a prompt before pruning."""
+
+  method: str
+  schedule: Schedule
+  sizes: ModelSizes
+  num_image_tokens: int
+  num_devices: int
+
+  def show(self, summary: Summary, engine: Engine) -> None:
+    """Prints rows, times, rates, device-hours, image tokens of every stage, and FLOPs against no pruning."""
+    table = Table(show_header=False)
+    answered, new_tokens = summary.num_answered, summary.num_new_tokens
+    table.add_row("rows", f"{answered} answered, {summary.num_errors} errors, {summary.num_skipped} answered before")
+    if answered:
+      seconds = summary.prefill_seconds
+      table.add_row("prefill", f"{seconds:.2f} s ({answered / seconds:.2f} rows/s)")
+      seconds = summary.decode_seconds
+      table.add_row("decode", f"{seconds:.2f} s ({new_tokens / seconds:.1f} tokens/s, {new_tokens} tokens)")
+      seconds = summary.seconds - engine.compile_seconds
+      hours = seconds * self.num_devices / answered * 1e6 / 3600
+      rates = f"{answered / seconds:.2f} rows/s; {hours:,.1f} device-hours for a million rows"
+      table.add_row("in all", f"{seconds:.2f} s without compilation ({rates})")
+    table.add_row("compilation", f"{engine.compile_seconds:.2f} s, {engine.num_programs} programs")
+    table.add_row("method", self.method)
+    table.add_row("image tokens", self._image_tokens(summary))
+    if answered:
+      self._add_costs(table, summary)
+    Console().print(table)
+
+  def _image_tokens(self, summary: Summary) -> str:
+    """Image tokens before pruning and after every stage, averaged over rows."""
+    texts = [str(self.num_image_tokens)]
+    for index, stage in enumerate(self.schedule.stages):
+      kept = sum(count * row[2][index] for row, count in summary.answered.items())
+      mean = kept / summary.num_answered if summary.num_answered else stage.keep
+      texts.append(f"{mean:.4g} from layer {stage.layer} on")
+    frozen = self.schedule.frozen_layers
+    return ", ".join(texts + ([f"not updated in {len(frozen)} layers"] if frozen else []))
+
+  def _add_costs(self, table: Table, summary: Summary) -> None:
+    """Costs of all rows, each with the image tokens that it kept, against those without pruning."""
+    own, plain, num_text_tokens = collections.Counter(), collections.Counter(), 0
+    for (image, text, kept), count in summary.answered.items():
+      for total, schedule in ((own, self.schedule.with_counts(kept)), (plain, Schedule())):
+        cost = costs(self.sizes, schedule, image, text)
+        total.update({name: count * getattr(cost, name) for name in _COSTS})
+      num_text_tokens += count * text
+    text = round(num_text_tokens / summary.num_answered)
+    share = {name: f"{own[name] / plain[name]:.1%} of no pruning" for name in _COSTS if plain[name]}
+    table.add_row("FLOPs on image tokens (HiMAP Eq. 10)", share["image_tokens"])
+    table.add_row(f"FLOPs on all tokens ({text} text tokens)", share["decoder"])
+    table.add_row("FLOPs of choosing tokens", f"{own['scoring'] / own['prefill']:.2%} of this prefill")
+    table.add_row("cache", share["cache_bytes"])

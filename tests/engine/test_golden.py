@@ -1,0 +1,54 @@
+"""Outputs recorded before the per-slot layout, method by method: kept sets and tokens to the last one, logits in float32.
+
+Recorded on another processor they were equal to the last bit; here rounding is allowed for.
+"""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from himap_jax import GenerationConfig, InputConfig, Sampling, generate
+
+GOLDEN = np.load(pathlib.Path(__file__).with_name("golden.npz"))
+QUESTIONS = (
+  "What is it?",
+  "<image>Where is the dog?",
+  "A longer text stands before the image here. <image> ?",
+  "And a question that is a good deal longer than the other three.",
+)
+BEFORE = ("random", "uniform", "fastervlm", "visionzip", "vispruner", "divprune", "cdpruner", "prumerge")
+SETTINGS = {  # layers and keep counts
+  "none": ((), ()),
+  "himap": ((2, 3), (8, 4)),
+  "himap_swapped": ((2, 3), (8, 4)),
+  "instruction_attention": ((2,), (7,)),
+  "image_attention": ((3,), (7,)),
+  "fastv": ((2,), (5,)),
+  "pyramiddrop": ((1, 2, 3), (8, 4, 2)),
+  "sparsevlm": ((1, 2, 3), (9, 6, 3)),
+  "dart": ((2,), (7,)),
+  "fitprune": ((1, 2, 3), (13, 9, 6)),
+  "shortv": ((1, 3), None),
+  **{name: ((0,), (7,)) for name in BEFORE},
+  "divprune+himap": ((0, 2, 3), (10, 6, 3)),
+  "visionzip+fastv": ((0, 3), (8, 3)),
+}
+
+
+@pytest.mark.parametrize("case", sorted({key.rsplit("/", 2)[0] for key in GOLDEN.files}))
+def test_answers_are_those_recorded(case, loaded, images):
+  name, method, *sampled = case.split("/")
+  model = loaded(name, batch_size=4)
+  prune_layers, keep = SETTINGS[method]
+  generation = GenerationConfig(8, ignore_eos=True)
+  if sampled:
+    generation = GenerationConfig(8, Sampling(0.9, 0.8), seed=5, ignore_eos=True)
+  schedule = model.schedule(method, prune_layers, keep)
+  inputs = InputConfig(prompt_buckets=(128,), batch_size=4)
+  answers = generate(model, images, QUESTIONS, schedule=schedule, generation=generation, inputs=inputs)
+  for row, answer in enumerate(answers):
+    assert answer.token_ids == GOLDEN[f"{case}/{row}/tokens"].tolist()
+    recorded = [GOLDEN[f"{case}/{row}/kept{stage}"].tolist() for stage in range(len(answer.kept))]
+    assert answer.kept == recorded
+    np.testing.assert_allclose(answer.first_logits, GOLDEN[f"{case}/{row}/logits"], atol=3e-5, rtol=0)

@@ -1,0 +1,176 @@
+"""Pruning methods inside the model: what the tower tells them, positions, decoding, and rows that are their own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_himap
+import tiny_checkpoints
+import torch
+
+from himap_jax import GenerationConfig, build_schedule
+from himap_jax.engine.engine import Engine
+from himap_jax.engine.prefill import prefill
+from himap_jax.engine.programs import method_parameters
+from himap_jax.pruning.methods import METHODS
+
+PROMPTS = (
+  "<s>USER: <image>\nWhat is it? ASSISTANT:",
+  "<image>Where is the dog?",
+  "<s>A longer text stands before the image here. <image> ?",
+  "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
+)
+NUM_SLOTS = 112
+NUM_NEW = 6
+NAME = "clip_mha"
+
+# method -> layers and counts that six layers and 16 image tokens can have
+SETTINGS = {
+  "none": ((), ()),
+  "himap": ((2, 4), (8, 4)),
+  "fastv": ((2,), (5,)),
+  "pyramiddrop": ((2, 3, 4), (8, 4, 2)),
+  "sparsevlm": ((1, 2, 4), (9, 6, 3)),
+  "dart": ((2,), (7,)),
+  "fitprune": ((1, 2, 3, 5), (13, 9, 6, 5)),
+  "shortv": ((1, 3, 5), None),
+  "himap_adaptive": ((2, 4), (12, 6)),
+  **{name: ((0,), (7,)) for name, method in METHODS.items() if method.prune_layers == (0,)},
+  "divprune+himap": ((0, 2, 4), (10, 6, 3)),
+  "visionzip+fastv": ((0, 3), (8, 3)),
+}
+
+
+def schedule_of(tiny, method):
+  prune_layers, keep = SETTINGS[method]
+  return build_schedule(
+    method,
+    num_layers=tiny.model.config.text_config.num_hidden_layers,
+    num_image_tokens=tiny.num_image_tokens,
+    prune_layers=prune_layers,
+    keep=keep,
+  )
+
+
+@pytest.fixture(scope="module")
+def rows(checkpoints, images):
+  return [checkpoints(NAME).encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+
+
+def generate(checkpoints, loaded, rows, method):
+  model, schedule = loaded(NAME, batch_size=len(rows)).model, schedule_of(checkpoints(NAME), method)
+  engine = Engine(model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))
+  return engine(tiny_checkpoints.pad_batch(rows, NUM_SLOTS), range(len(rows)))
+
+
+@pytest.mark.parametrize("name", ["clip_mha", "clip_gqa_tied", "dinov2"])
+def test_class_attention_and_keys_are_those_of_transformers(name, checkpoints, loaded, images):
+  tiny, model = checkpoints(name), loaded(name)
+  pixels = torch.cat([tiny.encode(image, "<image>")[1] for image in images])
+  tower = tiny.model.model.vision_tower
+  keys = []
+  hooks = [
+    module.register_forward_hook(lambda module, arguments, output: keys.append(output))
+    for path, module in tower.named_modules()
+    if path.endswith(("k_proj", "attention.key"))
+  ]
+  with torch.no_grad():
+    attentions = tower(pixels, output_attentions=True).attentions
+  for hook in hooks:
+    hook.remove()
+  last = max(model.config.vision.feature_layers) - 1
+  first = 0 if model.config.vision.select_strategy == "full" else 1
+  _, actual = model.model.bind().encode_images(jnp.asarray(pixels.numpy()))
+  expected = attentions[last][:, :, 0].mean(1)[:, first:]
+  np.testing.assert_allclose(actual.class_attention, expected, atol=1e-5, rtol=0)
+  np.testing.assert_allclose(actual.keys.reshape(*actual.keys.shape[:2], -1), keys[last][:, first:], atol=1e-4, rtol=0)
+
+
+def test_a_tower_without_class_token_has_no_class_attention(loaded):
+  model = loaded("siglip")
+  side = model.config.vision.image_size
+  _, tower = model.model.bind().encode_images(jnp.zeros((1, 3, side, side)))
+  assert tower.class_attention is None
+
+
+def test_pruning_before_the_decoder_is_a_shorter_prompt(checkpoints, loaded, rows):
+  """transformers' own generation from the embeddings of what FasterVLM keeps gives the same tokens."""
+  tiny = checkpoints(NAME)
+  result = generate(checkpoints, loaded, rows, "fastervlm")
+  for index, (input_ids, pixels) in enumerate(rows):
+    with torch.no_grad():
+      hidden, first, last = reference_himap.embed(tiny.model, input_ids, pixels)
+      attention = tiny.model.model.vision_tower(pixels, output_attentions=True).attentions
+      feature_layer = max(loaded(NAME).config.vision.feature_layers) - 1
+      scores = attention[feature_layer][0, :, 0, 1:].mean(0)
+      kept = scores.sort(descending=True, stable=True).indices[:7].sort().values
+      assert result.kept[0][index] == kept.tolist()
+      short = torch.cat([hidden[:first], hidden[first + kept], hidden[last + 1 :]])[None]
+      expected = tiny.model.generate(
+        inputs_embeds=short,
+        attention_mask=torch.ones(short.shape[:2], dtype=torch.long),
+        max_new_tokens=NUM_NEW,
+        min_new_tokens=NUM_NEW,
+        do_sample=False,
+        suppress_tokens=None,
+        eos_token_id=None,
+      )
+    assert result.tokens[index] == expected[0].tolist()
+
+
+def test_frozen_layers_update_text_only(checkpoints, loaded, rows):
+  """ShortV against transformers' layers, whose output for image tokens is thrown away where they are frozen."""
+  tiny = checkpoints(NAME)
+  decoder = tiny.model.model.language_model
+  result = generate(checkpoints, loaded, rows, "shortv")
+  assert result.kept == ()
+  for index, (input_ids, pixels) in enumerate(rows):
+    tokens = []
+    for _ in range(NUM_NEW):
+      with torch.no_grad():
+        ids = torch.cat([input_ids, torch.tensor(tokens, dtype=torch.long)])
+        hidden, first, last = reference_himap.embed(tiny.model, ids, pixels)
+        for number, layer in enumerate(decoder.layers):
+          updated, _ = reference_himap.run_layer(decoder, layer, hidden, torch.arange(len(ids)))
+          if number in SETTINGS["shortv"][0]:
+            updated[first : last + 1] = hidden[first : last + 1]
+          hidden = updated
+        logits = tiny.model.lm_head(decoder.norm(hidden[-1]))
+      if not tokens:
+        np.testing.assert_allclose(result.logits[index], logits, atol=1e-4, rtol=0)
+      tokens.append(logits.argmax().item())
+    assert result.tokens[index] == tokens
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_rows_are_their_own(method, checkpoints, loaded, rows):
+  """The same program on the rows in another order and with other padding gives every row what it had."""
+  model, keys = loaded(NAME).model, jax.random.split(jax.random.key(3), len(rows))
+  schedule = schedule_of(checkpoints(NAME), method)
+  program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments[:2], schedule, arguments[2]))
+
+  def run(rows, keys, padding):
+    batch = tiny_checkpoints.pad_batch(rows, NUM_SLOTS, padding)
+    return program(model, jax.tree.map(jnp.asarray, batch), keys, method_parameters(schedule))
+
+  expected, reverse = run(rows, keys, 0), run(rows[::-1], keys[::-1], 9)
+  num_image_tokens = checkpoints(NAME).num_image_tokens
+  previous = np.tile(np.arange(num_image_tokens), (len(rows), 1))
+  for stage, kept in zip(schedule.stages, expected.kept, strict=True):
+    assert kept.shape == (len(rows), stage.keep)
+    if method == "himap_adaptive":  # −1 where a row keeps fewer
+      kept = np.where(kept < 0, np.arange(1000, 1000 + stage.keep), kept)
+      previous = np.concatenate([previous, np.arange(1000, 1000 + stage.keep)[None].repeat(len(rows), 0)], axis=1)
+    assert (np.diff(kept, axis=1) > 0).all()
+    assert all(set(kept[row].tolist()) <= set(previous[row].tolist()) for row in range(len(rows)))
+    previous = np.asarray(kept)
+  for forward, backward in zip(expected.kept, reverse.kept, strict=True):
+    np.testing.assert_array_equal(forward, backward[::-1])
+  np.testing.assert_allclose(expected.logits, reverse.logits[::-1], atol=1e-5, rtol=0)
+  lengths = np.array([len(input_ids) for input_ids, _ in rows])
+  removed = num_image_tokens - schedule.stages[0].keep if schedule.stages and schedule.stages[0].layer == 0 else 0
+  np.testing.assert_array_equal(expected.next_position, lengths - removed)
+
+
+def test_every_method_is_run(checkpoints):
+  assert set(METHODS) - reference_himap.ABLATIONS <= set(SETTINGS)

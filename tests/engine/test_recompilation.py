@@ -1,0 +1,91 @@
+"""One compilation for a shape: other pictures, questions and lengths in the same bucket run the programs there are."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_checkpoints
+
+from himap_jax import GenerationConfig, InputConfig, build_schedule, generate
+from himap_jax.engine.batching import Batcher
+from himap_jax.engine.engine import Engine
+from himap_jax.engine.prefill import prefill
+
+NAME = "siglip"
+QUESTIONS = ("What is it?", "Why?", "A rather longer question?", "")
+COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations():
+  """A list that grows by one with every program that XLA compiles, whoever asks for it."""
+  seen = []
+
+  def listen(event, duration, **metadata):
+    if event == COMPILATION:
+      seen.append(metadata)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield seen
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_prefill_is_traced_once(checkpoints, loaded, images):
+  tiny, model = checkpoints(NAME), loaded(NAME)
+  schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(10, 5))
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def once(model, inputs, keys):
+    return prefill(model.bind(), inputs, keys, schedule)
+
+  keys = jax.random.split(jax.random.key(0), 2)
+  for question in QUESTIONS[:3]:
+    rows = [tiny.encode(image, f"<s>{question}<image>{question} :") for image in images[:2]]
+    once(model.model, jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, 96)), keys)
+
+
+def test_batches_of_one_bucket(loaded, images, compilations):
+  model = loaded(NAME, batch_size=2)
+  schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(10, 5))
+  processor = model.prompts("<image>{question}:")
+  batcher = Batcher(model.config, processor.image_shape, buckets=(32,), max_new_tokens=3)
+  engine = Engine(model.model, schedule, GenerationConfig(3))
+
+  def run(pictures, questions):
+    examples = [processor.prepare(*pair) for pair in zip(pictures, questions, strict=True)]
+    return engine(batcher.pack(examples, bucket=32, batch_size=2), range(2))
+
+  run(images[:2], QUESTIONS[:2])
+  assert engine.num_programs == 2
+  assert len(compilations) >= 2
+  compilations.clear()
+  run(images[2:], QUESTIONS[2:])
+  run(images[:1], ["<image> before the question?"])
+  assert engine.num_programs == 2
+  assert compilations == []
+
+
+def test_the_library_call_compiles_once(loaded, images, compilations):
+  model = loaded(NAME)
+
+  def ask(question):
+    inputs = InputConfig(prompt_buckets=(32,), batch_size=1)
+    generate(model, images[:1], [question], generation=GenerationConfig(2), inputs=inputs)
+
+  ask("What is it?")
+  assert len(compilations) >= 2
+  compilations.clear()
+  ask("Why?")
+  assert not compilations
+
+
+def test_another_picture_size_is_another_program(loaded, images):
+  """The same number of slots, but pictures of another shape."""
+  model = loaded("dinov2").model
+  wide = [jnp.zeros((1, 3, *shape)) for shape in ((14, 28), (28, 14))]
+  engine = Engine(model, build_schedule("none", num_layers=6, num_image_tokens=8), GenerationConfig(2))
+  for pixels in wide:
+    batcher = Batcher(model.config, pixels.shape[2:], buckets=(32,), max_new_tokens=2)
+    engine(batcher.pack([], bucket=32, batch_size=1), [0])
+  assert engine.num_programs == 4

@@ -1,0 +1,110 @@
+"""The choice of the next token against slow NumPy and against the probabilities it promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from himap_jax.engine.sampling import MIN_TEMPERATURE, Sampling, choose, truncate
+
+STEP = jnp.int32(0)
+ROUNDING = 2e-7  # of sums of probabilities in float32
+
+
+def keys(count, seed=0):
+  return jax.random.split(jax.random.key(seed), count)
+
+
+def slow_nucleus(logits, top_p):
+  """Indices of the smallest set of likeliest tokens that together have `top_p`, one token at a time, in float64."""
+  probabilities = np.exp(logits.astype(np.float64) - logits.max())
+  probabilities /= probabilities.sum()
+  chosen, total = set(), 0.0
+  for index in np.argsort(-probabilities):
+    if total >= top_p:
+      break
+    chosen.add(int(index))
+    total += probabilities[index]
+  return chosen
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_truncation_is_the_slow_one(top_p):
+  logits = np.random.default_rng(0).normal(scale=3, size=(16, 50)).astype(np.float32)
+  truncated = np.asarray(truncate(jnp.asarray(logits), top_p))
+  for row, expected in zip(truncated, logits, strict=True):
+    inside = np.isfinite(row)
+    nucleus = set(np.flatnonzero(inside).tolist())
+    assert slow_nucleus(expected, top_p - ROUNDING) <= nucleus <= slow_nucleus(expected, top_p + ROUNDING)
+    np.testing.assert_array_equal(row[inside], expected[inside])
+
+
+def test_top_p_of_one_truncates_nothing():
+  logits = jnp.array([[0.0, -80.0, 3.0]])
+  np.testing.assert_array_equal(truncate(logits, 1.0), logits)
+
+
+def test_greedy_is_the_first_maximum():
+  logits = jnp.array([[0.0, 2.0, 2.0], [5.0, 1.0, 4.0]])
+  tokens = choose(Sampling(), logits, keys(2), STEP)
+  assert tokens.dtype == jnp.int32
+  assert tokens.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_softmax(temperature):
+  count = 20_000
+  logits = jnp.array([0.0, 1.0, -1.0, 2.0, -30.0])
+  tokens = choose(Sampling(temperature), jnp.tile(logits, (count, 1)), keys(count), STEP)
+  expected = np.asarray(jax.nn.softmax(logits / temperature))
+  frequencies = np.bincount(tokens, minlength=5) / count
+  deviation = np.sqrt(expected * (1 - expected) / count)
+  assert (np.abs(frequencies - expected) <= 5 * deviation + 1e-9).all()
+
+
+def test_frequencies_inside_the_nucleus():
+  count = 20_000
+  logits = jnp.log(jnp.array([0.1, 0.4, 0.3, 0.2]))
+  tokens = choose(Sampling(1.0, 0.65), jnp.tile(logits, (count, 1)), keys(count), STEP)
+  frequencies = np.bincount(tokens, minlength=4) / count
+  np.testing.assert_allclose(frequencies, [0, 4 / 7, 3 / 7, 0], atol=0.02)
+
+
+def test_a_row_is_its_own():
+  """The same key, step and logits choose the same token, whatever the other rows are."""
+  logits = jax.random.normal(jax.random.key(1), (6, 40))
+  sampling = Sampling(1.5, 0.95)
+  together = choose(sampling, logits, keys(6), STEP)
+  for row in range(6):
+    assert choose(sampling, logits[row : row + 1], keys(6)[row : row + 1], STEP)[0] == together[row]
+
+
+def test_steps_and_keys_differ():
+  logits = jnp.zeros((1, 1000))
+  tokens = {int(choose(Sampling(1.0), logits, keys(1), jnp.int32(step))[0]) for step in range(8)}
+  tokens |= {int(choose(Sampling(1.0), logits, keys(1, seed), STEP)[0]) for seed in range(1, 8)}
+  assert len(tokens) >= 14
+
+
+def test_lowest_temperature_is_greedy():
+  logits = jnp.array([[30.0, -30.0, 29.0]])
+  for top_p in (0.5, 1.0):
+    assert choose(Sampling(MIN_TEMPERATURE, top_p), logits, keys(1), STEP).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+  "temperature, top_p, message",
+  [
+    (-0.1, 1.0, "temperature must be 0, or finite"),
+    (1e-40, 1.0, "temperature must be 0, or finite"),
+    (float("nan"), 1.0, "temperature must be 0, or finite"),
+    (float("inf"), 1.0, "temperature must be 0, or finite"),
+    (1.0, 0.0, "top_p must be above 0"),
+    (1.0, 1.1, "top_p must be above 0"),
+    (1.0, float("nan"), "top_p must be above 0"),
+    (0.0, 0.9, "needs a temperature above 0"),
+  ],
+)
+def test_settings_that_cannot_be(temperature, top_p, message):
+  with pytest.raises(ValueError, match=message):
+    Sampling(temperature, top_p)

@@ -1,0 +1,131 @@
+"""The demo's training: packing is asking one by one, adapters survive a round trip, whitening folds away."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.demo_model import adapter
+from experiments.demo_model.adapter import Adapter, Whitening
+from experiments.demo_model.data import Sample
+from experiments.demo_model.packing import UNUSED, Batch, Packer
+from himap_jax.engine.batching import Batcher
+from himap_jax.errors import UserError
+
+
+def test_whitening_folds_into_the_projector():
+  rng = np.random.default_rng(0)
+  features = jnp.asarray(rng.normal(size=(50, 6)) @ rng.normal(size=(6, 6)) + 3, jnp.float32)
+  variances, axes = np.linalg.eigh(np.cov(np.asarray(features, np.float64).T))
+  matrix = jnp.asarray((axes / np.sqrt(variances + 1e-6)) @ axes.T, jnp.float32)
+  whitening = Whitening(features.mean(0), matrix)
+  whitened = (features - features.mean(0)[None]) @ matrix
+  np.testing.assert_allclose(np.cov(whitened.T), np.eye(6), atol=1e-2)
+  projector = {"linear_1": {"weight": jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), "bias": jnp.ones(4)}}
+  folded = whitening.fold(projector)["linear_1"]
+  expected = whitened @ projector["linear_1"]["weight"].T + 1
+  np.testing.assert_allclose(features @ folded["weight"].T + folded["bias"][None], expected, atol=1e-3)
+  back = whitening.unfold({"linear_1": folded})["linear_1"]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), back, projector["linear_1"])
+
+
+def test_adapter_round_trip(tmp_path):
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)  # noqa: E731
+  projector = {f"linear_{i}": {"weight": draw(4, 6), "bias": draw(4)} for i in (1, 2)}
+  lora = {f"language_model/layers_{i}/mlp/up_proj": {"a": draw(2, 4), "b": draw(8, 2)} for i in (0, 11)}
+  Adapter(projector, lora).save(tmp_path / "adapter.safetensors")
+  read = Adapter.read(str(tmp_path / "adapter.safetensors"))
+  jax.tree.map(np.testing.assert_array_equal, (read.projector, read.lora), (projector, lora))
+
+
+def test_adapters_average():
+  adapters = [{"linear": {"weight": jnp.full(3, value)}} for value in (2.0, 6.0)]
+  mean = adapter.average(adapters, [0.25, 0.75])
+  np.testing.assert_array_equal(mean["linear"]["weight"], [5, 5, 5])
+  for shares in ([0.5, 0.6], [1.0]):
+    with pytest.raises(ValueError, match="2 shares are needed"):
+      adapter.average(adapters, shares)
+
+
+def test_packed_questions_see_the_prefix_and_themselves():
+  segments = jnp.asarray([[0, 0, 1, 1, 2, 2, UNUSED]])
+  batch = Batch(None, segments, None, None, None, None)
+  expected = [  # before causality
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 0, 0, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 1, 1, 0, 0, 0],
+    [1, 1, 0, 0, 1, 1, 0],
+    [1, 1, 0, 0, 1, 1, 0],
+    [1, 1, 0, 0, 0, 0, 1],
+  ]
+  np.testing.assert_array_equal(batch.mask()[0, 0], np.array(expected, bool))
+
+
+@pytest.fixture(scope="module")
+def samples(images):
+  return [
+    Sample(images[0], [("what is it?", "a cat"), ("how many?", "3"), ("where?", "left")]),
+    Sample(images[1], [("is it red?", "no")]),
+  ]
+
+
+def packer_of(tiny, question_slots):
+  return Packer(tiny.processor, tiny.config, image_size=tiny.config.vision.image_size, question_slots=question_slots)
+
+
+answer_logits = jax.jit(adapter.answer_logits)
+
+
+def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
+  tiny = loaded("clip_mha")
+  batch = packer_of(tiny, 160).pack(samples)
+  logits = np.asarray(answer_logits(tiny.model, {}, batch))
+  processor = tiny.prompts()
+  forward = jax.jit(lambda model, inputs: model.bind()(inputs))
+  batcher = Batcher(tiny.config, processor.image_shape, buckets=(160,))
+  for row, sample in enumerate(samples):
+    for number, (question, answer) in enumerate(sample.questions):
+      example = processor.prepare(sample.picture, question)
+      expected_answer = [
+        *tiny.processor.tokenizer(answer, add_special_tokens=False)["input_ids"],
+        tiny.processor.tokenizer.eos_token_id,
+      ]
+      last, count = len(example.tokens), len(expected_answer)
+      tokens = np.array([*example.tokens, *expected_answer], np.int32)
+      answered = dataclasses.replace(
+        example,
+        tokens=tokens,
+        image_id=np.pad(example.image_id, (0, count), constant_values=-1),
+        positions=np.arange(len(tokens), dtype=np.int32),
+      )
+      inputs = jax.tree.map(jnp.asarray, batcher.pack([answered], bucket=160, batch_size=1))
+      alone = np.asarray(forward(tiny.model, inputs))[0, last - 1 : last + count - 1]
+      mine = np.asarray(batch.answer_valid[row] & (batch.answer_question[row] == number))
+      assert np.asarray(batch.answers)[row][mine].tolist() == expected_answer
+      np.testing.assert_allclose(logits[row][mine], alone, atol=1e-4)
+  assert int(batch.answer_valid.sum()) == sum(len(answer) + 1 for sample in samples for _, answer in sample.questions)
+
+
+def test_updates_are_those_of_merged_weights(loaded, samples):
+  tiny = loaded("clip_mha")
+  batch = packer_of(tiny, 160).pack(samples)
+  lora = adapter.init_lora(jax.random.key(0), tiny.model.params["language_model"], rank=2)
+  assert len(lora) == 7 * tiny.config.text.num_hidden_layers
+  lora = jax.tree.map(lambda x: x + 0.1, lora)
+  merged = jax.tree.map(lambda x: x, tiny.model.params)
+  for path, update in lora.items():
+    layer = functools.reduce(dict.__getitem__, path.split("/"), merged)
+    layer["weight"] = layer["weight"] + adapter.LORA_SCALE * update["b"] @ update["a"]
+  expected = answer_logits(tiny.model.replace(params=merged), {}, batch)
+  np.testing.assert_allclose(answer_logits(tiny.model, lora, batch), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("slots, message", [(8, "more than 8 slots"), (40, "do not fit into 20 slots")])
+def test_questions_that_do_not_fit_are_refused(loaded, images, slots, message):
+  with pytest.raises(UserError, match=message):
+    packer_of(loaded("clip_mha"), slots).pack([Sample(images[0], [("?", "a long answer indeed")])])

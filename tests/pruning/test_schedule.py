@@ -1,0 +1,112 @@
+"""Schedules of methods: their defaults, what is counted from shares, and choices that no model can run."""
+
+import pytest
+
+from himap_jax import PruningConfig, Schedule, UserError, build_schedule
+from himap_jax.pruning import methods
+
+
+def schedule(method, **settings):
+  return build_schedule(method, **{"num_layers": 32, "num_image_tokens": 576, **settings})
+
+
+@pytest.mark.parametrize(
+  "method, stages",
+  [
+    ("none", []),
+    ("himap", [(2, 288), (8, 72)]),
+    ("himap_adaptive", [(2, 432), (8, 216)]),
+    ("himap_swapped", [(2, 288), (8, 72)]),
+    ("instruction_attention", [(2, 288)]),
+    ("image_attention", [(8, 144)]),
+    ("fastv", [(2, 288)]),
+    ("pyramiddrop", [(8, 288), (16, 144), (24, 72)]),
+    ("sparsevlm", [(2, 300), (6, 200), (15, 110)]),
+    ("dart", [(2, 128)]),
+    ("fastervlm", [(0, 144)]),
+    ("visionzip", [(0, 64)]),
+    ("vispruner", [(0, 128)]),
+    ("divprune", [(0, 56)]),
+    ("cdpruner", [(0, 64)]),
+    ("prumerge", [(0, 144)]),
+    ("random", [(0, 144)]),
+    ("uniform", [(0, 144)]),
+    ("divprune+himap", [(0, 56), (2, 28), (8, 7)]),
+    ("random+himap", [(0, 144), (2, 72), (8, 18)]),
+    ("random+himap_adaptive", [(0, 144), (2, 108), (8, 54)]),
+  ],
+)
+def test_default_schedules(method, stages):
+  assert [(stage.layer, stage.keep) for stage in schedule(method).stages] == stages
+
+
+def test_default_schedule_of_fitprune():
+  stages = schedule("fitprune").stages
+  assert (stages[0].layer, stages[0].keep) == (1, 562)
+  assert (stages[1].layer, stages[1].keep) == (2, 529)
+  assert (stages[-1].layer, stages[-1].keep) == (29, 127)
+  shallower = schedule("fitprune", num_layers=30).stages
+  assert shallower[-1].keep == 127
+  assert [stage.layer for stage in shallower] == sorted({stage.layer for stage in shallower})
+
+
+def test_default_schedule_of_shortv():
+  assert len(schedule("shortv").frozen_layers) == 19
+  assert len(schedule("shortv", num_layers=40).frozen_layers) == 24
+  assert schedule("shortv", num_layers=30, prune_layers=(29, 3)).frozen_layers == (3, 29)
+
+
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(method="fasttv"), "unknown method 'fasttv'; known: "),
+    (dict(method="visionzip", has_class_token=False), "tower has none; methods that work: .*divprune"),
+    (dict(method="fastervlm+himap", has_class_token=False), "tower has none"),
+    (dict(method="himap+divprune"), "two methods combine"),
+    (dict(method="random+fastervlm"), "two methods combine"),
+    (dict(method="divprune+shortv"), "two methods combine"),
+    (dict(method="divprune+himap+fastv"), "two methods combine"),
+    (dict(method="divprune", prune_layers=(2,)), "acts before the decoder"),
+    (dict(method="fastv", prune_layers=(0,)), "needs the attention of the layer before"),
+    (dict(method="divprune+fastv", prune_layers=(0, 0)), "needs the attention of the layer before"),
+    (dict(method="pyramiddrop", prune_layers=(8, 16)), "has 2 stages, but keep has 3 values"),
+    (dict(method="shortv", num_layers=30), "has tables for decoders of 32 and 40 layers"),
+    (dict(method="shortv", keep=(0.5,)), "keeps every image token"),
+    (dict(method="shortv", prune_layers=(3, 32)), "cannot freeze layer 32"),
+    (dict(method="shortv", prune_layers=(3, 3)), "named twice"),
+    (dict(method="himap", parameters={"threshold": 0.5}), "no parameter 'threshold'; it has: none"),
+    (dict(method="himap_adaptive", parameters={"treshold": 0.5}), "no parameter 'treshold'; it has: threshold"),
+    (dict(method="himap_adaptive", parameters={"threshold": 0.0}), "threshold must be above 0"),
+    (dict(method="himap_adaptive", parameters={"threshold": 1.5}), "threshold must be above 0"),
+    (dict(method="himap_adaptive", keep=(0.1, 0.2)), "cannot keep 115 image tokens before layer 8: there are 58"),
+  ],
+)
+def test_schedules_that_cannot_be(settings, message):
+  with pytest.raises(UserError, match=message):
+    schedule(**settings)
+
+
+def test_parameters_are_no_part_of_a_schedule():
+  """Equal and of equal hash, so that what was compiled for one serves the other."""
+  default = schedule("himap_adaptive")
+  other = schedule("random+himap_adaptive", prune_layers=(0, 2, 8), keep=(576, 432, 216), parameters={"threshold": 0.5})
+  assert default.parameters == (("threshold", 0.8),)
+  assert other.parameters == (("threshold", 0.5),)
+  other = Schedule(other.stages[1:], parameters=other.parameters)
+  assert default == other and hash(default) == hash(other)
+  assert schedule("himap").parameters == ()
+
+
+def test_a_choice_for_any_model():
+  config = PruningConfig("himap_adaptive", (1, 3), (0.5, 9), (("threshold", 0.5),))
+  expected = schedule("himap_adaptive", prune_layers=(1, 3), keep=(288, 9))
+  assert config.schedule(32, 576) == expected
+  assert config.schedule(32, 576).parameters == (("threshold", 0.5),)
+  assert PruningConfig().schedule(32, 576) == schedule("himap")
+  with pytest.raises(UserError, match="tower has none"):
+    PruningConfig("fastervlm").schedule(32, 576, has_class_token=False)
+
+
+def test_methods_are_listed_by_name():
+  assert list(methods.METHODS) == sorted(methods.METHODS)
+  assert methods.parse("divprune+himap") == ["divprune", "himap"]

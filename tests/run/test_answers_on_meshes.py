@@ -1,0 +1,64 @@
+"""Meshes of eight simulated devices answer as one device."""
+
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from himap_jax import GenerationConfig, InputConfig, build_schedule, checkpoint, generate
+from himap_jax.engine import sharding
+
+QUESTIONS = ("What is it?", "Why?", "A rather longer question <image> here?", "So?", "And now?")
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 4), (3, 2)]
+
+
+def mesh_id(sizes):
+  return f"data:{sizes[0]},tensor:{sizes[1]}"
+
+
+@pytest.fixture(scope="module")
+def answers(checkpoints, images, tmp_path_factory):
+  """Returns `answer(name, sizes, batch_size)`: what a mesh answers to five questions."""
+  cache_dir = tmp_path_factory.mktemp("cache")
+
+  @functools.cache
+  def answer(name, sizes, batch_size, int8_weights=False):
+    opened = checkpoint.open_checkpoint(str(checkpoints(name).directory), cache_dir=cache_dir)
+    num_layers, num_image_tokens = opened.config.text.num_hidden_layers, checkpoints(name).num_image_tokens
+    mesh = sharding.make_mesh(*sizes)
+    loaded = opened.restore(dtype=jnp.float32, mesh=mesh, int8_weights=int8_weights)
+    return generate(
+      loaded,
+      [*images, images[0]],
+      QUESTIONS,
+      schedule=build_schedule(
+        "himap",
+        num_layers=num_layers,
+        num_image_tokens=num_image_tokens,
+        prune_layers=(1, num_layers - 2),
+        keep=(num_image_tokens // 2, 3),
+      ),
+      generation=GenerationConfig(max_new_tokens=6, ignore_eos=True),
+      inputs=InputConfig("<image>{question}:", prompt_buckets=(48,), batch_size=batch_size),
+    )
+
+  return answer
+
+
+@pytest.mark.parametrize("batch_size", [5, 2])
+@pytest.mark.parametrize("sizes", MESHES, ids=mesh_id)
+@pytest.mark.parametrize("name", ["clip_mha", "clip_gqa_tied", "dinov2"])
+def test_answers_are_those_of_one_device(answers, name, sizes, batch_size):
+  for actual, expected in zip(answers(name, sizes, batch_size), answers(name, (1, 1), 5), strict=True):
+    assert actual.token_ids == expected.token_ids and len(actual.token_ids) == 6
+    assert actual.kept == expected.kept and len(actual.kept[1]) == 3
+    np.testing.assert_allclose(actual.first_logits, expected.first_logits, atol=1e-4, rtol=0)
+
+
+def test_answers_of_int8_weights(answers):
+  for actual, expected in zip(
+    answers("clip_gqa_tied", (2, 4), 4, True), answers("clip_gqa_tied", (1, 1), 5, True), strict=True
+  ):
+    np.testing.assert_allclose(actual.first_logits, expected.first_logits, atol=1e-4, rtol=0)
+    assert actual.kept == expected.kept

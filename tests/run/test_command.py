@@ -1,0 +1,128 @@
+"""What every command does with flags, settings, errors and exit statuses."""
+
+import errno
+import json
+import types
+
+import jax
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from checkpoints_convert.errors import CheckpointError
+from running import changed, read
+
+from himap_jax import UserError
+from himap_jax.engine.engine import Engine
+from himap_jax.run import command, job
+
+
+def execute(action, *, argv=("run",), resumes=True):
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS(["run"], known_only=True)
+    command.execute("tool", argv, action, resumes=resumes)
+  return caught.value.code
+
+
+def raising(error):
+  def action():
+    raise error
+
+  return action
+
+
+class TestExecute:
+  @pytest.mark.parametrize("status", [0, 1])
+  def test_the_action_s_status(self, status, capsys):
+    assert execute(lambda: status) == status
+    assert capsys.readouterr() == ("", "")
+
+  @pytest.mark.parametrize("error", [UserError("no such directory"), CheckpointError("no such directory")])
+  def test_what_the_user_can_mend_is_one_line(self, error, capsys):
+    assert execute(raising(error)) == 2
+    assert capsys.readouterr() == ("", "tool: no such directory\n")
+
+  @pytest.mark.parametrize("resumes", [True, False])
+  def test_interrupts(self, resumes, capsys):
+    assert execute(raising(KeyboardInterrupt()), resumes=resumes) == 130
+    end = "; the same command goes on from here" if resumes else ""
+    assert capsys.readouterr() == ("", f"\ntool: interrupted{end}\n")
+
+  @pytest.mark.parametrize("error", [ValueError("3"), OSError(errno.ENOSPC, "full"), RuntimeError("x"), KeyError("y")])
+  def test_all_else_is_a_bug_and_says_where(self, error, capsys):
+    assert execute(raising(error)) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.startswith("Traceback (most recent call last)")
+    assert "in action\n    raise error\n" in output.err and type(error).__name__ in output.err
+    assert "tool: this is a bug; please report it" in output.err.splitlines()[-1]
+
+  def test_stray_arguments(self, capsys):
+    assert execute(lambda: 0, argv=("run", "false")) == 2
+    assert capsys.readouterr().err == "tool: unexpected argument 'false': every setting is a --flag=value\n"
+
+
+class TestSettings:
+  def test_written_once_and_then_compared(self, tmp_path):
+    path = tmp_path / "settings.json"
+    command.check_settings(path, {"seed": 1, "layers": (2, 8)}, "use another --workdir")
+    assert json.loads(path.read_text()) == {"seed": 1, "layers": [2, 8]}
+    command.check_settings(path, {"layers": (2, 8), "seed": 1}, "use another --workdir")
+    message = (
+      "settings.json: begun with other settings .layers was .2, 8., now None; more was None, now 3.; use another"
+    )
+    with pytest.raises(UserError, match=message):
+      command.check_settings(path, {"seed": 1, "more": 3}, "use another --workdir")
+
+  def test_a_directory_that_is_not_there(self, tmp_path):
+    with pytest.raises(UserError, match="cannot write .*settings.json: No such file"):
+      command.check_settings(tmp_path / "absent" / "settings.json", {}, "")
+
+
+class TestValues:
+  @pytest.mark.parametrize("text, value", [("72", 72), ("12.5%", 0.125), ("100%", 1.0)])
+  def test_keep_counts(self, text, value):
+    assert command.keep_count(text) == value and type(command.keep_count(text)) is type(value)
+
+  def test_named_numbers(self):
+    flag = types.SimpleNamespace(name="parameters", value=["threshold:0.8", " alpha: 2"])
+    assert command.numbers(flag, command.named_number) == (("threshold", 0.8), ("alpha", 2.0))
+    for text in ("0.8", "threshold:", "a:b:1", "threshold=0.8"):
+      with pytest.raises(UserError, match="--parameters=.*: not a list such as x:1"):
+        command.numbers(types.SimpleNamespace(name="parameters", value=[text]), command.named_number, "such as x:1")
+
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.\nLargest: …"
+
+
+class TestRuns:
+  """What a run meets while it answers."""
+
+  def test_a_device_without_memory(self, small, monkeypatch, capsys):
+    def call(*_):
+      raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+
+    monkeypatch.setattr(Engine, "__call__", call)
+    assert execute(lambda: job.run(small)) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("tool: the devices have too little memory (RESOURCE_EXHAUSTED: Out of memory while trying")
+    assert all(flag in line for flag in ("--batch_size", "--int8_weights", "--mesh"))
+    assert not small.output.exists()
+
+  def test_other_errors_of_a_device_are_bugs(self):
+    with pytest.raises(jax.errors.JaxRuntimeError), command.out_of_memory_is_user_error():
+      raise jax.errors.JaxRuntimeError("INTERNAL: failed")
+
+  def test_a_picture_that_cannot_be_written(self, small, tmp_path):
+    (tmp_path / "pictures" / "a.png").mkdir(parents=True)
+    with pytest.raises(UserError, match="--pictures: cannot write .*a.png: Is a directory"):
+      job.run(changed(small, pictures=tmp_path / "pictures"))
+
+  def test_a_disk_that_is_full(self, small, monkeypatch):
+    def full(descriptor):
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+      patch.setattr("himap_jax.run.output.os.fsync", full)
+      with pytest.raises(UserError, match="cannot write .*: No space left on device"):
+        job.run(small)
+    assert job.run(small) == 0 and len(read(small.output)) == 4

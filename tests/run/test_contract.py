@@ -1,0 +1,254 @@
+"""What an output promises: its rows are the answers to its prompts with its settings, whatever happened in between."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from running import changed, read, write_rows
+from safetensors.numpy import load_file, save_file
+
+from himap_jax import Sampling, UserError
+from himap_jax.engine.engine import Engine
+from himap_jax.run import job
+from himap_jax.run.contract import Contract, digest_of
+from himap_jax.run.output import Output, OutputWriter
+from himap_jax.run.prompts import Prompt
+
+
+@pytest.fixture
+def config(small):
+  return small
+
+
+@pytest.fixture
+def killed(monkeypatch):
+  """Returns `run(config)`: a run that ends at its first batch, before it has answered anything."""
+
+  def run(config):
+    with monkeypatch.context() as patch:
+      patch.setattr(Engine, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+      with pytest.raises(KeyboardInterrupt):
+        job.run(config)
+
+  return run
+
+
+def other(config):
+  return changed(config, keep=(7, 2))
+
+
+def answered_before(config, capsys):
+  capsys.readouterr()
+  assert job.run(config) == 0
+  return int(capsys.readouterr().out.split(" answered before")[0].split()[-1])
+
+
+class TestSettings:
+  def test_rows_decide_and_not_the_file_beside_them(self, config, killed, capsys):
+    """A run with --noresume and another method, killed between start-up and its first batch, changes nothing."""
+    assert job.run(config) == 0
+    settings = config.output.with_name("output.jsonl.settings.json")
+    before, settings_before = config.output.read_bytes(), settings.read_bytes()
+    killed(changed(other(config), resume=False))
+    assert (config.output.read_bytes(), settings.read_bytes()) == (before, settings_before)
+    with pytest.raises(
+      UserError, match="output.jsonl: begun with other settings .keep was .8, 3., now .7, 2.*--noresume"
+    ):
+      job.run(other(config))
+
+    # Killed a little later: the settings are the new run's, the rows are not.
+    contract = Contract(config.output, json.loads(settings_before) | {"keep": [7, 2]}, ())
+    contract.write_settings()
+    for unreadable in (False, True):
+      with pytest.raises(
+        UserError, match="output.jsonl: begun with other settings; use another --output, or --noresume"
+      ):
+        job.run(other(config))
+      if unreadable:
+        settings.write_text("{")
+    assert config.output.read_bytes() == before
+    settings.unlink()
+    with pytest.raises(UserError, match="begun with other settings; use"):
+      job.run(other(config))
+    assert answered_before(config, capsys) == 4 and config.output.read_bytes() == before
+
+    assert job.run(changed(other(config), resume=False)) == 0
+    assert answered_before(other(config), capsys) == 4
+    assert json.loads(settings.read_text())["keep"] == [7, 2]
+    with pytest.raises(UserError, match="keep was .7, 2., now .8, 3."):
+      job.run(config)
+
+  def test_rows_of_two_settings_are_never_mixed(self, config, tmp_path):
+    assert job.run(config) == 0
+    rows = list(read(config.output).values())
+    rows[2]["digest"] = "0" * 12 + rows[2]["digest"][12:]
+    write_rows(config.output, rows)
+    with pytest.raises(UserError, match="begun with other settings"):
+      job.run(config)
+    write_rows(config.output, [row | {"error": "failed"} if row is rows[2] else row for row in rows])
+    assert job.run(config) == 0  # an error is no answer, and is replaced
+    assert len({row["digest"][:12] for row in read(config.output).values()}) == 1
+
+  def test_a_changed_checkpoint_at_the_same_path(self, config, checkpoints, tmp_path, monkeypatch, cache):
+    monkeypatch.setenv("HIMAP_JAX_CACHE", str(cache))
+    path = shutil.copytree(checkpoints("clip_mha").directory, tmp_path / "checkpoint")
+    config = changed(config, checkpoint=str(path))
+    assert job.run(config) == 0
+    before = config.output.read_bytes()
+    moved = shutil.copytree(path, tmp_path / "moved")
+    assert job.run(changed(config, checkpoint=str(moved))) == 0 and config.output.read_bytes() == before
+    tensors = load_file(path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("lm_head.weight"))
+    tensors[name] = np.flip(tensors[name], 0).copy()
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(UserError, match="begun with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
+      job.run(config)
+    assert config.output.read_bytes() == before
+    assert job.run(changed(config, resume=False)) == 0
+    after = read(config.output)
+    assert any(after[row["id"]]["answer"] != row["answer"] for row in map(json.loads, before.splitlines()))
+
+  def test_everything_that_answers_depend_on_is_in_the_digest(self, config):
+    def digest(config, weights="w"):
+      return digest_of(job.settings(config, config.pruning.schedule(6, 16), weights))
+
+    digests = [digest(config), digest(config, "v")]
+    for changes in (
+      {"method": "himap_swapped"}, {"prune_layers": (2, 5)}, {"keep": (8, 4)}, {"max_new_tokens": 7}, {"seed": 1},
+      {"sampling": Sampling(0.5)}, {"sampling": Sampling(0.5, 0.9)}, {"ignore_eos": True}, {"dtype": "bfloat16"},
+      {"prompt_template": "chat"}, {"int8_weights": True}, {"emit": frozenset({"kept"})},
+      {"method": "himap_adaptive", "parameters": (("threshold", 0.5),)},
+      {"method": "himap_adaptive", "parameters": (("threshold", 0.6),)},
+    ):  # fmt: skip
+      digests.append(digest(changed(config, **changes)))
+    assert len(set(digests)) == len(digests)
+    same = changed(config, batch_size=3, prompt_buckets=(9,), mesh={"data": 2}, strict=True, pictures=config.output)
+    assert digest(same) == digest(config)
+    assert digest(changed(config, keep=(0.5, 3))) == digest(config)
+
+
+class TestPrompts:
+  def test_a_changed_question_or_picture_is_answered_again(self, config, killed, capsys, tmp_path):
+    assert job.run(config) == 0
+    before = config.output.read_bytes()
+    first = read(config.output)
+    rows = list(map(json.loads, config.prompts.read_text().splitlines()))
+    rows[1]["question"] = "Why not?"
+    write_rows(config.prompts, rows[::-1])
+    shutil.copy(tmp_path / "0.png", tmp_path / "2.png")
+    killed(config)
+    assert config.output.read_bytes() == before  # the old rows stay until new ones are there
+    assert answered_before(config, capsys) == 2
+    second = read(config.output)
+    assert {row_id for row_id in first if first[row_id] != second[row_id]} == {"b", 3}
+    assert {row["digest"][:13] for row in second.values()} == {first["a"]["digest"][:13]}
+    write_rows(config.prompts, rows)
+    after = config.output.read_bytes()
+    assert answered_before(config, capsys) == 4 and config.output.read_bytes() == after
+    assert job.run(changed(config, output=tmp_path / "new.jsonl")) == 0
+    assert read(tmp_path / "new.jsonl") == second
+
+  def test_no_answer_is_lost_with_its_picture(self, config, capsys, tmp_path):
+    assert job.run(config) == 0
+    before = config.output.read_bytes()
+    for path in tmp_path.glob("?.png"):
+      path.unlink()
+    assert answered_before(config, capsys) == 4 and config.output.read_bytes() == before
+    rows = list(map(json.loads, config.prompts.read_text().splitlines()))
+    write_rows(config.prompts, [rows[0] | {"question": "And this?"}, *rows[1:]])
+    assert answered_before(config, capsys) == 3
+    assert "No such file" in read(config.output)["a"]["error"]
+
+  def test_a_number_and_its_text_are_one_id(self, config, capsys, tmp_path):
+    rows = [{"id": i, "image": "0.png", "question": question} for i, question in ((1, "Why?"), ("1", "And this?"))]
+    write_rows(config.prompts, rows)
+    assert job.run(changed(config, pictures=tmp_path / "pictures")) == 0
+    assert read(config.output).keys() == {1, "line:2"}
+    assert 'line 2: the id "1" was already used on line 1' in read(config.output)["line:2"]["error"]
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["1.png"]
+    answer = read(config.output)[1]
+    write_rows(config.prompts, [rows[0] | {"id": "1"}])
+    assert answered_before(config, capsys) == 1 and read(config.output)[1] == answer
+
+  def test_an_error_is_tried_again_with_other_settings_too(self, config, tmp_path):
+    write_rows(config.prompts, [{"id": "a", "image": "missing.png", "question": "Why?"}])
+    assert job.run(config) == 0
+    (tmp_path / "0.png").rename(tmp_path / "missing.png")
+    assert job.run(other(config)) == 0
+    assert read(config.output)["a"]["answer"] is not None
+
+
+class TestContract:
+  @pytest.fixture
+  def contract(self, tmp_path):
+    for name in "ab":
+      (tmp_path / name).write_text(name)
+    prompts = [Prompt(1, "a", "What?"), Prompt("2", "a", "Why?"), Prompt("line:3", error="line 3: bad")]
+    return Contract(tmp_path / "output.jsonl", {"method": "himap", "keep": (8, 3)}, prompts, tmp_path)
+
+  def row(self, contract, number=0, **changes):
+    digest = contract.row_digest(
+      contract.prompts[number], "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+    )
+    return contract.prompts[number].row(digest, answer="yes") | changes
+
+  def test_a_digest(self, contract):
+    digest = self.row(contract)["digest"]
+    assert digest == f"{digest_of({'method': 'himap', 'keep': [8, 3]})}-{digest[13:19]}ca9781"
+    assert self.row(contract, 1)["digest"][13:19] != digest[13:19]
+    assert contract.row_digest(contract.prompts[0]) == digest[:19] + "000000"
+
+  def test_what_is_stale(self, contract, tmp_path):
+    assert not contract.is_stale(self.row(contract)) and not contract.is_stale(self.row(contract, id="1"))
+    assert not contract.is_stale(self.row(contract, id="not asked", error="failed"))
+    assert contract.is_stale(self.row(contract, error="failed"))
+    assert contract.is_stale(self.row(contract, 1, id=1))
+    digest = self.row(contract)["digest"]
+    assert contract.is_stale(self.row(contract, digest=digest[:-1] + "0"))
+    assert contract.is_stale(self.row(contract, id="line:3"))
+    for refused in ("", "0" * 12 + digest[12:]):
+      for row_id in (1, "not asked"):
+        with pytest.raises(UserError, match="output.jsonl: begun with other settings; use another"):
+          contract.is_stale(self.row(contract, id=row_id, digest=refused))
+      assert contract.is_stale(self.row(contract, digest=refused, error="failed"))
+
+  def test_every_picture_is_read_once(self, contract, monkeypatch):
+    calls = []
+    monkeypatch.setattr("himap_jax.run.contract.file_digest", lambda path: calls.append(path))
+    assert not any(contract.is_stale(self.row(contract, number)) for number in (0, 1, 0))
+    assert len(calls) == 1
+
+  def test_settings_are_written_whole_and_before_the_rows(self, contract, monkeypatch):
+    path = contract.output.with_name("output.jsonl.settings.json")
+    with Output(contract, resume=True) as output:
+      output.write([])
+      assert not path.exists() and output.answered == frozenset()
+      with monkeypatch.context() as patch:
+        patch.setattr(OutputWriter, "write", lambda *_: pytest.fail("rows first") if not path.exists() else None)
+        output.write([self.row(contract)])
+    assert json.loads(path.read_text()) == {"digest": contract.digest, "method": "himap", "keep": [8, 3]}
+    path.unlink()
+    path.mkdir()
+    with Output(contract, resume=True) as output, pytest.raises(UserError, match="cannot write .*settings.json"):
+      output.write([self.row(contract)])
+
+  def test_the_first_process_refuses_for_all(self, contract, monkeypatch):
+    contract.output.write_text("notes\n")
+    sums = []
+    with monkeypatch.context() as patch:
+      patch.setattr(
+        "himap_jax.engine.processes.sum_over_processes", lambda values: sums.append(values) or np.array(values)
+      )
+      with pytest.raises(UserError, match="line 1 is not an output row"):
+        Output(contract, resume=True)
+    assert sums == [[1, 0, 0, 0]]
+    monkeypatch.setattr("himap_jax.engine.processes.is_leader", lambda: False)
+    monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array(sums[0]) + values)
+    with pytest.raises(UserError, match="the first process of this run cannot start"):
+      Output(contract, resume=True)
+    monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array([0, 0, 1, 0]) + values)
+    with Output(contract, resume=True) as output:
+      assert output.answered == {"2"}
+      output.write([self.row(contract)])
+    assert contract.output.read_text() == "notes\n"

@@ -1,0 +1,77 @@
+"""The demo model: the README's first command as a real process, and transformers on the same checkpoint."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import himap_jax
+from himap_jax import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+DEMO = ROOT / "experiments" / "demo"
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory):
+  output = tmp_path_factory.mktemp("demo")
+  command = [
+    sys.executable,
+    "-m",
+    "himap_jax.run",
+    "--flagfile=experiments/flags/demo.flags",
+    f"--output={output / 'answers.jsonl'}",
+    f"--pictures={output / 'pictures'}",
+  ]
+  environment = {name: value for name, value in os.environ.items() if name != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+  done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in (output / "answers.jsonl").read_text().splitlines()]
+  return {row["id"]: row for row in rows}, output / "pictures", done.stdout
+
+
+def prompts():
+  return [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text().splitlines()]
+
+
+def test_every_prompt_has_an_answer_and_a_picture(demo_run):
+  rows, pictures, table = demo_run
+  assert set(rows) == {prompt["id"] for prompt in prompts()}
+  for row in rows.values():
+    assert row["error"] is None and row["answer"]
+    assert [len(stage) for stage in row["kept"]] == [288, 72]
+    with Image.open(pictures / f"{row['id']}.png") as picture:
+      assert picture.width > 3 * 336
+  assert "6 answered, 0 errors" in table and "23.5% of no pruning" in table
+
+
+def test_transformers_answers_the_same():
+  loaded = himap_jax.load("demo", dtype=jnp.float32)
+  sample = prompts()[:3]
+  images = [Image.open(DEMO / prompt["image"]).convert("RGB") for prompt in sample]
+  ours = himap_jax.generate(
+    loaded,
+    images,
+    [prompt["question"] for prompt in sample],
+    generation=himap_jax.GenerationConfig(max_new_tokens=6),
+    inputs=himap_jax.InputConfig(batch_size=3, prompt_buckets=(64,)),
+  )
+  directory = checkpoint.default_cache_dir() / "demo"
+  model = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+  processor = transformers.AutoProcessor.from_pretrained(directory)
+  for image, prompt, answer in zip(images, sample, ours, strict=True):
+    text = processor.apply_chat_template(
+      [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt["question"]}]}],
+      add_generation_prompt=True,
+    )
+    inputs = processor(images=image, text=text, return_tensors="pt")
+    with torch.no_grad():
+      theirs = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert theirs[0, inputs["input_ids"].shape[1] :].tolist() == answer.token_ids

@@ -1,0 +1,250 @@
+"""Several processes on one machine, each with its own devices: one run, one output."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from himap_jax.engine import processes
+from himap_jax.engine.processes import Share
+from himap_jax.run import answering
+from himap_jax.run.summary import Result
+
+ROOT = pathlib.Path(__file__).parents[2]
+COUNT = 60
+
+
+def free_port():
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    return listener.getsockname()[1]
+
+
+class Command:
+  """`himap_jax.run` on prompts of its own, by any number of processes."""
+
+  def __init__(self, directory, checkpoint, cache, images):
+    self.output = directory / "output.jsonl"
+    self._cache = cache
+    for index, image in enumerate(images):
+      image.save(directory / f"{index}.png")
+    rows = [
+      {"id": i, "image": f"{i % 4}.png", "question": "Is it?" if i % 3 else f"Is number {i} one of these?"}
+      for i in range(COUNT)
+    ]
+    rows[7]["image"] = "missing.png"
+    (directory / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    self._arguments = [
+      f"--checkpoint={checkpoint}",
+      f"--prompts={directory / 'prompts.jsonl'}",
+      f"--image_dir={directory}",
+      f"--output={self.output}",
+      "--prune_layers=2,4",
+      "--keep=8,3",
+      "--max_new_tokens=8",
+      "--ignore_eos",
+      "--prompt_buckets=16,40",
+      "--prompt_template=<image>{question}",
+      "--dtype=float32",
+      "--emit=tokens,kept",
+    ]
+
+  def start(self, num_processes, *arguments, num_devices=4):
+    environment = os.environ | {
+      "HIMAP_JAX_CACHE": str(self._cache),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+      "COLUMNS": "200",
+    }
+    port = free_port()
+    running = []
+    for process_id in range(num_processes):
+      several = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}", f"--process_id={process_id}"]
+      running.append(
+        subprocess.Popen(
+          [
+            sys.executable,
+            "-m",
+            "himap_jax.run",
+            *self._arguments,
+            *arguments,
+            *(several if num_processes > 1 else []),
+          ],
+          cwd=ROOT,
+          env=environment,
+          text=True,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE,
+        )
+      )
+    return running
+
+  def run(self, num_processes, *arguments, **options):
+    """Runs to the end; returns what the first process prints and the rows by id."""
+    running = self.start(num_processes, *arguments, **options)
+    texts = [process.communicate(timeout=300) for process in running]
+    assert [process.returncode for process in running] == [0] * num_processes, texts
+    assert not any("answered" in text or "mesh:" in errors for text, errors in texts[1:])
+    return texts[0], self.rows()
+
+  def rows(self):
+    text = self.output.read_text().replace(str(self.output.parent), "")  # errors name the picture's path
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return {row["id"]: row for row in rows}
+
+  def files(self):
+    names = {path.name for path in self.output.parent.iterdir()}
+    return {name for name in names if not name.endswith((".png", "prompts.jsonl"))}
+
+  def write_rows_of_other_settings(self):
+    rows = [{"id": i, "answer": "other", "error": None, "digest": f"{'0' * 12}-{'0' * 12}"} for i in (3, 4, "else")]
+    self.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return self.output.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def make_command(checkpoints, loaded, images, tmp_path_factory):
+  cache = tmp_path_factory.mktemp("cache")
+  directory = loaded("clip_mha").directory
+  return lambda: Command(tmp_path_factory.mktemp("run"), directory, cache, images)
+
+
+@pytest.fixture(scope="module")
+def expected(make_command):
+  """The rows of one process."""
+  _, rows = make_command().run(1, "--batch_size=8", num_devices=1)
+  assert len(rows) == COUNT and [i for i, row in rows.items() if row["error"]] == [7]
+  return rows
+
+
+@pytest.mark.parametrize("arguments", [("--mesh=data:2,tensor:4", "--batch_size=3"), ("--batch_size=5",)])
+def test_two_processes_answer_as_one(make_command, expected, arguments):
+  command = make_command()
+  (table, errors), rows = command.run(2, *arguments)
+  assert rows == expected
+  assert f"{COUNT - 1} answered, 1 errors, 0 answered before" in table
+  assert "mesh: data:" in errors
+  assert command.files() == {"output.jsonl", "output.jsonl.settings.json"}
+  (table, _), again = command.run(2, *arguments)
+  assert again == expected and f"0 answered, 1 errors, {COUNT - 1} answered before" in table
+
+
+def test_tensor_spans_two_processes(make_command, expected):
+  _, rows = make_command().run(2, "--mesh=data:1,tensor:4", "--batch_size=8", num_devices=2)
+  assert rows == expected
+
+
+def test_a_killed_process_ends_all_and_other_processes_go_on(make_command, expected):
+  """With --noresume, over rows of other settings: these are gone with the first batch, and never come back."""
+  command = make_command()
+  before = command.write_rows_of_other_settings()
+  running = command.start(2, "--mesh=data:8", "--batch_size=8", "--noresume")
+  deadline = time.monotonic() + 200
+  while command.output.read_bytes().startswith(before) or command.output.read_bytes().count(b"\n") < 8:
+    assert time.monotonic() < deadline and all(process.poll() is None for process in running)
+    time.sleep(0.001)
+  running[1].kill()
+  _, errors = running[0].communicate(timeout=100)
+  assert running[0].returncode == 2
+  assert "another process of this run ended" in errors and "Traceback" not in errors
+  running[1].communicate()
+  done = {json.loads(line)["id"] for line in command.output.read_text().split("\n")[:-1]}
+  assert len(done) < COUNT and {i % 2 for i in done} == {0, 1}  # rows of both processes
+  (table, _), rows = command.run(1, "--batch_size=8", num_devices=1)
+  assert rows == expected
+  assert f"{len(done - {7})} answered before" in table
+  assert command.files() == {"output.jsonl", "output.jsonl.settings.json"}
+
+
+def test_rows_of_other_settings_are_refused_in_every_process(make_command):
+  command = make_command()
+  before = command.write_rows_of_other_settings()
+  running = command.start(2, "--mesh=data:8", "--batch_size=8")
+  errors = [process.communicate(timeout=300)[1].splitlines()[-1] for process in running]
+  assert [process.returncode for process in running] == [2, 2], errors
+  assert "output.jsonl: begun with other settings; use another --output, or --noresume to replace it" in errors[0]
+  assert "himap_jax: the first process of this run cannot start; its own message says why" in errors[1]
+  assert command.output.read_bytes() == before and command.files() == {"output.jsonl"}
+
+
+class TestFlags:
+  @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+      (dict(coordinator="a:1"), "belong together"),
+      (dict(coordinator="a:1", num_processes=2), "belong together"),
+      (dict(coordinator="a:1", num_processes=2, process_id=0, from_environment=True), "finds the other processes"),
+      (dict(coordinator="a:1", num_processes=2, process_id=2), "--process_id must be from 0 to 1, but is 2"),
+    ],
+  )
+  def test_contradictions(self, given, message):
+    values = dict(from_environment=False, coordinator=None, num_processes=None, process_id=None) | given
+    with pytest.raises(ValueError, match=message):
+      processes.initialize(**values)
+
+  def test_one_process_joins_nobody(self, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+    processes.initialize(from_environment=False, coordinator=None, num_processes=None, process_id=None)
+
+
+def mesh_of(process_ids):
+  devices = np.array([[types.SimpleNamespace(process_index=i) for i in row] for row in process_ids])
+  return types.SimpleNamespace(devices=devices, shape=dict(zip(("data", "tensor"), devices.shape, strict=True)))
+
+
+class TestShare:
+  @pytest.mark.parametrize(
+    ("process_ids", "share"),
+    [
+      ([[0, 0], [0, 0]], Share(0, 1, True)),
+      ([[0, 0], [1, 1]], Share(0, 2, True)),
+      ([[1, 1], [0, 0]], Share(1, 2, True)),
+      ([[1, 0], [2, 3]], Share(0, 2, True)),
+      ([[3, 2], [1, 0]], Share(1, 2, True)),
+    ],
+  )
+  def test_of_process_0(self, process_ids, share):
+    assert processes.share(mesh_of(process_ids)) == share
+
+  def test_one_of_two_processes_with_the_same_rows_writes(self, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert processes.share(mesh_of([[0, 1], [2, 3]])) == Share(0, 2, False)
+
+  def test_rows_that_overlap_in_part(self):
+    with pytest.raises(ValueError, match="overlap in part"):
+      processes.share(mesh_of([[0, 1], [1, 0], [0, 0]]))
+
+
+class TestResults:
+  """The results of all processes, collected in each."""
+
+  def test_of_two_processes(self, monkeypatch):
+    own = [Result({"id": 1, "answer": "é\u2028", "first_logits": [0.1, -1e-9]}, 2, 16, 5, [8, 3])]
+    others = [[], own * 40]
+    sent = []
+
+    def gather(array):
+      sent.append(array)
+      data = json.dumps(others[-1]).encode()
+      if len(sent) % 2:
+        return np.array([array, [len(data)]])
+      assert len(array) & (len(array) - 1) == 0
+      return np.stack([array, np.frombuffer(data.ljust(len(array)), np.uint8)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(answering.multihost_utils, "process_allgather", gather)
+    assert answering._of_all_processes(own) == [*own, *own * 40]
+    others.append([])
+    assert answering._of_all_processes([]) == []
+    assert answering._of_all_processes(own) == own
+
+  def test_of_one(self):
+    assert answering._of_all_processes([1]) == [1]

@@ -1,0 +1,88 @@
+"""The layout of the code: which rooms may import which, read from the imports themselves."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A room → the only rooms of the project that it may import, beside itself.
+ALLOWED = {
+  "checkpoints_convert": set(),
+  "himap_jax.errors": set(),
+  "himap_jax.inputs": set(),
+  "himap_jax.model": {"himap_jax.inputs"},
+  "himap_jax.pruning": {"himap_jax.inputs", "himap_jax.errors"},
+  "himap_jax.families": {"himap_jax.inputs", "himap_jax.errors", "himap_jax.model", "checkpoints_convert"},
+  "himap_jax.engine": {"himap_jax.inputs", "himap_jax.errors", "himap_jax.model", "himap_jax.pruning"},
+}
+NEVER = {"himap_jax": {"experiments", "tests"}, "checkpoints_convert": {"himap_jax", "experiments", "tests"}}
+
+
+def modules():
+  """The dotted name, file and imported names of every module of the three packages."""
+  for package in ("himap_jax", "checkpoints_convert", "experiments"):
+    for path in sorted((ROOT / package).rglob("*.py")):
+      names = list(path.relative_to(ROOT).with_suffix("").parts)
+      yield ".".join(names[:-1] if names[-1] == "__init__" else names), path, set(imports(path))
+
+
+def imports(path):
+  for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: a relative import"
+      yield node.module
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_in(name, room):
+  return name == room or name.startswith(f"{room}.")
+
+
+PACKAGES = ("himap_jax", "checkpoints_convert", "experiments")
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_lies_below_it(room):
+  found = [(name, path, names) for name, path, names in modules() if is_in(name, room)]
+  assert found
+  for name, path, names in found:
+    own = {other for other in names if any(is_in(other, package) for package in PACKAGES)} - {"himap_jax"}
+    for other in own:
+      assert any(is_in(other, allowed) or is_in(allowed, other) for allowed in (room, *ALLOWED[room])), (
+        f"{path}: {name} imports {other}"
+      )
+
+
+@pytest.mark.parametrize("package", NEVER)
+def test_packages_depend_one_way(package):
+  for name, path, names in modules():
+    if is_in(name, package):
+      for other in names:
+        assert not any(is_in(other, never) for never in NEVER[package]), f"{path}: {name} imports {other}"
+
+
+def test_the_model_and_pruning_read_no_flags_and_no_files():
+  for name, path, names in modules():
+    if is_in(name, "himap_jax.model") or is_in(name, "himap_jax.pruning"):
+      assert not {"absl", "absl.flags", "os", "pathlib", "io", "json"} & names, f"{path} reads flags or files"
+
+
+def test_platforms_are_known_in_one_place():
+  """What one platform alone needs stays in its own module; only the engine chooses among them."""
+  for name, path, names in modules():
+    if not is_in(name, "himap_jax.model.kernels") and name != "himap_jax.engine.sharding":
+      chosen = {f"himap_jax.model.kernels.{platform}" for platform in ("cpu", "gpu", "tpu")} & names
+      assert not chosen, f"{path}: {name} imports {chosen}"
+
+
+def test_no_function_takes_more_than_seven_arguments():
+  for _, path, _ in modules():
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        arguments = node.args
+        names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
+        assert len(set(names) - {"self", "cls"}) <= 7, f"{path}:{node.lineno} {node.name}({', '.join(names)})"

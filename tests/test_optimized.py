@@ -1,0 +1,26 @@
+"""The tests that compare numbers, once more with XLA's optimisations on, which the others leave off to compile faster."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TESTS = ("tests/model/test_parity.py", "tests/engine/test_int8.py", "tests/engine/test_himap.py")
+CHOSEN = "clip_mha or siglip or int8 or does_not_matter or row_alone"
+
+
+@pytest.mark.slow
+def test_parity_int8_and_decoding_with_optimizations():
+  command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=-q"]
+  result = subprocess.run(
+    [*command, "-k", CHOSEN, *TESTS],
+    cwd=ROOT,
+    env=os.environ | {"HIMAP_JAX_TEST_OPTIMIZED": "1"},
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+  assert " passed" in result.stdout and "skipped" not in result.stdout
