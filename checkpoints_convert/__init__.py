@@ -1,1 +1,1 @@
-"""Conversion of checkpoints into the layouts that himap_jax reads."""
+"""Checkpoints on disk, on the Hugging Face hub and in object storage: found, checked, read onto devices, converted."""

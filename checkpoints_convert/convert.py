@@ -1,150 +1,183 @@
-"""Converts a LLaVA checkpoint: configuration, check of names and shapes, then one tensor after another."""
+"""Converts a checkpoint: its configuration, the check of names and shapes, then one tensor after another."""
 
-import json
+import dataclasses
+import hashlib
 import pathlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import tqdm
-from etils import epath
 
 from checkpoints_convert import names, original, remote, store
+from checkpoints_convert.digest import weights_digest
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import FORMAT, MARKER, read_marker
-from checkpoints_convert.safetensors_reader import INDEX, StoredTensor, read_headers, read_tensor, some
-from checkpoints_convert.source import SMALL_FILES, fingerprint, locate, read_json, write_json
-from himap_jax import config as config_lib
-from himap_jax.llava import abstract_params
+from checkpoints_convert.progress import byte_bar
+from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, INDEX, StoredTensor, read_headers
+from checkpoints_convert.source import SMALL_FILES, AnyPath, locate, read_json, some, write_json
+from checkpoints_convert.transforms import quantize
 
 _NOT_COPIED = ("config.json", INDEX, MARKER)
 
+# From the fields of a config.json in Hugging Face's terms, and where these come from, to the model that they describe.
+Describe = Callable[[dict[str, Any], str], names.ExpectedModel]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A checkpoint as it was published; its headers are read and its weights are not.
+
+  Attributes:
+    directory: where it lies.
+    fields: of its `config.json`.
+    tensors: what its weight files hold.
+    tower: of LLaVA's original layout, the directory of the vision tower; None in the Hugging Face layout.
+    tower_tensors: what the tower's own files hold, where the checkpoint's do not.
+  """
+
+  directory: pathlib.Path
+  fields: dict[str, Any]
+  tensors: tuple[StoredTensor, ...]
+  tower: pathlib.Path | None = None
+  tower_tensors: tuple[StoredTensor, ...] = ()
+
+  def plan(self, model: names.ExpectedModel) -> names.Plan:
+    """What there is to read; errors as in `names.plan`."""
+    entries = names.TABLES[model.fields["model_type"]].entries
+    stored = names.place_names(self.tensors, entries) + names.place_names(self.tower_tensors, names.TOWER_ENTRIES)
+    return names.plan(stored, model, str(self.directory))
+
+  def digest(self, cache_dir: pathlib.Path) -> str:
+    """Digest of the content of its weights, those of the tower included; see `weights_digest`."""
+    digest = weights_digest(self.directory, cache_dir)
+    if self.tower is None:
+      return digest
+    return hashlib.sha256((digest + weights_digest(self.tower, cache_dir)).encode()).hexdigest()
+
+
+def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> Source:
+  """Finds a checkpoint in a published layout and reads the headers of its weights.
+
+  Args:
+    name: a directory or a hub id.
+    vision_tower: for the original layout, a directory or hub id instead of the one that its config.json names.
+
+  Raises:
+    CheckpointError: it cannot be found or read, or a file of it is not whole.
+  """
+  directory = locate(str(name))
+  fields = read_json(directory / "config.json")
+  tensors = tuple(read_headers(directory).values())
+  if not original.is_original(fields):
+    return Source(directory, fields, tensors)
+  original.check(fields, str(directory / "config.json"))
+  stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries)
+  has_tower = any(parameter.path[0] == "vision_tower" for parameter in stored)
+  tower = _locate_tower(directory, fields, vision_tower, has_weights=has_tower)
+  return Source(directory, fields, tensors, tower, () if has_tower else tuple(read_headers(tower).values()))
+
 
 def convert(
-  source: str | pathlib.Path,
-  target: str | pathlib.Path | epath.Path,
+  source: Source,
+  target: str | AnyPath,
+  describe: Describe,
   *,
-  vision_tower: str | None = None,
-  progress: bool = True,
-) -> pathlib.Path | epath.Path:
-  """Converts a checkpoint in one of three layouts: Hugging Face LLaVA with older or newer names, or LLaVA's original.
+  cache_dir: pathlib.Path,
+  int8_weights: bool = False,
+) -> AnyPath:
+  """Converts a checkpoint in the Hugging Face layout, with older or newer names, or in LLaVA's original one.
 
   The target holds the parameters (Orbax, in the stored dtype), a complete config.json, the tokenizer, processor and
   generation files, and a marker. It appears whole or not at all, in object storage as its marker does; a target made from the
-  same files is left as it is.
+  same weights is left as it is.
 
   Args:
-    source: a directory or a hub id.
+    source: what to convert.
     target: the directory to write, here or in object storage as `gs://bucket/name`.
-    vision_tower: for the original layout, a directory or hub id instead of the one that its config.json names.
-    progress: whether to show a bar and what was unused.
+    describe: says which model a config.json describes.
+    cache_dir: where digests of files are kept.
+    int8_weights: whether the weights in `ExpectedModel.int8` are written as int8 values and scales, rounded from the stored
+      dtype.
 
   Returns:
     `target`, absolute.
 
   Raises:
-    ValueError: the source cannot be read, holds a model that this library does not run, or lacks names and shapes of
-      the model that it describes; or the target holds something else or cannot be reached.
+    CheckpointError: the source lacks names and shapes of the model that it describes, or the target holds something else or
+      cannot be reached.
   """
-  source = locate(str(source))
   target = remote.reach(target) if remote.is_remote(target) else pathlib.Path(target).expanduser().absolute()
   if any(character in str(target) for character in store.FORBIDDEN):
-    raise ValueError(
+    raise CheckpointError(
       f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory"
     )
-  fields = read_json(source / "config.json")
-  stored, tower = _stored(source, fields, vision_tower)
-  digest = _digest(source, tower)
+  fingerprint = source.digest(cache_dir) + ("-int8" if int8_weights else "")
+  if _is_finished(target, fingerprint):
+    return target
   with store.locked(target):
-    if _is_finished(target, digest):
+    if _is_finished(target, fingerprint):  # another process may have converted it by now
       return target
     with store.new_directory(target) as (work, params):
-      config = _write_configuration(work, source, tower, fields)
-      plan = names.plan(stored, abstract_params(config, jnp.float32), config, str(source))
-      if progress and plan.unused:
+      model = _write_configuration(work, source, describe)
+      plan = source.plan(model)
+      if plan.unused:
         print(
-          f"{source.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})", file=sys.stderr
+          f"{source.directory.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})",
+          file=sys.stderr,
         )
-      store.save_params(params, _read(plan, progress))
-      write_json(work / MARKER, {"format": FORMAT, "source": str(source), "fingerprint": digest, "dtypes": plan.dtypes})
+      store.save_params(params, _read(plan, model.int8 if int8_weights else frozenset()))
+      content = {"format": FORMAT, "source": str(source.directory), "fingerprint": fingerprint}
+      dtypes = sorted({FLOAT_DTYPES[parameter.tensor.dtype].name for parameter in plan.parameters})
+      write_json(work / MARKER, content | {"dtypes": dtypes, "int8_weights": int8_weights})
   return target
 
 
-def identity(source: pathlib.Path) -> str:
-  """Digest that tells the conversion of a directory from those of other checkpoints, towers and downloads.
-
-  Raises:
-    ValueError: as `convert`, of the source.
-  """
-  _, tower = _stored(source, read_json(source / "config.json"), None)
-  return _digest(source, tower)
-
-
-def _digest(source: pathlib.Path, tower: pathlib.Path | None) -> str:
-  return fingerprint(source) if tower is None else fingerprint(source, tower)
-
-
-def _stored(
-  source: pathlib.Path, fields: dict[str, Any], vision_tower: str | None
-) -> tuple[list[tuple[names.Path | None, StoredTensor]], pathlib.Path | None]:
-  """The tensors in a checkpoint's files by their paths in the parameter tree, and the tower of an original layout."""
-  stored = [(names.tree_path(name), tensor) for name, tensor in read_headers(source).items()]
-  if not original.is_original(fields):
-    return stored, None
-  original.check(fields, str(source / "config.json"))
-  tower = _locate_tower(source, fields, vision_tower, has_weights=_has_tower(stored))
-  if not _has_tower(stored):
-    stored += [(names.tower_path(name), tensor) for name, tensor in read_headers(tower).items()]
-  return stored, tower
+def _read(plan: names.Plan, int8: frozenset[names.Path]) -> Iterator[tuple[names.Path, np.ndarray]]:
+  with byte_bar(sum(parameter.tensor.num_bytes for parameter in plan.parameters), "converting") as bar:
+    for parameter in plan.parameters:
+      array = parameter.reader()(...)
+      if parameter.path in int8:
+        weight = quantize(jnp.asarray(array))
+        yield (*parameter.path, "qvalue"), np.asarray(weight.qvalue)
+        yield (*parameter.path, "scale"), np.asarray(weight.scale)
+      else:
+        yield parameter.path, array
+      bar.update(parameter.tensor.num_bytes)
 
 
-def _read(plan: names.Plan, progress: bool) -> Iterator[tuple[names.Path, np.ndarray]]:
-  with tqdm.tqdm(total=plan.num_bytes, unit="B", unit_scale=True, desc="converting", disable=not progress) as bar:
-    for path, tensor in plan.tensors:
-      yield path, read_tensor(tensor)
-      bar.update(tensor.num_bytes)
-
-
-def _is_finished(target: pathlib.Path | epath.Path, digest: str) -> bool:
+def _is_finished(target: AnyPath, fingerprint: str) -> bool:
   """Whether there is nothing to do.
 
   Raises:
-    ValueError: `target` is in the way.
+    CheckpointError: `target` is in the way.
   """
   if (target.is_dir() and not any(target.iterdir())) or not target.exists() or remote.is_unfinished(target):
     return False
   marker = read_marker(target) if target.is_dir() else None
-  if marker is None or marker.get("fingerprint") != digest:
-    raise ValueError(f"{target} exists and was not converted from this source; name another directory or remove it")
+  if marker is None or marker.get("fingerprint") != fingerprint:
+    raise CheckpointError(
+      f"{target} exists and was not converted from this source; name another directory or remove it"
+    )
   return True
 
 
-def _write_configuration(
-  work: pathlib.Path, source: pathlib.Path, tower: pathlib.Path | None, fields: dict[str, Any]
-) -> config_lib.LlavaConfig:
-  for path in sorted(path for pattern in SMALL_FILES for path in source.glob(pattern)):
+def _write_configuration(work: pathlib.Path, source: Source, describe: Describe) -> names.ExpectedModel:
+  directory, tower, fields = source.directory, source.tower, source.fields
+  for path in sorted(path for pattern in SMALL_FILES for path in directory.glob(pattern)):
     if path.name not in _NOT_COPIED and (tower is None or not path.name.startswith(("tokenizer", "special_tokens"))):
       shutil.copyfile(path, work / path.name)
   if tower is not None:
-    tokens = original.tokenizer(source)
-    image_token_id = tokens.convert_tokens_to_ids(original.IMAGE_TOKEN)
-    original_fields, fields = fields, original.llava_fields(fields, tower, image_token_id)
-    original.save_processor(work, tokens, tower, original_fields, fields)
-  config = config_lib.from_hf(fields, where=str(source / "config.json"))
-  write_json(work / "config.json", _complete(fields))
+    tokens = original.tokenizer(directory)
+    fields = original.llava_fields(fields, tower, tokens.convert_tokens_to_ids(original.IMAGE_TOKEN))
+    original.save_processor(work, tokens, tower, source.fields, fields)
+  model = describe(fields, str(directory / "config.json"))
+  write_json(work / "config.json", model.fields)
   if not (work / "generation_config.json").exists():
     write_json(work / "generation_config.json", _special_token_ids(fields))
-  return config
-
-
-def _complete(fields: dict[str, Any]) -> dict[str, Any]:
-  """Every field that transformers knows of the model, so that its defaults may change."""
-  import transformers
-
-  complete = transformers.LlavaConfig(**{name: value for name, value in fields.items() if name != "model_type"})
-  return json.loads(complete.to_json_string(use_diff=False))
+  return model
 
 
 def _special_token_ids(fields: dict[str, Any]) -> dict[str, Any]:
@@ -152,19 +185,17 @@ def _special_token_ids(fields: dict[str, Any]) -> dict[str, Any]:
   return {name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if given.get(name) is not None}
 
 
-def _has_tower(stored: list[tuple[names.Path | None, StoredTensor]]) -> bool:
-  return any(path is not None and path[0] == "vision_tower" for path, _ in stored)
-
-
 def _locate_tower(
-  source: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool
+  directory: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool
 ) -> pathlib.Path:
   if fields.get("unfreeze_mm_vision_tower") and not has_weights:
-    raise ValueError(f"{source}: its vision tower was trained (unfreeze_mm_vision_tower) but is not in its weights")
+    raise CheckpointError(
+      f"{directory}: its vision tower was trained (unfreeze_mm_vision_tower) but is not in its weights"
+    )
   name = given or fields["mm_vision_tower"]
-  if not given and not pathlib.Path(name).is_absolute() and (source / name).is_dir():
-    name = str(source / name)
+  if not given and not pathlib.Path(name).is_absolute() and (directory / name).is_dir():
+    name = str(directory / name)
   try:
     return locate(name, weights=not has_weights)
-  except ValueError as error:
-    raise ValueError(f"the vision tower of {source} (--vision_tower names another): {error}") from error
+  except CheckpointError as error:
+    raise CheckpointError(f"the vision tower of {directory} (--vision_tower names another): {error}") from error

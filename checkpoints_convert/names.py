@@ -1,112 +1,165 @@
-"""From the names of a checkpoint to the parameter tree: renaming, and the check of every name and shape.
+"""From the names of a checkpoint to the parameter tree: a table for every model type, and the check of every name and shape.
 
 The tree keeps the checkpoint's names, dots becoming levels, except that `layers.N` is one level, `layers_N`.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
-from flax import traverse_util
+import numpy as np
 
-from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, StoredTensor, some
-from himap_jax.config import LlavaConfig
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, Index, StoredTensor
+from checkpoints_convert.source import some
 
+# Where a parameter stands in the tree.
 Path = tuple[str, ...]
 
-_PREFIXES = tuple(
-  (re.compile(pattern), replacement)
-  for pattern, replacement in (
-    # LLaVA's original layout
-    (r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
-    (r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-    (r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-    # Hugging Face: without `model.` before transformers 4.52, with it since
-    (r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-    (r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-    (r"language_model\.lm_head\.", "lm_head."),
-    (r"language_model\.model\.", "language_model."),
-    (r"model\.language_model\.", "language_model."),
-    # the decoder of the original layout
-    (r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
+
+class Entry(NamedTuple):
+  """What becomes of tensors.
+
+  Attributes:
+    pattern: regular expression of how their names begin.
+    place: what stands for that beginning in the tree.
+    transform: makes the parameter of the stored tensor, by methods and slices of arrays; None where it is the tensor itself.
+  """
+
+  pattern: str
+  place: str
+  transform: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+class Table(NamedTuple):
+  """How the checkpoints of one model type name the parameters.
+
+  Attributes:
+    entries: the first that matches a name holds for it. Entries with the same pattern make several parameters of a tensor.
+    unused: regular expression of places, levels parted by `/`, that checkpoints hold and the model does not.
+    tower_layer: regular expression of the tower's layers, the number being its group; the model may need fewer.
+  """
+
+  entries: tuple[Entry, ...]
+  unused: str
+  tower_layer: str
+
+
+# By `model_type` of config.json.
+TABLES = {
+  "llava": Table(
+    entries=(
+      # LLaVA's original layout
+      Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
+      Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+      Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+      # Hugging Face: without `model.` before transformers 4.52, with it since
+      Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+      Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+      Entry(r"language_model\.lm_head\.", "lm_head."),
+      Entry(r"language_model\.model\.", "language_model."),
+      Entry(r"model\.language_model\.", "language_model."),
+      # the decoder of the original layout
+      Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
+    ),
+    unused=(
+      r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
+      r".*(^|/)(inv_freq|position_ids)$|"
+      r"lm_head/weight$|"  # of a head that is tied
+      r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP
+    ),
+    tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
   )
-)
-_TOWER_PREFIX = re.compile(r"(vision_model\.|dinov2\.)?")
+}
+# Of the vision tower's own checkpoint, to which LLaVA's original layout refers.
+TOWER_ENTRIES = (Entry(r"(vision_model\.|dinov2\.)?", "vision_tower."),)
+
 _LAYER = re.compile(r"\b(layers?)\.(\d+)\.")
-_TOWER_LAYER = re.compile(r"vision_tower/encoder/layers?_(\d+)/")
-_NEVER_USED = re.compile(
-  r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
-  r".*(^|/)(inv_freq|position_ids)$"
-)
-_REST_OF_CLIP = re.compile(r"text_model\.|(visual|text)_projection\.|logit_(scale|bias)$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a conversion writes.
+class ExpectedModel:
+  """The model that a checkpoint has to hold.
 
   Attributes:
-    tensors: the path in the tree of each stored tensor, in the order in which they lie on disk.
-    unused: names in the checkpoint that the model never reads.
+    fields: of a complete config.json; `model_type` is a key of `TABLES`.
+    shapes: of the parameters that the model reads, by their paths.
+    num_tower_layers: layers of the whole tower; a checkpoint may hold those after the last that the model runs.
+    int8: the parameters that can be int8.
   """
 
-  tensors: tuple[tuple[Path, StoredTensor], ...]
+  fields: dict[str, Any]
+  shapes: Mapping[Path, tuple[int, ...]]
+  num_tower_layers: int
+  int8: frozenset[Path]
+
+
+class Parameter(NamedTuple):
+  """A parameter in a checkpoint: its path in the tree, and the tensor and the transform that it is made with."""
+
+  path: Path
+  tensor: StoredTensor
+  transform: Callable[[np.ndarray], np.ndarray] | None = None
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Its shape in the tree."""
+    shape = self.tensor.shape
+    return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
+
+  def reader(self) -> Callable[[Index], np.ndarray]:
+    """A function that gives the part that an index names, in the stored dtype; a transform has the whole tensor read."""
+    read = self.tensor.reader()
+    return read if self.transform is None else self.transform(read(...)).__getitem__
+
+
+class Plan(NamedTuple):
+  """What there is to read, in the order in which it lies on disk, and the names that the model never reads."""
+
+  parameters: tuple[Parameter, ...]
   unused: tuple[str, ...]
 
-  @property
-  def num_bytes(self) -> int:
-    return sum(tensor.num_bytes for _, tensor in self.tensors)
 
-  @property
-  def dtypes(self) -> tuple[str, ...]:
-    return tuple(sorted({FLOAT_DTYPES[tensor.dtype].name for _, tensor in self.tensors}))
-
-
-def tree_path(name: str) -> Path:
-  """The place in the parameter tree of a name in a LLaVA checkpoint of any of the three layouts."""
-  for pattern, replacement in _PREFIXES:
-    if match := pattern.match(name):
-      name = replacement + name[match.end() :]
-      break
-  return _split(name)
+def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> list[Parameter]:
+  """The parameters that stored tensors are, by their names."""
+  entries = (*entries, Entry("", ""))
+  placed = []
+  for tensor in tensors:
+    pattern = next(entry.pattern for entry in entries if re.match(entry.pattern, tensor.name))
+    for entry in entries:
+      if entry.pattern == pattern:
+        name = re.sub(pattern, entry.place, tensor.name, count=1)
+        placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, entry.transform))
+  return placed
 
 
-def tower_path(name: str) -> Path | None:
-  """The place of a name in a vision tower's own checkpoint; None for what is no part of the tower."""
-  if _REST_OF_CLIP.match(name):
-    return None
-  return _split("vision_tower." + name[_TOWER_PREFIX.match(name).end() :])
-
-
-def plan(
-  stored: Iterable[tuple[Path | None, StoredTensor]], abstract: Mapping[str, Any], config: LlavaConfig, where: str
-) -> Plan:
-  """Matches stored tensors with the abstract parameter tree.
+def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
+  """Matches what is stored with what the model reads.
 
   Args:
-    stored: tensors and their places in the tree.
-    abstract: nested dict whose leaves have a `shape`.
-    config: the model.
+    stored: what `place_names` gave.
+    model: what is expected.
     where: names the checkpoint in messages.
 
   Raises:
-    ValueError: names that are missing, unexpected or stored twice, shapes or dtypes that do not fit; it lists the
+    CheckpointError: names that are missing, unexpected or stored twice, shapes or dtypes that do not fit; it lists the
       first of each kind and counts all.
   """
-  expected = {path: tuple(leaf.shape) for path, leaf in traverse_util.flatten_dict(dict(abstract)).items()}
-  found: dict[Path, StoredTensor] = {}
+  expected = model.shapes
+  found: dict[Path, Parameter] = {}
   unused, unexpected, repeated, misshaped, mistyped = [], [], [], [], []
-  for path, tensor in stored:
+  for parameter in stored:
+    path, tensor = parameter.path, parameter.tensor
     if path not in expected:
-      (unused if path is None or _is_unused("/".join(path), config) else unexpected).append(tensor.name)
+      (unused if _is_unused("/".join(path), model) else unexpected).append(tensor.name)
     elif path in found:
-      repeated.append(f"{tensor.name} and {found[path].name}")
-    elif tensor.shape != expected[path]:
-      misshaped.append(f"{tensor.name} is {list(tensor.shape)}, expected {list(expected[path])}")
+      repeated.append(f"{tensor.name} and {found[path].tensor.name}")
+    elif parameter.shape != expected[path]:
+      misshaped.append(f"{tensor.name} is {list(parameter.shape)}, expected {list(expected[path])}")
     elif tensor.dtype not in FLOAT_DTYPES:
       mistyped.append(f"{tensor.name} is {tensor.dtype}")
-    found.setdefault(path, tensor)
+    found.setdefault(path, parameter)
   problems = {
     "missing": [".".join(path) for path in expected if path not in found],
     "unexpected": unexpected,
@@ -116,21 +169,16 @@ def plan(
   }
   if any(problems.values()):
     report = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names)
-    raise ValueError(
+    raise CheckpointError(
       f"{where}: the weights are not those of the model that config.json describes: {report}; "
       f"{len(found.keys() & expected.keys())} of {len(expected)} names match, {len(unused)} unused"
     )
-  tensors = tuple((path, tensor) for path, tensor in found.items() if path in expected)
-  return Plan(tensors, tuple(unused))
+  return Plan(tuple(parameter for path, parameter in found.items() if path in expected), tuple(unused))
 
 
-def _split(name: str) -> Path:
-  return tuple(_LAYER.sub(r"\1_\2.", name).split("."))
-
-
-def _is_unused(path: str, config: LlavaConfig) -> bool:
-  if layer := _TOWER_LAYER.match(path):
-    return max(config.vision_feature_layers) <= int(layer[1]) < config.vision.num_hidden_layers
-  if path == "lm_head/weight":
-    return config.text.tie_word_embeddings
-  return _NEVER_USED.match(path) is not None
+def _is_unused(path: str, model: ExpectedModel) -> bool:
+  table = TABLES[model.fields["model_type"]]
+  if layer := re.match(table.tower_layer, path):
+    is_run = any("/".join(expected).startswith(layer[0]) for expected in model.shapes)
+    return not is_run and int(layer[1]) < model.num_tower_layers
+  return re.match(table.unused, path) is not None

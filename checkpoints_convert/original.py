@@ -6,8 +6,10 @@ There the language model's own config.json names a CLIP tower that is a checkpoi
 import pathlib
 from typing import Any
 
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import first_line, read_json
 
+MODEL_TYPE = "llava"
 IMAGE_TOKEN = "<image>"
 PAD_TOKEN = "<pad>"
 CHAT_TEMPLATE = (
@@ -39,12 +41,12 @@ def check(fields: dict[str, Any], where: str) -> None:
   """Refuses what this conversion has no counterpart for.
 
   Raises:
-    ValueError: naming the field, its value and those that are known.
+    CheckpointError: naming the field, its value and those that are known.
   """
   for name, known in _SUPPORTED.items():
     value = fields.get(name, "patch" if name == "mm_vision_select_feature" else None)
     if value not in known:
-      raise ValueError(
+      raise CheckpointError(
         f"{where}: {name} is {value!r}; of the original layout this reads "
         f"{' or '.join(repr(choice) for choice in known if choice is not None)}"
       )
@@ -59,20 +61,22 @@ def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: in
     image_token_id: of `<image>`.
 
   Raises:
-    ValueError: the tower is no CLIP.
+    CheckpointError: the tower is no CLIP.
   """
   import transformers
 
   vision = read_json(tower / "config.json")
   if vision.get("model_type") not in ("clip", "clip_vision_model"):
-    raise ValueError(f"{tower}: model_type is {vision.get('model_type')!r}; the tower of the original layout is a CLIP")
+    raise CheckpointError(
+      f"{tower}: model_type is {vision.get('model_type')!r}; the tower of the original layout is a CLIP"
+    )
   vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
   known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
   text = {name: value for name, value in fields.items() if name in known} | {"model_type": "llama"}
   patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2
   strategy = _SELECT[fields.get("mm_vision_select_feature", "patch")]
   return {
-    "model_type": "llava",
+    "model_type": MODEL_TYPE,
     "architectures": ["LlavaForConditionalGeneration"],
     "text_config": text,
     "vision_config": vision,
@@ -90,7 +94,7 @@ def tokenizer(source: pathlib.Path) -> Any:
   """The checkpoint's tokenizer with `<image>` as the next id and, where it has no padding token, `<pad>` after it.
 
   Raises:
-    ValueError: it cannot be read.
+    CheckpointError: it cannot be read.
   """
   import transformers
 
@@ -99,7 +103,7 @@ def tokenizer(source: pathlib.Path) -> Any:
   try:
     tokens = loader.from_pretrained(source, local_files_only=True)
   except Exception as error:
-    raise ValueError(f"{source}: cannot read the tokenizer ({first_line(error)})") from error
+    raise CheckpointError(f"{source}: cannot read the tokenizer ({first_line(error)})") from error
   tokens.add_tokens([IMAGE_TOKEN], special_tokens=True)
   if tokens.pad_token is None:
     tokens.add_special_tokens({"pad_token": PAD_TOKEN})

@@ -12,8 +12,9 @@ from typing import Any
 
 from etils import epath
 
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import MARKER, PARAMS
-from checkpoints_convert.source import first_line
+from checkpoints_convert.source import AnyPath, first_line
 
 UNFINISHED = "himap_jax.unfinished"
 
@@ -27,14 +28,14 @@ def reach(name: str | os.PathLike[str]) -> epath.Path:
   """The directory of a URL, which can be asked whether it exists.
 
   Raises:
-    ValueError: the storage cannot be reached.
+    CheckpointError: the storage cannot be reached.
   """
   try:
     path = epath.Path(name)
     path.exists()
     return path
   except Exception as error:  # every storage's client raises its own
-    raise ValueError(
+    raise CheckpointError(
       f"{os.fspath(name)}: cannot be reached ({first_line(error)}); gs:// needs gcsfs (pip install -e '.[tpu]') and "
       "credentials (gcloud auth application-default login)"
     ) from error
@@ -58,6 +59,6 @@ def new_directory(target: epath.Path) -> Iterator[tuple[pathlib.Path, Any]]:
   (target / UNFINISHED).unlink()
 
 
-def is_unfinished(target: epath.Path) -> bool:
+def is_unfinished(target: AnyPath) -> bool:
   """Whether a conversion into it did not end."""
   return (target / UNFINISHED).exists()

@@ -1,40 +1,33 @@
-"""Reads safetensors checkpoints: every header first, then one tensor at a time with plain file reads.
-
-Nothing is mapped into memory, so what a conversion holds is what it has read and not yet released.
-"""
+"""Reads safetensors checkpoints: every header first, then one tensor, or a part of one, at a time."""
 
 import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.source import first_line, some
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
-_ITEM_BYTES = {
-  "BOOL": 1,
-  "U8": 1,
-  "I8": 1,
-  "F8_E4M3": 1,
-  "F8_E5M2": 1,
-  "U16": 2,
-  "I16": 2,
-  "F16": 2,
-  "BF16": 2,
-  "U32": 4,
-  "I32": 4,
-  "F32": 4,
-  "U64": 8,
-  "I64": 8,
-  "F64": 8,
+# A part of an array: a slice for each of its axes.
+Index = tuple[slice, ...]
+
+# What the safetensors library says of a file that is not whole → what that means.
+_DAMAGE = {
+  "header too small": "it has no header",
+  "header too large": "it has no header",
+  "invalid header length": "truncated inside its header",
+  "not fully covered": "truncated, or too long: its header describes another size",
 }
-_MAX_HEADER_BYTES = 100_000_000
 _PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 
@@ -47,16 +40,21 @@ class StoredTensor:
     path: the file.
     dtype: the format's name of the dtype, for instance `BF16`.
     shape: its shape.
-    offset: of its first byte in the file.
-    num_bytes: its size.
   """
 
   name: str
   path: pathlib.Path
   dtype: str
   shape: tuple[int, ...]
-  offset: int
-  num_bytes: int
+
+  @property
+  def num_bytes(self) -> int:
+    """Its size; of a dtype in `FLOAT_DTYPES`."""
+    return FLOAT_DTYPES[self.dtype].itemsize * math.prod(self.shape)
+
+  def reader(self) -> Callable[[Any], np.ndarray]:
+    """A function that reads the part of the tensor that an index names, or all of it where that is `...`."""
+    return safe_open(self.path, "np").get_slice(self.name).__getitem__
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, StoredTensor]:
@@ -65,88 +63,40 @@ def read_headers(directory: pathlib.Path) -> dict[str, StoredTensor]:
   Reads the shards that `model.safetensors.index.json` names, else `model.safetensors`, else every `*.safetensors`.
 
   Raises:
-    ValueError: no safetensors, a shard that is missing, truncated or corrupt, or a name stored twice.
+    CheckpointError: no safetensors, a shard that is missing, truncated or corrupt, or a name stored twice.
   """
   weight_map = _read_index(directory / INDEX)
   stored: dict[str, StoredTensor] = {}
   for path in _shards(directory, weight_map):
-    for tensor in read_header(path):
+    for tensor in _read_header(path):
       if tensor.name in stored:
-        raise ValueError(f"{path}: tensor {tensor.name} is also in {stored[tensor.name].path.name}")
+        raise CheckpointError(f"{path}: tensor {tensor.name} is also in {stored[tensor.name].path.name}")
       stored[tensor.name] = tensor
   absent = [name for name, shard in weight_map.items() if name not in stored or stored[name].path.name != shard]
   if absent:
-    raise ValueError(
+    raise CheckpointError(
       f"{directory / INDEX}: {len(absent)} tensors are not in the shard that the index names "
       f"({some(absent)}); download the checkpoint again"
     )
   return stored
 
 
-def read_header(path: pathlib.Path) -> list[StoredTensor]:
-  """The tensors of one file, in the order in which they lie in it.
-
-  Raises:
-    ValueError: the file is truncated or is not safetensors.
-  """
-  file_bytes = path.stat().st_size
-  with open(path, "rb") as file:
-    prefix = file.read(8)
-    header_bytes = int.from_bytes(prefix, "little")
-    if prefix == b"version ":
-      raise ValueError(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
-    if len(prefix) < 8 or not 2 <= header_bytes <= _MAX_HEADER_BYTES:
-      raise _corrupt(path, "it has no header")
-    if 8 + header_bytes > file_bytes:
-      raise _corrupt(path, f"truncated inside its header, at {file_bytes} bytes")
-    header = file.read(header_bytes)
+def _read_header(path: pathlib.Path) -> list[StoredTensor]:
   try:
-    fields = json.loads(header)
-    fields.pop("__metadata__", None)
-    tensors = [_stored_tensor(path, name, entry, 8 + header_bytes) for name, entry in fields.items()]
-  except (ValueError, AttributeError, KeyError, TypeError) as error:
-    raise _corrupt(path, f"unreadable header, {error}") from error
-  tensors.sort(key=lambda tensor: tensor.offset)
-  expected_bytes = max((tensor.offset + tensor.num_bytes for tensor in tensors), default=8 + header_bytes)
-  if expected_bytes != file_bytes:
-    kind = "truncated" if file_bytes < expected_bytes else "too long"
-    raise _corrupt(path, f"{kind}: {file_bytes} bytes where its header describes {expected_bytes}")
-  return tensors
-
-
-def read_tensor(tensor: StoredTensor) -> np.ndarray:
-  """Reads one tensor of a dtype in `FLOAT_DTYPES`.
-
-  Raises:
-    ValueError: the file became shorter since its header was read.
-  """
-  array = np.empty(tensor.shape, FLOAT_DTYPES[tensor.dtype])
-  with open(tensor.path, "rb", buffering=0) as file:
-    file.seek(tensor.offset)
-    view, done = memoryview(array.reshape(-1).view(np.uint8)), 0
-    while done < tensor.num_bytes:
-      count = file.readinto(view[done:])
-      if not count:
-        raise _corrupt(tensor.path, f"ended while {tensor.name} was read")
-      done += count
-  return array
-
-
-def some(items: Iterable[str], limit: int = 4) -> str:
-  """The first few of `items`, for a message."""
-  items = list(items)
-  return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
-
-
-def _stored_tensor(path: pathlib.Path, name: str, entry: dict[str, Any], start: int) -> StoredTensor:
-  begin, end = entry["data_offsets"]
-  shape = tuple(entry["shape"])
-  if not all(type(number) is int and number >= 0 for number in (*shape, begin, end - begin)):
-    raise ValueError(f"{name} has a negative size")
-  item_bytes = _ITEM_BYTES.get(entry["dtype"])
-  if item_bytes is not None and end - begin != item_bytes * math.prod(shape):
-    raise ValueError(f"{name} has {end - begin} bytes, not those of {entry['dtype']} {list(shape)}")
-  return StoredTensor(name, path, entry["dtype"], shape, start + begin, end - begin)
+    with open(path, "rb") as file:
+      if file.read(8) == b"version ":
+        raise CheckpointError(f"{path}: a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
+    with safe_open(path, "np") as file:
+      slices = {name: file.get_slice(name) for name in file.offset_keys()}
+      return [StoredTensor(name, path, one.get_dtype(), tuple(one.get_shape())) for name, one in slices.items()]
+  except SafetensorError as error:
+    what = first_line(error).removeprefix("Error while deserializing header: ")
+    reason = next((text for words, text in _DAMAGE.items() if words in what), f"unreadable header, {what}")
+    raise CheckpointError(
+      f"{path}: not a whole safetensors file ({reason}; it has {path.stat().st_size} bytes); download it again"
+    ) from error
+  except OSError as error:
+    raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
 
 
 def _shards(directory: pathlib.Path, weight_map: dict[str, str]) -> list[pathlib.Path]:
@@ -154,7 +104,7 @@ def _shards(directory: pathlib.Path, weight_map: dict[str, str]) -> list[pathlib
     shards = [directory / name for name in sorted(set(weight_map.values()))]
     missing = [path.name for path in shards if not path.is_file()]
     if missing:
-      raise ValueError(
+      raise CheckpointError(
         f"{directory}: {len(missing)} of {len(shards)} shards are missing ({some(missing)}); download them again"
       )
     return shards
@@ -162,7 +112,7 @@ def _shards(directory: pathlib.Path, weight_map: dict[str, str]) -> list[pathlib
     return [directory / SINGLE]
   shards = sorted(directory.glob("*.safetensors"))
   if not shards:
-    raise ValueError(_no_safetensors(directory))
+    raise CheckpointError(_no_safetensors(directory))
   return shards
 
 
@@ -175,7 +125,7 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
       return weight_map
   except (ValueError, KeyError, TypeError, AttributeError):
     pass
-  raise ValueError(f"{path}: not an index of safetensors shards; download it again")
+  raise CheckpointError(f"{path}: not an index of safetensors shards; download it again")
 
 
 def _no_safetensors(directory: pathlib.Path) -> str:
@@ -187,7 +137,3 @@ def _no_safetensors(directory: pathlib.Path) -> str:
     "config.json names (for LLaVA's original layout: `safetensors.torch.save_file(torch.load(FILE, "
     "weights_only=True), FILE.safetensors)` for each file)"
   )
-
-
-def _corrupt(path: pathlib.Path, what: str) -> ValueError:
-  return ValueError(f"{path}: not a whole safetensors file ({what}); download it again")

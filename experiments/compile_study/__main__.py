@@ -3,24 +3,23 @@
     python -m experiments.compile_study --flagfile=experiments/flags/compile_study.flags
 
 Every variant runs in processes of its own: once with an empty compilation cache, then in turns with the filled one. The TPU's
-compiler is asked about them too, which needs libtpu (`pip install -e '.[study]'`) and no TPU. Stopped at any time, the same command
-goes on.
+compiler is asked about them too, which needs libtpu (`pip install -e '.[tpu]'`) and no TPU. Stopped at any time, the same
+command goes on.
 """
 
 import dataclasses
 import pathlib
-import sys
-from importlib import metadata
 
 from absl import app, flags
 
-from experiments import machine, planned
-from experiments.compile_study import plots, study, tables
+from experiments.compile_study import study, tables
 from experiments.compile_study.measure import Setting
 from experiments.compile_study.reports import Place
 from experiments.compile_study.variants import VARIANTS
-from experiments.geometries import GEOMETRIES
-from himap_jax import command
+from experiments.shared import machine, planned
+from experiments.shared.geometries import GEOMETRIES
+from himap_jax.generation import InputConfig
+from himap_jax.run import command
 
 _VARIANTS = flags.DEFINE_list("variants", list(VARIANTS), f"Any of {', '.join(VARIANTS)}.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
@@ -41,54 +40,39 @@ _WORKDIR = flags.DEFINE_string("workdir", "compile_study_work", "What was measur
 _OUTPUT = flags.DEFINE_string("output", "compile_study_output", "Directory of tables and plots.")
 
 
-def main(argv: list[str]) -> None:
-  command.execute("compile_study", argv, run)
-
-
 def run() -> int:
   """Measures what is missing and writes tables and plots."""
-  for name in _VARIANTS.value:
-    if name not in VARIANTS:
-      raise ValueError(f"--variants: unknown {name!r}; known: {', '.join(VARIANTS)}")
+  variants = machine.chosen(_VARIANTS, VARIANTS)
   planned.without_devices()
   setting = Setting(
     _CHECKPOINT.value,
     _DTYPE.value,
     _NUM_PROMPTS.value,
-    _BATCH_SIZE.value,
-    command.numbers(_PROMPT_BUCKETS, int),
+    InputConfig(prompt_buckets=command.numbers(_PROMPT_BUCKETS, int), batch_size=_BATCH_SIZE.value),
     _SEED.value,
     command.numbers(_PRUNE_LAYERS, int),
     command.numbers(_KEEP, command.keep_count),
   )
-  place = None
+  place, tpu_heading = None, None
   if _TOPOLOGY.value:
     place = Place(_GEOMETRY.value, _TOPOLOGY.value, _TENSOR.value, _TPU_BATCH_SIZE.value, _TPU_BUCKET.value)
     planned.mesh_of(place.topology, place.tensor)
-  workdir, output = (pathlib.Path(flag.value).absolute() for flag in (_WORKDIR, _OUTPUT))
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
-  settings = {
-    "setting": dataclasses.asdict(setting),
-    "place": place and dataclasses.asdict(place),
-    "processor": machine.processor(),
-    "jax": metadata.version("jax"),
-    "code": machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py")),
-  }
-  command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
-  results = study.run(_VARIANTS.value, setting, place, turns=_TURNS.value, workdir=workdir)
-  rows = tables.make_rows(results)
-  heading = f"`python -m experiments.compile_study {' '.join(sys.argv[1:])}` on {machine.processor()}, medians of {_TURNS.value} turns."
-  tpu_heading = place and (
-    f"For {place.topology}, mesh data × tensor:{place.tensor}, sizes of {place.geometry}, {place.batch_size} rows of "
-    f"{place.num_text_slots} text slots, by the compiler alone (libtpu {metadata.version('libtpu')}):"
+    tpu_heading = (
+      f"For {place.topology}, mesh data × tensor:{place.tensor}, sizes of {place.geometry}, {place.batch_size} rows of "
+      f"{place.num_text_slots} text slots, by the compiler alone (libtpu {machine.versions('libtpu')['libtpu']}):"
+    )
+  workdir = machine.open_workdir(
+    setting=dataclasses.asdict(setting),
+    place=place and dataclasses.asdict(place),
+    processor=machine.processor(),
+    **machine.versions("jax"),
+    code=machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py")),
   )
-  tables.write(output, rows, heading, tpu_heading)
-  plots.plot_seconds(output / "seconds.png", rows)
-  plots.plot_break_even(output / "break_even.png", rows)
-  print((output / "compile_study.md").read_text(encoding="utf-8"))
+  results = study.run(variants, setting, place, turns=_TURNS.value, workdir=workdir)
+  count = f"{machine.processor()}, medians of {_TURNS.value} turns"
+  print(machine.write(tables.report(tables.make_rows(results), count, tpu_heading), "compile_study"))
   return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(lambda argv: command.execute("compile_study", argv, run))

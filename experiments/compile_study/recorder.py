@@ -1,10 +1,28 @@
 """Compiles programs when they are first needed and keeps account of them."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+  """What programs took to compile, and what they are.
+
+  Attributes:
+    num_programs: how many.
+    compile_seconds: of all of them, or to read them from the persistent cache.
+    num_instructions: of all of them, after optimisation.
+    temporaries: bytes on one device, of the program that takes the most.
+  """
+
+  num_programs: int
+  compile_seconds: float
+  num_instructions: int
+  temporaries: int
 
 
 class Recorder:
@@ -41,12 +59,11 @@ class Recorder:
 
     return call
 
-  @property
-  def num_instructions(self) -> int:
-    """Instructions of all programs after optimisation."""
-    return sum(program.as_text().count(" = ") for program in self.compiled)
-
-  @property
-  def temporaries(self) -> int:
-    """Bytes of the program that takes the most."""
-    return max(program.memory_analysis().temp_size_in_bytes for program in self.compiled)
+  def account(self) -> Account:
+    """Of everything compiled so far."""
+    return Account(
+      num_programs=len(self.compiled),
+      compile_seconds=self.seconds,
+      num_instructions=sum(program.as_text().count(" = ") for program in self.compiled),
+      temporaries=max(program.memory_analysis().temp_size_in_bytes for program in self.compiled),
+    )

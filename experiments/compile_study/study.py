@@ -6,13 +6,12 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
-
-from experiments import kept
 from experiments.compile_study import measure, reports
 from experiments.compile_study.measure import Measurement, Setting
 from experiments.compile_study.reports import Place, Report
 from experiments.compile_study.variants import VARIANTS
+from experiments.shared import kept
+from himap_jax.run.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +43,28 @@ def run(
   """
   results = Results({}, {name: [] for name in variants}, {})
   steps = [(name, turn) for turn in range(turns + 1) for name in variants]
-  for name, turn in tqdm(steps, desc="measuring", unit="process", disable=None):
-    cache = workdir / "compiled" / name
+  with Progress(len(steps), "process", "measuring") as progress:
+    for name, turn in steps:
+      cache = workdir / "compiled" / name
 
-    def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> dict[str, Any]:
-      if is_cold:
-        shutil.rmtree(cache, ignore_errors=True)
-      return dataclasses.asdict(measure.in_own_process(name, setting, cache))
+      def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> dict[str, Any]:
+        if is_cold:
+          shutil.rmtree(cache, ignore_errors=True)
+        return dataclasses.asdict(measure.in_own_process(name, setting, cache))
 
-    measurement = Measurement(**kept.json_of(workdir / f"{name}-{turn}.json", measured))
-    if turn == 0:
-      results.cold[name] = measurement
-    else:
-      results.turns[name].append(measurement)
+      measurement = Measurement(**kept.json_of(workdir / f"{name}-{turn}.json", measured))
+      if turn == 0:
+        results.cold[name] = measurement
+      else:
+        results.turns[name].append(measurement)
+      progress.update()
   if place is not None:
     reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
-    for name in tqdm(reported, desc="compiling for TPU", unit="variant", disable=None):
-      content = kept.json_of(
-        workdir / f"{name}-tpu.json", lambda name=name: dataclasses.asdict(reports.report(name, place))
-      )
-      results.reports[name] = Report(**content)
+    with Progress(len(reported), "variant", "compiling for TPU") as progress:
+      for name in reported:
+        content = kept.json_of(
+          workdir / f"{name}-tpu.json", lambda name=name: dataclasses.asdict(reports.report(name, place))
+        )
+        results.reports[name] = Report(**content)
+        progress.update()
   return results

@@ -1,40 +1,39 @@
 """From measurements to a row for every variant."""
 
-import pathlib
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from experiments import tabular
+from experiments.compile_study import plots
 from experiments.compile_study.measure import Measurement
 from experiments.compile_study.study import Results
 from experiments.compile_study.variants import VARIANTS
+from experiments.shared import tabular
+from experiments.shared.study import Report
+from experiments.shared.tabular import Row
 
-Row = dict[str, Any]
 MIB = 1 << 20
 
-# Label in Markdown, format.
 CPU_COLUMNS = {
-  "variant": ("variant", "{}"),
-  "programs": ("programs", "{}"),
-  "compile_cold": ("compiling, s", "{:.1f}"),
-  "compile_cached": ("from the cache, s", "{:.1f}"),
-  "step": ("step ÷ best", "{:.2f}"),
-  "instructions": ("HLO instructions", "{:,}"),
-  "temporaries": ("temporaries, MiB", "{:.0f}"),
-  "padding": ("padding", "{:.1%}"),
-  "tokens_per_second": ("tokens/s", "{:.0f}"),
-  "tokens_per_second_cached": ("with reading the cache", "{:.0f}"),
-  "tokens_per_second_cold": ("with compiling", "{:.0f}"),
+  "variant": "{variant}",
+  "programs": "{programs}",
+  "compiling, s": "{compile_cold:.1f}",
+  "from the cache, s": "{compile_cached:.1f}",
+  "step ÷ best": "{step:.2f}",
+  "HLO instructions": "{instructions:,}",
+  "temporaries, MiB": "{temporaries:.0f}",
+  "padding": "{padding:.1%}",
+  "tokens/s": "{tokens_per_second:.0f}",
+  "with reading the cache": "{tokens_per_second_cached:.0f}",
+  "with compiling": "{tokens_per_second_cold:.0f}",
 }
 TPU_COLUMNS = {
-  "variant": ("variant", "{}"),
-  "tpu_programs": ("programs", "{}"),
-  "tpu_compile": ("compiling, s", "{:.1f}"),
-  "tpu_instructions": ("HLO instructions", "{:,}"),
-  "tpu_temporaries": ("temporaries, MiB a device", "{:.0f}"),
-  "tpu_collectives": ("collectives", "{}"),
-  "tpu_selecting": ("of these for selecting", "{}"),
+  "variant": "{variant}",
+  "programs": "{tpu_programs}",
+  "compiling, s": "{tpu_compile:.1f}",
+  "HLO instructions": "{tpu_instructions:,}",
+  "temporaries, MiB a device": "{tpu_temporaries:.0f}",
+  "collectives": "{tpu_collectives}",
+  "of these for selecting": "{tpu_selecting}",
 }
 
 
@@ -51,7 +50,7 @@ def make_rows(results: Results) -> list[Row]:
 
     steps = [m.step_seconds / shortest for m, shortest in zip(measured, best, strict=True)]
     mix, cached = median(lambda m: m.mix_seconds), median(lambda m: m.compile_seconds)
-    row: Row = {
+    row = {
       "variant": name,
       "programs": cold.num_programs,
       "compile_cold": cold.compile_seconds,
@@ -80,18 +79,11 @@ def make_rows(results: Results) -> list[Row]:
   return rows
 
 
-def write(output: pathlib.Path, rows: Sequence[Row], heading: str, tpu_heading: str | None) -> None:
-  """Writes `compile_study.csv` and `compile_study.md`."""
-  tabular.write_csv(output / "compile_study.csv", rows)
-  lines = [heading, "", *_markdown(CPU_COLUMNS, rows), ""]
+def report(rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
+  """`compile_study.csv`, `compile_study.md` and both plots; `tpu_heading` stands above what the TPU's compiler says."""
+  lines = [*tabular.formatted(rows, CPU_COLUMNS), ""]
   if tpu_heading is not None:
-    lines += [tpu_heading, "", *_markdown(TPU_COLUMNS, [row for row in rows if "tpu_programs" in row]), ""]
+    lines += [tpu_heading, "", *tabular.formatted([row for row in rows if "tpu_programs" in row], TPU_COLUMNS), ""]
   lines += [f"- `{row['variant']}`: {VARIANTS[row['variant']].shows}." for row in rows]
-  (output / "compile_study.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _markdown(columns: dict[str, tuple[str, str]], rows: Sequence[Row]) -> list[str]:
-  return tabular.markdown(
-    [label for label, _ in columns.values()],
-    ([form.format(row[name]) for name, (_, form) in columns.items()] for row in rows),
-  )
+  drawn = {"seconds": plots.seconds(rows), "break_even": plots.break_even(rows)}
+  return Report(count, lines, {"compile_study": rows}, drawn)

@@ -1,12 +1,13 @@
 """Ways to run the same HiMAP prefill: how the shapes come about, and what is one program.
 
-Axes: B batch, S slots, R remaining slots, D model dim, V vocabulary.
+Axes: B batch, S slots, R remaining slots, D model dim, M image tokens, V vocabulary.
 
 Every variant gives the logits of the library's prefill and computes keys and values of all layers; `dynamic` chooses other keep
 counts.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,23 +17,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from experiments.compile_study.recorder import Recorder
-from himap_jax import prefill as library
-from himap_jax import rope
-from himap_jax.cache import UNUSED_POSITION
-from himap_jax.decoder import DecoderLayer, Projections
-from himap_jax.layout import take_slots
-from himap_jax.llava import Inputs, Llava
-from himap_jax.method import Criterion, Selection, View, top
-from himap_jax.methods.himap import image_attention, instruction_attention
-from himap_jax.prefill import Embedded, Sequence
-from himap_jax.schedule import Schedule, Segment, Stage
+from himap_jax.engine import prefill as library
+from himap_jax.engine.prefill import Context, Sequence
+from himap_jax.inputs import UNUSED_ORDER, Inputs, Layout, take_slots
+from himap_jax.model import rope
+from himap_jax.model.decoder import DecoderLayer, Projections
+from himap_jax.model.network import Embedded, Model, Network
+from himap_jax.pruning.method import Criterion, Selection, View, stable_top_k
+from himap_jax.pruning.methods.himap import image_attention, instruction_attention
+from himap_jax.pruning.schedule import Schedule, Segment, Stage
 
 SCORES = (instruction_attention, image_attention)
 COVERED = 0.8  # of the scores' sum, by the tokens that `dynamic` keeps
 GRANULE = 72  # image tokens that its counts are multiples of, of 576
 
-# `(params, inputs)` to logits `[B, V]`.
-Run = Callable[[PyTree, Inputs], Float[Array, "B V"]]
+# `(model, inputs)` to logits `[B, V]`.
+Run = Callable[[Model, Inputs], Float[Array, "B V"]]
+Build = Callable[[Recorder, Schedule], Run]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,156 +41,134 @@ class Variant:
   """A way to run a prefill.
 
   Attributes:
-    build: makes it: compiled by a recorder, for a model and HiMAP's schedule.
+    build: makes it: compiled by a recorder, for HiMAP's schedule.
     shows: what is different about it.
     is_bucketed: whether its prompts are padded to a bucket, and not to the longest of their batch.
     can_be_abstract: whether its shapes are known without numbers.
   """
 
-  build: Callable[[Recorder, Llava, Schedule], Run]
+  build: Build
   shows: str
   is_bucketed: bool = True
   can_be_abstract: bool = True
 
 
-def gather(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
+def one_program(run: Callable[[Network, Inputs, Schedule], Any]) -> Build:
+  """A variant that is one program, of logits and of keys and values, which are results so that none is left out."""
+
+  def build(recorder: Recorder, schedule: Schedule) -> Run:
+    program = recorder.jit(lambda model, inputs: run(model.bind(), inputs, schedule))
+    return lambda model, inputs: program(model, inputs)[0]
+
+  return build
+
+
+def gather(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
   """The library's own."""
-
-  def run(params: PyTree, inputs: Inputs) -> Any:
-    result = library.prefill(model, params, inputs, _keys(inputs), schedule)
-    return result.logits, result.caches
-
-  program = recorder.jit(run)
-  return lambda params, inputs: program(params, inputs)[0]
+  result = library.prefill(network, inputs, _keys(inputs.tokens), schedule)
+  return result.logits, result.caches
 
 
-def selecting(choose: Callable[[Array, int], Array]) -> Callable[[Recorder, Llava, Schedule], Run]:
+def selecting(choose: Callable[[Array, int], Array]) -> Build:
   """The library's own with another operation for the highest scores."""
 
-  def build(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
+  def run(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
     def stage(own: Stage, score: Callable[[View], Array]) -> Stage:
       def select(view: View, keep: int) -> Selection:
         return Selection(jnp.sort(choose(score(view), keep), axis=1))
 
       return dataclasses.replace(own, criterion=Criterion(select, own.criterion.cost))
 
-    return gather(recorder, model, Schedule(tuple(map(stage, schedule.stages, SCORES))))
+    return gather(network, inputs, Schedule(tuple(map(stage, schedule.stages, SCORES))))
 
-  return build
+  return one_program(run)
 
 
-def one_hot(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
+def one_hot(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
   """Hidden states are multiplied with a matrix of zeros and ones instead of being gathered."""
 
-  def run(params: PyTree, inputs: Inputs) -> Any:
-    bound, embedded = _start(model, params, inputs)
-    sequence, keys_values = library.start(embedded), []
-    for segment in _segments(model, schedule, sequence):
-      sequence, projections = _run_layers(bound, segment, sequence)
-      keys_values += [(p.key, p.value) for p in projections]
-      if segment.stage is not None:
-        pruned = library.prune(bound, segment.stage, sequence, projections[-1], embedded, _keys(inputs))
-        matrix = _same_position(pruned.positions, sequence.positions).astype(sequence.x.dtype)
-        x = jnp.einsum("BRS,BSD->BRD", matrix, sequence.x, preferred_element_type=jnp.float32)
-        sequence = pruned._replace(x=x.astype(sequence.x.dtype))
-    return library.last_logits(bound, sequence), keys_values
+  def prune(network: Network, stage: Stage, sequence: Sequence, *others: Any) -> Sequence:
+    pruned = _prune(network, stage, sequence, *others)
+    matrix = _same_token(pruned.layout, sequence.layout).astype(sequence.x.dtype)
+    x = jnp.einsum("BRS,BSD->BRD", matrix, sequence.x, preferred_element_type=jnp.float32)
+    return pruned._replace(x=x.astype(sequence.x.dtype))
 
-  program = recorder.jit(run)
-  return lambda params, inputs: program(params, inputs)[0]
+  return _in_segments(network, inputs, schedule, prune=prune)
 
 
-def mask(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
+def mask(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
   """Every token goes through every layer; those that were not kept are hidden from attention."""
+  kept, visible = None, None
 
-  def run(params: PyTree, inputs: Inputs) -> Any:
-    bound, embedded = _start(model, params, inputs)
-    whole = library.start(embedded)
-    kept, keys_values, visible = whole, [], None
-    for segment in _segments(model, schedule, whole):
-      whole, projections = _run_layers(bound, segment, whole, visible)
-      keys_values += [(p.key, p.value) for p in projections]
-      if segment.stage is not None:
-        slots = _same_position(kept.positions, whole.positions).argmax(axis=2).astype(jnp.int32)
-        kept = kept._replace(x=take_slots(whole.x, slots))
-        scored = jax.tree.map(lambda x, slots=slots: take_slots(x, slots), projections[-1])
-        kept = library.prune(bound, segment.stage, kept, scored, embedded, _keys(inputs))
-        visible = _same_position(kept.positions, whole.positions).any(axis=1)
-    return library.last_logits(bound, whole), keys_values
+  def layers(network: Network, segment: Segment, whole: Sequence) -> tuple[Sequence, list[Projections]]:
+    return _run_layers(network, segment, whole, visible)
 
-  program = recorder.jit(run)
-  return lambda params, inputs: program(params, inputs)[0]
+  def prune(network: Network, stage: Stage, whole: Sequence, scored: Projections, embedded: Embedded) -> Sequence:
+    nonlocal kept, visible
+    slots = _same_token((kept or whole).layout, whole.layout).argmax(axis=2).astype(jnp.int32)
+    scored = jax.tree.map(lambda x: take_slots(x, slots), scored)
+    kept = _prune(network, stage, (kept or whole)._replace(x=take_slots(whole.x, slots)), scored, embedded)
+    visible = _same_token(kept.layout, whole.layout).any(axis=1)
+    return whole
+
+  return _in_segments(network, inputs, schedule, layers, prune)
 
 
-def scan(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
+def scan(recorder: Recorder, schedule: Schedule) -> Run:
   """The layers of a segment are one loop over stacked weights; the last, which is scored, stands alone."""
-  layer = DecoderLayer(model.config.text, model.attend)
-  stacked: list[PyTree] = []
+  stacked: dict[int, PyTree] = {}
 
-  def run(params: PyTree, stacked: list[PyTree], inputs: Inputs) -> Any:
-    bound, embedded = _start(model, params, inputs)
-    sequence, keys_values = library.start(embedded), []
+  def run(model: Model, stacked: dict[int, PyTree], inputs: Inputs) -> Any:
     text = model.config.text
-    for segment, weights in zip(_segments(model, schedule, sequence), stacked, strict=True):
+    layer = DecoderLayer(text, model.network.kernels)
+
+    def layers(network: Network, segment: Segment, sequence: Sequence) -> tuple[Sequence, list[Projections]]:
       rotation = rope.rotation(text.rope, text.head_dim, sequence.positions)
 
-      def step(x: Array, weights: PyTree, rotation: Any = rotation) -> Any:
+      def step(x: Array, weights: PyTree) -> tuple[Array, Projections]:
         x, projections = layer.apply({"params": weights}, x, rotation, None)
-        return x, (projections.key, projections.value)
+        return x, projections.replace(query=None)
 
-      x, some = jax.lax.scan(step, sequence.x, weights)
-      keys_values.append(some)
+      x, looped = jax.lax.scan(step, sequence.x, stacked[segment.first])
       last = dataclasses.replace(segment, first=segment.last - 1)
-      sequence, projections = _run_layers(bound, last, sequence._replace(x=x))
-      keys_values += [(p.key, p.value) for p in projections]
-      if segment.stage is not None:
-        sequence = library.prune(bound, segment.stage, sequence, projections[-1], embedded, _keys(inputs))
-    return library.last_logits(bound, sequence), keys_values
+      sequence, projections = _run_layers(network, last, sequence._replace(x=x))
+      return sequence, [looped, *projections]
+
+    return _in_segments(model.bind(), inputs, schedule, layers)
 
   program = recorder.jit(run)
 
-  def call(params: PyTree, inputs: Inputs) -> Array:
-    num_image_tokens = model.config.num_image_tokens(*inputs.pixel_values.shape[2:])
-    for segment in schedule.segments(model.config.text.num_hidden_layers, num_image_tokens)[len(stacked) :]:
-      layers = [params["language_model"][f"layers_{index}"] for index in range(segment.first, segment.last - 1)]
-      stacked.append(jax.tree.map(_stack, *layers))
-    return program(params, stacked, inputs)[0]
+  def call(model: Model, inputs: Inputs) -> Array:
+    for segment in schedule.segments(model.config.text.num_hidden_layers, inputs.layout.num_image_tokens):
+      if segment.first not in stacked:
+        names = [f"layers_{index}" for index in range(segment.first, segment.last - 1)]
+        stacked[segment.first] = jax.tree.map(_stack, *(model.params["language_model"][name] for name in names))
+    return program(model, stacked, inputs)[0]
 
   return call
 
 
-def by_segment(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
-  """A program for every segment, and one for each stage."""
-  steps = _Steps(recorder, model)
+def by_segment(recorder: Recorder, schedule: Schedule, *, is_dynamic: bool = False) -> Run:
+  """A program for every segment, and one for each stage.
 
-  def run(params: PyTree, inputs: Inputs) -> Array:
-    embedded, sequence = steps.embed(params, inputs)
-    for segment in _segments(model, schedule, sequence):
-      sequence, scored = steps.layers(params, sequence, segment=segment)
-      if segment.stage is not None:
-        sequence = steps.prune(params, sequence, scored, embedded, stage=segment.stage)
-    return steps.logits(params, sequence)
+  Where it is dynamic, each stage keeps as few tokens as cover `COVERED` of the scores in every row, rounded up to `GRANULE`s.
+  """
+  steps = _Steps(recorder)
 
-  return run
-
-
-def dynamic(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
-  """By segment; each stage keeps as few tokens as cover `COVERED` of the scores in every row, rounded up to `GRANULE`s."""
-  steps = _Steps(recorder, model)
-
-  def run(params: PyTree, inputs: Inputs) -> Array:
-    embedded, sequence = steps.embed(params, inputs)
+  def run(model: Model, inputs: Inputs) -> Array:
+    embedded, sequence = steps.embed(model, inputs)
     first = 0
     for number, stage in enumerate((*schedule.stages, None)):
       last = model.config.text.num_hidden_layers if stage is None else stage.layer
       count = sequence.layout.num_image_tokens
-      sequence, scored = steps.layers(params, sequence, segment=Segment(first, last, count, stage))
+      sequence, scored = steps.layers(model, sequence, segment=Segment(first, last, count, stage))
       if stage is not None:
-        wanted = int(steps.wanted(params, sequence, scored, embedded, number=number, layer=stage.layer))
-        keep = min(count, -(-wanted // GRANULE) * GRANULE)
-        stage = dataclasses.replace(stage, keep=keep)
-        sequence = steps.prune(params, sequence, scored, embedded, stage=stage)
+        if is_dynamic:
+          wanted = int(steps.wanted(model, sequence, scored, embedded, number=number, layer=stage.layer))
+          stage = dataclasses.replace(stage, keep=min(count, -(-wanted // GRANULE) * GRANULE))
+        sequence = steps.prune(model, sequence, scored, embedded, stage=stage)
       first = last
-    return steps.logits(params, sequence)
+    return steps.logits(model, sequence)
 
   return run
 
@@ -197,21 +176,20 @@ def dynamic(recorder: Recorder, model: Llava, schedule: Schedule) -> Run:
 class _Steps:
   """A prefill in programs of its own."""
 
-  def __init__(self, recorder: Recorder, model: Llava):
-    def embed(params: PyTree, inputs: Inputs) -> tuple[Embedded, Sequence]:
-      _, embedded = _start(model, params, inputs)
+  def __init__(self, recorder: Recorder):
+    def embed(model: Model, inputs: Inputs) -> tuple[Embedded, Sequence]:
+      embedded = model.bind().embed(inputs)
       return embedded, library.start(embedded)
 
-    def layers(params: PyTree, sequence: Sequence, *, segment: Segment) -> tuple[Sequence, Projections]:
-      sequence, projections = _run_layers(model.bind({"params": params}), segment, sequence)
+    def layers(model: Model, sequence: Sequence, *, segment: Segment) -> tuple[Sequence, Projections]:
+      sequence, projections = _run_layers(model.bind(), segment, sequence)
       return sequence, projections[-1]
 
-    def prune(params: PyTree, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
-      keys = jax.random.split(jax.random.key(0), sequence.x.shape[0])
-      return library.prune(model.bind({"params": params}), stage, sequence, scored, embedded, keys)
+    def prune(model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
+      return _prune(model.bind(), stage, sequence, scored, embedded)
 
     def wanted(
-      params: PyTree, sequence: Sequence, scored: Projections, embedded: Embedded, *, number: int, layer: int
+      model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, number: int, layer: int
     ) -> Int[Array, ""]:
       counts = []
 
@@ -219,45 +197,52 @@ class _Steps:
         score = SCORES[number](view)
         covered = jnp.cumsum(-jnp.sort(-score, axis=1), axis=1)
         counts.append((covered < COVERED * covered[:, -1:]).sum(axis=1).max() + 1)
-        return Selection(top(score, keep))
+        return Selection(stable_top_k(score, keep))
 
       stage = Stage(layer, sequence.layout.num_image_tokens, Criterion(select, lambda sizes: 0))
-      prune(params, sequence, scored, embedded, stage=stage)
+      prune(model, sequence, scored, embedded, stage=stage)
       return counts[0]
 
-    def logits(params: PyTree, sequence: Sequence) -> Float[Array, "B V"]:
-      return library.last_logits(model.bind({"params": params}), sequence)
+    def logits(model: Model, sequence: Sequence) -> Float[Array, "B V"]:
+      return library.last_logits(model.bind(), sequence)
 
     self.embed, self.layers, self.prune, self.wanted, self.logits = map(
       recorder.jit, (embed, layers, prune, wanted, logits)
     )
 
 
-def _keys(inputs: Inputs) -> Array:
-  return jax.random.split(jax.random.key(0), inputs.tokens.shape[0])
+def _keys(rows: Array) -> Array:
+  return jax.random.split(jax.random.key(0), rows.shape[0])
 
 
-def _start(model: Llava, params: PyTree, inputs: Inputs) -> tuple[Llava, Embedded]:
-  bound = model.bind({"params": params})
-  return bound, bound.embed(inputs)
-
-
-def _segments(model: Llava, schedule: Schedule, sequence: Sequence) -> tuple[Segment, ...]:
-  return schedule.segments(model.config.text.num_hidden_layers, sequence.layout.num_image_tokens)
+def _prune(network: Network, stage: Stage, sequence: Sequence, scored: Projections, embedded: Embedded) -> Sequence:
+  return library.prune(network, stage, sequence, scored, Context(_keys(sequence.x), embedded))
 
 
 def _run_layers(
-  bound: Llava, segment: Segment, sequence: Sequence, visible: Bool[Array, "B S"] | None = None
+  network: Network, segment: Segment, sequence: Sequence, visible: Bool[Array, "B S"] | None = None
 ) -> tuple[Sequence, list[Projections]]:
-  hidden = (
-    None
-    if visible is None
-    else jnp.broadcast_to(visible[:, None, None], (*visible.shape[:1], 1, *[visible.shape[1]] * 2))
-  )
-  x, projections = bound.language_model(
-    sequence.x, sequence.positions, first=segment.first, last=segment.last, mask=hidden
-  )
+  hidden = None
+  if visible is not None:
+    batch, slots = visible.shape
+    hidden = jnp.broadcast_to(visible[:, None, None], (batch, 1, slots, slots))
+  layers = range(segment.first, segment.last)
+  x, projections = network.language_model(sequence.x, sequence.positions, layers, mask=hidden)
   return sequence._replace(x=x), projections
+
+
+def _in_segments(
+  network: Network, inputs: Inputs, schedule: Schedule, layers: Any = _run_layers, prune: Any = _prune
+) -> tuple[Float[Array, "B V"], list[tuple[Array, Array]]]:
+  """The logits, and the keys and values of all layers, of a prefill in which segments or stages are run in another way."""
+  embedded = network.embed(inputs)
+  sequence, keys_values = library.start(embedded), []
+  for segment in schedule.segments(network.config.text.num_hidden_layers, inputs.layout.num_image_tokens):
+    sequence, projections = layers(network, segment, sequence)
+    keys_values += [(p.key, p.value) for p in projections]
+    if segment.stage is not None:
+      sequence = prune(network, segment.stage, sequence, projections[-1], embedded)
+  return library.last_logits(network, sequence), keys_values
 
 
 def _stack(*layers: Any) -> Any:
@@ -268,21 +253,25 @@ def _stack(*layers: Any) -> Any:
   return jnp.stack(layers)
 
 
-def _same_position(positions: Int[Array, "B R"], others: Int[Array, "B S"]) -> Bool[Array, "B R S"]:
+def _same_token(layout: Layout, other: Layout) -> Bool[Array, "B R S"]:
   """Where two sequences hold the same token; padding is nowhere."""
-  return (positions[:, :, None] == others[:, None]) & (others != UNUSED_POSITION)[:, None]
+  return (layout.order[:, :, None] == other.order[:, None]) & (other.order != UNUSED_ORDER)[:, None]
 
 
 VARIANTS = {
-  "gather": Variant(gather, "static counts, a gather, unrolled layers, one program: the library's own"),
-  "mask": Variant(mask, "no token is removed; attention does not see what was not kept"),
-  "one_hot": Variant(one_hot, "a product with zeros and ones in place of the gather"),
+  "gather": Variant(one_program(gather), "static counts, a gather, unrolled layers, one program: the library's own"),
+  "mask": Variant(one_program(mask), "no token is removed; attention does not see what was not kept"),
+  "one_hot": Variant(one_program(one_hot), "a product with zeros and ones in place of the gather"),
   "top_k": Variant(selecting(lambda scores, k: jax.lax.top_k(scores, k)[1]), "jax.lax.top_k in place of a stable sort"),
   "approx_max_k": Variant(
     selecting(lambda scores, k: jax.lax.approx_max_k(scores, k)[1]), "jax.lax.approx_max_k in place of a stable sort"
   ),
   "scan": Variant(scan, "a loop over the stacked layers of a segment"),
   "by_segment": Variant(by_segment, "a program for every segment and stage"),
-  "dynamic": Variant(dynamic, "keep counts follow the scores, in steps; by segment", can_be_abstract=False),
-  "exact_length": Variant(gather, "no buckets: compiled for every length", is_bucketed=False),
+  "dynamic": Variant(
+    functools.partial(by_segment, is_dynamic=True),
+    "keep counts follow the scores, in steps; by segment",
+    can_be_abstract=False,
+  ),
+  "exact_length": Variant(one_program(gather), "no buckets: compiled for every length", is_bucketed=False),
 }

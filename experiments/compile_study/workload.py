@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from himap_jax.images import load_image
-from himap_jax.llava import Inputs
-from himap_jax.processing import Example, Processor
+from himap_jax.engine.batching import Batcher
+from himap_jax.families.family import Processor
+from himap_jax.inputs import Example, Inputs
+from himap_jax.run.pictures import load_image
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo"
 SPREAD = 1.0  # of the logarithm of the number of questions in a prompt
@@ -28,9 +29,7 @@ def make_examples(processor: Processor, num_prompts: int, *, seed: int) -> list[
   return examples
 
 
-def make_batches(
-  processor: Processor, examples: Sequence[Example], batch_size: int, *, is_bucketed: bool
-) -> list[Inputs]:
+def make_batches(batcher: Batcher, examples: Sequence[Example], batch_size: int, *, is_bucketed: bool) -> list[Inputs]:
   """Batches as the prompts come in: each of one bucket, or of whatever comes next, padded to the longest of them."""
   waiting: dict[int, list[Example]] = collections.defaultdict(list)
   batches = []
@@ -38,10 +37,10 @@ def make_batches(
   def flush(key: int) -> None:
     rows = waiting.pop(key)
     slots = key or max(example.num_text_tokens for example in rows)
-    batches.append(processor.batch(rows, bucket=slots, batch_size=batch_size))
+    batches.append(batcher.pack(rows, bucket=slots, batch_size=batch_size))
 
   for example in examples:
-    key = processor.bucket(example) if is_bucketed else 0
+    key = batcher.bucket(example) if is_bucketed else 0
     waiting[key].append(example)
     if len(waiting[key]) == batch_size:
       flush(key)

@@ -9,16 +9,14 @@ memory, and which collectives it runs. It says nothing about speed.
 """
 
 import itertools
-import pathlib
-import sys
-from importlib import metadata
 
 from absl import app, flags
 
-from experiments import planned
-from experiments.geometries import GEOMETRIES
+from experiments.shared import machine, planned
+from experiments.shared.geometries import GEOMETRIES
 from experiments.tpu_plan import plan, tables
-from himap_jax import command, methods
+from himap_jax.pruning.methods import METHODS
+from himap_jax.run import command
 
 _MODELS = flags.DEFINE_list("models", ["7b", "13b"], f"Any of {', '.join(GEOMETRIES)}.")
 _TOPOLOGIES = flags.DEFINE_list(
@@ -33,44 +31,29 @@ _WORKDIR = flags.DEFINE_string("workdir", "tpu_plan_work", "What was compiled; a
 _OUTPUT = flags.DEFINE_string("output", "tpu_plan_output", "Directory of the tables.")
 
 
-def main(argv: list[str]) -> None:
-  command.execute("tpu_plan", argv, run)
-
-
 def run() -> int:
   """Compiles what is missing and writes the tables, which grow cell by cell."""
-  for flag, known in ((_MODELS, GEOMETRIES), (_WEIGHTS, plan.DTYPES), (_METHODS, methods.METHODS)):
-    for name in flag.value:
-      if name not in known:
-        raise ValueError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
+  models, weights = machine.chosen(_MODELS, GEOMETRIES), machine.chosen(_WEIGHTS, plan.DTYPES)
+  methods, tensor = machine.chosen(_METHODS, METHODS), command.numbers(_TENSOR, int)
   planned.without_devices()
-  tensor = command.numbers(_TENSOR, int)
-  workdir, output = pathlib.Path(_WORKDIR.value), pathlib.Path(_OUTPUT.value)
-  for directory in (workdir, output):
-    directory.mkdir(parents=True, exist_ok=True)
-  settings = {name: metadata.version(name) for name in ("jax", "libtpu")}
-  command.hold_to_settings(workdir / "settings.json", settings, "use another --workdir")
   places = list(itertools.product(_TOPOLOGIES.value, tensor))
   for topology, size in places:
     planned.mesh_of(topology, size)
+  versions = machine.versions("jax", "libtpu")
+  compiler = plan.Compiler(machine.open_workdir(**versions))
   cells = [
-    plan.Cell(model, topology, size, weights, method, _BUCKET.value, _NEW_TOKENS.value)
-    for model, (topology, size), weights, method in itertools.product(
-      _MODELS.value, places, _WEIGHTS.value, _METHODS.value
-    )
+    plan.Cell(model, *place, dtype, method, _BUCKET.value, _NEW_TOKENS.value)
+    for model, place, dtype, method in itertools.product(models, places, weights, methods)
   ]
-  compiler = plan.Compiler(workdir)
   rows: list[tables.Row] = []
-  heading = f"`python -m experiments.tpu_plan {' '.join(sys.argv[1:])}`, " + ", ".join(
-    f"{name} {version}" for name, version in settings.items()
-  )
+  text = ""
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
     rows.append(tables.make_row(cell, compiler, rows))
-    tables.write(output, rows, f"{heading}.")
-  print((output / "tpu_plan.md").read_text(encoding="utf-8"))
+    text = machine.write(tables.report(rows, ", ".join(map(" ".join, versions.items()))), "tpu_plan")
+  print(text)
   return 0
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(lambda argv: command.execute("tpu_plan", argv, run))

@@ -1,7 +1,6 @@
 """Compiles the real programs for a TPU that is not there, and finds the largest batch that its memory holds."""
 
 import dataclasses
-import functools
 import math
 import pathlib
 import re
@@ -12,10 +11,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import compiler_report, geometries, kept, planned
-from himap_jax import flops, programs, sharding
-from himap_jax.llava import Llava, abstract_params
-from himap_jax.prefill import prefill
+from experiments.shared import compiler_report, geometries, kept, planned
+from himap_jax.engine import programs, sharding
+from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.decoding import DecodeConfig
+from himap_jax.engine.prefill import prefill
+from himap_jax.model.network import Model, Network, abstract_params
+from himap_jax.pruning import cost
 
 FARTHEST, FEW = 8, 16  # the next guess is at most so many times what fits, up to so many rows
 # GiB that programs can have, until the compiler says so itself.
@@ -75,24 +77,16 @@ class Compiled:
 def lower(cell: Cell, rows: int) -> programs.Programs:
   """Lowers the programs that `himap_jax.run` would run, for `rows` rows on every group of devices that share them."""
   mesh = planned.mesh_of(cell.topology, cell.tensor)
-  original = geometries.model_of(cell.model)
-  config = sharding.with_divisible_key_heads(original, mesh)
-  params = planned.params_on(mesh, config)
-  if cell.weights == "int8":
-    from himap_jax.quantization import abstract_decoder  # qwix is slow to import
-
-    params = abstract_decoder(params)
-  inputs, seeds = programs.abstract_inputs(
-    config,
+  model, inputs, seeds = planned.shapes_on(
     mesh,
+    cell.model,
     batch_size=rows * mesh.shape["data"],
     num_text_slots=cell.num_text_slots,
-    image_shape=(config.vision.image_size,) * 2,
+    int8_weights=cell.weights == "int8",
   )
-  jitted = programs.make_programs(
-    config, mesh, geometries.schedule_of(original, cell.method), jnp.bfloat16, cell.num_new_tokens
-  )
-  return programs.lower(jitted, params, inputs, seeds)
+  schedule = geometries.schedule_of(geometries.model_of(cell.model), cell.method)
+  jitted = programs.make_programs(model, mesh, schedule, DecodeConfig(cell.num_new_tokens))
+  return programs.lower(jitted, model, inputs, seeds, programs.method_parameters(schedule))
 
 
 def compile_program(lowered: Any) -> Compiled:
@@ -123,16 +117,17 @@ def compile_program(lowered: Any) -> Compiled:
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
   """Multiplications of one row's prefill, up to its first token: by XLA's count of the unrolled program, and by ours."""
-  config, mesh = geometries.model_of(cell.model), sharding.make_mesh()
+  config = geometries.model_of(cell.model)
   schedule = geometries.schedule_of(config, cell.method)
-  inputs, _ = programs.abstract_inputs(
-    config, mesh, batch_size=1, num_text_slots=cell.num_text_slots, image_shape=(config.vision.image_size,) * 2
-  )
+  batch = {"batch_size": 1, "num_text_slots": cell.num_text_slots, "image_shape": geometries.image_shape(config)}
+  inputs, _ = programs.abstract_inputs(config, sharding.make_mesh(), **batch)
+  # With kernels that XLA counts: those of TPU and CPU skip what causality hides, and Pallas is not counted.
+  model = Model(abstract_params(config, jnp.bfloat16), Network(config, jnp.bfloat16))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-  # With attention that XLA counts: the kernels of TPU and CPU skip what causality hides, and Pallas is not counted.
-  program = jax.jit(functools.partial(prefill, Llava(config, jnp.bfloat16), schedule=schedule))
-  counted = program.lower(abstract_params(config, jnp.bfloat16), inputs, keys).cost_analysis()["flops"] / 2
-  return int(counted), flops.costs(config, schedule, geometries.num_image_tokens(config), cell.num_text_slots).prefill
+  program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments[:2], schedule, arguments[2]))
+  counted = program.lower(model, inputs, keys, programs.method_parameters(schedule)).cost_analysis()["flops"] / 2
+  costs = cost.costs(model_sizes(config), schedule, geometries.num_image_tokens(config), cell.num_text_slots)
+  return int(counted), costs.prefill
 
 
 class Compiler:

@@ -1,17 +1,18 @@
 """A row a cell: the largest batch, and what it takes."""
 
 import functools
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from experiments import planned, tabular
+from experiments.shared import planned, tabular
+from experiments.shared.study import Report
 from experiments.tpu_plan import plan
 from experiments.tpu_plan.plan import Cell, Compiled, Compiler
-from himap_jax.programs import Programs
+from himap_jax.engine.programs import Programs
 
 Row = dict[str, Any]
 GIB = 1 << 30
+PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
 
 
 def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
@@ -61,7 +62,7 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
   for name in Programs._fields:
     program = compiler(cell, name, max(rows, 1))
     row[f"{name} compile s"] = program.seconds
-    for part in ("arguments", "temporaries", "results"):
+    for part in PARTS:
       row[f"{name} {part} GiB"] = getattr(program.memory, part) / GIB if program.memory else None
     row[f"{name} collectives"] = program.collectives
     row[f"{name} collectives of stages"] = program.scoring_collectives
@@ -70,30 +71,15 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
 
 
 PLACE = ("model", "topology", "mesh", "weights")
-SHOWN = (
-  *PLACE,
-  "method",
-  "largest batch",
-  "rows per device",
-  "times none",
-  "device GiB",
-  "prefill arguments GiB",
-  "prefill temporaries GiB",
-  "prefill results GiB",
-  "prefill compile s",
-  "decode compile s",
-  "prefill collectives",
-  "prefill collectives of stages",
-  "decode collectives",
-  "FLOPs, XLA's count ÷ ours",
-)
+SHOWN = (*PLACE, "method", "largest batch", "rows per device", "times none", "device GiB")
+SHOWN += (*(f"prefill {part} GiB" for part in PARTS), "prefill compile s", "decode compile s", "prefill collectives")
+SHOWN += ("prefill collectives of stages", "decode collectives", "FLOPs, XLA's count ÷ ours")
 
 
-def write(output: pathlib.Path, rows: Sequence[Row], heading: str) -> None:
-  """Writes `tpu_plan.csv` with every figure and `tpu_plan.md` with most of them."""
-  tabular.write_csv(output / "tpu_plan.csv", rows)
-  lines = [heading, "", *tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))]
-  (output / "tpu_plan.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+def report(rows: Sequence[Row], versions: str) -> Report:
+  """`tpu_plan.csv` with every figure and `tpu_plan.md` with most of them."""
+  table = tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))
+  return Report(versions, table, {"tpu_plan": rows})
 
 
 def _text(value: Any) -> str:

@@ -12,11 +12,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from himap_jax.errors import UserError
 from himap_jax.model.cache import SegmentCache
@@ -164,25 +163,6 @@ def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
     return config
   count = math.lcm(text.num_key_value_heads, size)
   return dataclasses.replace(config, text=dataclasses.replace(text, num_key_value_heads=count))
-
-
-def repeat_key_heads(tree: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
-  """The parameters of `config` as those of `with_divisible_key_heads`."""
-  wide = with_divisible_key_heads(config, mesh)
-  copies = wide.text.num_key_value_heads // config.text.num_key_value_heads
-  if copies == 1:
-    return tree
-
-  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec(rules(wide, mesh)["key_heads"])))
-  def repeat(x: Array) -> Array:
-    by_head = x.reshape(config.text.num_key_value_heads, -1, *x.shape[1:])
-    return jnp.repeat(by_head, copies, axis=0).reshape(-1, *x.shape[1:])
-
-  def convert(path: tuple[jax.tree_util.DictKey, ...], leaf: Array) -> Array:
-    names = [entry.key for entry in path]
-    return repeat(leaf) if names[0] == "language_model" and names[-2] in ("k_proj", "v_proj") else leaf
-
-  return jax.tree_util.tree_map_with_path(convert, tree)
 
 
 def mesh_of(tree: PyTree) -> Mesh:

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -11,6 +11,7 @@ from himap_jax.inputs import Example
 from himap_jax.model.config import ModelConfig
 
 
+@runtime_checkable
 class Processor(Protocol):
   """Prepares prompts for one model.
 
@@ -48,11 +49,13 @@ class Family:
   Attributes:
     model_type: as `config.json` names it.
     config: from the fields of `config.json`, and where these come from, to the model's sizes; raises `UserError`.
+    complete: every field of `config.json` that transformers knows of the model, so that its defaults may change.
     load_processor: from a checkpoint's directory to transformers' processor; raises `UserError`.
     processor: from transformers' processor, the model's sizes and a prompt template to a `Processor`; raises `UserError`.
   """
 
   model_type: str
   config: Callable[[dict[str, Any], str], ModelConfig]
+  complete: Callable[[dict[str, Any]], dict[str, Any]]
   load_processor: Callable[[pathlib.Path], Any]
   processor: Callable[[Any, ModelConfig, str], Processor]

@@ -4,6 +4,7 @@ Axes: S slots, N image tokens.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -111,6 +112,14 @@ def _text(hf: Any, tied: bool | None, where: str) -> TextConfig:
     hidden_act=hf.hidden_act,
     rope=RopeConfig(theta=rope["rope_theta"], **scaling),
   )
+
+
+def complete(fields: dict[str, Any]) -> dict[str, Any]:
+  """Every field of `config.json`, those that are absent with transformers' defaults."""
+  from transformers import LlavaConfig
+
+  full = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
+  return json.loads(full.to_json_string(use_diff=False))
 
 
 def load_processor(directory: pathlib.Path) -> Any:
@@ -239,4 +248,4 @@ def _check_template(template: str, processor: Any) -> str:
   return template.replace("\\n", "\n")
 
 
-FAMILY = Family("llava", config, load_processor, LlavaProcessor)
+FAMILY = Family("llava", config, complete, load_processor, LlavaProcessor)

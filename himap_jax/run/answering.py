@@ -115,7 +115,7 @@ class Answerer:
       return self.batcher.bucket(example), Prepared(prompt, example, contract.row_digest(prompt, picture))
 
     reader = Reader(todo[share.index :: share.count], prepare, buckets=buckets, batch_size=num_rows)
-    progress = Progress(len(todo), "row", "himap_jax", shown=processes.is_leader())
+    progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
     start = time.perf_counter()
     with progress, ThreadPoolExecutor(max_workers=1) as thread:
       reading = thread.submit(reader.read)

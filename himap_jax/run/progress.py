@@ -35,6 +35,6 @@ class Progress(contextlib.AbstractContextManager):
     if now - self._time_before >= self._interval and self._done > self._done_before:
       rate = (self._done - self._done_before) / (now - self._time_before)
       left = tqdm.format_interval(round((self._total - self._done) / rate))
-      rows = f"{self._done} of {self._total} {self._unit}s, {rate:.3g} {self._unit}s/s"
-      print(f"{self._label}: {rows}, {left} left", file=sys.stderr, flush=True)
+      done = f"{self._unit} {self._done} of {self._total}, {rate:.3g} {self._unit}/s"
+      print(f"{self._label}: {done}, {left} left", file=sys.stderr, flush=True)
       self._done_before, self._time_before = self._done, now

@@ -40,12 +40,12 @@ def test_lines_at_most_every_interval(clock, use):
       clock[0] += 10
       bar.update(5)
     assert file.getvalue().splitlines() == [
-      "himap_jax: 15 of 200 rows, 0.5 rows/s, 06:10 left",
-      "himap_jax: 30 of 200 rows, 0.5 rows/s, 05:40 left",
+      "himap_jax: row 15 of 200, 0.5 row/s, 06:10 left",
+      "himap_jax: row 30 of 200, 0.5 row/s, 05:40 left",
     ]
     clock[0] += 40
     bar.update(0)
-    assert file.getvalue().splitlines()[2:] == ["himap_jax: 40 of 200 rows, 0.167 rows/s, 16:00 left"]
+    assert file.getvalue().splitlines()[2:] == ["himap_jax: row 40 of 200, 0.167 row/s, 16:00 left"]
     clock[0] += 60
     bar.update(0)  # nothing since the line before
   assert len(file.getvalue().splitlines()) == 3
@@ -59,8 +59,8 @@ def test_the_rate_is_that_since_the_line_before(clock, use):
     clock[0] += 30
     bar.update(60)
   assert file.getvalue().splitlines() == [
-    "compare: 10 of 100 cells, 0.0333 cells/s, 45:00 left",
-    "compare: 70 of 100 cells, 2 cells/s, 00:15 left",
+    "compare: cell 10 of 100, 0.0333 cell/s, 45:00 left",
+    "compare: cell 70 of 100, 2 cell/s, 00:15 left",
   ]
 
 

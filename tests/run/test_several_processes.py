@@ -1,5 +1,6 @@
 """Several processes on one machine, each with its own devices: one run, one output."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -7,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import numpy as np
@@ -195,9 +195,19 @@ class TestFlags:
     processes.initialize(from_environment=False, coordinator=None, num_processes=None, process_id=None)
 
 
+@dataclasses.dataclass(frozen=True)
+class Device:
+  """What a mesh and a share read of a device."""
+
+  id: int
+  process_index: int
+  device_kind: str = "none"
+  platform: str = "cpu"
+
+
 def mesh_of(process_ids):
-  devices = np.array([[types.SimpleNamespace(process_index=i) for i in row] for row in process_ids])
-  return types.SimpleNamespace(devices=devices, shape=dict(zip(("data", "tensor"), devices.shape, strict=True)))
+  devices = [Device(number, process) for number, process in enumerate(np.ravel(process_ids).tolist())]
+  return jax.sharding.Mesh(np.array(devices).reshape(np.shape(process_ids)), ("data", "tensor"))
 
 
 class TestShare:
@@ -247,4 +257,4 @@ class TestResults:
     assert answering._of_all_processes(own) == own
 
   def test_of_one(self):
-    assert answering._of_all_processes([1]) == [1]
+    assert answering._of_all_processes([Result({})]) == [Result({})]

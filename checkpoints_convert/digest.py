@@ -1,0 +1,52 @@
+"""What a checkpoint's weights are, wherever they lie: a digest of their content."""
+
+import contextlib
+import hashlib
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from checkpoints_convert.progress import byte_bar
+from checkpoints_convert.source import WEIGHT_FILES, read_json, write_json
+
+_BLOCK_BYTES = 8 << 20
+
+
+def weights_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
+  """SHA-256, in hexadecimal, of the names and contents of `config.json` and all weight files of a directory.
+
+  A file is read once: its own digest is kept in `cache_dir`, for as long as its size, its modification time and its inode
+  stay as they are. A cache that cannot be written is no error.
+  """
+  directory = directory.resolve()
+  paths = sorted(path for pattern in ("config.json", *WEIGHT_FILES) for path in directory.glob(pattern))
+  kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
+  known = {}
+  with contextlib.suppress(ValueError):
+    known = read_json(kept_in)
+  found = {path.name: _state(path) for path in paths}
+  unread = [path for path in paths if known.get(path.name, [])[:-1] != found[path.name]]
+  with byte_bar(sum(path.stat().st_size for path in unread), "identifying the weights") as bar:
+    for path in paths:
+      digest = _sha256(path, bar.update) if path in unread else known[path.name][-1]
+      found[path.name].append(digest)
+  if unread:
+    with contextlib.suppress(OSError):
+      kept_in.parent.mkdir(parents=True, exist_ok=True)
+      write_json(kept_in, found)
+  lines = "".join(f"{name} {entry[-1]}\n" for name, entry in sorted(found.items()))
+  return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _state(path: pathlib.Path) -> list[int | str]:
+  stat = path.stat()
+  return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def _sha256(path: pathlib.Path, advance: Callable[[int], Any]) -> str:
+  digest = hashlib.sha256()
+  with open(path, "rb", buffering=0) as file:
+    while block := file.read(_BLOCK_BYTES):
+      digest.update(block)
+      advance(len(block))
+  return digest.hexdigest()

@@ -1,0 +1,12 @@
+"""How far a long read is: a bar on a terminal, otherwise a line every half minute; nothing for what takes a moment."""
+
+import sys
+
+import tqdm
+
+
+def byte_bar(num_bytes: int, label: str, *, shown: bool = True) -> tqdm.tqdm:
+  """A context manager whose `update` takes the bytes that were read since the last call."""
+  interval = 0.1 if sys.stderr.isatty() else 30
+  options = dict(unit="B", unit_scale=True, delay=2, mininterval=interval, maxinterval=interval, file=sys.stderr)
+  return tqdm.tqdm(total=num_bytes, desc=label, disable=not shown, **options)

@@ -1,0 +1,152 @@
+"""Reads parameters onto devices, each device its own part, from safetensors or from a converted checkpoint.
+
+Beside the parameters that were read, the host holds one part of one of them, or `READ_BYTES` of a converted checkpoint.
+"""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from flax import traverse_util
+from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError
+
+from checkpoints_convert.digest import weights_digest
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.names import Parameter, Path
+from checkpoints_convert.progress import byte_bar
+from checkpoints_convert.safetensors_reader import Index
+from checkpoints_convert.source import AnyPath, first_line
+
+READ_BYTES = 256 << 20
+
+# By path: shape, dtype and sharding of what is wanted.
+Targets = Mapping[Path, jax.ShapeDtypeStruct]
+
+
+@runtime_checkable
+@runtime_checkable
+class Weights(Protocol):
+  """Parameters that lie somewhere.
+
+  Attributes:
+    is_int8: whether the weights of the decoder's linear layers are kept as int8 and scales.
+  """
+
+  is_int8: bool
+
+  def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
+    """Reads parameters one after another, in the order in which they lie; the next is read when it is asked for.
+
+    Raises:
+      CheckpointError: they cannot be read.
+    """
+
+  def digest(self) -> str:
+    """Tells these weights from others by their content, wherever they lie."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsWeights:
+  """The weights of a checkpoint in the Hugging Face layout.
+
+  Attributes:
+    directory: the checkpoint.
+    parameters: what there is to read.
+    cache_dir: where digests are kept.
+  """
+
+  directory: pathlib.Path
+  parameters: tuple[Parameter, ...]
+  cache_dir: pathlib.Path
+  is_int8: bool = dataclasses.field(default=False, init=False)
+
+  def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
+    """See `Weights`; a cast to the wanted dtype is made in the part that was read."""
+    wanted = [parameter for parameter in self.parameters if parameter.path in targets]
+    with _bar(sum(parameter.tensor.num_bytes for parameter in wanted)) as bar:
+      for parameter in wanted:
+        try:
+          array = place(parameter.reader(), targets[parameter.path])
+        except (SafetensorError, OSError) as error:
+          raise CheckpointError(f"{parameter.tensor.path}: cannot be read ({first_line(error)})") from error
+        bar.update(parameter.tensor.num_bytes)
+        yield parameter.path, array
+
+  def digest(self) -> str:
+    """See `Weights`."""
+    return weights_digest(self.directory, self.cache_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertedWeights:
+  """The weights of a converted checkpoint.
+
+  Attributes:
+    path: its parameters, here or in object storage.
+    marker: what it says of itself.
+  """
+
+  path: AnyPath
+  marker: Mapping[str, Any]
+
+  @property
+  def is_int8(self) -> bool:
+    """See `Weights`."""
+    return self.marker.get("int8_weights", False)
+
+  def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
+    """See `Weights`."""
+    sizes = {path: 4 * math.prod(target.shape) for path, target in targets.items()}  # it may be stored in float32
+    context = ocp.Context()
+    context.pytree_options.loading.partial_load = True
+    context.memory_options.read_concurrent_bytes = max(READ_BYTES, *sizes.values()) + 1
+    with _bar(sum(sizes.values())) as bar:
+      for batch in _batches(sizes):
+        try:
+          with context:
+            tree = ocp.load(self.path, traverse_util.unflatten_dict({path: targets[path] for path in batch}))
+        except (ValueError, OSError, KeyError) as error:
+          raise CheckpointError(
+            f"{self.path}: cannot restore the parameters ({first_line(error)}); convert the checkpoint again"
+          ) from error
+        arrays = traverse_util.flatten_dict(tree)
+        del tree
+        for path in batch:
+          bar.update(sizes[path])
+          yield path, arrays.pop(path)
+
+  def digest(self) -> str:
+    """See `Weights`."""
+    return self.marker["fingerprint"]
+
+
+def place(read: Callable[[Index], np.ndarray], target: jax.ShapeDtypeStruct) -> jax.Array:
+  """An array whose parts are read and sent to their devices one after another; devices with the same part share the reading."""
+  parts: dict[tuple[tuple[int | None, int | None], ...], tuple[Index, list[jax.Device]]] = {}
+  for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
+    parts.setdefault(tuple((one.start, one.stop) for one in index), (index, []))[1].append(device)
+  arrays = []
+  for index, devices in parts.values():
+    part = read(index).astype(target.dtype, copy=False)
+    arrays += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+  return jax.make_array_from_single_device_arrays(target.shape, target.sharding, arrays)
+
+
+def _batches(sizes: Mapping[Path, int]) -> Iterator[list[Path]]:
+  batch: list[Path] = []
+  for path, size in sizes.items():
+    if batch and size + sum(sizes[one] for one in batch) > READ_BYTES:
+      yield batch
+      batch = []
+    batch.append(path)
+  if batch:
+    yield batch
+
+
+def _bar(num_bytes: int) -> Any:
+  return byte_bar(num_bytes, "reading the weights", shown=jax.process_index() == 0)

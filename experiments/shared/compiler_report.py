@@ -1,0 +1,86 @@
+"""What a compiled program says of itself: memory, collectives, size."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterable
+from typing import Any
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_COLLECTIVE = re.compile(rf"= (?P<shapes>.+?) (?P<kind>{'|'.join(KINDS)})(-start)?\((?P<rest>.*)")
+_SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective of a program; those in the body of a loop are there once.
+
+  Attributes:
+    kind: one of `KINDS`.
+    num_bytes: of its result on one device.
+    scope: the named scopes that it stands in.
+  """
+
+  kind: str
+  num_bytes: int
+  scope: str
+
+
+def collectives(compiled: Any) -> list[Collective]:
+  """The collectives of a `jax.stages.Compiled`."""
+  found = []
+  for line in compiled.as_text().splitlines():
+    if match := _COLLECTIVE.search(line):
+      scope = _SCOPE.search(match["rest"])
+      shapes = _SHAPE.findall(match["shapes"])
+      if line.count("-start(") and len(shapes) > 1:
+        shapes = shapes[len(shapes) // 2 :]  # operands come first
+      found.append(Collective(match["kind"], sum(map(_num_bytes, shapes)), scope[1] if scope else ""))
+  return found
+
+
+def _num_bytes(shape: tuple[str, str]) -> int:
+  kind, sizes = shape
+  bits = 8 if kind == "pred" else int(re.search(r"\d+", kind)[0])
+  return -(-math.prod(map(int, filter(None, sizes.split(",")))) * bits // 8)
+
+
+def summarize(found: Iterable[Collective]) -> str:
+  """Collectives by kind: how many, and their bytes."""
+  counts, sizes = collections.Counter(), collections.Counter()
+  for one in found:
+    counts[one.kind] += 1
+    sizes[one.kind] += one.num_bytes
+  return ", ".join(f"{count} {kind} {sizes[kind] / 2**20:.1f} MiB" for kind, count in counts.items()) or "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes that a program takes on one device, by the compiler's account.
+
+  Attributes:
+    arguments: inputs and parameters.
+    temporaries: what lives while it runs.
+    results: what it leaves, apart from what takes the place of arguments.
+  """
+
+  arguments: int
+  temporaries: int
+  results: int
+
+  @property
+  def total(self) -> int:
+    """All of it."""
+    return self.arguments + self.temporaries + self.results
+
+
+def memory(compiled: Any) -> Memory:
+  """The memory of a `jax.stages.Compiled`."""
+  analysis = compiled.memory_analysis()
+  return Memory(
+    arguments=analysis.argument_size_in_bytes,
+    temporaries=analysis.temp_size_in_bytes,
+    results=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
+  )

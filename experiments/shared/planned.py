@@ -1,0 +1,62 @@
+"""TPUs that are not there: meshes of their devices, and models and inputs as shapes with shardings on them."""
+
+import functools
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from checkpoints_convert.transforms import abstract_int8
+from experiments.shared import geometries
+from himap_jax.engine import programs, sharding
+from himap_jax.errors import UserError
+from himap_jax.inputs import Inputs
+from himap_jax.model.network import Model, Network, abstract_params, logical_axes
+from himap_jax.model.quantization import map_int8
+
+
+def without_devices() -> None:
+  """Has libtpu compile for devices that are described, on a machine that has none; to be called before JAX is used."""
+  jax.config.update("jax_platforms", "cpu")
+  os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that this one begins
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@functools.lru_cache
+def mesh_of(topology: str, tensor: int) -> Mesh:
+  """The devices of a slice, as `v5e:2x4`, of which `tensor` share the heads.
+
+  Raises:
+    UserError: libtpu does not know the topology, or `tensor` does not divide its devices.
+  """
+  options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
+  if topology.startswith("v4:"):
+    options["chip_config_name"] = "megacore"  # one device for both cores of a chip
+  try:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+  except (RuntimeError, ValueError, NotImplementedError) as error:
+    raise UserError(
+      f"{topology}: {str(error).splitlines()[0]}; it needs libtpu (pip install -e '.[tpu]') and a name such as v5e:2x4"
+    ) from error
+  if tensor < 1 or len(devices) % tensor:
+    raise UserError(f"{topology} has {len(devices)} devices, which tensor:{tensor} does not divide")
+  return sharding.make_mesh(len(devices) // tensor, tensor, devices=devices)
+
+
+def shapes_on(
+  mesh: Mesh, geometry: str, *, batch_size: int, num_text_slots: int, int8_weights: bool = False
+) -> tuple[Model, Inputs, jax.ShapeDtypeStruct]:
+  """A model in bfloat16 with a batch and its seeds, as `jax.ShapeDtypeStruct`s with shardings on a mesh."""
+  config = sharding.with_divisible_key_heads(geometries.model_of(geometry), mesh)
+  params = sharding.placed(abstract_params(config, jnp.bfloat16), logical_axes(config), config, mesh)
+  model = Model(
+    map_int8(abstract_int8, params) if int8_weights else params,
+    Network(config, jnp.bfloat16, sharding.kernels_for(mesh)),
+  )
+  shape = geometries.image_shape(config)
+  batch = {"batch_size": batch_size, "num_text_slots": num_text_slots, "image_shape": shape}
+  return model, *programs.abstract_inputs(config, mesh, **batch)

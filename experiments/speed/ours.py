@@ -1,0 +1,165 @@
+"""himap_jax's side of a comparison.
+
+Axes: B batch, S slots, N query heads, K key heads, H head dim.
+"""
+
+import functools
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from checkpoints_convert.transforms import quantize
+from experiments.shared import geometries
+from experiments.speed import side
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario
+from experiments.speed.weights import Weights
+from himap_jax.engine import programs, sharding
+from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.decoding import DecodeConfig
+from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.engine.prefill import Context, Sequence, prefill_embedded, prune, start
+from himap_jax.families import from_hf
+from himap_jax.inputs import IMAGE, TEXT, Inputs, Layout
+from himap_jax.model.decoder import Projections
+from himap_jax.model.network import Embedded, Model, Network, abstract_params
+from himap_jax.model.quantization import map_int8
+from himap_jax.pruning import cost
+from himap_jax.pruning.schedule import Schedule
+
+DTYPE = jnp.bfloat16
+
+
+class Ours:
+  """One of our methods with its default schedule; `METHOD/int8` has the decoder's weights as int8."""
+
+  def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
+    method, _, variant = name.partition("/")
+    self._config, self._mesh = from_hf(geometry), sharding.make_mesh()
+    self._num_image_tokens = geometries.num_image_tokens(self._config)
+    self._schedule = geometries.schedule_of(self._config, method)
+    self._parameters = programs.method_parameters(self._schedule)
+    file = Weights(weights)
+    place = functools.partial(jax.device_put, device=sharding.replicated(self._mesh), may_alias=True)
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: place(_values(path[-1].key, leaf.shape, file)), abstract_params(self._config, DTYPE)
+    )
+    if variant:
+      params = map_int8(_as_int8, params)
+    self._model = Model(params, Network(self._config, DTYPE, sharding.kernels_for(self._mesh)))
+    self._options = dict(self._model.network.kernels.int8_compiler_options) if variant else {}
+    self._mapped_bytes = sum(x.nbytes for x in jax.tree.leaves(params) if x.dtype == DTYPE and x.ndim > 1)
+    self.device = jax.devices()[0].device_kind
+
+  def prepare(self, scenario: Scenario) -> None:
+    """Compiles the programs of a scenario and makes its inputs."""
+    self._scenario, self._inputs = scenario, self._make_inputs(scenario)
+    self._engine = Engine(self._model, self._schedule, GenerationConfig(scenario.num_new_tokens, ignore_eos=True))
+    model, schedule = self._model, self._schedule
+    keys = jax.random.split(jax.random.key(0), scenario.batch_size)
+    embedded = jax.jit(lambda model, inputs: model.bind().embed(inputs))(model, self._inputs)
+
+    def prefill(model: Model, embedded: Embedded, keys: jax.Array, parameters: dict[str, Any]) -> Any:
+      return prefill_embedded(model.bind(), embedded, keys, schedule, parameters)
+
+    tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels)[0])
+    prefill = jax.jit(prefill, compiler_options=self._options)
+    self._parts = {
+      "tower": functools.partial(tower, model, self._inputs.pixel_values),
+      "prefill": functools.partial(prefill, model, embedded, keys, self._parameters),
+    }
+    if schedule != Schedule():
+      choose = jax.jit(functools.partial(_choose, schedule=schedule))
+      context = Context(keys, embedded, self._parameters)
+      self._parts["scoring"] = functools.partial(choose, model, self._random_projections(embedded.x), context)
+    self.turn()
+    side.reset_peak_memory()
+
+  def turn(self) -> dict[str, float]:
+    """Runs a whole example; where it is one token, the tower, the prefill after it and the choosing alone too."""
+
+    def example() -> float:
+      return self._engine(self._inputs, range(self._scenario.batch_size)).decode_seconds
+
+    parts = {name: lambda part=part: jax.block_until_ready(part()) for name, part in self._parts.items()}
+    return side.figures(parts, example, self._scenario.num_new_tokens)
+
+  def accounting(self) -> dict[str, float]:
+    """Bytes that a decode step reads by XLA's account, and the weights and the cache that it has to read."""
+    scenario, params = self._scenario, self._model.params
+    if scenario.num_new_tokens == 1:
+      return {}
+    # Of more than two tokens: XLA counts the loop's body once, and unrolls a loop of one.
+    jitted = programs.make_programs(self._model, self._mesh, self._schedule, DecodeConfig(scenario.num_new_tokens))
+    seeds = np.zeros(scenario.batch_size, np.uint32)
+    inputs, seeds = sharding.from_local_rows((self._inputs, seeds), self._mesh)
+    compiled = programs.lower(jitted, self._model, inputs, seeds, self._parameters).decode.compile()
+    read = dict(params["language_model"])
+    if "lm_head" in params:
+      read["embed_tokens"] = params["lm_head"]
+    sizes = model_sizes(self._config), self._schedule, self._num_image_tokens, scenario.num_text_tokens
+    cache = scenario.batch_size * cost.cache_bytes(*sizes, bytes_per_value=2)
+    account = compiled.cost_analysis()
+    return {
+      "decode_bytes": account["bytes accessed"] - account["bytes accessedout{}"],
+      "decode_bytes_needed": sum(x.nbytes for x in jax.tree.leaves(read)) + cache,
+    }
+
+  def peak_bytes(self) -> int:
+    """Of the accelerator, or of the process where there is none."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else side.peak_memory(self._mapped_bytes)
+
+  def _make_inputs(self, scenario: Scenario) -> Inputs:
+    rng, count = np.random.default_rng(0), self._num_image_tokens
+    shape = (scenario.batch_size, scenario.num_text_tokens + count)
+    slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    is_image = (slot >= NUM_SYSTEM_TOKENS) & (slot < NUM_SYSTEM_TOKENS + count)
+    inputs = Inputs(
+      tokens=rng.integers(2, self._config.text.vocab_size, shape, np.int32),
+      layout=Layout.of_rows(np.where(is_image, IMAGE, TEXT), np.zeros_like(slot), count),
+      positions=slot,
+      pixel_values=rng.standard_normal((shape[0], 3, *geometries.image_shape(self._config)), np.float32),
+    )
+    return jax.tree.map(jnp.asarray, inputs)
+
+  def _random_projections(self, x: jax.Array) -> list[Projections | None]:
+    """What the layer before each stage would give to score; nothing before the decoder."""
+    text = self._config.text
+    projections = []
+    for segment in self._schedule.segments(text.num_hidden_layers, self._num_image_tokens)[:-1]:
+      if segment.first == segment.last:
+        projections.append(None)
+        continue
+      shape = (x.shape[0], x.shape[1] - self._num_image_tokens + segment.num_image_tokens)
+      query, key = (
+        jax.random.normal(jax.random.key(heads), (*shape, heads, text.head_dim), DTYPE)
+        for heads in (text.num_attention_heads, text.num_key_value_heads)
+      )
+      projections.append(Projections(query=query, key=key, value=key))
+    return projections
+
+
+def _values(name: str, shape: tuple[int, ...], file: Weights) -> np.ndarray:
+  if len(shape) == 1:
+    return np.full(shape, name != "bias", DTYPE)
+  return file.take(shape)
+
+
+def _as_int8(leaf: jax.Array) -> Any:
+  """A weight as int8; the original is deleted, so that no two of them are held."""
+  quantized = jax.block_until_ready(jax.jit(quantize)(leaf))
+  leaf.delete()
+  return quantized
+
+
+def _choose(
+  model: Model, projections: list[Projections | None], context: Context, *, schedule: Schedule
+) -> list[Sequence]:
+  """The stages of a schedule without the layers between them: what each leaves."""
+  network, sequences = model.bind(), [start(context.embedded)]
+  for stage, scored in zip(schedule.stages, projections, strict=True):
+    sequences.append(prune(network, stage, sequences[-1], scored, context))
+  return sequences[1:]

@@ -1,0 +1,77 @@
+"""The products that a 7B layer is made of, by XLA as the library asks for them and by PyTorch: the limit of a prefill on this machine.
+
+    python -m experiments.speed.products
+
+Bfloat16, float32 accumulation; the two take turns. Needs PyTorch: `pip install -e '.[test]'`.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import torch
+from absl import app, flags
+
+from experiments.shared import tabular
+from himap_jax.engine import sharding
+from himap_jax.model.linear import matmul
+from himap_jax.run import command
+
+_ROWS = flags.DEFINE_list("rows", ["1", "4", "167", "671"], "Rows of the left factor: tokens at once.")
+_TURNS = flags.DEFINE_integer("turns", 11, "How many turns each takes.", lower_bound=1)
+
+SIZES = ((4096, 4096), (4096, 11_008), (11_008, 4096))  # in and out features of LLaVA-1.5-7B's decoder
+COPIES = 6  # of each weight, so that none is in the processor's cache when its turn comes
+
+
+def ours(rows: int, features: int, out: int) -> Callable[[], Any]:
+  """Products of one activation with every copy of a weight, by the library."""
+  is_decoding = rows <= 8
+  x = jnp.ones((rows, 1, features) if is_decoding else (1, rows, features), jnp.bfloat16)
+  weights = [jax.random.normal(jax.random.key(i), (out, features), jnp.bfloat16) for i in range(COPIES)]
+  kernels = sharding.kernels_for(sharding.make_mesh())
+  program = jax.jit(lambda x, weights: [matmul(x, weight, kernels) for weight in weights]).lower(x, weights).compile()
+  return lambda: jax.block_until_ready(program(x, weights))
+
+
+def pytorch(rows: int, features: int, out: int) -> Callable[[], Any]:
+  """The same by PyTorch."""
+  x = torch.ones(rows, features, dtype=torch.bfloat16)
+  weights = [torch.randn(out, features, dtype=torch.bfloat16) for _ in range(COPIES)]
+  return lambda: [torch.nn.functional.linear(x, weight) for weight in weights]
+
+
+def seconds(calls: Sequence[Callable[[], Any]], turns: int) -> list[float]:
+  """The median time of each, taking turns."""
+  times: list[list[float]] = [[] for _ in calls]
+  for call in calls:
+    call()
+  for _ in range(turns):
+    for call, taken in zip(calls, times, strict=True):
+      start = time.perf_counter()
+      call()
+      taken.append((time.perf_counter() - start) / COPIES)
+  return [statistics.median(taken) for taken in times]
+
+
+def run() -> int:
+  """Prints a row for every size."""
+  rows = []
+  for count in command.numbers(_ROWS, int):
+    for features, out in SIZES:
+      pair = seconds([ours(count, features, out), pytorch(count, features, out)], _TURNS.value)
+      operations, num_bytes = 2 * count * features * out, 2 * features * out
+      speeds = [f"{operations / taken / 1e9:.0f}" for taken in pair] + [
+        f"{num_bytes / taken / 1e9:.1f}" for taken in pair
+      ]
+      rows.append((*map(str, (count, features, out)), *speeds, f"{pair[0] / pair[1]:.2f}"))
+  header = "rows", "in", "out", "XLA, GFLOP/s", "PyTorch, GFLOP/s", "XLA, GB/s", "PyTorch, GB/s", "time ÷ PyTorch's"
+  print("\n".join(tabular.markdown(header, rows)))
+  return 0
+
+
+if __name__ == "__main__":
+  app.run(lambda argv: command.execute("products", argv, run, resumes=False))

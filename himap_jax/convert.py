@@ -1,0 +1,50 @@
+"""Converts a checkpoint, for object storage or to int8 weights ahead of time.
+
+    python -m himap_jax.convert --source=llava-hf/llava-1.5-7b-hf --target=gs://bucket/llava-1.5-7b
+
+A directory in the Hugging Face layout needs no conversion: `himap_jax.run` reads it as it is.
+"""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+
+import jax
+from absl import app, flags
+
+from checkpoints_convert.convert import convert, open_source
+from himap_jax.checkpoint import default_cache_dir, describe
+from himap_jax.run import command
+
+_SOURCE = flags.DEFINE_string(
+  "source",
+  None,
+  "Checkpoint: a directory or a Hugging Face id, in the Hugging Face or the original LLaVA layout.",
+  required=True,
+)
+_TARGET = flags.DEFINE_string(
+  "target", None, "Directory to write, also in object storage as gs://bucket/name.", required=True
+)
+_VISION_TOWER = flags.DEFINE_string(
+  "vision_tower", None, "For the original layout: the CLIP tower's directory or id, if not what config.json names."
+)
+_INT8_WEIGHTS = flags.DEFINE_bool(
+  "int8_weights", False, "Write the weights of the decoder's linear layers as int8, for himap_jax.run --int8_weights."
+)
+
+
+def run() -> int:
+  """Converts what the flags name and prints where it lies."""
+  jax.config.update("jax_platforms", "cpu")
+  source = open_source(_SOURCE.value, _VISION_TOWER.value)
+  print(convert(source, _TARGET.value, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
+  return 0
+
+
+def main(argv: list[str]) -> None:
+  """Runs the command and exits with its status."""
+  command.execute("himap_jax.convert", argv, run, resumes=False)
+
+
+if __name__ == "__main__":
+  app.run(main)

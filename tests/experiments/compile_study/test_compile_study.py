@@ -1,0 +1,158 @@
+"""The study of static shapes: its variants are the same prefill, its workload is all there, its figures are what was measured."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_checkpoints
+
+from experiments.compile_study import measure, reports, study, tables, variants, workload
+from experiments.compile_study.measure import Measurement, Setting
+from experiments.compile_study.recorder import Recorder
+from experiments.compile_study.variants import VARIANTS
+from himap_jax.engine import sharding
+from himap_jax.engine.batching import Batcher
+from himap_jax.generation import InputConfig
+from himap_jax.inputs import Inputs, Layout
+from himap_jax.model.network import Model, Network, abstract_params, logical_axes
+from himap_jax.pruning.methods import build_schedule
+
+PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
+SAME = [name for name in VARIANTS if name not in ("dynamic", "exact_length")]
+
+
+@pytest.fixture(scope="module")
+def prefill(checkpoints, loaded, images):
+  """Returns `prefill(name)`: the logits of a variant for two rows, and its recorder."""
+  tiny, model = (
+    checkpoints("clip_mha"),
+    Model(loaded("clip_mha").model.params, Network(loaded("clip_mha").config, jnp.float32)),
+  )
+  rows = [tiny.encode(image, prompt) for image, prompt in zip(images[:2], PROMPTS, strict=True)]
+  inputs = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, 72))
+  schedule = build_schedule("himap", num_layers=6, num_image_tokens=16, prune_layers=(2, 4), keep=(8, 3))
+
+  def run(name):
+    recorder = Recorder()
+    call = VARIANTS[name].build(recorder, schedule)
+    logits = call(model, inputs)
+    np.testing.assert_array_equal(call(model, inputs), logits)
+    return np.asarray(logits), recorder
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def expected(prefill):
+  return prefill("gather")[0]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_gives_the_library_s_logits(name, prefill, expected):
+  logits, recorder = prefill(name)
+  np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+  assert len(recorder.compiled) == (7 if name == "by_segment" else 1)
+  account = recorder.account()
+  assert recorder.seconds > 0 and account.num_instructions > 100 and account.temporaries > 0
+
+
+def test_dynamic_counts_cover_the_scores(prefill, expected, monkeypatch):
+  monkeypatch.setattr(variants, "GRANULE", 4)
+  monkeypatch.setattr(variants, "COVERED", 0.999999)
+  logits, recorder = prefill("dynamic")
+  kept = [program.out_info for program in recorder.compiled]
+  assert np.abs(logits - expected).max() > 1e-3
+  layouts = [info.layout.num_image_tokens for info in kept if hasattr(info, "layout")]
+  assert layouts == sorted(layouts, reverse=True) and all(count % 4 == 0 for count in layouts)
+
+
+@pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.can_be_abstract])
+def test_compiles_from_shapes_alone(name, loaded):
+  config = loaded("clip_mha").config
+  recorder = Recorder(is_abstract=True)
+  schedule = build_schedule("himap", num_layers=6, num_image_tokens=16, prune_layers=(2, 4), keep=(8, 3))
+  slots = jax.ShapeDtypeStruct((2, 72), jnp.int32)
+  layout = Layout(slots, slots, slots, slots, 16)
+  inputs = Inputs(slots, layout, slots, jax.ShapeDtypeStruct((2, 3, 28, 28), jnp.float32))
+  mesh = sharding.make_mesh(4, 2)
+  params = sharding.placed(abstract_params(config, jnp.float32), logical_axes(config), config, mesh)
+  logits = VARIANTS[name].build(recorder, schedule)(Model(params, Network(config, jnp.float32)), inputs)
+  assert (logits.shape, logits.dtype) == ((2, 272), jnp.float32)
+  assert recorder.account().num_instructions > 100
+
+
+@pytest.mark.parametrize("is_bucketed", [True, False])
+def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
+  monkeypatch.setattr(workload, "MOST_QUESTIONS", 6)  # the tiny model's context is short
+  model = loaded("clip_mha")
+  processor = model.prompts("<image>{question}")
+  batcher = Batcher(model.config, processor.image_shape, buckets=(64, 128, 256))
+  examples = workload.make_examples(processor, 40, seed=3)
+  lengths = [example.num_text_tokens for example in examples]
+  assert min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)
+  assert lengths == [e.num_text_tokens for e in workload.make_examples(processor, 40, seed=3)]
+  batches = workload.make_batches(batcher, examples, 3, is_bucketed=is_bucketed)
+  found = []
+  for batch in batches:
+    slots = batch.tokens.shape[1] - 16
+    own = [int(length) - 16 for length in jax.tree.map(jnp.asarray, batch.layout).num_tokens()]
+    assert batch.tokens.shape[0] == 3
+    if is_bucketed:
+      assert slots in batcher.buckets and all(batcher.bucket(examples[lengths.index(n)]) == slots for n in own)
+    else:
+      assert slots == max(own)
+    found += own
+  assert set(found) == set(lengths) and len(found) >= 40
+  if not is_bucketed:
+    assert found[:39] == lengths[:39]
+
+
+def measurement(**fields):
+  common = dict(num_programs=2, compile_seconds=10.0, num_instructions=5, temporaries=3 << 20, num_tokens=900)
+  return Measurement(**common | dict(step_seconds=1.0, mix_seconds=9.0, num_slots=1000) | fields)
+
+
+def test_rows_are_medians_and_ratios_within_turns(tmp_path):
+  results = study.Results(
+    cold={"gather": measurement(), "mask": measurement(num_programs=1)},
+    turns={
+      "gather": [measurement(compile_seconds=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))],
+      "mask": [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))],
+    },
+    reports={"gather": reports.Report(1, 30.0, 7, 5 << 20, "2 all-reduce 1.0 MiB", "none")},
+  )
+  gather, mask = tables.make_rows(results)
+  assert (gather["programs"], gather["compile_cold"], gather["compile_cached"]) == (2, 10.0, 2.0)
+  assert gather["step"] == 1.0 and mask["step"] == 2.0  # of 2, 1, 1 and of 1, 2, 3
+  assert gather["padding"] == pytest.approx(0.1) and gather["temporaries"] == 3
+  assert gather["tokens_per_second"] == 100 and mask["tokens_per_second"] == pytest.approx(900 / 19)
+  assert gather["tokens_per_second_cold"] == pytest.approx(900 / 19)
+  assert gather["tokens_per_second_cached"] == pytest.approx(900 / 11)
+  assert gather["tpu_temporaries"] == 5 and "tpu_programs" not in mask
+  text = tables.report([gather, mask], "heading", "TPU").write(tmp_path, "compile_study", "command")
+  assert (tmp_path / "compile_study.md").read_text() == text
+  assert "| gather | 1 | 30.0 | 7 | 5 | 2 all-reduce 1.0 MiB | none |" in text
+  assert (tmp_path / "compile_study.csv").read_text().startswith("variant,programs,compile_cold,compile_cached,")
+  for plot in ("seconds", "break_even"):
+    assert (tmp_path / f"{plot}.png").stat().st_size > 5000
+
+
+def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
+  setting = Setting(str(loaded("clip_mha").directory), "float32", 3, InputConfig("chat", (128,), 2), 0, (2, 4), (8, 3))
+  first = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
+  assert first.cold["gather"].num_programs == first.turns["gather"][0].num_programs >= 1
+  assert first.cold["gather"].num_instructions == first.turns["gather"][0].num_instructions
+  assert any((tmp_path / "compiled" / "gather").iterdir())
+  (tmp_path / "gather-1.json").unlink()
+  asked = []
+
+  def instead(variant, given, cache):
+    asked.append((variant, given, cache.name))
+    return dataclasses.replace(first.cold["gather"], step_seconds=7.0)
+
+  monkeypatch.setattr(measure, "in_own_process", instead)
+  again = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
+  assert asked == [("gather", setting, "gather")] and again.cold == first.cold
+  assert again.turns["gather"][0].step_seconds == 7.0

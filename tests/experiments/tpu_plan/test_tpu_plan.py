@@ -1,0 +1,175 @@
+"""Planning for TPUs: the search for the largest batch, what compilers say, and programs at true sizes by shapes alone."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from checkpoints_convert.transforms import quantize
+from experiments.shared import compiler_report, planned
+from experiments.tpu_plan import plan, tables
+from himap_jax.engine import sharding
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 2, 3, 17, 64, 250])
+@pytest.mark.parametrize("bend", [0, 40])
+@pytest.mark.parametrize("limit", [50, 1000, 10**6])
+def test_the_largest_number_of_rows_that_fits(capacity, bend, limit):
+  asked = []
+
+  def measure(rows):
+    assert rows not in asked
+    asked.append(rows)
+    return 100 + 10 * rows + bend * (rows > 5) if rows <= capacity else None
+
+  assert plan.largest(measure, lambda: limit) == capacity
+  assert len(asked) <= 24
+
+
+def test_a_good_guess_takes_five_compilations():
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return 1000 + 7 * rows if rows <= 123 else None
+
+  assert plan.largest(measure, lambda: 1000 + 7 * 123) == 123
+  assert asked == [1, 2, 16, 123, 124]
+
+
+def test_the_limit_is_learned_where_something_does_not_fit():
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return 1000 + 7 * rows if rows <= 173 else None
+
+  known = lambda: 1000 + 7 * 173 if max(asked) > 173 else 1000 + 7 * 140  # noqa: E731
+  assert plan.largest(measure, known) == 173
+  assert asked[:5] == [1, 2, 16, 128, 140] and {173, 174} <= set(asked) and len(asked) <= 15
+
+
+def test_few_rows_may_take_as_much_as_one():
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return max(1000, 900 + 7 * rows) if rows <= 123 else None
+
+  assert plan.largest(measure, lambda: 900 + 7 * 123) == 123
+  assert max(asked) < 1000 and len(asked) < 10
+
+
+@pytest.mark.parametrize("capacity, highest", [(0, 0), (0, 9), (173, 173), (170, 173), (3, 173), (500, 173)])
+def test_a_second_program_is_asked_about_what_the_first_can(capacity, highest):
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return 1000 + 7 * rows if rows <= capacity else None
+
+  assert plan.largest(measure, lambda: 1000 + 7 * capacity, highest=highest) == min(capacity, highest)
+  assert asked[:1] == [highest][: highest > 0]
+  assert max(asked, default=0) <= highest and len(asked) == len(set(asked)) <= 12
+
+
+def test_a_row_is_of_the_batch_that_both_programs_can(monkeypatch):
+  """Prefill can 40 rows, decode 25; the latter is asked about 40 first."""
+  asked = []
+
+  def compiler(cell, name, rows):
+    asked.append((name, rows))
+    fits = rows <= {"prefill": 40, "decode": 25}[name]
+    memory = compiler_report.Memory(1000 + 10 * rows, 5, 7) if fits else None
+    return plan.Compiled(1.0, memory, None if fits else 1412, name, "stages")
+
+  monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
+  monkeypatch.setattr(
+    tables.planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4)))
+  )
+  cell = plan.Cell("7b", "v5e:2x4", 4, "bfloat16", "none", 128, 32)
+  row = tables.make_row(cell, compiler, [])
+  assert (row["largest batch"], row["rows per device"], row["times none"]) == (50, 6.25, 1)
+  assert row["prefill arguments GiB"] == row["decode arguments GiB"] == 1250 / 2**30
+  assert row["prefill collectives of stages"] == "stages" and row["FLOPs, XLA's count ÷ ours"] == 1.02
+  assert next(rows for name, rows in asked if name == "decode") == 40
+
+
+def test_memory_that_does_not_suffice():
+  def lowered(message):
+    def fail():
+      raise jax.errors.JaxRuntimeError(message)
+
+    return types.SimpleNamespace(compile=fail)
+
+  message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.41G of 15.75G hbm. Exceeded by 5.66G."
+  result = plan.compile_program(lowered(message))
+  assert result.memory is None and result.limit == int(15.75 * 2**30)
+  with pytest.raises(jax.errors.JaxRuntimeError):
+    plan.compile_program(lowered("INTERNAL: something else"))
+
+
+def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
+  cell = plan.Cell("7b", "v5e:2x4", 8, "bfloat16", "himap", 128, 32)
+  calls = []
+
+  def lower(cell, rows):
+    calls.append(rows)
+    return plan.programs.Programs("prefill", "decode")
+
+  compiled = {
+    "prefill": plan.Compiled(1.5, compiler_report.Memory(1, 2, 3), None, "none", "none"),
+    "decode": plan.Compiled(2.5, None, 99),
+  }
+  monkeypatch.setattr(plan, "lower", lower)
+  monkeypatch.setattr(plan, "compile_program", compiled.get)
+  for _ in range(2):
+    assert {name: plan.Compiler(tmp_path)(cell, name, 4) for name in compiled} == compiled
+  assert calls == [4, 4]
+
+
+@pytest.mark.parametrize("method", ["none", "himap"])
+def test_xla_counts_what_we_account_for(method):
+  counted, accounted = plan.counted_flops(plan.Cell("demo", "v5e:2x4", 1, "bfloat16", method, 64, 8))
+  assert accounted == pytest.approx(counted, rel=0.02)
+
+
+def test_int8_weights_lie_as_their_originals():
+  mesh = sharding.make_mesh(2, 3)
+  model, *_ = planned.shapes_on(mesh, "demo", batch_size=2, num_text_slots=64, int8_weights=True)
+  layer = model.params["language_model"]["layers_0"]
+  up, down = (layer["mlp"][name]["weight"] for name in ("up_proj", "down_proj"))
+  assert (up.qvalue.dtype, up.qvalue.shape, up.scale.shape) == (jnp.int8, (1536, 576), (1536, 1))
+  for array, spec in (
+    (up.qvalue, ("tensor", None)),
+    (up.scale, ("tensor", None)),
+    (down.qvalue, (None, "tensor")),
+    (down.scale, (None, None)),
+  ):
+    assert array.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), 2)
+  real = quantize(jnp.ones((1536, 576), jnp.bfloat16))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), real) == jax.tree.map(lambda x: (x.shape, x.dtype), up)
+
+
+HLO = """
+  %all-reduce.1 = f32[2,40,64]{2,1,0} all-reduce(%x), channel_id=1, metadata={op_name="jit(f)/layer_0/o_proj/dot"}
+  %all-gather-start.1 = (bf16[2,8]{1,0}, bf16[4,8]{1,0}) all-gather-start(%y), metadata={op_name="jit(f)/prune_before_layer_2/score"}
+  %all-gather-done.1 = bf16[4,8]{1,0} all-gather-done(%all-gather-start.1)
+  %fusion.1 = (pred[], s32[3]{0}) all-reduce(%a, %b), to_apply=%and
+  %add.1 = f32[2]{0} add(%all-reduce.1, %c)
+"""
+
+
+def test_collectives_of_a_program():
+  found = compiler_report.collectives(types.SimpleNamespace(as_text=lambda: HLO))
+  assert [(one.kind, one.num_bytes) for one in found] == [
+    ("all-reduce", 2 * 40 * 64 * 4),
+    ("all-gather", 4 * 8 * 2),
+    ("all-reduce", 1 + 12),
+  ]
+  assert found[1].scope == "jit(f)/prune_before_layer_2/score"
+  assert compiler_report.summarize(found) == "2 all-reduce 0.0 MiB, 1 all-gather 0.0 MiB"
+  assert compiler_report.summarize([]) == "none"
