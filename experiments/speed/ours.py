@@ -150,7 +150,7 @@ def _values(name: str, shape: tuple[int, ...], file: Weights) -> np.ndarray:
 
 def _as_int8(leaf: jax.Array) -> Any:
   """A weight as int8; the original is deleted, so that no two of them are held."""
-  quantized = jax.block_until_ready(jax.jit(quantize)(leaf))
+  quantized = jax.block_until_ready(quantize(leaf))
   leaf.delete()
   return quantized
 

@@ -5,12 +5,13 @@ import json
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags
 from absl.testing import flagsaver
-from checkpoints_convert.errors import CheckpointError
 from running import changed, read
 
+from checkpoints_convert.errors import CheckpointError
 from himap_jax import UserError
 from himap_jax.engine.engine import Engine
 from himap_jax.run import command, job
@@ -107,6 +108,11 @@ class TestRuns:
     assert line.startswith("tool: the devices have too little memory (RESOURCE_EXHAUSTED: Out of memory while trying")
     assert all(flag in line for flag in ("--batch_size", "--int8_weights", "--mesh"))
     assert not small.output.exists()
+
+  def test_a_real_allocation_that_is_too_large(self):
+    with pytest.raises(UserError, match="too little memory .RESOURCE_EXHAUSTED: Out of memory allocating"):
+      with command.out_of_memory_is_user_error():
+        jax.block_until_ready(jnp.zeros(1 << 50, jnp.int8))
 
   def test_other_errors_of_a_device_are_bugs(self):
     with pytest.raises(jax.errors.JaxRuntimeError), command.out_of_memory_is_user_error():
