@@ -34,8 +34,8 @@ class Source:
     directory: where it lies.
     fields: of its `config.json`.
     tensors: what its weight files hold.
-    tower: of LLaVA's original layout, the directory of the vision tower; None in the Hugging Face layout.
-    tower_tensors: what the tower's own files hold, where the checkpoint's do not.
+    tower: directory of the vision tower of LLaVA's original layout; None in the Hugging Face layout.
+    tower_tensors: what the tower's files hold, where the checkpoint's do not.
   """
 
   directory: pathlib.Path
@@ -81,12 +81,7 @@ def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> So
 
 
 def convert(
-  source: Source,
-  target: str | AnyPath,
-  describe: Describe,
-  *,
-  cache_dir: pathlib.Path,
-  int8_weights: bool = False,
+  source: Source, target: str | AnyPath, describe: Describe, *, cache_dir: pathlib.Path, int8_weights: bool = False
 ) -> AnyPath:
   """Converts a checkpoint in the Hugging Face layout, with older or newer names, or in LLaVA's original one.
 
@@ -124,10 +119,8 @@ def convert(
       model = _write_configuration(work, source, describe)
       plan = source.plan(model)
       if plan.unused:
-        print(
-          f"{source.directory.name}: {len(plan.unused)} tensors are not used by the model ({some(plan.unused)})",
-          file=sys.stderr,
-        )
+        unused = f"{len(plan.unused)} tensors are not used by the model ({some(plan.unused)})"
+        print(f"{source.directory.name}: {unused}", file=sys.stderr)
       store.save_params(params, _read(plan, model.int8 if int8_weights else frozenset()))
       content = {"format": FORMAT, "source": str(source.directory), "fingerprint": fingerprint}
       dtypes = sorted({FLOAT_DTYPES[parameter.tensor.dtype].name for parameter in plan.parameters})
@@ -176,13 +169,10 @@ def _write_configuration(work: pathlib.Path, source: Source, describe: Describe)
   model = describe(fields, str(directory / "config.json"))
   write_json(work / "config.json", model.fields)
   if not (work / "generation_config.json").exists():
-    write_json(work / "generation_config.json", _special_token_ids(fields))
+    given = fields.get("text_config", {}) | fields
+    ids = {name: given.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    write_json(work / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
   return model
-
-
-def _special_token_ids(fields: dict[str, Any]) -> dict[str, Any]:
-  given = fields.get("text_config", {}) | fields
-  return {name: given[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if given.get(name) is not None}
 
 
 def _locate_tower(

@@ -1,4 +1,4 @@
-"""What a checkpoint's weights are, wherever they lie: a digest of their content."""
+"""A digest of the content of a checkpoint's weights, which does not depend on where they lie."""
 
 import contextlib
 import hashlib

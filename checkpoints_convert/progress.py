@@ -1,4 +1,4 @@
-"""How far a long read is: a bar on a terminal, otherwise a line every half minute; nothing for what takes a moment."""
+"""Progress of a long read: a bar on a terminal, elsewhere a line every half minute; nothing for a read of a few seconds."""
 
 import sys
 

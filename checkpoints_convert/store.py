@@ -55,8 +55,8 @@ def save_params(directory: AnyPath, tensors: Iterable[tuple[Path, np.ndarray]]) 
 def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
   """A sibling of `target` to write into, renamed to `target` when the block ends and removed when it fails.
 
-  To be entered with `target` locked; what an earlier, killed process left there is removed first. In object storage, see
-  `remote.new_directory`.
+  The caller holds the lock of `target`. What an earlier process that was killed left there is removed first. In object storage
+  see `remote.new_directory`.
 
   Yields:
     Where files go, and where parameters do.
@@ -78,9 +78,9 @@ def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
 
 @contextlib.contextmanager
 def locked(target: AnyPath) -> Iterator[None]:
-  """Holds `target` for this process; another that asks for it says so and waits. The lock of a killed process is free at once.
+  """Locks `target`; another process that asks for it says so and waits. The lock of a process that was killed is free at once.
 
-  Object storage has no locks, and nothing is held there.
+  Object storage has no locks: there it does nothing.
   """
   if remote.is_remote(target):
     yield
@@ -96,7 +96,7 @@ def locked(target: AnyPath) -> Iterator[None]:
   try:
     yield
   finally:
-    path.unlink(missing_ok=True)  # while it is held: who waits for it sees that, and begins anew
+    path.unlink(missing_ok=True)  # while it is held: a waiting process sees that and opens a new one
     lock.release()
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,28 +28,6 @@ READ_BYTES = 256 << 20
 Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
 
-@runtime_checkable
-@runtime_checkable
-class Weights(Protocol):
-  """Parameters that lie somewhere.
-
-  Attributes:
-    is_int8: whether the weights of the decoder's linear layers are kept as int8 and scales.
-  """
-
-  is_int8: bool
-
-  def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """Reads parameters one after another, in the order in which they lie; the next is read when it is asked for.
-
-    Raises:
-      CheckpointError: they cannot be read.
-    """
-
-  def digest(self) -> str:
-    """Tells these weights from others by their content, wherever they lie."""
-
-
 @dataclasses.dataclass(frozen=True)
 class SafetensorsWeights:
   """The weights of a checkpoint in the Hugging Face layout.
@@ -58,6 +36,7 @@ class SafetensorsWeights:
     directory: the checkpoint.
     parameters: what there is to read.
     cache_dir: where digests are kept.
+    is_int8: whether the weights of the decoder's linear layers are int8 values and scales: never.
   """
 
   directory: pathlib.Path
@@ -66,19 +45,23 @@ class SafetensorsWeights:
   is_int8: bool = dataclasses.field(default=False, init=False)
 
   def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """See `Weights`; a cast to the wanted dtype is made in the part that was read."""
+    """Reads parameters in the order in which they lie on disk, the next when it is asked for; each part is cast by itself.
+
+    Raises:
+      CheckpointError: they cannot be read.
+    """
     wanted = [parameter for parameter in self.parameters if parameter.path in targets]
     with _bar(sum(parameter.tensor.num_bytes for parameter in wanted)) as bar:
       for parameter in wanted:
         try:
-          array = place(parameter.reader(), targets[parameter.path])
+          array = _place(parameter.reader(), targets[parameter.path])
         except (SafetensorError, OSError) as error:
           raise CheckpointError(f"{parameter.tensor.path}: cannot be read ({first_line(error)})") from error
         bar.update(parameter.tensor.num_bytes)
         yield parameter.path, array
 
   def digest(self) -> str:
-    """See `Weights`."""
+    """Digest of the content of `config.json` and of all weights; the first call reads them all."""
     return weights_digest(self.directory, self.cache_dir)
 
 
@@ -96,15 +79,16 @@ class ConvertedWeights:
 
   @property
   def is_int8(self) -> bool:
-    """See `Weights`."""
+    """Whether the weights of the decoder's linear layers are int8 values and scales."""
     return self.marker.get("int8_weights", False)
 
   def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """See `Weights`."""
-    sizes = {path: 4 * math.prod(target.shape) for path, target in targets.items()}  # it may be stored in float32
+    """Reads parameters in the order of `targets`, a few at a time; errors as in `SafetensorsWeights.read`."""
+    sizes = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
-    context.memory_options.read_concurrent_bytes = max(READ_BYTES, *sizes.values()) + 1
+    # a parameter may be stored in float32 and wanted in half as many bytes
+    context.memory_options.read_concurrent_bytes = max(READ_BYTES, *(2 * size for size in sizes.values())) + 1
     with _bar(sum(sizes.values())) as bar:
       for batch in _batches(sizes):
         try:
@@ -121,11 +105,14 @@ class ConvertedWeights:
           yield path, arrays.pop(path)
 
   def digest(self) -> str:
-    """See `Weights`."""
+    """The digest of the weights that were converted, marked where they became int8."""
     return self.marker["fingerprint"]
 
 
-def place(read: Callable[[Index], np.ndarray], target: jax.ShapeDtypeStruct) -> jax.Array:
+Weights = SafetensorsWeights | ConvertedWeights
+
+
+def _place(read: Callable[[Index], np.ndarray], target: jax.ShapeDtypeStruct) -> jax.Array:
   """An array whose parts are read and sent to their devices one after another; devices with the same part share the reading."""
   parts: dict[tuple[tuple[int | None, int | None], ...], tuple[Index, list[jax.Device]]] = {}
   for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():

@@ -1,18 +1,18 @@
 """From the name of a checkpoint to a model on its devices."""
 
 import dataclasses
-import json
+import functools
 import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from checkpoints_convert import convert, remote, store
 from checkpoints_convert.errors import CheckpointError
@@ -27,8 +27,7 @@ from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.model.quantization import can_be_int8, map_int8
-from himap_jax.pruning.methods import build_schedule
-from himap_jax.pruning.schedule import Schedule
+from himap_jax.pruning.schedule import PruningConfig, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +37,7 @@ class LoadedModel:
   Attributes:
     model: the network with its parameters; its config has as many key heads as they hold, see
       `sharding.with_divisible_key_heads`.
-    family: the model's family.
-    processor: transformers' processor: tokenizer, image processor and chat template.
-    directory: the checkpoint's files, or their copy where it lies in object storage.
-    eos_token_ids: tokens that end an answer.
-    weights: what the parameters were read from.
+    family, processor, directory, eos_token_ids, weights: those of the `OpenCheckpoint`.
   """
 
   model: Model
@@ -79,15 +74,9 @@ class LoadedModel:
     parameters: Mapping[str, float] | None = None,
   ) -> Schedule:
     """The schedule of a pruning method for this model; arguments and errors as in `build_schedule`."""
-    return build_schedule(
-      method,
-      num_layers=self.config.text.num_hidden_layers,
-      num_image_tokens=self.prompts("<image>{question}").num_image_tokens,
-      has_class_token=self.config.vision.has_class_token,
-      prune_layers=prune_layers,
-      keep=keep,
-      parameters=parameters,
-    )
+    pruning = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()))
+    num_image_tokens = self.prompts("<image>{question}").num_image_tokens
+    return pruning.schedule(self.config.text.num_hidden_layers, num_image_tokens, self.config.vision.has_class_token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +129,11 @@ class OpenCheckpoint:
       raise CheckpointError(
         f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the checkpoint without"
       )
-    mesh, dtype = sharding.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
+    mesh, dtype = mesh or sharding.make_mesh(), jnp.dtype(dtype)
     wide = sharding.with_divisible_key_heads(self.config, mesh)
-    stored, wanted = (self._abstract(config, dtype, mesh) for config in (self.config, wide))
-    targets, params = _by_path(stored), _by_path(wanted)
-    for path, array in self.weights.read(targets):
+    wanted = self._abstract(wide, dtype, mesh)
+    params = _by_path(wanted)
+    for path, array in self.weights.read(_by_path(self._abstract(self.config, dtype, mesh))):
       array = _repeat_heads(array, params[path], self.config.text.num_key_value_heads)
       params[path] = _as_int8(array) if int8_weights and not self.weights.is_int8 and can_be_int8(path) else array
       del array
@@ -200,13 +189,12 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
       target = cache_dir / "converted" / f"{label}-{source.digest(cache_dir)[:16]}"
       directory = convert.convert(source, target, describe, cache_dir=cache_dir)
       params = directory / PARAMS
-  if weights is None:
-    weights = ConvertedWeights(params, read_marker(directory))
-  fields = read_json(directory / "config.json")
-  family = families.family_of(fields, where=str(directory / "config.json"))
-  config = family.config(fields, str(directory / "config.json"))
+  weights = weights or ConvertedWeights(params, read_marker(directory))
+  fields, where = read_json(directory / "config.json"), str(directory / "config.json")
+  family = families.family_of(fields, where=where)
   processor = family.load_processor(directory)
-  return OpenCheckpoint(config, family, processor, directory, _eos_token_ids(directory, processor), weights)
+  eos_token_ids = _eos_token_ids(directory, processor)
+  return OpenCheckpoint(family.config(fields, where), family, processor, directory, eos_token_ids, weights)
 
 
 def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
@@ -238,14 +226,17 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:
   """Key or value projections with as many copies of every head as their target has; any other array as it is."""
-  if array.shape == target.shape:
-    return array
-  copies = target.shape[0] // array.shape[0]
+  return array if array.shape == target.shape else _repeating(num_heads, target.shape, target.sharding)(array)
+
+
+@functools.lru_cache
+def _repeating(num_heads: int, shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+  """The same for one shape, so that all layers share a compiled program."""
 
   def repeat(x: jax.Array) -> jax.Array:
-    return jnp.repeat(x.reshape(num_heads, -1, *x.shape[1:]), copies, axis=0).reshape(target.shape)
+    return jnp.repeat(x.reshape(num_heads, -1, *x.shape[1:]), shape[0] // x.shape[0], axis=0).reshape(shape)
 
-  return jax.jit(repeat, out_shardings=target.sharding)(array)
+  return jax.jit(repeat, out_shardings=sharding)
 
 
 def _as_int8(array: jax.Array) -> Any:
@@ -256,10 +247,7 @@ def _as_int8(array: jax.Array) -> Any:
 
 
 def _eos_token_ids(directory: pathlib.Path, processor: Any) -> tuple[int, ...]:
-  try:
-    ids = json.loads((directory / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-  except (OSError, ValueError):
-    ids = None
-  if ids is None:
-    ids = processor.tokenizer.eos_token_id
-  return tuple(ids) if isinstance(ids, (list, tuple)) else () if ids is None else (ids,)
+  path = directory / "generation_config.json"
+  ids = read_json(path).get("eos_token_id") if path.exists() else None
+  ids = processor.tokenizer.eos_token_id if ids is None else ids
+  return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)

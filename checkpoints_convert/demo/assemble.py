@@ -1,7 +1,7 @@
 """Assembles the demo checkpoint in the Hugging Face LLaVA layout.
 
 Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as the tower (24×24 = 576
-image tokens), and an adapter of ours: the projector and low-rank updates of the language model.
+image tokens), and an adapter that was trained for the demo: the projector and low-rank updates of the language model.
 """
 
 import shutil

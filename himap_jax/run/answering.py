@@ -18,6 +18,7 @@ from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine, Generation
 from himap_jax.engine.processes import Share
 from himap_jax.errors import UserError
+from himap_jax.families.family import Processor
 from himap_jax.inputs import Example
 from himap_jax.run.command import out_of_memory_is_user_error, user_error
 from himap_jax.run.drawing import draw_kept
@@ -80,7 +81,7 @@ class Answerer:
   """What makes output rows of prompts.
 
   Attributes:
-    processor: prepares prompts; a `families.family.Processor`.
+    processor: prepares prompts.
     batcher: packs prepared prompts.
     engine: answers batches.
     batch_size: rows of a batch in all processes together; a multiple of the mesh's `data` axis.
@@ -88,7 +89,7 @@ class Answerer:
     pictures: a directory for pictures of kept patches, or None.
   """
 
-  processor: Any
+  processor: Processor
   batcher: Batcher
   engine: Engine
   batch_size: int

@@ -45,7 +45,7 @@ _METHOD_PARAMETERS = flags.DEFINE_list(
   "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
 )
 _SCHEDULE = flags.DEFINE_string(
-  "schedule", None, "JSON file of method, prune_layers and keep, such as experiments.calibrate writes, for these flags."
+  "schedule", None, "JSON file of method, prune_layers and keep, such as experiments.flow.calibrate writes, for these flags."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Temperature of sampling; 0 is greedy decoding.")
@@ -168,7 +168,7 @@ def _pruning() -> PruningConfig:
       method, *lists = (fields[flag.name] for flag in given)
       layers, keep = (tuple(map(int, values)) for values in lists)
     except (KeyError, TypeError, ValueError) as error:
-      wanted = "an object with method, prune_layers and keep, as experiments.calibrate writes it"
+      wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
       raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
   methods.parse(method)
   return PruningConfig(method, layers, keep, parameters)

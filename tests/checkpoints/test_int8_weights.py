@@ -53,7 +53,7 @@ class TestStreaming:
     expected = map_int8(quantize, whole)
     assert jax.tree.structure(eight) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, eight, expected)
-    jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), eight, expected)
+    assert jax.tree.all(jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), eight, expected))
 
   def test_what_is_int8(self, clip):
     loaded = checkpoint.open_checkpoint(str(clip)).restore(dtype=jnp.float32, int8_weights=True)
@@ -96,13 +96,14 @@ def live_bytes():
   return sum(array.nbytes for array in jax.live_arrays())
 
 
-class TestConverted:
-  @pytest.fixture(scope="class")
-  def target(self, checkpoints, cache, tmp_path_factory):
-    """Returns `target(name)`: a checkpoint that was converted with int8 weights."""
-    folder = tmp_path_factory.mktemp("int8")
-    return lambda name: convert_to(checkpoints(name).directory, folder / name, int8_weights=True)
+@pytest.fixture(scope="module")
+def target(checkpoints, cache, tmp_path_factory):
+  """Returns `target(name)`: a checkpoint that was converted with int8 weights."""
+  folder = tmp_path_factory.mktemp("int8")
+  return lambda name: convert_to(checkpoints(name).directory, folder / name, int8_weights=True)
 
+
+class TestConverted:
   @pytest.mark.parametrize("name", ["clip_mha", "clip_gqa_tied"])
   @pytest.mark.parametrize("axes", MESHES, ids=str)
   def test_loads_as_what_it_was_made_from(self, checkpoints, target, name, axes):
@@ -154,7 +155,7 @@ def test_shapes_alone_are_those_of_the_real_ones(clip):
   real = opened.restore(dtype=jnp.bfloat16, mesh=mesh, int8_weights=True).model.params
   abstract = map_int8(transforms.abstract_int8, abstract_params(opened.config, jnp.bfloat16))
   assert jax.tree.structure(abstract) == jax.tree.structure(real)
-  jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(f"{a} {b}"), abstract, real)
+  assert jax.tree.all(jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), abstract, real))
   weight = real["language_model"]["layers_1"]["mlp"]["up_proj"]["weight"]
   leaf = jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16, sharding=weight.qvalue.sharding)
   placed = transforms.abstract_int8(leaf)

@@ -1,0 +1,205 @@
+"""JSON files and directories that appear whole or not at all, locks, and digests of content."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from layouts import WEIGHTS, convert_to
+from safetensors.numpy import load_file, save_file
+
+from checkpoints_convert import digest, source, store
+from checkpoints_convert.digest import weights_digest
+from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.progress import byte_bar
+from himap_jax import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(code, *arguments, **options):
+  return subprocess.Popen(
+    [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True, **options
+  )
+
+
+class TestJson:
+  def test_what_is_written_is_read(self, tmp_path):
+    content = {"name": "äöü", "list": [1, 2.5, None], "object": {"yes": True}}
+    source.write_json(tmp_path / "a.json", content)
+    assert source.read_json(tmp_path / "a.json") == content
+    assert (tmp_path / "a.json").read_text(encoding="utf-8").endswith("}\n")
+    source.write_json(tmp_path / "a.json", {})
+    assert source.read_json(tmp_path / "a.json") == {}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+  def test_anyone_may_read_it_who_may_read_new_files(self, tmp_path):
+    source.write_json(tmp_path / "a.json", {})
+    (tmp_path / "b.json").write_text("{}")
+    assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
+
+  @pytest.mark.parametrize("moment", ["fsync", "replace"])
+  def test_a_kill_leaves_the_old_file(self, tmp_path, moment):
+    path = tmp_path / "a.json"
+    source.write_json(path, {"old": 1})
+    code = f"""
+import os, pathlib, signal, sys
+from checkpoints_convert import source
+os.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+source.write_json(pathlib.Path(sys.argv[1]), {{"new": 2}})
+"""
+    process = run(code, path)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert source.read_json(path) == {"old": 1}
+
+  def test_a_failure_leaves_the_old_file_alone(self, tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    source.write_json(path, {"old": 1})
+
+    def fail(*_):
+      raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+      source.write_json(path, {"new": 2})
+    assert source.read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+
+  @pytest.mark.parametrize("content", ["{", "[]", "3", "\udcff"])
+  def test_what_is_no_object(self, tmp_path, content):
+    (tmp_path / "a.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(CheckpointError, match=r"a\.json: (cannot be read|not a JSON object)"):
+      source.read_json(tmp_path / "a.json")
+    with pytest.raises(CheckpointError, match=r"b\.json: cannot be read"):
+      source.read_json(tmp_path / "b.json")
+
+
+HOLDER = """
+import pathlib, sys, time
+from checkpoints_convert.store import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(float(sys.argv[2]))
+"""
+
+
+class TestLocks:
+  def test_another_process_waits_and_says_so(self, tmp_path, capsys):
+    holder = run(HOLDER, tmp_path / "target", 1)
+    assert holder.stdout.readline() == "held\n"
+    start = time.monotonic()
+    with store.locked(tmp_path / "target"):
+      assert time.monotonic() - start > 0.3
+    holder.communicate()
+    assert capsys.readouterr().err == f"waiting for the process that is writing {tmp_path / 'target'}\n"
+    assert os.listdir(tmp_path) == []
+
+  def test_the_lock_of_a_killed_process_is_free(self, tmp_path, capsys):
+    holder = run(HOLDER, tmp_path / "target", 600)
+    assert holder.stdout.readline() == "held\n"
+    holder.kill()
+    holder.communicate()
+    with store.locked(tmp_path / "target"):
+      pass
+    assert capsys.readouterr().err == "" and os.listdir(tmp_path) == []
+
+  def test_one_at_a_time(self, tmp_path):
+    """Each adds one to a number in a file, slowly; waiting ones begin anew when the lock's file is removed."""
+    (tmp_path / "number").write_text("0")
+    code = """
+import pathlib, sys, time
+from checkpoints_convert.store import locked
+path = pathlib.Path(sys.argv[1])
+for _ in range(8):
+    with locked(path):
+        number = int(path.read_text())
+        time.sleep(0.01)
+        path.write_text(str(number + 1))
+"""
+    processes = [run(code, tmp_path / "number", stderr=subprocess.DEVNULL) for _ in range(3)]
+    for process in processes:
+      process.communicate()
+    assert (tmp_path / "number").read_text() == "24" and os.listdir(tmp_path) == ["number"]
+
+
+@pytest.fixture
+def directory(checkpoints, tmp_path):
+  return shutil.copytree(checkpoints("clip_mha").directory, tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+  """The names of the files that were read."""
+  names = []
+  read = digest._sha256
+  monkeypatch.setattr(digest, "_sha256", lambda path, advance: (names.append(path.name), read(path, advance))[1])
+  return names
+
+
+class TestDigests:
+  def test_content_decides(self, directory, tmp_path, hashed):
+    cache = tmp_path / "cache"
+    first = weights_digest(directory, cache)
+    assert len(first) == 64 and hashed == ["config.json", WEIGHTS]
+    os.utime(directory / WEIGHTS, ns=(1, 1))
+    assert weights_digest(directory, cache) == first
+    assert weights_digest(shutil.copytree(directory, tmp_path / "copy"), cache) == first
+    (directory / "tokenizer_config.json").write_text("{}")
+    assert weights_digest(directory, cache) == first
+    tensors = load_file(directory / WEIGHTS)
+    name = next(name for name in tensors if name.endswith("lm_head.weight"))
+    save_file(tensors | {name: np.flip(tensors[name]).copy()}, directory / WEIGHTS)
+    changed = weights_digest(directory, cache)
+    assert changed != first
+    (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
+    assert weights_digest(directory, cache) not in (first, changed)
+
+  def test_a_file_is_read_once(self, directory, tmp_path, hashed):
+    first = weights_digest(directory, tmp_path / "cache")
+    hashed.clear()
+    assert weights_digest(directory, tmp_path / "cache") == first and hashed == []
+    (directory / "config.json").write_text("{}")
+    weights_digest(directory, tmp_path / "cache")
+    assert hashed == ["config.json"]
+    os.replace(shutil.copy2(directory / WEIGHTS, tmp_path / "other"), directory / WEIGHTS)  # only the inode differs
+    hashed.clear()
+    weights_digest(directory, tmp_path / "cache")
+    assert hashed == [WEIGHTS]
+
+  def test_a_cache_that_cannot_be_written_or_read(self, directory, tmp_path):
+    expected = weights_digest(directory, tmp_path / "cache")
+    (tmp_path / "file").write_text("")
+    assert weights_digest(directory, tmp_path / "file") == expected
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    kept.write_text("{")
+    assert weights_digest(directory, tmp_path / "cache") == expected
+
+  def test_a_conversion_has_that_of_what_it_was_made_from(self, directory, cache, tmp_path):
+    target = convert_to(directory, tmp_path / "target")
+    opened, loaded = checkpoint.open_checkpoint(str(target)), checkpoint.load(str(directory), dtype=np.float32)
+    assert opened.digest() == loaded.fingerprint == weights_digest(directory, cache)
+    assert json.loads((target / "himap_jax.json").read_text())["fingerprint"] == opened.digest()
+
+
+def test_progress_of_what_takes_a_moment_is_not_shown(capsys):
+  with byte_bar(100, "reading") as bar:
+    bar.update(100)
+  assert capsys.readouterr().err == ""
+
+
+def test_progress_is_shown_after_a_while(monkeypatch, capsys):
+  now = [1000.0]
+  monkeypatch.setattr("time.time", lambda: now[0])
+  with byte_bar(100, "reading") as bar, byte_bar(100, "hidden", shown=False) as hidden:
+    for _ in range(4):
+      now[0] += 31
+      bar.update(25)
+      hidden.update(25)
+  shown = capsys.readouterr().err
+  assert "reading:  75%" in shown and "B/s" in shown and "hidden" not in shown
