@@ -129,7 +129,7 @@ class OpenCheckpoint:
       raise CheckpointError(
         f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the checkpoint without"
       )
-    mesh, dtype = mesh or sharding.make_mesh(), jnp.dtype(dtype)
+    mesh, dtype = sharding.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
     wide = sharding.with_divisible_key_heads(self.config, mesh)
     wanted = self._abstract(wide, dtype, mesh)
     params = _by_path(wanted)

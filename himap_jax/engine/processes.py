@@ -118,7 +118,7 @@ def fullest(counts: Sequence[int]) -> int | None:
   return int(total.argmax()) if total.any() else None
 
 
-def sum_over_processes(values: Sequence[float]) -> np.ndarray:
+def sum_over_processes(values: Sequence[float | int]) -> np.ndarray:
   """The sum over processes of numbers that each of them has."""
   values = np.asarray(values)
   return multihost_utils.process_allgather(values).sum(axis=0) if jax.process_count() > 1 else values
