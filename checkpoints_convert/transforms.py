@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from checkpoints_convert.errors import CheckpointError
 
 
-@jax.jit
 def quantize(weight: Float[Array, "F D"]) -> Any:
   """A `qwix.QArray` of int8 values `[F, D]` and scales `[F, 1]`.
 
@@ -21,9 +20,16 @@ def quantize(weight: Float[Array, "F D"]) -> Any:
     CheckpointError: qwix is not installed.
   """
   try:
-    import qwix  # slow to import, and needed for int8 alone
+    import qwix  # noqa: F401  slow to import, and needed for int8 alone
   except ImportError as error:
     raise CheckpointError("int8 weights need qwix: pip install -e '.[int8]'") from error
+  return _quantize(weight)
+
+
+@jax.jit
+def _quantize(weight: Float[Array, "F D"]) -> Any:
+  import qwix
+
   return qwix.quantize(weight.astype(jnp.float32), jnp.int8, channelwise_axes=(0,))
 
 

@@ -195,11 +195,11 @@ def test_progress_of_what_takes_a_moment_is_not_shown(capsys):
 
 def test_progress_is_shown_after_a_while(monkeypatch, capsys):
   now = [1000.0]
-  monkeypatch.setattr("time.time", lambda: now[0])
-  with byte_bar(100, "reading") as bar, byte_bar(100, "hidden", shown=False) as hidden:
+  monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+  with byte_bar(10_000, "reading") as bar, byte_bar(10_000, "hidden", shown=False) as hidden:
     for _ in range(4):
       now[0] += 31
-      bar.update(25)
-      hidden.update(25)
+      bar.update(2_500)
+      hidden.update(2_500)
   shown = capsys.readouterr().err
   assert "reading:  75%" in shown and "B/s" in shown and "hidden" not in shown
