@@ -9,7 +9,6 @@
 Axes: B batch, S slots, N image tokens, D model dim.
 """
 
-import functools
 import pathlib
 import time
 from typing import Any
@@ -114,8 +113,8 @@ class Transformers(PyTorch):
       input_ids=self._ids,
       attention_mask=torch.ones_like(self._ids),
       pixel_values=self._pixels,
-      max_new_tokens=self.num_new_tokens,
-      min_new_tokens=self.num_new_tokens,
+      max_new_tokens=self._num_new_tokens,
+      min_new_tokens=self._num_new_tokens,
       do_sample=False,
       stopping_criteria=[note],
     )
@@ -128,21 +127,17 @@ class Authors(PyTorch):
   def __init__(self, geometry: dict[str, Any], weights: pathlib.Path, *, with_cache: bool):
     super().__init__(geometry, weights)
     self._with_cache = with_cache
+    self._masks: dict[int, torch.Tensor] = {}
     self._decoder = self._model.model.language_model
-    self._scored = {layer - 1 for layer in PRUNE_LAYERS} if with_cache else set(range(len(self._decoder.layers)))
+    scored = {layer - 1 for layer in PRUNE_LAYERS} if with_cache else set(range(len(self._decoder.layers)))
     for index, layer in enumerate(self._decoder.layers):
       layer.self_attn.config = type(layer.self_attn.config)(**layer.self_attn.config.to_dict())
-      layer.self_attn.config._attn_implementation = "eager" if index in self._scored else "sdpa"
-      layer.self_attn.register_forward_hook(self._note_attention)
+      layer.self_attn.config._attn_implementation = "eager" if index in scored else "sdpa"
 
-  def _note_attention(self, module: torch.nn.Module, arguments: Any, output: Any) -> None:
-    """Keeps the attention map of the layer that ran last; there is none where it is not eager."""
-    self._attention = output[1]
-
-  def set_up(self, scenario: Scenario) -> None:
+  def prepare(self, scenario: Scenario) -> None:
     if scenario.batch_size > 1 and not self._with_cache:
       raise NotImplementedError("one sequence at a time")
-    super().set_up(scenario)
+    super().prepare(scenario)
 
   def _prefill(self) -> torch.Tensor:
     return self._run(self._embedded, DynamicCache() if self._with_cache else None)
@@ -154,7 +149,7 @@ class Authors(PyTorch):
     while True:
       token = logits.argmax(-1)
       times.append(self._now())
-      if len(times) == self.num_new_tokens:
+      if len(times) == self._num_new_tokens:
         return times
       new = self._model.get_input_embeddings()(token)[:, None]
       embedded = torch.cat([embedded, new], 1) if cache is None else embedded
@@ -171,17 +166,18 @@ class Authors(PyTorch):
 
   def _run(self, hidden: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
     """Logits after the last token of embedded prompts, pruning on the way."""
-    causal_mask = functools.cache(self._causal_mask)  # made once for a length and a pass, as transformers does
+    self._masks.clear()
     first, num_image = self._image.start, self._image.stop - self._image.start
     keep = [int(share * num_image) for share in KEEP]
     positions = torch.arange(hidden.shape[1], device=self._device)[None].expand(len(hidden), -1)
     rotary = self._decoder.rotary_emb(hidden, position_ids=positions)
+    attention = None
     for index, layer in enumerate(self._decoder.layers):
       if index in PRUNE_LAYERS:
         stage = PRUNE_LAYERS.index(index)
         image = slice(first, first + num_image)
         rows = slice(image.stop, None) if stage == 0 else image
-        score = self._attention.mean(1)[:, rows, image].sum(1)
+        score = attention.mean(1)[:, rows, image].sum(1)
         kept = first + score.topk(keep[stage], dim=-1).indices.sort(dim=-1).values
         before = torch.arange(first, device=self._device).expand(len(hidden), -1)
         after = torch.arange(image.stop, hidden.shape[1], device=self._device).expand(len(hidden), -1)
@@ -189,11 +185,24 @@ class Authors(PyTorch):
         hidden = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))
         positions, num_image = positions.gather(1, slots), keep[stage]
         rotary = self._decoder.rotary_emb(hidden, position_ids=positions)
-      mask = causal_mask(hidden.shape[1]) if index in self._scored else None
-      hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary)
+      hidden, attention = self._layer(layer, hidden, rotary, cache)
     return self._model.lm_head(self._decoder.norm(hidden[:, -1:]))[:, -1]
 
   def _causal_mask(self, num_slots: int) -> torch.Tensor:
-    """What is added to the logits of an eager layer."""
-    full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
-    return full.triu(1)[None, None]
+    """What is added to the logits of an eager layer; made once for a length and a pass, as transformers does."""
+    if num_slots not in self._masks:
+      full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
+      self._masks[num_slots] = full.triu(1)[None, None]
+    return self._masks[num_slots]
+
+  def _layer(
+    self, layer: torch.nn.Module, hidden: torch.Tensor, rotary: Any, cache: DynamicCache | None
+  ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A layer's output and, where it is eager, its attention map."""
+    maps: list[torch.Tensor | None] = []
+    hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
+    is_eager = layer.self_attn.config._attn_implementation == "eager"
+    mask = self._causal_mask(hidden.shape[1]) if is_eager else None
+    hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary)
+    hook.remove()
+    return hidden, maps[0]
