@@ -45,7 +45,7 @@ _METHOD_PARAMETERS = flags.DEFINE_list(
   "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
 )
 _SCHEDULE = flags.DEFINE_string(
-  "schedule", None, "JSON file of method, prune_layers and keep, such as experiments.flow.calibrate writes, for these flags."
+  "schedule", None, "JSON file of method, prune_layers and keep for their flags; experiments.flow.calibrate writes it."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Temperature of sampling; 0 is greedy decoding.")
