@@ -5,7 +5,6 @@ Axes: B batch, S slots, N query heads, K key heads, H head dim.
 
 import functools
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,14 +18,13 @@ from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario
 from experiments.speed.weights import Weights
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
-from himap_jax.engine.batching import Batcher
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.engine.prefill import Context, Sequence, prefill_embedded, prune, start
 from himap_jax.families import from_hf
-from himap_jax.inputs import Example, Inputs
+from himap_jax.inputs import IMAGE, TEXT, Inputs, Layout
 from himap_jax.model.decoder import Projections
-from himap_jax.model.network import Model, Network, abstract_params
+from himap_jax.model.network import Embedded, Model, Network, abstract_params
 from himap_jax.model.quantization import map_int8
 from himap_jax.pruning import cost
 from himap_jax.pruning.schedule import Schedule
@@ -34,7 +32,7 @@ from himap_jax.pruning.schedule import Schedule
 DTYPE = jnp.bfloat16
 
 
-class Ours(side.Side):
+class Ours:
   """One of our methods with its default schedule; `METHOD/int8` has the decoder's weights as int8."""
 
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
@@ -52,37 +50,41 @@ class Ours(side.Side):
       params = map_int8(_as_int8, params)
     self._model = Model(params, Network(self._config, DTYPE, sharding.kernels_for(self._mesh)))
     self._options = dict(self._model.network.kernels.int8_compiler_options) if variant else {}
+    self._mapped_bytes = sum(x.nbytes for x in jax.tree.leaves(params) if x.dtype == DTYPE and x.ndim > 1)
+    self.device = jax.devices()[0].device_kind
 
-  def device(self) -> str:
-    return jax.devices()[0].device_kind
-
-  def set_up(self, scenario: Scenario) -> None:
+  def prepare(self, scenario: Scenario) -> None:
+    """Compiles the programs of a scenario and makes its inputs."""
     self._scenario, self._inputs = scenario, self._make_inputs(scenario)
     self._engine = Engine(self._model, self._schedule, GenerationConfig(scenario.num_new_tokens, ignore_eos=True))
-    schedule, keys = self._schedule, jax.random.split(jax.random.key(0), scenario.batch_size)
-    embedded = jax.jit(lambda model, inputs: model.bind().embed(inputs))(self._model, self._inputs)
-    context = Context(keys, embedded, self._parameters)
-    self.parts = {
-      "tower": self._part(lambda model, pixels: model.bind().encode_images(pixels)[0], self._inputs.pixel_values),
-      "prefill": self._part(
-        lambda model, context: prefill_embedded(
-          model.bind(), context.embedded, context.keys, schedule, context.parameters
-        ),
-        context,
-        compiler_options=self._options,
-      ),
+    model, schedule = self._model, self._schedule
+    keys = jax.random.split(jax.random.key(0), scenario.batch_size)
+    embedded = jax.jit(lambda model, inputs: model.bind().embed(inputs))(model, self._inputs)
+
+    def prefill(model: Model, embedded: Embedded, keys: jax.Array, parameters: dict[str, Any]) -> Any:
+      return prefill_embedded(model.bind(), embedded, keys, schedule, parameters)
+
+    tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels)[0])
+    prefill = jax.jit(prefill, compiler_options=self._options)
+    self._parts = {
+      "tower": functools.partial(tower, model, self._inputs.pixel_values),
+      "prefill": functools.partial(prefill, model, embedded, keys, self._parameters),
     }
     if schedule != Schedule():
-      choose = functools.partial(_choose, schedule=schedule)
-      self.parts["scoring"] = self._part(choose, context, self._random_projections(embedded.x))
+      choose = jax.jit(functools.partial(_choose, schedule=schedule))
+      context = Context(keys, embedded, self._parameters)
+      self._parts["scoring"] = functools.partial(choose, model, self._random_projections(embedded.x), context)
+    self.turn()
+    side.reset_peak_memory()
 
-  def _part(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Callable[[], Any]:
-    """Runs a function of the model as a program of its own."""
-    program = jax.jit(function, **options)
-    return lambda: jax.block_until_ready(program(self._model, *arguments))
+  def turn(self) -> dict[str, float]:
+    """Runs a whole example; where it is one token, the tower, the prefill after it and the choosing alone too."""
 
-  def example(self) -> float:
-    return self._engine(self._inputs, range(self._scenario.batch_size)).decode_seconds
+    def example() -> float:
+      return self._engine(self._inputs, range(self._scenario.batch_size)).decode_seconds
+
+    parts = {name: lambda part=part: jax.block_until_ready(part()) for name, part in self._parts.items()}
+    return side.figures(parts, example, self._scenario.num_new_tokens)
 
   def accounting(self) -> dict[str, float]:
     """Bytes that a decode step reads by XLA's account, and the weights and the cache that it has to read."""
@@ -93,55 +95,57 @@ class Ours(side.Side):
     jitted = programs.make_programs(self._model, self._mesh, self._schedule, DecodeConfig(scenario.num_new_tokens))
     seeds = np.zeros(scenario.batch_size, np.uint32)
     inputs, seeds = sharding.from_local_rows((self._inputs, seeds), self._mesh)
-    account = programs.lower(jitted, self._model, inputs, seeds, self._parameters).decode.compile().cost_analysis()
+    compiled = programs.lower(jitted, self._model, inputs, seeds, self._parameters).decode.compile()
     read = dict(params["language_model"])
     if "lm_head" in params:
       read["embed_tokens"] = params["lm_head"]
     sizes = model_sizes(self._config), self._schedule, self._num_image_tokens, scenario.num_text_tokens
     cache = scenario.batch_size * cost.cache_bytes(*sizes, bytes_per_value=2)
+    account = compiled.cost_analysis()
     return {
       "decode_bytes": account["bytes accessed"] - account["bytes accessedout{}"],
       "decode_bytes_needed": sum(x.nbytes for x in jax.tree.leaves(read)) + cache,
     }
 
   def peak_bytes(self) -> int:
-    if stats := jax.devices()[0].memory_stats():
-      return stats["peak_bytes_in_use"]
-    leaves = jax.tree.leaves(self._model.params)
-    return side.peak_memory(sum(x.nbytes for x in leaves if x.dtype == DTYPE and x.ndim > 1))
+    """Of the accelerator, or of the process where there is none."""
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else side.peak_memory(self._mapped_bytes)
 
   def _make_inputs(self, scenario: Scenario) -> Inputs:
     rng, count = np.random.default_rng(0), self._num_image_tokens
-    slot = np.arange(scenario.num_text_tokens + count, dtype=np.int32)
+    shape = (scenario.batch_size, scenario.num_text_tokens + count)
+    slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     is_image = (slot >= NUM_SYSTEM_TOKENS) & (slot < NUM_SYSTEM_TOKENS + count)
-    shape = geometries.image_shape(self._config)
-    example = Example(
-      tokens=rng.integers(2, self._config.text.vocab_size, len(slot), np.int32),
-      image_id=np.where(is_image, 0, -1).astype(np.int32),
+    inputs = Inputs(
+      tokens=rng.integers(2, self._config.text.vocab_size, shape, np.int32),
+      layout=Layout.of_rows(np.where(is_image, IMAGE, TEXT), np.zeros_like(slot), count),
       positions=slot,
-      pixel_values=rng.standard_normal((3, *shape), np.float32),
+      pixel_values=rng.standard_normal((shape[0], 3, *geometries.image_shape(self._config)), np.float32),
     )
-    batcher = Batcher(self._config, shape)
-    return jax.tree.map(
-      jnp.asarray, batcher.pack([example], bucket=scenario.num_text_tokens, batch_size=scenario.batch_size)
-    )
+    return jax.tree.map(jnp.asarray, inputs)
 
   def _random_projections(self, x: jax.Array) -> list[Projections | None]:
     """What the layer before each stage would give to score; nothing before the decoder."""
     text = self._config.text
     projections = []
     for segment in self._schedule.segments(text.num_hidden_layers, self._num_image_tokens)[:-1]:
+      if segment.first == segment.last:
+        projections.append(None)
+        continue
       shape = (x.shape[0], x.shape[1] - self._num_image_tokens + segment.num_image_tokens)
       query, key = (
         jax.random.normal(jax.random.key(heads), (*shape, heads, text.head_dim), DTYPE)
         for heads in (text.num_attention_heads, text.num_key_value_heads)
       )
-      projections.append(Projections(query=query, key=key, value=key) if segment.last else None)
+      projections.append(Projections(query=query, key=key, value=key))
     return projections
 
 
 def _values(name: str, shape: tuple[int, ...], file: Weights) -> np.ndarray:
-  return np.full(shape, name != "bias", DTYPE) if len(shape) == 1 else file.take(shape)
+  if len(shape) == 1:
+    return np.full(shape, name != "bias", DTYPE)
+  return file.take(shape)
 
 
 def _as_int8(leaf: jax.Array) -> Any:
@@ -152,7 +156,7 @@ def _as_int8(leaf: jax.Array) -> Any:
 
 
 def _choose(
-  model: Model, context: Context, projections: list[Projections | None], *, schedule: Schedule
+  model: Model, projections: list[Projections | None], context: Context, *, schedule: Schedule
 ) -> list[Sequence]:
   """The stages of a schedule without the layers between them: what each leaves."""
   network, sequences = model.bind(), [start(context.embedded)]

@@ -27,7 +27,7 @@ KEEP = (0.5, 0.125)
 DTYPE = torch.bfloat16
 
 
-class PyTorch(side.Side):
+class PyTorch:
   """What the sides share: the model, its inputs, and the tower.
 
   A side has `_prefill`, the last token's logits of the embedded prompts, and `_example`, which runs a whole example and returns
@@ -45,42 +45,55 @@ class PyTorch(side.Side):
       state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     self._model = model.to(self._device).eval()
-    self.parts = {
-      "tower": lambda: self._now(self._model.get_image_features(self._pixels)),
-      "prefill": lambda: self._now(self._prefill()),
-    }
+    self._mapped_bytes = sum(value.nbytes for value in self._model.parameters() if value.ndim > 1)
+    self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
 
   def _values(self, name: str, shape: tuple[int, ...], file: Weights) -> torch.Tensor:
     if len(shape) < 2:
       return torch.full(shape, float(not name.endswith("bias")), dtype=DTYPE)
     return torch.from_numpy(file.take(shape).view("uint16")).view(DTYPE)
 
-  def device(self) -> str:
-    return torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
-
   @torch.inference_mode()
-  def set_up(self, scenario: Scenario) -> None:
+  def prepare(self, scenario: Scenario) -> None:
+    """Makes the inputs of a scenario and runs it once, for two tokens at most."""
+    self._num_new_tokens = min(2, scenario.num_new_tokens)
     vision = self._model.config.vision_config
     num_image_tokens = (vision.image_size // vision.patch_size) ** 2
     generator = torch.Generator().manual_seed(0)
-    shape = (scenario.batch_size, scenario.num_text_tokens + num_image_tokens)
-    ids = torch.randint(2, self._model.config.text_config.vocab_size, shape, generator=generator)
+    num_slots = scenario.num_text_tokens + num_image_tokens
+    ids = torch.randint(
+      2, self._model.config.text_config.vocab_size, (scenario.batch_size, num_slots), generator=generator
+    )
     self._image = slice(NUM_SYSTEM_TOKENS, NUM_SYSTEM_TOKENS + num_image_tokens)
     ids[:, self._image] = self._model.config.image_token_id
     pixels = torch.randn(scenario.batch_size, 3, vision.image_size, vision.image_size, generator=generator)
     self._ids, self._pixels = ids.to(self._device), pixels.to(self._device, DTYPE)
     self._embedded = self._embed()
+    self.turn()
+    self._num_new_tokens = scenario.num_new_tokens
+    side.reset_peak_memory()
 
-  turn = torch.inference_mode()(side.Side.turn)
+  @torch.inference_mode()
+  def turn(self) -> dict[str, float]:
+    """Runs a whole example; where it is one token, the tower and the prefill after it alone too."""
 
-  def example(self) -> float:
-    times = self._example()
-    return times[-1] - times[0]
+    def example() -> float:
+      times = self._example()
+      return times[-1] - times[0]
+
+    parts = {
+      "tower": lambda: self._wait(self._model.get_image_features(self._pixels)),
+      "prefill": lambda: self._wait(self._prefill()),
+    }
+    return side.figures(parts, example, self._num_new_tokens)
+
+  def accounting(self) -> dict[str, float]:
+    """Nothing: there are no programs to look into."""
+    return {}
 
   def peak_bytes(self) -> int:
-    if self._device.type == "cuda":
-      return torch.cuda.max_memory_allocated()
-    return side.peak_memory(sum(value.nbytes for value in self._model.parameters() if value.ndim > 1))
+    """Of the accelerator, or of the process where there is none."""
+    return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else side.peak_memory(self._mapped_bytes)
 
   def _embed(self) -> torch.Tensor:
     """Embeds the prompts, `[B, S, D]`."""
@@ -89,11 +102,14 @@ class PyTorch(side.Side):
     embedded[:, self._image] = torch.stack(list(features))
     return embedded
 
-  def _now(self, _: Any = None) -> float:
+  def _now(self) -> float:
     """The time when all that was begun is done."""
+    self._wait(None)
+    return time.perf_counter()
+
+  def _wait(self, _: Any) -> None:
     if self._device.type == "cuda":
       torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class Transformers(PyTorch):

@@ -1,11 +1,11 @@
 """What is compared: a side runs a scenario, in a process of its own."""
 
-import abc
+import ctypes
 import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 # Seconds of each: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
 # one decoded token; a whole example from pixels to its last token. The first three are measured in scenarios of one token:
@@ -39,53 +39,26 @@ class Scenario:
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
 
 
-class Side(abc.ABC):
-  """One way to run scenarios, one after the other.
+class Side(Protocol):
+  """One way to run scenarios, one after the other."""
 
-  Attributes:
-    num_new_tokens: tokens that an example generates.
-    parts: runs what is timed on its own in scenarios of one token, by figure.
-  """
-
-  num_new_tokens: int
-  parts: Mapping[str, Callable[[], Any]]
-
-  @abc.abstractmethod
-  def device(self) -> str:
-    """What it runs on."""
-
-  @abc.abstractmethod
-  def set_up(self, scenario: Scenario) -> None:
-    """Makes what the scenario needs; `NotImplementedError` says why this side cannot run it."""
-
-  @abc.abstractmethod
-  def example(self) -> float:
-    """Runs a whole example; returns its seconds after the first token."""
-
-  @abc.abstractmethod
-  def peak_bytes(self) -> int:
-    """The most memory held while turns were taken, every weight counted once; on an accelerator, since its process began."""
-
-  def accounting(self) -> dict[str, float]:
-    """What is known of the programs of the scenario without running them."""
-    return {}
+  device: str
 
   def prepare(self, scenario: Scenario) -> None:
-    """Compiles what a scenario needs and runs it once; two tokens of it where nothing is compiled."""
-    self.num_new_tokens = min(2, scenario.num_new_tokens)
-    self.set_up(scenario)
-    self.turn()
-    self.num_new_tokens = scenario.num_new_tokens
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the largest resident size so far
+    """Compiles what the scenario needs, and runs it once.
+
+    Raises:
+      NotImplementedError: this side cannot run it; the message says why.
+    """
 
   def turn(self) -> dict[str, float]:
-    """Runs every figure of the scenario once and gives its seconds."""
-    is_single = self.num_new_tokens == 1
-    figures = {name: seconds(part) for name, part in self.parts.items()} if is_single else {}
-    start = time.perf_counter()
-    decode_seconds = self.example()
-    figures["example"] = time.perf_counter() - start
-    return figures if is_single else figures | {"decode": decode_seconds / (self.num_new_tokens - 1)}
+    """Runs every figure of the prepared scenario once and gives its seconds; some figures may be missing."""
+
+  def accounting(self) -> dict[str, float]:
+    """What is known of the prepared programs without running them."""
+
+  def peak_bytes(self) -> int:
+    """The most memory held while turns were taken, every weight counted once; on an accelerator, since its process began."""
 
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
@@ -108,10 +81,38 @@ def seconds(run: Callable[[], Any]) -> float:
   return time.perf_counter() - start
 
 
-def peak_memory(mapped_weights: int) -> int:
-  """The largest resident size of this process since it was prepared, in bytes.
+def figures(
+  parts: Mapping[str, Callable[[], Any]], example: Callable[[], float], num_new_tokens: int
+) -> dict[str, float]:
+  """Seconds of each figure, one run of each.
 
-  The weights that lie in the file, `mapped_weights` bytes, are counted in full in place of what of it is mapped.
+  Args:
+    parts: what is timed on its own where one token is generated, by figure.
+    example: runs a whole example and gives its seconds after the first token.
+    num_new_tokens: tokens that it generates.
+  """
+  measured = {name: seconds(part) for name, part in parts.items()} if num_new_tokens == 1 else {}
+  start = time.perf_counter()
+  decode_seconds = example()
+  measured["example"] = time.perf_counter() - start
+  return measured if num_new_tokens == 1 else measured | {"decode": decode_seconds / (num_new_tokens - 1)}
+
+
+def give_memory_back() -> None:
+  """Returns what the allocator holds and nothing uses: the sides share the machine's memory."""
+  ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_peak_memory() -> None:
+  """Has Linux forget this process's largest resident size so far."""
+  pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(mapped_weights: int) -> int:
+  """The largest resident size of this process since `reset_peak_memory`, in bytes.
+
+  Args:
+    mapped_weights: bytes of the weights that lie in the file, which are counted in full in place of what of it is mapped.
   """
   status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
   kibibytes = {name: int(status[name].split()[0]) for name in ("VmHWM", "RssFile", "RssShmem")}

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jax import tree
 
 from experiments.shared import geometries, kept
 from experiments.speed import side
@@ -20,16 +20,14 @@ from himap_jax.model.network import abstract_params
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
-Result = dict[str, Any]  # of a side in a scenario
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """How scenarios are measured.
+  """How scenarios are measured: by which sides, and how many turns each takes.
 
   Attributes:
     sides: see `side.make`.
-    turns: that each side takes.
+    turns: of each side.
     at_once: sides that load and compile together.
     workdir: a file of results for every scenario.
     weights_dir: where the random weights lie.
@@ -53,17 +51,22 @@ def run(geometry: str, scenarios: Sequence[Scenario], plan: Plan) -> None:
   if not todo:
     return
   params = abstract_params(geometries.model_of(geometry), jnp.bfloat16)
-  num_bytes = sum(2 * math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+  num_bytes = sum(2 * math.prod(leaf.shape) for leaf in tree.leaves(params))
   with contextlib.ExitStack() as stack:
     with command.user_error(f"cannot write the weights into {plan.weights_dir}; name another directory"):
       weights = stack.enter_context(random_file(plan.weights_dir, num_bytes))
-    arguments = geometries.GEOMETRIES[geometry], weights
-    workers = {name: stack.enter_context(Worker(name, *arguments)) for name in plan.sides}
     pool = stack.enter_context(ThreadPoolExecutor(plan.at_once))
+
+    def begin(name: str) -> Worker:
+      return stack.enter_context(Worker(name, geometries.GEOMETRIES[geometry], weights))
+
+    workers = dict(zip(plan.sides, pool.map(begin, plan.sides), strict=True))
     progress = stack.enter_context(Progress(len(todo), "scenario", geometry))
     for scenario in todo:
-      path = result_path(plan.workdir, scenario)
-      kept.json_of(path, lambda scenario=scenario: measure(scenario, workers, pool, turns=plan.turns))
+      kept.json_of(
+        result_path(plan.workdir, scenario),
+        lambda scenario=scenario: measure(scenario, workers, pool, turns=plan.turns),
+      )
       progress.update()
 
 
@@ -74,7 +77,7 @@ def result_path(workdir: pathlib.Path, scenario: Scenario) -> pathlib.Path:
 
 def measure(
   scenario: Scenario, workers: dict[str, Worker], pool: ThreadPoolExecutor, *, turns: int
-) -> dict[str, Result]:
+) -> dict[str, dict[str, Any]]:
   """For every side the seconds of each figure, turn by turn, or why there are none.
 
   All sides are prepared first; then they take turns, A B C A B C, so that a slow minute of the machine meets all.
@@ -82,18 +85,19 @@ def measure(
   Raises:
     RuntimeError: a side failed; nothing of the scenario is kept.
   """
-  results: dict[str, Result] = {name: {"turns": []} for name in workers}
+  results: dict[str, dict[str, Any]] = {
+    name: {"device": worker.device, "turns": []} for name, worker in workers.items()
+  }
 
-  def attempt(name: str, action: Callable[[Worker], Result]) -> None:
+  def attempt(name: str, action: Callable[[Worker], dict[str, Any]]) -> None:
     if "cannot" not in results[name]:
       try:
         results[name] |= action(workers[name])
       except CannotRun as error:
         results[name] = {"cannot": str(error)}
 
-  def prepare(worker: Worker) -> Result:
-    device = worker.call("device")  # which loads the model
-    return {"device": device, "prepare": side.seconds(lambda: worker.call("prepare", scenario))}
+  def prepare(worker: Worker) -> dict[str, Any]:
+    return {"prepare": side.seconds(lambda: worker.call("prepare", scenario))}
 
   list(pool.map(lambda name: attempt(name, prepare), workers))
   for _ in range(turns):
