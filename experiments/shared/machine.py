@@ -9,9 +9,8 @@ from collections.abc import Collection, Iterable
 from importlib import metadata
 from typing import Any
 
-from absl import flags
-
 import himap_jax
+from experiments.shared import study
 from experiments.shared.study import Report
 from himap_jax.errors import UserError
 from himap_jax.run import command
@@ -52,18 +51,11 @@ def open_workdir(**settings: Any) -> pathlib.Path:
   Raises:
     UserError: it was begun with other settings, or it cannot be created.
   """
-  workdir = _directory("workdir")
+  workdir = study.directory("workdir").absolute()
   command.check_settings(workdir / "settings.json", settings, "use another --workdir")
   return workdir
 
 
 def write(report: Report, name: str) -> str:
   """Writes a command's report into the directory that `--output` names, and returns its text."""
-  return report.write(_directory("output"), name, " ".join([f"python -m experiments.{name}", *sys.argv[1:]]))
-
-
-def _directory(name: str) -> pathlib.Path:
-  path = pathlib.Path(flags.FLAGS[name].value).absolute()
-  with command.user_error(f"--{name}: cannot create {path}"):
-    path.mkdir(parents=True, exist_ok=True)
-  return path
+  return report.write(study.directory("output"), name, " ".join([f"python -m experiments.{name}", *sys.argv[1:]]))

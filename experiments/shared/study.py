@@ -72,7 +72,7 @@ def start(module: str, define_flags: Callable[[], None], run: Callable[[Any], Re
 
   def action() -> int:
     report = run(flags.FLAGS)
-    print(report.write(_directory("output"), name, " ".join(["python -m", module, *sys.argv[1:]])))
+    print(report.write(directory("output"), name, " ".join(["python -m", module, *sys.argv[1:]])))
     return 0
 
   app.run(lambda argv: command.execute(name, argv, action))
@@ -103,7 +103,7 @@ def load_subject(*, needs_answers: bool = False) -> Subject:
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   chosen = {"num_questions": values.num_questions, "seed": values.seed}
   questions = question_sets.load(
-    values.question_set, **chosen, workdir=_directory("workdir"), needs_answers=needs_answers
+    values.question_set, **chosen, workdir=directory("workdir"), needs_answers=needs_answers
   )
   buckets = command.numbers(values["prompt_buckets"], int) or ()
   inputs = InputConfig(values.prompt_template, buckets, values.batch_size)
@@ -119,7 +119,7 @@ def open_workdir(subject: Subject, **settings: Any) -> pathlib.Path:
   Raises:
     UserError: the work directory was begun with other settings.
   """
-  workdir = _directory("workdir")
+  workdir = directory("workdir")
   command.check_settings(workdir / "settings.json", {**subject.settings, **settings}, "use another --workdir")
   return workdir
 
@@ -136,7 +136,7 @@ def layers(flag: Any, subject: Subject) -> tuple[int, ...] | None:
   return numbers or None
 
 
-def _directory(name: str) -> pathlib.Path:
+def directory(name: str) -> pathlib.Path:
   """The directory that a flag names, created where it is missing."""
   path = pathlib.Path(flags.FLAGS[name].value)
   with command.user_error(f"--{name}: cannot create {path}"):

@@ -3,6 +3,7 @@
 Axes: B batch, S slots, M image tokens, D model dim, V vocabulary.
 """
 
+import types
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
 from himap_jax.pruning.method import Selection, View
 from himap_jax.pruning.schedule import Schedule, Segment, Stage
+
+NO_PARAMETERS: Mapping[str, Float[Array, ""]] = types.MappingProxyType({})
 
 
 @pytree
@@ -62,7 +65,7 @@ class Context(NamedTuple):
 
   keys: Key[Array, "B"]
   embedded: Embedded | None = None
-  parameters: Mapping[str, Float[Array, ""]] = {}
+  parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS
 
 
 class Segments(NamedTuple):
@@ -86,7 +89,7 @@ def prefill(
   inputs: Inputs,
   keys: Key[Array, "B"],
   schedule: Schedule,
-  parameters: Mapping[str, Float[Array, ""]] = {},
+  parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS,
 ) -> PrefillState:
   """Runs the prompts through the model, pruning as the schedule says.
 
@@ -105,7 +108,7 @@ def prefill_embedded(
   embedded: Embedded,
   keys: Key[Array, "B"],
   schedule: Schedule,
-  parameters: Mapping[str, Float[Array, ""]] = {},
+  parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS,
 ) -> PrefillState:
   """`prefill` of prompts that `Network.embed` has embedded already."""
   segments = schedule.segments(network.config.text.num_hidden_layers, embedded.layout.num_image_tokens)

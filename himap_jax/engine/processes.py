@@ -102,16 +102,6 @@ def give_up(name: str, error: Exception) -> NoReturn:
   os._exit(2)
 
 
-def wait_for_all(name: str) -> None:
-  """Returns when every process is here.
-
-  Raises:
-    RuntimeError: one of them ended.
-  """
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
-
-
 def fullest(counts: Sequence[int]) -> int | None:
   """The index at which all processes together count most; None where all count nothing. The same in every process."""
   total = sum_over_processes(counts)

@@ -64,7 +64,7 @@ def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeCo
   )
 
 
-def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any] = {}) -> Programs:
+def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any]) -> Programs:
   """Lowers both programs for the shapes and shardings of arrays or of `jax.ShapeDtypeStruct`s."""
   lowered = programs.prefill.lower(model, inputs, seeds, parameters)
   return Programs(lowered, programs.decode.lower(model, lowered.out_info, seeds))

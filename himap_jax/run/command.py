@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import flags, logging
-from checkpoints_convert.errors import CheckpointError
 
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import read_json, write_json
 from himap_jax import checkpoint
 from himap_jax.errors import UserError

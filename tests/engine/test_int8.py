@@ -19,7 +19,9 @@ from himap_jax.model.linear import matmul
 @pytest.fixture(scope="module")
 def int8(checkpoints, tmp_path_factory):
   """Returns `int8(batch_size)`: `clip_mha` with int8 weights on as many devices as divide the rows."""
-  opened = checkpoint.open_checkpoint(str(checkpoints("clip_mha").directory), cache_dir=tmp_path_factory.mktemp("cache"))
+  opened = checkpoint.open_checkpoint(
+    str(checkpoints("clip_mha").directory), cache_dir=tmp_path_factory.mktemp("cache")
+  )
 
   def load(batch_size):
     mesh = sharding.make_mesh(data=max(size for size in range(1, 9) if batch_size % size == 0))
@@ -46,10 +48,14 @@ def test_only_the_weights_are_rounded(method, int8, images):
   schedule = loaded.schedule(method, (2, 4), keep)
   generation, inputs = GenerationConfig(4, ignore_eos=True), InputConfig(prompt_buckets=(64,), batch_size=2)
   options = dict(schedule=schedule, generation=generation, inputs=inputs)
-  rounded, exact = (generate(model, images[:2], ["What is it?", "Why?"], **options) for model in (loaded, dequantized(loaded)))
+  rounded, exact = (
+    generate(model, images[:2], ["What is it?", "Why?"], **options) for model in (loaded, dequantized(loaded))
+  )
   for one, other in zip(rounded, exact, strict=True):
     assert one.token_ids == other.token_ids and one.kept == other.kept
-    np.testing.assert_allclose(one.first_logits, other.first_logits, atol=2e-3 * np.abs(other.first_logits).max(), rtol=0)
+    np.testing.assert_allclose(
+      one.first_logits, other.first_logits, atol=2e-3 * np.abs(other.first_logits).max(), rtol=0
+    )
 
 
 def test_a_row_alone_is_a_row_beside_another(int8, checkpoints, images):

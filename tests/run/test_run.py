@@ -17,13 +17,13 @@ import running
 import tiny_checkpoints
 from absl import flags
 from absl.testing import flagsaver
-from checkpoints_convert.errors import CheckpointError
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from running import changed, read, write_rows
 from safetensors.numpy import load_file, save_file
 
 import himap_jax
+from checkpoints_convert.errors import CheckpointError
 from himap_jax import Sampling, UserError
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.pruning import cost

@@ -7,7 +7,14 @@ from jaxtyping import Array, Float
 from himap_jax.model.config import VisionConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import Embedding, LayerNorm, Linear
-from himap_jax.model.towers.common import FeedForward, PatchEmbedding, QueryKey, heads, prepend, resize_positions
+from himap_jax.model.towers.common import (
+  FeedForward,
+  PatchEmbedding,
+  QueryKey,
+  prepend,
+  query_key_value,
+  resize_positions,
+)
 
 
 class ClipAttention(nn.Module):
@@ -18,12 +25,8 @@ class ClipAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
-    width, num_heads = self.config.hidden_size, self.config.num_attention_heads
-    query, key, value = (
-      heads(Linear(width, self.kernels, use_bias=True, axes=("tower_heads", None), name=name)(x), num_heads)
-      for name in ("q_proj", "k_proj", "v_proj")
-    )
-    output = Linear(width, self.kernels, use_bias=True, axes=(None, "tower_heads"), name="out_proj")
+    query, key, value = query_key_value(x, self.config, self.kernels, ("q_proj", "k_proj", "v_proj"))
+    output = Linear(self.config.hidden_size, self.kernels, use_bias=True, axes=(None, "tower_heads"), name="out_proj")
     y = output(self.kernels.attention(query, key, value).reshape(x.shape))
     return y, (query, key)
 

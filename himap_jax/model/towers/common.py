@@ -98,6 +98,19 @@ def heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S N H"]:
   return x.reshape(*x.shape[:2], num_heads, -1)
 
 
+def query_key_value(
+  x: Float[Array, "B S D"], config: VisionConfig, kernels: Kernels, names: tuple[str, str, str]
+) -> tuple[Float[Array, "B S N H"], ...]:
+  """Queries, keys and values by head, from linear layers of these names in the module that calls."""
+  return tuple(
+    heads(
+      Linear(config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None), name=name)(x),
+      config.num_attention_heads,
+    )
+    for name in names
+  )
+
+
 class FeedForward(nn.Module):
   """The two-layer feed-forward of all towers."""
 

@@ -7,7 +7,14 @@ from jaxtyping import Array, Float
 from himap_jax.model.config import VisionConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm, Linear
-from himap_jax.model.towers.common import FeedForward, PatchEmbedding, QueryKey, heads, prepend, resize_positions
+from himap_jax.model.towers.common import (
+  FeedForward,
+  PatchEmbedding,
+  QueryKey,
+  prepend,
+  query_key_value,
+  resize_positions,
+)
 
 
 class DinoAttention(nn.Module):
@@ -30,13 +37,7 @@ class DinoSelfAttention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
-    width, num_heads = self.config.hidden_size, self.config.num_attention_heads
-    query, key, value = (
-      heads(
-        Linear(width, self.kernels, use_bias=self.config.qkv_bias, axes=("tower_heads", None), name=name)(x), num_heads
-      )
-      for name in ("query", "key", "value")
-    )
+    query, key, value = query_key_value(x, self.config, self.kernels, ("query", "key", "value"))
     return self.kernels.attention(query, key, value).reshape(x.shape), (query, key)
 
 
