@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import names, original, remote, store
-from checkpoints_convert.digest import weights_digest
+from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import FORMAT, MARKER, read_marker
 from checkpoints_convert.progress import byte_bar
@@ -51,11 +51,11 @@ class Source:
     return names.plan(stored, model, str(self.directory))
 
   def digest(self, cache_dir: pathlib.Path) -> str:
-    """Digest of the content of its weights, those of the tower included; see `weights_digest`."""
-    digest = weights_digest(self.directory, cache_dir)
+    """Digest of the content of its files, those of the tower included; see `content_digest`."""
+    digest = content_digest(self.directory, cache_dir)
     if self.tower is None:
       return digest
-    return hashlib.sha256((digest + weights_digest(self.tower, cache_dir)).encode()).hexdigest()
+    return hashlib.sha256((digest + content_digest(self.tower, cache_dir)).encode()).hexdigest()
 
 
 def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> Source:
@@ -87,7 +87,7 @@ def convert(
 
   The target holds the parameters (Orbax, in the stored dtype), a complete config.json, the tokenizer, processor and
   generation files, and a marker. It appears whole or not at all, in object storage as its marker does; a target made from the
-  same weights is left as it is.
+  same files is left as it is.
 
   Args:
     source: what to convert.

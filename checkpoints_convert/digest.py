@@ -1,4 +1,4 @@
-"""A digest of the content of a checkpoint's weights, which does not depend on where they lie."""
+"""A digest of the content of a checkpoint, which does not depend on where it lies."""
 
 import contextlib
 import hashlib
@@ -6,27 +6,31 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from checkpoints_convert.marker import MARKER
 from checkpoints_convert.progress import byte_bar
-from checkpoints_convert.source import WEIGHT_FILES, read_json, write_json
+from checkpoints_convert.source import SMALL_FILES, WEIGHT_FILES, read_json, write_json
 
 _BLOCK_BYTES = 8 << 20
 
 
-def weights_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
-  """SHA-256, in hexadecimal, of the names and contents of `config.json` and all weight files of a directory.
+def content_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
+  """SHA-256, in hexadecimal, of the names and contents of all files of a checkpoint that answers may depend on.
+
+  These are weights, configuration, tokenizer, image processor, chat template and generation settings.
 
   A file is read once: its own digest is kept in `cache_dir`, for as long as its size, its modification time and its inode
   stay as they are. A cache that cannot be written is no error.
   """
   directory = directory.resolve()
-  paths = sorted(path for pattern in ("config.json", *WEIGHT_FILES) for path in directory.glob(pattern))
+  patterns = (*SMALL_FILES, *WEIGHT_FILES)
+  paths = sorted(path for pattern in patterns for path in directory.glob(pattern) if path.name != MARKER)
   kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
   known = {}
   with contextlib.suppress(ValueError):
     known = read_json(kept_in)
   found = {path.name: _state(path) for path in paths}
   unread = [path for path in paths if known.get(path.name, [])[:-1] != found[path.name]]
-  with byte_bar(sum(path.stat().st_size for path in unread), "identifying the weights") as bar:
+  with byte_bar(sum(path.stat().st_size for path in unread), "identifying the checkpoint") as bar:
     for path in paths:
       digest = _sha256(path, bar.update) if path in unread else known[path.name][-1]
       found[path.name].append(digest)

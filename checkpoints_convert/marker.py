@@ -13,7 +13,7 @@ FORMAT = 1
 def read_marker(directory: AnyPath) -> dict[str, Any] | None:
   """What a finished conversion says of itself, or None where there is none.
 
-  Its `fingerprint` is the digest of the weights that it was made from; `int8_weights` says whether the decoder's are int8.
+  Its `fingerprint` is the digest of the checkpoint that it was made from; `int8_weights` says whether the decoder's are int8.
 
   Raises:
     CheckpointError: the directory was written in another format.

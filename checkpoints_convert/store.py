@@ -101,7 +101,7 @@ def locked(target: AnyPath) -> Iterator[None]:
 
 
 def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Path:
-  """The files of a finished conversion in object storage, without its parameters, copied into a cache once.
+  """The files of a finished conversion in object storage, without its parameters, copied into a cache until they change.
 
   Raises:
     CheckpointError: there is no finished conversion.
@@ -111,14 +111,15 @@ def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Pat
     raise CheckpointError(
       f"{directory}: no converted checkpoint; write one with python -m himap_jax.convert --target={directory}"
     )
-  digest = hashlib.sha256(f"{directory} {marker['fingerprint']}".encode()).hexdigest()[:16]
+  files = sorted(path for path in directory.iterdir() if path.name != PARAMS)
+  stats = [(path.name, stat.length, stat.mtime) for path in files for stat in (path.stat(),)]
+  digest = hashlib.sha256(f"{directory} {marker['fingerprint']} {stats}".encode()).hexdigest()[:16]
   copy = cache_dir / "remote" / f"{directory.name}-{digest}"
   if copy.exists():
     return copy
   with locked(copy):
     if not copy.exists():  # another process may have copied them by now
-      with new_directory(copy) as (files, _):
-        for path in directory.iterdir():
-          if path.name != PARAMS:
-            (files / path.name).write_bytes(path.read_bytes())
+      with new_directory(copy) as (work, _):
+        for path in files:
+          (work / path.name).write_bytes(path.read_bytes())
   return copy

@@ -4,6 +4,7 @@ Beside the parameters that were read, the host holds one part of one of them, or
 """
 
 import dataclasses
+import hashlib
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError
 
-from checkpoints_convert.digest import weights_digest
+from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.names import Parameter, Path
 from checkpoints_convert.progress import byte_bar
@@ -61,8 +62,8 @@ class SafetensorsWeights:
         yield parameter.path, array
 
   def digest(self) -> str:
-    """Digest of the content of `config.json` and of all weights; the first call reads them all."""
-    return weights_digest(self.directory, self.cache_dir)
+    """Digest of the content of the checkpoint's files; the first call reads them all."""
+    return content_digest(self.directory, self.cache_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,15 @@ class ConvertedWeights:
 
   Attributes:
     path: its parameters, here or in object storage.
+    directory: its other files, or their copy where it lies in object storage.
     marker: what it says of itself.
+    cache_dir: where digests are kept.
   """
 
   path: AnyPath
+  directory: pathlib.Path
   marker: Mapping[str, Any]
+  cache_dir: pathlib.Path
 
   @property
   def is_int8(self) -> bool:
@@ -105,8 +110,9 @@ class ConvertedWeights:
           yield path, arrays.pop(path)
 
   def digest(self) -> str:
-    """The digest of the weights that were converted, marked where they became int8."""
-    return self.marker["fingerprint"]
+    """Digest of the content of its files and of those that it was converted from."""
+    files = content_digest(self.directory, self.cache_dir)
+    return hashlib.sha256(f"{self.marker['fingerprint']} {files}".encode()).hexdigest()
 
 
 Weights = SafetensorsWeights | ConvertedWeights

@@ -59,7 +59,7 @@ class LoadedModel:
 
   @property
   def fingerprint(self) -> str:
-    """Digest of the content of the checkpoint's weights; see `OpenCheckpoint.digest`."""
+    """Digest of the content of the checkpoint's files; see `OpenCheckpoint.digest`."""
     return self.weights.digest()
 
   def prompts(self, template: str = "chat") -> Processor:
@@ -104,7 +104,7 @@ class OpenCheckpoint:
     return self.family.processor(self.processor, self.config, template)
 
   def digest(self) -> str:
-    """Digest of the content of `config.json` and of all weights, wherever they lie; the first call may read them all."""
+    """Digest of the content of the checkpoint's files, wherever they lie; the first call may read them all."""
     return self.weights.digest()
 
   def num_bytes(self, dtype: Any, *, int8_weights: bool = False) -> int:
@@ -189,7 +189,7 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
       target = cache_dir / "converted" / f"{label}-{source.digest(cache_dir)[:16]}"
       directory = convert.convert(source, target, describe, cache_dir=cache_dir)
       params = directory / PARAMS
-  weights = weights or ConvertedWeights(params, read_marker(directory))
+  weights = weights or ConvertedWeights(params, directory, read_marker(directory), cache_dir)
   fields, where = read_json(directory / "config.json"), str(directory / "config.json")
   family = families.family_of(fields, where=where)
   processor = family.load_processor(directory)

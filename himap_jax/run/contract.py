@@ -1,7 +1,7 @@
 """What makes an output row the answer to a prompt: every row says by digests with which settings and on what it was made.
 
-A row's `digest` is `<settings>-<prompt>`, 12 hexadecimal digits each: the first of everything that answers depend on beside
-the prompts, the second 6 of the question's text and 6 of the picture's file. The file `<output>.settings.json` spells the
+A row's `digest` is `<settings>-<question>-<picture>`, 16 hexadecimal digits each of the SHA-256 of everything that answers
+depend on beside the prompts, of the question's text, and of the picture's file. The file `<output>.settings.json` spells the
 settings out for people; only the rows decide whether a run may go on from them.
 """
 
@@ -19,10 +19,12 @@ from himap_jax.run.command import differences, user_error
 from himap_jax.run.pictures import file_digest
 from himap_jax.run.prompts import Prompt
 
+_DIGITS = 16
+
 
 def digest_of(settings: Mapping[str, Any]) -> str:
   """The first part of the digest of rows that are made with these settings."""
-  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+  return _hex(json.dumps(settings, sort_keys=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +53,13 @@ class Contract:
 
   def row_digest(self, prompt: Prompt, picture: str | None = None) -> str:
     """A row's digest; `picture` is the SHA-256 of the picture's file, or None where it was not read."""
-    return f"{self.digest}-{_of_question(prompt)}{(picture or '0' * 6)[:6]}"
+    return f"{self.digest}-{_hex(prompt.question)}-{_shortened(picture)}"
 
   def is_stale(self, row: Mapping[str, Any]) -> bool:
     """Whether a row's prompt is to be answered again: the row is an error, or its question or picture has changed.
 
-    A picture that cannot be read now counts as unchanged, so that no answer is lost to a disk that is not there.
+    A picture that cannot be read now counts as unchanged, so that no answer is lost to a disk that is not there; see
+    `unreadable`.
 
     Raises:
       UserError: the row would stay, and was made with other settings.
@@ -64,15 +67,20 @@ class Contract:
     prompt = self._by_key.get(str(row["id"]))
     if prompt is not None and row["error"] is not None:
       return True
-    settings, _, of_prompt = row["digest"].partition("-")
+    settings, question, picture = (row["digest"].split("-") + [""] * 3)[:3]
     if settings != self.digest:
       raise UserError(f"{self.output}: begun with other settings{self._differences(settings)}; {self.advice}")
-    if prompt is None or of_prompt[:6] != _of_question(prompt):
+    if prompt is None or question != _hex(prompt.question):
       return prompt is not None
     if prompt.image not in self._pictures:
       self._pictures[prompt.image] = file_digest(self.image_dir / prompt.image)
-    picture = self._pictures[prompt.image]
-    return picture is not None and picture[:6] != of_prompt[6:]
+    now = self._pictures[prompt.image]
+    return now is not None and picture != _shortened(now)
+
+  @property
+  def unreadable(self) -> int:
+    """How many pictures of answered rows could not be compared with those that were answered."""
+    return sum(digest is None for digest in self._pictures.values())
 
   def write_settings(self) -> None:
     """Writes the settings beside the output; UserError where they cannot be written."""
@@ -97,5 +105,9 @@ class Contract:
     return f" ({differences(before, self.settings)})" if digest_of(before) == digest else ""
 
 
-def _of_question(prompt: Prompt) -> str:
-  return hashlib.sha256(prompt.question.encode()).hexdigest()[:6]
+def _hex(text: str) -> str:
+  return _shortened(hashlib.sha256(text.encode()).hexdigest())
+
+
+def _shortened(digest: str | None) -> str:
+  return (digest or "0" * _DIGITS)[:_DIGITS]

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import stat
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, BinaryIO
 
@@ -39,6 +40,8 @@ class Output(contextlib.AbstractContextManager):
           writer = OutputWriter(contract.output, resume=resume, is_stale=contract.is_stale)
           self._writer = stack.enter_context(writer)
           has_row = [int(prompt.key in writer.answered) for prompt in contract.prompts]
+          if contract.unreadable:
+            print(f"{contract.unreadable} pictures of answered rows cannot be read; the answers stay", file=sys.stderr)
         except UserError as error:
           refusal = error
       is_refused, *has_row = processes.sum_over_processes([int(refusal is not None), *has_row]).tolist()

@@ -15,7 +15,7 @@ from layouts import WEIGHTS, convert_to
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import digest, source, store
-from checkpoints_convert.digest import weights_digest
+from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.progress import byte_bar
 from himap_jax import checkpoint
@@ -145,46 +145,51 @@ def hashed(monkeypatch):
 class TestDigests:
   def test_content_decides(self, directory, tmp_path, hashed):
     cache = tmp_path / "cache"
-    first = weights_digest(directory, cache)
-    assert len(first) == 64 and hashed == ["config.json", WEIGHTS]
+    first = content_digest(directory, cache)
+    assert len(first) == 64 and {"config.json", "tokenizer.json", "chat_template.jinja", WEIGHTS} <= set(hashed)
     os.utime(directory / WEIGHTS, ns=(1, 1))
-    assert weights_digest(directory, cache) == first
-    assert weights_digest(shutil.copytree(directory, tmp_path / "copy"), cache) == first
-    (directory / "tokenizer_config.json").write_text("{}")
-    assert weights_digest(directory, cache) == first
+    assert content_digest(directory, cache) == first
+    assert content_digest(shutil.copytree(directory, tmp_path / "copy"), cache) == first
     tensors = load_file(directory / WEIGHTS)
     name = next(name for name in tensors if name.endswith("lm_head.weight"))
     save_file(tensors | {name: np.flip(tensors[name]).copy()}, directory / WEIGHTS)
-    changed = weights_digest(directory, cache)
+    changed = content_digest(directory, cache)
     assert changed != first
-    (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
-    assert weights_digest(directory, cache) not in (first, changed)
+    seen = {first, changed}
+    for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+      (directory / name).write_text((directory / name).read_text() + " ")
+      seen.add(content_digest(directory, cache))
+    assert len(seen) == 5
 
   def test_a_file_is_read_once(self, directory, tmp_path, hashed):
-    first = weights_digest(directory, tmp_path / "cache")
+    first = content_digest(directory, tmp_path / "cache")
     hashed.clear()
-    assert weights_digest(directory, tmp_path / "cache") == first and hashed == []
+    assert content_digest(directory, tmp_path / "cache") == first and hashed == []
     (directory / "config.json").write_text("{}")
-    weights_digest(directory, tmp_path / "cache")
+    content_digest(directory, tmp_path / "cache")
     assert hashed == ["config.json"]
     os.replace(shutil.copy2(directory / WEIGHTS, tmp_path / "other"), directory / WEIGHTS)  # only the inode differs
     hashed.clear()
-    weights_digest(directory, tmp_path / "cache")
+    content_digest(directory, tmp_path / "cache")
     assert hashed == [WEIGHTS]
 
   def test_a_cache_that_cannot_be_written_or_read(self, directory, tmp_path):
-    expected = weights_digest(directory, tmp_path / "cache")
+    expected = content_digest(directory, tmp_path / "cache")
     (tmp_path / "file").write_text("")
-    assert weights_digest(directory, tmp_path / "file") == expected
+    assert content_digest(directory, tmp_path / "file") == expected
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
     kept.write_text("{")
-    assert weights_digest(directory, tmp_path / "cache") == expected
+    assert content_digest(directory, tmp_path / "cache") == expected
 
-  def test_a_conversion_has_that_of_what_it_was_made_from(self, directory, cache, tmp_path):
-    target = convert_to(directory, tmp_path / "target")
-    opened, loaded = checkpoint.open_checkpoint(str(target)), checkpoint.load(str(directory), dtype=np.float32)
-    assert opened.digest() == loaded.fingerprint == weights_digest(directory, cache)
-    assert json.loads((target / "himap_jax.json").read_text())["fingerprint"] == opened.digest()
+  def test_of_a_conversion(self, directory, cache, tmp_path):
+    copy = shutil.copytree(directory, tmp_path / "copy")
+    first, second = convert_to(directory, tmp_path / "target"), convert_to(copy, tmp_path / "second")
+    for target in (first, second):
+      assert json.loads((target / "himap_jax.json").read_text())["fingerprint"] == content_digest(directory, cache)
+    before = checkpoint.open_checkpoint(str(first)).digest()
+    assert before == checkpoint.load(str(second), dtype=np.float32).fingerprint
+    (first / "tokenizer.json").write_text((first / "tokenizer.json").read_text() + " ")
+    assert checkpoint.open_checkpoint(str(first)).digest() != before
 
 
 def test_progress_of_what_takes_a_moment_is_not_shown(capsys):

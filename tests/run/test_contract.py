@@ -8,7 +8,9 @@ import pytest
 from running import changed, read, write_rows
 from safetensors.numpy import load_file, save_file
 
+from checkpoints_convert.convert import convert, open_source
 from himap_jax import Sampling, UserError
+from himap_jax.checkpoint import describe
 from himap_jax.engine.engine import Engine
 from himap_jax.run import job
 from himap_jax.run.contract import Contract, digest_of
@@ -82,13 +84,13 @@ class TestSettings:
   def test_rows_of_two_settings_are_never_mixed(self, config, tmp_path):
     assert job.run(config) == 0
     rows = list(read(config.output).values())
-    rows[2]["digest"] = "0" * 12 + rows[2]["digest"][12:]
+    rows[2]["digest"] = "0" * 16 + rows[2]["digest"][16:]
     write_rows(config.output, rows)
     with pytest.raises(UserError, match="begun with other settings"):
       job.run(config)
     write_rows(config.output, [row | {"error": "failed"} if row is rows[2] else row for row in rows])
     assert job.run(config) == 0  # an error is no answer, and is replaced
-    assert len({row["digest"][:12] for row in read(config.output).values()}) == 1
+    assert len({row["digest"][:16] for row in read(config.output).values()}) == 1
 
   def test_a_changed_checkpoint_at_the_same_path(self, config, checkpoints, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("HIMAP_JAX_CACHE", str(cache))
@@ -108,6 +110,23 @@ class TestSettings:
     assert job.run(changed(config, resume=False)) == 0
     after = read(config.output)
     assert any(after[row["id"]]["answer"] != row["answer"] for row in map(json.loads, before.splitlines()))
+
+  @pytest.mark.parametrize(
+    "name", ["tokenizer.json", "processor_config.json", "generation_config.json", "chat_template.jinja"]
+  )
+  @pytest.mark.parametrize("is_converted", [False, True])
+  def test_a_changed_file_of_the_checkpoint(
+    self, config, name, is_converted, checkpoints, tmp_path, monkeypatch, cache
+  ):
+    monkeypatch.setenv("HIMAP_JAX_CACHE", str(cache))
+    path = shutil.copytree(checkpoints("clip_mha").directory, tmp_path / "checkpoint")
+    if is_converted:
+      path = convert(open_source(path), tmp_path / "converted", describe, cache_dir=cache)
+    config = changed(config, checkpoint=str(path))
+    assert job.run(config) == 0
+    (path / name).write_text((path / name).read_text() + "\n")
+    with pytest.raises(UserError, match="begun with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
+      job.run(config)
 
   def test_everything_that_answers_depend_on_is_in_the_digest(self, config):
     def digest(config, weights="w"):
@@ -142,7 +161,7 @@ class TestPrompts:
     assert answered_before(config, capsys) == 2
     second = read(config.output)
     assert {row_id for row_id in first if first[row_id] != second[row_id]} == {"b", 3}
-    assert {row["digest"][:13] for row in second.values()} == {first["a"]["digest"][:13]}
+    assert {row["digest"][:17] for row in second.values()} == {first["a"]["digest"][:17]}
     write_rows(config.prompts, rows)
     after = config.output.read_bytes()
     assert answered_before(config, capsys) == 4 and config.output.read_bytes() == after
@@ -155,6 +174,7 @@ class TestPrompts:
     for path in tmp_path.glob("?.png"):
       path.unlink()
     assert answered_before(config, capsys) == 4 and config.output.read_bytes() == before
+    assert job.run(config) == 0 and "4 pictures of answered rows cannot be read" in capsys.readouterr().err
     rows = list(map(json.loads, config.prompts.read_text().splitlines()))
     write_rows(config.prompts, [rows[0] | {"question": "And this?"}, *rows[1:]])
     assert answered_before(config, capsys) == 3
@@ -195,9 +215,9 @@ class TestContract:
 
   def test_a_digest(self, contract):
     digest = self.row(contract)["digest"]
-    assert digest == f"{digest_of({'method': 'himap', 'keep': [8, 3]})}-{digest[13:19]}ca9781"
-    assert self.row(contract, 1)["digest"][13:19] != digest[13:19]
-    assert contract.row_digest(contract.prompts[0]) == digest[:19] + "000000"
+    assert digest == f"{digest_of({'method': 'himap', 'keep': [8, 3]})}-{digest[17:33]}-ca978112ca1bbdca"
+    assert self.row(contract, 1)["digest"][17:33] != digest[17:33]
+    assert contract.row_digest(contract.prompts[0]) == digest[:34] + "0" * 16
 
   def test_what_is_stale(self, contract, tmp_path):
     assert not contract.is_stale(self.row(contract)) and not contract.is_stale(self.row(contract, id="1"))
@@ -207,7 +227,7 @@ class TestContract:
     digest = self.row(contract)["digest"]
     assert contract.is_stale(self.row(contract, digest=digest[:-1] + "0"))
     assert contract.is_stale(self.row(contract, id="line:3"))
-    for refused in ("", "0" * 12 + digest[12:]):
+    for refused in ("", "0" * 16 + digest[16:]):
       for row_id in (1, "not asked"):
         with pytest.raises(UserError, match="output.jsonl: begun with other settings; use another"):
           contract.is_stale(self.row(contract, id=row_id, digest=refused))
