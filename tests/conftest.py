@@ -3,10 +3,12 @@
 import functools
 import os
 
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = ["--xla_force_host_platform_device_count=8"]
+if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longer to compile than to run
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+  FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:
-  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"  # tiny programs take far longer to compile than to run
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
