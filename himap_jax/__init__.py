@@ -8,7 +8,7 @@ from himap_jax.errors import UserError as UserError
 from himap_jax.generation import Answer as Answer
 from himap_jax.generation import InputConfig as InputConfig
 from himap_jax.generation import generate as generate
+from himap_jax.pruning.methods import PruningConfig as PruningConfig
 from himap_jax.pruning.methods import build_schedule as build_schedule
-from himap_jax.pruning.schedule import PruningConfig as PruningConfig
 from himap_jax.pruning.schedule import Schedule as Schedule
 from himap_jax.pruning.schedule import Stage as Stage

@@ -27,56 +27,8 @@ from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.model.quantization import can_be_int8, map_int8
-from himap_jax.pruning.schedule import PruningConfig, Schedule
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadedModel:
-  """A model ready to run.
-
-  Attributes:
-    model: the network with its parameters; its config has as many key heads as they hold, see
-      `sharding.with_divisible_key_heads`.
-    family, processor, directory, eos_token_ids, weights: those of the `OpenCheckpoint`.
-  """
-
-  model: Model
-  family: Family
-  processor: Any
-  directory: pathlib.Path
-  eos_token_ids: tuple[int, ...]
-  weights: Weights
-
-  @property
-  def config(self) -> ModelConfig:
-    """The model's sizes."""
-    return self.model.config
-
-  @property
-  def dtype(self) -> Any:
-    """Of activations, and of all parameters that are not int8."""
-    return self.model.dtype
-
-  @property
-  def fingerprint(self) -> str:
-    """Digest of the content of the checkpoint's files; see `OpenCheckpoint.digest`."""
-    return self.weights.digest()
-
-  def prompts(self, template: str = "chat") -> Processor:
-    """Prepares prompts with a template; errors as in `Family.processor`."""
-    return self.family.processor(self.processor, self.config, template)
-
-  def schedule(
-    self,
-    method: str,
-    prune_layers: tuple[int, ...] | None = None,
-    keep: tuple[int | float, ...] | None = None,
-    parameters: Mapping[str, float] | None = None,
-  ) -> Schedule:
-    """The schedule of a pruning method for this model; arguments and errors as in `build_schedule`."""
-    pruning = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()))
-    num_image_tokens = self.prompts("<image>{question}").num_image_tokens
-    return pruning.schedule(self.config.text.num_hidden_layers, num_image_tokens, self.config.vision.has_class_token)
+from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +55,24 @@ class OpenCheckpoint:
     """Prepares prompts with a template; errors as in `Family.processor`."""
     return self.family.processor(self.processor, self.config, template)
 
+  def schedule(
+    self,
+    method: str,
+    prune_layers: tuple[int, ...] | None = None,
+    keep: tuple[int | float, ...] | None = None,
+    parameters: Mapping[str, float] | None = None,
+  ) -> Schedule:
+    """The schedule of a pruning method for this model; arguments and errors as in `build_schedule`."""
+    return build_schedule(
+      method,
+      num_layers=self.config.text.num_hidden_layers,
+      num_image_tokens=self.prompts("<image>{question}").num_image_tokens,
+      has_class_token=self.config.vision.has_class_token,
+      prune_layers=prune_layers,
+      keep=keep,
+      parameters=parameters,
+    )
+
   def digest(self) -> str:
     """Digest of the content of the checkpoint's files, wherever they lie; the first call may read them all."""
     return self.weights.digest()
@@ -113,7 +83,7 @@ class OpenCheckpoint:
     params = map_int8(abstract_int8, params) if int8_weights else params
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
-  def restore(self, *, dtype: Any, mesh: Mesh | None = None, int8_weights: bool = False) -> LoadedModel:
+  def restore(self, *, dtype: Any, mesh: Mesh | None = None, int8_weights: bool = False) -> "LoadedModel":
     """Reads the weights, every device its own part of them.
 
     Args:
@@ -139,12 +109,24 @@ class OpenCheckpoint:
       del array
     tree = jax.tree.unflatten(jax.tree.structure(wanted), params.values())
     model = Model(tree, Network(wide, dtype, sharding.kernels_for(mesh)))
-    return LoadedModel(model, self.family, self.processor, self.directory, self.eos_token_ids, self.weights)
+    return LoadedModel(**vars(self) | {"config": wide}, model=model)
 
   def _abstract(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> Any:
     """What is stored of each parameter, where and as it is to lie on the devices."""
     params = sharding.placed(abstract_params(config, dtype), logical_axes(config), config, mesh)
     return map_int8(abstract_int8, params) if self.weights.is_int8 else params
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel(OpenCheckpoint):
+  """A checkpoint with its weights on their devices, ready to run.
+
+  Attributes:
+    config: as above, with as many key heads as the weights hold, see `sharding.with_divisible_key_heads`.
+    model: the network with its parameters.
+  """
+
+  model: Model
 
 
 def load(

@@ -13,7 +13,8 @@ import numpy as np
 
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
-from himap_jax.pruning.schedule import PruningConfig, Schedule
+from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
 
 REFERENCE = "none"

@@ -80,7 +80,7 @@ class Subject:
     loaded = checkpoint.load(name, dtype=dtype)
     processor = loaded.prompts(inputs.prompt_template)
     batcher = Batcher(loaded.config, processor.image_shape, buckets=inputs.prompt_buckets)
-    settings = {"checkpoint": name, "fingerprint": loaded.fingerprint, "dtype": jnp.dtype(dtype).name, "seed": seed}
+    settings = {"checkpoint": name, "fingerprint": loaded.digest(), "dtype": jnp.dtype(dtype).name, "seed": seed}
     settings |= dataclasses.asdict(inputs)
     return cls(loaded, processor, batcher, questions, inputs.batch_size, seed, settings)
 

@@ -86,21 +86,3 @@ class Schedule:
       first, count = stage.layer, stage.keep
     segments.append(Segment(first, num_layers, count, None))
     return tuple(segments)
-
-
-@dataclasses.dataclass(frozen=True)
-class PruningConfig:
-  """A choice of pruning for any model: arguments of `methods.build_schedule`, parameters as pairs of name and value."""
-
-  method: str = "himap"
-  prune_layers: tuple[int, ...] | None = None
-  keep: tuple[int | float, ...] | None = None
-  parameters: tuple[tuple[str, float], ...] = ()
-
-  def schedule(self, num_layers: int, num_image_tokens: int, has_class_token: bool = True) -> Schedule:
-    """The schedule for a model; arguments and errors are those of `methods.build_schedule`."""
-    from himap_jax.pruning.methods import build_schedule  # which builds on this module
-
-    model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, has_class_token=has_class_token)
-    own = dict(prune_layers=self.prune_layers, keep=self.keep, parameters=dict(self.parameters))
-    return build_schedule(self.method, **model, **own)

@@ -187,7 +187,7 @@ class TestDigests:
     for target in (first, second):
       assert json.loads((target / "himap_jax.json").read_text())["fingerprint"] == content_digest(directory, cache)
     before = checkpoint.open_checkpoint(str(first)).digest()
-    assert before == checkpoint.load(str(second), dtype=np.float32).fingerprint
+    assert before == checkpoint.load(str(second), dtype=np.float32).digest()
     (first / "tokenizer.json").write_text((first / "tokenizer.json").read_text() + " ")
     assert checkpoint.open_checkpoint(str(first)).digest() != before
 

@@ -1,5 +1,6 @@
 """The pruning methods: every module here names its own in `METHODS`."""
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -72,6 +73,22 @@ def build_schedule(
     schedule = Schedule(stages, parameters=values)
   schedule.segments(num_layers, num_image_tokens)
   return schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningConfig:
+  """A choice of pruning for any model: arguments of `build_schedule`, parameters as pairs of name and value."""
+
+  method: str = "himap"
+  prune_layers: tuple[int, ...] | None = None
+  keep: tuple[int | float, ...] | None = None
+  parameters: tuple[tuple[str, float], ...] = ()
+
+  def schedule(self, num_layers: int, num_image_tokens: int, has_class_token: bool = True) -> Schedule:
+    """The schedule for a model; arguments and errors as in `build_schedule`."""
+    model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, has_class_token=has_class_token)
+    own = dict(prune_layers=self.prune_layers, keep=self.keep, parameters=dict(self.parameters))
+    return build_schedule(self.method, **model, **own)
 
 
 def _entries(method: str, has_class_token: bool) -> list[Method]:

@@ -8,7 +8,7 @@ from experiments.compare.grid import Grid, Shape, schedule_for_budget
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.prefill import Context, run_segments, start
 from himap_jax.pruning import methods
-from himap_jax.pruning.schedule import PruningConfig
+from himap_jax.pruning.methods import PruningConfig
 
 NAME, N, NUM_LAYERS = "clip_mha", 16, 6
 PRUNING = [name for name, method in methods.METHODS.items() if name != "none" and not method.freezes]
