@@ -2,6 +2,8 @@
 
 import functools
 import os
+import pathlib
+import sys
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longer to compile than to run
@@ -12,6 +14,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent / "without_torch")  # for the commands that tests start
+if sys.modules.get("torch", "") is None:  # a worker of the tests themselves
+  del sys.modules["torch"]
 
 from jaxtyping import install_import_hook
 

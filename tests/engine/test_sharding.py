@@ -58,7 +58,7 @@ TEXT = dict(
   vocab_size=256,
   hidden_size=64,
   intermediate_size=128,
-  num_hidden_layers=6,
+  num_hidden_layers=3,
   num_attention_heads=4,
   num_key_value_heads=2,
   rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
@@ -87,10 +87,10 @@ def compiled(method, sizes):
   """The programs of CONFIG on a mesh, from shapes alone."""
   mesh = sharding.make_mesh(*sizes)
   config = sharding.with_divisible_key_heads(CONFIG, mesh)
-  own = {"none": {}, "shortv": dict(prune_layers=(2, 4)), "fitprune": {}, "dart": dict(prune_layers=(2,), keep=(8,))}
+  own = {"none": {}, "shortv": dict(prune_layers=(1, 2)), "fitprune": {}, "dart": dict(prune_layers=(2,), keep=(8,))}
   before = dict(prune_layers=(0,), keep=(8,)) if METHODS[method].acts == "before" else None
-  settings = own.get(method, before or dict(prune_layers=(1, 4), keep=(8, 3)))
-  schedule = build_schedule(method, num_layers=6, num_image_tokens=NUM_IMAGE_TOKENS, **settings)
+  settings = own.get(method, before or dict(prune_layers=(1, 2), keep=(8, 3)))
+  schedule = build_schedule(method, num_layers=TEXT["num_hidden_layers"], num_image_tokens=NUM_IMAGE_TOKENS, **settings)
   params = sharding.placed(abstract_params(config, jnp.float32), logical_axes(config), config, mesh)
   model = Model(params, Network(config, jnp.float32, sharding.kernels_for(mesh)))
   inputs = programs.abstract_inputs(config, mesh, batch_size=BATCH, num_text_slots=TEXT_SLOTS, image_shape=(28, 28))
@@ -110,7 +110,7 @@ class TestCollectives:
   def test_a_layer_adds_up_twice(self):
     prefill, _ = compiled("none", (4, 2))
     hidden = BATCH // 4 * (TEXT_SLOTS + NUM_IMAGE_TOKENS) * TEXT["hidden_size"] * 4
-    for layer in range(6):
+    for layer in range(TEXT["num_hidden_layers"]):
       found = [one for one in collectives(prefill) if f"/layer_{layer}/" in one.scope]
       assert [(one.kind, one.num_bytes) for one in found] == [("all-reduce", hidden)] * 2
 
@@ -126,7 +126,7 @@ class TestCollectives:
   def test_decoding_adds_up_twice_a_layer(self):
     for method in ("none", "himap"):
       found = [one for one in collectives(compiled(method, (4, 2)).decode) if "layers_" in one.scope]
-      assert len(found) == 12 and {one.kind for one in found} == {"all-reduce"}
+      assert len(found) == 2 * TEXT["num_hidden_layers"] and {one.kind for one in found} == {"all-reduce"}
       assert {one.num_bytes for one in found} == {BATCH // 4 * TEXT["hidden_size"] * 4}
 
 
