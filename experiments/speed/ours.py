@@ -20,7 +20,8 @@ from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.engine import Engine, GenerationConfig
-from himap_jax.engine.prefill import Context, Sequence, prefill_embedded, prune, start
+from himap_jax.engine.prefill import Context, Sequence, prune, start
+from himap_jax.engine.prefill import prefill as run_prefill
 from himap_jax.families import from_hf
 from himap_jax.inputs import IMAGE, TEXT, Inputs, Layout
 from himap_jax.model.decoder import Projections
@@ -62,7 +63,7 @@ class Ours:
     embedded = jax.jit(lambda model, inputs: model.bind().embed(inputs))(model, self._inputs)
 
     def prefill(model: Model, embedded: Embedded, keys: jax.Array, parameters: dict[str, Any]) -> Any:
-      return prefill_embedded(model.bind(), embedded, keys, schedule, parameters)
+      return run_prefill(model.bind(), embedded, keys, schedule, parameters)
 
     tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels)[0])
     prefill = jax.jit(prefill, compiler_options=self._options)

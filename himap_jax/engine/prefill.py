@@ -16,7 +16,7 @@ from himap_jax.model import cache
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
 from himap_jax.pruning.method import Selection, View
-from himap_jax.pruning.schedule import Schedule, Segment, Stage
+from himap_jax.pruning.schedule import Schedule, Stage
 
 NO_PARAMETERS: Mapping[str, Float[Array, ""]] = types.MappingProxyType({})
 
@@ -68,25 +68,9 @@ class Context(NamedTuple):
   parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS
 
 
-class Segments(NamedTuple):
-  """The result of running segments of layers.
-
-  Attributes:
-    sequence: what is left of the prompts.
-    caches: one for each segment that has layers.
-    kept: as in `PrefillState`.
-    projections: of the last layer; None where no layer was run.
-  """
-
-  sequence: Sequence
-  caches: tuple[cache.SegmentCache, ...]
-  kept: tuple[Int[Array, "B M"], ...]
-  projections: Projections | None
-
-
 def prefill(
   network: Network,
-  inputs: Inputs,
+  prompts: Inputs | Embedded,
   keys: Key[Array, "B"],
   schedule: Schedule,
   parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS,
@@ -95,73 +79,40 @@ def prefill(
 
   Args:
     network: the model, bound.
-    inputs: the batch.
+    prompts: the batch; embedded by `Network.embed` or not.
     keys: a random key a row, for methods that use chance.
     schedule: stages; static.
     parameters: of the schedule's methods, by name.
   """
-  return prefill_embedded(network, network.embed(inputs), keys, schedule, parameters)
-
-
-def prefill_embedded(
-  network: Network,
-  embedded: Embedded,
-  keys: Key[Array, "B"],
-  schedule: Schedule,
-  parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS,
-) -> PrefillState:
-  """`prefill` of prompts that `Network.embed` has embedded already."""
-  segments = schedule.segments(network.config.text.num_hidden_layers, embedded.layout.num_image_tokens)
-  result = run_segments(
-    network, start(embedded), segments, Context(keys, embedded, parameters), frozen_layers=schedule.frozen_layers
-  )
-  _, positions, layout = result.sequence
-  last = layout.last_slot()[:, None]
-  return PrefillState(
-    logits=last_logits(network, result.sequence),
-    caches=result.caches,
-    next_position=positions.max(axis=1) + 1,
-    next_order=take_slots(layout.order, last)[:, 0] + 1,
-    kept=result.kept,
-  )
-
-
-def run_segments(
-  network: Network,
-  sequence: Sequence,
-  segments: tuple[Segment, ...],
-  context: Context,
-  *,
-  frozen_layers: tuple[int, ...] = (),
-) -> Segments:
-  """Runs segments of layers with the stages that follow them.
-
-  Args:
-    network: the model, bound.
-    sequence: what enters the first segment.
-    segments: consecutive ones of a schedule.
-    context: what methods may read.
-    frozen_layers: layers that do not update image tokens.
-  """
+  embedded = network.embed(prompts) if isinstance(prompts, Inputs) else prompts
+  sequence, context = start(embedded), Context(keys, embedded, parameters)
   caches, kept, projections = [], [], []
-  for segment in segments:
+  for segment in schedule.segments(network.config.text.num_hidden_layers, embedded.layout.num_image_tokens):
     x, positions, layout = sequence
     with jax.named_scope(f"prefill_layers_{segment.first}_to_{segment.last}"):
       x, projections = network.language_model(
         x,
         positions,
         range(segment.first, segment.last),
-        partial_layers=frozenset(frozen_layers),
-        updated_slots=layout.text_slots() if frozen_layers else None,
+        partial_layers=frozenset(schedule.frozen_layers),
+        updated_slots=layout.text_slots() if schedule.frozen_layers else None,
       )
     sequence = sequence._replace(x=x)
     if projections:
-      keys, values = (tuple(getattr(p, name) for p in projections) for name in ("key", "value"))
-      caches.append(cache.from_prefill(keys, values, layout.order))
+      own = (tuple(getattr(p, name) for p in projections) for name in ("key", "value"))
+      caches.append(cache.from_prefill(*own, layout.order))
     if segment.stage is not None:
       sequence = prune(network, segment.stage, sequence, projections[-1] if projections else None, context)
       kept.append(sequence.layout.original())
-  return Segments(sequence, tuple(caches), tuple(kept), projections[-1] if projections else None)
+  _, positions, layout = sequence
+  last = layout.last_slot()[:, None]
+  return PrefillState(
+    logits=last_logits(network, sequence),
+    caches=tuple(caches),
+    next_position=positions.max(axis=1) + 1,
+    next_order=take_slots(layout.order, last)[:, 0] + 1,
+    kept=tuple(kept),
+  )
 
 
 def last_logits(network: Network, sequence: Sequence) -> Float[Array, "B V"]:

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.compare.grid import Grid, Shape, schedule_for_budget
 from himap_jax.engine.batching import Batcher
-from himap_jax.engine.prefill import Context, run_segments, start
+from himap_jax.engine.prefill import Context, prune, start
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 
@@ -106,8 +106,8 @@ def test_methods_take_the_extreme_counts(loaded, prompt, method):
     network = model.bind()
     embedded = network.embed(inputs)
     schedules = [scaled(method, budget, Shape(NUM_LAYERS, N)) for budget in budgets]
-    first = [schedule.segments(NUM_LAYERS, N)[:1] for schedule in schedules]
-    return [run_segments(network, start(embedded), own, Context(keys, embedded)).kept[0] for own in first]
+    stages, context = [schedule.stages[0] for schedule in schedules], Context(keys, embedded)
+    return [prune(network, stage, start(embedded), None, context).layout.original() for stage in stages]
 
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   results = jax.eval_shape(kept, loaded(NAME).model, prompt, keys)
