@@ -8,10 +8,6 @@ all questions with the questions of an image packed behind it, as in training: t
 one by one, hence the same answers, at a tenth of the cost. The other flags are those of `himap_jax.run`.
 """
 
-import os
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
-
 import collections
 import json
 import pathlib
@@ -24,16 +20,18 @@ from rich.table import Table
 
 from experiments import question_sets
 from experiments.demo_model.adapter import answer_logits
-from experiments.demo_model.data import Sample, open_picture
+from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import Packer
 from experiments.question_sets import Question, is_right
+from experiments.shared import study
 from experiments.shared.statistics import accuracy_by_type
 from himap_jax import checkpoint
 from himap_jax.run import command, job
 from himap_jax.run.flags import config_from_flags
+from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of prompts and results, to resume from.", required=True)
+flags.DEFINE_string("workdir", None, "Directory of prompts and results, to resume from.", required=True)
 _METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to evaluate.")
 _QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
 _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
@@ -48,8 +46,7 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
   results = workdir / "packed.jsonl"
   right = {row["id"]: row["right"] for row in _read(results)} if results.exists() else {}
   loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=command.DTYPES[flags.FLAGS.dtype])
-  side, _ = loaded.prompts().image_shape
-  packer = Packer(loaded.processor, loaded.config, image_size=side, question_slots=QUESTION_SLOTS)
+  packer = Packer(loaded, loaded.prompts().image_shape[0], QUESTION_SLOTS)
   predict = jax.jit(lambda model, batch: answer_logits(model, {}, batch).argmax(-1))
   by_image = collections.defaultdict(list)
   for question in questions:
@@ -57,17 +54,16 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
       by_image[question.image].append(question)
   with open(results, "a", encoding="utf-8") as file, Progress(len(by_image), "image", "packed") as progress:
     for image, group in by_image.items():
-      picture, waiting = open_picture(image), iter(group)
+      picture, waiting = load_image(image), iter(group)
       for part in packer.split([(question.question, question.answer) for question in group]):
         batch = packer.pack([Sample(picture, part)])
         correct = (predict(loaded.model, batch) == batch.answers) | ~batch.answer_valid
-        for index, _ in enumerate(part):
-          question = next(waiting)
+        for index, question in zip(range(len(part)), waiting, strict=False):
           right[question.id] = bool((correct | (batch.answer_question != index)).all())
           file.write(json.dumps({"id": question.id, "right": right[question.id]}) + "\n")
         file.flush()
       progress.update()
-  return {question.id: right[question.id] for question in questions}
+  return right
 
 
 def method_right(method: str, questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
@@ -88,9 +84,7 @@ def _read(path: pathlib.Path) -> list[dict]:
 
 def run() -> int:
   """Evaluates and prints a table."""
-  workdir = pathlib.Path(_WORKDIR.value).absolute()
-  with command.user_error(f"--workdir: cannot create {workdir}"):
-    workdir.mkdir(parents=True, exist_ok=True)
+  workdir = study.directory("workdir").absolute()
   questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
   settings = {name: flags.FLAGS[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")}
   settings["weights"] = checkpoint.open_checkpoint(flags.FLAGS.checkpoint).digest()
