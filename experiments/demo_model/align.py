@@ -63,8 +63,7 @@ def collect(
       if index % SHAPES_EVERY == 0:
         shapes = [mixture.draw_shape(rng) for _ in range(BATCH)]
         pictures = [picture for picture, _ in shapes]
-        appearances = [sorted({answer for _, answer in pool.open_ended}) for _, pool in shapes]
-        described = [describe_shape(*shape, packer.grid, words) for shape in zip(pictures, appearances, strict=True)]
+        described = [describe_shape(*shape, packer.grid, words) for shape in shapes]
       else:
         scenes = [mixture.draw_scene(rng) for _ in range(BATCH)]
         pictures = [scene.picture for scene in scenes]

