@@ -39,7 +39,7 @@ class Comparison:
 
   Attributes:
     answers: label of a cell that has run → id of the question → output row.
-    timings: label → the result of `timing.measure_times`, or nothing.
+    timings: label → the result of `study.measure_times`, or nothing.
   """
 
   questions: Sequence[Question]

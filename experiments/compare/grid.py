@@ -36,9 +36,7 @@ def schedule_for_budget(
   A method that prunes keeps its own shares times a common factor, at most all tokens and at least one, such that the mean
   number of image tokens that enter a layer is as near to the budget as possible. Of two methods both are scaled. A method that
   freezes instead updates that many image tokens in a layer on average; `ranking` are layers from least to most useful.
-
-  Raises:
-    UserError: a budget that the method cannot come down to, or a method that cannot be run.
+  Raises `UserError` at a budget that the method cannot come down to, and at a method that cannot be run.
   """
   method, whole = pruning.method, shape.num_image_tokens
   if not 0 < budget <= whole:

@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from experiments import question_sets
 from experiments.compare import plots, report, tables
 from experiments.compare.comparison import Comparison, PromptSizes, Row
 from experiments.compare.grid import Cell, Grid, Shape
+from experiments.question_sets import Question
 from experiments.shared import kept, tabular
 from himap_jax import checkpoint
 from himap_jax.engine import accounting, sharding
@@ -62,9 +63,7 @@ class StudyConfig:
 class Runner:
   """Runs the cells of one comparison; the weights are read when first needed."""
 
-  def __init__(
-    self, config: StudyConfig, opened: checkpoint.OpenCheckpoint, questions: Sequence[question_sets.Question]
-  ):
+  def __init__(self, config: StudyConfig, opened: checkpoint.OpenCheckpoint, questions: Sequence[Question]):
     """Raises `UserError` where the model cannot take prompts of this form."""
     self._config, self._opened, self._questions = config, opened, questions
     self.processor = opened.prompts(config.inputs.prompt_template)
@@ -99,9 +98,9 @@ class Runner:
 
   def prompt_sizes(self) -> PromptSizes:
     """The sizes of the questions that the model can take, on average."""
-    blank = Image.new("RGB", (64, 64))
-    by_text = {text: self._prepare(text, lambda: blank) for text in {q.question for q in self._questions}}
-    lengths = [by_text[q.question].num_text_tokens for q in self._questions if by_text[q.question]]
+    by_text = {question.question: question for question in self._questions}
+    prepared = {text: self._prepare(question, blank=True) for text, question in by_text.items()}
+    lengths = [prepared[q.question].num_text_tokens for q in self._questions if prepared[q.question]]
     model, num_text_tokens = accounting.model_sizes(self._opened.config), round(float(np.mean(lengths)))
     bytes_per_value = jnp.dtype(command.DTYPES[self._config.dtype]).itemsize
     return PromptSizes(model, self.shape.num_image_tokens, num_text_tokens, bytes_per_value)
@@ -133,16 +132,16 @@ class Runner:
   @functools.cached_property
   def _timing_inputs(self) -> Inputs:
     batch_size = self._config.timing.batch_size
-    prepared = (self._prepare(q.question, lambda q=q: pictures.load_image(q.image)) for q in self._questions)
-    first = list(itertools.islice(filter(None, prepared), batch_size))
+    first = list(itertools.islice(filter(None, map(self._prepare, self._questions)), batch_size))
     if not first:
       raise UserError("no question can be prepared for timing")
     return self._batcher.pack(first, bucket=max(map(self._batcher.bucket, first)), batch_size=batch_size)
 
-  def _prepare(self, question: str, load: Callable[[], Image.Image]) -> Example | None:
-    """A prepared question; None where it cannot be prepared, and so is an error among the answers."""
+  def _prepare(self, question: Question, *, blank: bool = False) -> Example | None:
+    """A prepared question, about a blank picture if told so; None where it cannot be prepared: an error among the answers."""
     with contextlib.suppress(UserError):
-      example = self.processor.prepare(load(), question)
+      picture = Image.new("RGB", (64, 64)) if blank else pictures.load_image(question.image)
+      example = self.processor.prepare(picture, question.question)
       self._batcher.bucket(example)
       return example
 
@@ -175,10 +174,8 @@ def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats:
 def run(config: StudyConfig) -> list[Row]:
   """Runs what has not been run yet, writes the results and returns the table's rows.
 
-  Raises:
-    UserError: the configuration cannot be run, the work directory belongs to another, or a file cannot be written; what was
-      written before is whole.
-    CheckpointError: the checkpoint cannot be read.
+  Raises `UserError` where the configuration cannot be run, the work directory belongs to another, or a file cannot be written,
+  and `CheckpointError` where the checkpoint cannot be read; what was written before is whole.
   """
   for directory in (config.workdir / "answers", config.workdir / "timings", config.output):
     with command.user_error(f"cannot create {directory}"):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiments.demo_model import packages
+from experiments.demo_model.packages import PACKAGES, fetch
 
 # Folders and subcategories of every kind; pictures there that show something else; words that end a caption and do not say what
 # is shown; and for every colour name ranges of hue in degrees, of saturation and of value that no other name has.
@@ -74,7 +74,7 @@ def split(found: Sequence[Found]) -> dict[str, list[Cutout]]:
 
 
 def _stamps(cache_dir: pathlib.Path) -> list[Found]:
-  root = packages.fetch(packages.STAMPS, cache_dir) / "usr/share/tuxpaint/stamps"
+  root = fetch(PACKAGES["stamps"], cache_dir) / "usr/share/tuxpaint/stamps"
   found = []
   for kind, folders in TABLES["stamp_folders"].items():
     for path in itertools.chain.from_iterable(sorted((root / folder).rglob("*.png")) for folder in folders):
@@ -87,8 +87,7 @@ def _stamps(cache_dir: pathlib.Path) -> list[Found]:
 
 
 def _emoji(cache_dir: pathlib.Path) -> list[Found]:
-  pinned = (packages.NOTO, packages.TWEMOJI, packages.FLUENT)
-  noto, twemoji, fluent = (packages.fetch(package, cache_dir) / "package" for package in pinned)
+  noto, twemoji, fluent = (fetch(PACKAGES[name], cache_dir) / "package" for name in ("noto", "twemoji", "fluent"))
   kinds = {subcategory: kind for kind, own in TABLES["emoji_subcategories"].items() for subcategory in own}
   found = []
   for entry in json.loads((noto / "emoji.json").read_text(encoding="utf-8")):

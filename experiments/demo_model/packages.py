@@ -25,11 +25,11 @@ class Package(NamedTuple):
   unpack: Sequence[str]
 
 
-# Licences: GPL-2; MIT, pictures Apache-2.0; MIT, pictures CC-BY-4.0; MIT.
-STAMPS, NOTO, TWEMOJI, FLUENT = (
-  Package(**fields)
-  for fields in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).values()
-)
+# Licences: stamps GPL-2; noto MIT, pictures Apache-2.0; twemoji MIT, pictures CC-BY-4.0; fluent MIT.
+PACKAGES = {
+  label: Package(**fields)
+  for label, fields in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
+}
 
 
 def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:

@@ -97,27 +97,26 @@ class Packer:
 
   def _row(self, questions: Sequence[Asked]) -> list[np.ndarray]:
     """Tokens, positions and segments of all slots; slots, tokens, validity and questions of the answers."""
-    system, *_ = self._tokenize(*questions[0])
-    tokens = system + [self._image_token] * self._num_image_tokens
+    tokens = self._tokenize(*questions[0])[0] + [self._image_token] * self._num_image_tokens
     prefix = len(tokens)
-    positions, segments = list(range(prefix)), [0] * prefix
-    answer_slots, answers, answer_question = [], [], []
-    for index, asked in enumerate(questions):
+    positions, segments, is_answer = list(range(prefix)), [0] * prefix, [False] * prefix
+    for index, asked in enumerate(questions, start=1):
       _, question, answer = self._tokenize(*asked)
-      tokens += question + answer
       length = len(question) + len(answer)
+      tokens += question + answer
       positions += range(prefix, prefix + length)
-      segments += [index + 1] * length
-      answer_slots += range(len(tokens) - len(answer) - 1, len(tokens) - 1)
-      answers += answer
-      answer_question += [index] * len(answer)
+      segments += [index] * length
+      is_answer += [False] * len(question) + [True] * len(answer)
+    answers = np.flatnonzero(is_answer)
     num_slots, num_answers = prefix + self._question_slots, self._question_slots // ANSWER_SLOTS_SHARE
     return [
-      *(_pad(values, num_slots) for values in (tokens, positions)),
+      _pad(tokens, num_slots),
+      _pad(positions, num_slots),
       _pad(segments, num_slots, UNUSED),
-      *(_pad(values, num_answers) for values in (answer_slots, answers)),
+      _pad(answers - 1, num_answers),
+      _pad(np.take(tokens, answers), num_answers),
       np.arange(num_answers) < len(answers),
-      _pad(answer_question, num_answers),
+      _pad(np.take(segments, answers) - 1, num_answers),
     ]
 
   def _tokenize(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
@@ -131,7 +130,7 @@ class Packer:
     return prompt[:image], prompt[image + 1 :], answer_tokens
 
 
-def _pad(values: list[int], length: int, fill: int = 0) -> np.ndarray:
+def _pad(values: Sequence[int] | np.ndarray, length: int, fill: int = 0) -> np.ndarray:
   if len(values) > length:
     raise UserError(f"{len(values)} tokens do not fit into {length} slots")
-  return np.array(values + [fill] * (length - len(values)), np.int32)
+  return np.pad(np.asarray(values, np.int32), (0, length - len(values)), constant_values=fill)

@@ -71,13 +71,13 @@ def _about_kinds(rng: np.random.Generator, scene: Scene) -> Iterator[Question]:
   present = [kind for kind in KINDS if scene.of_kind(kind)]
   absent = [str(kind) for kind in rng.permutation([kind for kind in KINDS if kind not in present])]
   for kind in present:
-    yield Question("presence", f"is there {_noun(kind)[1]}?", "yes")
+    yield Question("presence", f"is there {_a(kind)}?", "yes")
     if len(scene.of_kind(kind)) > 1 or rng.random() < 0.4:
-      yield Question("number", f"how many {_noun(kind)[2]} are there?", str(len(scene.of_kind(kind))))
+      yield Question("number", f"how many {_plural(kind)} are there?", str(len(scene.of_kind(kind))))
   for kind in absent[: len(present)]:
-    yield Question("presence", f"is there {_noun(kind)[1]}?", "no")
+    yield Question("presence", f"is there {_a(kind)}?", "no")
   for kind in absent[len(present) : len(present) + (len(present) + 1) // 2]:
-    yield Question("number", f"how many {_noun(kind)[2]} are there?", "0")
+    yield Question("number", f"how many {_plural(kind)} are there?", "0")
   yield Question("count", "how many things are there?", str(len(scene.things)))
 
 
@@ -90,7 +90,7 @@ def _about_extremes(scene: Scene) -> Iterator[Question]:
 
 def _about_single(scene: Scene) -> Iterator[Question]:
   for thing in scene.alone():
-    (kind, *_), name, colour = _noun(thing.cutout.kind), thing.cutout.name, thing.cutout.colour
+    kind, name, colour = _one(thing.cutout.kind), thing.cutout.name, thing.cutout.colour
     if name:
       yield Question("name", f"what is the {kind} called?", name)
     if colour:
@@ -103,8 +103,7 @@ def _about_single(scene: Scene) -> Iterator[Question]:
 
 def _about_pairs(scene: Scene) -> Iterator[Question]:
   for first, second in itertools.product(scene.alone(), repeat=2):
-    (x, y), (u, v) = first.middle, second.middle
-    (one, *_), (other, *_) = _noun(first.cutout.kind), _noun(second.cutout.kind)
+    (x, y), (u, v), one, other = first.middle, second.middle, _one(first.cutout.kind), _one(second.cutout.kind)
     if abs(x - u) > APART:
       asked = f"is the {one} to the left or to the right of the {other}?"
       yield Question("relation", asked, "left" if x < u else "right")
@@ -142,10 +141,16 @@ def ask_for_lists(scene: Scene) -> dict[str, list[Question]]:
   return {question.type: [question] for question in lists}
 
 
-def _noun(kind: str) -> tuple[str, str, str]:
-  """One thing of a kind without and with its article, and several."""
-  one, several = (f"piece of {kind}", f"pieces of {kind}") if kind in PIECES else (kind, f"{kind}s")
-  return one, f"{'an' if one[0] in VOWELS else 'a'} {one}", several
+def _one(kind: str) -> str:
+  return f"piece of {kind}" if kind in PIECES else kind
+
+
+def _a(kind: str) -> str:
+  return f"{'an' if _one(kind)[0] in VOWELS else 'a'} {_one(kind)}"
+
+
+def _plural(kind: str) -> str:
+  return f"pieces of {kind}" if kind in PIECES else f"{kind}s"
 
 
 def scene_of(
