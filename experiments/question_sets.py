@@ -1,11 +1,10 @@
 """Questions about pictures with their answers: easy-VQA, composed scenes and lists of what is in them, or a file."""
 
 import collections
-import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +14,8 @@ from experiments.demo_model import questions as scene_questions
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.errors import UserError
 
+SETS = ("easyvqa", "scenes", "scene_lists")
 NUM_SCENES = 200
-SHAPES = ("circle", "rectangle", "triangle")
 
 
 class Question(NamedTuple):
@@ -60,21 +59,21 @@ def _normal(answer: str) -> str:
 def load(
   name: str, *, num_questions: int | None, seed: int, workdir: pathlib.Path, needs_answers: bool = True
 ) -> list[Question]:
-  """Loads a question set, or as many of its questions, each type in proportion.
+  """Loads one of `SETS`, or a JSONL file of `{"id", "image", "question", "answer", "type"}` a line, images relative to it.
 
-  Args:
-    name: a name in `SETS`, or a JSONL file of `{"id", "image", "question", "answer", "type"}` a line, images relative to
-      it; a row without `guess` is guessed as `guess_from_other_half` does. Where answers are not needed, rows may lack them
-      and the type.
-    num_questions: how many to draw; all when None.
-    seed: of the draw.
-    workdir: where a set that has to be made is written.
-    needs_answers: whether a row of a file without an answer is an error.
-
-  Raises:
-    UserError: there is no such set, or it cannot be read.
+  Of all, `num_questions` are drawn. A set that has to be made is written to `workdir`. A row without `guess` is guessed as
+  `guess_from_other_half` does. Where answers are not needed, rows may lack them and the type. Raises `UserError` where there
+  is no such set, or it cannot be read.
   """
-  questions = SETS[name](workdir) if name in SETS else _read(name, needs_answers=needs_answers)
+  if name == "easyvqa":
+    questions = _easyvqa()
+  elif name in SETS:
+    path = workdir / name / "questions.jsonl"
+    if not path.exists():
+      scene_questions.write(path.parent, "test", NUM_SCENES, lists=name == "scene_lists")
+    questions = _read(path, needs_answers=True)
+  else:
+    questions = _read(pathlib.Path(name), needs_answers=needs_answers)
   return questions if num_questions is None else draw(questions, num_questions, seed=seed)
 
 
@@ -104,68 +103,48 @@ def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> lis
 
 
 def guess_from_other_half(asked: Sequence[tuple[str, str, str, str]]) -> list[str]:
-  """Question-only answers: for each row the commonest answer in the half of the pictures that it is not in.
+  """Question-only answers to rows of image, question, type and answer, from the half of the pictures that a row is not in.
 
-  That is the answer to its question, else to its type, else nothing. Every other picture is in one half; leaving out only the
-  row itself would make the rarer answer of a balanced set the commonest of the rest.
-
-  Args:
-    asked: image, question, type and answer of every row.
+  That is the commonest answer there to its question, else to its type, else nothing. Every other picture is in one half;
+  leaving out only the row itself would make the rarer answer of a balanced set the commonest of the rest.
   """
   halves = {image: index % 2 for index, image in enumerate(dict.fromkeys(image for image, *_ in asked))}
-  keyed = [((halves[image], "question", question), answer) for image, question, _, answer in asked]
-  keyed += [((halves[image], "type", type), answer) for image, _, type, answer in asked]
-  seen = scene_questions.commonest(keyed)
-  others = [(1 - halves[image], question, type) for image, question, type, _ in asked]
-  return [seen.get((half, "question", q), seen.get((half, "type", type), "")) for half, q, type in others]
+  keys = [(("question", question), ("type", type)) for _, question, type, _ in asked]
+  seen = scene_questions.commonest(
+    ((halves[row[0]], key), row[-1]) for row, own in zip(asked, keys, strict=True) for key in own
+  )
+  others = [1 - halves[image] for image, *_ in asked]
+  return [seen.get((half, q), seen.get((half, type), "")) for half, (q, type) in zip(others, keys, strict=True)]
 
 
-def _easyvqa(workdir: pathlib.Path) -> list[Question]:
-  del workdir
+def _easyvqa() -> list[Question]:
   train = easyvqa.load(default_cache_dir(), "train")
   guesses = scene_questions.commonest((example.question, example.answer) for example in train)
-  types = {"yes": "yes or no", "no": "yes or no"} | dict.fromkeys(SHAPES, "shape")
+  types = {"yes": "yes or no", "no": "yes or no"} | dict.fromkeys(("circle", "rectangle", "triangle"), "shape")
   return [
-    Question(
-      one.id, one.image, one.question, one.answer, types.get(one.answer, "colour"), guesses.get(one.question, "")
-    )
-    for one in easyvqa.load(default_cache_dir(), "test")
+    Question(id, image, question, answer, types.get(answer, "colour"), guesses.get(question, ""))
+    for image, question, answer, id in easyvqa.load(default_cache_dir(), "test")
   ]
 
 
-def _scenes(workdir: pathlib.Path, *, lists: bool = False) -> list[Question]:
-  path = workdir / ("scene_lists" if lists else "scenes") / "questions.jsonl"
-  if not path.exists():
-    scene_questions.write(path.parent, "test", NUM_SCENES, lists=lists)
-  return _read(str(path), needs_answers=True)
-
-
-def _read(name: str, *, needs_answers: bool) -> list[Question]:
+def _read(path: pathlib.Path, *, needs_answers: bool) -> list[Question]:
   absent = {} if needs_answers else {"answer": "", "type": "question"}
-  path = pathlib.Path(name)
   try:
     lines = path.read_text(encoding="utf-8").splitlines()
   except OSError as error:
-    known = ", ".join(SETS)
-    raise UserError(f"{name}: neither a question set ({known}) nor a file that can be read") from error
-  rows = []
+    raise UserError(f"{path}: neither a question set ({', '.join(SETS)}) nor a file that can be read") from error
+  rows, guesses = [], []
   for number, line in enumerate(lines, start=1):
     try:
       row = absent | json.loads(line)
-      rows.append({field: str(row[field]) for field in ("id", "image", "question", "answer", "type")})
+      rows.append([str(row[field]) for field in ("id", "image", "question", "answer", "type")])
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f"{path}: line {number} is not a question with its answer ({error})") from error
-    rows[-1]["guess"] = row.get("guess")
-  if len({row["id"] for row in rows}) < len(rows) or not rows:
+    guesses.append(row.get("guess"))
+  if len({id for id, *_ in rows}) < len(rows) or not rows:
     raise UserError(f"{path}: {'two questions share an id' if rows else 'no questions'}")
-  guesses = guess_from_other_half([(row["image"], row["question"], row["type"], row["answer"]) for row in rows])
-  for row, guess in zip(rows, guesses, strict=True):
-    row["image"], row["guess"] = path.parent / row["image"], guess if row["guess"] is None else str(row["guess"])
-  return [Question(**row) for row in rows]
-
-
-SETS: dict[str, Callable[[pathlib.Path], list[Question]]] = {
-  "easyvqa": _easyvqa,
-  "scenes": _scenes,
-  "scene_lists": functools.partial(_scenes, lists=True),
-}
+  others = guess_from_other_half([(image, question, type, answer) for _, image, question, answer, type in rows])
+  return [
+    Question(id, path.parent / image, *texts, other if guess is None else str(guess))
+    for (id, image, *texts), guess, other in zip(rows, guesses, others, strict=True)
+  ]

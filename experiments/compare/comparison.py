@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,7 @@ BY_TYPE = "accuracy: "
 Row = dict[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptSizes:
+class PromptSizes(NamedTuple):
   """What the costs of a prompt depend on: the model, its tokens before pruning, and the bytes of a value in the cache."""
 
   model: ModelSizes
@@ -31,19 +30,16 @@ class PromptSizes:
 
   def costs(self, schedule: Schedule) -> Costs:
     """What a prompt costs."""
-    return costs(self.model, schedule, self.num_image_tokens, self.num_text_tokens, self.bytes_per_value)
+    return costs(self.model, schedule, *self[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """What was run and what came out.
+  """What was asked, run and answered: no pruning first.
 
   Attributes:
-    questions: what was asked.
-    cells: no pruning first.
-    answers: label of a cell that has run, no pruning first → id of the question → output row.
-    timings: label → the result of `timing.measure_times`, or nothing.
-    sizes: of the prompts.
+    answers: label of a cell that has run → id of the question → output row.
+    timings: label → the result of `study.measure_times`, or nothing.
   """
 
   questions: Sequence[Question]
@@ -59,9 +55,15 @@ class Comparison:
     for cell in self.cells:
       row = {"method": cell.method, "label": cell.label, "budget": cell.budget, "note": cell.note}
       if cell.schedule is not None:
-        own, timing = self._costs(cell), self.timings[cell.label]
-        row |= self._tokens(cell.schedule, own) | accuracies[cell.label]
+        own, timing, stages = self._costs(cell), self.timings[cell.label], cell.schedule.stages
+        frozen = cell.schedule.frozen_layers
         row |= {
+          "prune_layers": "/".join(map(str, frozen or [stage.layer for stage in stages])) or None,
+          "keep": "/".join(str(stage.keep) for stage in stages) or None,
+          "tokens_in": own.mean_tokens_in,
+          "tokens_out": own.mean_tokens_out,
+          "tokens_updated": own.mean_tokens_in * (1 - len(frozen) / self.sizes.model.num_layers),
+          **accuracies[cell.label],
           "image_token_flops": own.image_tokens / plain.image_tokens,
           "all_token_flops": (own.decoder + own.scoring) / plain.decoder,
           "scoring_share": own.scoring / own.prefill,
@@ -78,7 +80,7 @@ class Comparison:
     """Accuracy of every label, its difference to no pruning, and to the control at its budget where there is one."""
     given = {label: [own[question.id]["answer"] for question in self.questions] for label, own in self.answers.items()}
     given[QUESTION_ONLY] = [question.guess for question in self.questions]
-    truths, labels = [question.answer for question in self.questions], list(given)
+    truths, places = [question.answer for question in self.questions], {label: i for i, label in enumerate(given)}
     controls = {cell.budget: cell.label for cell in self.cells if cell.method == CONTROL and cell.label in given}
     control_of = {cell.label: controls.get(cell.budget) for cell in self.cells}
     right = np.array([[score(a, b) for a, b in zip(own, truths, strict=True)] for own in given.values()])
@@ -86,13 +88,12 @@ class Comparison:
     resampled, agreed, mean = resample(right, seed=seed), resample(same, seed=seed), right.mean(axis=1)
     by_type = accuracy_by_type(right, [question.type for question in self.questions])
     figures = {}
-    for index, (label, own) in enumerate(given.items()):
-      row = {"questions": len(own), "errors": sum(answer is None for answer in own)}
+    for label, index in places.items():
+      row = {"questions": len(given[label]), "errors": sum(answer is None for answer in given[label])}
       row |= with_interval("accuracy", mean[index], resampled[:, index])
-      references = {"difference": REFERENCE, "beyond_random": control_of.get(label)}
-      for name, reference in references.items():
+      for name, reference in (("difference", REFERENCE), ("beyond_random", control_of.get(label))):
         if reference is not None:
-          other = labels.index(reference)
+          other = places[reference]
           row |= with_interval(name, mean[index] - mean[other], resampled[:, index] - resampled[:, other])
       row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
       figures[label] = row | with_interval("agreement", same[index].mean(), agreed[:, index])
@@ -108,13 +109,3 @@ class Comparison:
     weights = list(counts.values())
     *operations, tokens_in, tokens_out = np.average([dataclasses.astuple(own) for own in each], axis=0, weights=weights)
     return Costs(*map(round, operations), float(tokens_in), float(tokens_out))
-
-  def _tokens(self, schedule: Schedule, own: Costs) -> Row:
-    layers = schedule.frozen_layers or [stage.layer for stage in schedule.stages]
-    return {
-      "prune_layers": "/".join(map(str, layers)) or None,
-      "keep": "/".join(str(stage.keep) for stage in schedule.stages) or None,
-      "tokens_in": own.mean_tokens_in,
-      "tokens_out": own.mean_tokens_out,
-      "tokens_updated": own.mean_tokens_in * (1 - len(schedule.frozen_layers) / self.sizes.model.num_layers),
-    }

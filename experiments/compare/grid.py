@@ -18,8 +18,7 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
 
 REFERENCE = "none"
-_METHOD = re.compile(r"(?P<method>[^@:]+)(@(?P<layers>\d+(/\d+)*))?")
-_SETTING = re.compile(_METHOD.pattern + r"(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?")
+_SETTING = re.compile(r"(?P<method>[^@:]+)(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?")
 
 
 class Shape(NamedTuple):
@@ -38,9 +37,7 @@ def schedule_for_budget(
   A method that prunes keeps its own shares times a common factor, at most all tokens and at least one, such that the mean
   number of image tokens that enter a layer is as near to the budget as possible. Of two methods both are scaled. A method that
   freezes instead updates that many image tokens in a layer on average; `ranking` are layers from least to most useful.
-
-  Raises:
-    UserError: a budget that the method cannot come down to, or a method that cannot be run.
+  Raises `UserError` at a budget that the method cannot come down to, and at a method that cannot be run.
   """
   method, whole = pruning.method, shape.num_image_tokens
   if not 0 < budget <= whole:
@@ -48,23 +45,21 @@ def schedule_for_budget(
   if any(methods.METHODS[name].freezes for name in methods.parse(method)):
     if pruning.prune_layers is not None:
       raise UserError(f"for a budget, {method!r} takes its layers from their ranking, not from its name")
-    return PruningConfig(method, frozen_for_budget(budget, shape, ranking)).schedule(*shape)
+    if ranking is None:
+      raise UserError("a budget of a method that freezes layers needs their ranking: --shortv_ranking")
+    lowest = whole * (shape.num_layers - len(ranking)) / shape.num_layers
+    if lowest > budget:
+      raise UserError(
+        f"the ranking names {len(ranking)} layers; the lowest mean that they reach is {lowest:.1f} tokens"
+      )
+    frozen = tuple(ranking[: round(shape.num_layers * (1 - budget / whole))])
+    return PruningConfig(method, frozen).schedule(*shape)
   own = pruning.schedule(*shape)
   if not own.stages:
     raise UserError(f"method {method!r} has nothing to scale to a budget")
   layers = tuple(stage.layer for stage in own.stages)
   keep = scale([stage.keep for stage in own.stages], layers, budget, shape)
   return PruningConfig(method, layers, keep, pruning.parameters).schedule(*shape)
-
-
-def frozen_for_budget(budget: float, shape: Shape, ranking: Sequence[int] | None) -> tuple[int, ...]:
-  """The least useful layers that, frozen, bring the mean of updated image tokens nearest to the budget."""
-  if ranking is None:
-    raise UserError("a budget of a method that freezes layers needs their ranking: --shortv_ranking")
-  lowest = shape.num_image_tokens * (shape.num_layers - len(ranking)) / shape.num_layers
-  if lowest > budget:
-    raise UserError(f"the ranking names {len(ranking)} layers; the lowest mean that they reach is {lowest:.1f} tokens")
-  return tuple(ranking[: round(shape.num_layers * (1 - budget / shape.num_image_tokens))])
 
 
 def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shape) -> tuple[int, ...]:
@@ -108,27 +103,18 @@ class Cell:
   note: str | None = None
 
   @property
-  def base_method(self) -> str:
-    """The method's name without layers."""
-    return self.method.partition("@")[0]
-
-  @property
   def file_name(self) -> str:
     """A name for files of this schedule: a cell whose schedule has changed has other files."""
-    stages = [(stage.layer, stage.keep) for stage in self.schedule.stages]
-    checksum = zlib.crc32(repr((self.base_method, stages, self.schedule.frozen_layers)).encode())
+    base_method, stages = self.method.partition("@")[0], [(stage.layer, stage.keep) for stage in self.schedule.stages]
+    checksum = zlib.crc32(repr((base_method, stages, self.schedule.frozen_layers)).encode())
     return f"{re.sub(r'[^-+@%.=0-9a-z]', '-', self.label.replace(':', '='))}.{checksum:08x}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """What is compared, as the flags give it.
+  """What is compared, as the flags give it: methods as `himap@1/4` at budgets, and settings as `himap@2/8:288/72`.
 
-  Attributes:
-    methods: `method` or `method@layers`, as `himap@1/4`.
-    budgets: mean numbers of image tokens per layer, for each of `methods`.
-    settings: `method`, `method@layers` or `method@layers:keep`, as `himap@2/8:288/72` or `fastv:25%`.
-    ranking: layers from least to most useful, for a method that freezes.
+  The ranking of layers from least to most useful is for a method that freezes.
   """
 
   methods: tuple[str, ...] = ()
@@ -140,34 +126,30 @@ class Grid:
     """The cells for a model, no pruning first; raises `UserError` at what is no method, or a setting it cannot run."""
     cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
     for name in self.methods:
-      pruning = _parse(_METHOD, name)
-      if pruning.method != REFERENCE:
-        cells += [self._cell(name, pruning, budget, shape) for budget in self.budgets]
+      if ":" in name:
+        raise UserError(f"{name!r} is not a method or method@layers, as himap@1/4")
+      pruning = _parse(name)
+      for budget in self.budgets if pruning.method != REFERENCE else ():
+        cell = Cell(name, f"{name} {budget:g}", budget)
+        try:
+          schedule = schedule_for_budget(pruning, budget, shape, self.ranking)
+          cells.append(dataclasses.replace(cell, schedule=schedule))
+        except UserError as error:
+          cells.append(dataclasses.replace(cell, note=str(error)))
     for setting in self.settings:
-      cells.append(Cell(setting.partition(":")[0], setting, schedule=_parse(_SETTING, setting).schedule(*shape)))
+      cells.append(Cell(setting.partition(":")[0], setting, schedule=_parse(setting).schedule(*shape)))
     return list({cell.label: cell for cell in cells}.values())
 
-  def _cell(self, name: str, pruning: PruningConfig, budget: float, shape: Shape) -> Cell:
-    schedule = note = None
-    try:
-      schedule = schedule_for_budget(pruning, budget, shape, self.ranking)
-    except UserError as error:
-      note = str(error)
-    return Cell(name, f"{name} {budget:g}", budget, schedule, note)
 
-
-def _parse(pattern: re.Pattern[str], text: str) -> PruningConfig:
-  match = pattern.fullmatch(text)
+def _parse(text: str) -> PruningConfig:
+  match = _SETTING.fullmatch(text)
   if not match:
     raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, as himap@2/8:288/72")
-  parts = match.groupdict()
-  methods.parse(parts["method"])
-  layers, keep = parts["layers"], parts.get("keep")
+  method, layers, keep = match["method"], match["layers"], match["keep"]
+  methods.parse(method)
   try:
     return PruningConfig(
-      parts["method"],
-      tuple(map(int, layers.split("/"))) if layers else None,
-      tuple(map(keep_count, keep.split("/"))) if keep else None,
+      method, layers and tuple(map(int, layers.split("/"))), keep and tuple(map(keep_count, keep.split("/")))
     )
   except ValueError as error:
     raise UserError(f"{text!r}: {error}") from error

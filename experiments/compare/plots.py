@@ -1,22 +1,27 @@
-"""Accuracy against costs, over all questions and by type."""
+"""Figures: accuracy against costs, over all questions and by type, and what cells keep of pictures."""
 
 import collections
-import dataclasses
 import pathlib
+import textwrap
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.compare.comparison import BY_TYPE, QUESTION_ONLY, Row
 from experiments.compare.grid import REFERENCE
+from experiments.compare.report import Example
 from experiments.compare.tables import types_of
+from experiments.question_sets import is_right
 from experiments.shared import figures
 from experiments.shared.statistics import pareto_front
 from himap_jax.pruning.methods import METHODS, parse
+from himap_jax.run.drawing import fade
 
 BEFORE, INSIDE, BOTH, CONTROL = "before the decoder", "inside the decoder", "before + inside", "controls"
 PLACES = {"before": BEFORE, "inside": INSIDE, "anywhere": CONTROL}
@@ -31,11 +36,12 @@ FLOPS_TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 NO_PRUNING = {"color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8}
 BASELINE = {"color": "#888888", "linestyle": ":", "linewidth": 0.8}
 FRONT = {"color": "#222222", "alpha": 0.35, "linewidth": 2}
+COLUMNS = 9  # of the strips
+RIGHT, WRONG = "#1a7f37", "#c1121f"
 BOX = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
 
-@dataclasses.dataclass(frozen=True)
-class Style:
+class Style(NamedTuple):
   """How a method is drawn."""
 
   place: str
@@ -87,9 +93,8 @@ def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
       look = {"textcoords": "offset points", "fontsize": 8.5, "zorder": 5, "bbox": BOX}
       axes.annotate(row["label"], (row[x], row[y]), offset, **look)
   axes.plot(none[x], none[y], zorder=3, linestyle="none", **REFERENCE_STYLE.look(filled=True))
-  _draw(axes, rows, x, y, styles)
+  _draw(axes, rows, (x, y), styles, FLOPS_TICKS, ticker.PercentFormatter(1.0, decimals=0))
   least, most = min(row[x] for row in run) / 1.12, max(row[x] for row in run) * 1.12
-  _scale_x(axes, FLOPS_TICKS, ticker.PercentFormatter(1.0, decimals=0))
   axes.set_xlim(least, most)
   axes.annotate("question only", (least, rows[1][y]), (3, 3), textcoords="offset points", color="#666666", fontsize=9)
   axes.set_xlabel("FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning")
@@ -108,8 +113,7 @@ def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
   budgets = {row["budget"] for row in _pruned(rows) if row["budget"]}
   ticks = sorted(budgets or {row["tokens_updated"] for row in _pruned(rows)})
   for axes, type in zip(panels, types, strict=False):
-    _draw(axes, rows, "tokens_updated", f"{BY_TYPE}{type}", styles)
-    _scale_x(axes, ticks, ticker.FormatStrFormatter("%g"))
+    _draw(axes, rows, ("tokens_updated", f"{BY_TYPE}{type}"), styles, ticks, ticker.FormatStrFormatter("%g"))
     axes.set_title(type, loc="left", fontsize=11, fontweight="bold")
   for axes in panels[len(types) :]:
     axes.set_axis_off()
@@ -119,8 +123,49 @@ def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
   figures.save(path, figure)
 
 
-def _draw(axes: Axes, rows: Sequence[Row], x: str, y: str, styles: dict[str, Style]) -> None:
-  """Points of all cells, a line through those of a method at its budgets, and lines for both baselines."""
+def draw_strips(path: pathlib.Path, examples: Sequence[Example], labels: Sequence[str]) -> None:
+  """Draws a block for every example: the picture as each cell's last layers see it, with its answer below."""
+  if not examples:
+    return
+  lines, columns = -(-len(labels) // COLUMNS), min(COLUMNS, len(labels))
+  figure = Figure(figsize=(1.55 * columns, (1.95 * lines + 0.45) * len(examples)), layout="constrained")
+  blocks = figure.subfigures(len(examples), 1, squeeze=False).ravel()
+  for block, example in zip(blocks, examples, strict=True):
+    block.suptitle(f"{example.question}  —  {example.answer}", x=0.005, ha="left", fontsize=11, fontweight="bold")
+    panels = block.subplots(lines, columns, squeeze=False).ravel()
+    for axes in panels:
+      axes.set_axis_off()
+    for axes, label in zip(panels, labels, strict=False):
+      _panel(axes, example, label)
+  FigureCanvasAgg(figure)
+  with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an answer in such a script is drawn as boxes
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axes: Axes, example: Example, label: str) -> None:
+  shown = example.cells.get(label)
+  axes.set_title(label, fontsize=8.5, pad=3)
+  if shown is None:
+    return
+  stages = sorted(shown.stages, key=lambda stage: stage[0])
+  axes.imshow(fade(example.picture, stages[-1][1], example.grid) if stages else example.picture)
+  right = is_right(shown.answer, example.answer)
+  answer = textwrap.shorten(shown.answer, 22, placeholder="…") or "(nothing)"
+  axes.text(
+    0.5, -0.04, f"{'✓' if right else '✗'} {answer}", transform=axes.transAxes, ha="center", va="top",
+    fontsize=8.5, color=RIGHT if right else WRONG,
+  )  # fmt: skip
+
+
+def _draw(
+  axes: Axes, rows: Sequence[Row], names: tuple[str, str], styles: dict[str, Style], ticks: Sequence[float], form: Any
+) -> None:
+  """Points of all cells, a line through those of a method at its budgets, and lines for both baselines.
+
+  The horizontal axis, the first of `names`, is logarithmic; its ticks are written with the formatter `form`.
+  """
+  x, y = names
   points = collections.defaultdict(list)
   for row in _pruned(rows):
     filled = row["budget"] is not None
@@ -130,19 +175,16 @@ def _draw(axes: Axes, rows: Sequence[Row], x: str, y: str, styles: dict[str, Sty
   for method, own in points.items():
     line = {"linestyle": "--" if "@" in method else "-", "linewidth": 1.1, "alpha": 0.75, "zorder": 2}
     axes.plot(*zip(*sorted(own, key=lambda point: point[0]), strict=True), color=styles[method].colour, **line)
+  axes.set_xscale("log")
+  axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+  axes.xaxis.set_minor_locator(ticker.NullLocator())
+  axes.xaxis.set_major_formatter(form)
   axes.axhline(rows[0][y], zorder=0, **NO_PRUNING)
   axes.axhline(rows[1][y], zorder=0, **BASELINE)
   axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
   axes.set_axisbelow(True)
-
-
-def _scale_x(axes: Axes, ticks: Sequence[float], formatter: ticker.Formatter) -> None:
-  axes.set_xscale("log")
-  axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
-  axes.xaxis.set_minor_locator(ticker.NullLocator())
-  axes.xaxis.set_major_formatter(formatter)
 
 
 def _legend(figure: Figure, rows: Sequence[Row], styles: dict[str, Style], extra: dict[str, dict[str, Any]]) -> None:

@@ -1,20 +1,26 @@
-"""The comparison as one HTML file: a table of figures, and what each method keeps of pictures."""
+"""The comparison as one HTML file: a table of figures, and what each method keeps of pictures and answers."""
 
 import base64
+import collections
 import dataclasses
 import io
 import math
 import numbers
+import operator
+import pathlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 from PIL import Image
 
-from experiments.question_sets import is_right
+from experiments.compare.comparison import Comparison
+from experiments.compare.grid import REFERENCE, Cell
+from experiments.question_sets import Question, is_right
+from himap_jax.families.family import Processor
 from himap_jax.run.drawing import kept_mask
+from himap_jax.run.pictures import load_image
 
 
 class Column(NamedTuple):
@@ -36,9 +42,8 @@ class Shown(NamedTuple):
 class Example:
   """One question about one picture, as the model saw it, with its true answer, and what every method did with it.
 
-  Attributes:
-    grid: (rows, columns) of image tokens.
-    cells: method and budget, as in `himap 25%` → what it did. The reader can filter by a last word that is a number.
+  The grid is (rows, columns) of image tokens. Cells are named by method and budget, as `himap 25%`; the reader can filter by a
+  last word that is a number.
   """
 
   picture: Image.Image
@@ -49,8 +54,49 @@ class Example:
   cells: Mapping[str, Shown]
 
 
+def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
+  """The first questions of every type in turns, each about a picture that no other is about."""
+  by_type = collections.defaultdict(collections.deque)
+  for question in questions:
+    by_type[question.type].append(question)
+  chosen: dict[pathlib.Path, Question] = {}
+  while len(chosen) < num_examples and any(by_type.values()):
+    for waiting in by_type.values():
+      while waiting and waiting[0].image in chosen:
+        waiting.popleft()
+      if waiting and len(chosen) < num_examples:
+        question = waiting.popleft()
+        chosen[question.image] = question
+  return list(chosen.values())
+
+
+def collect(questions: Sequence[Question], comparison: Comparison, processor: Processor) -> list[Example]:
+  """What every cell that has run did with some questions; one that it could not answer is left out."""
+  examples = []
+  for question in questions:
+    shown = {}
+    for cell in comparison.cells:
+      row = comparison.answers.get(cell.label, {}).get(question.id)
+      if row is not None and row["error"] is None:
+        layers = [stage.layer for stage in cell.schedule.stages]
+        shown[cell.label] = Shown(row["answer"], list(zip(layers, row["kept"], strict=True)))
+    if shown:
+      picture = processor.picture(processor.prepare(load_image(question.image), question.question))
+      examples.append(Example(picture, processor.patch_grid, question.question, question.answer, question.type, shown))
+  return examples
+
+
+def cells_to_show(cells: Sequence[Cell]) -> list[str]:
+  """Labels of no pruning and of all cells at one budget: the lowest of those that most methods reach."""
+  reached = collections.Counter(cell.budget for cell in cells if cell.budget is not None and cell.schedule is not None)
+  if not reached:
+    return [cell.label for cell in cells if cell.schedule is not None]
+  budget = max(reached, key=lambda budget: (reached[budget], -budget))
+  return [c.label for c in cells if c.label == REFERENCE or (c.budget == budget and c.schedule is not None)]
+
+
 def write_report(
-  path: str | Path,
+  path: pathlib.Path,
   columns: Sequence[Column],
   rows: Sequence[Mapping[str, Any]],
   examples: Sequence[Example],
@@ -60,16 +106,9 @@ def write_report(
 ) -> None:
   """Writes the report: one file that loads nothing from elsewhere.
 
-  Args:
-    path: the file to write.
-    columns: of the table; the first names the method, and a row named `none` there is set off.
-    rows: column name → value, None or nothing where it is missing; `note` stands in place of missing figures.
-    examples: the questions to browse.
-    title: of the report.
-    num_layers: the decoder's; without it the slider ends at the last layer where anything is pruned.
-
-  Raises:
-    ValueError: a kept image token is outside its example's grid, or a stage's layer is outside the decoder.
+  The first column names the method, and a row named `none` there is set off; a row's `note` stands in place of missing figures.
+  Without the decoder's `num_layers` the slider ends at the last layer where anything is pruned. Raises `ValueError` where a kept
+  image token is outside its example's grid, or a stage's layer outside the decoder.
   """
   layers = [layer for example in examples for shown in example.cells.values() for layer, _ in shown.stages]
   last_layer = max(layers, default=0) if num_layers is None else num_layers - 1
@@ -82,10 +121,10 @@ def write_report(
     "lastLayer": last_layer,
     "examples": [_example(example) for example in examples],
   }
-  loader = jinja2.FileSystemLoader(Path(__file__).parent)
+  loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
   environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
   page = environment.get_template("report.html").render(title=title, data=data)
-  Path(path).write_text(page, encoding="utf-8")
+  path.write_text(page, encoding="utf-8")
 
 
 def _plain(value: Any) -> str | int | float | None:
@@ -97,32 +136,28 @@ def _plain(value: Any) -> str | int | float | None:
 
 
 def _example(example: Example) -> dict[str, Any]:
-  fields = {name: getattr(example, name) for name in ("grid", "question", "answer", "type")}
+  def bits(kept: Sequence[int]) -> str:
+    """One bit per image token, the lowest of each byte first, in base64."""
+    return base64.b64encode(np.packbits(kept_mask(kept, example.grid), bitorder="little").tobytes()).decode()
+
   cells = [
     {
       "name": name,
       "answer": shown.answer,
       "right": is_right(shown.answer, example.answer),
-      "stages": [
-        [layer, _bits(kept, example.grid)] for layer, kept in sorted(shown.stages, key=lambda stage: stage[0])
-      ],
+      "stages": [[layer, bits(kept)] for layer, kept in sorted(shown.stages, key=operator.itemgetter(0))],
     }
     for name, shown in example.cells.items()
   ]
+  fields = {name: getattr(example, name) for name in ("grid", "question", "answer", "type")}
   return {"picture": _data_uri(example.picture), **fields, "cells": cells}
-
-
-def _bits(kept: Sequence[int], grid: tuple[int, int]) -> str:
-  """One bit per image token, the lowest of each byte first, in base64."""
-  return base64.b64encode(np.packbits(kept_mask(kept, grid), bitorder="little").tobytes()).decode()
 
 
 def _data_uri(picture: Image.Image) -> str:
   """The picture as JPEG or PNG, whichever is smaller."""
-  encoded = {}
+  encoded = []
   for name, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
     file = io.BytesIO()
     picture.convert("RGB").save(file, name, **options)
-    encoded[name] = file.getvalue()
-  name = min(encoded, key=lambda name: len(encoded[name]))
-  return f"data:image/{name};base64,{base64.b64encode(encoded[name]).decode()}"
+    encoded.append(f"data:image/{name};base64,{base64.b64encode(file.getvalue()).decode()}")
+  return min(encoded, key=len)

@@ -7,18 +7,19 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
 from experiments import question_sets
-from experiments.compare import examples, plots, report, tables
+from experiments.compare import plots, report, tables
 from experiments.compare.comparison import Comparison, PromptSizes, Row
 from experiments.compare.grid import Cell, Grid, Shape
-from experiments.compare.timing import Timing, measure_times
+from experiments.question_sets import Question
 from experiments.shared import kept, tabular
 from himap_jax import checkpoint
 from himap_jax.engine import accounting, sharding
@@ -29,6 +30,15 @@ from himap_jax.generation import InputConfig
 from himap_jax.inputs import Example, Inputs
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import answering, command, contract, output, pictures, prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+  """How times are measured: on a batch of questions, tokens decoded for each, turns; 0 repeats measure no times."""
+
+  batch_size: int = 1
+  new_tokens: int = 16
+  repeats: int = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,40 +61,24 @@ class StudyConfig:
 
 
 class Runner:
-  """Runs the cells of one comparison; the weights are read when first needed.
+  """Runs the cells of one comparison; the weights are read when first needed."""
 
-  Attributes:
-    processor: prepares questions.
-    shape: of the model, for its schedules.
-  """
-
-  def __init__(
-    self, config: StudyConfig, opened: checkpoint.OpenCheckpoint, questions: Sequence[question_sets.Question]
-  ):
+  def __init__(self, config: StudyConfig, opened: checkpoint.OpenCheckpoint, questions: Sequence[Question]):
     """Raises `UserError` where the model cannot take prompts of this form."""
     self._config, self._opened, self._questions = config, opened, questions
     self.processor = opened.prompts(config.inputs.prompt_template)
-    self._batcher = Batcher(
-      opened.config,
-      self.processor.image_shape,
-      buckets=config.inputs.prompt_buckets,
-      max_new_tokens=max(config.generation.max_new_tokens, config.timing.new_tokens),
-    )
+    new_tokens = max(config.generation.max_new_tokens, config.timing.new_tokens)
+    image_shape, buckets = self.processor.image_shape, config.inputs.prompt_buckets
+    self._batcher = Batcher(opened.config, image_shape, buckets=buckets, max_new_tokens=new_tokens)
     text, vision = opened.config.text, opened.config.vision
     self.shape = Shape(text.num_hidden_layers, self._batcher.num_image_tokens, vision.has_class_token)
-
-  def check_workdir(self) -> None:
-    """Raises `UserError` where the results in the work directory were made with other settings."""
-    command.check_settings(self._config.workdir / "settings.json", self._settings, "use another --workdir")
-    for name in ("answers", "timings"):
-      (self._config.workdir / name).mkdir(exist_ok=True)
 
   def answer(self, cell: Cell) -> dict[str, dict[str, Any]]:
     """Answers what is not answered yet; returns every output row by its id."""
     path = self._config.workdir / "answers" / f"{cell.file_name}.jsonl"
     if not path.exists() or path.read_bytes().count(b"\n") < len(self._questions):
       asked = [prompts.Prompt(q.id, str(q.image.absolute()), q.question) for q in self._questions]
-      wanted = contract.Contract(path, self._settings, asked, advice="use another --workdir")
+      wanted = contract.Contract(path, self.settings, asked, advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
         engine, batch_size = self._engine(cell.schedule, self._config.generation), self._config.inputs.batch_size
         emit = frozenset({"tokens", "kept"})
@@ -104,17 +98,15 @@ class Runner:
 
   def prompt_sizes(self) -> PromptSizes:
     """The sizes of the questions that the model can take, on average."""
-    blank = Image.new("RGB", (64, 64))
-    by_text = {text: self._prepare(text, lambda: blank) for text in {q.question for q in self._questions}}
-    lengths = [by_text[q.question].num_text_tokens for q in self._questions if by_text[q.question]]
+    by_text = {question.question: question for question in self._questions}
+    prepared = {text: self._prepare(question, blank=True) for text, question in by_text.items()}
+    lengths = [prepared[q.question].num_text_tokens for q in self._questions if prepared[q.question]]
+    model, num_text_tokens = accounting.model_sizes(self._opened.config), round(float(np.mean(lengths)))
     bytes_per_value = jnp.dtype(command.DTYPES[self._config.dtype]).itemsize
-    num_text_tokens = round(float(np.mean(lengths)))
-    return PromptSizes(
-      accounting.model_sizes(self._opened.config), self.shape.num_image_tokens, num_text_tokens, bytes_per_value
-    )
+    return PromptSizes(model, self.shape.num_image_tokens, num_text_tokens, bytes_per_value)
 
   @functools.cached_property
-  def _settings(self) -> dict[str, Any]:
+  def settings(self) -> dict[str, Any]:
     """What answers and times depend on, beside the cell, whose schedule is in the names of its files."""
     config = self._config
     return {
@@ -140,16 +132,16 @@ class Runner:
   @functools.cached_property
   def _timing_inputs(self) -> Inputs:
     batch_size = self._config.timing.batch_size
-    prepared = (self._prepare(q.question, lambda q=q: pictures.load_image(q.image)) for q in self._questions)
-    first = list(itertools.islice(filter(None, prepared), batch_size))
+    first = list(itertools.islice(filter(None, map(self._prepare, self._questions)), batch_size))
     if not first:
       raise UserError("no question can be prepared for timing")
     return self._batcher.pack(first, bucket=max(map(self._batcher.bucket, first)), batch_size=batch_size)
 
-  def _prepare(self, question: str, load: Callable[[], Image.Image]) -> Example | None:
-    """A prepared question; None where it cannot be prepared, and so is an error among the answers."""
+  def _prepare(self, question: Question, *, blank: bool = False) -> Example | None:
+    """A prepared question, about a blank picture if told so; None where it cannot be prepared: an error among the answers."""
     with contextlib.suppress(UserError):
-      example = self.processor.prepare(load(), question)
+      picture = Image.new("RGB", (64, 64)) if blank else pictures.load_image(question.image)
+      example = self.processor.prepare(picture, question.question)
       self._batcher.bucket(example)
       return example
 
@@ -161,15 +153,31 @@ class Runner:
     return Engine(self._loaded.model, schedule, generation, eos_token_ids=self._loaded.eos_token_ids)
 
 
+def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats: int) -> dict[str, Any]:
+  """Runs an engine and one without pruning in turns on a batch, after a first run of each that compiles and is not counted.
+
+  Returns medians over the turns of the ratios and of this engine's seconds, `compile_seconds` of its programs (reading them,
+  where the persistent cache has them), and the device.
+  """
+  ids = ["timing"] * len(inputs.tokens)
+  _, *turns = [[run(inputs, ids) for run in (reference, engine)] for _ in range(repeats + 1)]
+  times = np.array([[(result.prefill_seconds, result.decode_seconds) for result in turn] for turn in turns])
+  ratios, seconds = np.median(times[:, 1] / times[:, 0], axis=0), np.median(times[:, 1], axis=0)
+  return {
+    **dict(zip(("prefill_ratio", "decode_ratio"), ratios.tolist(), strict=True)),
+    **dict(zip(("prefill_seconds", "decode_seconds"), seconds.tolist(), strict=True)),
+    "compile_seconds": engine.compile_seconds,
+    "device": jax.devices()[0].device_kind,
+  }
+
+
 def run(config: StudyConfig) -> list[Row]:
   """Runs what has not been run yet, writes the results and returns the table's rows.
 
-  Raises:
-    UserError: the configuration cannot be run, the work directory belongs to another, or a file cannot be written; what was
-      written before is whole.
-    CheckpointError: the checkpoint cannot be read.
+  Raises `UserError` where the configuration cannot be run, the work directory belongs to another, or a file cannot be written,
+  and `CheckpointError` where the checkpoint cannot be read; what was written before is whole.
   """
-  for directory in (config.workdir, config.output):
+  for directory in (config.workdir / "answers", config.workdir / "timings", config.output):
     with command.user_error(f"cannot create {directory}"):
       directory.mkdir(parents=True, exist_ok=True)
   command.use_compilation_cache(config.compilation_cache_dir)
@@ -177,23 +185,25 @@ def run(config: StudyConfig) -> list[Row]:
   questions = question_sets.load(config.question_set, num_questions=num_questions, seed=seed, workdir=config.workdir)
   runner = Runner(config, checkpoint.open_checkpoint(config.checkpoint), questions)
   cells = config.grid.cells(runner.shape)
-  runner.check_workdir()
+  command.check_settings(config.workdir / "settings.json", runner.settings, "use another --workdir")
   answers, timings = {}, {}
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
     if cell.schedule is not None:
       answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
   comparison = Comparison(questions, cells, answers, timings, runner.prompt_sizes())
-  shown = examples.collect(examples.choose(questions, config.num_examples), comparison, runner.processor)
+  shown = report.collect(report.choose(questions, config.num_examples), comparison, runner.processor)
   rows, directory = comparison.rows(seed=seed), config.output
   tabular.write_csv(directory / "table.csv", rows)
-  tables.write_markdown(directory / "table.md", rows)
-  tables.write_types(directory / "types.md", rows)
+  columns = tables.readable_columns(rows)
+  for name, text in (("table", tables.markdown(rows, columns)), ("types", tables.types_markdown(rows))):
+    (directory / f"{name}.md").write_text(text, encoding="utf-8")
   plots.plot_pareto(directory / "pareto.png", rows)
   plots.plot_types(directory / "types.png", rows)
-  examples.draw_strips(directory / "strips.png", shown[: config.num_strips], examples.cells_to_show(cells))
+  plots.draw_strips(directory / "strips.png", shown[: config.num_strips], report.cells_to_show(cells))
   title, num_layers = f"Pruning methods on {config.question_set}, {len(questions)} questions", runner.shape.num_layers
-  columns, readable = tables.readable_columns(rows), tables.readable_rows(rows)
+  readable = tables.readable_rows(rows)
   report.write_report(directory / "report.html", columns, readable, shown, title=title, num_layers=num_layers)
-  tables.print_table(rows)
+  printed = [report.Column("label", "", "text"), *(column for column in columns if column.name in tables.PRINTED)]
+  print(tables.markdown([row for row in rows if not row.get("note")], printed))
   return rows

@@ -49,9 +49,9 @@ class Adapter:
     for layer, update in self.lora.items():
       name = layer.replace("/", ".").replace("layers_", "layers.")
       tensors |= {f"{name}.lora_{leaf}": x for leaf, x in update.items()}
-    tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
     save_file(tensors, partial, metadata={"lora_scale": str(LORA_SCALE)})
     partial.replace(path)
 

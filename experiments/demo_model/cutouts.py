@@ -7,6 +7,7 @@ split and one in the other. What is asked by name in the test split has been see
 
 import collections
 import functools
+import itertools
 import json
 import pathlib
 import re
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from experiments.demo_model import packages
+from experiments.demo_model.packages import PACKAGES, fetch
 
 # Folders and subcategories of every kind; pictures there that show something else; words that end a caption and do not say what
 # is shown; and for every colour name ranges of hue in degrees, of saturation and of value that no other name has.
@@ -31,10 +32,7 @@ TEST_SHARE = 5  # one picture of five is a test picture
 
 
 class Cutout(NamedTuple):
-  """A picture of one thing on a transparent ground: a file, its kind, its name and the colour of most of it, or None.
-
-  It has a name where its caption says so in a word that names `NAMED` subjects or more.
-  """
+  """A picture of one thing on a transparent ground; it has a name where its caption ends in a word for `NAMED` subjects."""
 
   path: pathlib.Path
   kind: str
@@ -43,7 +41,7 @@ class Cutout(NamedTuple):
 
 
 class Found(NamedTuple):
-  """A picture of a package: its file, what the pictures of one thing share, its kind, the last word of its caption."""
+  """A picture of a package: what the pictures of one thing share, and the last word of its caption."""
 
   path: pathlib.Path
   subject: str
@@ -58,11 +56,15 @@ def load(cache_dir: pathlib.Path) -> dict[str, list[Cutout]]:
 
 def split(found: Sequence[Found]) -> dict[str, list[Cutout]]:
   """Splits pictures, of each kind one of `TEST_SHARE` into the test split."""
+
+  def checksum(one: Found) -> int:  # of the file's name, wherever the packages are
+    return zlib.crc32("/".join(one.path.parts[-3:]).encode())
+
   subjects = {(one.kind, one.subject): one.word for one in found}
   words = collections.Counter((kind, word) for (kind, _), word in subjects.items())
   splits = {"train": [], "test": []}
   for kind in KINDS:
-    alike = sorted((one for one in found if one.kind == kind), key=_checksum)
+    alike = sorted((one for one in found if one.kind == kind), key=checksum)
     for index, (path, _, _, word) in enumerate(alike):
       name = word if words[kind, word] >= NAMED and word not in (kind, *TABLES["not_names"]) else None
       splits["train" if index % TEST_SHARE else "test"].append(Cutout(path, kind, name, dominant_colour(path)))
@@ -71,16 +73,11 @@ def split(found: Sequence[Found]) -> dict[str, list[Cutout]]:
   return splits
 
 
-def _checksum(one: Found) -> int:
-  """Of the file's name, wherever the packages are."""
-  return zlib.crc32("/".join(one.path.parts[-3:]).encode())
-
-
 def _stamps(cache_dir: pathlib.Path) -> list[Found]:
-  root = packages.fetch(packages.STAMPS, cache_dir) / "usr/share/tuxpaint/stamps"
+  root = fetch(PACKAGES["stamps"], cache_dir) / "usr/share/tuxpaint/stamps"
   found = []
   for kind, folders in TABLES["stamp_folders"].items():
-    for path in (path for folder in folders for path in sorted((root / folder).rglob("*.png"))):
+    for path in itertools.chain.from_iterable(sorted((root / folder).rglob("*.png")) for folder in folders):
       if path.stem in NOT_OF_THEIR_KIND or path.stem.endswith("_mirror") or "toys" in path.parts:
         continue
       caption = path.with_suffix(".txt")
@@ -90,9 +87,7 @@ def _stamps(cache_dir: pathlib.Path) -> list[Found]:
 
 
 def _emoji(cache_dir: pathlib.Path) -> list[Found]:
-  noto, twemoji, fluent = (
-    packages.fetch(package, cache_dir) / "package" for package in (packages.NOTO, packages.TWEMOJI, packages.FLUENT)
-  )
+  noto, twemoji, fluent = (fetch(PACKAGES[name], cache_dir) / "package" for name in ("noto", "twemoji", "fluent"))
   kinds = {subcategory: kind for kind, own in TABLES["emoji_subcategories"].items() for subcategory in own}
   found = []
   for entry in json.loads((noto / "emoji.json").read_text(encoding="utf-8")):
@@ -118,8 +113,8 @@ def dominant_colour(path: pathlib.Path) -> str | None:
   picture.thumbnail((96, 96))
   pixels = np.asarray(picture)
   opaque = pixels[..., 3] > 128
-  h, s, v = np.moveaxis(np.asarray(Image.fromarray(pixels[..., :3]).convert("HSV"), np.float32)[opaque], -1, 0)
-  h, s, v = h * 360 / 255, s / 255, v / 255
+  hsv = np.asarray(Image.fromarray(pixels[..., :3]).convert("HSV"), np.float32)[opaque]
+  h, s, v = hsv[:, 0] * 360 / 255, hsv[:, 1] / 255, hsv[:, 2] / 255
   names = np.full(h.shape, "", dtype=object)
   for name, (first, last), (least_s, most_s), (least_v, most_v) in TABLES["colours"]:
     inside = ((h - first) % 360 < last - first) & (s >= least_s) & (s < most_s)

@@ -12,70 +12,68 @@ from PIL import Image
 from checkpoints_convert.demo import easyvqa
 from experiments.demo_model import cutouts, questions, scenes
 from himap_jax.checkpoint import default_cache_dir
+from himap_jax.run.pictures import load_image
+
+Asked = tuple[str, str]  # a question and its answer
 
 
 class Sample(NamedTuple):
-  """A picture and questions about it, each with its answer."""
+  """A picture and questions about it."""
 
   picture: Image.Image
-  questions: Sequence[tuple[str, str]]
+  questions: Sequence[Asked]
 
 
 class Pool(NamedTuple):
-  """Questions that every picture of one shape and colour answers alike, each with its answer.
+  """Questions that all pictures of one shape and colour answer alike: for shape or colour; yes or no unlike and like most."""
 
-  They are about shape or colour, or have a yes or no that is not, or that is, what most pictures would answer.
-  """
-
-  open_ended: list[tuple[str, str]]
-  unexpected: list[tuple[str, str]]
-  expected: list[tuple[str, str]]
+  open_ended: list[Asked]
+  unexpected: list[Asked]
+  expected: list[Asked]
 
 
-class EasyVqa:
-  """Samples from easy-VQA's training pictures.
+class Mixture:
+  """Samples of both sources, the same for the same seed; `scene_share` is the share of pictures that are scenes."""
 
-  A picture is asked what was asked of all pictures of its shape and colour. Three kinds of question take turns: about shape or
-  colour, yes or no as few pictures would answer, yes or no as most would. Five of six yes-or-no questions as they come can be
-  answered by a rule about the words alone, and that rule is all that a short training on them learns.
-  """
-
-  def __init__(self):
-    self._pools = question_pools(easyvqa.load(default_cache_dir(), "train"))
-    self._pictures = list(self._pools)
-
-  def draw_picture(self, rng: np.random.Generator) -> tuple[Image.Image, list[str]]:
-    """A picture, and the words for its shape and colour."""
-    path = self._draw(rng)
-    return open_picture(path), sorted({answer for _, answer in self._pools[path].open_ended})
-
-  def draw(self, rng: np.random.Generator) -> Sample:
-    """A picture and its questions."""
-    path = self._draw(rng)
-    kinds = [[kind[i] for i in rng.permutation(len(kind))] for kind in self._pools[path]]
-    return Sample(open_picture(path), take_turns(kinds))
-
-  def _draw(self, rng: np.random.Generator) -> pathlib.Path:
-    return self._pictures[rng.integers(len(self._pictures))]
-
-
-class Scenes:
-  """Samples from composed scenes; the ten types of question and two kinds of lists take turns.
-
-  A list names everything in order, or says where everything is. It teaches more in a picture than questions do, of whose
-  tokens one in ten is an answer.
-  """
-
-  def __init__(self):
+  def __init__(self, *, scene_share: float = 0.75):
+    self._pools = list(question_pools(easyvqa.load(default_cache_dir(), "train")).items())
     self._cutouts = cutouts.load(default_cache_dir())["train"]
-    self.names = sorted({cutout.name for cutout in self._cutouts if cutout.name})
+    self._scene_share = scene_share
+
+  def names(self) -> list[str]:
+    """What the things in scenes are called."""
+    return sorted({cutout.name for cutout in self._cutouts if cutout.name})
+
+  def draw_shape(self, rng: np.random.Generator) -> tuple[Image.Image, Pool]:
+    """A picture of easy-VQA, and what was asked of all pictures of its shape and colour."""
+    path, pool = self._pools[rng.integers(len(self._pools))]
+    return load_image(path), pool
 
   def draw_scene(self, rng: np.random.Generator) -> scenes.Scene:
-    """A scene alone."""
+    """A scene without questions."""
     return scenes.compose(rng, self._cutouts)
 
-  def draw(self, rng: np.random.Generator) -> Sample:
-    """A scene's picture and its questions."""
+  def draw(self, num_pictures: int, *, seed: tuple[int, int]) -> list[Sample]:
+    """Pictures with questions."""
+    rng = np.random.default_rng(seed)
+    is_scene = rng.random(num_pictures) < self._scene_share
+    return [self._ask_about_scene(rng) if scene else self._ask_about_shape(rng) for scene in is_scene]
+
+  def _ask_about_shape(self, rng: np.random.Generator) -> Sample:
+    """The three kinds of question take turns.
+
+    Five of six yes-or-no questions as they come can be answered by a rule about the words alone, and that rule is all that a
+    short training on them learns.
+    """
+    picture, pool = self.draw_shape(rng)
+    return Sample(picture, take_turns([[kind[i] for i in rng.permutation(len(kind))] for kind in pool]))
+
+  def _ask_about_scene(self, rng: np.random.Generator) -> Sample:
+    """The ten types of question and two kinds of lists take turns.
+
+    A list names everything in order, or says where everything is. It teaches more in a picture than questions do, of whose
+    tokens one in ten is an answer.
+    """
     scene = self.draw_scene(rng)
     asked = [[own[1:] for own in questions_of_type] for questions_of_type in questions.ask(rng, scene).values()]
     across, down, places = (own[1:] for (own,) in questions.ask_for_lists(scene).values())
@@ -83,31 +81,10 @@ class Scenes:
     return Sample(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
 
 
-class Mixture:
-  """Samples of both; the same for the same seed."""
-
-  def __init__(self, *, scene_share: float = 0.75):
-    """Reads both sources; `scene_share` is the share of pictures that are scenes."""
-    self.easyvqa, self.scenes = EasyVqa(), Scenes()
-    self._scene_share = scene_share
-
-  def draw(self, num_pictures: int, *, seed: tuple[int, int]) -> list[Sample]:
-    """Draws samples."""
-    rng = np.random.default_rng(seed)
-    is_scene = rng.random(num_pictures) < self._scene_share
-    return [(self.scenes if scene else self.easyvqa).draw(rng) for scene in is_scene]
-
-
-def take_turns(kinds: Sequence[Sequence[tuple[str, str]]]) -> list[tuple[str, str]]:
+def take_turns(kinds: Sequence[Sequence[Asked]]) -> list[Asked]:
   """The first of every kind, then the second of every kind, and so on."""
   turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
   return [question for question in turns if question is not None]
-
-
-def open_picture(path: pathlib.Path) -> Image.Image:
-  """The picture in a file, in RGB."""
-  with Image.open(path) as picture:
-    return picture.convert("RGB")
 
 
 def question_pools(examples: Sequence[easyvqa.Example]) -> dict[pathlib.Path, Pool]:
@@ -125,8 +102,7 @@ def question_pools(examples: Sequence[easyvqa.Example]) -> dict[pathlib.Path, Po
   for pictures in alike.values():
     pool = Pool([], [], [])
     for question, answer in {q: a for picture in pictures for q, a in by_picture[picture].items()}.items():
-      is_open = answer not in ("yes", "no")
-      kind = pool.open_ended if is_open else pool.expected if answer == guesses[question] else pool.unexpected
-      kind.append((question, answer))
+      yes_or_no = pool.expected if answer == guesses[question] else pool.unexpected
+      (yes_or_no if answer in ("yes", "no") else pool.open_ended).append((question, answer))
     pools |= dict.fromkeys(pictures, pool)
   return pools

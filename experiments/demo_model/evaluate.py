@@ -8,10 +8,6 @@ all questions with the questions of an image packed behind it, as in training: t
 one by one, hence the same answers, at a tenth of the cost. The other flags are those of `himap_jax.run`.
 """
 
-import os
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
-
 import collections
 import json
 import pathlib
@@ -19,21 +15,21 @@ import pathlib
 import jax
 import numpy as np
 from absl import app, flags
-from rich.console import Console
-from rich.table import Table
 
 from experiments import question_sets
 from experiments.demo_model.adapter import answer_logits
-from experiments.demo_model.data import Sample, open_picture
+from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import Packer
 from experiments.question_sets import Question, is_right
+from experiments.shared import study, tabular
 from experiments.shared.statistics import accuracy_by_type
 from himap_jax import checkpoint
 from himap_jax.run import command, job
 from himap_jax.run.flags import config_from_flags
+from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of prompts and results, to resume from.", required=True)
+flags.DEFINE_string("workdir", None, "Directory of prompts and results, to resume from.", required=True)
 _METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to evaluate.")
 _QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
 _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
@@ -48,8 +44,7 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
   results = workdir / "packed.jsonl"
   right = {row["id"]: row["right"] for row in _read(results)} if results.exists() else {}
   loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=command.DTYPES[flags.FLAGS.dtype])
-  side, _ = loaded.prompts().image_shape
-  packer = Packer(loaded.processor, loaded.config, image_size=side, question_slots=QUESTION_SLOTS)
+  packer = Packer(loaded, loaded.prompts().image_shape[0], QUESTION_SLOTS)
   predict = jax.jit(lambda model, batch: answer_logits(model, {}, batch).argmax(-1))
   by_image = collections.defaultdict(list)
   for question in questions:
@@ -57,17 +52,16 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
       by_image[question.image].append(question)
   with open(results, "a", encoding="utf-8") as file, Progress(len(by_image), "image", "packed") as progress:
     for image, group in by_image.items():
-      picture, waiting = open_picture(image), iter(group)
+      picture, waiting = load_image(image), iter(group)
       for part in packer.split([(question.question, question.answer) for question in group]):
         batch = packer.pack([Sample(picture, part)])
         correct = (predict(loaded.model, batch) == batch.answers) | ~batch.answer_valid
-        for index, _ in enumerate(part):
-          question = next(waiting)
+        for index, question in zip(range(len(part)), waiting, strict=False):
           right[question.id] = bool((correct | (batch.answer_question != index)).all())
           file.write(json.dumps({"id": question.id, "right": right[question.id]}) + "\n")
         file.flush()
       progress.update()
-  return {question.id: right[question.id] for question in questions}
+  return right
 
 
 def method_right(method: str, questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
@@ -88,9 +82,7 @@ def _read(path: pathlib.Path) -> list[dict]:
 
 def run() -> int:
   """Evaluates and prints a table."""
-  workdir = pathlib.Path(_WORKDIR.value).absolute()
-  with command.user_error(f"--workdir: cannot create {workdir}"):
-    workdir.mkdir(parents=True, exist_ok=True)
+  workdir = study.directory("workdir").absolute()
   questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
   settings = {name: flags.FLAGS[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")}
   settings["weights"] = checkpoint.open_checkpoint(flags.FLAGS.checkpoint).digest()
@@ -103,10 +95,11 @@ def run() -> int:
     rows |= {method: method_right(method, questions, workdir) for method in _METHODS.value}
   right = np.array([[own[question.id] for question in questions] for own in rows.values()])
   types = accuracy_by_type(right, [question.type for question in questions])
-  table = Table("", "questions", "accuracy", *types)
-  for name, *shares in zip(rows, right.mean(axis=1), *types.values(), strict=True):
-    table.add_row(name, str(len(questions)), *(f"{share:.2%}" for share in shares))
-  Console(width=max(120, 14 * len(types))).print(table)
+  shares = np.column_stack([right.mean(axis=1), *types.values()])
+  cells = [
+    [name, str(len(questions)), *(f"{share:.2%}" for share in own)] for name, own in zip(rows, shares, strict=True)
+  ]
+  print("\n".join(tabular.markdown(["", "questions", "accuracy", *types], cells)))
   return 0
 
 

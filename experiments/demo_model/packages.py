@@ -2,93 +2,66 @@
 the same emoji. They are unpacked into the cache folder, not installed, and never copied into the project.
 """
 
-import hashlib
+import json
 import pathlib
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from checkpoints_convert.store import locked
+from checkpoints_convert.demo.packages import sha256_of
+from checkpoints_convert.store import locked, new_directory
 from himap_jax.errors import UserError
 
 
 class Package(NamedTuple):
-  """A pinned package.
-
-  Attributes:
-    file: name of the download.
-    sha256: hexadecimal digest of the download.
-    download: the command that downloads it into the current folder.
-    unpack: the command that unpacks it; the names of file and folder follow.
-  """
+  """A pinned package: the name of its download, and commands that download and unpack `{file}` into the current folder."""
 
   name: str
   version: str
   file: str
   sha256: str
-  download: tuple[str, ...]
-  unpack: tuple[str, ...]
+  download: Sequence[str]
+  unpack: Sequence[str]
 
 
-def _debian(name: str, version: str, sha256: str) -> Package:
-  download = ("apt-get", "download", f"{name}={version}")
-  return Package(name, version, f"{name}_{version}_all.deb", sha256, download, ("dpkg-deb", "-x"))
-
-
-def _npm(name: str, version: str, sha256: str) -> Package:
-  plain = name.removeprefix("@").replace("/", "-")  # as `npm pack` names the download
-  download = ("npm", "pack", "--silent", f"{name}@{version}")
-  return Package(plain, version, f"{plain}-{version}.tgz", sha256, download, ("tar", "-xzf"))
-
-
-# Licences: GPL-2; MIT, pictures Apache-2.0; MIT, pictures CC-BY-4.0; MIT.
-STAMPS = _debian(
-  "tuxpaint-stamps-default", "2022.06.04-1", "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34"
-)
-NOTO = _npm("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438")
-TWEMOJI = _npm("emoji-datasource-twitter", "16.0.0", "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877")
-FLUENT = _npm("@lobehub/fluent-emoji-3d", "1.1.0", "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58")
+# Licences: stamps GPL-2; noto MIT, pictures Apache-2.0; twemoji MIT, pictures CC-BY-4.0; fluent MIT.
+PACKAGES = {
+  label: Package(**fields)
+  for label, fields in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
+}
 
 
 def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
   """The folder of a package's contents: downloaded, checked and unpacked once; a download in `cache_dir` is taken.
 
-  Raises:
-    UserError: it cannot be downloaded or unpacked, or is not the pinned one.
+  Raises `UserError` where it cannot be downloaded or unpacked, or is not the pinned one.
   """
   target = cache_dir / f"{package.name}-{package.version}"
   if not target.is_dir():
-    with locked(target):
+    with locked(target), tempfile.TemporaryDirectory(prefix=package.name, dir=cache_dir) as folder:
       if not target.is_dir():  # another process may have unpacked it by now
-        _unpack(package, cache_dir, target)
+        _unpack(package, cache_dir, pathlib.Path(folder), target)
   return target
 
 
-def _unpack(package: Package, cache_dir: pathlib.Path, target: pathlib.Path) -> None:
-  with tempfile.TemporaryDirectory(prefix=package.name, dir=cache_dir) as work:
-    download = cache_dir / package.file
-    if not download.exists():
-      _run(package.download, work, package, cache_dir)
-      download = pathlib.Path(work, package.file)
-    with open(download, "rb") as archive:
-      sha256 = hashlib.file_digest(archive, "sha256").hexdigest()
-    if sha256 != package.sha256:
-      raise UserError(f"{download.name} is not the pinned {package.name} {package.version}: its sha256 differs")
-    unpacked = pathlib.Path(work, "unpacked")
-    unpacked.mkdir()
-    into = () if package.unpack[0] == "dpkg-deb" else ("-C",)
-    _run((*package.unpack, str(download), *into, str(unpacked)), work, package, cache_dir)
-    unpacked.rename(target)
+def _unpack(package: Package, cache_dir: pathlib.Path, folder: pathlib.Path, target: pathlib.Path) -> None:
+  archive = cache_dir / package.file
+  if not archive.exists():
+    _run(package, package.download, folder, cache_dir)
+    archive = folder / package.file
+  if sha256_of(archive) != package.sha256:
+    raise UserError(f"{archive.name} is not the pinned {package.name} {package.version}: its sha256 differs")
+  with new_directory(target) as (unpacked, _):
+    _run(package, [part.format(file=archive.absolute()) for part in package.unpack], unpacked, cache_dir)
 
 
-def _run(command: tuple[str, ...], folder: str, package: Package, cache_dir: pathlib.Path) -> None:
+def _run(package: Package, command: Sequence[str], folder: pathlib.Path, cache_dir: pathlib.Path) -> None:
   try:
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
-    reason = result.stderr.strip() if result.returncode else None
-  except FileNotFoundError:
-    reason = f"there is no {command[0]} here"
-  if reason is not None:
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, errors="replace")
+  except (FileNotFoundError, subprocess.CalledProcessError) as error:
+    reason = getattr(error, "stderr", f"there is no {command[0]} here").strip()
     raise UserError(
       f"the pictures of {package.name} {package.version} could not be fetched with `{' '.join(command)}`: {reason}; "
       f"or put {package.file} into {cache_dir}"
-    )
+    ) from error

@@ -10,7 +10,6 @@ Axes: B images, S slots, A answer tokens.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from PIL import Image
 
-from experiments.demo_model.data import Sample
+from experiments.demo_model.data import Asked, Sample
+from himap_jax.checkpoint import LoadedModel
 from himap_jax.errors import UserError
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Inputs, Layout, pytree
-from himap_jax.model.config import ModelConfig
 
 UNUSED = -1
 ANSWER_SLOTS_SHARE = 2  # of the slots of questions and answers, at most one of two is an answer token
@@ -53,21 +52,20 @@ class Batch:
 
 
 class Packer:
-  """Packs to one static shape: a fixed number of slots for the questions of an image.
+  """Packs to one static shape: pictures of a size in pixels, and a fixed number of slots for the questions of each.
 
   Attributes:
     grid: image tokens along a side.
   """
 
-  def __init__(self, processor: Any, config: ModelConfig, *, image_size: int, question_slots: int):
-    """Takes the checkpoint's transformers processor, and the size in pixels of a picture's sides."""
-    self._processor, self._image_token = processor, config.image_token_id
+  def __init__(self, loaded: LoadedModel, image_size: int, question_slots: int):
+    self._processor, self._image_token = loaded.processor, loaded.config.image_token_id
     self._image_size, self._question_slots = image_size, question_slots
-    self._num_image_tokens = config.num_image_tokens(image_size, image_size)
+    self._num_image_tokens = loaded.config.num_image_tokens(image_size, image_size)
     self.grid = math.isqrt(self._num_image_tokens)
     self._tokenize = functools.cache(self._tokenize)
 
-  def split(self, questions: Sequence[tuple[str, str]]) -> list[list[tuple[str, str]]]:
+  def split(self, questions: Sequence[Asked]) -> list[list[Asked]]:
     """Splits questions into groups that fit; raises `UserError` where one alone does not."""
     groups, used = [[]], 0
     for question in questions:
@@ -84,13 +82,12 @@ class Packer:
   def pack(self, samples: Sequence[Sample]) -> Batch:
     """Packs one sequence a sample, with as many of its questions as fit; raises `UserError` where none does."""
     rows = [self._row(self.split(sample.questions)[0]) for sample in samples]
-    fields = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
-    tokens, positions, segments = (fields.pop(name) for name in ("tokens", "positions", "segments"))
+    tokens, positions, segments, *answers = map(np.stack, zip(*rows, strict=True))
     is_image = tokens == self._image_token
     kind = np.where(is_image, IMAGE, np.where(segments == UNUSED, PADDING, TEXT))
     layout = Layout.of_rows(kind, np.where(is_image, 0, -1), self._num_image_tokens)
     inputs = Inputs(tokens, layout, positions, self.pixel_values([sample.picture for sample in samples]))
-    return jax.tree.map(jnp.asarray, Batch(inputs, segments, **fields))
+    return jax.tree.map(jnp.asarray, Batch(inputs, segments, *answers))
 
   def pixel_values(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B 3 h w"]:
     """Preprocesses pictures."""
@@ -98,32 +95,29 @@ class Packer:
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     return self._processor.image_processor(list(pictures), **sizes, return_tensors="np")["pixel_values"]
 
-  def _row(self, questions: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
-    system = self._tokenize(*questions[0])[0]
-    prefix = len(system) + self._num_image_tokens
-    tokens = system + [self._image_token] * self._num_image_tokens
-    positions, segments = list(range(prefix)), [0] * prefix
-    answer_slots, answers, answer_question = [], [], []
-    for index, asked in enumerate(questions):
+  def _row(self, questions: Sequence[Asked]) -> list[np.ndarray]:
+    """Tokens, positions and segments of all slots; slots, tokens, validity and questions of the answers."""
+    tokens = self._tokenize(*questions[0])[0] + [self._image_token] * self._num_image_tokens
+    prefix = len(tokens)
+    positions, segments, is_answer = list(range(prefix)), [0] * prefix, [False] * prefix
+    for index, asked in enumerate(questions, start=1):
       _, question, answer = self._tokenize(*asked)
-      first = len(tokens) + len(question) - 1
-      answer_slots += range(first, first + len(answer))
-      answers += answer
-      answer_question += [index] * len(answer)
+      length = len(question) + len(answer)
       tokens += question + answer
-      positions += range(prefix, prefix + len(question) + len(answer))
-      segments += [index + 1] * (len(question) + len(answer))
-    num_slots = prefix + self._question_slots
-    num_answers = self._question_slots // ANSWER_SLOTS_SHARE
-    return {
-      "tokens": _pad(tokens, num_slots),
-      "positions": _pad(positions, num_slots),
-      "segments": _pad(segments, num_slots, UNUSED),
-      "answer_slots": _pad(answer_slots, num_answers),
-      "answers": _pad(answers, num_answers),
-      "answer_valid": np.arange(num_answers) < len(answers),
-      "answer_question": _pad(answer_question, num_answers),
-    }
+      positions += range(prefix, prefix + length)
+      segments += [index] * length
+      is_answer += [False] * len(question) + [True] * len(answer)
+    answers = np.flatnonzero(is_answer)
+    num_slots, num_answers = prefix + self._question_slots, self._question_slots // ANSWER_SLOTS_SHARE
+    return [
+      _pad(tokens, num_slots),
+      _pad(positions, num_slots),
+      _pad(segments, num_slots, UNUSED),
+      _pad(answers - 1, num_answers),
+      _pad(np.take(tokens, answers), num_answers),
+      np.arange(num_answers) < len(answers),
+      _pad(np.take(segments, answers) - 1, num_answers),
+    ]
 
   def _tokenize(self, question: str, answer: str) -> tuple[list[int], list[int], list[int]]:
     """Tokens before the image, after it, and of the answer."""
@@ -136,7 +130,7 @@ class Packer:
     return prompt[:image], prompt[image + 1 :], answer_tokens
 
 
-def _pad(values: list[int], length: int, fill: int = 0) -> np.ndarray:
+def _pad(values: Sequence[int] | np.ndarray, length: int, fill: int = 0) -> np.ndarray:
   if len(values) > length:
     raise UserError(f"{len(values)} tokens do not fit into {length} slots")
-  return np.array(values + [fill] * (length - len(values)), np.int32)
+  return np.pad(np.asarray(values, np.int32), (0, length - len(values)), constant_values=fill)

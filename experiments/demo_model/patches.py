@@ -13,10 +13,8 @@ from jaxtyping import Float
 from PIL import Image
 
 from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS
+from experiments.demo_model.data import Pool
 from experiments.demo_model.scenes import Scene
-
-# In shares of a picture's width and height.
-Point = tuple[float, float]
 
 SHAPES = ("circle", "triangle", "rectangle")
 PLACES = ("left", "right", "top", "bottom")
@@ -31,15 +29,11 @@ def vocabulary(names: Sequence[str]) -> list[str]:
 
 
 def describe(
-  instances: np.ndarray, things: Sequence[tuple[Sequence[str], Point]], grid: int, words: Sequence[str]
+  instances: np.ndarray, things: Sequence[tuple[Sequence[str], tuple[float, float]]], grid: int, words: Sequence[str]
 ) -> Float[np.ndarray, "P W"]:
-  """How much each word describes each patch.
+  """How much each word of a vocabulary describes each patch; `grid` are patches along a side.
 
-  Args:
-    instances: `[h, h]` for every pixel the number of its thing, 0 in the background.
-    things: the words and the middle of every thing.
-    grid: patches along a side.
-    words: the vocabulary.
+  `instances` has for every pixel the number of its thing, 0 in the background; `things` are their words and middles.
   """
   column = {word: index for index, word in enumerate(words)}
   labels = np.zeros((grid, grid, len(words)), np.float32)
@@ -47,7 +41,9 @@ def describe(
   for word, place in zip(PLACES, (1 - 2 * x, 2 * x - 1, 1 - 2 * y, 2 * y - 1), strict=True):
     labels[..., column[word]] = PLACE_WEIGHT * np.maximum(place, 0)
   edges = np.linspace(0, len(instances), grid + 1).round().astype(int)
-  cover = np.stack([_mean_over(instances == number, edges) for number in range(1, len(things) + 1)])
+  masks = (instances == np.arange(1, len(things) + 1)[:, None, None]).astype(np.float32)
+  sums = np.add.reduceat(np.add.reduceat(masks, edges[:-1], 1), edges[:-1], 2)
+  cover = sums / np.outer(np.diff(edges), np.diff(edges))
   largest = cover.argmax(0)
   shown = cover.max(0) >= COVERED
   labels[..., column["nothing"]] = ~shown
@@ -65,17 +61,10 @@ def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.nd
   return describe(scene.instances, things, grid, words)
 
 
-def describe_shape(
-  picture: Image.Image, answers: Sequence[str], grid: int, words: Sequence[str]
-) -> Float[np.ndarray, "P W"]:
+def describe_shape(picture: Image.Image, pool: Pool, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
   """What the patches of an easy-VQA picture show: its one shape differs in colour from the picture's corner."""
   pixels = np.asarray(picture).astype(int)
   shape = np.abs(pixels - pixels[0, 0]).sum(-1) > 30
   y, x = np.nonzero(shape)
   middle = ((x.mean() + 0.5) / len(shape), (y.mean() + 0.5) / len(shape))
-  return describe(shape.astype(np.uint8), [(answers, middle)], grid, words)
-
-
-def _mean_over(mask: np.ndarray, edges: np.ndarray) -> np.ndarray:
-  sums = np.add.reduceat(np.add.reduceat(mask.astype(np.float32), edges[:-1], 0), edges[:-1], 1)
-  return sums / np.outer(np.diff(edges), np.diff(edges))
+  return describe(shape.astype(np.uint8), [([answer for _, answer in pool.open_ended], middle)], grid, words)

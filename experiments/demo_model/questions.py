@@ -31,14 +31,19 @@ import numpy as np
 
 from experiments.demo_model import cutouts
 from experiments.demo_model.cutouts import KINDS, Cutout
-from experiments.demo_model.scenes import Box, Scene, compose
+from experiments.demo_model.scenes import Scene, compose, overlap
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
 TYPES = ("presence", "kind", "name", "count", "number", "colour", "place", "relation", "corner", "empty")
 GUESS_SCENES = 1000
-CORNER = 0.4  # a corner's share of the width and of the height
+CORNERS = {
+  "top left": (0.0, 0.0, 0.4, 0.4),
+  "top right": (0.6, 0.0, 1.0, 0.4),
+  "bottom left": (0.0, 0.6, 0.4, 1.0),
+  "bottom right": (0.6, 0.6, 1.0, 1.0),
+}
 APART = 0.15  # how much further left a thing is that is "furthest left" or "to the left"
 OFF_CENTRE = 0.08  # how far from the middle of the picture a thing is that is "on the left"
 PIECES = ("food", "clothing")  # kinds that are counted in pieces
@@ -107,11 +112,10 @@ def _about_pairs(scene: Scene) -> Iterator[Question]:
 
 
 def _about_corners(rng: np.random.Generator, scene: Scene) -> Iterator[Question]:
-  for name, corner in _corners().items():
+  for name, corner in CORNERS.items():
     what, is_empty = f"what kind of thing is in the {name} corner?", f"is there nothing in the {name} corner?"
-    inside = [thing for thing in scene.things if _overlaps(thing.box, corner)]
-    left, top, right, bottom = corner
-    middles = [t for t in inside if left <= t.middle[0] <= right and top <= t.middle[1] <= bottom]
+    inside = [thing for thing in scene.things if overlap(thing.box, corner)]
+    middles = [thing for thing in inside if overlap((*thing.middle, *thing.middle), corner)]
     if len(middles) == 1:
       yield Question("corner", what, middles[0].cutout.kind)
     if middles and rng.random() < 0.18:
@@ -129,22 +133,12 @@ def ask_for_lists(scene: Scene) -> dict[str, list[Question]]:
   for thing in across:
     x, y = (min(int(3 * position), 2) for position in thing.middle)
     places.append(f"{thing.cutout.kind} {('left', 'middle', 'right')[x]} {('top', 'middle', 'bottom')[y]}")
-  lists = {
-    "across": ("what is there from left to right?", [thing.cutout.kind for thing in across]),
-    "down": ("what is there from top to bottom?", [thing.cutout.kind for thing in down]),
-    "places": ("where is everything?", places),
-  }
-  return {type: [Question(type, question, ", ".join(items))] for type, (question, items) in lists.items()}
-
-
-def _corners() -> dict[str, Box]:
-  first, last = (0.0, CORNER), (1 - CORNER, 1.0)
-  rows, columns = (("top", first), ("bottom", last)), (("left", first), ("right", last))
-  return {f"{v} {h}": (x[0], y[0], x[1], y[1]) for (v, y), (h, x) in itertools.product(rows, columns)}
-
-
-def _overlaps(a: Box, b: Box) -> bool:
-  return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+  lists = (
+    Question("across", "what is there from left to right?", ", ".join(thing.cutout.kind for thing in across)),
+    Question("down", "what is there from top to bottom?", ", ".join(thing.cutout.kind for thing in down)),
+    Question("places", "where is everything?", ", ".join(places)),
+  )
+  return {question.type: [question] for question in lists}
 
 
 def _one(kind: str) -> str:
@@ -152,8 +146,7 @@ def _one(kind: str) -> str:
 
 
 def _a(kind: str) -> str:
-  name = _one(kind)
-  return f"{'an' if name[0] in VOWELS else 'a'} {name}"
+  return f"{'an' if _one(kind)[0] in VOWELS else 'a'} {_one(kind)}"
 
 
 def _plural(kind: str) -> str:
@@ -177,20 +170,15 @@ def commonest(pairs: Iterable[tuple[Hashable, str]]) -> dict[Hashable, str]:
   return {key: answers.most_common(1)[0][0] for key, answers in counts.items()}
 
 
-def question_only_answers(pictures: Sequence[Cutout], *, lists: bool = False) -> dict[str, str]:
-  """The commonest answer to every question, and of every type for questions not met, in scenes of the train split."""
-  scenes = (scene_of("train", index, pictures, lists=lists)[1] for index in range(GUESS_SCENES))
-  asked = (question for questions in scenes for own in questions.values() for question in own)
-  return commonest(pair for type, question, answer in asked for pair in ((question, answer), (type, answer)))
-
-
 def write(directory: pathlib.Path, split: str, num_scenes: int, *, lists: bool = False) -> pathlib.Path:
   """Writes scenes and, of each, one question of every type that it has, or lists; returns the path of `questions.jsonl`.
 
-  A row's `guess` is the answer that the question alone suggests.
+  A row's `guess` is the answer that the question alone suggests: the commonest to it, or to its type, in training scenes.
   """
   pictures = cutouts.load(default_cache_dir())
-  guesses = question_only_answers(pictures["train"], lists=lists)
+  train = (scene_of("train", index, pictures["train"], lists=lists)[1] for index in range(GUESS_SCENES))
+  seen = (question for asked in train for own in asked.values() for question in own)
+  guesses = commonest(pair for type, question, answer in seen for pair in ((question, answer), (type, answer)))
   with command.user_error(f"cannot create {directory}"):
     directory.mkdir(parents=True, exist_ok=True)
   rows = []

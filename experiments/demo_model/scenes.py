@@ -28,16 +28,13 @@ class Thing(NamedTuple):
 
   @property
   def middle(self) -> tuple[float, float]:
-    """The middle of its box."""
+    """Of its box."""
     left, top, right, bottom = self.box
     return (left + right) / 2, (top + bottom) / 2
 
 
 class Scene(NamedTuple):
-  """A picture of `SIDE` pixels, what is in it, and its instance mask.
-
-  The mask has for every pixel the number of its thing, from 1 on, and 0 in the background.
-  """
+  """A picture of `SIDE` pixels, the things in it, and for every pixel the number of its thing, 0 in the background."""
 
   picture: Image.Image
   things: tuple[Thing, ...]
@@ -88,12 +85,14 @@ def _place(rng: np.random.Generator, width: float, height: float, things: Sequen
   for _ in range(40):
     left, top = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
     box = (left, top, left + width, top + height)
-    if all(
-      box[0] > b[2] + 0.01 or b[0] > box[2] + 0.01 or box[1] > b[3] + 0.01 or b[1] > box[3] + 0.01
-      for b in (thing.box for thing in things)
-    ):
+    if not any(overlap(box, thing.box, apart=0.01) for thing in things):
       return box
   return None
+
+
+def overlap(a: Box, b: Box, *, apart: float = 0.0) -> bool:
+  """Whether two boxes overlap, or are less than `apart` apart both across and down."""
+  return a[0] <= b[2] + apart and b[0] <= a[2] + apart and a[1] <= b[3] + apart and b[1] <= a[3] + apart
 
 
 def _background(rng: np.random.Generator) -> Image.Image:

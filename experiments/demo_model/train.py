@@ -11,13 +11,11 @@ Each question attends to the shared prefix and to itself, and its positions go o
 trained exactly as it is asked at inference, alone. The projector is trained on whitened features (see `align`); the whitening
 is folded into the projector that is exported. Training begins at a low image resolution, where a step is cheap, and ends at
 the demo's own. Interrupt it at any time: the same command resumes from the last checkpoint in the work directory.
-
-Axes: B images, S slots, A answer tokens, D model dim, V vocabulary.
 """
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,31 +25,47 @@ from absl import app, flags
 from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
-from experiments.demo_model import align
-from experiments.demo_model.adapter import Adapter, Whitening, answer_logits, init_lora
-from experiments.demo_model.align import Base
+from checkpoints_convert.demo.assemble import assemble
+from experiments.demo_model.adapter import PROJECTOR, Adapter, Whitening, answer_logits, init_lora
+from experiments.demo_model.align import aligned
 from experiments.demo_model.data import Mixture
-from experiments.demo_model.packing import Batch
-from himap_jax.model.network import Model
+from experiments.demo_model.packing import Batch, Packer
+from experiments.shared import study
+from himap_jax import checkpoint
+from himap_jax.model.network import Model, Network
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
-flags.adopt_module_key_flags(align)  # for --help
-
+flags.DEFINE_string("workdir", None, "Directory of the training, to resume from.", required=True)
 _ADAPTER = flags.DEFINE_string(
   "adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True
 )
 _INIT_ADAPTER = flags.DEFINE_string("init_adapter", None, "An adapter to start from; from scratch when absent.")
+_STAGES = flags.DEFINE_list(
+  "stages",
+  ["168:840:3:208", "336:200:1:208"],
+  "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.",
+)
 _SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that are scenes; the others are easy-VQA's.")
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", sorted(command.DTYPES), "What the model computes in; what is trained is float32."
 )
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.")
 
 State = dict[str, Any]  # the adapter being trained, the optimizer's state and the number of steps done
+
+
+class Stage(NamedTuple):
+  """Steps at one resolution, each on a number of images."""
+
+  image_size: int
+  steps: int
+  images: int
+  question_slots: int
 
 
 def make_step(
@@ -63,7 +77,7 @@ def make_step(
   """
 
   def loss_fn(adapter: Adapter, model: Model, batch: Batch) -> tuple[Array, Array]:
-    params = {**model.params, "multi_modal_projector": whitening.fold(adapter.projector)}
+    params = {**model.params, PROJECTOR: whitening.fold(adapter.projector)}
     logits = answer_logits(model.replace(params=params), adapter.lora, batch)
     weight = batch.answer_valid.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.answers)
@@ -90,34 +104,40 @@ def make_optimizer(num_steps: int) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(parts, Adapter("projector", "lora")))
 
 
-def train(base: Base, path: pathlib.Path) -> None:
+def run() -> int:
   """Runs the stages from the last checkpoint on; writes the adapter at every checkpoint and at the end."""
-  plan = [stage for stage in base.stages for _ in range(stage.steps)]
-  mixture = Mixture(scene_share=_SCENE_SHARE.value)
-  whitening, projector = align.aligned(base, mixture)
+  stages, seed = command.numbers(_STAGES, _stage, "such as 168:840:3:208"), _SEED.value
+  workdir = study.directory("workdir").absolute()
+  base = assemble(workdir / "base", cache_dir=checkpoint.default_cache_dir(), adapter=None)
+  loaded = checkpoint.load(str(base), dtype=jnp.float32)
+  packers = {stage: Packer(loaded, stage.image_size, stage.question_slots) for stage in stages}
+  mixture, directory = Mixture(scene_share=_SCENE_SHARE.value), workdir / "checkpoints"
+  whitening, projector = aligned(directory / "start", loaded, packers.values(), mixture, seed=seed)
   if _INIT_ADAPTER.value:
     adapter = Adapter.read(_INIT_ADAPTER.value)
     adapter = adapter.replace(projector=whitening.unfold(adapter.projector))
   else:
-    language_model = base.model.params["language_model"]
-    adapter = Adapter(projector, init_lora(jax.random.key(base.seed), language_model, _RANK.value))
-  optimizer = make_optimizer(len(plan))
+    adapter = Adapter(projector, init_lora(jax.random.key(seed), loaded.model.params["language_model"], _RANK.value))
+  plan = [stage for stage in stages for _ in range(stage.steps)]
+  optimizer, dtype = make_optimizer(len(plan)), command.DTYPES[_DTYPE.value]
   state = {"trainable": adapter, "optimizer": optimizer.init(adapter), "step": jnp.int32(0)}
-  model, step = base.in_dtype(command.DTYPES[_DTYPE.value]), make_step(whitening, optimizer)
+  network = Network(loaded.config, dtype, loaded.model.network.kernels)
+  model = Model(jax.tree.map(lambda x: x.astype(dtype), loaded.model.params), network)
+  step = make_step(whitening, optimizer)
 
   def export() -> None:
     adapter = state["trainable"]
-    adapter.replace(projector=whitening.fold(adapter.projector)).save(path)
+    adapter.replace(projector=whitening.fold(adapter.projector)).save(pathlib.Path(_ADAPTER.value))
 
   policy = ocp.training.preservation_policies.LatestN(2)
-  with ocp.training.Checkpointer(base.directory, preservation_policy=policy) as checkpointer:
+  with ocp.training.Checkpointer(directory, preservation_policy=policy) as checkpointer:
     if checkpointer.latest is not None:
       state = checkpointer.load(checkpointer.latest.step, state)
     first_step = int(state["step"])
     recent = []
     with Progress(len(plan) - first_step, "step", "training") as progress:
       for index, stage in enumerate(plan[first_step:], start=first_step + 1):
-        batch = stage.packer.pack(mixture.draw(stage.images, seed=(base.seed, index - 1)))
+        batch = packers[stage].pack(mixture.draw(stage.images, seed=(seed, index - 1)))
         state, loss, right = step(state, model, batch)
         recent = [*recent[-19:], (float(loss), float(right))]
         progress.update()
@@ -127,12 +147,12 @@ def train(base: Base, path: pathlib.Path) -> None:
           loss, right = np.mean(recent, axis=0)
           print(f"step {index}: {stage.image_size} px, loss {loss:.3f}, right {right:.3f}", flush=True)
   export()
-
-
-def run() -> int:
-  """Trains as the flags describe."""
-  train(align.base_from_flags(), pathlib.Path(_ADAPTER.value))
   return 0
+
+
+def _stage(text: str) -> Stage:
+  image_size, steps, images, question_slots = map(int, text.split(":"))
+  return Stage(image_size, steps, images, question_slots)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,11 @@ from PIL import Image
 
 import himap_jax
 from experiments import question_sets
-from experiments.compare import examples, plots, study, tables, timing
+from experiments.compare import plots, report, study, tables
 from experiments.compare.comparison import Comparison, PromptSizes
 from experiments.compare.grid import Cell, Grid, Shape
 from experiments.compare.report import Example, Shown
-from experiments.compare.study import StudyConfig
-from experiments.compare.timing import Timing
+from experiments.compare.study import StudyConfig, Timing
 from experiments.question_sets import Question, is_right
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.engine import GenerationConfig
@@ -162,7 +161,7 @@ def test_rows_equal_what_the_answers_say(config, rows):
   assert rows["question only"]["accuracy"] == pytest.approx(np.mean(guessed))
 
 
-def test_methods_are_held_against_random_at_their_budget(loaded, tmp_path):
+def test_methods_are_held_against_random_at_their_budget(loaded):
   shape = Shape(NUM_LAYERS, N)._asdict()
   names = (("random", 8), ("himap", 8), ("fastv", 8), ("himap", 2), ("random", 2), ("fastv", 2))
   cells = [Cell("none", "none", schedule=Schedule())]
@@ -181,10 +180,8 @@ def test_methods_are_held_against_random_at_their_budget(loaded, tmp_path):
   beyond = {label: row["beyond_random"] for label, row in by_label.items() if "beyond_random" in row}
   assert beyond == {"random 8": 0.0, "himap 8": 0.25, "fastv 8": -0.25, "himap 2": 0.5, "random 2": 0.0}
   assert (by_label["himap 8"]["beyond_random_low"], by_label["himap 8"]["beyond_random_high"]) == (0.0, 0.75)
-  tables.write_markdown(tmp_path / "table.md", rows)
-  assert "| +25.0% | +0.0% to +75.0% |" in (tmp_path / "table.md").read_text()
-  tables.write_types(tmp_path / "types.md", rows)
-  assert (tmp_path / "types.md").read_text().splitlines() == [
+  assert "| +25.0% | +0.0% to +75.0% |" in tables.markdown(rows, tables.readable_columns(rows))
+  assert tables.types_markdown(rows).splitlines() == [
     "| budget |  | a | b |",
     "| --- | --- | --- | --- |",
     "|  | none | 100.0% | 100.0% |",
@@ -284,7 +281,7 @@ class Clock:
 
 def test_times_are_medians_of_ratios_without_the_first_run():
   inputs = SimpleNamespace(tokens=np.zeros((1, 3)))
-  measured = timing.measure_times(Clock(99.0, 2.0, 4.0, 10.0), Clock(50.0, 1.0, 3.0, 1.0), inputs, repeats=3)
+  measured = study.measure_times(Clock(99.0, 2.0, 4.0, 10.0), Clock(50.0, 1.0, 3.0, 1.0), inputs, repeats=3)
   assert measured["prefill_ratio"] == measured["decode_ratio"] == 0.5
   assert (measured["prefill_seconds"], measured["decode_seconds"], measured["compile_seconds"]) == (1.0, 2.0, 7.0)
 
@@ -356,14 +353,14 @@ def test_the_command_goes_on_and_runs_nothing_again(config, rows):
 
 def test_examples_take_types_in_turns():
   questions = [question(i, type="abc"[i % 3])._replace(image=pathlib.Path(f"{i // 3}.png")) for i in range(18)]
-  assert [q.id for q in examples.choose(questions, 4)] == ["0", "4", "8", "9"]
-  assert [q.id for q in examples.choose(questions, 99)] == ["0", "4", "8", "9", "13", "17"]
+  assert [q.id for q in report.choose(questions, 4)] == ["0", "4", "8", "9"]
+  assert [q.id for q in report.choose(questions, 99)] == ["0", "4", "8", "9", "13", "17"]
 
 
 def test_strips_show_the_lowest_budget_that_most_reach():
   cells = Grid(("himap", "random"), (128, 64, 32)).cells(Shape(30, 576))
-  assert examples.cells_to_show(cells) == ["none", "himap 64", "random 64"]
-  assert examples.cells_to_show([Cell("none", "none", schedule=cells[0].schedule)]) == ["none"]
+  assert report.cells_to_show(cells) == ["none", "himap 64", "random 64"]
+  assert report.cells_to_show([Cell("none", "none", schedule=cells[0].schedule)]) == ["none"]
 
 
 def test_strips_fade_what_the_last_stage_drops(tmp_path):
@@ -371,7 +368,7 @@ def test_strips_fade_what_the_last_stage_drops(tmp_path):
   example = Example(
     picture, (2, 2), "what?", "red", "t", {"a": Shown("red", [(0, [0, 1]), (1, [0])]), "b": Shown("no", [])}
   )
-  examples.draw_strips(tmp_path / "strips.png", [example], ["a", "b", "missing"])
+  plots.draw_strips(tmp_path / "strips.png", [example], ["a", "b", "missing"])
   pixels = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB")).reshape(-1, 3).astype(int)
   vivid, faded = ((np.abs(pixels - colour).max(1) <= 3).sum() for colour in ([200, 0, 0], [247, 217, 217]))
   assert vivid / faded == pytest.approx((1 + 4) / 3, rel=0.1)

@@ -59,7 +59,7 @@ def test_colour_of_most_pixels(tmp_path, colour, rgb):
 
 
 def package(**changes) -> packages.Package:
-  return packages.Package("p", "1", "p.tgz", "", ("false",), ("tar", "-xzf"))._replace(**changes)
+  return packages.Package("p", "1", "p.tgz", "", ("false",), ("tar", "-xzf", "{file}"))._replace(**changes)
 
 
 def downloaded(tmp_path):
@@ -85,7 +85,7 @@ def test_package_is_taken_from_the_cache_and_checked(tmp_path):
 
 def test_package_is_unpacked_once_by_two_at_the_same_time(tmp_path):
   cache, sha256 = downloaded(tmp_path)
-  slow = package(sha256=sha256, unpack=("sh", "-c", 'echo >> ../unpacked; sleep 1; tar -xzf "$0" "$@"'))
+  slow = package(sha256=sha256, unpack=("sh", "-c", "echo >> ../unpacked; sleep 1; tar -xzf {file}"))
   with futures.ThreadPoolExecutor() as pool:
     first, second = pool.map(lambda _: packages.fetch(slow, cache), range(2))
   assert first == second

@@ -75,7 +75,7 @@ def samples(images):
 
 
 def packer_of(tiny, question_slots):
-  return Packer(tiny.processor, tiny.config, image_size=tiny.config.vision.image_size, question_slots=question_slots)
+  return Packer(tiny, tiny.config.vision.image_size, question_slots)
 
 
 answer_logits = jax.jit(adapter.answer_logits)
