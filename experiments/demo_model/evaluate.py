@@ -1,11 +1,9 @@
-"""Accuracy of the demo model, by type of question.
+"""Accuracy of the demo model without pruning, by type of question.
 
-    python -m experiments.demo_model.evaluate --question_set=scenes --methods=none,himap --num_questions=500 --workdir=…
-    python -m experiments.demo_model.evaluate --question_set=easyvqa --packed --workdir=…
+    python -m experiments.demo_model.evaluate --question_set=easyvqa --workdir=…
 
-The first form answers questions with `himap_jax.run`, one prompt a question, and resumes. The second evaluates no pruning on
-all questions with the questions of an image packed behind it, as in training: the same positions and the same attention as
-one by one, hence the same answers, at a tenth of the cost. The other flags are those of `himap_jax.run`.
+The questions of an image are packed behind it, as in training: the same positions and the same attention as one by one,
+hence the same answers, at a tenth of the cost. It resumes. With pruning, see `experiments.compare`.
 """
 
 import collections
@@ -24,33 +22,31 @@ from experiments.question_sets import Question, is_right
 from experiments.shared import study, tabular
 from experiments.shared.statistics import accuracy_by_type
 from himap_jax import checkpoint
-from himap_jax.run import command, job
-from himap_jax.run.flags import config_from_flags
+from himap_jax.checkpoint import LoadedModel
+from himap_jax.run import command
 from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
 
-flags.DEFINE_string("workdir", None, "Directory of prompts and results, to resume from.", required=True)
-_METHODS = flags.DEFINE_list("methods", ["none", "himap"], "Pruning methods to evaluate.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations.")
 _QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
 _NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
-_PACKED = flags.DEFINE_bool("packed", False, "Evaluate no pruning, with questions packed by image.")
+flags.DEFINE_string("workdir", None, "Directory of results, to resume from.", required=True)
 
 QUESTION_SLOTS = 256
-RUN_FLAGS = {"max_new_tokens": 4, "prompt_buckets": ["64", "128"]}
 
 
-def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
-  """For every question whether the greedy answer without pruning is right."""
-  results = workdir / "packed.jsonl"
-  right = {row["id"]: row["right"] for row in _read(results)} if results.exists() else {}
-  loaded = checkpoint.load(flags.FLAGS.checkpoint, dtype=command.DTYPES[flags.FLAGS.dtype])
+def right_answers(loaded: LoadedModel, questions: list[Question], results: pathlib.Path) -> dict[str, bool]:
+  """For every question whether the greedy answer is right; the file of results resumes."""
+  lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+  right = {row["id"]: row["right"] for row in map(json.loads, lines)}
   packer = Packer(loaded, loaded.prompts().image_shape[0], QUESTION_SLOTS)
   predict = jax.jit(lambda model, batch: answer_logits(model, {}, batch).argmax(-1))
   by_image = collections.defaultdict(list)
   for question in questions:
     if question.id not in right:
       by_image[question.image].append(question)
-  with open(results, "a", encoding="utf-8") as file, Progress(len(by_image), "image", "packed") as progress:
+  with open(results, "a", encoding="utf-8") as file, Progress(len(by_image), "image", "evaluating") as progress:
     for image, group in by_image.items():
       picture, waiting = load_image(image), iter(group)
       for part in packer.split([(question.question, question.answer) for question in group]):
@@ -64,35 +60,18 @@ def packed_right(questions: list[Question], workdir: pathlib.Path) -> dict[str, 
   return right
 
 
-def method_right(method: str, questions: list[Question], workdir: pathlib.Path) -> dict[str, bool]:
-  """For every question whether the answer of `himap_jax.run` is right."""
-  prompts, output = workdir / "prompts.jsonl", workdir / f"{method}.jsonl"
-  rows = ({"id": q.id, "image": str(q.image.absolute()), "question": q.question} for q in questions)
-  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  for name, value in {"prompts": str(prompts), "output": str(output), "method": method, **RUN_FLAGS}.items():
-    flags.FLAGS[name].value = value
-  job.run(config_from_flags())
-  answers = {row["id"]: row["answer"] for row in _read(output)}
-  return {question.id: is_right(answers[question.id], question.answer) for question in questions}
-
-
-def _read(path: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def run() -> int:
   """Evaluates and prints a table."""
   workdir = study.directory("workdir").absolute()
   questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
-  settings = {name: flags.FLAGS[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")}
-  settings["weights"] = checkpoint.open_checkpoint(flags.FLAGS.checkpoint).digest()
+  opened = checkpoint.open_checkpoint(_CHECKPOINT.value)
+  settings = {"checkpoint": opened.digest(), "dtype": _DTYPE.value, "questions": question_sets.digest(questions)}
   command.check_settings(workdir / "settings.json", settings, "use another --workdir")
-  command.use_compilation_cache(command.compilation_cache_dir(flags.FLAGS.compilation_cache_dir))
-  rows = {"question only": {question.id: is_right(question.guess, question.answer) for question in questions}}
-  if _PACKED.value:
-    rows["none, packed"] = packed_right(questions, workdir)
-  else:
-    rows |= {method: method_right(method, questions, workdir) for method in _METHODS.value}
+  loaded = opened.restore(dtype=command.DTYPES[_DTYPE.value])
+  rows = {
+    "question only": {question.id: is_right(question.guess, question.answer) for question in questions},
+    "answers": right_answers(loaded, questions, workdir / "right.jsonl"),
+  }
   right = np.array([[own[question.id] for question in questions] for own in rows.values()])
   types = accuracy_by_type(right, [question.type for question in questions])
   shares = np.column_stack([right.mean(axis=1), *types.values()])

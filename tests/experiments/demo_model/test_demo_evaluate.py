@@ -1,34 +1,37 @@
-"""The evaluation runs the same command as everyone, and counts what it answers."""
+"""The evaluation counts a question as right where every token of its answer is predicted, and resumes."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
-import himap_jax
-from himap_jax.run.pictures import load_image
+import jax
+import jax.numpy as jnp
+import pytest
 
-ROOT = pathlib.Path(__file__).parents[3]
+from experiments.demo_model import evaluate
+from experiments.question_sets import Question
 
 
-def test_right_and_wrong(loaded, images, tmp_path):
-  images[0].save(tmp_path / "0.png")
-  picture, generation = load_image(tmp_path / "0.png"), himap_jax.GenerationConfig(4)
-  (answer,) = himap_jax.generate(loaded("clip_mha"), [picture], ["Why?"], generation=generation)
-  answers = {"a": answer.text, "b": f"not {answer.text}", "c": answer.text.upper()}
-  rows = [
-    {"id": name, "image": "0.png", "question": "Why?", "answer": text, "type": "why", "guess": ""}
-    for name, text in answers.items()
-  ]
-  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  arguments = [
-    f"--question_set={tmp_path / 'questions.jsonl'}", f"--checkpoint={loaded('clip_mha').directory}", "--dtype=float32",
-    "--methods=none", f"--workdir={tmp_path / 'work'}", "--compilation_cache_dir=",
-  ]  # fmt: skip
-  command = [sys.executable, "-m", "experiments.demo_model.evaluate", *arguments]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  row = next(line for line in done.stdout.splitlines() if "none" in line and "%" in line)
-  assert "66.67%" in row
-  output = map(json.loads, (tmp_path / "work" / "none.jsonl").read_text().splitlines())
-  assert {row["answer"] for row in output} == {answer.text}
+@pytest.fixture
+def questions(images, tmp_path):
+  for number, image in enumerate(images[:2]):
+    image.save(tmp_path / f"{number}.png")
+  return [Question(str(n), tmp_path / f"{n // 3}.png", "Why?", f"answer {n}", "why", "") for n in range(5)]
+
+
+def test_right_and_wrong_and_resumed(loaded, questions, tmp_path, monkeypatch):
+  def all_but_one_token(model, updates, batch):
+    """Logits that predict every answer, but for the second token of the second question of each image."""
+    second = (batch.answer_question == 1) & (jnp.roll(batch.answer_question, 1, axis=1) == 1)
+    wrong = second & (jnp.roll(batch.answer_question, 2, axis=1) != 1)
+    return jax.nn.one_hot(jnp.where(wrong, 0, batch.answers), 272)
+
+  results, model = tmp_path / "right.jsonl", loaded("clip_mha")
+  monkeypatch.setattr(evaluate, "answer_logits", all_but_one_token)
+  expected = {"0": True, "1": False, "2": True, "3": True, "4": False}
+  assert evaluate.right_answers(model, questions, results) == expected
+  rows = results.read_text().splitlines()
+  assert {row["id"]: row["right"] for row in map(json.loads, rows)} == expected
+  results.write_text("\n".join(rows[:3]) + "\n")
+  assert evaluate.right_answers(model, questions, results) == expected
+  assert results.read_text().splitlines() == rows
+  monkeypatch.setattr(evaluate, "answer_logits", lambda *_: pytest.fail("evaluated again"))
+  assert evaluate.right_answers(model, questions, results) == expected
