@@ -13,8 +13,7 @@ import pathlib
 from absl import app, flags
 
 from experiments.compile_study import study, tables
-from experiments.compile_study.measure import Setting
-from experiments.compile_study.reports import Place
+from experiments.compile_study.measure import Place, Setting
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import machine, planned
 from experiments.shared.geometries import GEOMETRIES

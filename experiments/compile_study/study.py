@@ -6,27 +6,26 @@ import shutil
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.compile_study import measure, reports
-from experiments.compile_study.measure import Measurement, Setting
-from experiments.compile_study.reports import Place, Report
+from experiments.compile_study import measure
+from experiments.compile_study.measure import Place, Setting
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import kept
 from himap_jax.run.progress import Progress
 
+Measurement = dict[str, Any]
+
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-  """What is known.
+  """What `measure` says of every variant.
 
   Attributes:
-    cold: by variant, with an empty compilation cache.
-    turns: by variant, the processes that found the programs in it.
-    reports: by variant, of the TPU's compiler.
+    processes: the first with an empty compilation cache; the others, one a turn, found their programs in it.
+    tpu: of the TPU's compiler.
   """
 
-  cold: dict[str, Measurement]
-  turns: dict[str, list[Measurement]]
-  reports: dict[str, Report]
+  processes: dict[str, list[Measurement]]
+  tpu: dict[str, Measurement]
 
 
 def run(
@@ -41,30 +40,25 @@ def run(
     turns: measurements of every variant after the first.
     workdir: a file for every measurement and report, and the compilation caches.
   """
-  results = Results({}, {name: [] for name in variants}, {})
+
+  def measured(name: str, turn: int) -> Measurement:
+    cache = workdir / "compiled" / name
+    if turn == 0:
+      shutil.rmtree(cache, ignore_errors=True)
+    return measure.in_own_process(name, setting, cache)
+
+  results = Results({name: [] for name in variants}, {})
   steps = [(name, turn) for turn in range(turns + 1) for name in variants]
   with Progress(len(steps), "process", "measuring") as progress:
     for name, turn in steps:
-      cache = workdir / "compiled" / name
-
-      def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> dict[str, Any]:
-        if is_cold:
-          shutil.rmtree(cache, ignore_errors=True)
-        return dataclasses.asdict(measure.in_own_process(name, setting, cache))
-
-      measurement = Measurement(**kept.json_of(workdir / f"{name}-{turn}.json", measured))
-      if turn == 0:
-        results.cold[name] = measurement
-      else:
-        results.turns[name].append(measurement)
+      path = workdir / f"{name}-{turn}.json"
+      results.processes[name].append(kept.json_of(path, lambda name=name, turn=turn: measured(name, turn)))
       progress.update()
+  reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
   if place is not None:
-    reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
     with Progress(len(reported), "variant", "compiling for TPU") as progress:
       for name in reported:
-        content = kept.json_of(
-          workdir / f"{name}-tpu.json", lambda name=name: dataclasses.asdict(reports.report(name, place))
-        )
-        results.reports[name] = Report(**content)
+        path = workdir / f"{name}-tpu.json"
+        results.tpu[name] = kept.json_of(path, lambda name=name: measure.for_tpu(name, place))
         progress.update()
   return results

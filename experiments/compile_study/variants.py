@@ -23,7 +23,7 @@ from himap_jax.inputs import UNUSED_ORDER, Inputs, Layout, take_slots
 from himap_jax.model import rope
 from himap_jax.model.decoder import DecoderLayer, Projections
 from himap_jax.model.network import Embedded, Model, Network
-from himap_jax.pruning.method import Criterion, Selection, View, stable_top_k
+from himap_jax.pruning.method import Criterion, Selection, View
 from himap_jax.pruning.methods.himap import image_attention, instruction_attention
 from himap_jax.pruning.schedule import Schedule, Segment, Stage
 
@@ -153,62 +153,48 @@ def by_segment(recorder: Recorder, schedule: Schedule, *, is_dynamic: bool = Fal
 
   Where it is dynamic, each stage keeps as few tokens as cover `COVERED` of the scores in every row, rounded up to `GRANULE`s.
   """
-  steps = _Steps(recorder)
+
+  @recorder.jit
+  def embed(model: Model, inputs: Inputs) -> tuple[Embedded, Sequence]:
+    embedded = model.bind().embed(inputs)
+    return embedded, library.start(embedded)
+
+  @recorder.jit
+  def layers(model: Model, sequence: Sequence, *, segment: Segment) -> tuple[Sequence, Projections]:
+    sequence, projections = _run_layers(model.bind(), segment, sequence)
+    return sequence, projections[-1]
+
+  @recorder.jit
+  def wanted(
+    model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, number: int
+  ) -> Int[Array, ""]:
+    context = Context(_keys(sequence.x), embedded)
+    score = SCORES[number](library.view(model.bind(), schedule.stages[number].layer, sequence, scored, context))
+    covered = jnp.cumsum(-jnp.sort(-score, axis=1), axis=1)
+    return (covered < COVERED * covered[:, -1:]).sum(axis=1).max() + 1
+
+  @recorder.jit
+  def prune(model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
+    return _prune(model.bind(), stage, sequence, scored, embedded)
+
+  @recorder.jit
+  def logits(model: Model, sequence: Sequence) -> Float[Array, "B V"]:
+    return library.last_logits(model.bind(), sequence)
 
   def run(model: Model, inputs: Inputs) -> Array:
-    embedded, sequence = steps.embed(model, inputs)
-    first = 0
-    for number, stage in enumerate((*schedule.stages, None)):
-      last = model.config.text.num_hidden_layers if stage is None else stage.layer
-      count = sequence.layout.num_image_tokens
-      sequence, scored = steps.layers(model, sequence, segment=Segment(first, last, count, stage))
+    embedded, sequence = embed(model, inputs)
+    segments = schedule.segments(model.config.text.num_hidden_layers, inputs.layout.num_image_tokens)
+    for number, segment in enumerate(segments):
+      sequence, scored = layers(model, sequence, segment=segment)
+      stage = segment.stage
+      if stage is not None and is_dynamic:
+        keep = -(-int(wanted(model, sequence, scored, embedded, number=number)) // GRANULE) * GRANULE
+        stage = dataclasses.replace(stage, keep=min(sequence.layout.num_image_tokens, keep))
       if stage is not None:
-        if is_dynamic:
-          wanted = int(steps.wanted(model, sequence, scored, embedded, number=number, layer=stage.layer))
-          stage = dataclasses.replace(stage, keep=min(count, -(-wanted // GRANULE) * GRANULE))
-        sequence = steps.prune(model, sequence, scored, embedded, stage=stage)
-      first = last
-    return steps.logits(model, sequence)
+        sequence = prune(model, sequence, scored, embedded, stage=stage)
+    return logits(model, sequence)
 
   return run
-
-
-class _Steps:
-  """A prefill in programs of its own."""
-
-  def __init__(self, recorder: Recorder):
-    def embed(model: Model, inputs: Inputs) -> tuple[Embedded, Sequence]:
-      embedded = model.bind().embed(inputs)
-      return embedded, library.start(embedded)
-
-    def layers(model: Model, sequence: Sequence, *, segment: Segment) -> tuple[Sequence, Projections]:
-      sequence, projections = _run_layers(model.bind(), segment, sequence)
-      return sequence, projections[-1]
-
-    def prune(model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
-      return _prune(model.bind(), stage, sequence, scored, embedded)
-
-    def wanted(
-      model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, number: int, layer: int
-    ) -> Int[Array, ""]:
-      counts = []
-
-      def select(view: View, keep: int) -> Selection:
-        score = SCORES[number](view)
-        covered = jnp.cumsum(-jnp.sort(-score, axis=1), axis=1)
-        counts.append((covered < COVERED * covered[:, -1:]).sum(axis=1).max() + 1)
-        return Selection(stable_top_k(score, keep))
-
-      stage = Stage(layer, sequence.layout.num_image_tokens, Criterion(select, lambda sizes: 0))
-      prune(model, sequence, scored, embedded, stage=stage)
-      return counts[0]
-
-    def logits(model: Model, sequence: Sequence) -> Float[Array, "B V"]:
-      return library.last_logits(model.bind(), sequence)
-
-    self.embed, self.layers, self.prune, self.wanted, self.logits = map(
-      recorder.jit, (embed, layers, prune, wanted, logits)
-    )
 
 
 def _keys(rows: Array) -> Array:
