@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.compile_study import plots
-from experiments.compile_study.study import Results
+from experiments.compile_study.study import Measurement
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import tabular
 from experiments.shared.study import Report
@@ -34,14 +34,14 @@ TPU_COLUMNS = {
 }
 
 
-def make_rows(results: Results) -> list[Row]:
+def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measurement]) -> list[Row]:
   """A row a variant: medians over turns; steps and rates are compared within each turn."""
   best = [
     min(measured["step_seconds"] for measured in turn)
-    for turn in zip(*(turns for _, *turns in results.processes.values()), strict=True)
+    for turn in zip(*(turns for _, *turns in processes.values()), strict=True)
   ]
   rows = []
-  for name, (cold, *turns) in results.processes.items():
+  for name, (cold, *turns) in processes.items():
     step, mix, cached = (
       statistics.median(turn[figure] for turn in turns) for figure in ("step_seconds", "mix_seconds", "compile")
     )
@@ -62,7 +62,7 @@ def make_rows(results: Results) -> list[Row]:
       "tokens_per_second_cached": cold["num_tokens"] / (mix + cached),
       "tokens_per_second_cold": cold["num_tokens"] / (mix + cold["compile"]),
     }
-    rows.append(row | {f"tpu_{figure}": value for figure, value in results.tpu.get(name, {}).items()})
+    rows.append(row | {f"tpu_{figure}": value for figure, value in tpu.get(name, {}).items()})
   return rows
 
 

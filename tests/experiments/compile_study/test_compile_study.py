@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import measure, study, tables, variants, workload
-from experiments.compile_study.measure import Setting
+from experiments.compile_study import study, tables, variants, workload
 from experiments.compile_study.recorder import Recorder
+from experiments.compile_study.study import Setting
 from experiments.compile_study.variants import VARIANTS
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher
@@ -116,11 +116,10 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
   gather = [measurement(compile=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))]
   mask = [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))]
   account = dict(programs=1, compile=30.0, instructions=7, temporaries=5.0)
-  results = study.Results(
+  gather, mask = tables.make_rows(
     processes={"gather": [measurement(), *gather], "mask": [measurement(programs=1), *mask]},
     tpu={"gather": account | dict(collectives="2 all-reduce 1.0 MiB", selecting="none")},
   )
-  gather, mask = tables.make_rows(results)
   assert (gather["programs"], gather["compile_cold"], gather["compile_cached"]) == (2, 10.0, 2.0)
   assert gather["step"] == 1.0 and mask["step"] == 2.0  # of 2, 1, 1 and of 1, 2, 3
   assert gather["padding"] == pytest.approx(0.1) and gather["temporaries"] == 3
@@ -138,8 +137,8 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
 
 def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
   setting = Setting(str(loaded("clip_mha").directory), "float32", 3, InputConfig("chat", (128,), 2), 0, (2, 4), (8, 3))
-  first = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
-  cold, turn = first.processes["gather"]
+  first, _ = study.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  cold, turn = first["gather"]
   assert cold["programs"] == turn["programs"] >= 1 and cold["instructions"] == turn["instructions"]
   assert any((tmp_path / "compiled" / "gather").iterdir())
   (tmp_path / "gather-1.json").unlink()
@@ -149,7 +148,7 @@ def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
     asked.append((variant, given, cache.name))
     return cold | {"step_seconds": 7.0}
 
-  monkeypatch.setattr(measure, "in_own_process", instead)
-  again = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
+  monkeypatch.setattr(study, "in_own_process", instead)
+  again, _ = study.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
   assert asked == [("gather", setting, "gather")]
-  assert again.processes["gather"] == [cold, cold | {"step_seconds": 7.0}]
+  assert again["gather"] == [cold, cold | {"step_seconds": 7.0}]
