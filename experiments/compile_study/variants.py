@@ -196,7 +196,12 @@ def by_segment(recorder: Recorder, schedule: Schedule, *, is_dynamic: bool = Fal
 
   Where it is dynamic, each stage keeps as few tokens as cover `COVERED` of the scores in every row, rounded up to `GRANULE`s.
   """
-  steps = {name: recorder.jit(step) for name, step in STEPS.items()}
+
+  def layers(model: Model, sequence: Sequence, *, segment: Segment) -> Any:
+    sequence, _, scored = _layers(model, sequence, segment=segment)
+    return sequence, [], scored
+
+  steps = {name: recorder.jit(step) for name, step in (STEPS | {"layers": layers}).items()}
 
   @recorder.jit
   def wanted(
