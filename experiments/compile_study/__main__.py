@@ -13,8 +13,7 @@ import pathlib
 from absl import app, flags
 
 from experiments.compile_study import study, tables
-from experiments.compile_study.measure import Setting
-from experiments.compile_study.reports import Place
+from experiments.compile_study.study import Setting
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import machine, planned
 from experiments.shared.geometries import GEOMETRIES
@@ -53,24 +52,25 @@ def run() -> int:
     command.numbers(_PRUNE_LAYERS, int),
     command.numbers(_KEEP, command.keep_count),
   )
-  place, tpu_heading = None, None
+  place, tpu_heading = {}, None
   if _TOPOLOGY.value:
-    place = Place(_GEOMETRY.value, _TOPOLOGY.value, _TENSOR.value, _TPU_BATCH_SIZE.value, _TPU_BUCKET.value)
-    planned.mesh_of(place.topology, place.tensor)
+    place = {"geometry": _GEOMETRY.value, "topology": _TOPOLOGY.value, "tensor": _TENSOR.value}
+    place |= {"batch_size": _TPU_BATCH_SIZE.value, "num_text_slots": _TPU_BUCKET.value}
+    planned.mesh_of(_TOPOLOGY.value, _TENSOR.value)
     tpu_heading = (
-      f"For {place.topology}, mesh data × tensor:{place.tensor}, sizes of {place.geometry}, {place.batch_size} rows of "
-      f"{place.num_text_slots} text slots, by the compiler alone (libtpu {machine.versions('libtpu')['libtpu']}):"
-    )
+      "For {topology}, mesh data × tensor:{tensor}, sizes of {geometry}, {batch_size} rows of {num_text_slots} text slots, "
+      "by the compiler alone (libtpu {libtpu}):"
+    ).format(**place, **machine.versions("libtpu"))
   workdir = machine.open_workdir(
     setting=dataclasses.asdict(setting),
-    place=place and dataclasses.asdict(place),
+    place=place,
     processor=machine.processor(),
     **machine.versions("jax"),
     code=machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py")),
   )
   results = study.run(variants, setting, place, turns=_TURNS.value, workdir=workdir)
   count = f"{machine.processor()}, medians of {_TURNS.value} turns"
-  print(machine.write(tables.report(tables.make_rows(results), count, tpu_heading), "compile_study"))
+  print(machine.write(tables.report(tables.make_rows(*results), count, tpu_heading), "compile_study"))
   return 0
 
 

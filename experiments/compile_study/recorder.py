@@ -1,28 +1,10 @@
 """Compiles programs when they are first needed and keeps account of them."""
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-
-
-@dataclasses.dataclass(frozen=True)
-class Account:
-  """What programs took to compile, and what they are.
-
-  Attributes:
-    num_programs: how many.
-    compile_seconds: of all of them, or to read them from the persistent cache.
-    num_instructions: of all of them, after optimisation.
-    temporaries: bytes on one device, of the program that takes the most.
-  """
-
-  num_programs: int
-  compile_seconds: float
-  num_instructions: int
-  temporaries: int
 
 
 class Recorder:
@@ -34,11 +16,7 @@ class Recorder:
   """
 
   def __init__(self, *, is_abstract: bool = False):
-    """Begins with nothing compiled.
-
-    Args:
-      is_abstract: whether arguments are shapes, and nothing runs: then calls give the shapes of results.
-    """
+    """`is_abstract` says whether arguments are shapes, and nothing runs: then calls give the shapes of results."""
     self.compiled: list[Any] = []
     self.seconds = 0.0
     self._is_abstract = is_abstract
@@ -59,11 +37,11 @@ class Recorder:
 
     return call
 
-  def account(self) -> Account:
-    """Of everything compiled so far."""
-    return Account(
-      num_programs=len(self.compiled),
-      compile_seconds=self.seconds,
-      num_instructions=sum(program.as_text().count(" = ") for program in self.compiled),
-      temporaries=max(program.memory_analysis().temp_size_in_bytes for program in self.compiled),
-    )
+  def account(self) -> dict[str, float]:
+    """How many programs there are, their seconds and instructions after optimisation, and the most MiB of temporaries of one."""
+    return {
+      "programs": len(self.compiled),
+      "compile": self.seconds,
+      "instructions": sum(program.as_text().count(" = ") for program in self.compiled),
+      "temporaries": max(program.memory_analysis().temp_size_in_bytes for program in self.compiled) / 2**20,
+    }

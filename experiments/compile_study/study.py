@@ -1,70 +1,158 @@
-"""Runs what has not been measured yet: every variant with an empty compilation cache, then in turns with a filled one."""
+"""Measures variants: each with an empty compilation cache, then in turns with a filled one; and asks the TPU's compiler."""
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 import pathlib
 import shutil
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from experiments.compile_study import measure, reports
-from experiments.compile_study.measure import Measurement, Setting
-from experiments.compile_study.reports import Place, Report
+import jax
+import jax.numpy as jnp
+
+from experiments.compile_study import workload
+from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
-from experiments.shared import kept
+from experiments.shared import compiler_report, geometries, kept, planned
+from himap_jax import checkpoint
+from himap_jax.engine.batching import Batcher
+from himap_jax.generation import InputConfig
+from himap_jax.inputs import Inputs
+from himap_jax.run import command
 from himap_jax.run.progress import Progress
+
+Measurement = dict[str, Any]
+STEPS = 5  # of which the median counts
 
 
 @dataclasses.dataclass(frozen=True)
-class Results:
-  """What is known.
+class Setting:
+  """What every variant is measured with; what is not explained is as in `himap_jax.run`.
 
   Attributes:
-    cold: by variant, with an empty compilation cache.
-    turns: by variant, the processes that found the programs in it.
-    reports: by variant, of the TPU's compiler.
+    num_prompts: of the workload.
+    seed: of the workload.
+    prune_layers: HiMAP's layers; its own when None.
+    keep: what it keeps; its own when None.
   """
 
-  cold: dict[str, Measurement]
-  turns: dict[str, list[Measurement]]
-  reports: dict[str, Report]
+  checkpoint: str
+  dtype: str
+  num_prompts: int
+  inputs: InputConfig
+  seed: int
+  prune_layers: tuple[int, ...] | None = None
+  keep: tuple[int | float, ...] | None = None
+
+
+def in_own_process(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
+  """`on_this_machine` in a new process, which finds nothing in memory."""
+  context = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+    return executor.submit(on_this_machine, variant, setting, cache_dir).result()
+
+
+def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
+  """Runs the workload once to compile what it needs, and once for its time.
+
+  Returns:
+    The account of what it compiled, seconds of the first batch (`step_seconds`) and of the whole workload (`mix_seconds`) once
+    everything is compiled, and the tokens and slots of its batches.
+  """
+  command.use_compilation_cache(str(cache_dir))
+  loaded = checkpoint.load(setting.checkpoint, dtype=jnp.dtype(setting.dtype))
+  processor = loaded.prompts(setting.inputs.prompt_template)
+  batcher = Batcher(loaded.config, processor.image_shape, buckets=setting.inputs.prompt_buckets)
+  examples = workload.make_examples(processor, setting.num_prompts, seed=setting.seed)
+  is_bucketed = VARIANTS[variant].is_bucketed
+  batches = workload.make_batches(batcher, examples, setting.inputs.batch_size, is_bucketed=is_bucketed)
+  batches = jax.tree.map(jnp.asarray, batches)
+  recorder = Recorder()
+  prefill = VARIANTS[variant].build(recorder, loaded.schedule("himap", setting.prune_layers, setting.keep))
+
+  def seconds(inputs: list[Inputs]) -> float:
+    start = time.perf_counter()
+    for batch in inputs:
+      jax.block_until_ready(prefill(loaded.model, batch))
+    return time.perf_counter() - start
+
+  seconds(batches)
+  return {
+    **recorder.account(),
+    "step_seconds": statistics.median(seconds(batches[:1]) for _ in range(STEPS)),
+    "mix_seconds": seconds(batches),
+    "num_tokens": sum(len(example.tokens) for example in examples),
+    "num_slots": sum(batch.tokens.size for batch in batches),
+  }
+
+
+def for_tpu(
+  variant: str, *, geometry: str, topology: str, tensor: int, batch_size: int, num_text_slots: int
+) -> Measurement:
+  """Compiles a variant from shapes alone for a TPU that is not there; errors as in `planned.mesh_of`.
+
+  Args:
+    variant: a key of `VARIANTS`.
+    geometry: a key of `geometries.GEOMETRIES`.
+    topology: of a TPU slice, as `v5e:2x4`.
+    tensor: devices that share the heads; the others have rows of their own.
+    batch_size: rows of all devices.
+    num_text_slots: padded text length.
+
+  Returns:
+    The account of its programs, and in words their collectives and those of the pruning stages alone.
+  """
+  shape = {"batch_size": batch_size, "num_text_slots": num_text_slots}
+  model, inputs, _ = planned.shapes_on(planned.mesh_of(topology, tensor), geometry, **shape)
+  recorder = Recorder(is_abstract=True)
+  VARIANTS[variant].build(recorder, geometries.schedule_of(geometries.model_of(geometry), "himap"))(model, inputs)
+  found = [one for program in recorder.compiled for one in compiler_report.collectives(program)]
+  return {
+    **recorder.account(),
+    "collectives": compiler_report.summarize(found),
+    "selecting": compiler_report.summarize(one for one in found if "prune_before_layer_" in one.scope),
+  }
 
 
 def run(
-  variants: Sequence[str], setting: Setting, place: Place | None, *, turns: int, workdir: pathlib.Path
-) -> Results:
+  variants: Sequence[str], setting: Setting, place: dict[str, Any], *, turns: int, workdir: pathlib.Path
+) -> tuple[dict[str, list[Measurement]], dict[str, Measurement]]:
   """Measures variants and asks the TPU's compiler about them, and goes on from what the work directory holds.
 
   Args:
     variants: keys of `VARIANTS`.
     setting: what all are measured with.
-    place: what is compiled for TPU; nothing when None.
+    place: arguments of `for_tpu`; nothing is compiled for TPU where it is empty.
     turns: measurements of every variant after the first.
     workdir: a file for every measurement and report, and the compilation caches.
+
+  Returns:
+    By variant its processes, the first with an empty compilation cache, the others, one a turn, with their programs in it; and
+    what is known for TPU.
   """
-  results = Results({}, {name: [] for name in variants}, {})
+
+  def measured(name: str, turn: int) -> Measurement:
+    cache = workdir / "compiled" / name
+    if turn == 0:
+      shutil.rmtree(cache, ignore_errors=True)
+    return in_own_process(name, setting, cache)
+
+  processes: dict[str, list[Measurement]] = {name: [] for name in variants}
+  tpu = {}
   steps = [(name, turn) for turn in range(turns + 1) for name in variants]
   with Progress(len(steps), "process", "measuring") as progress:
     for name, turn in steps:
-      cache = workdir / "compiled" / name
-
-      def measured(name: str = name, cache: pathlib.Path = cache, is_cold: bool = turn == 0) -> dict[str, Any]:
-        if is_cold:
-          shutil.rmtree(cache, ignore_errors=True)
-        return dataclasses.asdict(measure.in_own_process(name, setting, cache))
-
-      measurement = Measurement(**kept.json_of(workdir / f"{name}-{turn}.json", measured))
-      if turn == 0:
-        results.cold[name] = measurement
-      else:
-        results.turns[name].append(measurement)
+      path = workdir / f"{name}-{turn}.json"
+      processes[name].append(kept.json_of(path, lambda name=name, turn=turn: measured(name, turn)))
       progress.update()
-  if place is not None:
-    reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
+  reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
+  if place:
     with Progress(len(reported), "variant", "compiling for TPU") as progress:
       for name in reported:
-        content = kept.json_of(
-          workdir / f"{name}-tpu.json", lambda name=name: dataclasses.asdict(reports.report(name, place))
-        )
-        results.reports[name] = Report(**content)
+        path = workdir / f"{name}-tpu.json"
+        tpu[name] = kept.json_of(path, lambda name=name: for_tpu(name, **place))
         progress.update()
-  return results
+  return processes, tpu

@@ -1,17 +1,14 @@
 """From measurements to a row for every variant."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from experiments.compile_study import plots
-from experiments.compile_study.measure import Measurement
-from experiments.compile_study.study import Results
+from experiments.compile_study.study import Measurement
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import tabular
 from experiments.shared.study import Report
 from experiments.shared.tabular import Row
-
-MIB = 1 << 20
 
 CPU_COLUMNS = {
   "variant": "{variant}",
@@ -37,45 +34,35 @@ TPU_COLUMNS = {
 }
 
 
-def make_rows(results: Results) -> list[Row]:
+def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measurement]) -> list[Row]:
   """A row a variant: medians over turns; steps and rates are compared within each turn."""
-  turns = list(zip(*results.turns.values(), strict=True))
-  best = [min(measurement.step_seconds for measurement in turn) for turn in turns]
+  best = [
+    min(measured["step_seconds"] for measured in turn)
+    for turn in zip(*(turns for _, *turns in processes.values()), strict=True)
+  ]
   rows = []
-  for name, measured in results.turns.items():
-    cold = results.cold[name]
-
-    def median(value: Callable[[Measurement], float], measured: Sequence[Measurement] = measured) -> float:
-      return statistics.median(map(value, measured))
-
-    steps = [m.step_seconds / shortest for m, shortest in zip(measured, best, strict=True)]
-    mix, cached = median(lambda m: m.mix_seconds), median(lambda m: m.compile_seconds)
+  for name, (cold, *turns) in processes.items():
+    step, mix, cached = (
+      statistics.median(turn[figure] for turn in turns) for figure in ("step_seconds", "mix_seconds", "compile")
+    )
+    steps = [turn["step_seconds"] / shortest for turn, shortest in zip(turns, best, strict=True)]
     row = {
       "variant": name,
-      "programs": cold.num_programs,
-      "compile_cold": cold.compile_seconds,
+      "programs": cold["programs"],
+      "compile_cold": cold["compile"],
       "compile_cached": cached,
-      "step_seconds": median(lambda m: m.step_seconds),
+      "step_seconds": step,
       "step": statistics.median(steps),
       "step_spread": (max(steps) - min(steps)) / 2,
-      "instructions": cold.num_instructions,
-      "temporaries": cold.temporaries / MIB,
-      "padding": 1 - cold.num_tokens / cold.num_slots,
+      "instructions": cold["instructions"],
+      "temporaries": cold["temporaries"],
+      "padding": 1 - cold["num_tokens"] / cold["num_slots"],
       "mix_seconds": mix,
-      "tokens_per_second": cold.num_tokens / mix,
-      "tokens_per_second_cached": cold.num_tokens / (mix + cached),
-      "tokens_per_second_cold": cold.num_tokens / (mix + cold.compile_seconds),
+      "tokens_per_second": cold["num_tokens"] / mix,
+      "tokens_per_second_cached": cold["num_tokens"] / (mix + cached),
+      "tokens_per_second_cold": cold["num_tokens"] / (mix + cold["compile"]),
     }
-    if report := results.reports.get(name):
-      row |= {
-        "tpu_programs": report.num_programs,
-        "tpu_compile": report.compile_seconds,
-        "tpu_instructions": report.num_instructions,
-        "tpu_temporaries": report.temporaries / MIB,
-        "tpu_collectives": report.collectives,
-        "tpu_selecting": report.selecting_collectives,
-      }
-    rows.append(row)
+    rows.append(row | {f"tpu_{figure}": value for figure, value in tpu.get(name, {}).items()})
   return rows
 
 

@@ -8,6 +8,7 @@ counts.
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,8 @@ from himap_jax.engine.prefill import Context, Sequence
 from himap_jax.inputs import UNUSED_ORDER, Inputs, Layout, take_slots
 from himap_jax.model import rope
 from himap_jax.model.decoder import DecoderLayer, Projections
-from himap_jax.model.network import Embedded, Model, Network
-from himap_jax.pruning.method import Criterion, Selection, View, stable_top_k
+from himap_jax.model.network import Embedded, Model
+from himap_jax.pruning.method import Criterion, Selection, View
 from himap_jax.pruning.methods.himap import image_attention, instruction_attention
 from himap_jax.pruning.schedule import Schedule, Segment, Stage
 
@@ -53,90 +54,132 @@ class Variant:
   can_be_abstract: bool = True
 
 
-def one_program(run: Callable[[Network, Inputs, Schedule], Any]) -> Build:
+def one_program(run: Callable[[Model, Inputs, Schedule], Any]) -> Build:
   """A variant that is one program, of logits and of keys and values, which are results so that none is left out."""
 
   def build(recorder: Recorder, schedule: Schedule) -> Run:
-    program = recorder.jit(lambda model, inputs: run(model.bind(), inputs, schedule))
+    program = recorder.jit(lambda model, inputs: run(model, inputs, schedule))
     return lambda model, inputs: program(model, inputs)[0]
 
   return build
 
 
-def gather(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
+def gather(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
   """The library's own."""
-  result = library.prefill(network, inputs, _keys(inputs.tokens), schedule)
+  result = library.prefill(model.bind(), inputs, _keys(inputs.tokens), schedule)
   return result.logits, result.caches
 
 
 def selecting(choose: Callable[[Array, int], Array]) -> Build:
   """The library's own with another operation for the highest scores."""
 
-  def run(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
+  def run(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
     def stage(own: Stage, score: Callable[[View], Array]) -> Stage:
       def select(view: View, keep: int) -> Selection:
         return Selection(jnp.sort(choose(score(view), keep), axis=1))
 
       return dataclasses.replace(own, criterion=Criterion(select, own.criterion.cost))
 
-    return gather(network, inputs, Schedule(tuple(map(stage, schedule.stages, SCORES))))
+    return gather(model, inputs, Schedule(tuple(map(stage, schedule.stages, SCORES))))
 
   return one_program(run)
 
 
-def one_hot(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
-  """Hidden states are multiplied with a matrix of zeros and ones instead of being gathered."""
-
-  def prune(network: Network, stage: Stage, sequence: Sequence, *others: Any) -> Sequence:
-    pruned = _prune(network, stage, sequence, *others)
-    matrix = _same_token(pruned.layout, sequence.layout).astype(sequence.x.dtype)
-    x = jnp.einsum("BRS,BSD->BRD", matrix, sequence.x, preferred_element_type=jnp.float32)
-    return pruned._replace(x=x.astype(sequence.x.dtype))
-
-  return _in_segments(network, inputs, schedule, prune=prune)
+def _keys(rows: Array) -> Array:
+  return jax.random.split(jax.random.key(0), rows.shape[0])
 
 
-def mask(network: Network, inputs: Inputs, schedule: Schedule) -> Any:
+def _embed(model: Model, inputs: Inputs) -> tuple[Embedded, Sequence]:
+  embedded = model.bind().embed(inputs)
+  return embedded, library.start(embedded)
+
+
+def _layers(
+  model: Model, sequence: Sequence, *, segment: Segment, visible: Bool[Array, "B S"] | None = None
+) -> tuple[Sequence, list[tuple[Array, Array]], Projections]:
+  hidden = None
+  if visible is not None:
+    batch, slots = visible.shape
+    hidden = jnp.broadcast_to(visible[:, None, None], (batch, 1, slots, slots))
+  layers = range(segment.first, segment.last)
+  x, projections = model.bind().language_model(sequence.x, sequence.positions, layers, mask=hidden)
+  return sequence._replace(x=x), [(own.key, own.value) for own in projections], projections[-1]
+
+
+def _prune(model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
+  return library.prune(model.bind(), stage, sequence, scored, Context(_keys(sequence.x), embedded))
+
+
+def _logits(model: Model, sequence: Sequence) -> Float[Array, "B V"]:
+  return library.last_logits(model.bind(), sequence)
+
+
+STEPS = {"embed": _embed, "layers": _layers, "prune": _prune, "logits": _logits}
+
+
+def in_steps(
+  model: Model, inputs: Inputs, schedule: Schedule, **other_steps: Callable[..., Any]
+) -> tuple[Float[Array, "B V"], list[tuple[Array, Array]]]:
+  """The logits, and the keys and values of all layers, of a prefill in which some of `STEPS` are done in another way."""
+  steps = types.SimpleNamespace(**STEPS | other_steps)
+  embedded, sequence = steps.embed(model, inputs)
+  keys_values = []
+  for segment in schedule.segments(model.config.text.num_hidden_layers, inputs.layout.num_image_tokens):
+    sequence, own, scored = steps.layers(model, sequence, segment=segment)
+    keys_values += own
+    if segment.stage is not None:
+      sequence = steps.prune(model, sequence, scored, embedded, stage=segment.stage)
+  return steps.logits(model, sequence), keys_values
+
+
+def one_hot(model: Model, sequence: Sequence, *others: Any, stage: Stage) -> Sequence:
+  """Prunes: hidden states are multiplied with a matrix of zeros and ones instead of being gathered."""
+  pruned = _prune(model, sequence, *others, stage=stage)
+  matrix = _same_token(pruned.layout, sequence.layout).astype(sequence.x.dtype)
+  x = jnp.einsum("BRS,BSD->BRD", matrix, sequence.x, preferred_element_type=jnp.float32)
+  return pruned._replace(x=x.astype(sequence.x.dtype))
+
+
+def mask(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
   """Every token goes through every layer; those that were not kept are hidden from attention."""
   kept, visible = None, None
 
-  def layers(network: Network, segment: Segment, whole: Sequence) -> tuple[Sequence, list[Projections]]:
-    return _run_layers(network, segment, whole, visible)
+  def layers(model: Model, whole: Sequence, *, segment: Segment) -> Any:
+    return _layers(model, whole, segment=segment, visible=visible)
 
-  def prune(network: Network, stage: Stage, whole: Sequence, scored: Projections, embedded: Embedded) -> Sequence:
+  def prune(model: Model, whole: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
     nonlocal kept, visible
     slots = _same_token((kept or whole).layout, whole.layout).argmax(axis=2).astype(jnp.int32)
     scored = jax.tree.map(lambda x: take_slots(x, slots), scored)
-    kept = _prune(network, stage, (kept or whole)._replace(x=take_slots(whole.x, slots)), scored, embedded)
+    kept = _prune(model, (kept or whole)._replace(x=take_slots(whole.x, slots)), scored, embedded, stage=stage)
     visible = _same_token(kept.layout, whole.layout).any(axis=1)
     return whole
 
-  return _in_segments(network, inputs, schedule, layers, prune)
+  return in_steps(model, inputs, schedule, layers=layers, prune=prune)
 
 
 def scan(recorder: Recorder, schedule: Schedule) -> Run:
   """The layers of a segment are one loop over stacked weights; the last, which is scored, stands alone."""
   stacked: dict[int, PyTree] = {}
 
-  def run(model: Model, stacked: dict[int, PyTree], inputs: Inputs) -> Any:
+  @recorder.jit
+  def program(model: Model, stacked: dict[int, PyTree], inputs: Inputs) -> Any:
     text = model.config.text
     layer = DecoderLayer(text, model.network.kernels)
 
-    def layers(network: Network, segment: Segment, sequence: Sequence) -> tuple[Sequence, list[Projections]]:
+    def layers(model: Model, sequence: Sequence, *, segment: Segment) -> Any:
       rotation = rope.rotation(text.rope, text.head_dim, sequence.positions)
 
-      def step(x: Array, weights: PyTree) -> tuple[Array, Projections]:
+      def step(x: Array, weights: PyTree) -> tuple[Array, tuple[Array, Array]]:
         x, projections = layer.apply({"params": weights}, x, rotation, None)
-        return x, projections.replace(query=None)
+        return x, (projections.key, projections.value)
 
       x, looped = jax.lax.scan(step, sequence.x, stacked[segment.first])
       last = dataclasses.replace(segment, first=segment.last - 1)
-      sequence, projections = _run_layers(network, last, sequence._replace(x=x))
-      return sequence, [looped, *projections]
+      sequence, keys_values, scored = _layers(model, sequence._replace(x=x), segment=last)
+      return sequence, [looped, *keys_values], scored
 
-    return _in_segments(model.bind(), inputs, schedule, layers)
-
-  program = recorder.jit(run)
+    return in_steps(model, inputs, schedule, layers=layers)
 
   def call(model: Model, inputs: Inputs) -> Array:
     for segment in schedule.segments(model.config.text.num_hidden_layers, inputs.layout.num_image_tokens):
@@ -153,96 +196,30 @@ def by_segment(recorder: Recorder, schedule: Schedule, *, is_dynamic: bool = Fal
 
   Where it is dynamic, each stage keeps as few tokens as cover `COVERED` of the scores in every row, rounded up to `GRANULE`s.
   """
-  steps = _Steps(recorder)
 
-  def run(model: Model, inputs: Inputs) -> Array:
-    embedded, sequence = steps.embed(model, inputs)
-    first = 0
-    for number, stage in enumerate((*schedule.stages, None)):
-      last = model.config.text.num_hidden_layers if stage is None else stage.layer
-      count = sequence.layout.num_image_tokens
-      sequence, scored = steps.layers(model, sequence, segment=Segment(first, last, count, stage))
-      if stage is not None:
-        if is_dynamic:
-          wanted = int(steps.wanted(model, sequence, scored, embedded, number=number, layer=stage.layer))
-          stage = dataclasses.replace(stage, keep=min(count, -(-wanted // GRANULE) * GRANULE))
-        sequence = steps.prune(model, sequence, scored, embedded, stage=stage)
-      first = last
-    return steps.logits(model, sequence)
+  def layers(model: Model, sequence: Sequence, *, segment: Segment) -> Any:
+    sequence, _, scored = _layers(model, sequence, segment=segment)
+    return sequence, [], scored
 
-  return run
+  steps = {name: recorder.jit(step) for name, step in (STEPS | {"layers": layers}).items()}
 
+  @recorder.jit
+  def wanted(
+    model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage
+  ) -> Int[Array, ""]:
+    context = Context(_keys(sequence.x), embedded)
+    view = library.view(model.bind(), stage.layer, sequence, scored, context)
+    score = SCORES[schedule.stages.index(stage)](view)
+    covered = jnp.cumsum(-jnp.sort(-score, axis=1), axis=1)
+    return (covered < COVERED * covered[:, -1:]).sum(axis=1).max() + 1
 
-class _Steps:
-  """A prefill in programs of its own."""
+  def prune(model: Model, sequence: Sequence, *others: Any, stage: Stage) -> Sequence:
+    keep = -(-int(wanted(model, sequence, *others, stage=stage)) // GRANULE) * GRANULE
+    stage = dataclasses.replace(stage, keep=min(sequence.layout.num_image_tokens, keep))
+    return steps["prune"](model, sequence, *others, stage=stage)
 
-  def __init__(self, recorder: Recorder):
-    def embed(model: Model, inputs: Inputs) -> tuple[Embedded, Sequence]:
-      embedded = model.bind().embed(inputs)
-      return embedded, library.start(embedded)
-
-    def layers(model: Model, sequence: Sequence, *, segment: Segment) -> tuple[Sequence, Projections]:
-      sequence, projections = _run_layers(model.bind(), segment, sequence)
-      return sequence, projections[-1]
-
-    def prune(model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
-      return _prune(model.bind(), stage, sequence, scored, embedded)
-
-    def wanted(
-      model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, number: int, layer: int
-    ) -> Int[Array, ""]:
-      counts = []
-
-      def select(view: View, keep: int) -> Selection:
-        score = SCORES[number](view)
-        covered = jnp.cumsum(-jnp.sort(-score, axis=1), axis=1)
-        counts.append((covered < COVERED * covered[:, -1:]).sum(axis=1).max() + 1)
-        return Selection(stable_top_k(score, keep))
-
-      stage = Stage(layer, sequence.layout.num_image_tokens, Criterion(select, lambda sizes: 0))
-      prune(model, sequence, scored, embedded, stage=stage)
-      return counts[0]
-
-    def logits(model: Model, sequence: Sequence) -> Float[Array, "B V"]:
-      return library.last_logits(model.bind(), sequence)
-
-    self.embed, self.layers, self.prune, self.wanted, self.logits = map(
-      recorder.jit, (embed, layers, prune, wanted, logits)
-    )
-
-
-def _keys(rows: Array) -> Array:
-  return jax.random.split(jax.random.key(0), rows.shape[0])
-
-
-def _prune(network: Network, stage: Stage, sequence: Sequence, scored: Projections, embedded: Embedded) -> Sequence:
-  return library.prune(network, stage, sequence, scored, Context(_keys(sequence.x), embedded))
-
-
-def _run_layers(
-  network: Network, segment: Segment, sequence: Sequence, visible: Bool[Array, "B S"] | None = None
-) -> tuple[Sequence, list[Projections]]:
-  hidden = None
-  if visible is not None:
-    batch, slots = visible.shape
-    hidden = jnp.broadcast_to(visible[:, None, None], (batch, 1, slots, slots))
-  layers = range(segment.first, segment.last)
-  x, projections = network.language_model(sequence.x, sequence.positions, layers, mask=hidden)
-  return sequence._replace(x=x), projections
-
-
-def _in_segments(
-  network: Network, inputs: Inputs, schedule: Schedule, layers: Any = _run_layers, prune: Any = _prune
-) -> tuple[Float[Array, "B V"], list[tuple[Array, Array]]]:
-  """The logits, and the keys and values of all layers, of a prefill in which segments or stages are run in another way."""
-  embedded = network.embed(inputs)
-  sequence, keys_values = library.start(embedded), []
-  for segment in schedule.segments(network.config.text.num_hidden_layers, inputs.layout.num_image_tokens):
-    sequence, projections = layers(network, segment, sequence)
-    keys_values += [(p.key, p.value) for p in projections]
-    if segment.stage is not None:
-      sequence = prune(network, segment.stage, sequence, projections[-1], embedded)
-  return library.last_logits(network, sequence), keys_values
+  used = steps | {"prune": prune} if is_dynamic else steps
+  return lambda model, inputs: in_steps(model, inputs, schedule, **used)[0]
 
 
 def _stack(*layers: Any) -> Any:
@@ -261,7 +238,9 @@ def _same_token(layout: Layout, other: Layout) -> Bool[Array, "B R S"]:
 VARIANTS = {
   "gather": Variant(one_program(gather), "static counts, a gather, unrolled layers, one program: the library's own"),
   "mask": Variant(one_program(mask), "no token is removed; attention does not see what was not kept"),
-  "one_hot": Variant(one_program(one_hot), "a product with zeros and ones in place of the gather"),
+  "one_hot": Variant(
+    one_program(functools.partial(in_steps, prune=one_hot)), "a product with zeros and ones in place of the gather"
+  ),
   "top_k": Variant(selecting(lambda scores, k: jax.lax.top_k(scores, k)[1]), "jax.lax.top_k in place of a stable sort"),
   "approx_max_k": Variant(
     selecting(lambda scores, k: jax.lax.approx_max_k(scores, k)[1]), "jax.lax.approx_max_k in place of a stable sort"

@@ -32,18 +32,14 @@ def make_examples(processor: Processor, num_prompts: int, *, seed: int) -> list[
 def make_batches(batcher: Batcher, examples: Sequence[Example], batch_size: int, *, is_bucketed: bool) -> list[Inputs]:
   """Batches as the prompts come in: each of one bucket, or of whatever comes next, padded to the longest of them."""
   waiting: dict[int, list[Example]] = collections.defaultdict(list)
-  batches = []
-
-  def flush(key: int) -> None:
-    rows = waiting.pop(key)
-    slots = key or max(example.num_text_tokens for example in rows)
-    batches.append(batcher.pack(rows, bucket=slots, batch_size=batch_size))
-
+  groups = []
   for example in examples:
-    key = batcher.bucket(example) if is_bucketed else 0
-    waiting[key].append(example)
-    if len(waiting[key]) == batch_size:
-      flush(key)
-  for key in list(waiting):
-    flush(key)
-  return batches
+    bucket = batcher.bucket(example) if is_bucketed else 0
+    waiting[bucket].append(example)
+    if len(waiting[bucket]) == batch_size:
+      groups.append((bucket, waiting.pop(bucket)))
+  groups += waiting.items()
+  return [
+    batcher.pack(rows, bucket=bucket or max(row.num_text_tokens for row in rows), batch_size=batch_size)
+    for bucket, rows in groups
+  ]

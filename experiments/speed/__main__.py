@@ -49,10 +49,10 @@ def run() -> int:
     code=machine.checksum_of_library(measured),
     **machine.versions("jax", "torch", "transformers"),
   )
-  plan = study.Plan(tuple(sides), _TURNS.value, _AT_ONCE.value, workdir, pathlib.Path(_WEIGHTS_DIR.value))
-  study.run(_GEOMETRY.value, scenarios, plan)
+  how = {"turns": _TURNS.value, "at_once": _AT_ONCE.value, "weights_dir": pathlib.Path(_WEIGHTS_DIR.value)}
+  results = study.run(scenarios, sides, workdir=workdir, **how)
   count = f"{machine.processor()}, medians of {_TURNS.value} turns"
-  print(machine.write(tables.report(tables.read(workdir, scenarios), count), "speed"))
+  print(machine.write(tables.report(results, count), "speed"))
   return 0
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints_convert.transforms import quantize
 from experiments.shared import geometries
 from experiments.speed import side
-from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side
 from experiments.speed.weights import Weights
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
@@ -33,7 +33,7 @@ from himap_jax.pruning.schedule import Schedule
 DTYPE = jnp.bfloat16
 
 
-class Ours:
+class Ours(Side):
   """One of our methods with its default schedule; `METHOD/int8` has the decoder's weights as int8."""
 
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
@@ -45,18 +45,18 @@ class Ours:
     file = Weights(weights)
     place = functools.partial(jax.device_put, device=sharding.replicated(self._mesh), may_alias=True)
     params = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: place(_values(path[-1].key, leaf.shape, file)), abstract_params(self._config, DTYPE)
+      lambda path, leaf: place(file.take(leaf.shape, path[-1].key)), abstract_params(self._config, DTYPE)
     )
     if variant:
       params = map_int8(_as_int8, params)
     self._model = Model(params, Network(self._config, DTYPE, sharding.kernels_for(self._mesh)))
     self._options = dict(self._model.network.kernels.int8_compiler_options) if variant else {}
-    self._mapped_bytes = sum(x.nbytes for x in jax.tree.leaves(params) if x.dtype == DTYPE and x.ndim > 1)
+    self.mapped_bytes = sum(x.nbytes for x in jax.tree.leaves(params) if x.dtype == DTYPE and x.ndim > 1)
     self.device = jax.devices()[0].device_kind
 
   def prepare(self, scenario: Scenario) -> None:
-    """Compiles the programs of a scenario and makes its inputs."""
-    self._scenario, self._inputs = scenario, self._make_inputs(scenario)
+    self._scenario, self.num_new_tokens = scenario, scenario.num_new_tokens
+    self._inputs = self._make_inputs()
     self._engine = Engine(self._model, self._schedule, GenerationConfig(scenario.num_new_tokens, ignore_eos=True))
     model, schedule = self._model, self._schedule
     keys = jax.random.split(jax.random.key(0), scenario.batch_size)
@@ -67,55 +67,48 @@ class Ours:
 
     tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels)[0])
     prefill = jax.jit(prefill, compiler_options=self._options)
-    self._parts = {
+    parts = {
       "tower": functools.partial(tower, model, self._inputs.pixel_values),
       "prefill": functools.partial(prefill, model, embedded, keys, self._parameters),
     }
     if schedule != Schedule():
       choose = jax.jit(functools.partial(_choose, schedule=schedule))
       context = Context(keys, embedded, self._parameters)
-      self._parts["scoring"] = functools.partial(choose, model, self._random_projections(embedded.x), context)
+      parts["scoring"] = functools.partial(choose, model, self._random_projections(), context)
+    self.parts = {name: lambda part=part: jax.block_until_ready(part()) for name, part in parts.items()}
     self.turn()
     side.reset_peak_memory()
 
-  def turn(self) -> dict[str, float]:
-    """Runs a whole example; where it is one token, the tower, the prefill after it and the choosing alone too."""
+  def example(self) -> float:
+    return self._engine(self._inputs, range(self._scenario.batch_size)).decode_seconds
 
-    def example() -> float:
-      return self._engine(self._inputs, range(self._scenario.batch_size)).decode_seconds
-
-    parts = {name: lambda part=part: jax.block_until_ready(part()) for name, part in self._parts.items()}
-    return side.figures(parts, example, self._scenario.num_new_tokens)
+  def accelerator_peak(self) -> int:
+    stats = jax.devices()[0].memory_stats()
+    return stats["peak_bytes_in_use"] if stats else 0
 
   def accounting(self) -> dict[str, float]:
-    """Bytes that a decode step reads by XLA's account, and the weights and the cache that it has to read."""
-    scenario, params = self._scenario, self._model.params
+    """Of decoding also the bytes that a step reads by XLA's account, and the weights and the cache that it has to read."""
+    known, scenario, params = super().accounting(), self._scenario, self._model.params
     if scenario.num_new_tokens == 1:
-      return {}
+      return known
     # Of more than two tokens: XLA counts the loop's body once, and unrolls a loop of one.
     jitted = programs.make_programs(self._model, self._mesh, self._schedule, DecodeConfig(scenario.num_new_tokens))
     seeds = np.zeros(scenario.batch_size, np.uint32)
     inputs, seeds = sharding.from_local_rows((self._inputs, seeds), self._mesh)
-    compiled = programs.lower(jitted, self._model, inputs, seeds, self._parameters).decode.compile()
+    account = programs.lower(jitted, self._model, inputs, seeds, self._parameters).decode.compile().cost_analysis()
     read = dict(params["language_model"])
     if "lm_head" in params:
       read["embed_tokens"] = params["lm_head"]
     sizes = model_sizes(self._config), self._schedule, self._num_image_tokens, scenario.num_text_tokens
     cache = scenario.batch_size * cost.cache_bytes(*sizes, bytes_per_value=2)
-    account = compiled.cost_analysis()
-    return {
+    return known | {
       "decode_bytes": account["bytes accessed"] - account["bytes accessedout{}"],
       "decode_bytes_needed": sum(x.nbytes for x in jax.tree.leaves(read)) + cache,
     }
 
-  def peak_bytes(self) -> int:
-    """Of the accelerator, or of the process where there is none."""
-    stats = jax.devices()[0].memory_stats()
-    return stats["peak_bytes_in_use"] if stats else side.peak_memory(self._mapped_bytes)
-
-  def _make_inputs(self, scenario: Scenario) -> Inputs:
+  def _make_inputs(self) -> Inputs:
     rng, count = np.random.default_rng(0), self._num_image_tokens
-    shape = (scenario.batch_size, scenario.num_text_tokens + count)
+    shape = (self._scenario.batch_size, self._scenario.num_text_tokens + count)
     slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     is_image = (slot >= NUM_SYSTEM_TOKENS) & (slot < NUM_SYSTEM_TOKENS + count)
     inputs = Inputs(
@@ -126,27 +119,18 @@ class Ours:
     )
     return jax.tree.map(jnp.asarray, inputs)
 
-  def _random_projections(self, x: jax.Array) -> list[Projections | None]:
+  def _random_projections(self) -> list[Projections | None]:
     """What the layer before each stage would give to score; nothing before the decoder."""
-    text = self._config.text
-    projections = []
+    text, projections = self._config.text, []
     for segment in self._schedule.segments(text.num_hidden_layers, self._num_image_tokens)[:-1]:
-      if segment.first == segment.last:
-        projections.append(None)
-        continue
-      shape = (x.shape[0], x.shape[1] - self._num_image_tokens + segment.num_image_tokens)
+      shape = (self._scenario.batch_size, self._scenario.num_text_tokens + segment.num_image_tokens)
       query, key = (
         jax.random.normal(jax.random.key(heads), (*shape, heads, text.head_dim), DTYPE)
         for heads in (text.num_attention_heads, text.num_key_value_heads)
       )
-      projections.append(Projections(query=query, key=key, value=key))
+      has_layers = segment.first < segment.last
+      projections.append(Projections(query=query, key=key, value=key) if has_layers else None)
     return projections
-
-
-def _values(name: str, shape: tuple[int, ...], file: Weights) -> np.ndarray:
-  if len(shape) == 1:
-    return np.full(shape, name != "bias", DTYPE)
-  return file.take(shape)
 
 
 def _as_int8(leaf: jax.Array) -> Any:

@@ -5,9 +5,9 @@
 Bfloat16, float32 accumulation; the two take turns. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
+import itertools
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import torch
 from absl import app, flags
 
 from experiments.shared import tabular
+from experiments.speed import side
 from himap_jax.engine import sharding
 from himap_jax.model.linear import matmul
 from himap_jax.run import command
@@ -44,30 +45,19 @@ def pytorch(rows: int, features: int, out: int) -> Callable[[], Any]:
   return lambda: [torch.nn.functional.linear(x, weight) for weight in weights]
 
 
-def seconds(calls: Sequence[Callable[[], Any]], turns: int) -> list[float]:
-  """The median time of each, taking turns."""
-  times: list[list[float]] = [[] for _ in calls]
-  for call in calls:
-    call()
-  for _ in range(turns):
-    for call, taken in zip(calls, times, strict=True):
-      start = time.perf_counter()
-      call()
-      taken.append((time.perf_counter() - start) / COPIES)
-  return [statistics.median(taken) for taken in times]
-
-
 def run() -> int:
-  """Prints a row for every size."""
+  """Prints a row for every size, of median times per product."""
   rows = []
-  for count in command.numbers(_ROWS, int):
-    for features, out in SIZES:
-      pair = seconds([ours(count, features, out), pytorch(count, features, out)], _TURNS.value)
-      operations, num_bytes = 2 * count * features * out, 2 * features * out
-      speeds = [f"{operations / taken / 1e9:.0f}" for taken in pair] + [
-        f"{num_bytes / taken / 1e9:.1f}" for taken in pair
-      ]
-      rows.append((*map(str, (count, features, out)), *speeds, f"{pair[0] / pair[1]:.2f}"))
+  for count, (features, out) in itertools.product(command.numbers(_ROWS, int), SIZES):
+    calls = ours(count, features, out), pytorch(count, features, out)
+    for call in calls:
+      call()
+    turns = [[side.seconds(call) / COPIES for call in calls] for _ in range(_TURNS.value)]
+    pair = [statistics.median(taken) for taken in zip(*turns, strict=True)]
+    operations, num_bytes = 2 * count * features * out, 2 * features * out
+    speeds = [f"{operations / taken / 1e9:.0f}" for taken in pair]
+    speeds += [f"{num_bytes / taken / 1e9:.1f}" for taken in pair]
+    rows.append((*map(str, (count, features, out)), *speeds, f"{pair[0] / pair[1]:.2f}"))
   header = "rows", "in", "out", "XLA, GFLOP/s", "PyTorch, GFLOP/s", "XLA, GB/s", "PyTorch, GB/s", "time ÷ PyTorch's"
   print("\n".join(tabular.markdown(header, rows)))
   return 0

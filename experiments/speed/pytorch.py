@@ -9,6 +9,7 @@
 Axes: B batch, S slots, N image tokens, D model dim.
 """
 
+import functools
 import pathlib
 import time
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
 from experiments.speed import side
-from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side
 from experiments.speed.weights import Weights
 
 PRUNE_LAYERS = (2, 8)
@@ -27,10 +28,10 @@ KEEP = (0.5, 0.125)
 DTYPE = torch.bfloat16
 
 
-class PyTorch:
+class PyTorch(Side):
   """What the sides share: the model, its inputs, and the tower.
 
-  A side has `_prefill`, the last token's logits of the embedded prompts, and `_example`, which runs a whole example and returns
+  A side has `_prefill`, the last token's logits of the embedded prompts, and `_times`, which runs a whole example and returns
   the time when each token was there.
   """
 
@@ -45,55 +46,41 @@ class PyTorch:
       state["lm_head.weight"] = state["model.language_model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     self._model = model.to(self._device).eval()
-    self._mapped_bytes = sum(value.nbytes for value in self._model.parameters() if value.ndim > 1)
+    self.mapped_bytes = sum(value.nbytes for value in self._model.parameters() if value.ndim > 1)
     self.device = torch.cuda.get_device_name() if self._device.type == "cuda" else "cpu"
+    self.parts = {
+      "tower": lambda: (self._model.get_image_features(self._pixels), self._now()),
+      "prefill": lambda: (self._prefill(), self._now()),
+    }
 
   def _values(self, name: str, shape: tuple[int, ...], file: Weights) -> torch.Tensor:
-    if len(shape) < 2:
-      return torch.full(shape, float(not name.endswith("bias")), dtype=DTYPE)
-    return torch.from_numpy(file.take(shape).view("uint16")).view(DTYPE)
+    return torch.from_numpy(file.take(shape, name).view("uint16")).view(DTYPE)
 
   @torch.inference_mode()
   def prepare(self, scenario: Scenario) -> None:
-    """Makes the inputs of a scenario and runs it once, for two tokens at most."""
-    self._num_new_tokens = min(2, scenario.num_new_tokens)
-    vision = self._model.config.vision_config
-    num_image_tokens = (vision.image_size // vision.patch_size) ** 2
+    self.num_new_tokens = min(2, scenario.num_new_tokens)
+    config = self._model.config
+    num_image_tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     generator = torch.Generator().manual_seed(0)
-    num_slots = scenario.num_text_tokens + num_image_tokens
-    ids = torch.randint(
-      2, self._model.config.text_config.vocab_size, (scenario.batch_size, num_slots), generator=generator
-    )
+    shape = scenario.batch_size, scenario.num_text_tokens + num_image_tokens
+    ids = torch.randint(2, config.text_config.vocab_size, shape, generator=generator)
     self._image = slice(NUM_SYSTEM_TOKENS, NUM_SYSTEM_TOKENS + num_image_tokens)
-    ids[:, self._image] = self._model.config.image_token_id
-    pixels = torch.randn(scenario.batch_size, 3, vision.image_size, vision.image_size, generator=generator)
+    ids[:, self._image] = config.image_token_id
+    pixels = torch.randn(shape[0], 3, *[config.vision_config.image_size] * 2, generator=generator)
     self._ids, self._pixels = ids.to(self._device), pixels.to(self._device, DTYPE)
     self._embedded = self._embed()
     self.turn()
-    self._num_new_tokens = scenario.num_new_tokens
+    self.num_new_tokens = scenario.num_new_tokens
     side.reset_peak_memory()
 
-  @torch.inference_mode()
-  def turn(self) -> dict[str, float]:
-    """Runs a whole example; where it is one token, the tower and the prefill after it alone too."""
+  turn = torch.inference_mode()(Side.turn)
 
-    def example() -> float:
-      times = self._example()
-      return times[-1] - times[0]
+  def example(self) -> float:
+    times = self._times()
+    return times[-1] - times[0]
 
-    parts = {
-      "tower": lambda: self._wait(self._model.get_image_features(self._pixels)),
-      "prefill": lambda: self._wait(self._prefill()),
-    }
-    return side.figures(parts, example, self._num_new_tokens)
-
-  def accounting(self) -> dict[str, float]:
-    """Nothing: there are no programs to look into."""
-    return {}
-
-  def peak_bytes(self) -> int:
-    """Of the accelerator, or of the process where there is none."""
-    return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else side.peak_memory(self._mapped_bytes)
+  def accelerator_peak(self) -> int:
+    return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0
 
   def _embed(self) -> torch.Tensor:
     """Embeds the prompts, `[B, S, D]`."""
@@ -104,12 +91,9 @@ class PyTorch:
 
   def _now(self) -> float:
     """The time when all that was begun is done."""
-    self._wait(None)
-    return time.perf_counter()
-
-  def _wait(self, _: Any) -> None:
     if self._device.type == "cuda":
       torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Transformers(PyTorch):
@@ -118,7 +102,7 @@ class Transformers(PyTorch):
   def _prefill(self) -> torch.Tensor:
     return self._model(inputs_embeds=self._embedded, use_cache=True, logits_to_keep=1).logits
 
-  def _example(self) -> list[float]:
+  def _times(self) -> list[float]:
     times = []
 
     def note(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # stops nothing
@@ -129,8 +113,8 @@ class Transformers(PyTorch):
       input_ids=self._ids,
       attention_mask=torch.ones_like(self._ids),
       pixel_values=self._pixels,
-      max_new_tokens=self._num_new_tokens,
-      min_new_tokens=self._num_new_tokens,
+      max_new_tokens=self.num_new_tokens,
+      min_new_tokens=self.num_new_tokens,
       do_sample=False,
       stopping_criteria=[note],
     )
@@ -143,12 +127,16 @@ class Authors(PyTorch):
   def __init__(self, geometry: dict[str, Any], weights: pathlib.Path, *, with_cache: bool):
     super().__init__(geometry, weights)
     self._with_cache = with_cache
-    self._masks: dict[int, torch.Tensor] = {}
     self._decoder = self._model.model.language_model
     scored = {layer - 1 for layer in PRUNE_LAYERS} if with_cache else set(range(len(self._decoder.layers)))
+
+    def note(module: torch.nn.Module, arguments: Any, output: tuple[torch.Tensor, torch.Tensor | None]) -> None:
+      self._attention = output[1]
+
     for index, layer in enumerate(self._decoder.layers):
       layer.self_attn.config = type(layer.self_attn.config)(**layer.self_attn.config.to_dict())
       layer.self_attn.config._attn_implementation = "eager" if index in scored else "sdpa"
+      layer.self_attn.register_forward_hook(note)
 
   def prepare(self, scenario: Scenario) -> None:
     if scenario.batch_size > 1 and not self._with_cache:
@@ -158,14 +146,14 @@ class Authors(PyTorch):
   def _prefill(self) -> torch.Tensor:
     return self._run(self._embedded, DynamicCache() if self._with_cache else None)
 
-  def _example(self) -> list[float]:
+  def _times(self) -> list[float]:
     embedded, times = self._embed(), []
     cache = DynamicCache() if self._with_cache else None
     logits = self._run(embedded, cache)
     while True:
       token = logits.argmax(-1)
       times.append(self._now())
-      if len(times) == self._num_new_tokens:
+      if len(times) == self.num_new_tokens:
         return times
       new = self._model.get_input_embeddings()(token)[:, None]
       embedded = torch.cat([embedded, new], 1) if cache is None else embedded
@@ -182,43 +170,28 @@ class Authors(PyTorch):
 
   def _run(self, hidden: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
     """Logits after the last token of embedded prompts, pruning on the way."""
-    self._masks.clear()
-    first, num_image = self._image.start, self._image.stop - self._image.start
-    keep = [int(share * num_image) for share in KEEP]
+    causal_mask = functools.cache(self._causal_mask)  # made once for a length and a pass, as transformers does
+    image = self._image
+    keep = [int(share * (image.stop - image.start)) for share in KEEP]
     positions = torch.arange(hidden.shape[1], device=self._device)[None].expand(len(hidden), -1)
     rotary = self._decoder.rotary_emb(hidden, position_ids=positions)
-    attention = None
     for index, layer in enumerate(self._decoder.layers):
       if index in PRUNE_LAYERS:
         stage = PRUNE_LAYERS.index(index)
-        image = slice(first, first + num_image)
         rows = slice(image.stop, None) if stage == 0 else image
-        score = attention.mean(1)[:, rows, image].sum(1)
-        kept = first + score.topk(keep[stage], dim=-1).indices.sort(dim=-1).values
-        before = torch.arange(first, device=self._device).expand(len(hidden), -1)
-        after = torch.arange(image.stop, hidden.shape[1], device=self._device).expand(len(hidden), -1)
-        slots = torch.cat([before, kept, after], 1)
+        score = self._attention.mean(1)[:, rows, image].sum(1)
+        kept = image.start + score.topk(keep[stage], dim=-1).indices.sort(dim=-1).values
+        slots = torch.arange(hidden.shape[1], device=self._device).expand(len(hidden), -1)
+        slots = torch.cat([slots[:, : image.start], kept, slots[:, image.stop :]], 1)
         hidden = hidden.gather(1, slots[:, :, None].expand(-1, -1, hidden.shape[2]))
-        positions, num_image = positions.gather(1, slots), keep[stage]
+        positions, image = positions.gather(1, slots), slice(image.start, image.start + keep[stage])
         rotary = self._decoder.rotary_emb(hidden, position_ids=positions)
-      hidden, attention = self._layer(layer, hidden, rotary, cache)
+      is_eager = layer.self_attn.config._attn_implementation == "eager"
+      mask = causal_mask(hidden.shape[1]) if is_eager else None
+      hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary)
     return self._model.lm_head(self._decoder.norm(hidden[:, -1:]))[:, -1]
 
   def _causal_mask(self, num_slots: int) -> torch.Tensor:
-    """What is added to the logits of an eager layer; made once for a length and a pass, as transformers does."""
-    if num_slots not in self._masks:
-      full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
-      self._masks[num_slots] = full.triu(1)[None, None]
-    return self._masks[num_slots]
-
-  def _layer(
-    self, layer: torch.nn.Module, hidden: torch.Tensor, rotary: Any, cache: DynamicCache | None
-  ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A layer's output and, where it is eager, its attention map."""
-    maps: list[torch.Tensor | None] = []
-    hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
-    is_eager = layer.self_attn.config._attn_implementation == "eager"
-    mask = self._causal_mask(hidden.shape[1]) if is_eager else None
-    hidden = layer(hidden, attention_mask=mask, past_key_values=cache, position_embeddings=rotary)
-    hook.remove()
-    return hidden, maps[0]
+    """What is added to the logits of an eager layer."""
+    full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
+    return full.triu(1)[None, None]

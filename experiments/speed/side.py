@@ -1,11 +1,12 @@
 """What is compared: a side runs a scenario, in a process of its own."""
 
+import abc
 import ctypes
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 # Seconds of each: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
 # one decoded token; a whole example from pixels to its last token. The first three are measured in scenarios of one token:
@@ -39,11 +40,22 @@ class Scenario:
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
 
 
-class Side(Protocol):
-  """One way to run scenarios, one after the other."""
+class Side(abc.ABC):
+  """One way to run scenarios, one after the other.
+
+  Attributes:
+    device: what it runs on.
+    mapped_bytes: of the weights that lie in the file.
+    num_new_tokens: that an example generates.
+    parts: what is timed on its own where that is one token, by figure.
+  """
 
   device: str
+  mapped_bytes: int
+  num_new_tokens: int
+  parts: dict[str, Callable[[], Any]]
 
+  @abc.abstractmethod
   def prepare(self, scenario: Scenario) -> None:
     """Compiles what the scenario needs, and runs it once.
 
@@ -51,14 +63,32 @@ class Side(Protocol):
       NotImplementedError: this side cannot run it; the message says why.
     """
 
+  @abc.abstractmethod
+  def example(self) -> float:
+    """Runs a whole example and gives its seconds after the first token."""
+
+  @abc.abstractmethod
+  def accelerator_peak(self) -> int:
+    """The most bytes that an accelerator held since the process began; 0 where there is none."""
+
   def turn(self) -> dict[str, float]:
     """Runs every figure of the prepared scenario once and gives its seconds; some figures may be missing."""
+    is_prefill = self.num_new_tokens == 1
+    measured = {name: seconds(part) for name, part in self.parts.items()} if is_prefill else {}
+    start = time.perf_counter()
+    decode = self.example()
+    measured["example"] = time.perf_counter() - start
+    return measured if is_prefill else measured | {"decode": decode / (self.num_new_tokens - 1)}
 
   def accounting(self) -> dict[str, float]:
-    """What is known of the prepared programs without running them."""
+    """`peak_bytes`, the most memory held while turns were taken, every weight counted once; and what programs say of themselves.
 
-  def peak_bytes(self) -> int:
-    """The most memory held while turns were taken, every weight counted once; on an accelerator, since its process began."""
+    On a CPU it is the largest resident size since `reset_peak_memory`, with the weights of the file in full in place of what of
+    it is mapped.
+    """
+    status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
+    peak, *mapped = (int(status[name].split()[0]) << 10 for name in ("VmHWM", "RssFile", "RssShmem"))
+    return {"peak_bytes": self.accelerator_peak() or peak - sum(mapped) + self.mapped_bytes}
 
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
@@ -81,23 +111,6 @@ def seconds(run: Callable[[], Any]) -> float:
   return time.perf_counter() - start
 
 
-def figures(
-  parts: Mapping[str, Callable[[], Any]], example: Callable[[], float], num_new_tokens: int
-) -> dict[str, float]:
-  """Seconds of each figure, one run of each.
-
-  Args:
-    parts: what is timed on its own where one token is generated, by figure.
-    example: runs a whole example and gives its seconds after the first token.
-    num_new_tokens: tokens that it generates.
-  """
-  measured = {name: seconds(part) for name, part in parts.items()} if num_new_tokens == 1 else {}
-  start = time.perf_counter()
-  decode_seconds = example()
-  measured["example"] = time.perf_counter() - start
-  return measured if num_new_tokens == 1 else measured | {"decode": decode_seconds / (num_new_tokens - 1)}
-
-
 def give_memory_back() -> None:
   """Returns what the allocator holds and nothing uses: the sides share the machine's memory."""
   ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -106,14 +119,3 @@ def give_memory_back() -> None:
 def reset_peak_memory() -> None:
   """Has Linux forget this process's largest resident size so far."""
   pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(mapped_weights: int) -> int:
-  """The largest resident size of this process since `reset_peak_memory`, in bytes.
-
-  Args:
-    mapped_weights: bytes of the weights that lie in the file, which are counted in full in place of what of it is mapped.
-  """
-  status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
-  kibibytes = {name: int(status[name].split()[0]) for name in ("VmHWM", "RssFile", "RssShmem")}
-  return ((kibibytes["VmHWM"] - kibibytes["RssFile"] - kibibytes["RssShmem"]) << 10) + mapped_weights

@@ -6,7 +6,6 @@ The first start finds a checkpoint in the Hugging Face layout and empty caches: 
 find both in the caches. Every start is a process of its own; the phases end with the lines that `himap_jax.run --verbosity=0` logs.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -41,6 +40,7 @@ PHASES = {
   "first": "the first answer",
   "end": "the end",
 }
+TOTAL = "from the command to the first answer"
 
 
 def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
@@ -69,40 +69,33 @@ def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, fl
 
 def run() -> int:
   """Starts the command again and again and prints the phases."""
-  with tempfile.TemporaryDirectory() as name:
-    scratch = pathlib.Path(name)
-    source = pathlib.Path(_CHECKPOINT.value)
-    if _CHECKPOINT.value == "demo":
-      cache = checkpoint.default_cache_dir()
-      source = assemble(cache / "demo", cache_dir=cache)
-    prompt = json.loads(pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()[0])
-    (scratch / "prompts.jsonl").write_text(json.dumps(prompt) + "\n", encoding="utf-8")
+  source = _CHECKPOINT.value
+  if source == "demo":
+    cache = checkpoint.default_cache_dir()
+    source = assemble(cache / "demo", cache_dir=cache)
+  with tempfile.TemporaryDirectory() as scratch:
+    prompts = pathlib.Path(scratch, "prompts.jsonl")
+    prompts.write_text(pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")
     arguments = [
       f"--checkpoint={source}",
-      f"--prompts={scratch / 'prompts.jsonl'}",
-      f"--image_dir={_IMAGE_DIR.value}",
-      f"--output={scratch / 'answers.jsonl'}",
-      f"--dtype={_DTYPE.value}",
-      f"--prune_layers={_PRUNE_LAYERS.value}",
-      "--batch_size=1",
-      "--prompt_buckets=64",
-      "--max_new_tokens=8",
-      "--noresume",
+      f"--prompts={prompts}",
+      f"--output={scratch}/answers.jsonl",
+      *(f"--{flag.name}={flag.value}" for flag in (_IMAGE_DIR, _DTYPE, _PRUNE_LAYERS)),
+      *("--batch_size=1", "--prompt_buckets=64", "--max_new_tokens=8", "--noresume"),
     ]
-    environment = {**os.environ, "HIMAP_JAX_CACHE": str(scratch / "cache")}
-    first = start(arguments, environment)
-    later = [start(arguments, environment) for _ in range(_STARTS.value)]
-  totals = [sum(one.values()) - one["end"] for one in (first, *later)]
-  rows = [_row(label, first[phase], [one[phase] for one in later]) for phase, label in PHASES.items()]
-  rows.append(_row("from the command to the first answer", totals[0], totals[1:]))
-  header = "up to", "first start, s", f"later, median of {len(later)}, s", "spread, s"
-  print("\n".join(tabular.markdown(header, rows)))
-  print(f"later ÷ first: {statistics.median(totals[1:]) / totals[0]:.3f}")
+    environment = {**os.environ, "HIMAP_JAX_CACHE": f"{scratch}/cache"}
+    starts = [start(arguments, environment) for _ in range(1 + _STARTS.value)]
+  rows = {label: [one[phase] for one in starts] for phase, label in PHASES.items()}
+  rows[TOTAL] = [sum(one.values()) - one["end"] for one in starts]
+  medians = {label: statistics.median(later) for label, (_, *later) in rows.items()}
+  cells = (
+    (label, f"{first:.2f}", f"{medians[label]:.2f}", f"± {(max(later) - min(later)) / 2:.2f}")
+    for label, (first, *later) in rows.items()
+  )
+  header = "up to", "first start, s", f"later, median of {_STARTS.value}, s", "spread, s"
+  print("\n".join(tabular.markdown(header, cells)))
+  print(f"later ÷ first: {medians[TOTAL] / rows[TOTAL][0]:.3f}")
   return 0
-
-
-def _row(label: str, first: float, later: Sequence[float]) -> tuple[str, ...]:
-  return label, f"{first:.2f}", f"{statistics.median(later):.2f}", f"± {(max(later) - min(later)) / 2:.2f}"
 
 
 if __name__ == "__main__":

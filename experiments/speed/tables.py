@@ -1,60 +1,36 @@
 """From what was measured to tables: medians with their spread, and the ratios that matter."""
 
 import dataclasses
-import json
-import pathlib
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from experiments.shared import geometries, tabular
 from experiments.shared.study import Report
 from experiments.speed.side import FIGURES, Scenario
-from experiments.speed.study import result_path
+from experiments.speed.study import Result
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.pruning import cost
 from himap_jax.pruning.schedule import Schedule
 
-Results = dict[Scenario, dict[str, dict[str, Any]]]
+Results = dict[Scenario, Result]
 
-
-@dataclasses.dataclass(frozen=True)
-class Ratio:
-  """A figure of one side in units of another's, turn by turn.
-
-  Attributes:
-    name: what is compared.
-    target: the largest value that we hold to, at `geometries`; elsewhere the ratio has no target.
-    figure: which figure.
-    side: whose, above the line.
-    reference: whose, below it.
-    geometries: where it has its target.
-    num_new_tokens: outputs it is meant for; any when None.
-  """
-
-  name: str
-  target: float
-  figure: str
-  side: str
-  reference: str
-  geometries: tuple[str, ...] = ("7b",)
-  num_new_tokens: int | None = None
-
-
+# Figures in units of others, each a side and its figure; the most that we hold to, and at which geometries; and the number of
+# new tokens it is meant for, any when None.
 RATIOS = (
-  Ratio("our vanilla prefill ÷ transformers'", 1.0, "prefill", "none", "transformers", ("demo", "7b")),
-  Ratio("our decode per token ÷ transformers'", 0.85, "decode", "none", "transformers"),
-  Ratio("our decode per token with int8 weights ÷ transformers'", 0.5, "decode", "none/int8", "transformers"),
-  Ratio("our HiMAP example ÷ the authors' algorithm", 0.5, "example", "himap", "authors", num_new_tokens=1),
-  Ratio("our HiMAP example ÷ the authors' algorithm", 0.1, "example", "himap", "authors", num_new_tokens=32),
-  Ratio("our HiMAP example ÷ the authors' algorithm with a cache", 0.9, "example", "himap", "authors_cache"),
+  ("our vanilla prefill ÷ transformers'", "none prefill", "transformers prefill", 1.0, ("demo", "7b"), None),
+  ("our decode per token ÷ transformers'", "none decode", "transformers decode", 0.85, ("7b",), None),
+  (
+    "our decode per token with int8 weights ÷ transformers'",
+    *("none/int8 decode", "transformers decode", 0.5, ("7b",), None),
+  ),
+  ("our HiMAP example ÷ the authors' algorithm", "himap example", "authors example", 0.5, ("7b",), 1),
+  ("our HiMAP example ÷ the authors' algorithm", "himap example", "authors example", 0.1, ("7b",), 32),
+  (
+    "our HiMAP example ÷ the authors' algorithm with a cache",
+    *("himap example", "authors_cache example", 0.9, ("7b",), None),
+  ),
 )
-
-
-def read(workdir: pathlib.Path, scenarios: Sequence[Scenario]) -> Results:
-  """What has been measured of the scenarios."""
-  paths = {scenario: result_path(workdir, scenario) for scenario in scenarios}
-  return {scenario: json.loads(path.read_text()) for scenario, path in paths.items() if path.exists()}
 
 
 def seconds(result: dict[str, Any], figure: str) -> list[float]:
@@ -62,9 +38,11 @@ def seconds(result: dict[str, Any], figure: str) -> list[float]:
   return [turn[figure] for turn in result.get("turns", ()) if figure in turn]
 
 
-def ratio(results: dict[str, dict[str, Any]], figure: str, side: str, reference: str) -> float | None:
-  """The median over turns of one side's seconds in units of another's in the same turn."""
-  pairs = list(zip(seconds(results.get(side, {}), figure), seconds(results.get(reference, {}), figure), strict=False))
+def ratio(results: Result, above: str, below: str) -> float | None:
+  """The median over turns of a side's figure, such as `himap prefill`, in units of another in the same turn."""
+  sides_and_figures = (name.split() for name in (above, below))
+  values = (seconds(results.get(side, {}), figure) for side, figure in sides_and_figures)
+  pairs = list(zip(*values, strict=False))
   return statistics.median(a / b for a, b in pairs) if pairs else None
 
 
@@ -80,26 +58,22 @@ def flops_ratio(scenario: Scenario, method: str) -> float:
 def targets(all_results: Results) -> Iterator[dict[str, Any]]:
   """Every ratio that we hold to a target, scenario by scenario."""
   for scenario, results in all_results.items():
-    where = dataclasses.asdict(scenario)
-    pruned = ratio(results, "prefill", "himap", "none")
-    if pruned is not None:
-      target = 1.1 * flops_ratio(scenario, "himap")
-      yield {"ratio": "HiMAP prefill ÷ our vanilla prefill", **where, "measured": pruned, "target": target}
-    scoring, prefill = (seconds(results.get("himap", {}), figure) for figure in ("scoring", "prefill"))
-    if scoring:
-      share = statistics.median(a / b for a, b in zip(scoring, prefill, strict=True))
-      yield {"ratio": "scoring's share of a pruned prefill", **where, "measured": share, "target": 0.01}
-    for held in RATIOS:
-      measured = ratio(results, held.figure, held.side, held.reference)
-      if measured is not None and held.num_new_tokens in (None, scenario.num_new_tokens):
-        target = held.target if scenario.geometry in held.geometries else None
-        yield {"ratio": held.name, **where, "measured": measured, "target": target}
+    held = [
+      ("HiMAP prefill ÷ our vanilla prefill", "himap prefill", "none prefill", 1.1 * flops_ratio(scenario, "himap")),
+      ("scoring's share of a pruned prefill", "himap scoring", "himap prefill", 0.01),
+    ]
+    for *compared, target, places, num_new_tokens in RATIOS:
+      if num_new_tokens in (None, scenario.num_new_tokens):
+        held.append((*compared, target if scenario.geometry in places else None))
+    found = [(name, ratio(results, above, below), target) for name, above, below, target in held]
     for name in ("none", "himap"):
       result = results.get(name, {})
       if "decode_bytes" in result:
-        measured = result["decode_bytes"] / result["decode_bytes_needed"]
         label = f"bytes of a decoded token ÷ weights and cache ({name})"
-        yield {"ratio": label, **where, "measured": measured, "target": 1.15}
+        found.append((label, result["decode_bytes"] / result["decode_bytes_needed"], 1.15))
+    for name, measured, target in found:
+      if measured is not None:
+        yield {"ratio": name, **dataclasses.asdict(scenario), "measured": measured, "target": target}
 
 
 def figures(all_results: Results) -> Iterator[dict[str, Any]]:

@@ -42,8 +42,13 @@ class Weights:
     self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
     self._next = 0
 
-  def take(self, shape: tuple[int, ...]) -> np.ndarray:
-    """A bfloat16 array that lies in the file; writing to it does not change the file."""
+  def take(self, shape: tuple[int, ...], name: str = "") -> np.ndarray:
+    """A bfloat16 array that lies in the file; writing to it does not change the file.
+
+    One with less than two axes is all ones, or zeros where its name ends in `bias`, and does not lie there.
+    """
+    if len(shape) < 2:
+      return np.full(shape, not name.endswith("bias"), ml_dtypes.bfloat16)
     size = 2 * math.prod(shape)
     if self._next + size > len(self._bytes):
       self._next = 0

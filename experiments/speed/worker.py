@@ -1,5 +1,6 @@
 """A side in a process of its own, and the handle that its parent holds."""
 
+import contextlib
 import multiprocessing
 import os
 import pathlib
@@ -18,33 +19,27 @@ class CannotRun(Exception):
   """A side that cannot run a scenario; the message says why."""
 
 
-def _serve(connection: Connection, name: str, geometry: dict[str, Any], weights: pathlib.Path) -> None:
-  """Answers calls of methods of a side until the connection closes."""
+def _serve(connection: Connection) -> None:
+  """Answers calls until the connection closes: of `side.make` with the device, then of the side's methods with their result.
+
+  An answer is the class of an exception, or None, and its message or the result.
+  """
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share an accelerator
   served = None
-
-  def make() -> str:
-    nonlocal served
-    served = side.make(name, geometry, weights)
-    return served.device
-
-  call, arguments = make, ()
-  while True:
-    try:
-      result = call(*arguments)
-      side.give_memory_back()
-      connection.send(("result", result))
-    except NotImplementedError as error:
-      connection.send(("cannot", str(error)))
-    except Exception as error:  # the parent decides what becomes of it
-      text = str(error)
-      short = isinstance(error, MemoryError) or any(sign in text for sign in OUT_OF_MEMORY)
-      connection.send(("cannot", "out of memory") if short else ("failed", traceback.format_exc()))
-    try:
+  with contextlib.suppress(EOFError):
+    while True:
       method, arguments = connection.recv()
-    except EOFError:
-      return
-    call = getattr(served, method)
+      try:
+        if method == "make":
+          served = side.make(*arguments)
+        result = served.device if method == "make" else getattr(served, method)(*arguments)
+        side.give_memory_back()
+        connection.send((None, result))
+      except NotImplementedError as error:
+        connection.send((CannotRun, str(error)))
+      except Exception as error:  # the parent decides what becomes of it
+        is_memory = isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
+        connection.send((CannotRun, "out of memory") if is_memory else (RuntimeError, traceback.format_exc()))
 
 
 class Worker:
@@ -64,18 +59,15 @@ class Worker:
     """Begins the process and waits until its model is there."""
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
-    self._process = context.Process(target=_serve, args=(theirs, *self._arguments), daemon=True)
+    self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
     self._process.start()
     theirs.close()
-    self.device = self._receive()
+    self.device = self._exchange("make", self._arguments)
 
   def __enter__(self) -> "Worker":
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._end()
-
-  def _end(self) -> None:
     self._connection.close()
     self._process.join(10)
     self._process.kill()
@@ -84,20 +76,18 @@ class Worker:
   def call(self, method: str, *arguments: Any) -> Any:
     """The result of a method of `side.Side`."""
     try:
-      self._connection.send((method, arguments))
-      return self._receive()
+      return self._exchange(method, arguments)
     except (EOFError, ConnectionError) as error:
-      self._end()
+      self.__exit__()
       status = self._process.exitcode
       self._start()
       if status != -signal.SIGKILL:
         raise RuntimeError(f"the process of {self._arguments[0]} ended with status {status}") from error
       raise CannotRun("killed, most likely for its memory") from error
 
-  def _receive(self) -> Any:
-    kind, result = self._connection.recv()
-    if kind == "cannot":
-      raise CannotRun(result)
-    if kind == "failed":
-      raise RuntimeError(result)
+  def _exchange(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    self._connection.send((method, arguments))
+    error, result = self._connection.recv()
+    if error is not None:
+      raise error(result)
     return result

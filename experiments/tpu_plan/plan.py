@@ -55,25 +55,6 @@ class Cell:
     return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(self))
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-  """What the compiler says of a program at some number of rows.
-
-  Attributes:
-    seconds: that it took to compile.
-    memory: on one device; None where it does not fit.
-    limit: bytes of a device that programs can have; known where one did not fit.
-    collectives: in words.
-    scoring_collectives: those of the pruning stages alone, in words.
-  """
-
-  seconds: float
-  memory: compiler_report.Memory | None
-  limit: int | None = None
-  collectives: str = ""
-  scoring_collectives: str = ""
-
-
 def lower(cell: Cell, rows: int) -> programs.Programs:
   """Lowers the programs that `himap_jax.run` would run, for `rows` rows on every group of devices that share them."""
   mesh = planned.mesh_of(cell.topology, cell.tensor)
@@ -89,37 +70,47 @@ def lower(cell: Cell, rows: int) -> programs.Programs:
   return programs.lower(jitted, model, inputs, seeds, programs.method_parameters(schedule))
 
 
-def compile_program(lowered: Any) -> Compiled:
+def compile_program(lowered: Any) -> dict[str, Any]:
   """Compiles a lowered program, or says how much it lacks.
+
+  Returns:
+    The seconds that took; the bytes of its `compiler_report.Memory` on a device, None where it does not fit; then the bytes of a
+    device that programs can have (`limit`), where the compiler says so; and in words its collectives and those of its stages.
 
   Raises:
     jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
   """
+  result = {"memory": None, "limit": None, "collectives": "", "collectives of stages": ""}
   start = time.perf_counter()
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
-    text = str(error)
-    if "RESOURCE_EXHAUSTED" not in text:
+    if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    used = _USED.search(text)
-    limit = int(float(used[3]) * _UNITS[used[4]]) if used else None
-    return Compiled(time.perf_counter() - start, None, limit)
+    if used := _USED.search(str(error)):
+      result["limit"] = int(float(used[3]) * _UNITS[used[4]])
+    return result | {"seconds": time.perf_counter() - start}
   seconds = time.perf_counter() - start
   found = compiler_report.collectives(compiled)
-  return Compiled(
-    seconds,
-    compiler_report.memory(compiled),
-    collectives=compiler_report.summarize(found),
-    scoring_collectives=compiler_report.summarize([one for one in found if "/prune_before_layer_" in one.scope]),
-  )
+  return result | {
+    "seconds": seconds,
+    "memory": dataclasses.asdict(compiler_report.memory(compiled)),
+    "collectives": compiler_report.summarize(found),
+    "collectives of stages": compiler_report.summarize(one for one in found if "/prune_before_layer_" in one.scope),
+  }
+
+
+def compiled(workdir: pathlib.Path, cell: Cell, name: str, rows: int) -> dict[str, Any]:
+  """`compile_program` of a cell's `prefill` or `decode` at a number of rows, remembered in a directory."""
+  path = workdir / f"{cell.name}-{name}-{rows}.json"
+  return kept.json_of(path, lambda: compile_program(getattr(lower(cell, rows), name)))
 
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
   """Multiplications of one row's prefill, up to its first token: by XLA's count of the unrolled program, and by ours."""
   config = geometries.model_of(cell.model)
-  schedule = geometries.schedule_of(config, cell.method)
-  batch = {"batch_size": 1, "num_text_slots": cell.num_text_slots, "image_shape": geometries.image_shape(config)}
+  schedule, shape = geometries.schedule_of(config, cell.method), geometries.image_shape(config)
+  batch = {"batch_size": 1, "num_text_slots": cell.num_text_slots, "image_shape": shape}
   inputs, _ = programs.abstract_inputs(config, sharding.make_mesh(), **batch)
   # With kernels that XLA counts: those of TPU and CPU skip what causality hides, and Pallas is not counted.
   model = Model(abstract_params(config, jnp.bfloat16), Network(config, jnp.bfloat16))
@@ -128,20 +119,6 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   counted = program.lower(model, inputs, keys, programs.method_parameters(schedule)).cost_analysis()["flops"] / 2
   costs = cost.costs(model_sizes(config), schedule, geometries.num_image_tokens(config), cell.num_text_slots)
   return int(counted), costs.prefill
-
-
-class Compiler:
-  """Compiles a program of a cell at any number of rows, and remembers in a directory what came of it."""
-
-  def __init__(self, workdir: pathlib.Path):
-    self._workdir = workdir
-
-  def __call__(self, cell: Cell, name: str, rows: int) -> Compiled:
-    """Its `prefill` or its `decode`."""
-    path = self._workdir / f"{cell.name}-{name}-{rows}.json"
-    fields = kept.json_of(path, lambda: dataclasses.asdict(compile_program(getattr(lower(cell, rows), name))))
-    memory = fields.pop("memory")
-    return Compiled(memory=None if memory is None else compiler_report.Memory(**memory), **fields)
 
 
 def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:

@@ -1,13 +1,13 @@
 """A row a cell: the largest batch, and what it takes."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from experiments.shared import planned, tabular
 from experiments.shared.study import Report
 from experiments.tpu_plan import plan
-from experiments.tpu_plan.plan import Cell, Compiled, Compiler
+from experiments.tpu_plan.plan import Cell
 from himap_jax.engine.programs import Programs
 
 Row = dict[str, Any]
@@ -15,38 +15,39 @@ GIB = 1 << 30
 PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
 
 
-def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
+def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
   """Plans a cell.
 
   Args:
     cell: the cell.
-    compiler: compiles its programs.
+    compile_at: `plan.compiled` in some directory.
     before: earlier rows, among them that of no pruning at the same place.
   """
-  seen: dict[tuple[str, int], Compiled] = {}
+  limits = []
 
   def measure(name: str, rows: int) -> int | None:
     print(f"  {name}, {rows} rows", end="", flush=True)
-    result = seen[name, rows] = compiler(cell, name, rows)
-    print(f": {'does not fit' if result.memory is None else 'fits'}", flush=True)
-    return None if result.memory is None else result.memory.total
-
-  devices = planned.mesh_of(cell.topology, cell.tensor).devices
+    result = compile_at(cell, name, rows)
+    print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
+    if result["limit"]:
+      limits.append(result["limit"])
+    return sum(result["memory"].values()) if result["memory"] else None
 
   def limit() -> int:
     """What a program that did not fit said that there is."""
-    known = [result.limit for result in seen.values() if result.limit]
-    return min(known, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
+    return min(limits, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
 
+  devices = planned.mesh_of(cell.topology, cell.tensor).devices
   rows = None
   for name in Programs._fields:
     rows = plan.largest(functools.partial(measure, name), limit, highest=rows)
   counted, accounted = plan.counted_flops(cell)
-  batch = rows * devices.shape[0]
+  data, tensor = devices.shape
+  batch = rows * data
   row: Row = {
     "model": cell.model,
     "topology": cell.topology,
-    "mesh": f"data:{devices.shape[0]},tensor:{devices.shape[1]}",
+    "mesh": f"data:{data},tensor:{tensor}",
     "weights": cell.weights,
     "method": cell.method,
     "text slots": cell.num_text_slots,
@@ -60,12 +61,11 @@ def make_row(cell: Cell, compiler: Compiler, before: Sequence[Row]) -> Row:
   if plain["largest batch"]:
     row["times none"] = batch / plain["largest batch"]
   for name in Programs._fields:
-    program = compiler(cell, name, max(rows, 1))
-    row[f"{name} compile s"] = program.seconds
-    for part in PARTS:
-      row[f"{name} {part} GiB"] = getattr(program.memory, part) / GIB if program.memory else None
-    row[f"{name} collectives"] = program.collectives
-    row[f"{name} collectives of stages"] = program.scoring_collectives
+    program = compile_at(cell, name, max(rows, 1))
+    memory = program["memory"] or dict.fromkeys(PARTS)
+    row[f"{name} compile s"] = program["seconds"]
+    row |= {f"{name} {part} GiB": None if size is None else size / GIB for part, size in memory.items()}
+    row |= {f"{name} {field}": program[field] for field in ("collectives", "collectives of stages")}
   row["FLOPs, XLA's count ÷ ours"] = counted / accounted
   return row
 

@@ -1,16 +1,14 @@
 """The study of static shapes: its variants are the same prefill, its workload is all there, its figures are what was measured."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import measure, reports, study, tables, variants, workload
-from experiments.compile_study.measure import Measurement, Setting
+from experiments.compile_study import study, tables, variants, workload
 from experiments.compile_study.recorder import Recorder
+from experiments.compile_study.study import Setting
 from experiments.compile_study.variants import VARIANTS
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher
@@ -55,7 +53,7 @@ def test_gives_the_library_s_logits(name, prefill, expected):
   np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
   assert len(recorder.compiled) == (7 if name == "by_segment" else 1)
   account = recorder.account()
-  assert recorder.seconds > 0 and account.num_instructions > 100 and account.temporaries > 0
+  assert recorder.seconds > 0 and account["instructions"] > 100 and account["temporaries"] > 0
 
 
 def test_dynamic_counts_cover_the_scores(prefill, expected, monkeypatch):
@@ -80,7 +78,7 @@ def test_compiles_from_shapes_alone(name, loaded):
   params = sharding.placed(abstract_params(config, jnp.float32), logical_axes(config), config, mesh)
   logits = VARIANTS[name].build(recorder, schedule)(Model(params, Network(config, jnp.float32)), inputs)
   assert (logits.shape, logits.dtype) == ((2, 272), jnp.float32)
-  assert recorder.account().num_instructions > 100
+  assert recorder.account()["instructions"] > 100
 
 
 @pytest.mark.parametrize("is_bucketed", [True, False])
@@ -110,20 +108,18 @@ def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
 
 
 def measurement(**fields):
-  common = dict(num_programs=2, compile_seconds=10.0, num_instructions=5, temporaries=3 << 20, num_tokens=900)
-  return Measurement(**common | dict(step_seconds=1.0, mix_seconds=9.0, num_slots=1000) | fields)
+  common = dict(programs=2, compile=10.0, instructions=5, temporaries=3.0, num_tokens=900, num_slots=1000)
+  return common | dict(step_seconds=1.0, mix_seconds=9.0) | fields
 
 
 def test_rows_are_medians_and_ratios_within_turns(tmp_path):
-  results = study.Results(
-    cold={"gather": measurement(), "mask": measurement(num_programs=1)},
-    turns={
-      "gather": [measurement(compile_seconds=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))],
-      "mask": [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))],
-    },
-    reports={"gather": reports.Report(1, 30.0, 7, 5 << 20, "2 all-reduce 1.0 MiB", "none")},
+  gather = [measurement(compile=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))]
+  mask = [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))]
+  account = dict(programs=1, compile=30.0, instructions=7, temporaries=5.0)
+  gather, mask = tables.make_rows(
+    processes={"gather": [measurement(), *gather], "mask": [measurement(programs=1), *mask]},
+    tpu={"gather": account | dict(collectives="2 all-reduce 1.0 MiB", selecting="none")},
   )
-  gather, mask = tables.make_rows(results)
   assert (gather["programs"], gather["compile_cold"], gather["compile_cached"]) == (2, 10.0, 2.0)
   assert gather["step"] == 1.0 and mask["step"] == 2.0  # of 2, 1, 1 and of 1, 2, 3
   assert gather["padding"] == pytest.approx(0.1) and gather["temporaries"] == 3
@@ -141,18 +137,18 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
 
 def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
   setting = Setting(str(loaded("clip_mha").directory), "float32", 3, InputConfig("chat", (128,), 2), 0, (2, 4), (8, 3))
-  first = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
-  assert first.cold["gather"].num_programs == first.turns["gather"][0].num_programs >= 1
-  assert first.cold["gather"].num_instructions == first.turns["gather"][0].num_instructions
+  first, _ = study.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  cold, turn = first["gather"]
+  assert cold["programs"] == turn["programs"] >= 1 and cold["instructions"] == turn["instructions"]
   assert any((tmp_path / "compiled" / "gather").iterdir())
   (tmp_path / "gather-1.json").unlink()
   asked = []
 
   def instead(variant, given, cache):
     asked.append((variant, given, cache.name))
-    return dataclasses.replace(first.cold["gather"], step_seconds=7.0)
+    return cold | {"step_seconds": 7.0}
 
-  monkeypatch.setattr(measure, "in_own_process", instead)
-  again = study.run(["gather"], setting, None, turns=1, workdir=tmp_path)
-  assert asked == [("gather", setting, "gather")] and again.cold == first.cold
-  assert again.turns["gather"][0].step_seconds == 7.0
+  monkeypatch.setattr(study, "in_own_process", instead)
+  again, _ = study.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  assert asked == [("gather", setting, "gather")]
+  assert again["gather"] == [cold, cold | {"step_seconds": 7.0}]

@@ -1,7 +1,6 @@
 """The comparison of speed: every side runs the same scenario, and PyTorch's side of HiMAP is HiMAP."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -60,7 +59,7 @@ def test_a_side_gives_every_figure(name, weights):
   chooses = name not in ("none", "none/int8", *side.PYTORCH)
   assert figures.keys() == {"example", "tower", "prefill", *(["scoring"] if chooses else [])}
   assert min(figures.values()) > 0
-  assert ran.peak_bytes() > 1 << 20
+  assert ran.accounting()["peak_bytes"] > 1 << 20
 
 
 def test_weights_are_used_where_they_lie(weights):
@@ -99,7 +98,7 @@ def test_the_authors_algorithm_is_himap(with_cache, weights, monkeypatch):
   with torch.inference_mode():
     torch.testing.assert_close(ran._prefill()[0], expected.logits[-1], atol=1e-4, rtol=0)
     chosen.clear()
-    ran._example()
+    ran._times()
   assert chosen == tokens
 
 
@@ -144,19 +143,20 @@ def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
     (tmp_path / directory).mkdir()
 
   def run():
-    study.run("tiny", grid, study.Plan(("himap", "none", "authors"), 2, 2, tmp_path / "work", tmp_path))
+    where = {"workdir": tmp_path / "work", "weights_dir": tmp_path}
+    return study.run(grid, ("himap", "none", "authors"), turns=2, at_once=2, **where)
 
   run()
   before = {path: path.read_bytes() for path in (tmp_path / "work").iterdir()}
   assert len(before) == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["output", "work"]
   monkeypatch.setattr(study, "Worker", None)
-  run()
+  results = run()
   assert {path: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
-  result = json.loads(study.result_path(tmp_path / "work", grid[0]).read_text())
+  (result,) = results.values()
   assert result["authors"] == {"cannot": "one sequence at a time"}
   assert result["himap"]["device"] == "cpu" and result["himap"]["peak_bytes"] > 1 << 20
   assert len(result["himap"]["turns"]) == 2 and "decode" not in result["himap"]["turns"][0]
-  tables.report(tables.read(tmp_path / "work", grid), "2 turns").write(tmp_path / "output", "speed", "What it is")
+  tables.report(results, "2 turns").write(tmp_path / "output", "speed", "What it is")
   text = (tmp_path / "output" / "speed.md").read_text()
   assert (
     text.startswith("`What it is`, 2 turns; devices: cpu.")
@@ -170,9 +170,9 @@ def test_ratios_are_medians_over_turns():
     "none": {"turns": [{"prefill": 2.0}, {"prefill": 8.0}, {"prefill": 9.0}]},
     "authors": {"cannot": "no"},
   }
-  assert tables.ratio(results, "prefill", "himap", "none") == 0.5
-  assert tables.ratio(results, "prefill", "himap", "authors") is None
-  assert tables.ratio(results, "decode", "himap", "none") is None
+  assert tables.ratio(results, "himap prefill", "none prefill") == 0.5
+  assert tables.ratio(results, "himap prefill", "authors prefill") is None
+  assert tables.ratio(results, "himap decode", "none decode") is None
   held = {row["ratio"]: row for row in tables.targets({Scenario("7b", 20, 1, 1): results})}
   assert held["HiMAP prefill ÷ our vanilla prefill"]["measured"] == 0.5
   assert held["HiMAP prefill ÷ our vanilla prefill"]["target"] == pytest.approx(1.1 * 0.31, abs=0.02)

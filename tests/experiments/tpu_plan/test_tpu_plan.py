@@ -83,8 +83,9 @@ def test_a_row_is_of_the_batch_that_both_programs_can(monkeypatch):
   def compiler(cell, name, rows):
     asked.append((name, rows))
     fits = rows <= {"prefill": 40, "decode": 25}[name]
-    memory = compiler_report.Memory(1000 + 10 * rows, 5, 7) if fits else None
-    return plan.Compiled(1.0, memory, None if fits else 1412, name, "stages")
+    memory = {"arguments": 1000 + 10 * rows, "temporaries": 5, "results": 7} if fits else None
+    found = {"collectives": name, "collectives of stages": "stages"}
+    return {"seconds": 1.0, "memory": memory, "limit": None if fits else 1412, **found}
 
   monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
   monkeypatch.setattr(
@@ -107,7 +108,7 @@ def test_memory_that_does_not_suffice():
 
   message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.41G of 15.75G hbm. Exceeded by 5.66G."
   result = plan.compile_program(lowered(message))
-  assert result.memory is None and result.limit == int(15.75 * 2**30)
+  assert result["memory"] is None and result["limit"] == int(15.75 * 2**30)
   with pytest.raises(jax.errors.JaxRuntimeError):
     plan.compile_program(lowered("INTERNAL: something else"))
 
@@ -121,13 +122,13 @@ def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
     return plan.programs.Programs("prefill", "decode")
 
   compiled = {
-    "prefill": plan.Compiled(1.5, compiler_report.Memory(1, 2, 3), None, "none", "none"),
-    "decode": plan.Compiled(2.5, None, 99),
+    "prefill": {"memory": {"arguments": 1, "temporaries": 2, "results": 3}, "limit": None},
+    "decode": {"memory": None, "limit": 99},
   }
   monkeypatch.setattr(plan, "lower", lower)
   monkeypatch.setattr(plan, "compile_program", compiled.get)
   for _ in range(2):
-    assert {name: plan.Compiler(tmp_path)(cell, name, 4) for name in compiled} == compiled
+    assert {name: plan.compiled(tmp_path, cell, name, 4) for name in compiled} == compiled
   assert calls == [4, 4]
 
 
