@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from himap_jax.engine import prefill
 from himap_jax.inputs import Inputs
@@ -31,28 +31,24 @@ def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"
 
 def edited_attention(
   query: Float[Array, "B S N H"],
-  key: Float[Array, "B T K H"],
-  value: Float[Array, "B T K H"],
-  mask: Bool[Array, "B 1 S T"] | None = None,
+  key: Float[Array, "B S K H"],
+  value: Float[Array, "B S K H"],
+  mask: None = None,
   *,
-  is_causal: bool = False,
+  is_causal: bool = True,
   edit: Edit,
 ) -> Float[Array, "B S N H"]:
-  """Attention that computes all probabilities, in float32, and edits them; see `Kernels.attention`."""
-  group = query.shape[2] // key.shape[2]
-  key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+  """Causal attention that computes all probabilities, in float32, and edits them; see `Kernels.attention`."""
+  del mask, is_causal  # None and True over whole prompts
+  key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
   logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-  slots, seen = logits.shape[2:]
-  visible = jnp.ones((1, 1, slots, seen), bool) if mask is None else mask
-  if is_causal:
-    visible &= jnp.tril(jnp.ones((slots, seen), bool))[None, None]
+  visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
   return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
 
 
 def edited(model: Model, edit: Edit) -> Model:
   """The model with edited attention."""
-  attention = functools.partial(edited_attention, edit=edit)
-  kernels = dataclasses.replace(model.network.kernels, attention=attention)
+  kernels = dataclasses.replace(model.network.kernels, attention=functools.partial(edited_attention, edit=edit))
   return model.replace(network=model.network.clone(kernels=kernels))
 
 
