@@ -39,21 +39,13 @@ MEASURES = ("accuracy", "agreement")
 
 
 class Outcomes(NamedTuple):
-  """The results of all rungs, the cheapest first, and of no pruning.
+  """The results of all rungs, the cheapest first, and of no pruning."""
 
-  Attributes:
-    price: `[P, Q]` FLOPs of the decoder's prefill on all tokens and of scoring, relative to no pruning.
-    right: `[P, Q]` score of the answer against the true one.
-    same: `[P, Q]` score of the answer against the one without pruning.
-    mass: `[R, Q]` the share of the first stage's scores that the kept tokens hold.
-    keep: of each rung, after each stage.
-  """
-
-  price: Float[np.ndarray, "P Q"]
-  right: Float[np.ndarray, "P Q"]
-  same: Float[np.ndarray, "P Q"]
-  mass: Float[np.ndarray, "R Q"]
-  keep: list[tuple[int, ...]]
+  price: Float[np.ndarray, "P Q"]  # FLOPs of the decoder's prefill on all tokens and of scoring, relative to no pruning
+  right: Float[np.ndarray, "P Q"]  # score of the answer against the true one
+  same: Float[np.ndarray, "P Q"]  # score of the answer against the one without pruning
+  mass: Float[np.ndarray, "R Q"]  # the share of the first stage's scores that the kept tokens hold
+  keep: list[tuple[int, ...]]  # of each rung, after each stage
 
 
 def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, *, max_new_tokens: int) -> Outcomes:
@@ -61,29 +53,27 @@ def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
 
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     by_instruction, _ = himap_scores(subject.loaded.model, batch.inputs, num_layers=rungs[0].stages[0].layer)
-    return {
-      "held": np.asarray(held_share(by_instruction[-1])),
-      "length": (batch.inputs.layout.kind == TEXT).sum(axis=1),
-    }
+    length = (batch.inputs.layout.kind == TEXT).sum(axis=1)
+    return {"held": np.asarray(held_share(by_instruction[-1])), "length": length}
 
-  schedules, answers = [*rungs, Schedule()], []
-  for schedule in schedules:
-    path = workdir / f"answers-{'_'.join(str(stage.keep) for stage in schedule.stages) or 'none'}.json"
-    answers.append(subject.answers(schedule, path, max_new_tokens=max_new_tokens))
+  keep = [tuple(stage.keep for stage in rung.stages) for rung in rungs]
+  schedules = {"/".join(map(str, kept)): rung for kept, rung in zip(keep, rungs, strict=True)} | {"none": Schedule()}
+  answers = subject.answers(schedules, workdir / "answers", max_new_tokens=max_new_tokens)
   questions, measured = subject.measure(workdir / "held", compute, axis=0)
-  sizes = model_sizes(subject.loaded.config)
 
   def flops(schedule: Schedule, length: int) -> int:
+    sizes = model_sizes(subject.loaded.config)
     costs = cost.costs(sizes, schedule, subject.batcher.num_image_tokens, length)
     return costs.decoder + costs.scoring
 
-  price = [[flops(schedule, n) / flops(Schedule(), n) for n in measured["length"].tolist()] for schedule in schedules]
+  plain = [flops(Schedule(), length) for length in measured["length"].tolist()]
+  price = [[flops(own, n) for n in measured["length"].tolist()] for own in schedules.values()]
   return Outcomes(
-    price=np.array(price),
-    right=np.array([[score(own[q.id], q.answer) for q in questions] for own in answers]),
-    same=np.array([[score(own[q.id], answers[-1][q.id]) for q in questions] for own in answers]),
-    mass=np.stack([measured["held"][:, rung.stages[0].keep - 1] for rung in rungs]),
-    keep=[tuple(stage.keep for stage in rung.stages) for rung in rungs],
+    price=np.array(price) / plain,
+    right=np.array([[score(own[q.id], q.answer) for q in questions] for own in answers.values()]),
+    same=np.array([[score(own[q.id], answers["none"][q.id]) for q in questions] for own in answers.values()]),
+    mass=np.stack([measured["held"][:, first - 1] for first, _ in keep]),
+    keep=keep,
   )
 
 
@@ -96,24 +86,23 @@ def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple
   num_fixed, num_questions = outcomes.price.shape
   mass = jnp.asarray(outcomes.mass.T, jnp.float32)
   assigned = [np.asarray(cheapest_rung(mass, jnp.float32(threshold))) for threshold in thresholds]
+  values = {
+    name: np.concatenate([own, [own[rungs, np.arange(num_questions)] for rungs in assigned]])  # [C, Q]
+    for name, own in zip(("price", *MEASURES), outcomes, strict=False)
+  }
   table = [{"keep": name} for name in (*("/".join(map(str, keep)) for keep in outcomes.keep), "no pruning")]
   for threshold, rungs in zip(thresholds, assigned, strict=True):
     counts = np.bincount(rungs, minlength=len(outcomes.keep))
     table.append({"threshold": threshold, "rungs": "/".join(map(str, counts))})
-  values = dict(zip(("price", *MEASURES), outcomes, strict=False))
-  for name, own in values.items():
-    values[name] = np.concatenate([own, [own[rungs, np.arange(num_questions)] for rungs in assigned]])  # [C, Q]
-  means = {name: own.mean(axis=1)[None] for name, own in values.items()}
-  resampled = {name: statistics.resample(own, seed=seed) for name, own in values.items()}  # the same questions for all
-  for index, row in enumerate(table):
-    row["flops"] = float(means["price"][0, index])
+  shares = statistics.mean_rows({name: values[name] for name in MEASURES}, seed=seed)
+  for row, price, own in zip(table, values["price"].mean(axis=1), shares, strict=True):
+    row |= {"flops": float(price), **own}
+  # The means, then their resamples, of the same questions for all.
+  means = {name: np.stack([own.mean(axis=1), *statistics.resample(own, seed=seed)]) for name, own in values.items()}
+  for index, row in enumerate(table[num_fixed:], start=num_fixed):
     for name in MEASURES:
-      row |= statistics.with_interval(name, means[name][0, index], resampled[name][:, index])
-    for name in MEASURES if index >= num_fixed else ():
-      mean, bootstrap = (
-        own[name][:, index] - _line(own["price"], own[name], index, num_fixed) for own in (means, resampled)
-      )
-      row |= statistics.with_interval(f"{name}_beyond_fixed", mean[0], bootstrap)
+      mean, *bootstrap = means[name][:, index] - _line(means["price"], means[name], index, num_fixed)
+      row |= statistics.with_interval(f"{name}_beyond_fixed", mean, np.array(bootstrap))
   for row, own, same in zip(table, outcomes.mass, outcomes.same, strict=False):  # of the rungs
     row |= {"mass": float(own.mean()), "mass_spread": float(own.std()), "mass_tells": _auc(own, same == 1)}
   return table[:num_fixed], table[num_fixed:]
@@ -123,8 +112,7 @@ def _auc(mass: Float[np.ndarray, "Q"], stays: Bool[np.ndarray, "Q"]) -> float | 
   """The area under the ROC curve: how often questions whose answer stays have more mass than those whose does not."""
   if stays.all() or not stays.any():
     return None
-  higher = np.sign(mass[stays][:, None] - mass[~stays][None])
-  return float((higher.mean() + 1) / 2)
+  return float((np.sign(mass[stays][:, None] - mass[~stays][None]).mean() + 1) / 2)
 
 
 def _line(
@@ -149,10 +137,8 @@ def summary(fixed: Sequence[Row], adapted: Sequence[Row], cheapest: float) -> li
   by_threshold = {"threshold": "{threshold:g}", "questions by rung": "{rungs}"}
   lines = ["## Fixed", "", *tabular.formatted(fixed, {"keeps": "{keep}"} | common | held)]
   lines += ["", "## Adaptive", "", *tabular.formatted(adapted, by_threshold | common | beyond), ""]
-  return [
-    *lines,
-    f"With every question on the cheapest rung that answers as no pruning does, FLOPs would be {cheapest:.1%}.",
-  ]
+  oracle = f"With every question on the cheapest rung that answers as no pruning does, FLOPs would be {cheapest:.1%}."
+  return [*lines, oracle]
 
 
 def plot(fixed: Sequence[Row], adapted: Sequence[Row]) -> Figure:
@@ -166,11 +152,9 @@ def plot(fixed: Sequence[Row], adapted: Sequence[Row]) -> Figure:
     for flops, rows in itertools.groupby(adapted, key=lambda row: row["flops"]):
       first = next(rows)
       axes.annotate(f"{first['threshold']:g}", (flops, first[measure]), (3, -9), textcoords="offset points", fontsize=7)
-    axes.set_xlim(0.9 * fixed[0]["flops"], 1.1 * max(row["flops"] for row in adapted))
-    axes.set_xlabel("FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning")
-    axes.set_ylabel(measure)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    label = "FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning"
+    limits = 0.9 * fixed[0]["flops"], 1.1 * max(row["flops"] for row in adapted)
+    figures.finish(axes, legend=10, xlim=limits, xlabel=label, ylabel=measure)
   return figure
 
 
@@ -196,8 +180,10 @@ def run(values: Any) -> Report:
   counts = [[stage.keep for stage in rung.stages] for rung in rungs]
   if len(rungs) < 2 or not all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(counts)):
     raise UserError("--ladder: at least two rungs are needed, in ascending order")
-  workdir = study.open_workdir(subject, prune_layers=values.prune_layers, max_new_tokens=values.max_new_tokens)
-  outcomes = measure(subject, rungs, workdir, max_new_tokens=values.max_new_tokens)
+  settings = {name: values[name].value for name in ("prune_layers", "max_new_tokens")}
+  outcomes = measure(
+    subject, rungs, study.open_workdir(**subject.settings, **settings), max_new_tokens=values.max_new_tokens
+  )
   fixed, adapted = rows(outcomes, thresholds, seed=subject.seed)
   return Report(
     count=f"{outcomes.right.shape[1]} questions",

@@ -37,29 +37,19 @@ from experiments.shared.tabular import Row
 from himap_jax.inputs import Inputs, Layout, take_slots
 from himap_jax.model.network import Embedded, Model
 
-VISUAL_TEXTUAL, INTRA_VISUAL = "image→instruction", "image→image"
 COLOURS = dict(zip(tokens.BLOCKS, ("#d1221b", "#2f8fe0", "#e0b000", "#2e8b3d", "#5b4fc9", "#999999"), strict=True))
 KIND_COLOURS = ("#2e8b3d", "#2f8fe0", "#d1221b")
 
 
 class Flow(NamedTuple):
-  """The saliency of layers, summed by blocks and kinds of tokens.
+  """The saliency of layers, summed by blocks and kinds of tokens."""
 
-  Attributes:
-    sums: `[L, B, P]` over the pairs of each of `tokens.BLOCKS`.
-    pairs: `[L, B, P]` the number of these pairs.
-    contributions: `[L, B, 3]` from all tokens of each of `tokens.KINDS` into the last token.
-    num_tokens: `[L, B, 3]` tokens of each kind.
-    to_instruction: `[L, B, N]` from every image token into the instruction.
-    to_image: `[L, B, N]` from every image token into the image.
-  """
-
-  sums: Float[Array, "L B P"]
-  pairs: Int[Array, "L B P"]
-  contributions: Float[Array, "L B 3"]
-  num_tokens: Int[Array, "L B 3"]
-  to_instruction: Float[Array, "L B N"]
-  to_image: Float[Array, "L B N"]
+  sums: Float[Array, "L B P"]  # over the pairs of each of `tokens.BLOCKS`
+  pairs: Int[Array, "L B P"]  # the number of these pairs
+  contributions: Float[Array, "L B 3"]  # from all tokens of each of `tokens.KINDS` into the last token
+  num_tokens: Int[Array, "L B 3"]  # tokens of each kind
+  to_instruction: Float[Array, "L B N"]  # from every image token into the instruction
+  to_image: Float[Array, "L B N"]  # from every image token into the image
 
 
 def measure(subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[Question], Flow]:
@@ -161,20 +151,17 @@ def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
 
 
 def rows_of_blocks(result: dict[str, np.ndarray]) -> list[Row]:
-  """A row for every layer and block."""
+  """A row for every block and layer."""
   rows = []
   for number, name in enumerate(tokens.BLOCKS):
     by_pair, summed = (values[..., number] for values in result.values())
-    resampled = statistics.resample(by_pair)
-    for layer in range(len(by_pair)):
-      row = {"layer": layer, "block": name}
-      row |= statistics.with_interval("by_pair", by_pair[layer].mean(), resampled[:, layer])
-      rows.append(row | {"summed": summed[layer].mean()})
+    for layer, row in enumerate(statistics.mean_rows({"by_pair": by_pair})):
+      rows.append({"layer": layer, "block": name, **row, "summed": summed[layer].mean()})
   return rows
 
 
 def rows_of_contributions(result: dict[str, np.ndarray]) -> list[Row]:
-  """A row for every layer and kind of token."""
+  """A row for every kind of token and layer."""
   means = {name: values.mean(axis=1) for name, values in result.items()}
   return [
     {"layer": layer, "tokens": kind} | {name: values[layer, number] for name, values in means.items()}
@@ -186,10 +173,9 @@ def rows_of_contributions(result: dict[str, np.ndarray]) -> list[Row]:
 def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: Flow) -> list[str]:
   """A Markdown table of the values that the paper plots, by layer."""
   header = ["layer", "S_vt a pair", "S_vv a pair", "÷", "S_vt summed", "S_vv summed", "÷", *tokens.KINDS]
-  text, image = (list(tokens.BLOCKS).index(name) for name in (VISUAL_TEXTUAL, INTRA_VISUAL))
   columns, turns = [], []
   for name, values in zip(("A pair", "Summed"), result.values(), strict=True):
-    s_vt, s_vv = (values[..., block].mean(axis=1) for block in (text, image))
+    s_vt, s_vv = (values[..., block].mean(axis=1) for block in (0, 1))
     columns += [(s_vt, ".2e"), (s_vv, ".2e"), (s_vv / s_vt, ".2f")]
     turn = turning_layer(s_vv / s_vt)
     since = "from no layer on" if turn is None else f"from layer {turn} on, but for the last"
@@ -214,19 +200,15 @@ def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
   figure = Figure(figsize=(11, 7), layout="constrained")
   panels = figure.subplots(2, 2, sharex=True)
   for (main, every), values, label in zip(panels, result.values(), ("mean over pairs", "sum over pairs"), strict=True):
-    for number, name in enumerate(tokens.BLOCKS):
-      mean = values[..., number].mean(axis=1)
-      mean[mean == 0] = np.nan  # S_vv of the last layer, which has no logarithm
-      every.plot(mean, color=COLOURS[name], label=name, linewidth=1.4)
-      if name in (VISUAL_TEXTUAL, INTRA_VISUAL):
-        bounds = statistics.interval(statistics.resample(values[..., number]))
-        rows = [dict(zip("xylh", row, strict=True)) for row in zip(range(len(mean)), mean, *bounds, strict=True)]
-        figures.line_with_interval(main, rows, "x", "ylh", color=COLOURS[name], label=name)
+    for number, (name, colour) in enumerate(COLOURS.items()):
+      rows = [{"layer": layer} | row for layer, row in enumerate(statistics.mean_rows({"mean": values[..., number]}))]
+      for row in rows:
+        row["mean"] = row["mean"] or np.nan  # S_vv of the last layer, which has no logarithm
+      every.plot([row["mean"] for row in rows], color=colour, label=name, linewidth=1.4)
+      if number < 2:  # S_vt and S_vv
+        figures.line_with_interval(main, rows, "layer", statistics.names("mean"), color=colour, label=name)
     for axes in (main, every):
-      axes.set_yscale("log")
-      axes.set_ylabel(f"saliency, {label}")
-      axes.grid(alpha=0.3)
-      axes.legend(fontsize=8)
+      figures.finish(axes, legend=8, yscale="log", ylabel=f"saliency, {label}")
   for axes in panels[1]:
     axes.set_xlabel("layer")
   return figure
@@ -240,9 +222,7 @@ def plot_contributions(result: dict[str, np.ndarray]) -> Figure:
     means = values.mean(axis=1).T
     axes.stackplot(np.arange(means.shape[1]), means, labels=tokens.KINDS, colors=KIND_COLOURS, alpha=0.8)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("layer")
-    axes.set_ylim(0, 1)
-    axes.margins(x=0)
+    axes.set(xlabel="layer", xmargin=0, ylim=(0, 1))
   axes.legend(fontsize=8, loc="lower right")
   return figure
 
@@ -280,25 +260,24 @@ def define_flags() -> None:
 def run(values: Any) -> Report:
   """Measures what is missing and makes tables and plots."""
   subject = study.load_subject()
-  num_layers, processor = subject.num_layers, subject.processor
-  layers = study.layers(values["map_layers"], subject) or tuple(
-    dict.fromkeys(num_layers * step // 8 for step in range(8))
-  )
-  workdir = study.open_workdir(subject)
+  layers = study.layers(values["map_layers"], subject)
+  if not values.map_layers:
+    layers = sorted({len(layers) * step // 8 for step in range(8)})
+  workdir = study.open_workdir(**subject.settings)
   questions, flow = measure(subject, workdir, layers_at_a_time=values.layers_at_a_time)
   by_block = blocks(flow, subject.loaded.config.text.num_attention_heads)
   shares = contributions(flow)
   plots = {"saliency": plot_blocks(by_block), "contributions": plot_contributions(shares)}
-  first_of_image = {question.image: index for index, question in reversed(list(enumerate(questions)))}
-  chosen = sorted(first_of_image.values())[: values.num_maps]
-  if chosen and subject.batcher.num_image_tokens == math.prod(processor.patch_grid):
-    shown = [
-      (textwrap.fill(questions[index].question, 24), processor.picture(subject.example(questions[index])))
-      for index in chosen
-    ]
+  grid, first_of_image = subject.processor.patch_grid, {}
+  for index, question in enumerate(questions):
+    first_of_image.setdefault(question.image, index)
+  chosen = list(first_of_image.values())[: values.num_maps]
+  if chosen and subject.batcher.num_image_tokens == math.prod(grid):
+    drawn = [subject.processor.picture(subject.example(questions[index])) for index in chosen]
+    titles = [textwrap.fill(questions[index].question, 24) for index in chosen]
     for name in ("to_instruction", "to_image"):
       maps = getattr(flow, name)[:, chosen]
-      plots[f"maps_{name}"] = plot_maps(shown, maps, processor.patch_grid, layers)
+      plots[f"maps_{name}"] = plot_maps(list(zip(titles, drawn, strict=True)), maps, grid, layers)
   return Report(
     count=f"{len(questions)} questions",
     summary=summary(by_block, shares, flow),
