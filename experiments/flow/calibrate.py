@@ -6,15 +6,14 @@ On some hundred questions, whose answers need not be known, it measures where vi
 much the answers depend on it (disruption) and what HiMAP would keep (scores). Of all layers and keep counts within
 the budget it takes those whose dropped tokens carry least of the flow, runs the best of them, and writes
 `schedule.json` for `himap_jax.run --schedule` with the expected agreement with no pruning. `--num_heldout` compares
-the result on held-out questions with the paper's setting and with a grid. The same command resumes an interrupted
-run.
+the result on held-out questions with the paper's setting and with a grid.
 
 Axes: L layers, Q questions, N image tokens.
 """
 
-import collections
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,9 +28,7 @@ from experiments.flow.interventions import BLOCKS, Intervention
 from experiments.flow.proposals import Measured, Proposal, Two, assess, candidates, finished, propose
 from experiments.question_sets import Question, is_right
 from experiments.shared import statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.errors import UserError
 from himap_jax.pruning.cost import image_token_flops
@@ -40,7 +37,6 @@ from himap_jax.run import command
 
 PAPER = ((2, 8), (0.5, 0.125))
 GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second ones in shares of the depth
-GRID_KEEPS = 2  # first keep counts for each pair of layers
 FOLDS = 10
 FINISHED = 0.1  # share of a flow that may be left in the layers after it has finished
 
@@ -74,14 +70,12 @@ class Trials(NamedTuple):
 
   def run(self, entries: Sequence[tuple[str, Proposal]]) -> list[Trial]:
     """The trials of named proposals."""
-    files = ["_".join(map(str, (*proposal.prune_layers, *proposal.keep))) for _, proposal in entries]
-    schedules = [self.subject.himap(proposal.prune_layers, proposal.keep) for _, proposal in entries]
-    answers = self.subject.answers(
-      {"none": Schedule(), **dict(zip(files, schedules, strict=True))}, self.prefix, max_new_tokens=self.max_new_tokens
-    )
+    schedules = {"none": Schedule()}
+    schedules |= {proposal.key: self.subject.himap(proposal.prune_layers, proposal.keep) for _, proposal in entries}
+    answers = self.subject.answers(schedules, self.prefix, max_new_tokens=self.max_new_tokens)
     trials = []
-    for file, (name, proposal) in zip(files, entries, strict=True):
-      same = [is_right(answers[file][row_id], answer) for row_id, answer in answers["none"].items()]
+    for name, proposal in entries:
+      same = [is_right(answers[proposal.key][row_id], answer) for row_id, answer in answers["none"].items()]
       price = self.price(proposal.prune_layers, proposal.keep)
       trials.append(Trial(name, price, np.array(same, np.float64), proposal))
     return trials
@@ -98,7 +92,7 @@ def best(tried: Sequence[Trial]) -> Trial:
   return max(tried, key=lambda trial: trial.agreement)
 
 
-def expected_agreement(tried: Sequence[Trial], *, seed: int) -> Row:
+def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
   """The agreement to expect of the best on other questions, with its 95% interval, by cross-validation.
 
   The best of several is better on the questions that chose it than on others. So the choice is repeated without each of
@@ -117,17 +111,15 @@ def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) ->
   paper = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
   entries = [("calibrated", chosen.proposal), ("the paper's", assess(measured, *paper))]
   second = [round(share * num_layers) for share in GRID_SECOND]
-  by_layers: dict[Two, list[Two]] = collections.defaultdict(list)
-  for layers, keep in candidates(num_layers, count, trials.price, budget):
+  affordable = candidates(num_layers, count, trials.price, budget)
+  for layers, choices in itertools.groupby(affordable, key=lambda choice: choice[0]):
     if layers[0] in GRID_FIRST and layers[1] in second:
-      by_layers[layers].append(keep)
-  for layers, keeps in by_layers.items():
-    places = np.unique(np.linspace(0, len(keeps) - 1, GRID_KEEPS).round().astype(int))
-    entries += [("grid", assess(measured, layers, keeps[place])) for place in places]
+      keeps = [keep for _, keep in choices]
+      entries += [("grid", assess(measured, layers, keep)) for keep in dict.fromkeys((keeps[0], keeps[-1]))]
   return trials.run(entries)
 
 
-def describe(chosen: Trial, expected: Row, measured: Measured, checkpoint: str) -> dict[str, Any]:
+def describe(chosen: Trial, expected: tabular.Row, measured: Measured, checkpoint: str) -> dict[str, Any]:
   """The content of a schedule file for `himap_jax.run --schedule`, with its origin."""
   share, *interval = (expected[name] for name in statistics.names("agreement"))
   return {
@@ -145,7 +137,7 @@ def describe(chosen: Trial, expected: Row, measured: Measured, checkpoint: str) 
   }
 
 
-def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[Row]:
+def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[tabular.Row]:
   """A row for every trial, with its difference to a reference on the same questions where there is one."""
   columns = {"agreement": np.stack([trial.same for trial in trials])}
   if reference is not None:
@@ -159,14 +151,14 @@ def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Tr
   return rows
 
 
-def summary(tried: Sequence[Row], expected: Row, compared: Sequence[Row]) -> list[str]:
+def summary(tried: Sequence[tabular.Row], expected: tabular.Row, compared: Sequence[tabular.Row]) -> list[str]:
   """The rows in Markdown; the first of the compared ones is the reference of the others."""
   agreement = tabular.with_interval("agreement", ".1%")
   left = {"": "{schedule}", "layers": "{layers}", "keeps": "{keep}", "FLOPs on image tokens": "{image_token_flops:.1%}"}
   left["answers as without pruning"] = agreement
   right = {"flow lost": "{lost:.1%}", "scores kept": "{covered}"}
-  lines = ["## Tried on the calibration questions", "", *tabular.formatted(tried, left | right), ""]
   share = agreement.format_map(expected)
+  lines = ["## Tried on the calibration questions", "", *tabular.formatted(tried, left | right), ""]
   lines += [f"Expected agreement of the best on other questions, by cross-validation: {share}."]
   if compared:
     order = sorted(compared, key=lambda row: row["schedule"] == "grid" and 1 - row["agreement"])
@@ -183,12 +175,10 @@ def measure(
   Flows are taken out of `disrupted_layers`, which ascend; the weights of layers between them are interpolated. See
   `saliency.measure` for `layers_at_a_time`.
   """
-  for name in ("saliency", "disruption"):
-    (workdir / name).mkdir(exist_ok=True)
-  _, flow = saliency.measure(subject, workdir / "saliency", layers_at_a_time=layers_at_a_time)
+  _, flow = saliency.measure(subject, workdir, layers_at_a_time=layers_at_a_time)
   made = [Intervention(block, "block", "mask") for block in BLOCKS]
   disruptions = [disruption.Disruption(one, "single", layer) for one in made for layer in disrupted_layers]
-  _, outcome = disruption.measure(subject, disruptions, workdir / "disruption")
+  _, outcome = disruption.measure(subject, disruptions, workdir)
   changed = 1 - outcome["overlap"].mean(axis=1).reshape(len(BLOCKS), -1)
   weights = [np.interp(np.arange(subject.num_layers), disrupted_layers, values) for values in changed]
 
@@ -201,7 +191,6 @@ def measure(
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   flags.DEFINE_string("budget", "24%", "FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning.")
   heldout = "Held-out questions for the comparison, of --num_questions."
   flags.DEFINE_integer("num_heldout", 0, heldout, lower_bound=0)
@@ -211,21 +200,17 @@ def define_flags() -> None:
   flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes the schedule and the tables."""
+def run(values: Any) -> study.Report:
   budget = _share(values["budget"])
   subject = study.load_subject()
   seed, num_heldout, count = subject.seed, values.num_heldout, len(subject.questions)
   if num_heldout >= count:
     raise UserError(f"--num_heldout={num_heldout} leaves none of {count} questions to calibrate on")
   layers = sorted(set(study.layers(values["disrupted_layers"], subject)))
-  settings = {name: values[name].value for name in ("num_heldout", "max_new_tokens", "disrupted_layers")}
-  workdir = study.open_workdir(**subject.settings, **settings)
+  workdir = study.workdir_for(subject, "num_heldout", "max_new_tokens", "disrupted_layers")
   calibration, heldout = (
-    Trials(dataclasses.replace(subject, questions=questions), workdir / name, values.max_new_tokens)
-    for name, questions in zip(
-      ("calibration", "heldout"), split(subject.questions, num_heldout, seed=seed), strict=True
-    )
+    Trials(dataclasses.replace(subject, questions=own), workdir / name, values.max_new_tokens)
+    for name, own in zip(("calibration", "heldout"), split(subject.questions, num_heldout, seed=seed), strict=True)
   )
   at_once = values.layers_at_a_time
   measured = measure(calibration.subject, workdir, layers_at_a_time=at_once, disrupted_layers=layers)
@@ -236,12 +221,9 @@ def run(values: Any) -> Report:
   if num_heldout:
     trials = compare(heldout, chosen, measured, budget)
     compared = rows_of(trials, "held out", seed=seed, reference=trials[0])
-  return Report(
-    count=f"{len(chosen.same)} questions",
-    summary=summary(rows, expected, compared),
-    tables={"calibrate": [*rows, *compared]},
-    documents={"schedule": describe(chosen, expected, measured, subject.settings["checkpoint"])},
-  )
+  lines, tables = summary(rows, expected, compared), {"calibrate": [*rows, *compared]}
+  documents = {"schedule": describe(chosen, expected, measured, values.checkpoint)}
+  return study.Report(f"{len(chosen.same)} questions", lines, tables, documents=documents)
 
 
 def _share(flag: Any) -> float:
@@ -253,4 +235,4 @@ def _share(flag: Any) -> float:
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.calibrate", define_flags, run)
+  study.start("flow.calibrate", define_flags, run)

@@ -4,7 +4,7 @@
 
 Takes the flow from image to instruction or within the image out of one layer, or of it and all layers after it.
 Controls are as many pairs at random, random pairs of the same probability, the flow from image to as many random
-tokens, and the mean flow over the other questions in place of the flow. The same command resumes an interrupted run.
+tokens, and the mean flow over the other questions in place of the flow.
 
 Axes: C cells, D disruptions, L layers, B batch, A aligned tokens, Q questions, V vocabulary, N query heads, H head dim.
 """
@@ -26,9 +26,7 @@ from experiments.flow import interventions
 from experiments.flow.interventions import BLOCKS, CHOSEN, HOW, Intervention
 from experiments.question_sets import Question
 from experiments.shared import figures, kept, statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.engine.engine import row_seeds
 from himap_jax.errors import UserError
 
@@ -53,7 +51,6 @@ class Disruption:
   layer: int
 
   def active(self, num_layers: int) -> Bool[np.ndarray, "L"]:
-    """The disrupted layers."""
     numbers = np.arange(num_layers)
     return numbers == self.layer if self.mode == "single" else numbers >= self.layer
 
@@ -141,13 +138,13 @@ def bias_ratio(into_image: Float[np.ndarray, "*C"], into_instruction: Float[np.n
   return np.log((1 - into_image + least) / (1 - into_instruction + least))
 
 
-def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[Row]:
+def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
   """A row for every disruption."""
   rows = zip(disruptions, statistics.mean_rows(outcome, seed=seed), strict=True)
   return [{"intervention": d.intervention.name, "mode": d.mode, "layer": d.layer} | row for d, row in rows]
 
 
-def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[Row]:
+def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
   """The bias ratio for every way, mode and layer in which both blocks were disrupted."""
   count, means = outcome["overlap"].shape[1], outcome["overlap"].mean(axis=1)
   resampled, result = statistics.resample(outcome["overlap"], seed=seed), []
@@ -164,19 +161,17 @@ def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int)
   return result
 
 
-def summary(measured: Sequence[Row], bias: Sequence[Row]) -> list[str]:
+def summary(measured: Sequence[tabular.Row], bias: Sequence[tabular.Row]) -> list[str]:
   """Markdown tables of label and score consistency and of bias ratios, a column for each layer."""
-  title = {"is_same": "Label consistency: how often the most likely first token stays the same"}
-  title["overlap"] = "Score consistency: overlap of the five most likely tokens"
-  lines = []
-  for name, heading in title.items():
-    form = tabular.with_interval(name, ".0%", "{} ({}–{})")
-    lines += [f"## {heading}", "", *_by_layer(measured, ("intervention", "mode"), form), ""]
-  form = "{bias:.2f} ({low:.2f} to {high:.2f})"
-  return [*lines, "## Bias ratio D = log(E_vv / E_vt)", "", *_by_layer(bias, ("chosen", "how", "mode"), form)]
+  same, overlap = (tabular.with_interval(name, ".0%", "{} ({}–{})") for name in ("is_same", "overlap"))
+  lines = ["## Label consistency: how often the most likely first token stays the same", ""]
+  lines += [*_by_layer(measured, ("intervention", "mode"), same), ""]
+  lines += ["## Score consistency: overlap of the five most likely tokens", ""]
+  lines += [*_by_layer(measured, ("intervention", "mode"), overlap), "", "## Bias ratio D = log(E_vv / E_vt)", ""]
+  return [*lines, *_by_layer(bias, ("chosen", "how", "mode"), "{bias:.2f} ({low:.2f} to {high:.2f})")]
 
 
-def _by_layer(rows: Sequence[Row], names: Sequence[str], form: str) -> list[str]:
+def _by_layer(rows: Sequence[tabular.Row], names: Sequence[str], form: str) -> list[str]:
   layers = list(dict.fromkeys(str(row["layer"]) for row in rows))
   lines: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
   for row in rows:
@@ -184,27 +179,26 @@ def _by_layer(rows: Sequence[Row], names: Sequence[str], form: str) -> list[str]
   return tabular.markdown([*names, *layers], ([*key, *cells] for key, cells in lines.items()))
 
 
-def plot_consistency(rows: Sequence[Row], made: Sequence[Intervention]) -> Figure:
+def plot_consistency(rows: Sequence[tabular.Row], made: Sequence[Intervention]) -> Figure:
   """Every measure by layer: a colour for each block, a line style for the pairs, panels for each `how` and mode."""
   ways = list(itertools.product(dict.fromkeys(intervention.how for intervention in made), MODES))
   figure = Figure(figsize=(12, 3.1 * len(ways)), layout="constrained")
   panels = figure.subplots(len(ways), len(MEASURES), squeeze=False, sharex=True)
   for panel_row, (how, mode) in zip(panels, ways, strict=True):
     for axes, (measure, label) in zip(panel_row, MEASURES.items(), strict=True):
-      for one in made:
-        if one.how == how:
-          series = [row for row in rows if (row["intervention"], row["mode"]) == (one.name, mode)]
-          style = {"marker": ".", "linewidth": 1.3, "color": COLOURS[one.block], "label": one.name.rpartition(", ")[0]}
-          figures.line_with_interval(axes, series, "layer", statistics.names(measure), LINES[one.chosen], **style)
-      figures.finish(axes, ylabel=label)
+      for one in (intervention for intervention in made if intervention.how == how):
+        series = [row for row in rows if (row["intervention"], row["mode"]) == (one.name, mode)]
+        style = {"marker": ".", "linewidth": 1.3, "color": COLOURS[one.block], "label": one.name.rpartition(", ")[0]}
+        figures.line_with_interval(axes, series, "layer", statistics.names(measure), LINES[one.chosen], **style)
       axes.set_title(f"{how}, {mode}", fontsize=9)
+      figures.finish(axes, ylabel=label)
     panel_row[0].legend(fontsize=7)
   for axes in panels[-1]:
     axes.set_xlabel("layer")
   return figure
 
 
-def plot_bias(rows: Sequence[Row]) -> Figure:
+def plot_bias(rows: Sequence[tabular.Row]) -> Figure:
   """The bias ratio by layer, a panel for each mode."""
   figure = Figure(figsize=(11, 3.8), layout="constrained")
   for axes, mode in zip(figure.subplots(1, len(MODES), sharey=True), MODES, strict=True):
@@ -218,14 +212,12 @@ def plot_bias(rows: Sequence[Row]) -> Figure:
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   for name, known in (("how", HOW), ("chosen", CHOSEN)):
     flags.DEFINE_list(name, list(known), "; ".join(f"{value}: {meaning}" for value, meaning in known.items()))
   flags.DEFINE_list("layers", None, "Layers to disrupt; every layer by default.")
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes tables and plots."""
+def run(values: Any) -> study.Report:
   hows, pairs = study.chosen(values["how"], HOW), study.chosen(values["chosen"], CHOSEN)
   every = (Intervention(block, chosen, how) for how in hows for chosen in pairs for block in BLOCKS)
   made = [intervention for intervention in every if intervention.is_defined]
@@ -233,17 +225,15 @@ def run(values: Any) -> Report:
     raise UserError("--how=mean needs --chosen=block: other pairs have no mean")
   subject = study.load_subject()
   layers = study.layers(values["layers"], subject)
-  workdir = study.open_workdir(**subject.settings, how=hows, chosen=pairs, layers=layers)
   disruptions = [Disruption(*each) for each in itertools.product(made, MODES, layers)]
-  questions, outcome = measure(subject, disruptions, workdir)
+  questions, outcome = measure(subject, disruptions, study.workdir_for(subject, "how", "chosen", "layers"))
   rows, bias = (make(outcome, disruptions, seed=subject.seed) for make in (consistency_rows, bias_rows))
-  return Report(
-    count=f"{len(questions)} questions",
-    summary=summary(rows, bias),
-    tables={"disruption": rows, "bias": bias},
-    plots={"disruption": plot_consistency(rows, made), "bias": plot_bias(bias)},
+  tables, plots = (
+    {"disruption": rows, "bias": bias},
+    {"disruption": plot_consistency(rows, made), "bias": plot_bias(bias)},
   )
+  return study.Report(f"{len(questions)} questions", summary(rows, bias), tables, plots)
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.disruption", define_flags, run)
+  study.start("flow.disruption", define_flags, run)

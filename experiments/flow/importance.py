@@ -5,7 +5,7 @@
 Pairs of questions with the same text about different pictures are answered with the scores of the own picture, of the
 other one, shuffled and reversed; and with the other picture's hidden states at the tokens that its scores or the own
 scores choose. In pictures whose middle comes from another one, the scores show whether they follow the contents or the
-place. The same command resumes an interrupted run.
+place.
 
 Axes: B batch, Q questions, M image tokens. The rows of a batch come in pairs of two pictures with one question; each
 row of a pair is the other's partner.
@@ -27,9 +27,7 @@ from jaxtyping import Array, Float
 from experiments.flow.decoder import himap_scores
 from experiments.question_sets import Question, is_right
 from experiments.shared import statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.errors import UserError
 from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import Selection, View, highest, stable_top_k
@@ -155,7 +153,7 @@ def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[
   }
 
 
-def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[Row]:
+def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[tabular.Row]:
   """A row for every schedule: how often the answer is right, and equal to which picture's answer without pruning."""
   plain, rows = answers["no pruning"], []
   both = [(own, other) for pair in pairs for own, other in (pair, pair[::-1])]
@@ -169,16 +167,16 @@ def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[R
   return rows
 
 
-def means(values: Mapping[str, Sequence[float]], *, seed: int) -> Row:
+def means(values: Mapping[str, Sequence[float]], *, seed: int) -> tabular.Row:
   """Means over pairs of two consecutive values, with intervals."""
   pairs = {name: np.asarray(each, np.float64).reshape(1, -1, 2).mean(axis=2) for name, each in values.items()}
   return statistics.mean_rows(pairs, seed=seed)[0]
 
 
-def summary(measured: Sequence[Row], correlations: Row) -> list[str]:
+def summary(measured: Sequence[tabular.Row], correlations: tabular.Row) -> list[str]:
   """Both tables in Markdown."""
 
-  def columns(row: Row, form: str) -> dict[str, str]:
+  def columns(row: tabular.Row, form: str) -> dict[str, str]:
     names = [name for name in row if name != "schedule" and not name.endswith(("_low", "_high"))]
     return {name: tabular.with_interval(name, form) for name in names}
 
@@ -189,14 +187,12 @@ def summary(measured: Sequence[Row], correlations: Row) -> list[str]:
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   flags.DEFINE_integer("num_pairs", 50, "Pairs of questions, drawn from --num_questions.", lower_bound=1)
   flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
   flags.DEFINE_list("keep", ["50%", "12.5%"], "Of HiMAP, as in himap_jax.run.")
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes the tables."""
+def run(values: Any) -> study.Report:
   layers = command.numbers(values["prune_layers"], int)
   keep = command.numbers(values["keep"], command.keep_count)
   subject = study.load_subject(needs_answers=True)
@@ -209,20 +205,16 @@ def run(values: Any) -> Report:
   pairs = make_pairs(questions, values.num_pairs, seed=subject.seed)
   if not pairs:
     raise UserError("no two questions have the same text, different pictures and different answers; use more questions")
-  settings = {name: values[name].value for name in ("num_pairs", "prune_layers", "keep")}
-  workdir = study.open_workdir(**subject.settings, **settings)
+  workdir = study.workdir_for(subject, "num_pairs", "prune_layers", "keep")
   # The questions of a pair have one text, hence one bucket, and fill a batch together.
   paired = dataclasses.replace(subject, questions=list(itertools.chain(*pairs)), batch_size=2)
   answers = paired.answers(schedules(schedule), workdir / "answers", max_new_tokens=MAX_NEW_TOKENS)
   first = schedule.stages[0].layer
   _, each = paired.measure(workdir / "correlations", lambda batch: correlations(paired, batch, first), axis=0)
   rows, correlation = answer_rows(pairs, answers, seed=subject.seed), means(each, seed=subject.seed)
-  return Report(
-    count=f"{len(pairs)} pairs",
-    summary=summary(rows, correlation),
-    tables={"importance": rows, "correlations": [correlation]},
-  )
+  tables = {"importance": rows, "correlations": [correlation]}
+  return study.Report(f"{len(pairs)} pairs", summary(rows, correlation), tables)
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.importance", define_flags, run)
+  study.start("flow.importance", define_flags, run)

@@ -31,6 +31,7 @@ CHOSEN = {
   "mass": "pairs at random that together have the block's probability in that layer",
   "rows": "the image's pairs with as many tokens at random, after the system prompt: the authors' image→random",
 }
+IN_TABLES = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +44,12 @@ class Intervention:
 
   @property
   def name(self) -> str:
-    """In tables."""
-    pairs = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}[self.chosen]
-    return f"{pairs}{self.block}, {self.how}"
+    return f"{IN_TABLES[self.chosen]}{self.block}, {self.how}"
 
   @property
   def is_defined(self) -> bool:
     """Whether it exists: only whole blocks have means, and only the instruction has as many tokens elsewhere."""
-    if self.how == "mean":
-      return self.chosen == "block"
-    return self.chosen != "rows" or self.block == BLOCKS[0]
+    return self.chosen == "block" or (self.how != "mean" and (self.chosen != "rows" or self.block == BLOCKS[0]))
 
 
 class Undisturbed(NamedTuple):
@@ -109,15 +106,10 @@ def disrupted_logits(
   means: Float[Array, "L B A N H"] | None,
   seeds: UInt[Array, "B"],
 ) -> Float[Array, "B V"]:
-  """The logits of the first answer token when some layers are disrupted.
+  """The logits of the first answer token when the active layers, one at least, are disrupted.
 
-  Args:
-    model: the model.
-    plain: the layers before the first active one are taken from it.
-    intervention: static.
-    active: the disrupted layers, one at least.
-    means: of `flows` over other questions, for interventions with a mean.
-    seeds: of the random draws of each row.
+  The layers before them are taken from `plain`. `means` are of `flows` over other questions, for interventions with a
+  mean; `seeds` are those of the random draws of each row.
   """
   keys = jax.vmap(jax.random.key)(seeds)
   sequence, layout = prefill.start(plain.embedded), plain.embedded.layout

@@ -61,6 +61,10 @@ class Proposal(NamedTuple):
   lost: float  # the share of the weighted flow that comes from dropped tokens
   covered: tuple[float, float]  # the share of each stage's scores that its kept tokens hold
 
+  @property
+  def key(self) -> str:
+    return "/".join(map(str, (*self.prune_layers, *self.keep)))
+
 
 def candidates(num_layers: int, num_image_tokens: int, price: Price, budget: float) -> Iterator[tuple[Two, Two]]:
   """Layers and keep counts within the budget, each with the highest keep count that the second stage can have."""

@@ -3,8 +3,7 @@
     python -m experiments.flow.saliency --flagfile=experiments/flags/saliency.flags
 
 For every layer: the saliency from the image into the instruction (S_vt) and within the image (S_vv), that of the other
-blocks, what the last token receives from each kind of token, and heat maps on pictures. The same command resumes an
-interrupted run.
+blocks, what the last token receives from each kind of token, and heat maps on pictures.
 
 The saliency of a pair of tokens is I = |Σ over heads of A ⊙ ∂L/∂A| (Eq. 1), with L the cross-entropy of the answer's
 first token. Each probability is multiplied by a one that all heads share; the gradient by these ones is the sum.
@@ -31,9 +30,7 @@ from experiments.flow import tokens
 from experiments.flow.decoder import first_logits, weigh
 from experiments.question_sets import Question
 from experiments.shared import figures, statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.inputs import Inputs, Layout, take_slots
 from himap_jax.model.network import Embedded, Model
 
@@ -78,7 +75,8 @@ def flow_of(
   embedded = jax.lax.stop_gradient(model.bind().embed(inputs))
   if answers is None:
     answers = first_logits(model, embedded, {}).argmax(axis=-1)
-  return flow(saliency(model, embedded, answers, layers), embedded.layout), answers
+  values = saliency(model, embedded, answers, layers)
+  return jax.vmap(flow, in_axes=(0, None))(values, embedded.layout), answers
 
 
 def saliency(
@@ -98,26 +96,19 @@ def saliency(
   return jnp.abs(jax.grad(loss)(jnp.ones((len(layers), batch, slots, slots), jnp.float32)))
 
 
-def flow(values: Float[Array, "L B S S"], layout: Layout) -> Flow:
-  """Sums the saliency of pairs by blocks and kinds of tokens."""
+def flow(values: Float[Array, "B S S"], layout: Layout) -> Flow:
+  """Sums the saliency of a layer's pairs by blocks and kinds of tokens; the result has no axis of layers."""
   masks = jnp.stack([tokens.block(layout, name) for name in tokens.BLOCKS], axis=1)
   kinds = jnp.stack(list(tokens.kinds(layout).values()), axis=1)
-  last = take_slots(jnp.moveaxis(values, 0, 2), layout.last_slot()[:, None])[:, 0]  # [B, L, S]
-
-  def count(chosen: Array) -> Int[Array, "L B _"]:
-    return jnp.broadcast_to(chosen, (len(values), *chosen.shape))
-
-  def from_image_tokens(block: str) -> Float[Array, "L B N"]:
-    received = jnp.where(tokens.block(layout, block)[None], values, 0).sum(axis=2)
-    return jax.vmap(lambda layer: take_slots(layer, layout.image_slots()))(received)
-
+  last = take_slots(values, layout.last_slot()[:, None])[:, 0]
+  into = [take_slots(jnp.where(masks[:, block], values, 0).sum(axis=1), layout.image_slots()) for block in (0, 1)]
   return Flow(
-    sums=jnp.einsum("LBST,BPST->LBP", values, masks.astype(values.dtype)),
-    pairs=count(masks.sum(axis=(2, 3))),
-    contributions=jnp.einsum("BLS,BCS->LBC", last, kinds.astype(values.dtype)),
-    num_tokens=count(kinds.sum(axis=2)),
-    to_instruction=from_image_tokens("image→instruction"),
-    to_image=from_image_tokens("image→image"),
+    sums=jnp.einsum("BST,BPST->BP", values, masks.astype(values.dtype)),
+    pairs=masks.sum(axis=(2, 3)),
+    contributions=jnp.einsum("BS,BCS->BC", last, kinds.astype(values.dtype)),
+    num_tokens=kinds.sum(axis=2),
+    to_instruction=into[0],
+    to_image=into[1],
   )
 
 
@@ -150,7 +141,7 @@ def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
   return first if first < len(ratio) - 1 else None
 
 
-def rows_of_blocks(result: dict[str, np.ndarray]) -> list[Row]:
+def rows_of_blocks(result: dict[str, np.ndarray]) -> list[tabular.Row]:
   """A row for every block and layer."""
   rows = []
   for number, name in enumerate(tokens.BLOCKS):
@@ -160,35 +151,33 @@ def rows_of_blocks(result: dict[str, np.ndarray]) -> list[Row]:
   return rows
 
 
-def rows_of_contributions(result: dict[str, np.ndarray]) -> list[Row]:
+def rows_of_contributions(result: dict[str, np.ndarray]) -> list[tabular.Row]:
   """A row for every kind of token and layer."""
-  means = {name: values.mean(axis=1) for name, values in result.items()}
   return [
-    {"layer": layer, "tokens": kind} | {name: values[layer, number] for name, values in means.items()}
+    {"layer": layer, "tokens": kind} | {name: values[layer, :, number].mean() for name, values in result.items()}
     for number, kind in enumerate(tokens.KINDS)
-    for layer in range(len(means["whole"]))
+    for layer in range(len(result["whole"]))
   ]
 
 
 def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: Flow) -> list[str]:
   """A Markdown table of the values that the paper plots, by layer."""
-  header = ["layer", "S_vt a pair", "S_vv a pair", "÷", "S_vt summed", "S_vv summed", "÷", *tokens.KINDS]
-  columns, turns = [], []
+  columns, turns = [("layer", np.arange(len(flow.sums)), "d")], []
   for name, values in zip(("A pair", "Summed"), result.values(), strict=True):
     s_vt, s_vv = (values[..., block].mean(axis=1) for block in (0, 1))
-    columns += [(s_vt, ".2e"), (s_vv, ".2e"), (s_vv / s_vt, ".2f")]
+    columns += [(f"S_vt {name.lower()}", s_vt, ".2e"), (f"S_vv {name.lower()}", s_vv, ".2e"), ("÷", s_vv / s_vt, ".2f")]
     turn = turning_layer(s_vv / s_vt)
     since = "from no layer on" if turn is None else f"from layer {turn} on, but for the last"
     turns.append(f"- {name}: S_vv stays above S_vt {since}.")
-  columns += [(share, ".1%") for share in shares["whole"].mean(axis=1).T]
-  lines = [[f"{layer}", *(f"{values[layer]:{form}}" for values, form in columns)] for layer in range(len(flow.sums))]
+  columns += [(kind, own, ".1%") for kind, own in zip(tokens.KINDS, shares["whole"].mean(axis=1).T, strict=True)]
+  cells = [[f"{values[layer]:{form}}" for _, values, form in columns] for layer in range(len(flow.sums))]
   each = (shares["whole"] / np.maximum(flow.num_tokens, 1)).mean(axis=(0, 1))
   share_of_one = ", ".join(f"{kind} {share:.3%}" for kind, share in zip(tokens.KINDS, each, strict=True))
   return [
     "S_vt is the saliency from image to instruction, S_vv that from image to image; the last columns are shares of the "
     "saliency into the last token.",
     "",
-    *tabular.markdown(header, lines),
+    *tabular.markdown([heading for heading, *_ in columns], cells),
     "",
     *turns,
     f"- One token's share of the saliency into the last token, mean over layers: {share_of_one}.",
@@ -250,41 +239,34 @@ def plot_maps(
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   at_once = "Layers whose saliency is in memory at once, 4 bytes × rows × slots² each."
   flags.DEFINE_integer("layers_at_a_time", 10, at_once, lower_bound=1)
   flags.DEFINE_integer("num_maps", 4, "Pictures with heat maps.", lower_bound=0)
   flags.DEFINE_list("map_layers", None, "Layers with heat maps; eight at equal distances by default.")
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes tables and plots."""
+def run(values: Any) -> study.Report:
   subject = study.load_subject()
   layers = study.layers(values["map_layers"], subject)
   if not values.map_layers:
     layers = sorted({len(layers) * step // 8 for step in range(8)})
-  workdir = study.open_workdir(**subject.settings)
-  questions, flow = measure(subject, workdir, layers_at_a_time=values.layers_at_a_time)
+  questions, flow = measure(subject, study.workdir_for(subject), layers_at_a_time=values.layers_at_a_time)
   by_block = blocks(flow, subject.loaded.config.text.num_attention_heads)
   shares = contributions(flow)
   plots = {"saliency": plot_blocks(by_block), "contributions": plot_contributions(shares)}
-  grid, first_of_image = subject.processor.patch_grid, {}
+  first_of_image: dict[pathlib.Path, int] = {}
   for index, question in enumerate(questions):
     first_of_image.setdefault(question.image, index)
   chosen = list(first_of_image.values())[: values.num_maps]
-  if chosen and subject.batcher.num_image_tokens == math.prod(grid):
-    drawn = [subject.processor.picture(subject.example(questions[index])) for index in chosen]
-    titles = [textwrap.fill(questions[index].question, 24) for index in chosen]
+  if chosen and subject.batcher.num_image_tokens == math.prod(subject.processor.patch_grid):
+    asked = [questions[index] for index in chosen]
+    shown = [(textwrap.fill(q.question, 24), subject.processor.picture(subject.example(q))) for q in asked]
     for name in ("to_instruction", "to_image"):
       maps = getattr(flow, name)[:, chosen]
-      plots[f"maps_{name}"] = plot_maps(list(zip(titles, drawn, strict=True)), maps, grid, layers)
-  return Report(
-    count=f"{len(questions)} questions",
-    summary=summary(by_block, shares, flow),
-    tables={"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares)},
-    plots=plots,
-  )
+      plots[f"maps_{name}"] = plot_maps(shown, maps, subject.processor.patch_grid, layers)
+  tables = {"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares)}
+  return study.Report(f"{len(questions)} questions", summary(by_block, shares, flow), tables, plots)
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.saliency", define_flags, run)
+  study.start("flow.saliency", define_flags, run)

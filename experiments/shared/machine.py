@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 
 import himap_jax
-from experiments.shared import study
-from experiments.shared.study import chosen, open_workdir
+from experiments.shared.study import chosen, open_workdir, write
 from himap_jax.errors import UserError
 
 __all__ = ["checksum_of_library", "chosen", "open_workdir", "processor", "versions", "write"]
@@ -34,8 +33,3 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
   except metadata.PackageNotFoundError as error:
     raise UserError(f"this needs {error.name}, which is not installed; --help names what to install") from error
-
-
-def write(report: study.Report, name: str) -> str:
-  """Writes the report of `experiments.<name>` into the directory that `--output` names, and returns its text."""
-  return study.write(report, f"experiments.{name}")

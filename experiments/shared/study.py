@@ -1,9 +1,10 @@
 """The runner of studies: flags → subject → check of the settings → measurement → files.
 
-A study is a module with its own flags, `define_flags`, and a measurement, `run`, which ends with
+A study is a module with its own flags, `define_flags`, and a measurement, `run`; a second start of the same command
+resumes it. The module ends with
 
     if __name__ == "__main__":
-      study.start("experiments.flow.saliency", define_flags, run)
+      study.start("flow.saliency", define_flags, run)
 """
 
 import os
@@ -26,6 +27,9 @@ from experiments.shared.subject import Subject
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.run import command
+
+SUBJECT_FLAGS = ("checkpoint", "dtype", "question_set", "num_questions", "seed")
+SUBJECT_FLAGS += ("batch_size", "prompt_buckets", "prompt_template")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,24 +55,24 @@ class Report:
     return text
 
 
-def start(module: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
-  """Runs a study as a command: from the values of all flags to a report, which is written and printed."""
+def start(name: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
+  """Runs `experiments.<name>` as a command: from the values of all flags to a report, which is written and printed."""
   _define_flags()
   define_flags()
   for flag in flags.FLAGS.get_flags_for_module(__name__):  # for --help
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def action() -> int:
-    print(write(run(flags.FLAGS), module))
+    print(write(run(flags.FLAGS), name))
     return 0
 
-  app.run(lambda argv: command.execute(module.rpartition(".")[2], argv, action))
+  app.run(lambda argv: command.execute(name.rpartition(".")[2], argv, action))
 
 
-def write(report: Report, module: str) -> str:
-  """Writes the report of a module's command into the directory that `--output` names, and returns its text."""
-  called = " ".join(["python -m", module, *sys.argv[1:]])
-  return report.write(directory("output"), module.rpartition(".")[2], called)
+def write(report: Report, name: str) -> str:
+  """Writes the report of `experiments.<name>` into the directory that `--output` names, and returns its text."""
+  called = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+  return report.write(directory("output"), name.rpartition(".")[2], called)
 
 
 def _define_flags() -> None:
@@ -93,16 +97,11 @@ def load_subject(*, needs_answers: bool = False) -> Subject:
   """
   values = flags.FLAGS
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
-  drawn = {"num_questions": values.num_questions, "seed": values.seed}
-  questions = question_sets.load(
-    values.question_set, **drawn, workdir=directory("workdir"), needs_answers=needs_answers
-  )
+  drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
+  questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
   buckets = command.numbers(values["prompt_buckets"], int) or ()
   inputs = InputConfig(values.prompt_template, buckets, values.batch_size)
-  dtype = command.DTYPES[values.dtype]
-  subject = Subject.load(values.checkpoint, questions, dtype=dtype, inputs=inputs, seed=values.seed)
-  drawn |= {"question_set": values.question_set, "questions": question_sets.digest(questions)}
-  return dataclasses.replace(subject, settings={**subject.settings, **drawn})
+  return Subject.load(values.checkpoint, questions, dtype=command.DTYPES[values.dtype], inputs=inputs, seed=values.seed)
 
 
 def open_workdir(**settings: Any) -> pathlib.Path:
@@ -110,6 +109,13 @@ def open_workdir(**settings: Any) -> pathlib.Path:
   workdir = directory("workdir").absolute()
   command.check_settings(workdir / "settings.json", settings, "use another --workdir")
   return workdir
+
+
+def workdir_for(subject: Subject, *names: str) -> pathlib.Path:
+  """The directory of `--workdir`, for measurements that depend on the subject and on a study's own flags."""
+  settings = {name: flags.FLAGS[name].value for name in (*SUBJECT_FLAGS, *names)}
+  digests = {"fingerprint": subject.loaded.fingerprint, "questions": question_sets.digest(subject.questions)}
+  return open_workdir(**settings, **digests)
 
 
 def layers(flag: Any, subject: Subject) -> tuple[int, ...]:

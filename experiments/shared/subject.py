@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +27,7 @@ from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
   """Questions that are measured together, and their prompts; the rows after those of the questions repeat the last."""
 
   questions: Sequence[Question]
@@ -36,7 +35,6 @@ class Batch:
 
   @property
   def row_ids(self) -> list[str]:
-    """The ids of all rows."""
     ids = [question.id for question in self.questions]
     return ids + ids[-1:] * (len(self.inputs.tokens) - len(ids))
 
@@ -51,7 +49,6 @@ class Subject:
   questions: Sequence[Question]
   batch_size: int = 1
   seed: int = 0  # of all random draws
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what every result depends on
 
   @classmethod
   def load(
@@ -67,13 +64,10 @@ class Subject:
     loaded = checkpoint.load(name, dtype=dtype)
     processor = loaded.prompts(inputs.prompt_template)
     batcher = Batcher(loaded.config, processor.image_shape, buckets=inputs.prompt_buckets)
-    settings = {"checkpoint": name, "fingerprint": loaded.fingerprint, "dtype": jnp.dtype(dtype).name, "seed": seed}
-    settings |= dataclasses.asdict(inputs)
-    return cls(loaded, processor, batcher, questions, inputs.batch_size, seed, settings)
+    return cls(loaded, processor, batcher, questions, inputs.batch_size, seed)
 
   @property
   def num_layers(self) -> int:
-    """Layers of the decoder."""
     return self.loaded.config.text.num_hidden_layers
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
@@ -109,10 +103,8 @@ class Subject:
   ) -> tuple[list[Question], dict[str, np.ndarray]]:
     """The questions in the order of their batches, and arrays with an axis of questions.
 
-    Args:
-      prefix: start of the path of each batch's file; a batch whose file exists is not computed again.
-      compute: from a batch to arrays with an axis of its rows.
-      axis: the number of that axis.
+    `compute` makes a batch's arrays with an axis of rows, of this number. Each batch has a file whose path begins with
+    the prefix; a batch whose file exists is not computed again.
     """
 
     def make(batch: Batch) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ def test_a_calibration(tiny_subject, tmp_path, monkeypatch):
       schedule = build_schedule(method, num_layers=6, num_image_tokens=16, prune_layers=(3,), keep=(5,))
       kept = first_kept(subject.loaded.model, batch.inputs, schedule)
       np.testing.assert_array_equal(kept, [sorted(order[:5]) for order in np.argsort(-received[2, rows], axis=1)])
-  parts = [np.load(tmp_path / "disruption" / f"outcome-0000{number}.npz")["overlap"] for number in range(2)]
+  parts = [np.load(tmp_path / f"outcome-0000{number}.npz")["overlap"] for number in range(2)]
   overlap = np.concatenate(parts, axis=1).reshape(2, 3, 4)  # [block, layer, question]
   for own, weight in zip(overlap, (found.instruction_weight, found.image_weight), strict=True):
     np.testing.assert_allclose(weight[[0, 2, 5]], 1 - own.mean(axis=1))
