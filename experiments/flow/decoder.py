@@ -29,26 +29,17 @@ def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"
   ).astype(values.dtype)
 
 
-def edited_attention(
-  query: Float[Array, "B S N H"],
-  key: Float[Array, "B S K H"],
-  value: Float[Array, "B S K H"],
-  mask: None = None,
-  *,
-  is_causal: bool = True,
-  edit: Edit,
-) -> Float[Array, "B S N H"]:
-  """Causal attention that computes all probabilities, in float32, and edits them; see `Kernels.attention`."""
-  del mask, is_causal  # None and True over whole prompts
-  key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
-  logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-  visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
-  return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
-
-
 def edited(model: Model, edit: Edit) -> Model:
-  """The model with edited attention."""
-  kernels = dataclasses.replace(model.network.kernels, attention=functools.partial(edited_attention, edit=edit))
+  """The model with causal attention that computes all probabilities, in float32, and edits them."""
+
+  def attention(query: Array, key: Array, value: Array, mask: None = None, *, is_causal: bool = True) -> Array:
+    del mask, is_causal  # None and True over whole prompts
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
+    return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
+
+  kernels = dataclasses.replace(model.network.kernels, attention=attention)
   return model.replace(network=model.network.clone(kernels=kernels))
 
 

@@ -109,10 +109,10 @@ def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> l
     rest = [group[index] for index in rng.permutation(len(group))]
     while rest:
       one = rest.pop()
-      for other in (q for q in rest if q.answer != one.answer and q.image != one.image):
+      other = next((q for q in rest if q.answer != one.answer and q.image != one.image), None)
+      if other is not None:
         rest.remove(other)
         pairs.append((one, other))
-        break
   return [pairs[index] for index in sorted(rng.permutation(len(pairs))[:num_pairs])]
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
 
 from experiments.flow import tokens
-from experiments.flow.decoder import edited, edited_attention, run_layer, weigh
+from experiments.flow.decoder import edited, run_layer, weigh
 from himap_jax.engine import prefill
 from himap_jax.inputs import Inputs, Layout, take_slots
 from himap_jax.model.network import Embedded, Model
@@ -88,12 +88,12 @@ def flows(model: Model, plain: Undisturbed) -> tuple[Float[Array, "L B A N H"], 
   """The context of each aligned token that comes from other image tokens, and which tokens exist; 0 where none does."""
   layout = plain.embedded.layout
   pairs = (tokens.block(layout, BLOCKS[0]) | tokens.block(layout, BLOCKS[1]))[:, None]
-  slots, present = aligned(layout)
-  received = []
+  attention = edited(model, lambda a, v: weigh(jnp.where(pairs, a, 0), v)).network.kernels.attention
+  (slots, present), received = aligned(layout), []
   for layer, x in enumerate(plain.hidden):
     _, p = run_layer(model, layer, x, plain.embedded.positions)
-    context = edited_attention(p.query, p.key, p.value, edit=lambda a, v: weigh(jnp.where(pairs, a, 0), v))
-    received.append(jnp.where(present[:, :, None, None], take_slots(context.astype(jnp.float32), slots), 0))
+    context = take_slots(attention(p.query, p.key, p.value).astype(jnp.float32), slots)
+    received.append(jnp.where(present[:, :, None, None], context, 0))
   return jnp.stack(received), present
 
 
