@@ -5,7 +5,7 @@
 Answers all questions with fixed HiMAP on every rung of a ladder of keep counts and measures the share of the
 instruction's attention that each rung's tokens hold. `--method=himap_adaptive` takes for every row the cheapest rung
 that holds the threshold's share and answers as fixed HiMAP does on that rung; so these give the accuracy, agreement
-and FLOPs of every threshold. The same command resumes an interrupted run.
+and FLOPs of every threshold.
 
 Axes: R rungs, P rungs and no pruning, C rungs, no pruning and thresholds, Q questions, W resamples.
 """
@@ -24,9 +24,7 @@ from matplotlib.figure import Figure
 from experiments.flow.decoder import himap_scores
 from experiments.question_sets import score
 from experiments.shared import figures, statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.errors import UserError
 from himap_jax.inputs import TEXT
@@ -39,21 +37,13 @@ MEASURES = ("accuracy", "agreement")
 
 
 class Outcomes(NamedTuple):
-  """The results of all rungs, the cheapest first, and of no pruning.
+  """The results of all rungs, the cheapest first, and of no pruning."""
 
-  Attributes:
-    price: `[P, Q]` FLOPs of the decoder's prefill on all tokens and of scoring, relative to no pruning.
-    right: `[P, Q]` score of the answer against the true one.
-    same: `[P, Q]` score of the answer against the one without pruning.
-    mass: `[R, Q]` the share of the first stage's scores that the kept tokens hold.
-    keep: of each rung, after each stage.
-  """
-
-  price: Float[np.ndarray, "P Q"]
-  right: Float[np.ndarray, "P Q"]
-  same: Float[np.ndarray, "P Q"]
-  mass: Float[np.ndarray, "R Q"]
-  keep: list[tuple[int, ...]]
+  price: Float[np.ndarray, "P Q"]  # FLOPs of the decoder's prefill on all tokens and of scoring, relative to no pruning
+  right: Float[np.ndarray, "P Q"]  # score of the answer against the true one
+  same: Float[np.ndarray, "P Q"]  # score of the answer against the one without pruning
+  mass: Float[np.ndarray, "R Q"]  # the share of the first stage's scores that the kept tokens hold
+  keep: list[str]  # of each rung, after each stage
 
 
 def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, *, max_new_tokens: int) -> Outcomes:
@@ -61,33 +51,30 @@ def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
 
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     by_instruction, _ = himap_scores(subject.loaded.model, batch.inputs, num_layers=rungs[0].stages[0].layer)
-    return {
-      "held": np.asarray(held_share(by_instruction[-1])),
-      "length": (batch.inputs.layout.kind == TEXT).sum(axis=1),
-    }
+    length = (batch.inputs.layout.kind == TEXT).sum(axis=1)
+    return {"held": np.asarray(held_share(by_instruction[-1])), "length": length}
 
-  schedules, answers = [*rungs, Schedule()], []
-  for schedule in schedules:
-    path = workdir / f"answers-{'_'.join(str(stage.keep) for stage in schedule.stages) or 'none'}.json"
-    answers.append(subject.answers(schedule, path, max_new_tokens=max_new_tokens))
+  schedules = {"/".join(str(stage.keep) for stage in rung.stages): rung for rung in rungs} | {"none": Schedule()}
+  answers = subject.answers(schedules, workdir / "answers", max_new_tokens=max_new_tokens)
   questions, measured = subject.measure(workdir / "held", compute, axis=0)
-  sizes = model_sizes(subject.loaded.config)
 
   def flops(schedule: Schedule, length: int) -> int:
+    sizes = model_sizes(subject.loaded.config)
     costs = cost.costs(sizes, schedule, subject.batcher.num_image_tokens, length)
     return costs.decoder + costs.scoring
 
-  price = [[flops(schedule, n) / flops(Schedule(), n) for n in measured["length"].tolist()] for schedule in schedules]
+  plain = [flops(Schedule(), length) for length in measured["length"].tolist()]
+  price = [[flops(own, n) for n in measured["length"].tolist()] for own in schedules.values()]
   return Outcomes(
-    price=np.array(price),
-    right=np.array([[score(own[q.id], q.answer) for q in questions] for own in answers]),
-    same=np.array([[score(own[q.id], answers[-1][q.id]) for q in questions] for own in answers]),
+    price=np.array(price) / plain,
+    right=np.array([[score(own[q.id], q.answer) for q in questions] for own in answers.values()]),
+    same=np.array([[score(own[q.id], answers["none"][q.id]) for q in questions] for own in answers.values()]),
     mass=np.stack([measured["held"][:, rung.stages[0].keep - 1] for rung in rungs]),
-    keep=[tuple(stage.keep for stage in rung.stages) for rung in rungs],
+    keep=[*schedules][:-1],
   )
 
 
-def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple[list[Row], list[Row]]:
+def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple[list[tabular.Row], list[tabular.Row]]:
   """A row for every rung and no pruning, and one for every threshold.
 
   Adaptive rows have their difference to fixed HiMAP at the same FLOPs: to the line between the rungs, or the last rung
@@ -96,24 +83,25 @@ def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple
   num_fixed, num_questions = outcomes.price.shape
   mass = jnp.asarray(outcomes.mass.T, jnp.float32)
   assigned = [np.asarray(cheapest_rung(mass, jnp.float32(threshold))) for threshold in thresholds]
-  table = [{"keep": name} for name in (*("/".join(map(str, keep)) for keep in outcomes.keep), "no pruning")]
+  values = {
+    name: np.concatenate([own, [own[rungs, np.arange(num_questions)] for rungs in assigned]])  # [C, Q]
+    for name, own in zip(("price", *MEASURES), outcomes, strict=False)
+  }
+  table = [{"keep": name} for name in (*outcomes.keep, "no pruning")]
   for threshold, rungs in zip(thresholds, assigned, strict=True):
     counts = np.bincount(rungs, minlength=len(outcomes.keep))
     table.append({"threshold": threshold, "rungs": "/".join(map(str, counts))})
-  values = dict(zip(("price", *MEASURES), outcomes, strict=False))
-  for name, own in values.items():
-    values[name] = np.concatenate([own, [own[rungs, np.arange(num_questions)] for rungs in assigned]])  # [C, Q]
-  means = {name: own.mean(axis=1)[None] for name, own in values.items()}
-  resampled = {name: statistics.resample(own, seed=seed) for name, own in values.items()}  # the same questions for all
-  for index, row in enumerate(table):
-    row["flops"] = float(means["price"][0, index])
+  shares = statistics.mean_rows({name: values[name] for name in MEASURES}, seed=seed)
+  for row, price, own in zip(table, values["price"].mean(axis=1), shares, strict=True):
+    row |= {"flops": float(price), **own}
+  # The means, then their resamples, of the same questions for all: [W, C]
+  means = {name: np.stack([own.mean(axis=1), *statistics.resample(own, seed=seed)]) for name, own in values.items()}
+  for index, row in enumerate(table[num_fixed:], start=num_fixed):
     for name in MEASURES:
-      row |= statistics.with_interval(name, means[name][0, index], resampled[name][:, index])
-    for name in MEASURES if index >= num_fixed else ():
-      mean, bootstrap = (
-        own[name][:, index] - _line(own["price"], own[name], index, num_fixed) for own in (means, resampled)
-      )
-      row |= statistics.with_interval(f"{name}_beyond_fixed", mean[0], bootstrap)
+      pairs = zip(means["price"], means[name], strict=True)
+      line = [np.interp(price[index], price[:num_fixed], fixed[:num_fixed]) for price, fixed in pairs]
+      beyond = means[name][:, index] - line
+      row |= statistics.with_interval(f"{name}_beyond_fixed", beyond[0], beyond[1:])
   for row, own, same in zip(table, outcomes.mass, outcomes.same, strict=False):  # of the rungs
     row |= {"mass": float(own.mean()), "mass_spread": float(own.std()), "mass_tells": _auc(own, same == 1)}
   return table[:num_fixed], table[num_fixed:]
@@ -123,16 +111,7 @@ def _auc(mass: Float[np.ndarray, "Q"], stays: Bool[np.ndarray, "Q"]) -> float | 
   """The area under the ROC curve: how often questions whose answer stays have more mass than those whose does not."""
   if stays.all() or not stays.any():
     return None
-  higher = np.sign(mass[stays][:, None] - mass[~stays][None])
-  return float((higher.mean() + 1) / 2)
-
-
-def _line(
-  prices: Float[np.ndarray, "W C"], values: Float[np.ndarray, "W C"], index: int, num_fixed: int
-) -> Float[np.ndarray, "W"]:
-  """Fixed schedules' values at the price of column `index`."""
-  pairs = zip(prices, values, strict=True)
-  return np.array([np.interp(price[index], price[:num_fixed], value[:num_fixed]) for price, value in pairs])
+  return float((np.sign(mass[stays][:, None] - mass[~stays][None]).mean() + 1) / 2)
 
 
 def cheapest(outcomes: Outcomes) -> float:
@@ -140,22 +119,21 @@ def cheapest(outcomes: Outcomes) -> float:
   return float(np.take_along_axis(outcomes.price, (outcomes.same == 1).argmax(axis=0)[None], axis=0).mean())
 
 
-def summary(fixed: Sequence[Row], adapted: Sequence[Row], cheapest: float) -> list[str]:
+def summary(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row], cheapest: float) -> list[str]:
   """Both tables in Markdown."""
   common = {"FLOPs, all tokens": "{flops:.1%}"} | {name: tabular.with_interval(name, ".1%") for name in MEASURES}
   held = {"attention held": "{mass:.1%} ± {mass_spread:.1%}"}
   held["held more where the answer stays"] = "{mass_tells:.0%} of pairs"
   beyond = {f"{name} beyond fixed": tabular.with_interval(f"{name}_beyond_fixed", "+.1%") for name in MEASURES}
   by_threshold = {"threshold": "{threshold:g}", "questions by rung": "{rungs}"}
-  lines = ["## Fixed", "", *tabular.formatted(fixed, {"keeps": "{keep}"} | common | held)]
-  lines += ["", "## Adaptive", "", *tabular.formatted(adapted, by_threshold | common | beyond), ""]
   return [
-    *lines,
+    *("## Fixed", "", *tabular.formatted(fixed, {"keeps": "{keep}"} | common | held), ""),
+    *("## Adaptive", "", *tabular.formatted(adapted, by_threshold | common | beyond), ""),
     f"With every question on the cheapest rung that answers as no pruning does, FLOPs would be {cheapest:.1%}.",
   ]
 
 
-def plot(fixed: Sequence[Row], adapted: Sequence[Row]) -> Figure:
+def plot(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row]) -> Figure:
   """Accuracy and agreement against FLOPs; of thresholds with the same FLOPs only the first is labelled."""
   figure = Figure(figsize=(11, 4.2), layout="constrained")
   for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
@@ -166,16 +144,13 @@ def plot(fixed: Sequence[Row], adapted: Sequence[Row]) -> Figure:
     for flops, rows in itertools.groupby(adapted, key=lambda row: row["flops"]):
       first = next(rows)
       axes.annotate(f"{first['threshold']:g}", (flops, first[measure]), (3, -9), textcoords="offset points", fontsize=7)
-    axes.set_xlim(0.9 * fixed[0]["flops"], 1.1 * max(row["flops"] for row in adapted))
-    axes.set_xlabel("FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning")
-    axes.set_ylabel(measure)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    label = "FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning"
+    limits = 0.9 * fixed[0]["flops"], 1.1 * max(row["flops"] for row in adapted)
+    figures.finish(axes, legend=10, xlim=limits, xlabel=label, ylabel=measure)
   return figure
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   ladder, thresholds = ["25%/6.25%", "50%/12.5%", "75%/37.5%"], "0.5 0.6 0.7 0.75 0.8 0.85 0.9 0.95 0.98".split()
   flags.DEFINE_list("ladder", ladder, "Keep counts of each rung at both stages, the fewest tokens first.")
   flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
@@ -183,8 +158,7 @@ def define_flags() -> None:
   flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes the tables and the plot."""
+def run(values: Any) -> study.Report:
   layers, thresholds = command.numbers(values["prune_layers"], int), command.numbers(values["thresholds"], float)
   keeps = command.numbers(
     values["ladder"], lambda rung: tuple(map(command.keep_count, rung.split("/"))), "such as 25%/6.25%"
@@ -196,16 +170,12 @@ def run(values: Any) -> Report:
   counts = [[stage.keep for stage in rung.stages] for rung in rungs]
   if len(rungs) < 2 or not all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(counts)):
     raise UserError("--ladder: at least two rungs are needed, in ascending order")
-  workdir = study.open_workdir(subject, prune_layers=values.prune_layers, max_new_tokens=values.max_new_tokens)
+  workdir = study.workdir_for(subject, "prune_layers", "max_new_tokens")
   outcomes = measure(subject, rungs, workdir, max_new_tokens=values.max_new_tokens)
   fixed, adapted = rows(outcomes, thresholds, seed=subject.seed)
-  return Report(
-    count=f"{outcomes.right.shape[1]} questions",
-    summary=summary(fixed, adapted, cheapest(outcomes)),
-    tables={"adaptive": [*fixed, *adapted]},
-    plots={"adaptive": plot(fixed, adapted)},
-  )
+  lines, tables = summary(fixed, adapted, cheapest(outcomes)), {"adaptive": [*fixed, *adapted]}
+  return study.Report(f"{outcomes.right.shape[1]} questions", lines, tables, {"adaptive": plot(fixed, adapted)})
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.adaptive", define_flags, run)
+  study.start("flow.adaptive", define_flags, run)

@@ -6,16 +6,17 @@ On some hundred questions, whose answers need not be known, it measures where vi
 much the answers depend on it (disruption) and what HiMAP would keep (scores). Of all layers and keep counts within
 the budget it takes those whose dropped tokens carry least of the flow, runs the best of them, and writes
 `schedule.json` for `himap_jax.run --schedule` with the expected agreement with no pruning. `--num_heldout` compares
-the result on held-out questions with the paper's setting and with a grid. The same command resumes an interrupted
-run.
+the result on held-out questions with the paper's setting and with a grid.
 
 Axes: L layers, Q questions, N image tokens.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -24,38 +25,28 @@ from jaxtyping import Float
 from experiments.flow import disruption, saliency
 from experiments.flow.decoder import himap_scores
 from experiments.flow.interventions import BLOCKS, Intervention
-from experiments.flow.proposals import Measured, Proposal, Two, assess, candidates, finished, later_weights, propose
+from experiments.flow.proposals import Measured, Proposal, Two, assess, candidates, finished, propose
 from experiments.question_sets import Question, is_right
 from experiments.shared import statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.errors import UserError
 from himap_jax.pruning.cost import image_token_flops
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.run import command
 
 PAPER = ((2, 8), (0.5, 0.125))
 GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second ones in shares of the depth
-GRID_KEEPS = 2  # first keep counts for each pair of layers
 FOLDS = 10
 FINISHED = 0.1  # share of a flow that may be left in the layers after it has finished
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-  """A schedule and its answers.
-
-  Attributes:
-    name: of the schedule.
-    price: FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning.
-    same: `[Q]` whether each answer is the one without pruning.
-    proposal: layers, keep counts, and their loss.
-  """
+class Trial(NamedTuple):
+  """A schedule and its answers."""
 
   name: str
-  price: float
-  same: Float[np.ndarray, "Q"]
+  price: float  # FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning
+  same: Float[np.ndarray, "Q"]  # whether each answer is the one without pruning
   proposal: Proposal
 
   @property
@@ -64,20 +55,11 @@ class Trial:
     return float(self.same.mean())
 
 
-@dataclasses.dataclass(frozen=True)
-class Trials:
-  """Runs schedules on some questions.
-
-  Attributes:
-    subject: model and questions.
-    workdir: directory of a file of answers for every schedule.
-    part: prefix of these files.
-    max_new_tokens: of an answer.
-  """
+class Trials(NamedTuple):
+  """Runs schedules on some questions; the answers of each are kept in a file."""
 
   subject: Subject
-  workdir: pathlib.Path
-  part: str
+  prefix: pathlib.Path  # start of the path of these files
   max_new_tokens: int
 
   def price(self, layers: Two, keep: Two) -> float:
@@ -88,27 +70,21 @@ class Trials:
 
   def run(self, entries: Sequence[tuple[str, Proposal]]) -> list[Trial]:
     """The trials of named proposals."""
-
-    def answers(schedule: Schedule, name: str) -> dict[str, str]:
-      path = self.workdir / f"{self.part}-{name}.json"
-      return self.subject.answers(schedule, path, max_new_tokens=self.max_new_tokens)
-
-    plain, trials = answers(Schedule(), "none"), []
+    schedules = {"none": Schedule()}
+    schedules |= {proposal.key: self.subject.himap(proposal.prune_layers, proposal.keep) for _, proposal in entries}
+    answers = self.subject.answers(schedules, self.prefix, max_new_tokens=self.max_new_tokens)
+    trials = []
     for name, proposal in entries:
-      layers, keep = proposal.prune_layers, proposal.keep
-      given = answers(self.subject.himap(layers, keep), "_".join(map(str, (*layers, *keep))))
-      same = np.array([is_right(given[row_id], answer) for row_id, answer in plain.items()], np.float64)
-      trials.append(Trial(name, self.price(layers, keep), same, proposal))
+      same = [is_right(answers[proposal.key][row_id], answer) for row_id, answer in answers["none"].items()]
+      price = self.price(proposal.prune_layers, proposal.keep)
+      trials.append(Trial(name, price, np.array(same, np.float64), proposal))
     return trials
 
 
 def split(questions: Sequence[Question], num_heldout: int, *, seed: int) -> tuple[list[Question], list[Question]]:
-  """Splits questions at random into those for calibration and the held-out ones."""
-  heldout = set(np.random.default_rng(seed).permutation(len(questions))[:num_heldout].tolist())
-  parts: tuple[list[Question], list[Question]] = ([], [])
-  for index, question in enumerate(questions):
-    parts[index in heldout].append(question)
-  return parts
+  """Splits questions at random into those for calibration and the held-out ones, in their order."""
+  order = np.random.default_rng(seed).permutation(len(questions))
+  return tuple([questions[index] for index in sorted(part)] for part in (order[num_heldout:], order[:num_heldout]))
 
 
 def best(tried: Sequence[Trial]) -> Trial:
@@ -116,7 +92,7 @@ def best(tried: Sequence[Trial]) -> Trial:
   return max(tried, key=lambda trial: trial.agreement)
 
 
-def expected_agreement(tried: Sequence[Trial], *, seed: int) -> Row:
+def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
   """The agreement to expect of the best on other questions, with its 95% interval, by cross-validation.
 
   The best of several is better on the questions that chose it than on others. So the choice is repeated without each of
@@ -124,32 +100,26 @@ def expected_agreement(tried: Sequence[Trial], *, seed: int) -> Row:
   """
   same = np.stack([trial.same for trial in tried])  # [schedules, Q]
   fold = np.random.default_rng(seed).permutation(same.shape[1]) % FOLDS
-  outside = np.empty(same.shape[1])
-  for number in np.unique(fold):
-    rest = same[:, fold != number]
-    winner = np.argmax(rest.sum(axis=1)) if rest.size else 0
-    outside[fold == number] = same[winner, fold == number]
-  return statistics.mean_with_interval("agreement", outside, seed=seed)
+  winners = [same[:, fold != number].sum(axis=1).argmax() for number in fold]
+  outside = same[winners, np.arange(same.shape[1])]
+  return statistics.mean_rows({"agreement": outside[None]}, seed=seed)[0]
 
 
 def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) -> list[Trial]:
   """Runs the chosen schedule, the paper's and a grid at the budget on held-out questions."""
   num_layers, count = trials.subject.num_layers, trials.subject.batcher.num_image_tokens
-  layers, keep = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
-  entries = [("calibrated", chosen.proposal.prune_layers, chosen.proposal.keep), ("the paper's", layers, keep)]
+  paper = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
+  entries = [("calibrated", chosen.proposal), ("the paper's", assess(measured, *paper))]
   second = [round(share * num_layers) for share in GRID_SECOND]
-  by_layers: dict[Two, list[Two]] = {}
-  for layers, keep in candidates(num_layers, count, trials.price, budget):
+  affordable = candidates(num_layers, count, trials.price, budget)
+  for layers, choices in itertools.groupby(affordable, key=lambda choice: choice[0]):
     if layers[0] in GRID_FIRST and layers[1] in second:
-      by_layers.setdefault(layers, []).append(keep)
-  for layers, keeps in by_layers.items():
-    places = np.unique(np.linspace(0, len(keeps) - 1, GRID_KEEPS).round().astype(int))
-    entries += [("grid", layers, keeps[place]) for place in places]
-  later = later_weights(measured)
-  return trials.run([(name, assess(measured, later, layers, keep)) for name, layers, keep in entries])
+      keeps = [keep for _, keep in choices]
+      entries += [("grid", assess(measured, layers, keep)) for keep in dict.fromkeys((keeps[0], keeps[-1]))]
+  return trials.run(entries)
 
 
-def describe(chosen: Trial, expected: Row, measured: Measured, checkpoint: str) -> dict[str, Any]:
+def describe(chosen: Trial, expected: tabular.Row, measured: Measured, checkpoint: str) -> dict[str, Any]:
   """The content of a schedule file for `himap_jax.run --schedule`, with its origin."""
   share, *interval = (expected[name] for name in statistics.names("agreement"))
   return {
@@ -167,30 +137,28 @@ def describe(chosen: Trial, expected: Row, measured: Measured, checkpoint: str) 
   }
 
 
-def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[Row]:
+def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[tabular.Row]:
   """A row for every trial, with its difference to a reference on the same questions where there is one."""
-  result = []
-  for trial in trials:
-    proposal = trial.proposal
-    layers, keep = ("/".join(map(str, values)) for values in (proposal.prune_layers, proposal.keep))
+  columns = {"agreement": np.stack([trial.same for trial in trials])}
+  if reference is not None:
+    columns["difference"] = columns["agreement"] - reference.same
+  rows = []
+  for trial, shares in zip(trials, statistics.mean_rows(columns, seed=seed), strict=True):
+    layers, keep = ("/".join(map(str, values)) for values in (trial.proposal.prune_layers, trial.proposal.keep))
     row = {"questions": questions, "schedule": trial.name, "layers": layers, "keep": keep}
-    row |= {"image_token_flops": trial.price}
-    row |= statistics.mean_with_interval("agreement", trial.same, seed=seed)
-    if reference is not None:
-      row |= statistics.mean_with_interval("difference", trial.same - reference.same, seed=seed)
-    covered = "/".join(f"{share:.3f}" for share in proposal.covered)
-    result.append(row | {"lost": proposal.lost, "covered": covered})
-  return result
+    row |= {"image_token_flops": trial.price, **shares, "lost": trial.proposal.lost}
+    rows.append(row | {"covered": "/".join(f"{share:.3f}" for share in trial.proposal.covered)})
+  return rows
 
 
-def summary(tried: Sequence[Row], expected: Row, compared: Sequence[Row]) -> list[str]:
+def summary(tried: Sequence[tabular.Row], expected: tabular.Row, compared: Sequence[tabular.Row]) -> list[str]:
   """The rows in Markdown; the first of the compared ones is the reference of the others."""
   agreement = tabular.with_interval("agreement", ".1%")
   left = {"": "{schedule}", "layers": "{layers}", "keeps": "{keep}", "FLOPs on image tokens": "{image_token_flops:.1%}"}
   left["answers as without pruning"] = agreement
   right = {"flow lost": "{lost:.1%}", "scores kept": "{covered}"}
-  lines = ["## Tried on the calibration questions", "", *tabular.formatted(tried, left | right), ""]
   share = agreement.format_map(expected)
+  lines = ["## Tried on the calibration questions", "", *tabular.formatted(tried, left | right), ""]
   lines += [f"Expected agreement of the best on other questions, by cross-validation: {share}."]
   if compared:
     order = sorted(compared, key=lambda row: row["schedule"] == "grid" and 1 - row["agreement"])
@@ -204,28 +172,25 @@ def measure(
 ) -> Measured:
   """Measures on the questions of a subject, which need no answers; resumes from the work directory.
 
-  Flows are taken out of `disrupted_layers`; the weights of layers between them are interpolated. See `saliency.measure`
-  for `layers_at_a_time`.
+  Flows are taken out of `disrupted_layers`, which ascend; the weights of layers between them are interpolated. See
+  `saliency.measure` for `layers_at_a_time`.
   """
-  for name in ("saliency", "disruption"):
-    (workdir / name).mkdir(exist_ok=True)
-  _, flow = saliency.measure(subject, workdir / "saliency", layers_at_a_time=layers_at_a_time)
+  _, flow = saliency.measure(subject, workdir, layers_at_a_time=layers_at_a_time)
   made = [Intervention(block, "block", "mask") for block in BLOCKS]
   disruptions = [disruption.Disruption(one, "single", layer) for one in made for layer in disrupted_layers]
-  _, outcome = disruption.measure(subject, disruptions, workdir / "disruption")
-  changed = 1 - outcome.overlap.mean(axis=1).reshape(len(BLOCKS), -1)
+  _, outcome = disruption.measure(subject, disruptions, workdir)
+  changed = 1 - outcome["overlap"].mean(axis=1).reshape(len(BLOCKS), -1)
   weights = [np.interp(np.arange(subject.num_layers), disrupted_layers, values) for values in changed]
 
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     both = himap_scores(subject.loaded.model, batch.inputs, num_layers=subject.num_layers)
-    return dict(zip(("instruction", "image"), map(np.asarray, both), strict=True))
+    return dict(zip(("instruction_scores", "image_scores"), map(np.asarray, both), strict=True))
 
-  _, received = subject.measure(workdir / "scores", compute, axis=1)
-  return Measured(flow.to_instruction, flow.to_image, *weights, **{f"{name}_scores": x for name, x in received.items()})
+  _, scores = subject.measure(workdir / "scores", compute, axis=1)
+  return Measured(flow.to_instruction, flow.to_image, *weights, **scores)
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   flags.DEFINE_string("budget", "24%", "FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning.")
   heldout = "Held-out questions for the comparison, of --num_questions."
   flags.DEFINE_integer("num_heldout", 0, heldout, lower_bound=0)
@@ -235,22 +200,17 @@ def define_flags() -> None:
   flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes the schedule and the tables."""
+def run(values: Any) -> study.Report:
   budget = _share(values["budget"])
   subject = study.load_subject()
   seed, num_heldout, count = subject.seed, values.num_heldout, len(subject.questions)
   if num_heldout >= count:
     raise UserError(f"--num_heldout={num_heldout} leaves none of {count} questions to calibrate on")
-  layers = study.layers(values["disrupted_layers"], subject) or tuple(range(subject.num_layers))
-  if list(layers) != sorted(set(layers)):
-    raise UserError("--disrupted_layers must ascend")
-  settings = {name: values[name].value for name in ("num_heldout", "max_new_tokens", "disrupted_layers")}
-  workdir = study.open_workdir(subject, **settings)
-  parts = zip(("calibration", "heldout"), split(subject.questions, num_heldout, seed=seed), strict=True)
+  layers = sorted(set(study.layers(values["disrupted_layers"], subject)))
+  workdir = study.workdir_for(subject, "num_heldout", "max_new_tokens", "disrupted_layers")
   calibration, heldout = (
-    Trials(dataclasses.replace(subject, questions=questions), workdir, part, values.max_new_tokens)
-    for part, questions in parts
+    Trials(dataclasses.replace(subject, questions=own), workdir / name, values.max_new_tokens)
+    for name, own in zip(("calibration", "heldout"), split(subject.questions, num_heldout, seed=seed), strict=True)
   )
   at_once = values.layers_at_a_time
   measured = measure(calibration.subject, workdir, layers_at_a_time=at_once, disrupted_layers=layers)
@@ -261,24 +221,18 @@ def run(values: Any) -> Report:
   if num_heldout:
     trials = compare(heldout, chosen, measured, budget)
     compared = rows_of(trials, "held out", seed=seed, reference=trials[0])
-  return Report(
-    count=f"{len(chosen.same)} questions",
-    summary=summary(rows, expected, compared),
-    tables={"calibrate": [*rows, *compared]},
-    documents={"schedule": describe(chosen, expected, measured, subject.settings["checkpoint"])},
-  )
+  lines, tables = summary(rows, expected, compared), {"calibrate": [*rows, *compared]}
+  documents = {"schedule": describe(chosen, expected, measured, values.checkpoint)}
+  return study.Report(f"{len(chosen.same)} questions", lines, tables, documents=documents)
 
 
 def _share(flag: Any) -> float:
-  number = flag.value.removesuffix("%")
-  try:
-    share = float(number) / 100
-  except ValueError:
-    share = 0.0
-  if number == flag.value or not 0 < share <= 1:
-    raise UserError(f"--{flag.name}={flag.value}: not a share such as 24%")
-  return share
+  with contextlib.suppress(ValueError):
+    share = command.keep_count(flag.value)
+    if isinstance(share, float) and 0 < share <= 1:
+      return share
+  raise UserError(f"--{flag.name}={flag.value}: not a share such as 24%")
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.calibrate", define_flags, run)
+  study.start("flow.calibrate", define_flags, run)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from himap_jax.engine import prefill
 from himap_jax.inputs import Inputs
@@ -29,29 +29,16 @@ def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"
   ).astype(values.dtype)
 
 
-def edited_attention(
-  query: Float[Array, "B S N H"],
-  key: Float[Array, "B T K H"],
-  value: Float[Array, "B T K H"],
-  mask: Bool[Array, "B 1 S T"] | None = None,
-  *,
-  is_causal: bool = False,
-  edit: Edit,
-) -> Float[Array, "B S N H"]:
-  """Attention that computes all probabilities, in float32, and edits them; see `Kernels.attention`."""
-  group = query.shape[2] // key.shape[2]
-  key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
-  logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-  slots, seen = logits.shape[2:]
-  visible = jnp.ones((1, 1, slots, seen), bool) if mask is None else mask
-  if is_causal:
-    visible &= jnp.tril(jnp.ones((slots, seen), bool))[None, None]
-  return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
-
-
 def edited(model: Model, edit: Edit) -> Model:
-  """The model with edited attention."""
-  attention = functools.partial(edited_attention, edit=edit)
+  """The model with causal attention that computes all probabilities, in float32, and edits them."""
+
+  def attention(query: Array, key: Array, value: Array, mask: None = None, *, is_causal: bool = True) -> Array:
+    del mask, is_causal  # None and True over whole prompts
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
+    visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
+    return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
+
   kernels = dataclasses.replace(model.network.kernels, attention=attention)
   return model.replace(network=model.network.clone(kernels=kernels))
 

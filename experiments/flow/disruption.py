@@ -4,11 +4,12 @@
 
 Takes the flow from image to instruction or within the image out of one layer, or of it and all layers after it.
 Controls are as many pairs at random, random pairs of the same probability, the flow from image to as many random
-tokens, and the mean flow over the other questions in place of the flow. The same command resumes an interrupted run.
+tokens, and the mean flow over the other questions in place of the flow.
 
 Axes: C cells, D disruptions, L layers, B batch, A aligned tokens, Q questions, V vocabulary, N query heads, H head dim.
 """
 
+import collections
 import dataclasses
 import itertools
 import pathlib
@@ -18,16 +19,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from matplotlib.figure import Figure
 
 from experiments.flow import interventions
 from experiments.flow.interventions import BLOCKS, CHOSEN, HOW, Intervention
 from experiments.question_sets import Question
 from experiments.shared import figures, kept, statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.engine.engine import row_seeds
 from himap_jax.errors import UserError
 
@@ -35,7 +34,12 @@ MODES = ("single", "onward")  # one layer, as in the paper; it and all layers af
 TOP = 5
 COLOURS = {BLOCKS[0]: "#d1221b", BLOCKS[1]: "#2f8fe0"}
 LINES = {"block": "-", "random": "--", "mass": ":", "rows": "-."}
+
+# The effect of a disruption on the first answer token: whether the most likely token is the same, |A ∩ B| / |A ∪ B| of
+# the five most likely tokens with and without disruption, and the Kullback–Leibler divergence from the undisturbed
+# distribution.
 MEASURES = {"is_same": "label consistency", "overlap": "score consistency", "divergence": "divergence, nats"}
+Outcome = dict[str, Shaped[np.ndarray, "D Q"]]  # by measure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,23 +51,8 @@ class Disruption:
   layer: int
 
   def active(self, num_layers: int) -> Bool[np.ndarray, "L"]:
-    """The disrupted layers."""
     numbers = np.arange(num_layers)
     return numbers == self.layer if self.mode == "single" else numbers >= self.layer
-
-
-class Outcome(NamedTuple):
-  """The effect of each disruption on the first answer token of each question.
-
-  Attributes:
-    is_same: whether the most likely token is the same.
-    overlap: |A ∩ B| / |A ∪ B| of the five most likely tokens with and without disruption.
-    divergence: Kullback–Leibler divergence from the undisturbed distribution, in nats.
-  """
-
-  is_same: Bool[np.ndarray, "D Q"]
-  overlap: Float[np.ndarray, "D Q"]
-  divergence: Float[np.ndarray, "D Q"]
 
 
 class Sums(NamedTuple):
@@ -80,12 +69,7 @@ def measure(
   sums = None
   if any(disruption.intervention.how == "mean" for disruption in disruptions):
     sums = Sums(**kept.arrays_of(workdir / "sums.npz", lambda: _sums(subject)._asdict()))
-
-  def compute(batch: Batch) -> dict[str, np.ndarray]:
-    return outcome_of(subject, batch, disruptions, sums)._asdict()
-
-  questions, arrays = subject.measure(workdir / "outcome", compute, axis=1)
-  return questions, Outcome(**arrays)
+  return subject.measure(workdir / "outcome", lambda batch: outcome_of(subject, batch, disruptions, sums), axis=1)
 
 
 def outcome_of(subject: Subject, batch: Batch, disruptions: Sequence[Disruption], sums: Sums | None) -> Outcome:
@@ -100,25 +84,22 @@ def outcome_of(subject: Subject, batch: Batch, disruptions: Sequence[Disruption]
     used = means if intervention.how == "mean" else None
     logits = interventions.disrupted_logits(model, plain, intervention, active, used, seeds)
     outcomes.append(compare(np.asarray(plain.logits), np.asarray(logits)))
-  return Outcome(*map(np.stack, zip(*outcomes, strict=True)))
+  return {name: np.stack([outcome[name] for outcome in outcomes]) for name in MEASURES}
 
 
 def _sums(subject: Subject) -> Sums:
-  by_size: dict[int, Sums] = {}  # buckets differ in their number of aligned tokens
+  model, by_size = subject.loaded.model, {}  # buckets differ in their number of aligned tokens
   for batch in subject.batches("flows"):
-    own, present = interventions.flows(
-      subject.loaded.model, interventions.undisturbed(subject.loaded.model, batch.inputs)
-    )
+    own, present = interventions.flows(model, interventions.undisturbed(model, batch.inputs))
     rows = len(batch.questions)
     part = Sums(np.asarray(own[:, :rows]).sum(axis=1), np.asarray(present)[:rows].sum(axis=0))
-    before = by_size.get(len(part.count))
-    by_size[len(part.count)] = part if before is None else Sums(*map(np.add, before, part))
+    by_size[len(part.count)] = Sums(*map(np.add, by_size.get(len(part.count), (0, 0)), part))
 
-  def padded(part: Sums) -> Sums:
-    missing = (0, max(by_size) - len(part.count))
-    return Sums(np.pad(part.flows, ((0, 0), missing, (0, 0), (0, 0))), np.pad(part.count, missing))
+  def padded(size: int) -> Sums:
+    missing = (0, max(by_size) - size)
+    return Sums(np.pad(by_size[size].flows, ((0, 0), missing, (0, 0), (0, 0))), np.pad(by_size[size].count, missing))
 
-  return Sums(*map(sum, zip(*map(padded, by_size.values()), strict=True)))
+  return Sums(*map(sum, zip(*map(padded, by_size), strict=True)))
 
 
 def mean_of_others(
@@ -136,19 +117,15 @@ def mean_of_others(
 
 def compare(plain: Float[np.ndarray, "Q V"], disrupted: Float[np.ndarray, "Q V"]) -> Outcome:
   """The change between the logits of two distributions over the next token, for one disruption, without its axis."""
-  log_p, log_q = (_log_softmax(logits.astype(np.float64)) for logits in (plain, disrupted))
+  shifted = [logits.astype(np.float64) - logits.max(axis=1, keepdims=True) for logits in (plain, disrupted)]
+  log_p, log_q = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) for logits in shifted)
   top = [np.argsort(-logits, axis=1, kind="stable")[:, :TOP] for logits in (plain, disrupted)]
   common = np.array([len(set(a) & set(b)) for a, b in zip(*top, strict=True)])
-  return Outcome(
-    is_same=top[0][:, 0] == top[1][:, 0],
-    overlap=common / (2 * TOP - common),
-    divergence=(np.exp(log_p) * (log_p - log_q)).sum(axis=1),
-  )
-
-
-def _log_softmax(logits: Float[np.ndarray, "Q V"]) -> Float[np.ndarray, "Q V"]:
-  shifted = logits - logits.max(axis=1, keepdims=True)
-  return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+  return {
+    "is_same": top[0][:, 0] == top[1][:, 0],
+    "overlap": common / (2 * TOP - common),
+    "divergence": (np.exp(log_p) * (log_p - log_q)).sum(axis=1),
+  }
 
 
 def bias_ratio(into_image: Float[np.ndarray, "*C"], into_instruction: Float[np.ndarray, "*C"], count: int) -> Any:
@@ -161,78 +138,67 @@ def bias_ratio(into_image: Float[np.ndarray, "*C"], into_instruction: Float[np.n
   return np.log((1 - into_image + least) / (1 - into_instruction + least))
 
 
-def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[Row]:
+def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
   """A row for every disruption."""
-  result = [{"intervention": d.intervention.name, "mode": d.mode, "layer": d.layer} for d in disruptions]
-  for name, values in outcome._asdict().items():
-    resampled = statistics.resample(values, seed=seed)
-    for row, mean, own in zip(result, values.mean(axis=1), resampled.T, strict=True):
-      row |= statistics.with_interval(name, mean, own)
-  return result
+  rows = zip(disruptions, statistics.mean_rows(outcome, seed=seed), strict=True)
+  return [{"intervention": d.intervention.name, "mode": d.mode, "layer": d.layer} | row for d, row in rows]
 
 
-def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[Row]:
+def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
   """The bias ratio for every way, mode and layer in which both blocks were disrupted."""
-  count, means = outcome.overlap.shape[1], outcome.overlap.mean(axis=1)
-  resampled, result = statistics.resample(outcome.overlap, seed=seed), []
+  count, means = outcome["overlap"].shape[1], outcome["overlap"].mean(axis=1)
+  resampled, result = statistics.resample(outcome["overlap"], seed=seed), []
   numbers = {disruption: number for number, disruption in enumerate(disruptions)}
   for disruption, number in numbers.items():
     intervention = disruption.intervention
     pair = dataclasses.replace(disruption, intervention=dataclasses.replace(intervention, block=BLOCKS[1]))
     if intervention.block == BLOCKS[0] and pair in numbers:
       into_image = numbers[pair]
-      low, high = statistics.interval(bias_ratio(resampled[:, into_image], resampled[:, number], count))
       row = {"chosen": intervention.chosen, "how": intervention.how, "mode": pair.mode, "layer": pair.layer}
       bias = bias_ratio(means[into_image], means[number], count)
-      result.append(row | {"bias": float(bias), "low": float(low), "high": float(high)})
+      ends = statistics.interval(bias_ratio(resampled[:, into_image], resampled[:, number], count))
+      result.append(row | dict(zip(("bias", "low", "high"), map(float, (bias, *ends)), strict=True)))
   return result
 
 
-def summary(measured: Sequence[Row], bias: Sequence[Row]) -> list[str]:
+def summary(measured: Sequence[tabular.Row], bias: Sequence[tabular.Row]) -> list[str]:
   """Markdown tables of label and score consistency and of bias ratios, a column for each layer."""
-  title = {"is_same": "Label consistency: how often the most likely first token stays the same"}
-  title["overlap"] = "Score consistency: overlap of the five most likely tokens"
-  lines = []
-  for name, heading in title.items():
-    form = tabular.with_interval(name, ".0%", "{} ({}–{})")
-    lines += [f"## {heading}", "", *_by_layer(measured, ("intervention", "mode"), form), ""]
-  form = "{bias:.2f} ({low:.2f} to {high:.2f})"
-  return [*lines, "## Bias ratio D = log(E_vv / E_vt)", "", *_by_layer(bias, ("chosen", "how", "mode"), form)]
+  same, overlap = (tabular.with_interval(name, ".0%", "{} ({}–{})") for name in ("is_same", "overlap"))
+  lines = ["## Label consistency: how often the most likely first token stays the same", ""]
+  lines += [*_by_layer(measured, ("intervention", "mode"), same), ""]
+  lines += ["## Score consistency: overlap of the five most likely tokens", ""]
+  lines += [*_by_layer(measured, ("intervention", "mode"), overlap), "", "## Bias ratio D = log(E_vv / E_vt)", ""]
+  return [*lines, *_by_layer(bias, ("chosen", "how", "mode"), "{bias:.2f} ({low:.2f} to {high:.2f})")]
 
 
-def _by_layer(rows: Sequence[Row], names: Sequence[str], form: str) -> list[str]:
+def _by_layer(rows: Sequence[tabular.Row], names: Sequence[str], form: str) -> list[str]:
   layers = list(dict.fromkeys(str(row["layer"]) for row in rows))
-  lines: dict[tuple[str, ...], list[str]] = {}
+  lines: dict[tuple[str, ...], list[str]] = collections.defaultdict(list)
   for row in rows:
-    lines.setdefault(tuple(row[name] for name in names), []).append(form.format_map(row))
+    lines[tuple(row[name] for name in names)].append(form.format_map(row))
   return tabular.markdown([*names, *layers], ([*key, *cells] for key, cells in lines.items()))
 
 
-def plot_consistency(rows: Sequence[Row], made: Sequence[Intervention]) -> Figure:
+def plot_consistency(rows: Sequence[tabular.Row], made: Sequence[Intervention]) -> Figure:
   """Every measure by layer: a colour for each block, a line style for the pairs, panels for each `how` and mode."""
   ways = list(itertools.product(dict.fromkeys(intervention.how for intervention in made), MODES))
   figure = Figure(figsize=(12, 3.1 * len(ways)), layout="constrained")
   panels = figure.subplots(len(ways), len(MEASURES), squeeze=False, sharex=True)
   for panel_row, (how, mode) in zip(panels, ways, strict=True):
     for axes, (measure, label) in zip(panel_row, MEASURES.items(), strict=True):
-      for intervention in made:
-        if intervention.how == how:
-          series = [row for row in rows if (row["intervention"], row["mode"]) == (intervention.name, mode)]
-          style = {"color": COLOURS[intervention.block], "label": intervention.name.rpartition(", ")[0]}
-          line = LINES[intervention.chosen]
-          figures.line_with_interval(
-            axes, series, "layer", statistics.names(measure), line, marker=".", linewidth=1.3, **style
-          )
-      axes.set_ylabel(label)
+      for one in (intervention for intervention in made if intervention.how == how):
+        series = [row for row in rows if (row["intervention"], row["mode"]) == (one.name, mode)]
+        style = {"marker": ".", "linewidth": 1.3, "color": COLOURS[one.block], "label": one.name.rpartition(", ")[0]}
+        figures.line_with_interval(axes, series, "layer", statistics.names(measure), LINES[one.chosen], **style)
       axes.set_title(f"{how}, {mode}", fontsize=9)
-      axes.grid(alpha=0.3)
+      figures.finish(axes, ylabel=label)
     panel_row[0].legend(fontsize=7)
   for axes in panels[-1]:
     axes.set_xlabel("layer")
   return figure
 
 
-def plot_bias(rows: Sequence[Row]) -> Figure:
+def plot_bias(rows: Sequence[tabular.Row]) -> Figure:
   """The bias ratio by layer, a panel for each mode."""
   figure = Figure(figsize=(11, 3.8), layout="constrained")
   for axes, mode in zip(figure.subplots(1, len(MODES), sharey=True), MODES, strict=True):
@@ -241,42 +207,33 @@ def plot_bias(rows: Sequence[Row]) -> Figure:
       figures.line_with_interval(axes, series, "layer", ("bias", "low", "high"), marker=".", label=f"{chosen}, {how}")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_title(f"{mode}; above 0 image→image matters more", fontsize=9)
-    axes.set_xlabel("layer")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+    figures.finish(axes, legend=7, xlabel="layer")
   return figure
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   for name, known in (("how", HOW), ("chosen", CHOSEN)):
     flags.DEFINE_list(name, list(known), "; ".join(f"{value}: {meaning}" for value, meaning in known.items()))
   flags.DEFINE_list("layers", None, "Layers to disrupt; every layer by default.")
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes tables and plots."""
-  for flag, known in ((values["how"], HOW), (values["chosen"], CHOSEN)):
-    for name in flag.value:
-      if name not in known:
-        raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
-  every = (Intervention(block, chosen, how) for how in values.how for chosen in values.chosen for block in BLOCKS)
+def run(values: Any) -> study.Report:
+  hows, pairs = study.chosen(values["how"], HOW), study.chosen(values["chosen"], CHOSEN)
+  every = (Intervention(block, chosen, how) for how in hows for chosen in pairs for block in BLOCKS)
   made = [intervention for intervention in every if intervention.is_defined]
   if not made:
     raise UserError("--how=mean needs --chosen=block: other pairs have no mean")
   subject = study.load_subject()
-  layers = study.layers(values["layers"], subject) or tuple(range(subject.num_layers))
-  workdir = study.open_workdir(subject, how=values.how, chosen=values.chosen, layers=layers)
+  layers = study.layers(values["layers"], subject)
   disruptions = [Disruption(*each) for each in itertools.product(made, MODES, layers)]
-  questions, outcome = measure(subject, disruptions, workdir)
+  questions, outcome = measure(subject, disruptions, study.workdir_for(subject, "how", "chosen", "layers"))
   rows, bias = (make(outcome, disruptions, seed=subject.seed) for make in (consistency_rows, bias_rows))
-  return Report(
-    count=f"{len(questions)} questions",
-    summary=summary(rows, bias),
-    tables={"disruption": rows, "bias": bias},
-    plots={"disruption": plot_consistency(rows, made), "bias": plot_bias(bias)},
+  tables, plots = (
+    {"disruption": rows, "bias": bias},
+    {"disruption": plot_consistency(rows, made), "bias": plot_bias(bias)},
   )
+  return study.Report(f"{len(questions)} questions", summary(rows, bias), tables, plots)
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.disruption", define_flags, run)
+  study.start("flow.disruption", define_flags, run)

@@ -5,7 +5,7 @@
 Pairs of questions with the same text about different pictures are answered with the scores of the own picture, of the
 other one, shuffled and reversed; and with the other picture's hidden states at the tokens that its scores or the own
 scores choose. In pictures whose middle comes from another one, the scores show whether they follow the contents or the
-place. The same command resumes an interrupted run.
+place.
 
 Axes: B batch, Q questions, M image tokens. The rows of a batch come in pairs of two pictures with one question; each
 row of a pair is the other's partner.
@@ -27,9 +27,7 @@ from jaxtyping import Array, Float
 from experiments.flow.decoder import himap_scores
 from experiments.question_sets import Question, is_right
 from experiments.shared import statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.errors import UserError
 from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import Selection, View, highest, stable_top_k
@@ -38,7 +36,6 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 
 MAX_NEW_TOKENS = 6
-SHARE = 0.5  # width and height of the swapped window, in shares of the picture's
 
 Pair = tuple[Question, Question]  # the same text about different pictures, with different answers
 Answers = dict[str, dict[str, str]]  # by schedule and question
@@ -92,13 +89,22 @@ def with_partner_contents(schedule: Schedule, *, chosen_by_partner: bool) -> Sch
   return Schedule((replaced, second))
 
 
+def schedules(own: Schedule) -> dict[str, Schedule]:
+  """The schedules that every pair is answered with: no pruning, manipulated scores, and the partner's contents."""
+  return {
+    "no pruning": Schedule(),
+    **{f"scores: {name}": with_scores(own, name) for name in MANIPULATIONS},
+    "partner's contents, its scores": with_partner_contents(own, chosen_by_partner=True),
+    "partner's contents, own scores": with_partner_contents(own, chosen_by_partner=False),
+  }
+
+
 def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> list[Pair]:
   """Draws pairs; each question is in one pair at most."""
   by_text: dict[str, list[Question]] = collections.defaultdict(list)
   for question in questions:
     by_text[question.question].append(question)
-  rng = np.random.default_rng(seed)
-  pairs = []
+  rng, pairs = np.random.default_rng(seed), []
   for group in by_text.values():
     rest = [group[index] for index in rng.permutation(len(group))]
     while rest:
@@ -107,35 +113,24 @@ def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> l
       if other is not None:
         rest.remove(other)
         pairs.append((one, other))
-  order = rng.permutation(len(pairs))[:num_pairs]
-  return [pairs[index] for index in sorted(order.tolist())]
-
-
-def schedules(own: Schedule) -> dict[str, Schedule]:
-  """The schedules that every pair is answered with: no pruning, manipulated scores, and the partner's contents."""
-  plain, scores = {"no pruning": Schedule()}, {f"scores: {name}": with_scores(own, name) for name in MANIPULATIONS}
-  contents = {
-    f"partner's contents, {whose} scores": with_partner_contents(own, chosen_by_partner=whose == "its")
-    for whose in ("its", "own")
-  }
-  return plain | scores | contents
+  return [pairs[index] for index in sorted(rng.permutation(len(pairs))[:num_pairs])]
 
 
 def window_of(grid: tuple[int, int]) -> tuple[slice, ...]:
-  """The rows and columns of patches in the middle of a grid."""
-  return tuple(slice(round(side * (1 - SHARE) / 2), round(side * (1 + SHARE) / 2)) for side in grid)
+  """The rows and columns of patches in the middle of a grid, half of each."""
+  return tuple(slice(round(side / 4), round(side * 3 / 4)) for side in grid)
 
 
 def swapped(
   pixels: Float[np.ndarray, "Q 3 h w"], others: Float[np.ndarray, "Q 3 h w"], grid: tuple[int, int]
 ) -> Float[np.ndarray, "Q 3 h w"]:
   """Pictures with the patches in the middle of other ones."""
-  rows, columns = (
+  middle = tuple(
     slice(window.start * side // count, window.stop * side // count)
     for window, side, count in zip(window_of(grid), pixels.shape[2:], grid, strict=True)
   )
   result = pixels.copy()
-  result[:, :, rows, columns] = others[:, :, rows, columns]
+  result[:, :, *middle] = others[:, :, *middle]
   return result
 
 
@@ -158,57 +153,46 @@ def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[
   }
 
 
-def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[Row]:
+def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[tabular.Row]:
   """A row for every schedule: how often the answer is right, and equal to which picture's answer without pruning."""
-  plain, result = answers["no pruning"], []
+  plain, rows = answers["no pruning"], []
+  both = [(own, other) for pair in pairs for own, other in (pair, pair[::-1])]
   for name, given in answers.items():
-    shares: dict[str, list[bool]] = collections.defaultdict(list)
-    for pair in pairs:
-      for own, other in (pair, pair[::-1]):
-        shares["right"].append(is_right(given[own.id], own.answer))
-        shares["as the row's own picture unpruned"].append(is_right(given[own.id], plain[own.id]))
-        shares["as the partner's picture unpruned"].append(is_right(given[own.id], plain[other.id]))
-    result.append({"schedule": name} | means(shares, seed=seed))
-  return result
+    shares = {
+      "right": [is_right(given[own.id], own.answer) for own, _ in both],
+      "as the row's own picture unpruned": [is_right(given[own.id], plain[own.id]) for own, _ in both],
+      "as the partner's picture unpruned": [is_right(given[own.id], plain[other.id]) for own, other in both],
+    }
+    rows.append({"schedule": name} | means(shares, seed=seed))
+  return rows
 
 
-def means(values: Mapping[str, Sequence[float]], *, seed: int) -> Row:
+def means(values: Mapping[str, Sequence[float]], *, seed: int) -> tabular.Row:
   """Means over pairs of two consecutive values, with intervals."""
-  row: Row = {}
-  for name, each in values.items():
-    row |= statistics.mean_with_interval(name, np.asarray(each, np.float64).reshape(-1, 2).mean(axis=1), seed=seed)
-  return row
+  pairs = {name: np.asarray(each, np.float64).reshape(1, -1, 2).mean(axis=2) for name, each in values.items()}
+  return statistics.mean_rows(pairs, seed=seed)[0]
 
 
-def summary(measured: Sequence[Row], correlations: Row) -> list[str]:
+def summary(measured: Sequence[tabular.Row], correlations: tabular.Row) -> list[str]:
   """Both tables in Markdown."""
 
-  def columns(row: Row, form: str) -> dict[str, str]:
+  def columns(row: tabular.Row, form: str) -> dict[str, str]:
     names = [name for name in row if name != "schedule" and not name.endswith(("_low", "_high"))]
     return {name: tabular.with_interval(name, form) for name in names}
 
-  return [
-    "## Answers",
-    "",
-    *tabular.formatted(measured, {"": "{schedule}"} | columns(measured[0], ".1%")),
-    "",
-    "## Scores of pictures whose middle comes from another",
-    "",
-    "Correlation of the first stage's scores with those of the row's own picture and of the other one.",
-    "",
-    *tabular.formatted([correlations], columns(correlations, ".2f")),
-  ]
+  lines = ["## Answers", "", *tabular.formatted(measured, {"": "{schedule}"} | columns(measured[0], ".1%"))]
+  lines += ["", "## Scores of pictures whose middle comes from another", ""]
+  lines += ["Correlation of the first stage's scores with those of the row's own picture and of the other one.", ""]
+  return [*lines, *tabular.formatted([correlations], columns(correlations, ".2f"))]
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   flags.DEFINE_integer("num_pairs", 50, "Pairs of questions, drawn from --num_questions.", lower_bound=1)
   flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
   flags.DEFINE_list("keep", ["50%", "12.5%"], "Of HiMAP, as in himap_jax.run.")
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes the tables."""
+def run(values: Any) -> study.Report:
   layers = command.numbers(values["prune_layers"], int)
   keep = command.numbers(values["keep"], command.keep_count)
   subject = study.load_subject(needs_answers=True)
@@ -221,23 +205,16 @@ def run(values: Any) -> Report:
   pairs = make_pairs(questions, values.num_pairs, seed=subject.seed)
   if not pairs:
     raise UserError("no two questions have the same text, different pictures and different answers; use more questions")
-  settings = {name: values[name].value for name in ("num_pairs", "prune_layers", "keep")}
-  workdir = study.open_workdir(subject, **settings)
+  workdir = study.workdir_for(subject, "num_pairs", "prune_layers", "keep")
   # The questions of a pair have one text, hence one bucket, and fill a batch together.
   paired = dataclasses.replace(subject, questions=list(itertools.chain(*pairs)), batch_size=2)
-  answers = {}
-  for name, own in schedules(schedule).items():
-    path = workdir / f"answers-{''.join(c if c.isalnum() else '_' for c in name)}.json"
-    answers[name] = paired.answers(own, path, max_new_tokens=MAX_NEW_TOKENS)
-  first_layer = schedule.stages[0].layer
-  _, each = paired.measure(workdir / "correlations", lambda batch: correlations(paired, batch, first_layer), axis=0)
+  answers = paired.answers(schedules(schedule), workdir / "answers", max_new_tokens=MAX_NEW_TOKENS)
+  first = schedule.stages[0].layer
+  _, each = paired.measure(workdir / "correlations", lambda batch: correlations(paired, batch, first), axis=0)
   rows, correlation = answer_rows(pairs, answers, seed=subject.seed), means(each, seed=subject.seed)
-  return Report(
-    count=f"{len(pairs)} pairs",
-    summary=summary(rows, correlation),
-    tables={"importance": rows, "correlations": [correlation]},
-  )
+  tables = {"importance": rows, "correlations": [correlation]}
+  return study.Report(f"{len(pairs)} pairs", summary(rows, correlation), tables)
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.importance", define_flags, run)
+  study.start("flow.importance", define_flags, run)

@@ -7,16 +7,16 @@ A token's attention to itself always stays: no information flows between tokens 
 
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
 
 from experiments.flow import tokens
-from experiments.flow.decoder import edited, edited_attention, run_layer, weigh
+from experiments.flow.decoder import edited, run_layer, weigh
 from himap_jax.engine import prefill
-from himap_jax.inputs import IMAGE, Inputs, Layout, take_slots
+from himap_jax.inputs import Inputs, Layout, take_slots
 from himap_jax.model.network import Embedded, Model
 
 BLOCKS = ("image→instruction", "image→image")
@@ -31,44 +31,29 @@ CHOSEN = {
   "mass": "pairs at random that together have the block's probability in that layer",
   "rows": "the image's pairs with as many tokens at random, after the system prompt: the authors' image→random",
 }
+IN_TABLES = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}
 
 
 @dataclasses.dataclass(frozen=True)
 class Intervention:
-  """One way to disrupt attention.
-
-  Attributes:
-    block: one of `BLOCKS`.
-    chosen: a key of `CHOSEN`.
-    how: a key of `HOW`.
-  """
+  """One way to disrupt attention: one of `BLOCKS`, a key of `CHOSEN` and one of `HOW`."""
 
   block: str
-  chosen: Literal["block", "random", "mass", "rows"]
-  how: Literal["mask", "zero", "mean"]
+  chosen: str
+  how: str
 
   @property
   def name(self) -> str:
-    """In tables."""
-    pairs = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}[self.chosen]
-    return f"{pairs}{self.block}, {self.how}"
+    return f"{IN_TABLES[self.chosen]}{self.block}, {self.how}"
 
   @property
   def is_defined(self) -> bool:
     """Whether it exists: only whole blocks have means, and only the instruction has as many tokens elsewhere."""
-    if self.how == "mean":
-      return self.chosen == "block"
-    return self.chosen != "rows" or self.block == BLOCKS[0]
+    return self.chosen == "block" or (self.how != "mean" and (self.chosen != "rows" or self.block == BLOCKS[0]))
 
 
 class Undisturbed(NamedTuple):
-  """A prefill without any intervention.
-
-  Attributes:
-    embedded: the prompts, from `Network.embed`.
-    hidden: `[L, B, S, D]` the input of every layer.
-    logits: `[B, V]` of the first answer token.
-  """
+  """A prefill without any intervention: the prompts, the input of every layer, and the first answer token's logits."""
 
   embedded: Embedded
   hidden: Float[Array, "L B S D"]
@@ -94,10 +79,8 @@ def aligned(layout: Layout) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
   places = jnp.arange(layout.num_slots - layout.num_image_tokens, dtype=jnp.int32)[None]
   instruction = jnp.maximum(layout.last_slot()[:, None] - places, 0)
   present = places < tokens.kinds(layout)["instruction"].sum(axis=1, keepdims=True)
-  return (
-    jnp.concatenate([layout.image_slots(), instruction], axis=1),
-    jnp.concatenate([layout.image_present(), present], axis=1),
-  )
+  parts = (layout.image_slots(), instruction), (layout.image_present(), present)
+  return tuple(jnp.concatenate(part, axis=1) for part in parts)
 
 
 @jax.jit
@@ -105,14 +88,12 @@ def flows(model: Model, plain: Undisturbed) -> tuple[Float[Array, "L B A N H"], 
   """The context of each aligned token that comes from other image tokens, and which tokens exist; 0 where none does."""
   layout = plain.embedded.layout
   pairs = (tokens.block(layout, BLOCKS[0]) | tokens.block(layout, BLOCKS[1]))[:, None]
-  slots, present = aligned(layout)
-  received = []
+  attention = edited(model, lambda a, v: weigh(jnp.where(pairs, a, 0), v)).network.kernels.attention
+  (slots, present), received = aligned(layout), []
   for layer, x in enumerate(plain.hidden):
     _, p = run_layer(model, layer, x, plain.embedded.positions)
-    context = edited_attention(
-      p.query, p.key, p.value, is_causal=True, edit=lambda a, v: weigh(jnp.where(pairs, a, 0), v)
-    )
-    received.append(jnp.where(present[:, :, None, None], take_slots(context.astype(jnp.float32), slots), 0))
+    context = take_slots(attention(p.query, p.key, p.value).astype(jnp.float32), slots)
+    received.append(jnp.where(present[:, :, None, None], context, 0))
   return jnp.stack(received), present
 
 
@@ -125,15 +106,10 @@ def disrupted_logits(
   means: Float[Array, "L B A N H"] | None,
   seeds: UInt[Array, "B"],
 ) -> Float[Array, "B V"]:
-  """The logits of the first answer token when some layers are disrupted.
+  """The logits of the first answer token when the active layers, one at least, are disrupted.
 
-  Args:
-    model: the model.
-    plain: the layers before the first active one are taken from it.
-    intervention: static.
-    active: the disrupted layers.
-    means: of `flows` over other questions, for interventions with a mean.
-    seeds: of the random draws of each row.
+  The layers before them are taken from `plain`. `means` are of `flows` over other questions, for interventions with a
+  mean; `seeds` are those of the random draws of each row.
   """
   keys = jax.vmap(jax.random.key)(seeds)
   sequence, layout = prefill.start(plain.embedded), plain.embedded.layout
@@ -144,15 +120,10 @@ def disrupted_logits(
     pairs = _into_random_tokens(layout, keys)
   elif intervention.chosen == "random":
     pairs = _as_much(chance, every.astype(jnp.float32), block)
+  slots, present = aligned(layout)
+  receives = present & take_slots(tokens.kinds(layout)[tokens.BLOCKS[intervention.block][0]], slots)
 
-  receives = tokens.kinds(layout)[tokens.BLOCKS[intervention.block][0]][:, :, None, None]
-  slot = jnp.arange(layout.num_slots, dtype=jnp.int32)[None]
-  place = jnp.where(
-    layout.kind == IMAGE, layout.image_token, layout.num_image_tokens + layout.last_slot()[:, None] - slot
-  )
-  place = jnp.clip(place, 0, layout.num_slots - 1)
-
-  def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Any:
+  def edit(layer: int, probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Array:
     taken = pairs
     if intervention.chosen == "mass":
       taken = _as_much(chance, jnp.where(every, probabilities.mean(axis=1), 0), block)
@@ -161,14 +132,14 @@ def disrupted_logits(
       left = left / jnp.maximum(left.sum(axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     context = weigh(left, values)
     if intervention.how == "mean":
-      context += jnp.where(receives, take_slots(means[layer], place), 0).astype(context.dtype)
+      added = jnp.where(receives[:, :, None, None], means[layer], 0).astype(context.dtype)
+      context = jax.vmap(lambda one, at, new: one.at[at].add(new))(context, slots, added)
     return context
 
-  x, has_begun = sequence.x, jnp.cumsum(active) > 0
+  x, first = sequence.x, active.argmax()
   for layer in range(model.config.text.num_hidden_layers):
-    begins = has_begun[layer] & ~(has_begun[layer - 1] if layer else jnp.bool_(False))
-    x = jnp.where(begins, plain.hidden[layer], x)
-    which = has_begun[layer].astype(jnp.int32) + active[layer].astype(jnp.int32)
+    x = jnp.where(layer <= first, plain.hidden[layer], x)
+    which = (layer >= first).astype(jnp.int32) + active[layer].astype(jnp.int32)
     models = model, edited(model, functools.partial(edit, layer))
     runs = [lambda x, own=own, layer=layer: run_layer(own, layer, x, sequence.positions)[0] for own in models]
     x = jax.lax.switch(which, [lambda x: x, *runs], x)

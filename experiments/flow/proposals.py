@@ -3,7 +3,9 @@
 Axes: L layers, Q questions, N image tokens.
 """
 
+import bisect
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -20,116 +22,95 @@ Two = tuple[int, int]  # layers or keep counts of the two stages
 Price = Callable[[Two, Two], float]  # from layers and keep counts to a price that grows with the keep counts
 
 
-class Measured(NamedTuple):
-  """Measurements on the calibration questions.
-
-  Attributes:
-    to_instruction: `[L, Q, N]` saliency of the flow from each image token into the instruction.
-    to_image: `[L, Q, N]` saliency of the flow from each image token into the image.
-    instruction_weight: `[L]` how much the answers change when the flow into the instruction is taken out of a layer.
-    image_weight: `[L]` the same for the flow within the image.
-    instruction_scores: `[L, Q, N]` attention from the instruction, HiMAP's first score after each layer.
-    image_scores: `[L, Q, N]` attention from the image, its second score.
-  """
-
-  to_instruction: Float[np.ndarray, "L Q N"]
-  to_image: Float[np.ndarray, "L Q N"]
-  instruction_weight: Float[np.ndarray, "L"]
-  image_weight: Float[np.ndarray, "L"]
-  instruction_scores: Float[np.ndarray, "L Q N"]
-  image_scores: Float[np.ndarray, "L Q N"]
-
-
 @dataclasses.dataclass(frozen=True)
-class Proposal:
-  """A schedule of HiMAP, and its loss.
+class Measured:
+  """Measurements on the calibration questions."""
 
-  Attributes:
-    prune_layers: K1 and K2.
-    keep: image tokens after each stage.
-    lost: the share of the weighted flow that comes from dropped tokens.
-    covered: the share of each stage's scores that its kept tokens hold.
-  """
+  to_instruction: Float[np.ndarray, "L Q N"]  # saliency of the flow from each image token into the instruction
+  to_image: Float[np.ndarray, "L Q N"]  # and into the image
+  instruction_weight: Float[np.ndarray, "L"]  # how much answers change without the flow into the instruction in a layer
+  image_weight: Float[np.ndarray, "L"]  # and without that into the image
+  instruction_scores: Float[np.ndarray, "L Q N"]  # attention from the instruction, HiMAP's first score after each layer
+  image_scores: Float[np.ndarray, "L Q N"]  # attention from the image, its second score
+
+  @functools.cached_property
+  def flow_weights(self) -> Float[np.ndarray, "L Q N"]:
+    """The weight of each image token's flow in each layer: its share of the flow × the layer's effect on answers.
+
+    Those of a question add up to 1.
+    """
+    flows = (self.to_instruction, self.instruction_weight), (self.to_image, self.image_weight)
+    least = np.finfo(np.float32).tiny
+    total = sum(
+      weight[:, None, None] * flow / np.maximum(flow.sum(axis=2, keepdims=True), least) for flow, weight in flows
+    )
+    return total / total.sum(axis=(0, 2), keepdims=True)
+
+  @functools.cached_property
+  def later_weights(self) -> Float[np.ndarray, "L+1 Q N"]:
+    """The weight of each image token's flow from each layer on; 0 after the last."""
+    from_last = np.cumsum(self.flow_weights[::-1], axis=0)
+    return np.concatenate([from_last[::-1], np.zeros_like(from_last[:1])])
+
+
+class Proposal(NamedTuple):
+  """A schedule of HiMAP, and its loss."""
 
   prune_layers: Two
   keep: Two
-  lost: float
-  covered: tuple[float, float]
+  lost: float  # the share of the weighted flow that comes from dropped tokens
+  covered: tuple[float, float]  # the share of each stage's scores that its kept tokens hold
 
-
-def flow_weights(measured: Measured) -> Float[np.ndarray, "L Q N"]:
-  """The weight of each image token's flow in each layer: its share of the flow × the layer's effect on answers.
-
-  Those of a question add up to 1.
-  """
-  total = np.zeros(measured.to_image.shape)
-  for flow, weight in (
-    (measured.to_instruction, measured.instruction_weight),
-    (measured.to_image, measured.image_weight),
-  ):
-    total += weight[:, None, None] * flow / np.maximum(flow.sum(axis=2, keepdims=True), np.finfo(np.float32).tiny)
-  return total / total.sum(axis=(0, 2), keepdims=True)
-
-
-def later_weights(measured: Measured) -> Float[np.ndarray, "L+1 Q N"]:
-  """The weight of each image token's flow from each layer on; 0 after the last."""
-  weights = flow_weights(measured)
-  return np.concatenate([np.cumsum(weights[::-1], axis=0)[::-1], np.zeros((1, *weights.shape[1:]))])
+  @property
+  def key(self) -> str:
+    return "/".join(map(str, (*self.prune_layers, *self.keep)))
 
 
 def candidates(num_layers: int, num_image_tokens: int, price: Price, budget: float) -> Iterator[tuple[Two, Two]]:
   """Layers and keep counts within the budget, each with the highest keep count that the second stage can have."""
-  for layers in itertools.combinations(range(1, num_layers), 2):
-    for first in dict.fromkeys(round(share * num_image_tokens) for share in SHARES):
-      if price(layers, (first, min(LEAST, first))) > budget:
-        continue
-      low, high = min(LEAST, first), first
-      while low < high:
-        middle = (low + high + 1) // 2
-        if price(layers, (first, middle)) <= budget:
-          low = middle
-        else:
-          high = middle - 1
-      yield layers, (first, low)
+  firsts = dict.fromkeys(round(share * num_image_tokens) for share in SHARES)
+  for layers, first in itertools.product(itertools.combinations(range(1, num_layers), 2), firsts):
+    seconds = range(min(LEAST, first), first + 1)
+    affordable = bisect.bisect_right(
+      seconds, budget, key=lambda second, on=layers, first=first: price(on, (first, second))
+    )
+    if affordable:
+      yield layers, (first, seconds[affordable - 1])
 
 
 def propose(measured: Measured, price: Price, budget: float, *, count: int) -> list[Proposal]:
   """The `count` schedules with the smallest loss within the budget, ascending; of each pair of layers only the best.
 
-  Raises:
-    UserError: none is within the budget.
+  Raises `UserError` where none is within the budget.
   """
   num_layers, _, num_image_tokens = measured.to_image.shape
-  later = later_weights(measured)
+  found = (assess(measured, *choice) for choice in candidates(num_layers, num_image_tokens, price, budget))
   best: dict[Two, Proposal] = {}
-  for layers, keep in candidates(num_layers, num_image_tokens, price, budget):
-    proposal = assess(measured, later, layers, keep)
-    if layers not in best or proposal.lost < best[layers].lost:
-      best[layers] = proposal
+  for proposal in sorted(found, key=lambda proposal: proposal.lost):
+    best.setdefault(proposal.prune_layers, proposal)
   if not best:
     raise UserError(f"no schedule with two stages costs as little as {budget:.1%} of no pruning; raise --budget")
-  return sorted(best.values(), key=lambda proposal: proposal.lost)[:count]
+  return list(best.values())[:count]
 
 
-def assess(measured: Measured, later: Float[np.ndarray, "L+1 Q N"], layers: Two, keep: Two) -> Proposal:
-  """A schedule with its loss; `later` comes from `later_weights`."""
-  first_scores, second_scores = measured.instruction_scores[layers[0] - 1], measured.image_scores[layers[1] - 1]
-  first = highest(first_scores, keep[0])
-  second = highest(np.where(first, second_scores, -np.inf), keep[1])
-  between = later[layers[0]] - later[layers[1]]
-  lost = np.where(first, 0, between).sum(axis=1) + np.where(second, 0, later[layers[1]]).sum(axis=1)
-  covered = (
-    np.where(first, first_scores, 0).sum(axis=1) / first_scores.sum(axis=1),
-    np.where(second, second_scores, 0).sum(axis=1) / np.where(first, second_scores, 0).sum(axis=1),
-  )
-  return Proposal(layers, keep, float(lost.mean()), tuple(float(share.mean()) for share in covered))
+def assess(measured: Measured, layers: Two, keep: Two) -> Proposal:
+  """A schedule with its loss."""
+  present, lost, covered = np.True_, 0.0, []
+  later = [*(measured.later_weights[layer] for layer in layers), 0]
+  scores = measured.instruction_scores[layers[0] - 1], measured.image_scores[layers[1] - 1]
+  for stage in range(2):
+    kept = highest(np.where(present, scores[stage], -np.inf), keep[stage])
+    lost += np.where(kept, 0, later[stage] - later[stage + 1]).sum(axis=1)
+    held, all_scores = (np.where(tokens, scores[stage], 0).sum(axis=1) for tokens in (kept, present))
+    covered.append(float((held / all_scores).mean()))
+    present = kept
+  return Proposal(layers, keep, float(lost.mean()), tuple(covered))
 
 
 def highest(scores: Float[np.ndarray, "Q N"], count: int) -> Bool[np.ndarray, "Q N"]:
   """Marks as many of the highest scores of each question."""
-  kept = np.zeros(scores.shape, bool)
-  np.put_along_axis(kept, np.argsort(-scores, axis=1, kind="stable")[:, :count], True, axis=1)
-  return kept
+  ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+  return ranks < count
 
 
 def finished(flow: Sequence[float], share: float) -> int:

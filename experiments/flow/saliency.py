@@ -3,8 +3,7 @@
     python -m experiments.flow.saliency --flagfile=experiments/flags/saliency.flags
 
 For every layer: the saliency from the image into the instruction (S_vt) and within the image (S_vv), that of the other
-blocks, what the last token receives from each kind of token, and heat maps on pictures. The same command resumes an
-interrupted run.
+blocks, what the last token receives from each kind of token, and heat maps on pictures.
 
 The saliency of a pair of tokens is I = |Σ over heads of A ⊙ ∂L/∂A| (Eq. 1), with L the cross-entropy of the answer's
 first token. Each probability is multiplied by a one that all heads share; the gradient by these ones is the sum.
@@ -31,35 +30,23 @@ from experiments.flow import tokens
 from experiments.flow.decoder import first_logits, weigh
 from experiments.question_sets import Question
 from experiments.shared import figures, statistics, study, tabular
-from experiments.shared.study import Report
 from experiments.shared.subject import Batch, Subject
-from experiments.shared.tabular import Row
 from himap_jax.inputs import Inputs, Layout, take_slots
 from himap_jax.model.network import Embedded, Model
 
-VISUAL_TEXTUAL, INTRA_VISUAL = "image→instruction", "image→image"
 COLOURS = dict(zip(tokens.BLOCKS, ("#d1221b", "#2f8fe0", "#e0b000", "#2e8b3d", "#5b4fc9", "#999999"), strict=True))
 KIND_COLOURS = ("#2e8b3d", "#2f8fe0", "#d1221b")
 
 
 class Flow(NamedTuple):
-  """The saliency of layers, summed by blocks and kinds of tokens.
+  """The saliency of layers, summed by blocks and kinds of tokens."""
 
-  Attributes:
-    sums: `[L, B, P]` over the pairs of each of `tokens.BLOCKS`.
-    pairs: `[L, B, P]` the number of these pairs.
-    contributions: `[L, B, 3]` from all tokens of each of `tokens.KINDS` into the last token.
-    num_tokens: `[L, B, 3]` tokens of each kind.
-    to_instruction: `[L, B, N]` from every image token into the instruction.
-    to_image: `[L, B, N]` from every image token into the image.
-  """
-
-  sums: Float[Array, "L B P"]
-  pairs: Int[Array, "L B P"]
-  contributions: Float[Array, "L B 3"]
-  num_tokens: Int[Array, "L B 3"]
-  to_instruction: Float[Array, "L B N"]
-  to_image: Float[Array, "L B N"]
+  sums: Float[Array, "L B P"]  # over the pairs of each of `tokens.BLOCKS`
+  pairs: Int[Array, "L B P"]  # the number of these pairs
+  contributions: Float[Array, "L B 3"]  # from all tokens of each of `tokens.KINDS` into the last token
+  num_tokens: Int[Array, "L B 3"]  # tokens of each kind
+  to_instruction: Float[Array, "L B N"]  # from every image token into the instruction
+  to_image: Float[Array, "L B N"]  # from every image token into the image
 
 
 def measure(subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[Question], Flow]:
@@ -88,7 +75,8 @@ def flow_of(
   embedded = jax.lax.stop_gradient(model.bind().embed(inputs))
   if answers is None:
     answers = first_logits(model, embedded, {}).argmax(axis=-1)
-  return flow(saliency(model, embedded, answers, layers), embedded.layout), answers
+  values = saliency(model, embedded, answers, layers)
+  return jax.vmap(flow, in_axes=(0, None))(values, embedded.layout), answers
 
 
 def saliency(
@@ -108,26 +96,19 @@ def saliency(
   return jnp.abs(jax.grad(loss)(jnp.ones((len(layers), batch, slots, slots), jnp.float32)))
 
 
-def flow(values: Float[Array, "L B S S"], layout: Layout) -> Flow:
-  """Sums the saliency of pairs by blocks and kinds of tokens."""
+def flow(values: Float[Array, "B S S"], layout: Layout) -> Flow:
+  """Sums the saliency of a layer's pairs by blocks and kinds of tokens; the result has no axis of layers."""
   masks = jnp.stack([tokens.block(layout, name) for name in tokens.BLOCKS], axis=1)
   kinds = jnp.stack(list(tokens.kinds(layout).values()), axis=1)
-  last = take_slots(jnp.moveaxis(values, 0, 2), layout.last_slot()[:, None])[:, 0]  # [B, L, S]
-
-  def count(chosen: Array) -> Int[Array, "L B _"]:
-    return jnp.broadcast_to(chosen, (len(values), *chosen.shape))
-
-  def from_image_tokens(block: str) -> Float[Array, "L B N"]:
-    received = jnp.where(tokens.block(layout, block)[None], values, 0).sum(axis=2)
-    return jax.vmap(lambda layer: take_slots(layer, layout.image_slots()))(received)
-
+  last = take_slots(values, layout.last_slot()[:, None])[:, 0]
+  into = [take_slots(jnp.where(masks[:, block], values, 0).sum(axis=1), layout.image_slots()) for block in (0, 1)]
   return Flow(
-    sums=jnp.einsum("LBST,BPST->LBP", values, masks.astype(values.dtype)),
-    pairs=count(masks.sum(axis=(2, 3))),
-    contributions=jnp.einsum("BLS,BCS->LBC", last, kinds.astype(values.dtype)),
-    num_tokens=count(kinds.sum(axis=2)),
-    to_instruction=from_image_tokens("image→instruction"),
-    to_image=from_image_tokens("image→image"),
+    sums=jnp.einsum("BST,BPST->BP", values, masks.astype(values.dtype)),
+    pairs=masks.sum(axis=(2, 3)),
+    contributions=jnp.einsum("BS,BCS->BC", last, kinds.astype(values.dtype)),
+    num_tokens=kinds.sum(axis=2),
+    to_instruction=into[0],
+    to_image=into[1],
   )
 
 
@@ -160,49 +141,43 @@ def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
   return first if first < len(ratio) - 1 else None
 
 
-def rows_of_blocks(result: dict[str, np.ndarray]) -> list[Row]:
-  """A row for every layer and block."""
+def rows_of_blocks(result: dict[str, np.ndarray]) -> list[tabular.Row]:
+  """A row for every block and layer."""
   rows = []
   for number, name in enumerate(tokens.BLOCKS):
     by_pair, summed = (values[..., number] for values in result.values())
-    resampled = statistics.resample(by_pair)
-    for layer in range(len(by_pair)):
-      row = {"layer": layer, "block": name}
-      row |= statistics.with_interval("by_pair", by_pair[layer].mean(), resampled[:, layer])
-      rows.append(row | {"summed": summed[layer].mean()})
+    for layer, row in enumerate(statistics.mean_rows({"by_pair": by_pair})):
+      rows.append({"layer": layer, "block": name, **row, "summed": summed[layer].mean()})
   return rows
 
 
-def rows_of_contributions(result: dict[str, np.ndarray]) -> list[Row]:
-  """A row for every layer and kind of token."""
-  means = {name: values.mean(axis=1) for name, values in result.items()}
+def rows_of_contributions(result: dict[str, np.ndarray]) -> list[tabular.Row]:
+  """A row for every kind of token and layer."""
   return [
-    {"layer": layer, "tokens": kind} | {name: values[layer, number] for name, values in means.items()}
+    {"layer": layer, "tokens": kind} | {name: values[layer, :, number].mean() for name, values in result.items()}
     for number, kind in enumerate(tokens.KINDS)
-    for layer in range(len(means["whole"]))
+    for layer in range(len(result["whole"]))
   ]
 
 
 def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: Flow) -> list[str]:
   """A Markdown table of the values that the paper plots, by layer."""
-  header = ["layer", "S_vt a pair", "S_vv a pair", "÷", "S_vt summed", "S_vv summed", "÷", *tokens.KINDS]
-  text, image = (list(tokens.BLOCKS).index(name) for name in (VISUAL_TEXTUAL, INTRA_VISUAL))
-  columns, turns = [], []
+  columns, turns = [("layer", np.arange(len(flow.sums)), "d")], []
   for name, values in zip(("A pair", "Summed"), result.values(), strict=True):
-    s_vt, s_vv = (values[..., block].mean(axis=1) for block in (text, image))
-    columns += [(s_vt, ".2e"), (s_vv, ".2e"), (s_vv / s_vt, ".2f")]
+    s_vt, s_vv = (values[..., block].mean(axis=1) for block in (0, 1))
+    columns += [(f"S_vt {name.lower()}", s_vt, ".2e"), (f"S_vv {name.lower()}", s_vv, ".2e"), ("÷", s_vv / s_vt, ".2f")]
     turn = turning_layer(s_vv / s_vt)
     since = "from no layer on" if turn is None else f"from layer {turn} on, but for the last"
     turns.append(f"- {name}: S_vv stays above S_vt {since}.")
-  columns += [(share, ".1%") for share in shares["whole"].mean(axis=1).T]
-  lines = [[f"{layer}", *(f"{values[layer]:{form}}" for values, form in columns)] for layer in range(len(flow.sums))]
+  columns += [(kind, own, ".1%") for kind, own in zip(tokens.KINDS, shares["whole"].mean(axis=1).T, strict=True)]
+  cells = [[f"{values[layer]:{form}}" for _, values, form in columns] for layer in range(len(flow.sums))]
   each = (shares["whole"] / np.maximum(flow.num_tokens, 1)).mean(axis=(0, 1))
   share_of_one = ", ".join(f"{kind} {share:.3%}" for kind, share in zip(tokens.KINDS, each, strict=True))
   return [
     "S_vt is the saliency from image to instruction, S_vv that from image to image; the last columns are shares of the "
     "saliency into the last token.",
     "",
-    *tabular.markdown(header, lines),
+    *tabular.markdown([heading for heading, *_ in columns], cells),
     "",
     *turns,
     f"- One token's share of the saliency into the last token, mean over layers: {share_of_one}.",
@@ -214,19 +189,15 @@ def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
   figure = Figure(figsize=(11, 7), layout="constrained")
   panels = figure.subplots(2, 2, sharex=True)
   for (main, every), values, label in zip(panels, result.values(), ("mean over pairs", "sum over pairs"), strict=True):
-    for number, name in enumerate(tokens.BLOCKS):
-      mean = values[..., number].mean(axis=1)
-      mean[mean == 0] = np.nan  # S_vv of the last layer, which has no logarithm
-      every.plot(mean, color=COLOURS[name], label=name, linewidth=1.4)
-      if name in (VISUAL_TEXTUAL, INTRA_VISUAL):
-        bounds = statistics.interval(statistics.resample(values[..., number]))
-        rows = [dict(zip("xylh", row, strict=True)) for row in zip(range(len(mean)), mean, *bounds, strict=True)]
-        figures.line_with_interval(main, rows, "x", "ylh", color=COLOURS[name], label=name)
+    for number, (name, colour) in enumerate(COLOURS.items()):
+      rows = [{"layer": layer} | row for layer, row in enumerate(statistics.mean_rows({"mean": values[..., number]}))]
+      for row in rows:
+        row["mean"] = row["mean"] or np.nan  # S_vv of the last layer, which has no logarithm
+      every.plot([row["mean"] for row in rows], color=colour, label=name, linewidth=1.4)
+      if number < 2:  # S_vt and S_vv
+        figures.line_with_interval(main, rows, "layer", statistics.names("mean"), color=colour, label=name)
     for axes in (main, every):
-      axes.set_yscale("log")
-      axes.set_ylabel(f"saliency, {label}")
-      axes.grid(alpha=0.3)
-      axes.legend(fontsize=8)
+      figures.finish(axes, legend=8, yscale="log", ylabel=f"saliency, {label}")
   for axes in panels[1]:
     axes.set_xlabel("layer")
   return figure
@@ -240,9 +211,7 @@ def plot_contributions(result: dict[str, np.ndarray]) -> Figure:
     means = values.mean(axis=1).T
     axes.stackplot(np.arange(means.shape[1]), means, labels=tokens.KINDS, colors=KIND_COLOURS, alpha=0.8)
     axes.set_title(title, fontsize=10)
-    axes.set_xlabel("layer")
-    axes.set_ylim(0, 1)
-    axes.margins(x=0)
+    axes.set(xlabel="layer", xmargin=0, ylim=(0, 1))
   axes.legend(fontsize=8, loc="lower right")
   return figure
 
@@ -270,42 +239,34 @@ def plot_maps(
 
 
 def define_flags() -> None:
-  """Defines the study's own flags."""
   at_once = "Layers whose saliency is in memory at once, 4 bytes × rows × slots² each."
   flags.DEFINE_integer("layers_at_a_time", 10, at_once, lower_bound=1)
   flags.DEFINE_integer("num_maps", 4, "Pictures with heat maps.", lower_bound=0)
   flags.DEFINE_list("map_layers", None, "Layers with heat maps; eight at equal distances by default.")
 
 
-def run(values: Any) -> Report:
-  """Measures what is missing and makes tables and plots."""
+def run(values: Any) -> study.Report:
   subject = study.load_subject()
-  num_layers, processor = subject.num_layers, subject.processor
-  layers = study.layers(values["map_layers"], subject) or tuple(
-    dict.fromkeys(num_layers * step // 8 for step in range(8))
-  )
-  workdir = study.open_workdir(subject)
-  questions, flow = measure(subject, workdir, layers_at_a_time=values.layers_at_a_time)
+  layers = study.layers(values["map_layers"], subject)
+  if not values.map_layers:
+    layers = sorted({len(layers) * step // 8 for step in range(8)})
+  questions, flow = measure(subject, study.workdir_for(subject), layers_at_a_time=values.layers_at_a_time)
   by_block = blocks(flow, subject.loaded.config.text.num_attention_heads)
   shares = contributions(flow)
   plots = {"saliency": plot_blocks(by_block), "contributions": plot_contributions(shares)}
-  first_of_image = {question.image: index for index, question in reversed(list(enumerate(questions)))}
-  chosen = sorted(first_of_image.values())[: values.num_maps]
-  if chosen and subject.batcher.num_image_tokens == math.prod(processor.patch_grid):
-    shown = [
-      (textwrap.fill(questions[index].question, 24), processor.picture(subject.example(questions[index])))
-      for index in chosen
-    ]
+  first_of_image: dict[pathlib.Path, int] = {}
+  for index, question in enumerate(questions):
+    first_of_image.setdefault(question.image, index)
+  chosen = list(first_of_image.values())[: values.num_maps]
+  if chosen and subject.batcher.num_image_tokens == math.prod(subject.processor.patch_grid):
+    asked = [questions[index] for index in chosen]
+    shown = [(textwrap.fill(q.question, 24), subject.processor.picture(subject.example(q))) for q in asked]
     for name in ("to_instruction", "to_image"):
       maps = getattr(flow, name)[:, chosen]
-      plots[f"maps_{name}"] = plot_maps(shown, maps, processor.patch_grid, layers)
-  return Report(
-    count=f"{len(questions)} questions",
-    summary=summary(by_block, shares, flow),
-    tables={"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares)},
-    plots=plots,
-  )
+      plots[f"maps_{name}"] = plot_maps(shown, maps, subject.processor.patch_grid, layers)
+  tables = {"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares)}
+  return study.Report(f"{len(questions)} questions", summary(by_block, shares, flow), tables, plots)
 
 
 if __name__ == "__main__":
-  study.start("experiments.flow.saliency", define_flags, run)
+  study.start("flow.saliency", define_flags, run)

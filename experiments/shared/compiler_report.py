@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.+?) (?P<kind>{'|'.join(KINDS)})(-start)?\((?P<rest>.*)")
@@ -13,19 +13,12 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-  """One collective of a program; those in the body of a loop are there once.
+class Collective(NamedTuple):
+  """One collective of a program; those in the body of a loop are there once."""
 
-  Attributes:
-    kind: one of `KINDS`.
-    num_bytes: of its result on one device.
-    scope: the named scopes that it stands in.
-  """
-
-  kind: str
-  num_bytes: int
-  scope: str
+  kind: str  # one of `KINDS`
+  num_bytes: int  # of its result on one device
+  scope: str  # the named scopes that it stands in
 
 
 def collectives(compiled: Any) -> list[Collective]:
@@ -58,21 +51,14 @@ def summarize(found: Iterable[Collective]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes that a program takes on one device, by the compiler's account.
+  """Bytes that a program takes on one device, by the compiler's account."""
 
-  Attributes:
-    arguments: inputs and parameters.
-    temporaries: what lives while it runs.
-    results: what it leaves, apart from what takes the place of arguments.
-  """
-
-  arguments: int
-  temporaries: int
-  results: int
+  arguments: int  # inputs and parameters
+  temporaries: int  # what lives while it runs
+  results: int  # what it leaves, apart from what takes the place of arguments
 
   @property
   def total(self) -> int:
-    """All of it."""
     return self.arguments + self.temporaries + self.results
 
 

@@ -14,12 +14,19 @@ def line_with_interval(
 ) -> None:
   """Draws a line through rows of a table and shades its interval.
 
-  `x` names the values on the horizontal axis, `names` the value and the ends of its interval. For the rest see
-  `Axes.plot`.
+  `x` names the values on the horizontal axis, `names` the value and the ends of its interval; the rest is `Axes.plot`'s.
   """
   places, values, *bounds = ([row[name] for row in rows] for name in (x, *names))
   (line,) = axes.plot(places, values, *style, **options)
   axes.fill_between(places, *bounds, color=line.get_color(), alpha=0.12)
+
+
+def finish(axes: Axes, *, legend: int | None = None, **settings: Any) -> None:
+  """Draws a grid and, of a font size, a legend; the settings are those of `Axes.set`."""
+  axes.set(**settings)
+  axes.grid(alpha=0.3)
+  if legend is not None:
+    axes.legend(fontsize=legend)
 
 
 def save(path: pathlib.Path, figure: Figure) -> None:

@@ -16,10 +16,7 @@ def _sizes(*sizes: int) -> dict[str, int]:
 
 _PATCHES = {"image_size": 336, "patch_size": 14}
 _CLIP_LARGE = {"model_type": "clip_vision_model", **_sizes(1024, 4096, 24, 16), **_PATCHES, "projection_dim": 768}
-_DINOV2_SMALL = {
-  **{"model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "mlp_ratio": 4},
-  **_PATCHES,
-}
+_DINOV2_SMALL = {"model_type": "dinov2", **_sizes(384, 1536, 12, 6), **_PATCHES, "mlp_ratio": 4}
 _VICUNA = {"vocab_size": 32_064, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 _SMOLLM2 = {"vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 
@@ -27,27 +24,22 @@ _SMOLLM2 = {"vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_emb
 def _llava(vision: dict[str, Any], text: dict[str, Any], *sizes: int, rope_theta: float = 10_000.0) -> dict[str, Any]:
   """The fields of a Hugging Face config.json with a LLaMA decoder of some `_sizes`."""
   rope = {"rope_type": "default", "rope_theta": rope_theta}
-  own = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": rope, **_sizes(*sizes)}
   return {
     "model_type": "llava",
     "image_token_index": 1,
     "vision_feature_layer": -2,
     "vision_feature_select_strategy": "default",
     "vision_config": vision,
-    "text_config": {**own, **text},
+    "text_config": {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": rope, **_sizes(*sizes), **text},
   }
 
 
 # All have 24 x 24 = 576 image tokens.
 GEOMETRIES: dict[str, dict[str, Any]] = {
-  # DINOv2 ViT-S/14 and SmolLM2-135M, as in the demo model.
-  "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),
-  # CLIP ViT-L/14 and TinyLlama-1.1B.
-  "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),
-  # LLaVA-1.5-7B.
-  "7b": _llava(_CLIP_LARGE, _VICUNA, 4096, 11_008, 32, 32, 32),
-  # LLaVA-1.5-13B.
-  "13b": _llava(_CLIP_LARGE, _VICUNA, 5120, 13_824, 40, 40, 40),
+  "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
+  "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
+  "7b": _llava(_CLIP_LARGE, _VICUNA, 4096, 11_008, 32, 32, 32),  # LLaVA-1.5-7B
+  "13b": _llava(_CLIP_LARGE, _VICUNA, 5120, 13_824, 40, 40, 40),  # LLaVA-1.5-13B
 }
 
 

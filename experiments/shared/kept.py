@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 
 
-def json_of(path: pathlib.Path, make: Callable[[], Any]) -> Any:
-  """The content of a JSON file; where it is missing, it is computed and written first."""
+def json_of(path: pathlib.Path, make: Callable[..., Any], *arguments: Any) -> Any:
+  """The content of a JSON file; where it is missing, `make(*arguments)` is written first."""
   if not path.exists():
     unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(make(), indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(make(*arguments), indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
   return json.loads(path.read_text(encoding="utf-8"))
 
 
-def arrays_of(path: pathlib.Path, make: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-  """The arrays of an npz file; where it is missing, they are computed and written first."""
+def arrays_of(path: pathlib.Path, make: Callable[..., Mapping[str, np.ndarray]], *arguments: Any) -> dict[str, Any]:
+  """The arrays of an npz file; where it is missing, `make(*arguments)` is written first."""
   if not path.exists():
     unfinished = path.with_suffix(".tmp.npz")
-    np.savez(unfinished, **make())
+    np.savez(unfinished, **make(*arguments))
     unfinished.replace(path)
   with np.load(path) as file:
     return dict(file)

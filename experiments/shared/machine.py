@@ -4,16 +4,14 @@ import hashlib
 import os
 import pathlib
 import platform
-import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from importlib import metadata
-from typing import Any
 
 import himap_jax
-from experiments.shared import study
-from experiments.shared.study import Report
+from experiments.shared.study import chosen, open_workdir, write
 from himap_jax.errors import UserError
-from himap_jax.run import command
+
+__all__ = ["checksum_of_library", "chosen", "open_workdir", "processor", "versions", "write"]
 
 
 def processor() -> str:
@@ -35,27 +33,3 @@ def versions(*packages: str) -> dict[str, str]:
     return {name: metadata.version(name) for name in packages}
   except metadata.PackageNotFoundError as error:
     raise UserError(f"this needs {error.name}, which is not installed; --help names what to install") from error
-
-
-def chosen(flag: Any, known: Collection[str]) -> list[str]:
-  """The names in a list flag; raises `UserError` where one is not known."""
-  for name in flag.value:
-    if name not in known:
-      raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
-  return flag.value
-
-
-def open_workdir(**settings: Any) -> pathlib.Path:
-  """The directory that `--workdir` names, for measurements that depend on these settings.
-
-  Raises:
-    UserError: it was begun with other settings, or it cannot be created.
-  """
-  workdir = study.directory("workdir").absolute()
-  command.check_settings(workdir / "settings.json", settings, "use another --workdir")
-  return workdir
-
-
-def write(report: Report, name: str) -> str:
-  """Writes a command's report into the directory that `--output` names, and returns its text."""
-  return report.write(study.directory("output"), name, " ".join([f"python -m experiments.{name}", *sys.argv[1:]]))

@@ -30,8 +30,7 @@ def without_devices() -> None:
 def mesh_of(topology: str, tensor: int) -> Mesh:
   """The devices of a slice, as `v5e:2x4`, of which `tensor` share the heads.
 
-  Raises:
-    UserError: libtpu does not know the topology, or `tensor` does not divide its devices.
+  Raises `UserError` where libtpu does not know the topology, or `tensor` does not divide its devices.
   """
   options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
   if topology.startswith("v4:"):

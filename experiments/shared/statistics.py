@@ -3,7 +3,7 @@
 Axes: C cells, Q questions, T types, R resamples.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -17,13 +17,10 @@ def resample(
   values: Float[np.ndarray, "C Q"] | Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "R C"]:
   """Bootstrap over questions: means in samples of as many questions, the same sample for every cell."""
-  rng = np.random.default_rng(seed)
-  num_questions = values.shape[1]
-  means = []
+  rng, count, means = np.random.default_rng(seed), values.shape[1], []
   for first in range(0, resamples, AT_ONCE):
-    size = min(AT_ONCE, resamples - first)
-    times = rng.multinomial(num_questions, np.full(num_questions, 1 / num_questions), size=size)
-    means.append(times.astype(np.float64) @ values.T.astype(np.float64) / num_questions)
+    times = rng.multinomial(count, np.full(count, 1 / count), size=min(AT_ONCE, resamples - first))
+    means.append(times.astype(np.float64) @ values.T.astype(np.float64) / count)
   return np.concatenate(means)
 
 
@@ -43,9 +40,13 @@ def with_interval(name: str, value: float, resampled: Float[np.ndarray, "R"]) ->
   return dict(zip(names(name), map(float, (value, *interval(resampled))), strict=True))
 
 
-def mean_with_interval(name: str, values: Float[np.ndarray, "Q"], *, seed: int) -> dict[str, float]:
-  """The mean over questions and the ends of its interval by their names."""
-  return with_interval(name, values.mean(), resample(values[None], seed=seed)[:, 0])
+def mean_rows(columns: Mapping[str, Float[np.ndarray, "C Q"]], *, seed: int = 0) -> list[dict[str, float]]:
+  """A row for every cell: the mean over questions of each column and the ends of its interval by their names."""
+  rows: list[dict[str, float]] = [{} for _ in next(iter(columns.values()))]
+  for name, values in columns.items():
+    for row, mean, resampled in zip(rows, values.mean(axis=1), resample(values, seed=seed).T, strict=True):
+      row |= with_interval(name, mean, resampled)
+  return rows
 
 
 def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:
@@ -56,10 +57,8 @@ def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> d
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
   """Indices of the Pareto front by ascending cost; points that are equal in both cost and value are all on it."""
-  order = sorted(range(len(costs)), key=lambda i: (costs[i], -values[i]))
-  front = []
-  for i in order:
-    last = front[-1] if front else None
-    if last is None or values[i] > values[last] or (values[i] == values[last] and costs[i] == costs[last]):
+  front: list[int] = []
+  for i in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i])):
+    if not front or values[i] > values[front[-1]] or (values[i], costs[i]) == (values[front[-1]], costs[front[-1]]):
       front.append(i)
   return front

@@ -1,9 +1,10 @@
 """The runner of studies: flags → subject → check of the settings → measurement → files.
 
-A study is a module with its own flags, `define_flags`, and a measurement, `run`, which ends with
+A study is a module with its own flags, `define_flags`, and a measurement, `run`; a second start of the same command
+resumes it. The module ends with
 
     if __name__ == "__main__":
-      study.start("experiments.flow.saliency", define_flags, run)
+      study.start("flow.saliency", define_flags, run)
 """
 
 import os
@@ -13,7 +14,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers 
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from absl import app, flags
@@ -27,27 +28,22 @@ from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.run import command
 
+SUBJECT_FLAGS = ("checkpoint", "dtype", "question_set", "num_questions", "seed")
+SUBJECT_FLAGS += ("batch_size", "prompt_buckets", "prompt_template")
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The results of a study.
+  """The results of a study: the lines of a Markdown file, and the contents of CSV, PNG and JSON files by their names."""
 
-  Attributes:
-    count: how much was measured, such as `50 questions`.
-    summary: lines of the Markdown file after its heading.
-    tables: rows of each CSV file, by its name.
-    plots: the figure in each PNG file, by its name.
-    documents: the content of each JSON file, by its name.
-  """
-
-  count: str
+  count: str  # how much was measured, such as `50 questions`
   summary: Sequence[str]
   tables: Mapping[str, Sequence[tabular.Row]]
   plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   documents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   def write(self, output: pathlib.Path, name: str, called: str) -> str:
-    """Writes all files into a directory and returns the text of the Markdown file, which names the command line."""
+    """Writes all files and returns the text of the Markdown file, which names the command line that was `called`."""
     for table, rows in self.tables.items():
       tabular.write_csv(output / f"{table}.csv", rows)
     for plot, figure in self.plots.items():
@@ -59,23 +55,24 @@ class Report:
     return text
 
 
-def start(module: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
-  """Runs a study as a command: from the values of all flags to a report, which is written and printed.
-
-  The last name of the module is that of the report's Markdown file.
-  """
-  name = module.rpartition(".")[2]
+def start(name: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
+  """Runs `experiments.<name>` as a command: from the values of all flags to a report, which is written and printed."""
   _define_flags()
   define_flags()
   for flag in flags.FLAGS.get_flags_for_module(__name__):  # for --help
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def action() -> int:
-    report = run(flags.FLAGS)
-    print(report.write(directory("output"), name, " ".join(["python -m", module, *sys.argv[1:]])))
+    print(write(run(flags.FLAGS), name))
     return 0
 
-  app.run(lambda argv: command.execute(name, argv, action))
+  app.run(lambda argv: command.execute(name.rpartition(".")[2], argv, action))
+
+
+def write(report: Report, name: str) -> str:
+  """Writes the report of `experiments.<name>` into the directory that `--output` names, and returns its text."""
+  called = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+  return report.write(directory("output"), name.rpartition(".")[2], called)
 
 
 def _define_flags() -> None:
@@ -96,44 +93,45 @@ def _define_flags() -> None:
 def load_subject(*, needs_answers: bool = False) -> Subject:
   """The subject that the flags describe; `needs_answers` says whether the true answers are used.
 
-  Raises:
-    UserError: there is no such checkpoint or question set, or a flag is malformed.
+  Raises `UserError` where there is no such checkpoint or question set, or a flag is malformed.
   """
   values = flags.FLAGS
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
-  chosen = {"num_questions": values.num_questions, "seed": values.seed}
-  questions = question_sets.load(
-    values.question_set, **chosen, workdir=directory("workdir"), needs_answers=needs_answers
-  )
+  drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
+  questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
   buckets = command.numbers(values["prompt_buckets"], int) or ()
   inputs = InputConfig(values.prompt_template, buckets, values.batch_size)
-  dtype = command.DTYPES[values.dtype]
-  subject = Subject.load(values.checkpoint, questions, dtype=dtype, inputs=inputs, seed=values.seed)
-  chosen |= {"question_set": values.question_set, "questions": question_sets.digest(questions)}
-  return dataclasses.replace(subject, settings={**subject.settings, **chosen})
+  return Subject.load(values.checkpoint, questions, dtype=command.DTYPES[values.dtype], inputs=inputs, seed=values.seed)
 
 
-def open_workdir(subject: Subject, **settings: Any) -> pathlib.Path:
-  """The work directory, for measurements that depend on the subject and on further settings.
-
-  Raises:
-    UserError: the work directory was begun with other settings.
-  """
-  workdir = directory("workdir")
-  command.check_settings(workdir / "settings.json", {**subject.settings, **settings}, "use another --workdir")
+def open_workdir(**settings: Any) -> pathlib.Path:
+  """The directory of `--workdir`, for measurements that depend on settings; `UserError` where it has other ones."""
+  workdir = directory("workdir").absolute()
+  command.check_settings(workdir / "settings.json", settings, "use another --workdir")
   return workdir
 
 
-def layers(flag: Any, subject: Subject) -> tuple[int, ...] | None:
-  """The layers in a list flag; None where it has none.
+def workdir_for(subject: Subject, *names: str) -> pathlib.Path:
+  """The directory of `--workdir`, for measurements that depend on the subject and on a study's own flags."""
+  settings = {name: flags.FLAGS[name].value for name in (*SUBJECT_FLAGS, *names)}
+  digests = {"fingerprint": subject.loaded.digest(), "questions": question_sets.digest(subject.questions)}
+  return open_workdir(**settings, **digests)
 
-  Raises:
-    UserError: the model has no such layer.
-  """
-  numbers = command.numbers(flag, int)
-  if not all(0 <= layer < subject.num_layers for layer in numbers or ()):
+
+def layers(flag: Any, subject: Subject) -> tuple[int, ...]:
+  """The layers in a list flag, all where it has none; `UserError` where the model has no such layer."""
+  numbers = command.numbers(flag, int) or tuple(range(subject.num_layers))
+  if not all(0 <= layer < subject.num_layers for layer in numbers):
     raise UserError(f"--{flag.name}: the model has layers 0 to {subject.num_layers - 1}")
-  return numbers or None
+  return numbers
+
+
+def chosen(flag: Any, known: Collection[str]) -> list[str]:
+  """The names in a list flag; `UserError` where one is not known."""
+  for name in flag.value:
+    if name not in known:
+      raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
+  return flag.value
 
 
 def directory(name: str) -> pathlib.Path:

@@ -3,8 +3,9 @@
 import collections
 import dataclasses
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,8 +27,7 @@ from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
   """Questions that are measured together, and their prompts; the rows after those of the questions repeat the last."""
 
   questions: Sequence[Question]
@@ -35,32 +35,20 @@ class Batch:
 
   @property
   def row_ids(self) -> list[str]:
-    """The ids of all rows."""
     ids = [question.id for question in self.questions]
     return ids + ids[-1:] * (len(self.inputs.tokens) - len(ids))
 
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model and the questions that it is studied on.
-
-  Attributes:
-    loaded: the checkpoint.
-    processor: prepares prompts.
-    batcher: packs them into batches.
-    questions: in the order of their set.
-    batch_size: rows of a batch.
-    seed: of all random draws.
-    settings: values that every result depends on.
-  """
+  """A model and the questions that it is studied on, in the order of their set."""
 
   loaded: LoadedModel
   processor: Processor
   batcher: Batcher
   questions: Sequence[Question]
   batch_size: int = 1
-  seed: int = 0
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seed: int = 0  # of all random draws
 
   @classmethod
   def load(
@@ -72,21 +60,14 @@ class Subject:
     inputs: InputConfig = InputConfig(prompt_buckets=(64, 128, 256), batch_size=1),
     seed: int = 0,
   ) -> "Subject":
-    """Loads a checkpoint, named as in `checkpoint.load`, to study on some questions.
-
-    Raises:
-      UserError: there is no such checkpoint, or the settings cannot be used.
-    """
+    """Loads a checkpoint, with names and errors as in `checkpoint.load`, to study on some questions."""
     loaded = checkpoint.load(name, dtype=dtype)
     processor = loaded.prompts(inputs.prompt_template)
     batcher = Batcher(loaded.config, processor.image_shape, buckets=inputs.prompt_buckets)
-    settings = {"checkpoint": name, "fingerprint": loaded.digest(), "dtype": jnp.dtype(dtype).name, "seed": seed}
-    settings |= dataclasses.asdict(inputs)
-    return cls(loaded, processor, batcher, questions, inputs.batch_size, seed, settings)
+    return cls(loaded, processor, batcher, questions, inputs.batch_size, seed)
 
   @property
   def num_layers(self) -> int:
-    """Layers of the decoder."""
     return self.loaded.config.text.num_hidden_layers
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
@@ -94,59 +75,56 @@ class Subject:
     shape = {"num_layers": self.num_layers, "num_image_tokens": self.batcher.num_image_tokens}
     return build_schedule("himap", **shape, prune_layers=prune_layers, keep=keep)
 
-  def answers(self, schedule: Schedule, path: pathlib.Path, *, max_new_tokens: int) -> dict[str, str]:
-    """The greedy answers by question, from a file where it exists; a question that cannot be prepared has none."""
+  def answers(
+    self, schedules: Mapping[str, Schedule], prefix: pathlib.Path, *, max_new_tokens: int
+  ) -> dict[str, dict[str, str]]:
+    """The greedy answers by name of the schedule and id of the question; one that cannot be prepared has none.
 
-    def compute() -> dict[str, str]:
+    Each schedule has a file whose path begins with the prefix; where it exists, nothing is computed.
+    """
+
+    def compute(schedule: Schedule, label: str) -> dict[str, str]:
       generation = GenerationConfig(max_new_tokens, seed=self.seed)
       engine = Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)
       answers: dict[str, str] = {}
-      for batch in self.batches(path.stem):
+      for batch in self.batches(label):
         tokens = engine(batch.inputs, batch.row_ids).tokens
         answers |= dict(zip(batch.row_ids, map(self.processor.decode, tokens), strict=True))
       return answers
 
-    return kept.json_of(path, compute)
+    labels = {name: f"{prefix.name}-{re.sub('[^a-z0-9]', '_', name)}" for name in schedules}
+    return {
+      name: kept.json_of(prefix.with_name(f"{label}.json"), compute, schedules[name], label)
+      for name, label in labels.items()
+    }
 
   def measure(
     self, prefix: pathlib.Path, compute: Callable[[Batch], Mapping[str, np.ndarray]], *, axis: int
   ) -> tuple[list[Question], dict[str, np.ndarray]]:
-    """Arrays of all questions, computed batch by batch.
+    """The questions in the order of their batches, and arrays with an axis of questions.
 
-    Args:
-      prefix: start of the path of each batch's file; a batch whose file exists is not computed again.
-      compute: from a batch to arrays with an axis of its rows.
-      axis: the number of that axis.
-
-    Returns:
-      The questions in the order of their batches, and the arrays with an axis of questions in place of rows.
+    `compute` makes a batch's arrays with an axis of rows, of this number. Each batch has a file whose path begins with
+    the prefix; a batch whose file exists is not computed again.
     """
+
+    def make(batch: Batch) -> dict[str, np.ndarray]:
+      rows = range(len(batch.questions))
+      return {name: np.take(values, rows, axis) for name, values in compute(batch).items()}
+
     questions, parts = [], []
     for number, batch in enumerate(self.batches(prefix.name)):
-      rows = np.arange(len(batch.questions))
-
-      def make(batch: Batch = batch, rows: np.ndarray = rows) -> dict[str, np.ndarray]:
-        return {name: np.take(values, rows, axis) for name, values in compute(batch).items()}
-
-      parts.append(kept.arrays_of(prefix.with_name(f"{prefix.name}-{number:05d}.npz"), make))
+      parts.append(kept.arrays_of(prefix.with_name(f"{prefix.name}-{number:05d}.npz"), make, batch))
       questions += batch.questions
     return questions, {name: np.concatenate([part[name] for part in parts], axis) for name in parts[0]}
 
   def example(self, question: Question) -> Example:
-    """A prepared question.
-
-    Raises:
-      UserError: it cannot be prepared.
-    """
+    """A prepared question; `UserError` where it cannot be prepared."""
     return self.processor.prepare(load_image(question.image), question.question)
 
   def examples(self, label: str) -> Iterator[tuple[Question, Example, int]]:
     """Every question with its prompt and bucket, with a progress bar of this label.
 
-    A question that cannot be prepared is left out with a warning.
-
-    Raises:
-      UserError: no question can be prepared.
+    A question that cannot be prepared is left out with a warning; `UserError` where none can.
     """
     num_left_out = 0
     with Progress(len(self.questions), "question", label) as progress:

@@ -66,7 +66,7 @@ def test_the_table_against_slow_sums(tmp_path):
   right, same = (rng.random((4, count)).round() for _ in range(2))
   same[-1] = 1
   mass = np.sort(rng.random((3, count)), axis=0)
-  outcomes = Outcomes(price, right, same, mass, [(4, 2), (8, 3), (12, 6)])
+  outcomes = Outcomes(price, right, same, mass, ["4/2", "8/3", "12/6"])
   fixed, adapted = adaptive.rows(outcomes, (0.3, 0.7), seed=0)
   assert [row["keep"] for row in fixed] == ["4/2", "8/3", "12/6", "no pruning"]
   for rung in range(3):

@@ -32,7 +32,7 @@ def price(layers, keep):
 
 
 def test_all_weights_of_a_question_add_up_to_one(measured):
-  weights = proposals.flow_weights(measured)
+  weights = measured.flow_weights
   np.testing.assert_allclose(weights.sum(axis=(0, 2)), 1)
   share = measured.to_instruction[2, 1, 3] / measured.to_instruction[2, 1].sum() * measured.instruction_weight[2]
   share += measured.to_image[2, 1, 3] / measured.to_image[2, 1].sum() * measured.image_weight[2]
@@ -41,7 +41,7 @@ def test_all_weights_of_a_question_add_up_to_one(measured):
 
 def lost(measured, layers, keep):
   """Layer by layer, token by token."""
-  weights, total = proposals.flow_weights(measured), 0.0
+  weights, total = measured.flow_weights, 0.0
   for q in range(Q):
     kept = set(range(N))
     for layer in range(L):
@@ -120,11 +120,11 @@ def test_a_calibration(tiny_subject, tmp_path, monkeypatch):
       schedule = build_schedule(method, num_layers=6, num_image_tokens=16, prune_layers=(3,), keep=(5,))
       kept = first_kept(subject.loaded.model, batch.inputs, schedule)
       np.testing.assert_array_equal(kept, [sorted(order[:5]) for order in np.argsort(-received[2, rows], axis=1)])
-  parts = [np.load(tmp_path / "disruption" / f"outcome-0000{number}.npz")["overlap"] for number in range(2)]
+  parts = [np.load(tmp_path / f"outcome-0000{number}.npz")["overlap"] for number in range(2)]
   overlap = np.concatenate(parts, axis=1).reshape(2, 3, 4)  # [block, layer, question]
   for own, weight in zip(overlap, (found.instruction_weight, found.image_weight), strict=True):
     np.testing.assert_allclose(weight[[0, 2, 5]], 1 - own.mean(axis=1))
-  trials = Trials(subject, tmp_path, "calibration", 3)
+  trials = Trials(subject, tmp_path / "calibration", 3)
   tried = trials.run(
     [(f"proposal {number}", p) for number, p in enumerate(proposals.propose(found, trials.price, 0.6, count=2))]
   )
@@ -140,7 +140,7 @@ def test_a_calibration(tiny_subject, tmp_path, monkeypatch):
   assert content["prune_layers"] == list(chosen.proposal.prune_layers) and content["keep"] == list(chosen.proposal.keep)
   for name, value in (("PAPER", ((1, 3), (8, 2))), ("GRID_FIRST", (1,)), ("GRID_SECOND", (0.5,))):
     monkeypatch.setattr(calibrate, name, value)
-  compared = calibrate.compare(Trials(subject, tmp_path, "heldout", 3), chosen, found, 0.6)
+  compared = calibrate.compare(Trials(subject, tmp_path / "heldout", 3), chosen, found, 0.6)
   assert [one.name for one in compared] == ["calibrated", "the paper's", "grid", "grid"]
   assert (compared[1].proposal.prune_layers, compared[1].proposal.keep) == ((1, 3), (8, 2))
   assert compared[2].proposal.prune_layers == (1, 3)

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 from experiments.flow import disruption, interventions, tokens
 from experiments.flow.decoder import first_logits
-from experiments.flow.disruption import Disruption, Outcome, Sums
+from experiments.flow.disruption import Disruption, Sums
 from experiments.flow.interventions import BLOCKS, Intervention, Undisturbed
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
 
@@ -197,16 +197,18 @@ def test_single_is_one_layer_and_onward_all_after_it(monkeypatch):
   disruptions = [Disruption(mask, mode, layer) for mode in ("single", "onward") for layer in (1, 2)]
   outcome = disruption.outcome_of(studied, batch, disruptions, None)
   assert active == [[0, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
-  assert outcome.overlap.shape == (4, 1)
+  assert outcome["overlap"].shape == (4, 1)
 
 
 def test_what_changed():
   plain = np.log(np.array([[0.4, 0.2, 0.15, 0.1, 0.08, 0.07], [0.4, 0.2, 0.15, 0.1, 0.08, 0.07]]))
   disrupted = np.log(np.array([[0.07, 0.2, 0.15, 0.1, 0.08, 0.4], [0.4, 0.2, 0.15, 0.1, 0.08, 0.07]]))
   outcome = disruption.compare(plain, disrupted)
-  np.testing.assert_array_equal(outcome.is_same, [False, True])
-  np.testing.assert_allclose(outcome.overlap, [4 / 6, 1])
-  np.testing.assert_allclose(outcome.divergence, [0.4 * np.log(0.4 / 0.07) + 0.07 * np.log(0.07 / 0.4), 0], atol=1e-12)
+  np.testing.assert_array_equal(outcome["is_same"], [False, True])
+  np.testing.assert_allclose(outcome["overlap"], [4 / 6, 1])
+  np.testing.assert_allclose(
+    outcome["divergence"], [0.4 * np.log(0.4 / 0.07) + 0.07 * np.log(0.07 / 0.4), 0], atol=1e-12
+  )
 
 
 def test_bias_ratio():
@@ -224,7 +226,7 @@ def test_rows_name_what_was_done():
     Disruption(mask, mode, layer) for mask in masks for mode in ("single", "onward") for layer in (1, 4, 5)
   ]
   overlap = np.arange(2 * 2 * 3, dtype=np.float64)[:, None] / 20 * np.ones(2)
-  outcome = Outcome(overlap > 0.5, overlap, 10 * overlap)
+  outcome = {"is_same": overlap > 0.5, "overlap": overlap, "divergence": 10 * overlap}
   rows = disruption.consistency_rows(outcome, disruptions, seed=0)
   found = {(row["intervention"], row["mode"], row["layer"]): row for row in rows}
   expected = iter(range(12))

@@ -67,6 +67,7 @@ COMMANDS = {
     2,
     {"adaptive.csv", "adaptive.md", "adaptive.png"},
   ),
+  "rank_layers": Command((), "3 questions", "layers-*.npz", 2, {"rank_layers.csv", "rank_layers.md"}),
 }
 
 

@@ -65,7 +65,7 @@ def layout_of(*rows):
 def test_sums_of_blocks():
   layout = layout_of("ssiiitt.", "siiitt..")
   values = jax.random.uniform(jax.random.key(0), (2, 2, 8, 8)) * jnp.tril(jnp.ones((8, 8)))[None, None]
-  result = saliency.flow(values, layout)
+  result = jax.vmap(saliency.flow, in_axes=(0, None))(values, layout)
   v = np.asarray(values)
   parts = [
     {"system": (0, 2), "image": (2, 5), "instruction": (5, 7)},
