@@ -12,10 +12,10 @@ import pathlib
 
 from absl import app, flags
 
-from experiments.compile_study import study, tables
-from experiments.compile_study.study import Setting
+from experiments.compile_study import measure, tables
+from experiments.compile_study.measure import Setting
 from experiments.compile_study.variants import VARIANTS
-from experiments.shared import machine, planned
+from experiments.shared import machine, planned, study
 from experiments.shared.geometries import GEOMETRIES
 from himap_jax.generation import InputConfig
 from himap_jax.run import command
@@ -41,7 +41,7 @@ _OUTPUT = flags.DEFINE_string("output", "compile_study_output", "Directory of ta
 
 def run() -> int:
   """Measures what is missing and writes tables and plots."""
-  variants = machine.chosen(_VARIANTS, VARIANTS)
+  variants = study.chosen(_VARIANTS, VARIANTS)
   planned.without_devices()
   setting = Setting(
     _CHECKPOINT.value,
@@ -61,16 +61,16 @@ def run() -> int:
       "For {topology}, mesh data × tensor:{tensor}, sizes of {geometry}, {batch_size} rows of {num_text_slots} text slots, "
       "by the compiler alone (libtpu {libtpu}):"
     ).format(**place, **machine.versions("libtpu"))
-  workdir = machine.open_workdir(
+  workdir = study.open_workdir(
     setting=dataclasses.asdict(setting),
     place=place,
     processor=machine.processor(),
     **machine.versions("jax"),
     code=machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py")),
   )
-  results = study.run(variants, setting, place, turns=_TURNS.value, workdir=workdir)
+  results = measure.run(variants, setting, place, turns=_TURNS.value, workdir=workdir)
   count = f"{machine.processor()}, medians of {_TURNS.value} turns"
-  print(machine.write(tables.report(tables.make_rows(*results), count, tpu_heading), "compile_study"))
+  print(study.write(tables.report(tables.make_rows(*results), count, tpu_heading), "compile_study"))
   return 0
 
 

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Sequence
 
 from experiments.compile_study import plots
-from experiments.compile_study.study import Measurement
+from experiments.compile_study.measure import Measurement
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import tabular
 from experiments.shared.study import Report

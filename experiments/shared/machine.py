@@ -1,4 +1,4 @@
-"""What figures of a machine belong to: its processor, the code, and the directories of a measuring command."""
+"""What figures of a machine belong to: its processor, the code and the versions of packages."""
 
 import hashlib
 import os
@@ -8,10 +8,7 @@ from collections.abc import Iterable
 from importlib import metadata
 
 import himap_jax
-from experiments.shared.study import chosen, open_workdir, write
 from himap_jax.errors import UserError
-
-__all__ = ["checksum_of_library", "chosen", "open_workdir", "processor", "versions", "write"]
 
 
 def processor() -> str:

@@ -10,9 +10,9 @@ import pathlib
 
 from absl import app, flags
 
-from experiments.shared import machine
+from experiments.shared import machine, study
 from experiments.shared.geometries import GEOMETRIES
-from experiments.speed import side, study, tables
+from experiments.speed import measure, side, tables
 from experiments.speed.side import Scenario
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS
@@ -38,10 +38,10 @@ _WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Where the random 
 
 def run() -> int:
   """Measures what is missing and writes the tables."""
-  sides = machine.chosen(_SIDES, (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH))
+  sides = study.chosen(_SIDES, (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH))
   scenarios = [_scenario(text) for text in _SCENARIOS.value]
   measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
-  workdir = machine.open_workdir(
+  workdir = study.open_workdir(
     geometry=_GEOMETRY.value,
     sides=sides,
     turns=_TURNS.value,
@@ -50,9 +50,9 @@ def run() -> int:
     **machine.versions("jax", "torch", "transformers"),
   )
   how = {"turns": _TURNS.value, "at_once": _AT_ONCE.value, "weights_dir": pathlib.Path(_WEIGHTS_DIR.value)}
-  results = study.run(scenarios, sides, workdir=workdir, **how)
+  results = measure.run(scenarios, sides, workdir=workdir, **how)
   count = f"{machine.processor()}, medians of {_TURNS.value} turns"
-  print(machine.write(tables.report(results, count), "speed"))
+  print(study.write(tables.report(results, count), "speed"))
   return 0
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from experiments.shared import geometries, tabular
 from experiments.shared.study import Report
+from experiments.speed.measure import Result
 from experiments.speed.side import FIGURES, Scenario
-from experiments.speed.study import Result
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.pruning import cost
 from himap_jax.pruning.schedule import Schedule

@@ -13,7 +13,7 @@ import itertools
 
 from absl import app, flags
 
-from experiments.shared import machine, planned
+from experiments.shared import machine, planned, study
 from experiments.shared.geometries import GEOMETRIES
 from experiments.tpu_plan import plan, tables
 from himap_jax.pruning.methods import METHODS
@@ -34,14 +34,14 @@ _OUTPUT = flags.DEFINE_string("output", "tpu_plan_output", "Directory of the tab
 
 def run() -> int:
   """Compiles what is missing and writes the tables, which grow cell by cell."""
-  models, weights = machine.chosen(_MODELS, GEOMETRIES), machine.chosen(_WEIGHTS, plan.DTYPES)
-  methods, tensor = machine.chosen(_METHODS, METHODS), command.numbers(_TENSOR, int)
+  models, weights = study.chosen(_MODELS, GEOMETRIES), study.chosen(_WEIGHTS, plan.DTYPES)
+  methods, tensor = study.chosen(_METHODS, METHODS), command.numbers(_TENSOR, int)
   planned.without_devices()
   places = list(itertools.product(_TOPOLOGIES.value, tensor))
   for topology, size in places:
     planned.mesh_of(topology, size)
   versions = machine.versions("jax", "libtpu")
-  compile_at = functools.partial(plan.compiled, machine.open_workdir(**versions))
+  compile_at = functools.partial(plan.compiled, study.open_workdir(**versions))
   cells = [
     plan.Cell(model, *place, dtype, method, _BUCKET.value, _NEW_TOKENS.value)
     for model, place, dtype, method in itertools.product(models, places, weights, methods)
@@ -51,7 +51,7 @@ def run() -> int:
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.name}", flush=True)
     rows.append(tables.make_row(cell, compile_at, rows))
-    text = machine.write(tables.report(rows, ", ".join(map(" ".join, versions.items()))), "tpu_plan")
+    text = study.write(tables.report(rows, ", ".join(map(" ".join, versions.items()))), "tpu_plan")
   print(text)
   return 0
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import study, tables, variants, workload
+from experiments.compile_study import measure, tables, variants, workload
+from experiments.compile_study.measure import Setting
 from experiments.compile_study.recorder import Recorder
-from experiments.compile_study.study import Setting
 from experiments.compile_study.variants import VARIANTS
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher
@@ -137,7 +137,7 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
 
 def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
   setting = Setting(str(loaded("clip_mha").directory), "float32", 3, InputConfig("chat", (128,), 2), 0, (2, 4), (8, 3))
-  first, _ = study.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  first, _ = measure.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
   cold, turn = first["gather"]
   assert cold["programs"] == turn["programs"] >= 1 and cold["instructions"] == turn["instructions"]
   assert any((tmp_path / "compiled" / "gather").iterdir())
@@ -148,7 +148,7 @@ def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
     asked.append((variant, given, cache.name))
     return cold | {"step_seconds": 7.0}
 
-  monkeypatch.setattr(study, "in_own_process", instead)
-  again, _ = study.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  monkeypatch.setattr(measure, "in_own_process", instead)
+  again, _ = measure.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
   assert asked == [("gather", setting, "gather")]
   assert again["gather"] == [cold, cold | {"step_seconds": 7.0}]

@@ -14,7 +14,7 @@ import tiny_checkpoints
 import torch
 
 from experiments.shared import geometries
-from experiments.speed import pytorch, side, study, tables
+from experiments.speed import measure, pytorch, side, tables
 from experiments.speed.side import Scenario
 from experiments.speed.weights import Weights, random_file
 from experiments.speed.worker import CannotRun, Worker
@@ -144,12 +144,12 @@ def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
 
   def run():
     where = {"workdir": tmp_path / "work", "weights_dir": tmp_path}
-    return study.run(grid, ("himap", "none", "authors"), turns=2, at_once=2, **where)
+    return measure.run(grid, ("himap", "none", "authors"), turns=2, at_once=2, **where)
 
   run()
   before = {path: path.read_bytes() for path in (tmp_path / "work").iterdir()}
   assert len(before) == 1 and sorted(path.name for path in tmp_path.iterdir()) == ["output", "work"]
-  monkeypatch.setattr(study, "Worker", None)
+  monkeypatch.setattr(measure, "Worker", None)
   results = run()
   assert {path: path.read_bytes() for path in (tmp_path / "work").iterdir()} == before
   (result,) = results.values()
