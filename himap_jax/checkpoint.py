@@ -89,8 +89,8 @@ class OpenCheckpoint:
     Args:
       dtype: of every parameter that is not int8.
       mesh: the devices; the first one when absent.
-      int8_weights: whether the decoder's weights become int8, each before the next is read. A checkpoint that was converted
-        with them has them already, and loads with them alone.
+      int8_weights: whether the decoder's weights become int8, each before the next is read. A checkpoint that was
+        converted with them has them already, and loads with them alone.
 
     Raises:
       CheckpointError: the weights cannot be read, or are int8 where `int8_weights` is not given.
@@ -140,8 +140,8 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
   """Finds a checkpoint and reads everything but its weights.
 
   Args:
-    name: `demo`; a directory or hub id in the Hugging Face layout, whose weights are read as they are, or in LLaVA's original
-      layout, which is converted into the cache, once; or a converted directory, here or in object storage as
+    name: `demo`; a directory or hub id in the Hugging Face layout, whose weights are read as they are, or in LLaVA's
+      original layout, which is converted into the cache, once; or a converted directory, here or in object storage as
       `gs://bucket/name`.
     cache_dir: where conversions and digests are kept; `default_cache_dir()` when absent.
 

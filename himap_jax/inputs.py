@@ -1,12 +1,14 @@
 """What the model is given: a prepared prompt on the host, a batch of prompts, and what each slot of it holds.
 
-Axes: B batch, S slots, M image tokens, T other slots, Q queries, K kept image tokens, R slots after pruning, D model dim.
+Axes: B batch, S slots, M image tokens, T other slots, Q queries, K kept image tokens, R slots after pruning, D model
+dim.
 
 A row is padded on the right; beyond that, its image tokens may stand anywhere, in any number of runs:
 
     [ text | image …… image | text | image … | text | padding ]
 
-Pruning removes some of the image tokens and moves the rest of the row to the left, so that a pruned row has the same form.
+Pruning removes some of the image tokens and moves the rest of the row to the left, so that a pruned row has the same
+form.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Accuracy of the demo model without pruning, by type of question.
 
-    python -m experiments.demo_model.evaluate --question_set=easyvqa --workdir=…
+    python -m experiments.demo_model.evaluate --question_set=easyvqa --num_questions=9673 --dtype=bfloat16 --workdir=… --output=…
 
 The questions of an image are packed behind it, as in training: the same positions and the same attention as one by one,
 hence the same answers, at a tenth of the cost. It resumes. With pruning, see `experiments.compare`.
@@ -9,34 +9,26 @@ hence the same answers, at a tenth of the cost. It resumes. With pruning, see `e
 import collections
 import json
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
 
-from experiments import question_sets
 from experiments.demo_model.adapter import answer_logits
 from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import Packer
 from experiments.question_sets import Question, is_right
 from experiments.shared import study, tabular
 from experiments.shared.statistics import accuracy_by_type
-from himap_jax import checkpoint
 from himap_jax.checkpoint import LoadedModel
-from himap_jax.run import command
 from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
-
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations.")
-_QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
-_NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
-flags.DEFINE_string("workdir", None, "Directory of results, to resume from.", required=True)
 
 QUESTION_SLOTS = 256
 
 
-def right_answers(loaded: LoadedModel, questions: list[Question], results: pathlib.Path) -> dict[str, bool]:
+def right_answers(loaded: LoadedModel, questions: Sequence[Question], results: pathlib.Path) -> dict[str, bool]:
   """For every question whether the greedy answer is right; the file of results resumes."""
   lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
   right = {row["id"]: row["right"] for row in map(json.loads, lines)}
@@ -60,27 +52,24 @@ def right_answers(loaded: LoadedModel, questions: list[Question], results: pathl
   return right
 
 
-def run() -> int:
-  """Evaluates and prints a table."""
-  workdir = study.directory("workdir").absolute()
-  questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
-  opened = checkpoint.open_checkpoint(_CHECKPOINT.value)
-  settings = {"checkpoint": opened.digest(), "dtype": _DTYPE.value, "questions": question_sets.digest(questions)}
-  command.check_settings(workdir / "settings.json", settings, "use another --workdir")
-  loaded = opened.restore(dtype=command.DTYPES[_DTYPE.value])
+def run(values: Any) -> study.Report:
+  del values
+  subject = study.load_subject(needs_answers=True)
+  questions = subject.questions
   rows = {
     "question only": {question.id: is_right(question.guess, question.answer) for question in questions},
-    "answers": right_answers(loaded, questions, workdir / "right.jsonl"),
+    "with the picture": right_answers(subject.loaded, questions, study.workdir_for(subject) / "right.jsonl"),
   }
   right = np.array([[own[question.id] for question in questions] for own in rows.values()])
   types = accuracy_by_type(right, [question.type for question in questions])
-  shares = np.column_stack([right.mean(axis=1), *types.values()])
-  cells = [
-    [name, str(len(questions)), *(f"{share:.2%}" for share in own)] for name, own in zip(rows, shares, strict=True)
+  table = [
+    {"answers": name, "accuracy": own.mean()} | {type: float(shares[number]) for type, shares in types.items()}
+    for number, (name, own) in enumerate(zip(rows, right, strict=True))
   ]
-  print("\n".join(tabular.markdown(["", "questions", "accuracy", *types], cells)))
-  return 0
+  columns = {name: f"{{{name}{'' if name == 'answers' else ':.2%'}}}" for name in table[0]}
+  lines = tabular.formatted(table, columns)
+  return study.Report(f"{len(questions)} questions", lines, {"evaluate": table})
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("experiments.demo_model.evaluate", argv, run))
+  study.start("demo_model.evaluate", lambda: None, run)

@@ -38,7 +38,8 @@ def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeCo
   """The programs of one way to answer.
 
   Args:
-    model: arrays or `jax.ShapeDtypeStruct`s, with key heads that the mesh divides (`sharding.with_divisible_key_heads`).
+    model: arrays or `jax.ShapeDtypeStruct`s, with key heads that the mesh divides
+      (`sharding.with_divisible_key_heads`).
     mesh: the devices.
     schedule: what happens to the image tokens.
     config: of decoding.

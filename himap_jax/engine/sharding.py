@@ -1,7 +1,8 @@
 """The one place that decides shardings: a mesh of devices, and the mesh axis that each logical axis lies on.
 
-Rows of a batch lie on `data`; heads, feed-forward and vocabulary on `tensor` (Megatron-LM, arXiv 1909.08053). The model names
-the logical axes of its parameters; inputs, caches and results are placed here; what lies between follows from them.
+Rows of a batch lie on `data`; heads, feed-forward and vocabulary on `tensor` (Megatron-LM, arXiv 1909.08053). The model
+names the logical axes of its parameters; inputs, caches and results are placed here; what lies between follows from
+them.
 """
 
 import dataclasses
@@ -116,7 +117,8 @@ def rules(config: ModelConfig, mesh: Mesh) -> dict[str, str | None]:
 
 
 def placed(params: PyTree, logical_axes: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
-  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`network.logical_axes`)."""
+  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`network.logical_axes`).
+  """
   shardings = nn.logical_to_mesh_sharding(logical_axes, mesh, tuple(rules(config, mesh).items()))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
@@ -157,7 +159,8 @@ def kernels_for(mesh: Mesh) -> Kernels:
 
 
 def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-  """The model with as many copies of every key head as `tensor` needs to divide them, where it divides the query heads."""
+  """The model with as many copies of every key head as `tensor` needs to divide them, where it divides the query heads.
+  """
   text, size = config.text, mesh.shape[RULES["key_heads"]]
   if text.num_attention_heads % size:
     return config

@@ -51,7 +51,8 @@ class Family:
     config: from the fields of `config.json`, and where these come from, to the model's sizes; raises `UserError`.
     complete: every field of `config.json` that transformers knows of the model, so that its defaults may change.
     load_processor: from a checkpoint's directory to transformers' processor; raises `UserError`.
-    processor: from transformers' processor, the model's sizes and a prompt template to a `Processor`; raises `UserError`.
+    processor: from transformers' processor, the model's sizes and a prompt template to a `Processor`; raises
+      `UserError`.
   """
 
   model_type: str

@@ -165,7 +165,8 @@ class LlavaProcessor:
     A question that has an `<image>` of its own says where the picture stands; otherwise the template does.
 
     Raises:
-      UserError: not exactly one `<image>` in the prompt, nothing after it, or a picture too long and narrow, or too large, to be resized.
+      UserError: not exactly one `<image>` in the prompt, nothing after it, or a picture too long and narrow, or too
+        large, to be resized.
     """
     text = self.prompt(question)
     count = text.count(IMAGE_TAG)

@@ -1,1 +1,3 @@
-"""The model: vision tower, connector, decoder, and the kernels that a platform needs. It knows no flag, file or mesh policy."""
+"""The model: vision tower, connector, decoder, and the kernels that a platform needs. It knows no flag, file or mesh
+policy.
+"""

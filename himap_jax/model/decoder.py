@@ -1,6 +1,7 @@
 """A LLaMA-family decoder: layers over hidden states, once over a whole sequence or token by token over a cache.
 
-Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, D model dim, V vocabulary.
+Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, D model dim,
+V vocabulary.
 
 It runs ranges of layers on whatever sequence it is given and knows nothing of images or of pruning.
 """

@@ -2,8 +2,8 @@
 
 Axes: B batch, S sequence, D in features, F out features.
 
-Weights are stored as a Hugging Face checkpoint stores them, `[F, D]`: loading copies them as they are, and a product of few
-rows reads them along their contiguous axis.
+Weights are stored as a Hugging Face checkpoint stores them, `[F, D]`: loading copies them as they are, and a product of
+few rows reads them along their contiguous axis.
 """
 
 import functools

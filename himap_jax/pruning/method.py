@@ -28,8 +28,8 @@ class View:
     layout: what each slot holds.
     query: `[B, S, N, H]` rotated queries of the layer before; None at layer 0.
     key: `[B, S, K, H]` its rotated keys; None at layer 0.
-    next_layer: computes the queries `[B, R, N, H]` of the slots `[B, R]` it is given and the keys `[B, S, K, H]` of
-      the layer that comes next, as they would be without pruning here.
+    next_layer: computes the queries `[B, R, N, H]` of the slots `[B, R]` it is given and the keys `[B, S, K, H]` of the
+      layer that comes next, as they would be without pruning here.
     scale: of attention logits.
     embeddings: `[B, I, D]` the decoder's input before any pruning; None, as what follows up to `tower_keys`, where a
       prefill starts between layers.

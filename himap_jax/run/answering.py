@@ -99,8 +99,8 @@ class Answerer:
   def answer_all(self, output: Output, share: Share = Share()) -> Summary:
     """Answers every prompt that has no answer yet, batch by batch; a bad row becomes an error row.
 
-    Every process of the run calls this and prepares the prompts of its share. The rows of all are collected in each, and
-    the first process writes them.
+    Every process of the run calls this and prepares the prompts of its share. The rows of all are collected in each,
+    and the first process writes them.
 
     Raises:
       UserError: a file cannot be written, or the devices have too little memory; the rows written before are whole.

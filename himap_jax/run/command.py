@@ -1,4 +1,5 @@
-"""What the commands share: values of flags, the compilation cache, the settings of results, messages and exit statuses."""
+"""What the commands share: values of flags, the compilation cache, the settings of results, messages and exit statuses.
+"""
 
 import contextlib
 import json
@@ -50,7 +51,7 @@ def use_compilation_cache(directory: str) -> None:
   """Has JAX keep compiled programs in a directory, unless it is empty."""
   if directory:
     jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -101,8 +102,8 @@ def out_of_memory_is_user_error() -> Iterator[None]:
 def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resumes: bool = True) -> None:
   """Runs a command and exits with its status.
 
-  That is what the action returns; 2 after an error that the user can mend, which is one line; 130 after an interrupt; and 1
-  after any other exception, which is a bug and keeps its traceback.
+  That is what the action returns; 2 after an error that the user can mend, which is one line; 130 after an interrupt;
+  and 1 after any other exception, which is a bug and keeps its traceback.
 
   Args:
     name: of the command, for messages.

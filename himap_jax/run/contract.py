@@ -1,8 +1,9 @@
-"""What makes an output row the answer to a prompt: every row says by digests with which settings and on what it was made.
+"""What makes an output row the answer to a prompt: every row says by digests with which settings and on what it was
+made.
 
-A row's `digest` is `<settings>-<question>-<picture>`, 16 hexadecimal digits each of the SHA-256 of everything that answers
-depend on beside the prompts, of the question's text, and of the picture's file. The file `<output>.settings.json` spells the
-settings out for people; only the rows decide whether a run may go on from them.
+A row's `digest` is `<settings>-<question>-<picture>`, 16 hexadecimal digits each of the SHA-256 of everything that
+answers depend on beside the prompts, of the question's text, and of the picture's file. The file
+`<output>.settings.json` spells the settings out for people; only the rows decide whether a run may go on from them.
 """
 
 import dataclasses

@@ -55,7 +55,8 @@ class Output(contextlib.AbstractContextManager):
     self._open.close()
 
   def write(self, rows: Collection[Row]) -> None:
-    """Writes a batch of rows, the same in every process; before the first one, the settings. Errors are the writer's."""
+    """Writes a batch of rows, the same in every process; before the first one, the settings. Errors are the writer's.
+    """
     if self._writer is not None and rows:
       if not self._has_settings:
         self.contract.write_settings()
@@ -66,8 +67,8 @@ class Output(contextlib.AbstractContextManager):
 class OutputWriter(contextlib.AbstractContextManager):
   """Appends rows to a JSONL file; the only writer of that file while it is open.
 
-  A context manager. A batch is one write followed by an fsync, so a process killed at any moment leaves at most one torn
-  row, at the end, which the next run with `resume` removes. A file that was made for no row is removed again.
+  A context manager. A batch is one write followed by an fsync, so a process killed at any moment leaves at most one
+  torn row, at the end, which the next run with `resume` removes. A file that was made for no row is removed again.
 
   Attributes:
     answered: the ids in the file, as text: those found by `resume` and those written.
@@ -80,13 +81,14 @@ class OutputWriter(contextlib.AbstractContextManager):
 
     Args:
       path: the output file; its directory must exist.
-      resume: keep the rows that the file has. Otherwise they are replaced when the first batch is written, so a run that
-        fails before that loses nothing.
+      resume: keep the rows that the file has. Otherwise they are replaced when the first batch is written, so a run
+        that fails before that loses nothing.
       is_stale: whether a row that `resume` finds is to be made again; such rows are taken out when the first batch is
         written. It may raise UserError where a row must not stay.
 
     Raises:
-      UserError: the path cannot be written, another run is writing it, or `resume` finds something other than output rows.
+      UserError: the path cannot be written, another run is writing it, or `resume` finds something other than output
+        rows.
     """
     self._path = path
     self._is_new = not os.path.exists(path)

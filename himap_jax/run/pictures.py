@@ -31,15 +31,15 @@ class ImageError(UserError):
 def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
   """Opens a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file as an RGB picture.
 
-  Of an animation, the first frame is used. Transparency is laid on white, 16-bit greyscale is scaled to 8 bits, and the EXIF
-  orientation is applied. Colour profiles are ignored. Several threads may call this at once.
+  Of an animation, the first frame is used. Transparency is laid on white, 16-bit greyscale is scaled to 8 bits, and the
+  EXIF orientation is applied. Colour profiles are ignored. Several threads may call this at once.
 
-  The size is checked before anything is decoded. A baseline JPEG above `max_pixels` is decoded at a half, a quarter or an
-  eighth of its size; any other picture above it is refused. Decoding takes up to 16 bytes a pixel.
+  The size is checked before anything is decoded. A baseline JPEG above `max_pixels` is decoded at a half, a quarter or
+  an eighth of its size; any other picture above it is refused. Decoding takes up to 16 bytes a pixel.
 
   Raises:
-    ImageError: the file is missing, unreadable, empty, not an image of these formats, truncated, damaged, too large, or has
-      samples of 32 bits.
+    ImageError: the file is missing, unreadable, empty, not an image of these formats, truncated, damaged, too large, or
+      has samples of 32 bits.
   """
   return load_with_digest(path, max_pixels=max_pixels)[0]
 

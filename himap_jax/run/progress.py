@@ -11,8 +11,8 @@ from tqdm import tqdm
 class Progress(contextlib.AbstractContextManager):
   """Counts what is done and shows it; a context manager.
 
-  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr at most every `interval` seconds: how much is done, how
-  fast it went since the line before, and how long the rest takes at this rate.
+  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr at most every `interval` seconds: how much is done,
+  how fast it went since the line before, and how long the rest takes at this rate.
   """
 
   def __init__(self, total: int, unit: str, label: str, *, shown: bool = True, interval: int | float = 30):

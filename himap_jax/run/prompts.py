@@ -52,9 +52,9 @@ class _BadRow(UserError):
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
   """Reads a prompt file, one JSON object a line.
 
-  A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`. Other fields
-  are ignored, and so are blank lines. The ids of the result are unique: of rows that share an id, the first has it and the
-  others are errors.
+  A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`. Other
+  fields are ignored, and so are blank lines. The ids of the result are unique: of rows that share an id, the first has
+  it and the others are errors.
 
   Raises:
     UserError: the file cannot be read, or has no row at all.

@@ -57,7 +57,7 @@ class TestStreaming:
 
   def test_what_is_int8(self, clip):
     loaded = checkpoint.open_checkpoint(str(clip)).restore(dtype=jnp.float32, int8_weights=True)
-    assert loaded.dtype == jnp.float32
+    assert loaded.model.dtype == jnp.float32
     kinds = jax.tree.map(is_quantized, loaded.model.params, is_leaf=is_quantized)
     layer = kinds["language_model"]["layers_0"]
     assert layer["self_attn"]["q_proj"]["weight"] and layer["mlp"]["down_proj"]["weight"] and kinds["lm_head"]["weight"]

@@ -15,7 +15,8 @@ class Kernels:
   Attributes:
     attention: `(query [B,S,N,H], key [B,T,K,H], value [B,T,K,H], mask [B,1,S,T] or None, is_causal=)` to the context
       `[B,S,N,H]`. K divides N; the softmax is in float32; `is_causal` hides the keys after a query's own slot.
-    cache_attention: attention of one new token a row to its prompt and to the tokens after it; as `xla.cache_attention`.
+    cache_attention: attention of one new token a row to its prompt and to the tokens after it; as
+      `xla.cache_attention`.
     product: `(x [B,S,D], weight [F,D])` to `x · weightᵀ` `[B,S,F]` in float32, the weight int8 or not.
     take_rows: `(table [V,D], ids)` to the rows of a table.
     new_token_dtype: the dtype in which keys and values of new tokens are kept, from that of the activations.

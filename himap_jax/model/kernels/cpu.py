@@ -67,8 +67,8 @@ def cache_attention(
 ) -> Float[Array, "B 1 N H"]:
   """As `xla.cache_attention`; reads every key and value once, as it lies.
 
-  XLA would convert the cache to float32 for a product of one column, and reads a matrix several times as fast on the left
-  of a product of few columns, where it would not leave it without a barrier.
+  XLA would convert the cache to float32 for a product of one column, and reads a matrix several times as fast on the
+  left of a product of few columns, where it would not leave it without a barrier.
   """
   (keys, values, mask), (new_keys, new_values, new_mask) = prompt, new
   batch, _, num_heads, head_dim = query.shape

@@ -1,7 +1,7 @@
 """Kernels in plain JAX, for any platform.
 
-Axes: B batch, S query slots, T key slots, N query heads, K key heads, G query heads per key head, H head dim,
-M slots of new tokens, D in features, F out features.
+Axes: B batch, S query slots, T key slots, N query heads, K key heads, G query heads per key head, H head dim, M slots
+of new tokens, D in features, F out features.
 """
 
 from typing import Any

@@ -1,4 +1,6 @@
-"""Vision towers: pixels to features, up to the last layer that the features need. A tower is one module and one row here."""
+"""Vision towers: pixels to features, up to the last layer that the features need. A tower is one module and one row
+here.
+"""
 
 import dataclasses
 
@@ -39,7 +41,8 @@ TOWERS = {
 
 
 class Encoder(nn.Module):
-  """The layers that are run; returns the hidden state after each, the input first, and the last one's queries and keys."""
+  """The layers that are run; returns the hidden state after each, the input first, and the last one's queries and keys.
+  """
 
   config: VisionConfig
   kernels: Kernels

@@ -1,7 +1,7 @@
 """What vision towers share: patches, position grids, their feed-forward, and the attention of a class token.
 
-Axes: B batch, P patches, S tokens of the tower (patches and, where there is one, the class token), D width, N heads,
-H head dim. Module names are those of the checkpoints.
+Axes: B batch, P patches, S tokens of the tower (patches and, where there is one, the class token), D width, N heads, H
+head dim. Module names are those of the checkpoints.
 """
 
 import flax.linen as nn
@@ -23,7 +23,7 @@ class TowerOutput:
   Attributes:
     features: what the projector reads, one vector an image token.
     class_attention: float32 attention of the class token to every image token in the last layer that the features need,
-        averaged over heads; None where the tower has no class token.
+      averaged over heads; None where the tower has no class token.
     keys: that layer's keys of the image tokens, by head.
   """
 
