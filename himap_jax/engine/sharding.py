@@ -117,8 +117,7 @@ def rules(config: ModelConfig, mesh: Mesh) -> dict[str, str | None]:
 
 
 def placed(params: PyTree, logical_axes: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
-  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`network.logical_axes`).
-  """
+  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`network.logical_axes`)."""
   shardings = nn.logical_to_mesh_sharding(logical_axes, mesh, tuple(rules(config, mesh).items()))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
@@ -159,8 +158,7 @@ def kernels_for(mesh: Mesh) -> Kernels:
 
 
 def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-  """The model with as many copies of every key head as `tensor` needs to divide them, where it divides the query heads.
-  """
+  """The model with as many copies of every key head as `tensor` needs to divide them, where it divides the query heads."""
   text, size = config.text, mesh.shape[RULES["key_heads"]]
   if text.num_attention_heads % size:
     return config

@@ -1,5 +1,4 @@
-"""Model families: what `config.json` means, and how a prompt and its picture become an example. A family is one module.
-"""
+"""Model families: what `config.json` means, and how a prompt and its picture become an example. A family is one module."""
 
 import pathlib
 from typing import Any

@@ -13,8 +13,7 @@ from himap_jax.model.config import RopeConfig
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angular frequencies `[H/2]` in radians per position, as transformers computes them for the same `rope_parameters`.
-  """
+  """Angular frequencies `[H/2]` in radians per position, as transformers computes them for the same `rope_parameters`."""
   exponent = (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
   base = 1.0 / (config.theta**exponent).astype(np.float32)  # NumPy's float32 power is not rounded as torch's is
   if config.rope_type == "linear":

@@ -1,5 +1,4 @@
-"""What the commands share: values of flags, the compilation cache, the settings of results, messages and exit statuses.
-"""
+"""What the commands share: values of flags, the compilation cache, the settings of results, messages and exit statuses."""
 
 import contextlib
 import json

@@ -55,8 +55,7 @@ class Output(contextlib.AbstractContextManager):
     self._open.close()
 
   def write(self, rows: Collection[Row]) -> None:
-    """Writes a batch of rows, the same in every process; before the first one, the settings. Errors are the writer's.
-    """
+    """Writes a batch of rows, the same in every process; before the first one, the settings. Errors are the writer's."""
     if self._writer is not None and rows:
       if not self._has_settings:
         self.contract.write_settings()

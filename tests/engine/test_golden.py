@@ -40,7 +40,7 @@ SETTINGS = {  # layers and keep counts
 @pytest.mark.parametrize("case", sorted({key.rsplit("/", 2)[0] for key in GOLDEN.files}))
 def test_answers_are_those_recorded(case, loaded, images):
   method, *sampled = case.split("/")
-  model = loaded("clip_mha", batch_size=4)
+  model = loaded("clip_mha")
   prune_layers, keep = SETTINGS[method]
   generation = GenerationConfig(8, ignore_eos=True)
   if sampled:

@@ -58,11 +58,14 @@ class Command:
     ]
 
   def start(self, num_processes, *arguments, num_devices=4):
-    environment = os.environ | {
-      "HIMAP_JAX_CACHE": str(self._cache),
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-      "COLUMNS": "200",
-    }
+    environment = (
+      os.environ
+      | {
+        "HIMAP_JAX_CACHE": str(self._cache),
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}",  # the last one counts
+        "COLUMNS": "200",
+      }
+    )
     port = free_port()
     running = []
     for process_id in range(num_processes):

@@ -41,8 +41,7 @@ TOWERS = {
 
 
 class Encoder(nn.Module):
-  """The layers that are run; returns the hidden state after each, the input first, and the last one's queries and keys.
-  """
+  """The layers that are run; returns the hidden state after each, the input first, and the last one's queries and keys."""
 
   config: VisionConfig
   kernels: Kernels

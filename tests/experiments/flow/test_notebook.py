@@ -13,6 +13,9 @@ def test_visual_flow(monkeypatch):
   monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS")
   notebook = nbformat.read(ROOT / "experiments" / "notebooks" / "visual_flow.ipynb", as_version=4)
   assert not any(cell.get("outputs") for cell in notebook.cells)
+  for cell in notebook.cells:  # fewer of the same computations
+    cell.source = cell.source.replace("NUM_QUESTIONS = 2", "NUM_QUESTIONS = 1")
+    cell.source = cell.source.replace("where = [0, 4, 8, 16, 24]", "where = [0, 24]")
   NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
   printed = "".join(
     output.get("text", "")
