@@ -93,7 +93,8 @@ class OpenCheckpoint:
     """
     if self.weights.is_int8 and not int8_weights:
       raise CheckpointError(
-        f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert it again without this flag"
+        f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the source again "
+        "without that flag"
       )
     mesh, dtype = sharding.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
     wide = sharding.with_divisible_key_heads(self.config, mesh)
@@ -115,7 +116,7 @@ class OpenCheckpoint:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel(OpenCheckpoint):
-  """A checkpoint with its weights on the devices; `config` counts key heads as the weights do, repeated or not."""
+  """A checkpoint with its weights on the devices, ready to run; the key heads of `config` include repeated ones."""
 
   model: Model
 

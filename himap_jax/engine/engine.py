@@ -86,7 +86,7 @@ def _compiled(key: ProgramKey) -> dict[Any, Programs]:
 
 
 class Engine:
-  """Runs batches through the programs of one model, schedule and generation config; counts and times their compilation."""
+  """Runs batches through the programs of one model, schedule and generation config; counts and times compilations."""
 
   def __init__(
     self,

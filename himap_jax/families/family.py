@@ -26,7 +26,7 @@ class Processor(Protocol):
   num_image_tokens: int
 
   def prepare(self, image: Image.Image, question: str) -> Example:
-    """Fills the template, tokenises it and preprocesses the picture; raises `UserError` for unusable ones."""
+    """Fills the template, tokenises it and preprocesses the picture; raises `UserError` for unusable input."""
 
   def prompt(self, question: str) -> str:
     """The filled template."""

@@ -154,7 +154,7 @@ class LlavaProcessor:
     """Fills the template, tokenises it and preprocesses the picture; `<image>` in a question replaces the template's.
 
     Raises:
-      UserError: the prompt lacks exactly one `<image>` with text after it, or the picture is too elongated or too
+      UserError: not exactly one `<image>` in the prompt, no text after it, or a picture that is too elongated or too
         large.
     """
     text = self.prompt(question)

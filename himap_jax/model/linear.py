@@ -54,7 +54,7 @@ def _matmul_backward(kernels: Kernels, residuals: tuple[Array, Array], g: Array)
   dtype = x.dtype
   dx = jnp.einsum("BSF,FD->BSD", g, weight, preferred_element_type=jnp.float32)
   x, g = x.astype(jnp.float32), g.astype(jnp.float32)  # XLA on CPU lacks this product in bfloat16
-  if g.shape[-1] <= x.shape[-1]:  # XLA on CPU copies and transposes the left operand
+  if g.shape[-1] <= x.shape[-1]:  # XLA on CPU transposes a copy of the left operand, so it is the smaller
     dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
   else:
     dw = jnp.einsum("BSD,BSF->DF", x, g, preferred_element_type=jnp.float32).T

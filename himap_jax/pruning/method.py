@@ -27,8 +27,8 @@ class View:
     x: `[B, S, D]` hidden states that enter it.
     query: `[B, S, N, H]` rotated queries of the previous layer; None at layer 0.
     key: `[B, S, K, H]` its rotated keys; None at layer 0.
-    next_layer: computes the next layer's queries `[B, R, N, H]` of the given slots `[B, R]` and its keys `[B, S, K,
-      H]`, without pruning here.
+    next_layer: maps slots `[B, R]` to the next layer's queries `[B, R, N, H]` and keys `[B, S, K, H]` of the unpruned
+      sequence.
     scale: of attention logits.
     embeddings: `[B, I, D]` decoder input before any pruning; None, like the fields up to `tower_keys`, if prefill
       starts between layers.

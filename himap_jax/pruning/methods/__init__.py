@@ -49,8 +49,7 @@ def build_schedule(
     parameters: values of `Method.parameters`; absent ones take their defaults.
 
   Raises:
-    UserError: the method or a parameter is unknown, the numbers of layers or counts are wrong, or the model cannot run
-      the values.
+    UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
   """
   entries = _entries(method, has_class_token)
   values = _parameters(method, entries, parameters or {})

@@ -14,8 +14,7 @@ CONTEXTUAL_SHARE = 10 / 64
 
 
 def dominant_and_contextual(view: View, keep: int) -> Selection:
-  """Keeps the highest class attention, and evenly spaced others, to each of which the mean of its nearest tokens is
-  added.
+  """Keeps the highest class attention, and evenly spaced others, to which the means of their nearest tokens are added.
 
   Nearness is the cosine of the feature layer's keys, averaged over heads.
   """
