@@ -1,4 +1,4 @@
-"""From the name of a checkpoint to a model on its devices."""
+"""Checkpoints: from a name to a model on its devices."""
 
 import dataclasses
 import functools
@@ -33,15 +33,12 @@ from himap_jax.pruning.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class OpenCheckpoint:
-  """A checkpoint whose settings are read and whose weights are not yet.
+  """A checkpoint whose settings have been read but whose weights have not.
 
   Attributes:
-    config: the model's sizes.
-    family: its family.
     processor: transformers' processor: tokenizer, image processor and chat template.
-    directory: the checkpoint's files, or their copy where it lies in object storage.
+    directory: the checkpoint's files; a local copy if they are in object storage.
     eos_token_ids: tokens that end an answer.
-    weights: where its weights are.
   """
 
   config: ModelConfig
@@ -52,7 +49,7 @@ class OpenCheckpoint:
   weights: Weights
 
   def prompts(self, template: str = "chat") -> Processor:
-    """Prepares prompts with a template; errors as in `Family.processor`."""
+    """The processor for a prompt template; errors as in `Family.processor`."""
     return self.family.processor(self.processor, self.config, template)
 
   def schedule(
@@ -74,30 +71,30 @@ class OpenCheckpoint:
     )
 
   def digest(self) -> str:
-    """Digest of the content of the checkpoint's files, wherever they lie; the first call may read them all."""
+    """Digest of the contents of all files; the first call may read them all."""
     return self.weights.digest()
 
   def num_bytes(self, dtype: Any, *, int8_weights: bool = False) -> int:
-    """Bytes of the weights; see `restore`."""
+    """Size of the weights in bytes."""
     params = abstract_params(self.config, dtype)
     params = map_int8(abstract_int8, params) if int8_weights else params
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
   def restore(self, *, dtype: Any, mesh: Mesh | None = None, int8_weights: bool = False) -> "LoadedModel":
-    """Reads the weights, every device its own part of them.
+    """Reads the weights; each device reads only its own shards.
 
     Args:
       dtype: of every parameter that is not int8.
-      mesh: the devices; the first one when absent.
-      int8_weights: whether the decoder's weights become int8, each before the next is read. A checkpoint that was
-        converted with them has them already, and loads with them alone.
+      mesh: the first device if absent.
+      int8_weights: quantise the decoder's weights to int8, one at a time. Required for a checkpoint converted to int8.
 
     Raises:
-      CheckpointError: the weights cannot be read, or are int8 where `int8_weights` is not given.
+      CheckpointError: the weights cannot be read, or are int8 and `int8_weights` is false.
     """
     if self.weights.is_int8 and not int8_weights:
       raise CheckpointError(
-        f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the checkpoint without"
+        f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the source again "
+        "without that flag"
       )
     mesh, dtype = sharding.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
     wide = sharding.with_divisible_key_heads(self.config, mesh)
@@ -112,19 +109,14 @@ class OpenCheckpoint:
     return LoadedModel(**vars(self) | {"config": wide}, model=model)
 
   def _abstract(self, config: ModelConfig, dtype: Any, mesh: Mesh) -> Any:
-    """What is stored of each parameter, where and as it is to lie on the devices."""
+    """The stored parameters as `jax.ShapeDtypeStruct`s with their shardings."""
     params = sharding.placed(abstract_params(config, dtype), logical_axes(config), config, mesh)
     return map_int8(abstract_int8, params) if self.weights.is_int8 else params
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel(OpenCheckpoint):
-  """A checkpoint with its weights on their devices, ready to run.
-
-  Attributes:
-    config: as above, with as many key heads as the weights hold, see `sharding.with_divisible_key_heads`.
-    model: the network with its parameters.
-  """
+  """A checkpoint with its weights on the devices, ready to run; the key heads of `config` include repeated ones."""
 
   model: Model
 
@@ -140,20 +132,19 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
   """Finds a checkpoint and reads everything but its weights.
 
   Args:
-    name: `demo`; a directory or hub id in the Hugging Face layout, whose weights are read as they are, or in LLaVA's
-      original layout, which is converted into the cache, once; or a converted directory, here or in object storage as
-      `gs://bucket/name`.
-    cache_dir: where conversions and digests are kept; `default_cache_dir()` when absent.
+    name: `demo`; a directory or hub id in the Hugging Face layout, read as it is, or in LLaVA's original layout,
+      converted once into the cache; or a converted directory, local or in object storage (`gs://bucket/name`).
+    cache_dir: for conversions and digests; `default_cache_dir()` if absent.
 
   Raises:
-    CheckpointError: there is no such checkpoint, or it cannot be read, assembled or converted.
-    UserError: it is a model that the library does not run.
+    CheckpointError: the checkpoint does not exist, or cannot be read, assembled or converted.
+    UserError: the model is not supported.
   """
   cache_dir = (default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()).absolute()
   if remote.is_remote(name):
     directory: AnyPath = remote.reach(name)
   elif name == "demo":
-    from checkpoints_convert.demo.assemble import assemble  # needs pip, which a run on another checkpoint does not
+    from checkpoints_convert.demo.assemble import assemble  # needs pip, unlike other checkpoints
 
     directory = assemble(cache_dir / "demo", cache_dir=cache_dir)
   else:
@@ -180,11 +171,7 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
 
 
 def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
-  """The model that the fields of a `config.json` describe, as `checkpoints_convert` needs it.
-
-  Raises:
-    UserError: it is a model that the library does not run.
-  """
+  """The model expected by `checkpoints_convert` for a `config.json`; raises `UserError` if it is not supported."""
   family = families.family_of(fields, where=where)
   config = family.config(fields, where)
   flat = traverse_util.flatten_dict(abstract_params(config, jnp.float32))
@@ -201,19 +188,19 @@ def default_cache_dir() -> pathlib.Path:
 
 
 def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
-  """The leaves in their order; the values and scales of an int8 weight are leaves named after its fields."""
+  """Leaves by path; the values and scales of an int8 weight are separate leaves."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {tuple(getattr(entry, "key", None) or entry.name for entry in path): leaf for path, leaf in leaves}
 
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:
-  """Key or value projections with as many copies of every head as their target has; any other array as it is."""
-  return array if array.shape == target.shape else _repeating(num_heads, target.shape, target.sharding)(array)
+  """Repeats the heads of key and value projections as the target requires; returns other arrays unchanged."""
+  return array if array.shape == target.shape else _repeat_program(num_heads, target.shape, target.sharding)(array)
 
 
 @functools.lru_cache
-def _repeating(num_heads: int, shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-  """The same for one shape, so that all layers share a compiled program."""
+def _repeat_program(num_heads: int, shape: tuple[int, ...], sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+  """Cached by shape, so that all layers share one compiled program."""
 
   def repeat(x: jax.Array) -> jax.Array:
     return jnp.repeat(x.reshape(num_heads, -1, *x.shape[1:]), shape[0] // x.shape[0], axis=0).reshape(shape)
@@ -222,7 +209,7 @@ def _repeating(num_heads: int, shape: tuple[int, ...], sharding: Sharding) -> Ca
 
 
 def _as_int8(array: jax.Array) -> Any:
-  """The int8 weight of an array, which is deleted, so that no two of them are held."""
+  """Quantises an array and deletes it, so that at most one such array exists at a time."""
   weight = jax.block_until_ready(quantize(array))
   array.delete()
   return weight

@@ -2,7 +2,7 @@
 
     python -m himap_jax.convert --source=llava-hf/llava-1.5-7b-hf --target=gs://bucket/llava-1.5-7b
 
-A directory in the Hugging Face layout needs no conversion: `himap_jax.run` reads it as it is.
+A directory in the Hugging Face layout needs no conversion: `himap_jax.run` reads it directly.
 """
 
 import os
@@ -26,7 +26,7 @@ _TARGET = flags.DEFINE_string(
   "target", None, "Directory to write, also in object storage as gs://bucket/name.", required=True
 )
 _VISION_TOWER = flags.DEFINE_string(
-  "vision_tower", None, "For the original layout: the CLIP tower's directory or id, if not what config.json names."
+  "vision_tower", None, "For the original layout: directory or id of the CLIP tower, if not as in config.json."
 )
 _INT8_WEIGHTS = flags.DEFINE_bool(
   "int8_weights", False, "Write the weights of the decoder's linear layers as int8, for himap_jax.run --int8_weights."
@@ -34,7 +34,6 @@ _INT8_WEIGHTS = flags.DEFINE_bool(
 
 
 def run() -> int:
-  """Converts what the flags name and prints where it lies."""
   jax.config.update("jax_platforms", "cpu")
   source = open_source(_SOURCE.value, _VISION_TOWER.value)
   print(convert(source, _TARGET.value, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
@@ -42,7 +41,6 @@ def run() -> int:
 
 
 def main(argv: list[str]) -> None:
-  """Runs the command and exits with its status."""
   command.execute("himap_jax.convert", argv, run, resumes=False)
 
 

@@ -1,5 +1,5 @@
-"""Errors that the user can mend."""
+"""Errors that the user can fix."""
 
 
 class UserError(ValueError):
-  """Something the user can mend; its message says what is wrong and what to do. Every other exception is a bug."""
+  """An error that the user can fix; its message says what is wrong and what to do. Any other exception is a bug."""

@@ -16,12 +16,11 @@ from himap_jax.pruning.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class InputConfig:
-  """How prompts are prepared.
+  """Preparation of prompts.
 
   Attributes:
     prompt_template: `chat` (the checkpoint's own), `vicuna_v1`, or a text with `<image>` and `{question}`.
     prompt_buckets: padded text lengths, in tokens.
-    batch_size: rows per batch.
   """
 
   prompt_template: str = "chat"
@@ -35,8 +34,8 @@ class Answer:
 
   Attributes:
     text: without special tokens.
-    token_ids: the generated tokens, the one that ended the answer included.
-    kept: for each stage the kept image tokens as numbers 0 … N − 1, ascending.
+    token_ids: the generated tokens, including the end token.
+    kept: for each stage the indices of the kept image tokens, ascending.
     first_logits: `[V]` float32 logits of the first generated token.
   """
 
@@ -55,19 +54,7 @@ def generate(
   generation: GenerationConfig = GenerationConfig(),
   inputs: InputConfig = InputConfig(),
 ) -> list[Answer]:
-  """Answers questions about images, one image a question.
-
-  Args:
-    loaded: the model.
-    images: RGB pictures.
-    questions: as many.
-    schedule: where and how image tokens are pruned; nowhere by default.
-    generation: how answers are generated.
-    inputs: how prompts are prepared.
-
-  Raises:
-    UserError: settings that contradict each other or the model, or a prompt that it cannot take.
-  """
+  """Answers one question per image, without pruning by default; raises `UserError` for unusable settings or prompts."""
   processor = loaded.prompts(inputs.prompt_template)
   batcher = Batcher(
     loaded.config,

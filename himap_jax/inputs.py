@@ -1,14 +1,12 @@
-"""What the model is given: a prepared prompt on the host, a batch of prompts, and what each slot of it holds.
+"""Model inputs: a prepared prompt on the host, a batch of prompts, and the layout of its slots.
 
-Axes: B batch, S slots, M image tokens, T other slots, Q queries, K kept image tokens, R slots after pruning, D model
-dim.
+Axes: B batch, S slots, M image tokens, T other slots, Q queries, K kept image tokens, R remaining slots, D model dim.
 
-A row is padded on the right; beyond that, its image tokens may stand anywhere, in any number of runs:
+A row is padded on the right; otherwise its image tokens may be anywhere, in any number of runs:
 
     [ text | image …… image | text | image … | text | padding ]
 
-Pruning removes some of the image tokens and moves the rest of the row to the left, so that a pruned row has the same
-form.
+Pruning removes image tokens and shifts the rest of the row to the left, so a pruned row has the same form.
 """
 
 import dataclasses
@@ -26,31 +24,31 @@ UNUSED_ORDER = np.iinfo(np.int32).max
 
 
 def pytree(cls: type) -> type:
-  """A frozen dataclass that is a pytree; its leaves may be arrays, or the shapes or shardings of these."""
+  """A frozen dataclass that is a pytree; its leaves may be arrays, shapes or shardings."""
   cls.__no_type_check__ = True
   return flax.struct.dataclass(cls)
 
 
 def take_slots(x: Shaped[Array, "B S *D"], slots: Int[Array, "B R"]) -> Shaped[Array, "B R *D"]:
-  """What each row holds in some of its slots."""
+  """Gathers slots of each row."""
   return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def first_slots(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B R"]:
-  """The first `count` slots when the chosen ones come first; both the chosen and the others stay in their order."""
+  """The first `count` slots after a stable sort that puts the chosen ones first."""
   return jnp.argsort(~chosen, axis=1, stable=True)[:, :count]
 
 
 @pytree
 class Layout:
-  """What each slot of a batch holds.
+  """Contents of each slot of a batch.
 
   Attributes:
     kind: `[B, S]` int32, `TEXT`, `IMAGE` or `PADDING`.
-    image_id: `[B, S]` which of the row's images the token is of; −1 where it is of none.
-    image_token: `[B, S]` the number of the image token among all of the row's before pruning; −1 where there is none.
-    order: `[B, S]` the slot's number before pruning, `UNUSED_ORDER` in padding. Visibility compares it.
-    num_image_tokens: M, the most image tokens that a row has; static.
+    image_id: `[B, S]` index of the token's image in the row; −1 outside images.
+    image_token: `[B, S]` index of the image token in the row before pruning; −1 outside images.
+    order: `[B, S]` the slot's index before pruning, `UNUSED_ORDER` in padding; it decides visibility.
+    num_image_tokens: M, the maximum number of image tokens per row; static.
   """
 
   kind: Int[Array, "B S"]
@@ -61,7 +59,7 @@ class Layout:
 
   @classmethod
   def of_rows(cls, kind: np.ndarray, image_id: np.ndarray, num_image_tokens: int) -> "Layout":
-    """The layout of unpruned rows, on the host, from their kinds and image ids."""
+    """The layout of unpruned rows, on the host."""
     image, slot = kind == IMAGE, np.arange(kind.shape[1], dtype=np.int32)[None]
     return cls(
       kind=kind.astype(np.int32),
@@ -73,19 +71,18 @@ class Layout:
 
   @property
   def num_slots(self) -> int:
-    """S."""
     return self.kind.shape[1]
 
   def num_tokens(self) -> Int[Array, "B"]:
-    """Tokens of each row, padding not counted."""
+    """Tokens of each row, without padding."""
     return (self.kind != PADDING).sum(axis=1, dtype=jnp.int32)
 
   def last_slot(self) -> Int[Array, "B"]:
-    """The slot of each row's last token."""
+    """Slot of each row's last token."""
     return self.num_tokens() - 1
 
   def image_slots(self) -> Int[Array, "B M"]:
-    """The slots of the image tokens, ascending; after these, where a row has fewer than M, other slots."""
+    """Slots of the image tokens, ascending; in a row with fewer than M, followed by other slots."""
     return first_slots(self.kind == IMAGE, self.num_image_tokens)
 
   def image_present(self) -> Bool[Array, "B M"]:
@@ -94,15 +91,15 @@ class Layout:
     return jnp.arange(self.num_image_tokens, dtype=jnp.int32)[None] < count[:, None]
 
   def original(self) -> Int[Array, "B M"]:
-    """The numbers of the image tokens among all of the row's before pruning, ascending."""
+    """Indices of the image tokens before pruning, ascending."""
     return take_slots(self.image_token, self.image_slots())
 
   def text_slots(self) -> Int[Array, "B T"]:
-    """The slots of everything else, ascending, padding included."""
+    """Slots of all other tokens and padding, ascending."""
     return first_slots(self.kind != IMAGE, self.num_slots - self.num_image_tokens)
 
   def instruction_slots(self) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """The slots of the text after each row's last image token, then other slots; and which hold such a token."""
+    """Slots of the text after each row's last image token, followed by other slots; and a mask of the former."""
     slot = jnp.arange(self.num_slots, dtype=jnp.int32)[None]
     last_image = jnp.where(self.kind == IMAGE, slot, -1).max(axis=1, keepdims=True)
     instruction = (self.kind == TEXT) & (slot > last_image)
@@ -110,20 +107,20 @@ class Layout:
     return slots, take_slots(instruction, slots)
 
   def visible(self, slots: Int[Array, "B Q"]) -> Bool[Array, "B Q S"]:
-    """Which slots the queries of some slots may attend to: none that come later, and no padding."""
+    """Slots that the queries in `slots` may attend to: none later in order, and no padding."""
     return self.order[:, None] <= take_slots(self.order, slots)[:, :, None]
 
   def keep(
     self, kept: Int[Array, "B K"], present: Bool[Array, "B K"] | None = None
   ) -> tuple[Int[Array, "B R"], "Layout"]:
-    """Keeps some image tokens and all else.
+    """Keeps some image tokens and everything else.
 
     Args:
       kept: indices into the M image tokens, ascending.
-      present: which of these the row really keeps; all where absent. Padding takes the place of the others.
+      present: which of these the row really keeps, all if absent; the others become padding.
 
     Returns:
-      The slot that each of the R = S − M + K remaining slots is taken from, and the layout after pruning.
+      The source slot of each of the R = S − M + K remaining slots, and the layout after pruning.
     """
     slot = jnp.arange(self.num_slots, dtype=jnp.int32)[None]
     kept_slots = take_slots(self.image_slots(), kept)
@@ -146,7 +143,7 @@ class Layout:
 def put_image_tokens(
   x: Float[Array, "B S D"], image_tokens: Float[Array, "B M D"], layout: Layout
 ) -> Float[Array, "B S D"]:
-  """`x` with the row's image tokens in their slots, in their order."""
+  """Writes each row's image tokens into its image slots, in order."""
   is_image = layout.kind == IMAGE
   number = jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1
   image = take_slots(image_tokens, jnp.clip(number, 0, image_tokens.shape[1] - 1))
@@ -158,8 +155,7 @@ class Inputs:
   """A batch of prompts.
 
   Attributes:
-    tokens: `[B, S]` token ids, padded on the right; the image token's id in image slots.
-    layout: what each slot holds.
+    tokens: `[B, S]` token ids; the image token's id in image slots.
     positions: `[B, S]` rotary positions, 0 in padding.
     pixel_values: `[B, 3, height, width]` preprocessed images.
   """
@@ -172,14 +168,7 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One prepared prompt, on the host.
-
-  Attributes:
-    tokens: `[S]` token ids, the image token's id in image slots.
-    image_id: `[S]` which image the token is of; −1 for text.
-    positions: `[S]` rotary positions.
-    pixel_values: `[3, height, width]` float32.
-  """
+  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding."""
 
   tokens: Int[np.ndarray, "S"]
   image_id: Int[np.ndarray, "S"]
@@ -188,10 +177,8 @@ class Example:
 
   @property
   def num_image_tokens(self) -> int:
-    """Image tokens of the prompt."""
     return int((self.image_id >= 0).sum())
 
   @property
   def num_text_tokens(self) -> int:
-    """Its other tokens."""
     return len(self.tokens) - self.num_image_tokens

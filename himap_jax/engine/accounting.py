@@ -1,11 +1,10 @@
-"""A model's sizes as the accounting of pruning takes them."""
+"""Model sizes for the accounting of pruning costs."""
 
 from himap_jax.model.config import ModelConfig
 from himap_jax.pruning.cost import ModelSizes
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
-  """The sizes of a model that costs depend on."""
   text, vision = config.text, config.vision
   width = text.hidden_size
   return ModelSizes(

@@ -1,4 +1,4 @@
-"""Batches of static shape: the one place where shapes are decided.
+"""Batches of static shape; no other module decides shapes.
 
 Axes: B rows, S slots, N image tokens.
 """
@@ -15,12 +15,7 @@ DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048)
 
 
 class Batcher:
-  """Packs prepared prompts of one model into batches.
-
-  Attributes:
-    num_image_tokens: N, image tokens of every prompt.
-    buckets: padded text lengths, ascending.
-  """
+  """Packs prepared prompts into batches; `buckets` are padded text lengths, ascending."""
 
   def __init__(
     self,
@@ -33,13 +28,12 @@ class Batcher:
     """Checks the buckets against the model.
 
     Args:
-      config: the model.
-      image_shape: `(height, width)` in pixels of every preprocessed image.
-      buckets: padded text lengths; the longest text that the model's context allows is added to them.
-      max_new_tokens: tokens that must still fit into the context.
+      image_shape: `(height, width)` of preprocessed images, in pixels.
+      buckets: padded text lengths; the longest that fits the model's context is added.
+      max_new_tokens: tokens to leave room for in the context.
 
     Raises:
-      UserError: buckets that cannot be used, or a context too small for an image.
+      UserError: the buckets are invalid, or the context is too small for an image.
     """
     self._image_shape = image_shape
     self.num_image_tokens = config.num_image_tokens(*image_shape)
@@ -55,11 +49,7 @@ class Batcher:
     self.buckets = (*(bucket for bucket in buckets if bucket < longest), longest)
 
   def bucket(self, example: Example) -> int:
-    """The smallest bucket that holds an example's text.
-
-    Raises:
-      UserError: the prompt is longer than the model's context.
-    """
+    """The smallest bucket that holds an example's text; raises `UserError` if the prompt exceeds the context."""
     fitting = [bucket for bucket in self.buckets if example.num_text_tokens <= bucket]
     if not fitting:
       raise UserError(
@@ -69,9 +59,9 @@ class Batcher:
     return fitting[0]
 
   def pack(self, examples: Sequence[Example], *, bucket: int, batch_size: int) -> Inputs:
-    """Packs examples into arrays of a shape that depends on `bucket` and `batch_size` alone.
+    """Packs examples into arrays whose shape depends only on `bucket` and `batch_size`.
 
-    Missing rows repeat the last example, or are blank where there is none.
+    Missing rows repeat the last example, or are blank if there is none.
     """
     filler = examples[-1] if examples else self._blank()
     rows = [*examples, *[filler] * (batch_size - len(examples))]
@@ -91,7 +81,7 @@ class Batcher:
     )
 
   def _blank(self) -> Example:
-    """An image, and one token after it."""
+    """A blank image and one token after it."""
     image_id = np.zeros(self.num_image_tokens + 1, np.int32)
     image_id[-1] = -1
     slots = np.arange(len(image_id), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Decoding: tokens one after the other from prefilled caches, in one loop on the device.
+"""Decoding: one token at a time from prefilled caches, in a single loop on the device.
 
 Axes: B rows, M new tokens, V vocabulary.
 """
@@ -20,13 +20,7 @@ from himap_jax.model.network import Network
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-  """What a decode program is compiled for.
-
-  Attributes:
-    max_new_tokens: M, the longest answer.
-    sampling: how tokens are chosen.
-    eos_token_ids: tokens that end a row.
-  """
+  """Static settings of a decode program; `max_new_tokens` is M, and `eos_token_ids` end a row."""
 
   max_new_tokens: int
   sampling: Sampling = Sampling()
@@ -35,15 +29,13 @@ class DecodeConfig:
 
 @pytree
 class DecodeState:
-  """What the decode loop carries.
+  """State of the decode loop.
 
   Attributes:
-    step: scalar, tokens generated so far.
-    tokens: `[B, M]` the generated tokens, 0 where there is none.
+    step: tokens generated so far.
+    tokens: `[B, M]` generated tokens, 0 after the end of a row.
     last: `[B]` the newest token.
-    finished: `[B]` whether the row has ended.
-    num_tokens: `[B]` tokens of the row, the one that ended it included.
-    new: keys and values of the tokens after the prompts.
+    num_tokens: `[B]` tokens of the row, including the end token.
   """
 
   step: Int[Array, ""]
@@ -57,17 +49,7 @@ class DecodeState:
 def decode(
   network: Network, prompts: PrefillState, keys: Key[Array, "B"], config: DecodeConfig
 ) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
-  """Generates from prefilled caches until every row has ended or has `max_new_tokens`.
-
-  Args:
-    network: the model, bound.
-    prompts: the prefilled prompts.
-    keys: a random key a row.
-    config: static.
-
-  Returns:
-    The tokens, and how many of each row count.
-  """
+  """Generates until every row has ended or has `max_new_tokens`; returns the tokens and their number per row."""
 
   def ended(token: Int[Array, "B"]) -> Bool[Array, "B"]:
     matches = [token == eos for eos in config.eos_token_ids]

@@ -1,4 +1,4 @@
-"""The engine: batches through a prefill program and a decode program, compiled once per shape of the inputs.
+"""The engine: runs batches through a prefill and a decode program, compiled once per input shape.
 
 Axes: B rows, M new tokens, V vocabulary.
 """
@@ -28,13 +28,11 @@ from himap_jax.pruning.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-  """How answers are generated.
+  """Generation of answers; greedy by default.
 
   Attributes:
-    max_new_tokens: the longest answer, in tokens.
-    sampling: how tokens are chosen; greedily by default.
-    seed: of sampling, and of methods that use chance.
-    ignore_eos: whether to go on to `max_new_tokens` whatever comes.
+    seed: of sampling and of methods that choose at random.
+    ignore_eos: always generate `max_new_tokens` tokens.
   """
 
   max_new_tokens: int = 32
@@ -43,7 +41,6 @@ class GenerationConfig:
   ignore_eos: bool = False
 
   def __post_init__(self) -> None:
-    """Raises `UserError` where nothing could be generated."""
     if self.max_new_tokens < 1:
       raise UserError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}")
 
@@ -53,11 +50,9 @@ class Generation:
   """The result of one batch, on the host.
 
   Attributes:
-    tokens: for each row its generated token ids, the one that ended it included.
-    kept: for each stage, for each row the numbers of the image tokens it keeps, ascending.
+    tokens: generated token ids of each row, including the end token.
+    kept: for each stage and row the indices of the kept image tokens, ascending.
     logits: `[B, V]` float32, of the first generated token.
-    prefill_seconds: wall time of the prefill program for the batch.
-    decode_seconds: wall time of the decode program for the batch.
   """
 
   tokens: list[list[int]]
@@ -68,13 +63,13 @@ class Generation:
 
 
 def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
-  """A seed for each row's random keys, the same whatever the batch it is in."""
+  """Seeds of the rows' random keys; a row's seed does not depend on its batch."""
   return np.array([zlib.crc32(f"{seed}/{row_id!r}".encode()) for row_id in row_ids], np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
-  """What compiled programs depend on beside the shapes of their inputs."""
+  """What compiled programs depend on besides the shapes of their inputs."""
 
   network: Network
   mesh: Mesh
@@ -85,18 +80,13 @@ class ProgramKey:
 
 @functools.lru_cache(maxsize=32)
 def _compiled(key: ProgramKey) -> dict[Any, Programs]:
-  """The compiled programs of one key by the shapes of their inputs, shared by all engines."""
+  """Compiled programs by input shapes, shared by all engines."""
   del key
   return {}
 
 
 class Engine:
-  """Runs batches through the compiled programs of one model, schedule and way of generating.
-
-  Attributes:
-    num_programs: programs compiled so far.
-    compile_seconds: time spent compiling them or reading them from the persistent cache.
-  """
+  """Runs batches through the programs of one model, schedule and generation config; counts and times compilations."""
 
   def __init__(
     self,
@@ -121,8 +111,8 @@ class Engine:
     """Generates for a batch.
 
     Args:
-      inputs: the batch; where there are several processes, the rows of this one's share.
-      row_ids: one a row; with the seed they make each row's random key, whatever the batch it is in.
+      inputs: this process's rows of the batch.
+      row_ids: one per row; with the seed they determine the rows' random keys.
     """
     seeds = row_seeds(self._seed, row_ids)
     inputs, seeds = sharding.from_local_rows((inputs, seeds), self._mesh)

@@ -1,4 +1,4 @@
-"""Prefill with pruning between segments: select → gather, and the cache of what was kept.
+"""Prefill with pruning between segments, and the KV cache of each segment.
 
 Axes: B batch, S slots, M image tokens, D model dim, V vocabulary.
 """
@@ -23,14 +23,14 @@ NO_PARAMETERS: Mapping[str, Float[Array, ""]] = types.MappingProxyType({})
 
 @pytree
 class PrefillState:
-  """The prompts after their prefill.
+  """The prompts after prefill.
 
   Attributes:
     logits: `[B, V]` float32, after each row's last token.
-    caches: one cache a segment that has layers.
-    next_position: `[B]` the rotary position of the first new token.
+    caches: one per segment that has layers.
+    next_position: `[B]` rotary position of the first new token.
     next_order: `[B]` its order, see `Layout.order`.
-    kept: for each stage `[B, M]` the numbers of the image tokens kept, ascending; −1 where a row keeps fewer.
+    kept: for each stage `[B, M]` the indices of the kept image tokens, ascending; then −1 in a row that keeps fewer.
   """
 
   logits: Float[Array, "B V"]
@@ -41,13 +41,7 @@ class PrefillState:
 
 
 class Sequence(NamedTuple):
-  """What is left of the prompts between two layers.
-
-  Attributes:
-    x: `[B, S, D]` hidden states.
-    positions: `[B, S]` rotary positions.
-    layout: what each slot holds.
-  """
+  """Hidden states, rotary positions and layout of the prompts between two layers."""
 
   x: Float[Array, "B S D"]
   positions: Int[Array, "B S"]
@@ -55,13 +49,7 @@ class Sequence(NamedTuple):
 
 
 class Context(NamedTuple):
-  """What methods may read beside the sequence.
-
-  Attributes:
-    keys: `[B]` a random key a row.
-    embedded: the prompts before any pruning; None where no stage reads them.
-    parameters: of the methods, by name.
-  """
+  """Inputs of methods besides the sequence: random keys of the rows, prompts before pruning (or None), parameters."""
 
   keys: Key[Array, "B"]
   embedded: Embedded | None = None
@@ -75,15 +63,7 @@ def prefill(
   schedule: Schedule,
   parameters: Mapping[str, Float[Array, ""]] = NO_PARAMETERS,
 ) -> PrefillState:
-  """Runs the prompts through the model, pruning as the schedule says.
-
-  Args:
-    network: the model, bound.
-    prompts: the batch; embedded by `Network.embed` or not.
-    keys: a random key a row, for methods that use chance.
-    schedule: stages; static.
-    parameters: of the schedule's methods, by name.
-  """
+  """Runs prompts, embedded or not, through the model, pruning by the schedule; `keys` has one random key per row."""
   embedded = network.embed(prompts) if isinstance(prompts, Inputs) else prompts
   sequence, context = start(embedded), Context(keys, embedded, parameters)
   caches, kept, projections = [], [], []
@@ -116,7 +96,7 @@ def prefill(
 
 
 def last_logits(network: Network, sequence: Sequence) -> Float[Array, "B V"]:
-  """The logits after each row's last token."""
+  """Logits after each row's last token."""
   return network.logits(take_slots(sequence.x, sequence.layout.last_slot()[:, None]))[:, 0]
 
 
@@ -128,28 +108,20 @@ def start(embedded: Embedded) -> Sequence:
 def prune(
   network: Network, stage: Stage, sequence: Sequence, projections: Projections | None, context: Context
 ) -> Sequence:
-  """What a stage leaves of the prompts.
-
-  Args:
-    network: the model, bound.
-    stage: the stage.
-    sequence: what enters the stage's layer.
-    projections: of the layer before; None before the decoder.
-    context: what methods may read.
-  """
+  """Applies a stage to the sequence that enters its layer; `projections` are the previous layer's, None at layer 0."""
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
     with jax.named_scope("score"):
       selection = stage.criterion.select(view(network, stage.layer, sequence, projections, context), stage.keep)
     with jax.named_scope("gather"):
       pruned = apply(selection, sequence)
-      if stage.layer == 0:  # the decoder never sees the other tokens: no gaps in positions
+      if stage.layer == 0:  # the decoder never sees the others, so positions have no gaps
         slot = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None]
         pruned = pruned._replace(positions=jnp.where(pruned.layout.kind == PADDING, 0, slot))
   return pruned
 
 
 def view(network: Network, layer: int, sequence: Sequence, projections: Projections | None, context: Context) -> View:
-  """What a method sees before a layer; the arguments are those of `prune`."""
+  """A method's view before a layer; arguments as in `prune`."""
   embedded = context.embedded
   tower = None if embedded is None else embedded.tower
 
@@ -177,7 +149,7 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
 
 
 def apply(selection: Selection, sequence: Sequence) -> Sequence:
-  """Removes the image tokens that were not kept; the rest keep their hidden states, positions and order."""
+  """Removes the image tokens that were not kept; the others keep their hidden states, positions and order."""
   source, layout = sequence.layout.keep(selection.kept, selection.present)
   x = take_slots(sequence.x, source)
   if selection.merged is not None:

@@ -1,6 +1,6 @@
-"""Several processes that run one program: who reads which prompts, what all run next, and the end of a process.
+"""Several processes in one run: joining them, sharing the rows, agreeing on the next batch, ending on a failure.
 
-Every process runs the same programs in the same order on the devices of all. Each prepares its own share of the rows.
+All processes run the same programs in the same order on all devices. Each prepares its own share of the rows.
 """
 
 import dataclasses
@@ -16,17 +16,17 @@ from jax.sharding import Mesh
 
 from himap_jax.errors import UserError
 
-HEARTBEAT_SECONDS = 30  # a process that is silent for longer has failed, and all others end
+HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as failed, and the others exit
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-  """Which rows a process prepares.
+  """Rows that a process prepares.
 
   Attributes:
     index: the share, 0 … count − 1.
-    count: shares; as many as processes, fewer where `tensor` spans several.
-    is_written_here: whether this process writes its share's answers; of the processes with the same share one does.
+    count: number of shares; fewer than processes if `tensor` spans several.
+    is_written_here: whether this process reports the answers of its share; one process per share does.
   """
 
   index: int = 0
@@ -37,23 +37,21 @@ class Share:
 def initialize(
   *, from_environment: bool, coordinator: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-  """Joins the other processes of a run, before any device is used; does nothing where there is one process alone.
+  """Joins the other processes of a run, before any device is used; does nothing for a single process.
 
   Args:
-    from_environment: whether JAX is to find them by itself, as on a Cloud TPU slice or under SLURM.
-    coordinator: else the address `host:port` of the first process.
-    num_processes: how many there are.
-    process_id: which one this is.
+    from_environment: let JAX find the processes, as on a Cloud TPU slice or under SLURM.
+    coordinator: otherwise the address `host:port` of the first process.
 
   Raises:
-    UserError: settings that do not belong together.
-    RuntimeError: the others cannot be reached.
+    UserError: the settings contradict each other.
+    RuntimeError: the other processes cannot be reached.
   """
   given = [value is not None for value in (coordinator, num_processes, process_id)]
   if any(given) and not all(given):
     raise UserError("--coordinator, --num_processes and --process_id belong together")
   if from_environment and any(given):
-    raise UserError("--distributed finds the other processes by itself: it takes no --coordinator")
+    raise UserError("--distributed finds the other processes itself and takes no --coordinator")
   if not from_environment and not all(given):
     return
   if all(given) and not 0 <= process_id < num_processes:
@@ -62,11 +60,7 @@ def initialize(
 
 
 def share(mesh: Mesh) -> Share:
-  """The share of this process.
-
-  Raises:
-    UserError: the rows of two processes overlap in part.
-  """
+  """The share of this process; raises `UserError` if the rows of two processes overlap in part."""
   rows_of: dict[int, set[int]] = {}
   for (row, _), device in np.ndenumerate(mesh.devices):
     rows_of.setdefault(device.process_index, set()).add(row)
@@ -82,20 +76,15 @@ def share(mesh: Mesh) -> Share:
 
 
 def is_leader() -> bool:
-  """Whether this process does what is done once."""
+  """Whether this process does the work that is done only once."""
   return jax.process_index() == 0
 
 
 def give_up(name: str, error: Exception) -> NoReturn:
-  """Says that another process ended, and ends this one at once: JAX would wait for the other at exit.
-
-  Args:
-    name: of the command.
-    error: what became of the program that all were running.
-  """
+  """Reports that another process ended, and exits at once: JAX would wait for the other at exit."""
   print(
-    f"{name}: another process of this run ended or cannot be reached ({str(error).splitlines()[0]}); what was answered is "
-    "kept: start the same command again, in any number of processes",
+    f"{name}: another process of this run ended or cannot be reached ({str(error).splitlines()[0]}); the answers so "
+    "far are kept: start the same command again, with any number of processes",
     file=sys.stderr,
     flush=True,
   )
@@ -103,12 +92,12 @@ def give_up(name: str, error: Exception) -> NoReturn:
 
 
 def fullest(counts: Sequence[int]) -> int | None:
-  """The index at which all processes together count most; None where all count nothing. The same in every process."""
+  """The index of the largest count over all processes, the same in each; None if all counts are zero."""
   total = sum_over_processes(counts)
   return int(total.argmax()) if total.any() else None
 
 
 def sum_over_processes(values: Sequence[float | int]) -> np.ndarray:
-  """The sum over processes of numbers that each of them has."""
+  """Element-wise sum over all processes."""
   values = np.asarray(values)
   return multihost_utils.process_allgather(values).sum(axis=0) if jax.process_count() > 1 else values

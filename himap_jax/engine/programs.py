@@ -1,4 +1,4 @@
-"""The two programs that answer a batch, prefill and decode, with the shardings of all that enters and leaves them.
+"""The prefill and decode programs, with the shardings of their arguments and results.
 
 Axes: B rows, S slots, M new tokens.
 """
@@ -23,11 +23,11 @@ from himap_jax.pruning.schedule import Schedule
 
 
 class Programs(NamedTuple):
-  """Jitted functions, or what became of them when they were lowered or compiled.
+  """The two programs: jitted, lowered or compiled.
 
   Attributes:
     prefill: `(model, inputs, seeds, parameters)` to `PrefillState`.
-    decode: `(model, state, seeds)` to tokens `[B, M]`, and how many of each row count `[B]`.
+    decode: `(model, state, seeds)` to tokens `[B, M]` and the number of tokens of each row `[B]`.
   """
 
   prefill: Any
@@ -35,15 +35,7 @@ class Programs(NamedTuple):
 
 
 def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeConfig) -> Programs:
-  """The programs of one way to answer.
-
-  Args:
-    model: arrays or `jax.ShapeDtypeStruct`s, with key heads that the mesh divides
-      (`sharding.with_divisible_key_heads`).
-    mesh: the devices.
-    schedule: what happens to the image tokens.
-    config: of decoding.
-  """
+  """The jitted programs; the mesh must divide the model's key heads, see `sharding.with_divisible_key_heads`."""
   rows = sharding.rows(mesh)
   caches = (sharding.cache(model.config, mesh),) * schedule.num_caches
   options = _compiler_options(model)
@@ -66,7 +58,7 @@ def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeCo
 
 
 def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any]) -> Programs:
-  """Lowers both programs for the shapes and shardings of arrays or of `jax.ShapeDtypeStruct`s."""
+  """Lowers both programs for arrays or `jax.ShapeDtypeStruct`s."""
   lowered = programs.prefill.lower(model, inputs, seeds, parameters)
   return Programs(lowered, programs.decode.lower(model, lowered.out_info, seeds))
 
@@ -74,7 +66,7 @@ def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, paramete
 def abstract_inputs(
   config: ModelConfig, mesh: Mesh, *, batch_size: int, num_text_slots: int, image_shape: tuple[int, int]
 ) -> tuple[Inputs, jax.ShapeDtypeStruct]:
-  """The inputs and seeds of a batch as `jax.ShapeDtypeStruct`s."""
+  """Inputs and seeds of a batch as `jax.ShapeDtypeStruct`s."""
 
   def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.rows(mesh))
@@ -91,7 +83,7 @@ def abstract_inputs(
 
 
 def method_parameters(schedule: Schedule) -> dict[str, np.float32]:
-  """The parameters of a schedule's methods, as a prefill program takes them."""
+  """The parameters of a schedule's methods as inputs of a prefill program."""
   return {name: np.float32(value) for name, value in schedule.parameters}
 
 
@@ -101,6 +93,6 @@ def _compiler_options(model: Model) -> dict[str, str]:
 
 
 def _keys(seeds: UInt[Array, "B"]) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
-  """A key of each row for its method and one for sampling."""
+  """Random keys of each row, for its method and for sampling."""
   both = jax.vmap(jax.random.split)(jax.vmap(jax.random.key)(seeds))
   return both[:, 0], both[:, 1]

@@ -17,11 +17,11 @@ MIN_TEMPERATURE = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are chosen.
+  """Choice of tokens.
 
   Attributes:
     temperature: 0 is greedy; otherwise finite and at least `MIN_TEMPERATURE`.
-    top_p: share of probability in the smallest set of tokens that is sampled from (Holtzman et al., arXiv 1904.09751).
+    top_p: probability of the smallest set of tokens to sample from (Holtzman et al., arXiv 1904.09751).
   """
 
   temperature: float = 0.0
@@ -39,7 +39,7 @@ class Sampling:
 def choose(
   sampling: Sampling, logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""]
 ) -> Int[Array, "B"]:
-  """Chooses a token for each row; a row's choice depends on its own key, the step and its logits alone."""
+  """Chooses a token per row, which depends only on the row's key, the step and the row's logits."""
   if sampling.temperature == 0:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)

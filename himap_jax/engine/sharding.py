@@ -1,8 +1,8 @@
-"""The one place that decides shardings: a mesh of devices, and the mesh axis that each logical axis lies on.
+"""Sharding: the device mesh, and the mesh axis of each logical axis.
 
-Rows of a batch lie on `data`; heads, feed-forward and vocabulary on `tensor` (Megatron-LM, arXiv 1909.08053). The model
-names the logical axes of its parameters; inputs, caches and results are placed here; what lies between follows from
-them.
+Batch rows are sharded over `data`; heads, feed-forward and vocabulary over `tensor` (Megatron-LM, arXiv 1909.08053).
+The model names the logical axes of its parameters; shardings of inputs, caches and results are set here; the compiler
+derives the rest.
 """
 
 import dataclasses
@@ -34,15 +34,11 @@ RULES = {
   "tower_feed_forward": "tensor",
 }
 AXES = ("data", "tensor")
-MEMORY_FOR_PARAMETERS = 0.7  # of a device's; the rest is for caches and temporaries
+MEMORY_FOR_PARAMETERS = 0.7  # share of device memory; the rest is for caches and temporaries
 
 
 def make_mesh(data: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-  """A mesh of the first devices, or of all where their number is right.
-
-  Raises:
-    UserError: there are fewer devices, or devices of other processes would be left out.
-  """
+  """A mesh of the first devices; raises `UserError` if there are too few or other processes' would be left out."""
   devices = jax.devices() if devices is None else list(devices)
   count = data * tensor
   if count > len(devices):
@@ -55,11 +51,7 @@ def make_mesh(data: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None =
 
 
 def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
-  """Sizes by mesh axis from `data:4`, `tensor:2`.
-
-  Raises:
-    UserError: an unknown or repeated axis, or a size that is no positive number.
-  """
+  """Sizes by mesh axis from `data:4`, `tensor:2`; raises `UserError` for invalid axes or sizes."""
   sizes: dict[str, int] = {}
   for text in axes:
     name, _, size = text.strip().partition(":")
@@ -70,12 +62,11 @@ def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
 
 
 def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int) -> dict[str, int]:
-  """A mesh for all devices: as little tensor parallelism as lets the parameters fit, rows over the rest.
+  """A mesh for all devices: the least tensor parallelism with which the parameters fit, and rows over the rest.
 
   Args:
-    config: the model.
-    num_bytes: of its parameters.
-    batch_size: rows; a single process leaves devices idle that do not divide them.
+    num_bytes: size of the parameters.
+    batch_size: a single process leaves devices idle that do not divide it.
   """
   count = jax.device_count()
   stats = jax.local_devices()[0].memory_stats() or {}
@@ -90,7 +81,7 @@ def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int) -> dict[st
 
 
 def describe(config: ModelConfig, mesh: Mesh) -> str:
-  """A mesh in words, with what is replicated because it does not divide evenly."""
+  """Describes a mesh, including what is replicated because it does not divide evenly."""
   axes = ",".join(f"{name}:{size}" for name, size in mesh.shape.items())
   device = mesh.devices.flat[0]
   text = f"{axes} of {device.device_kind} devices, {jax.process_count()} process(es)"
@@ -117,18 +108,17 @@ def rules(config: ModelConfig, mesh: Mesh) -> dict[str, str | None]:
 
 
 def placed(params: PyTree, logical_axes: PyTree, config: ModelConfig, mesh: Mesh) -> PyTree:
-  """Parameters as `jax.ShapeDtypeStruct`s with their shardings, from the logical axes of each (`network.logical_axes`)."""
+  """Adds shardings to abstract parameters, by their logical axes (`network.logical_axes`)."""
   shardings = nn.logical_to_mesh_sharding(logical_axes, mesh, tuple(rules(config, mesh).items()))
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), params, shardings)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The sharding of what every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-  """The sharding of inputs and results: the leading axis is the batch."""
+  """The sharding of inputs and results, whose leading axis is the batch."""
   return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
@@ -139,7 +129,7 @@ def cache(config: ModelConfig, mesh: Mesh) -> SegmentCache:
 
 
 def heads(mesh: Mesh, num_heads: int, num_key_heads: int) -> PartitionSpec:
-  """The sharding of queries, keys and values `[B, heads, S, H]` that one kernel attends with."""
+  """The sharding of queries, keys and values `[B, heads, S, H]` of one attention kernel."""
   is_even = math.gcd(num_heads, num_key_heads) % mesh.shape[RULES["heads"]] == 0
   return PartitionSpec(RULES["batch"], RULES["heads"] if is_even else None)
 
@@ -153,12 +143,12 @@ def kernels_for(mesh: Mesh) -> Kernels:
   if device.platform == "tpu":
     return tpu.kernels(mesh, functools.partial(heads, mesh))
   generation = getattr(device, "compute_capability", "").partition(".")[0]
-  # AMD's are named otherwise; cuDNN's attention begins with Ampere
+  # cuDNN's attention needs Ampere (8) or later; AMD's capabilities are not numbers
   return gpu.KERNELS if generation.isdecimal() and int(generation) >= 8 else xla.KERNELS
 
 
 def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
-  """The model with as many copies of every key head as `tensor` needs to divide them, where it divides the query heads."""
+  """The model with key heads repeated so that `tensor` divides them, if it divides the query heads; else unchanged."""
   text, size = config.text, mesh.shape[RULES["key_heads"]]
   if text.num_attention_heads % size:
     return config
@@ -167,23 +157,22 @@ def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
 
 
 def mesh_of(tree: PyTree) -> Mesh:
-  """The mesh that parameters lie on."""
   return jax.tree.leaves(tree)[0].sharding.mesh
 
 
 def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
-  """Rows of a batch that `data` divides."""
+  """The batch size rounded up to a multiple of `data`."""
   size = mesh.shape[RULES["batch"]]
   return -(-batch_size // size) * size
 
 
 def from_local_rows(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Global arrays of which this process gives its rows; see `processes.Share`."""
+  """Global arrays from each process's own rows; see `processes.Share`."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
 
 
 def to_local_rows(tree: PyTree) -> PyTree:
-  """This process's rows of arrays that lie as `rows` says, on the host."""
+  """This process's rows of arrays with the sharding `rows`, on the host."""
 
   def local(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:

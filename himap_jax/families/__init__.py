@@ -1,4 +1,4 @@
-"""Model families: what `config.json` means, and how a prompt and its picture become an example. A family is one module."""
+"""Model families, one module each: the meaning of `config.json`, and examples from prompts and pictures."""
 
 import pathlib
 from typing import Any
@@ -13,29 +13,25 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FA
 
 
 def family_of(fields: dict[str, Any], *, where: str = "config.json") -> Family:
-  """The family that the fields of a `config.json` name.
-
-  Raises:
-    UserError: a model type that the library does not run; the message names those it does.
-  """
+  """The family named in a `config.json`; raises `UserError` for a model type that is not supported."""
   model_type = fields.get("model_type")
   if model_type not in FAMILIES:
     known = ", ".join(map(repr, FAMILIES))
-    raise UserError(f"{where}: model_type is {model_type!r}; this library runs {known}")
+    raise UserError(f"{where}: model_type is {model_type!r}; supported: {known}")
   return FAMILIES[model_type]
 
 
 def read_config(directory: str | pathlib.Path) -> ModelConfig:
-  """Reads `config.json` of a checkpoint in the Hugging Face layout; absent fields have transformers' defaults.
+  """Reads `config.json` of a checkpoint in the Hugging Face layout; absent fields take transformers' defaults.
 
   Raises:
-    CheckpointError: there is no readable `config.json`.
-    UserError: it describes a model that the library does not run.
+    CheckpointError: `config.json` is missing or unreadable.
+    UserError: the model is not supported.
   """
   path = pathlib.Path(directory) / "config.json"
   return from_hf(read_json(path), where=str(path))
 
 
 def from_hf(fields: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
-  """The configuration that the fields of a `config.json` describe; errors as in `read_config`."""
+  """The configuration described by the fields of a `config.json`; errors as in `read_config`."""
   return family_of(fields, where=where).config(fields, where)

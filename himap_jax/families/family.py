@@ -1,4 +1,4 @@
-"""What a model family provides."""
+"""The interface of a model family."""
 
 import dataclasses
 import pathlib
@@ -16,9 +16,9 @@ class Processor(Protocol):
   """Prepares prompts for one model.
 
   Attributes:
-    image_shape: `(height, width)` in pixels of every preprocessed image.
+    image_shape: `(height, width)` of every preprocessed image, in pixels.
     patch_grid: `(rows, columns)` of patches in such an image.
-    num_image_tokens: image tokens of every prompt.
+    num_image_tokens: image tokens per prompt.
   """
 
   image_shape: tuple[int, int]
@@ -26,14 +26,10 @@ class Processor(Protocol):
   num_image_tokens: int
 
   def prepare(self, image: Image.Image, question: str) -> Example:
-    """Fills the template, tokenises it and preprocesses the picture.
-
-    Raises:
-      UserError: a prompt or picture that the model cannot take.
-    """
+    """Fills the template, tokenises it and preprocesses the picture; raises `UserError` for unusable input."""
 
   def prompt(self, question: str) -> str:
-    """The text of a prompt."""
+    """The filled template."""
 
   def decode(self, tokens: Sequence[int]) -> str:
     """The text of an answer, without special tokens and surrounding white space."""
@@ -47,12 +43,11 @@ class Family:
   """A model family.
 
   Attributes:
-    model_type: as `config.json` names it.
-    config: from the fields of `config.json`, and where these come from, to the model's sizes; raises `UserError`.
-    complete: every field of `config.json` that transformers knows of the model, so that its defaults may change.
-    load_processor: from a checkpoint's directory to transformers' processor; raises `UserError`.
-    processor: from transformers' processor, the model's sizes and a prompt template to a `Processor`; raises
-      `UserError`.
+    model_type: as in `config.json`.
+    config: maps the fields of `config.json`, and their source for messages, to the sizes; raises `UserError`.
+    complete: adds transformers' current defaults to the fields of `config.json`, which pins them.
+    load_processor: loads transformers' processor from a checkpoint's directory; raises `UserError`.
+    processor: makes a `Processor` from transformers' processor, the sizes and a prompt template; raises `UserError`.
   """
 
   model_type: str

@@ -1,7 +1,4 @@
-"""LLaVA: a CLIP, SigLIP or DINOv2 tower, a two-layer connector, and a LLaMA decoder; one picture a prompt.
-
-Axes: S slots, N image tokens.
-"""
+"""LLaVA: a CLIP, SigLIP or DINOv2 tower, a two-layer connector and a LLaMA decoder; one picture per prompt."""
 
 import dataclasses
 import json
@@ -29,25 +26,25 @@ VICUNA_V1 = (
   "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
 )
 MAX_ASPECT_RATIO = 200
-MAX_PIXELS = 178_956_970  # of a picture that is padded to a square
+MAX_PIXELS = 178_956_970  # of a picture padded to a square
 
 
 def config(fields: dict[str, Any], where: str) -> ModelConfig:
-  """The sizes that a LLaVA `config.json` describes; absent fields have transformers' defaults.
+  """The sizes described by a LLaVA `config.json`; absent fields take transformers' defaults.
 
   Raises:
-    UserError: a tower, decoder or RoPE scaling that the library does not run; the message names those it does.
+    UserError: the tower, decoder, activation or RoPE scaling is not supported; the message names those that are.
   """
   vision_type = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
   text_type = (fields.get("text_config") or {}).get("model_type", "llama")
   _require(vision_type in TOWERS, where, "vision tower", vision_type, tuple(TOWERS))
   _require(text_type in TEXT_MODELS, where, "language model", text_type, TEXT_MODELS)
 
-  from transformers import LlavaConfig  # slow to import, so only where a checkpoint is opened
+  from transformers import LlavaConfig  # slow to import
 
   try:
     complete = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
-  except Exception as error:  # transformers has its own kinds of errors for fields that it cannot read
+  except Exception as error:  # transformers raises types of its own for invalid fields
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
   connector = ConnectorConfig(complete.projector_hidden_act, complete.multimodal_projector_bias)
   vision = _vision(complete, where)
@@ -115,7 +112,7 @@ def _text(hf: Any, tied: bool | None, where: str) -> TextConfig:
 
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
-  """Every field of `config.json`, those that are absent with transformers' defaults."""
+  """All fields of `config.json`, with transformers' defaults for absent ones."""
   from transformers import LlavaConfig
 
   full = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
@@ -123,11 +120,7 @@ def complete(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_processor(directory: pathlib.Path) -> Any:
-  """transformers' processor of a checkpoint: tokenizer, image processor and chat template.
-
-  Raises:
-    UserError: it cannot be loaded.
-  """
+  """Loads transformers' processor (tokenizer, image processor, chat template); raises `UserError` if that fails."""
   import transformers  # slow to import
 
   try:
@@ -143,30 +136,26 @@ class LlavaProcessor:
     """Checks the template and the image processor.
 
     Args:
-      processor: the checkpoint's transformers processor.
-      config: the model.
-      template: `vicuna_v1`, `chat` (the checkpoint's own), or a literal with `<image>` and `{question}`.
+      template: `vicuna_v1`, `chat` (the checkpoint's own), or a text with `<image>` and `{question}`.
 
     Raises:
-      UserError: a template that cannot be used, or an image processor whose pictures differ in size.
+      UserError: the template is unusable, or the image processor's pictures differ in size.
     """
     self._processor = processor
     self._config = config
     self._template = _check_template(template, processor)
     self.image_shape = self._pixels(Image.new("RGB", (64, 48))).shape[1:]
     if self._pixels(Image.new("RGB", (48, 64))).shape[1:] != self.image_shape:
-      raise UserError("the checkpoint's image processor makes pictures of different sizes; a batch needs one size")
+      raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
 
   def prepare(self, image: Image.Image, question: str) -> Example:
-    """Fills the template, tokenises it and preprocesses the picture.
-
-    A question that has an `<image>` of its own says where the picture stands; otherwise the template does.
+    """Fills the template, tokenises it and preprocesses the picture; `<image>` in a question replaces the template's.
 
     Raises:
-      UserError: not exactly one `<image>` in the prompt, nothing after it, or a picture too long and narrow, or too
-        large, to be resized.
+      UserError: not exactly one `<image>` in the prompt, no text after it, or a picture that is too elongated or too
+        large.
     """
     text = self.prompt(question)
     count = text.count(IMAGE_TAG)
@@ -182,7 +171,7 @@ class LlavaProcessor:
       )
     start = ids.index(self._config.image_token_id)
     if start == len(ids) - 1:
-      raise UserError(f"a prompt needs text after {IMAGE_TAG}: image tokens are kept by what that text attends to")
+      raise UserError(f"a prompt needs text after {IMAGE_TAG}: its attention decides which image tokens are kept")
     self._check_size(image)
     tokens = np.array([*ids[:start], *[ids[start]] * self.num_image_tokens, *ids[start + 1 :]], np.int32)
     slot = np.arange(len(tokens), dtype=np.int32)
@@ -190,7 +179,6 @@ class LlavaProcessor:
     return Example(tokens, image_id, slot, self._pixels(image))
 
   def prompt(self, question: str) -> str:
-    """The text of a prompt."""
     own_image = IMAGE_TAG in question
     if self._template == "chat":
       content = [{"type": "text", "text": question}]
@@ -203,11 +191,9 @@ class LlavaProcessor:
     return template.replace("{question}", question)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    """The text of an answer, without special tokens and surrounding white space."""
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
   def picture(self, example: Example) -> Image.Image:
-    """The picture as the model sees it: resized, and cropped to whole patches."""
     mean, std = (
       np.asarray(values, np.float32)[:, None, None]
       for values in (self._processor.image_processor.image_mean, self._processor.image_processor.image_std)
@@ -217,7 +203,7 @@ class LlavaProcessor:
     return Image.fromarray(pixels[:, :height, :width].transpose(1, 2, 0))
 
   def _check_size(self, image: Image.Image) -> None:
-    """Refuses what would fill the memory when its shortest side is scaled up, or when it is padded to a square."""
+    """Refuses pictures that would exhaust memory when resized or padded to a square."""
     shortest, longest = sorted(image.size)
     if longest > MAX_ASPECT_RATIO * shortest:
       raise UserError(

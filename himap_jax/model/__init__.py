@@ -1,3 +1,1 @@
-"""The model: vision tower, connector, decoder, and the kernels that a platform needs. It knows no flag, file or mesh
-policy.
-"""
+"""Vision tower, connector and decoder, and their kernels per platform; independent of flags, files and meshes."""

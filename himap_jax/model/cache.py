@@ -1,8 +1,8 @@
-"""Key-value caches of static shape: what prefill left of the prompts, and room for the new tokens.
+"""Key-value caches of static shape: the prefilled prompts, and slots for new tokens.
 
 Axes: B batch, S query slots, T cache slots, M slots for new tokens, K key heads, H head dim.
 
-A prompt's part never changes after prefill, so each array lies as a decoding step reads it fastest.
+A prompt's part never changes after prefill, so each array has the layout that a decoding step reads fastest.
 """
 
 from typing import Any
@@ -16,12 +16,12 @@ from himap_jax.inputs import UNUSED_ORDER, pytree
 
 @pytree
 class SegmentCache:
-  """The prompts in the layers between two pruning stages, which all hold the same tokens.
+  """The KV cache of the prompts in the layers between two pruning stages, which all see the same tokens.
 
   Attributes:
     keys: rotated keys of each layer, `[B, K, T, H]`.
     values: values of each layer, `[B, K, H, T]`.
-    order: `[B, T]` of each slot's token, see `Layout.order`.
+    order: `[B, T]`, see `Layout.order`.
   """
 
   keys: tuple[Float[Array, "B K T H"], ...]
@@ -31,12 +31,11 @@ class SegmentCache:
 
 @pytree
 class NewTokens:
-  """The tokens that follow the prompts, in all layers.
+  """The KV cache of the tokens after the prompts, in all layers.
 
   Attributes:
     keys: rotated keys of each layer, `[B, K, M, H]`.
     values: values of each layer, `[B, K, M, H]`.
-    order: `[B, M]` as in `SegmentCache`.
     num_slots_used: scalar, slots written so far; the same in every row.
   """
 
@@ -46,7 +45,7 @@ class NewTokens:
   num_slots_used: Int[Array, ""]
 
   def append_order(self, order: Int[Array, "B"]) -> "NewTokens":
-    """Marks the next slot as holding tokens of the given order."""
+    """Assigns the next slot to tokens of the given order."""
     updated = jax.lax.dynamic_update_slice_in_dim(self.order, order[:, None], self.num_slots_used, axis=1)
     return self.replace(order=updated, num_slots_used=self.num_slots_used + 1)
 
@@ -63,7 +62,7 @@ def from_prefill(
 
 
 def empty(caches: tuple[SegmentCache, ...], num_slots: int, dtype: Any) -> NewTokens:
-  """Room for new tokens behind prompts."""
+  """An empty cache for the tokens after prompts."""
   shapes = [(*key.shape[:2], num_slots, key.shape[3]) for cache in caches for key in cache.keys]
   return NewTokens(
     keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
@@ -74,12 +73,12 @@ def empty(caches: tuple[SegmentCache, ...], num_slots: int, dtype: Any) -> NewTo
 
 
 def visible(cached: Int[Array, "B T"], order: Int[Array, "B"]) -> Bool[Array, "B 1 1 T"]:
-  """The mask of one query a row: it sees the slots whose order is not later than its own."""
+  """Mask of one query per row: true for slots whose order is not later than the query's."""
   return (cached <= order[:, None])[:, None, None]
 
 
 def write_slot(
   cached: Float[Array, "B K M H"], new: Float[Array, "B 1 K H"], slot: Int[Array, ""]
 ) -> Float[Array, "B K M H"]:
-  """A layer's keys or values with a new token's in a slot."""
+  """Writes a new token's keys or values into a slot."""
   return jax.lax.dynamic_update_slice_in_dim(cached, jnp.swapaxes(new, 1, 2).astype(cached.dtype), slot, axis=2)

@@ -1,4 +1,4 @@
-"""The sizes of a model, whatever its family; a family builds them from a checkpoint's `config.json`."""
+"""Sizes of a model of any family; a family builds them from a checkpoint's `config.json`."""
 
 import dataclasses
 
@@ -9,19 +9,12 @@ class VisionConfig:
 
   Attributes:
     model_type: one of `towers.TOWERS`.
-    hidden_size: width of the tower.
-    intermediate_size: width of its feed-forward.
     num_hidden_layers: layers in the checkpoint; only those up to the last feature layer are run.
-    num_attention_heads: heads.
-    image_size: side in pixels of the square the position embedding was trained on.
+    image_size: side in pixels of the square that the position embedding was trained on.
     patch_size: side of a patch in pixels.
-    hidden_act: activation of the feed-forward.
-    layer_norm_eps: epsilon of the layer norms.
-    feature_layers: indices into the tower's hidden states (0 is the embedding), non-negative; their features are
-      concatenated.
+    feature_layers: non-negative indices into the hidden states (0 is the embedding); their features are concatenated.
     select_strategy: `default` drops the first token, `full` keeps every token.
-    has_class_token: whether a class token stands before the patches.
-    qkv_bias: whether query, key and value have biases.
+    has_class_token: whether a class token precedes the patches.
   """
 
   model_type: str
@@ -40,18 +33,18 @@ class VisionConfig:
 
   @property
   def num_layers_run(self) -> int:
-    """Layers up to the last that the features need."""
+    """Layers up to the last feature layer."""
     return max(self.feature_layers)
 
   @property
   def num_features(self) -> int:
-    """Width of the features."""
+    """Width of the concatenated features."""
     return len(self.feature_layers) * self.hidden_size
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
-  """The two linear layers between tower and decoder: the activation between them, and whether they have biases."""
+  """The two linear layers between tower and decoder."""
 
   hidden_act: str
   use_bias: bool
@@ -59,7 +52,7 @@ class ConnectorConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding: base `theta`, scaling `rope_type` and, for the scaled types, its parameters."""
+  """Rotary position embedding; scaling types and their parameters as in `config.json`."""
 
   theta: float
   rope_type: str = "default"
@@ -71,7 +64,7 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """A LLaMA-family decoder; the names are those of `config.json`."""
+  """A LLaMA-family decoder; names as in `config.json`."""
 
   vocab_size: int
   hidden_size: int
@@ -91,14 +84,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A vision-language model.
-
-  Attributes:
-    vision: the tower.
-    connector: what maps its features to the decoder's width.
-    text: the decoder.
-    image_token_id: the token that stands for one image token in `Inputs.tokens`.
-  """
+  """A vision-language model; `image_token_id` fills the image slots of `Inputs.tokens`."""
 
   vision: VisionConfig
   connector: ConnectorConfig

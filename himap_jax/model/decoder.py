@@ -1,9 +1,9 @@
-"""A LLaMA-family decoder: layers over hidden states, once over a whole sequence or token by token over a cache.
+"""A LLaMA-family decoder: runs ranges of layers over a sequence, or all layers on one new token over a cache.
 
 Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, D model dim,
-V vocabulary.
+R updated slots.
 
-It runs ranges of layers on whatever sequence it is given and knows nothing of images or of pruning.
+It is independent of images and pruning.
 """
 
 import functools
@@ -26,13 +26,7 @@ Rotation = tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]
 
 @pytree
 class Projections:
-  """What one layer's attention computed from its input.
-
-  Attributes:
-    query: rotated queries `[B, S, N, H]`; of the updated slots alone in a layer that does not update all.
-    key: rotated keys `[B, S, K, H]`.
-    value: values `[B, S, K, H]`.
-  """
+  """Rotated queries, rotated keys and values of one layer; partial layers have queries of the updated slots only."""
 
   query: Float[Array, "B S N H"]
   key: Float[Array, "B S K H"]
@@ -56,7 +50,6 @@ class Attention(nn.Module):
     self.o_proj = Linear(c.hidden_size, self.kernels, use_bias=c.attention_bias, axes=(None, "heads"))
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
-    """Rotated queries."""
     return rope.rotate(self._heads(self.q_proj(x)), *rotation)
 
   def key_value(
@@ -66,7 +59,6 @@ class Attention(nn.Module):
     return rope.rotate(self._heads(self.k_proj(x)), *rotation), self._heads(self.v_proj(x))
 
   def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
-    """Queries, keys and values of all slots."""
     key, value = self.key_value(x, rotation)
     return Projections(query=self.query(x, rotation), key=key, value=value)
 
@@ -74,7 +66,6 @@ class Attention(nn.Module):
     return x.reshape(*x.shape[:2], -1, self.config.head_dim)
 
   def output(self, context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
-    """The output projection of all heads."""
     return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
@@ -95,7 +86,7 @@ class FeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-  """One layer: over a whole sequence when called, over a cache by `extend`."""
+  """One layer: over a whole sequence when called, over a cache in `extend`."""
 
   config: TextConfig
   kernels: Kernels
@@ -114,7 +105,7 @@ class DecoderLayer(nn.Module):
     return self._finish(x, context), projections
 
   def project(self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]) -> Projections:
-    """Keys and values of all slots, queries of some."""
+    """Keys and values of all slots, queries of `slots`."""
     x = self.input_layernorm(x)
     take = functools.partial(take_slots, slots=slots)
     key, value = self.self_attn.key_value(x, rotation)
@@ -123,7 +114,7 @@ class DecoderLayer(nn.Module):
   def update(
     self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]
   ) -> tuple[Float[Array, "B S D"], Projections]:
-    """Runs the layer for some slots, which attend causally to all; the rest keep their hidden states."""
+    """Updates some slots, which attend causally to all; the others keep their hidden states."""
     projections = self.project(x, rotation, slots)
     mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
     context = self.kernels.attention(projections.query, projections.key, projections.value, mask)
@@ -138,17 +129,15 @@ class DecoderLayer(nn.Module):
     new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
     slot: Int[Array, ""],
   ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K M H"], Float[Array, "B K M H"]]:
-    """Runs the layer on one new token a row.
+    """Runs the layer on one new token per row.
 
     Args:
-      x: its hidden states.
-      rotation: of its position.
       prompt: keys, values and mask of the prompt.
-      new: those of the tokens after it.
-      slot: which of these it takes.
+      new: keys, values and mask of the tokens after it.
+      slot: the new token's slot in `new`.
 
     Returns:
-      The hidden states, and keys and values of the tokens after the prompt with it.
+      The hidden states, and the keys and values of `new` including the new token.
     """
     own = self.self_attn.project(self.input_layernorm(x), rotation)
     keys, values, mask = new
@@ -186,15 +175,11 @@ class Decoder(nn.Module):
     """Runs a range of layers.
 
     Args:
-      x: hidden states.
-      positions: rotary positions.
-      layers: which.
-      mask: true where a query slot (row) may attend to a key slot; no slot attends to later ones in any case.
+      mask: true where a query slot (row) may attend to a key slot; attention is causal in any case.
       partial_layers: layers that update only `updated_slots`.
-      updated_slots: the slots that partial layers update.
 
     Returns:
-      The hidden states and each layer's projections.
+      The hidden states, and the projections of each layer.
     """
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
     projections = []
@@ -210,7 +195,7 @@ class Decoder(nn.Module):
   def project(
     self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
   ) -> Projections:
-    """What a layer's attention would compute from `x`: keys and values of all slots, queries of some."""
+    """Projections of `x` in a layer's attention: keys and values of all slots, queries of `slots`."""
     return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.head_dim, positions), slots)
 
   def extend(
@@ -222,18 +207,16 @@ class Decoder(nn.Module):
     new: NewTokens,
     dtype: Any,
   ) -> tuple[Float[Array, "B 1 D"], NewTokens]:
-    """Runs every layer on one new token a row, over the caches of all segments.
+    """Runs all layers on one new token per row.
 
     Args:
-      tokens: the new tokens.
-      positions: their rotary positions.
-      order: where they stand in their rows, see `Layout.order`.
-      caches: the prompts, one cache a segment, layers in order.
-      new: the tokens after them.
+      order: see `Layout.order`.
+      caches: the prompts, one cache per segment, in layer order.
+      new: the tokens after the prompts.
       dtype: of the hidden states.
 
     Returns:
-      The hidden states before the final norm, and the tokens after the prompts with this one.
+      The hidden states before the final norm, and `new` including this token.
     """
     x = self.embed_tokens(tokens).astype(dtype)
     rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)

@@ -2,8 +2,8 @@
 
 Axes: B batch, S sequence, D in features, F out features.
 
-Weights are stored as a Hugging Face checkpoint stores them, `[F, D]`: loading copies them as they are, and a product of
-few rows reads them along their contiguous axis.
+Weights are stored as in a Hugging Face checkpoint, `[F, D]`: loading copies them unchanged, and a product of few rows
+reads them along their contiguous axis.
 """
 
 import functools
@@ -29,18 +29,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 # `[F, D]`, or a `qwix.QArray` of that shape.
 Weight = Any
 
-# Logical names of a weight's axes, out features first; None where no mesh axis ever divides them.
+# Logical names of a weight's axes, out features first; None for an axis that is never sharded.
 WeightAxes = tuple[str | None, str | None]
 
 
 def cast(weight: Weight, dtype: Any) -> Weight:
-  """A weight in the dtype of a product; a quantised one stays as it is."""
+  """Casts a weight to the dtype of a product; quantised weights are unchanged."""
   return weight if is_quantized(weight) else weight.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: Float[Array, "B S D"], weight: Weight, kernels: Kernels) -> Float[Array, "B S F"]:
-  """`x · weightᵀ` accumulated in float32 and returned in `x.dtype`; its gradients accumulate in float32 too."""
+  """`x · weightᵀ` accumulated in float32 and returned in `x.dtype`; gradients accumulate in float32 too."""
   return kernels.product(x, weight).astype(x.dtype)
 
 
@@ -53,8 +53,8 @@ def _matmul_backward(kernels: Kernels, residuals: tuple[Array, Array], g: Array)
   x, weight = residuals
   dtype = x.dtype
   dx = jnp.einsum("BSF,FD->BSD", g, weight, preferred_element_type=jnp.float32)
-  x, g = x.astype(jnp.float32), g.astype(jnp.float32)  # XLA on CPU has no such product of bfloat16
-  if g.shape[-1] <= x.shape[-1]:  # XLA on CPU transposes a copy of the left operand: the smaller one
+  x, g = x.astype(jnp.float32), g.astype(jnp.float32)  # XLA on CPU lacks this product in bfloat16
+  if g.shape[-1] <= x.shape[-1]:  # XLA on CPU transposes a copy of the left operand, so it is the smaller
     dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
   else:
     dw = jnp.einsum("BSD,BSF->DF", x, g, preferred_element_type=jnp.float32).T
@@ -85,8 +85,6 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-  """A table of `num_embeddings` vectors."""
-
   num_embeddings: int
   features: int
   kernels: Kernels

@@ -24,14 +24,7 @@ from himap_jax.model.towers.common import TowerOutput
 
 
 class Embedded(NamedTuple):
-  """Prompts before the decoder.
-
-  Attributes:
-    x: `[B, S, D]` hidden states.
-    positions: `[B, S]` rotary positions.
-    layout: what each slot holds.
-    tower: what the vision tower says of the images.
-  """
+  """Prompts before the decoder: hidden states, rotary positions, layout and tower output."""
 
   x: Float[Array, "B S D"]
   positions: Int[Array, "B S"]
@@ -40,13 +33,7 @@ class Embedded(NamedTuple):
 
 
 class Network(nn.Module):
-  """The computation; it runs in `dtype`, softmax, norms, products and logits accumulating in float32.
-
-  Attributes:
-    config: the model's sizes.
-    dtype: of hidden states and of the weights in products.
-    kernels: the platform's implementations.
-  """
+  """The computation, in `dtype`; softmax, norms, products and logits accumulate in float32."""
 
   config: ModelConfig
   dtype: Any = jnp.bfloat16
@@ -61,14 +48,14 @@ class Network(nn.Module):
       self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))
 
   def encode_images(self, pixel_values: Float[Array, "B 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
-    """Image tokens in the decoder's width, and what the tower says of them."""
+    """Image tokens in the decoder's width, and the tower output."""
     with jax.named_scope("vision_tower"):
       tower = self.vision_tower(pixel_values.astype(self.dtype))
     with jax.named_scope("connector"):
       return self.multi_modal_projector(tower.features), tower
 
   def embed(self, inputs: Inputs) -> Embedded:
-    """Embeds a batch: the tokens, with the image tokens in their slots."""
+    """Embeds tokens and images, with the image tokens in their slots."""
     image_tokens, tower = self.encode_images(inputs.pixel_values)
     x = self.language_model.embed_tokens(inputs.tokens).astype(self.dtype)
     return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
@@ -80,7 +67,7 @@ class Network(nn.Module):
     return self.kernels.product(x, cast(head.weight, x.dtype))
 
   def __call__(self, inputs: Inputs) -> Float[Array, "B S V"]:
-    """Logits of every slot, without pruning; those of padding are meaningless."""
+    """Logits of every slot, without pruning; undefined in padding."""
     embedded = self.embed(inputs)
     x, _ = self.language_model(embedded.x, embedded.positions, range(self.config.text.num_hidden_layers))
     return self.logits(x)
@@ -88,24 +75,18 @@ class Network(nn.Module):
 
 @pytree
 class Model:
-  """A network with its parameters: one argument of every compiled program.
-
-  Attributes:
-    params: the parameter tree, nested dicts of arrays; names are those of the checkpoint.
-    network: static.
-  """
+  """A network with its parameters, named as in the checkpoint; passed as one argument to every compiled program."""
 
   params: PyTree
   network: Network = flax.struct.field(pytree_node=False)
 
   @property
   def config(self) -> ModelConfig:
-    """The model's sizes."""
     return self.network.config
 
   @property
   def dtype(self) -> Any:
-    """Of activations, and of all parameters that are not quantised."""
+    """Dtype of activations and of all parameters that are not quantised."""
     return self.network.dtype
 
   def bind(self) -> Network:
@@ -114,12 +95,12 @@ class Model:
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:
-  """The parameter tree as `jax.ShapeDtypeStruct`s of the given dtype; nothing is computed."""
+  """The parameter tree as `jax.ShapeDtypeStruct`s; nothing is computed."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), nn.unbox(_abstract_variables(config))["params"])
 
 
 def logical_axes(config: ModelConfig) -> dict[str, Any]:
-  """The parameter tree as a `PartitionSpec` of logical axes for every parameter."""
+  """The parameter tree as `PartitionSpec`s of logical axes."""
   return nn.get_partition_spec(_abstract_variables(config))["params"]
 
 

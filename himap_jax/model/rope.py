@@ -13,13 +13,13 @@ from himap_jax.model.config import RopeConfig
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angular frequencies `[H/2]` in radians per position, as transformers computes them for the same `rope_parameters`."""
+  """Angular frequencies `[H/2]` in radians per position, equal to transformers' for the same `rope_parameters`."""
   exponent = (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
-  base = 1.0 / (config.theta**exponent).astype(np.float32)  # NumPy's float32 power is not rounded as torch's is
+  base = 1.0 / (config.theta**exponent).astype(np.float32)  # NumPy's float32 power rounds differently from torch's
   if config.rope_type == "linear":
     return (base / config.factor).astype(np.float32)
   if config.rope_type == "llama3":
-    wavelength = 2 * math.pi * (1 / base)  # torch divides a number by an array so
+    wavelength = 2 * math.pi * (1 / base)  # as torch divides a number by an array
     low = config.original_max_position_embeddings / config.low_freq_factor
     high = config.original_max_position_embeddings / config.high_freq_factor
     blend = (config.original_max_position_embeddings * (1 / wavelength) - config.low_freq_factor) / (
@@ -34,7 +34,7 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 def rotation(
   config: RopeConfig, head_dim: int, positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]:
-  """Cosine and sine of every position in float32, to be computed once and shared by all layers."""
+  """Cosine and sine of every position in float32; computed once and shared by all layers."""
   angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), jnp.asarray(frequencies(config, head_dim)))
   angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
   return jnp.cos(angle), jnp.sin(angle)

@@ -1,1 +1,1 @@
-"""Pruning of image tokens: methods, schedules of their stages, and what these cost; plain arrays and integers only."""
+"""Pruning of image tokens: methods, schedules of stages, and costs; plain arrays and integers only."""

@@ -1,7 +1,7 @@
-"""What a schedule costs: FLOPs in the two conventions that papers on token pruning use, and bytes of the cache.
+"""Costs of a schedule: FLOPs in the two conventions of papers on token pruning, and bytes of the cache.
 
-Every figure counts products of matrices, and a multiplication as one operation, as FastV (arXiv 2403.06764) and HiMAP
-(arXiv 2503.13108, Eq. 10) do. Where rows keep different counts, `Schedule.with_counts` gives a row's own.
+All figures count matrix products, and a multiplication as one operation, as FastV (arXiv 2403.06764) and HiMAP (arXiv
+2503.13108, Eq. 10) do. If rows keep different counts, `Schedule.with_counts` gives a row's own.
 """
 
 import dataclasses
@@ -13,14 +13,14 @@ from himap_jax.pruning.sizes import Sizes
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-  """What one row costs; operations are multiplications.
+  """Costs of one row; operations are multiplications.
 
   Attributes:
-    image_tokens: the decoder's prefill on image tokens alone (HiMAP, Eq. 10).
-    tower: the vision tower, up to the last layer that is needed.
-    projector: the connector on every image token.
-    decoder: the decoder's prefill on all tokens.
-    scoring: choosing tokens, and projecting those that were merged.
+    image_tokens: decoder prefill on image tokens alone (HiMAP, Eq. 10).
+    tower: vision tower, up to the last layer run.
+    projector: connector on every image token.
+    decoder: decoder prefill on all tokens.
+    scoring: selecting tokens, and projecting merged ones.
     head: logits of the last token.
     decode: one decoded token right after the prompt.
     cache_bytes: keys and values of the prompt.
@@ -41,16 +41,16 @@ class Costs:
 
   @property
   def prefill(self) -> int:
-    """Everything up to the first new token."""
+    """All operations up to the first new token."""
     return self.tower + self.projector + self.decoder + self.scoring + self.head
 
 
 def costs(
   sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int, bytes_per_value: int = 2
 ) -> Costs:
-  """What one prompt costs, from its image tokens before pruning and its text tokens.
+  """Costs of one prompt, from its image tokens before pruning and its text tokens.
 
-  Criteria count all text tokens as instruction; `bytes_per_value` is that of the cache.
+  All text tokens count as instruction; `bytes_per_value` is that of the cache.
   """
   entering = [count for count, _ in _layers(sizes, schedule, num_image_tokens)]
   head = sizes.hidden_size * sizes.vocab_size
@@ -69,7 +69,7 @@ def costs(
 
 
 def tower_flops(sizes: ModelSizes, num_image_tokens: int) -> int:
-  """Operations of the vision tower: 4nw² + 2n²w + 2nwm a layer, and the patch embedding."""
+  """Operations of the vision tower: 4nw² + 2n²w + 2nwm per layer, and the patch embedding."""
   num_tokens = num_image_tokens + sizes.drops_first_token
   num_patches = num_tokens - sizes.has_class_token
   w, m = sizes.tower_width, sizes.tower_feed_forward
@@ -78,7 +78,7 @@ def tower_flops(sizes: ModelSizes, num_image_tokens: int) -> int:
 
 
 def scoring_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int) -> int:
-  """Operations of choosing tokens, over all stages."""
+  """Operations of selecting tokens, over all stages."""
   total, present = 0, num_image_tokens
   for stage in schedule.stages:
     total += stage.criterion.cost(Sizes(sizes, num_image_tokens, present, num_text_tokens, stage.keep))
@@ -87,7 +87,7 @@ def scoring_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, 
 
 
 def decode_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int) -> int:
-  """Operations of the decoder's layers on one new token, which sees the kept tokens, the text and itself."""
+  """Operations of the decoder's layers on one new token, which attends to kept tokens, text and itself."""
   d, m, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
   return sum(
     2 * d * q + 2 * d * k + 2 * (num_image + num_text_tokens + 1) * q + 3 * d * m
@@ -96,9 +96,9 @@ def decode_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, n
 
 
 def image_token_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int) -> int:
-  """Operations of the decoder on image tokens alone: 4nd² + 2n²d + 2ndm a layer (HiMAP, Eq. 10).
+  """Operations of the decoder on image tokens alone: 4nd² + 2n²d + 2ndm per layer (HiMAP, Eq. 10).
 
-  In a layer that does not update image tokens, their keys and values remain: 2nd².
+  A layer that does not update image tokens still computes their keys and values: 2nd².
   """
   d, m = sizes.hidden_size, sizes.intermediate_size
   return sum(
@@ -111,8 +111,8 @@ def all_token_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int
   """Operations of the decoder on all tokens of a prompt.
 
   A layer takes 2udq for queries and outputs, 2ndk for keys and values, 2unq for attention and 3udm for the gated
-  feed-forward: n tokens, of which u are updated (all of them, or the text where image tokens are frozen), q and k being
-  the widths of all query and key heads.
+  feed-forward. Of its n tokens u are updated: all, or only the text if image tokens are frozen; q and k are the total
+  widths of query and key heads.
   """
   d, m, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
   total = 0
@@ -126,13 +126,13 @@ def all_token_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int
 def cache_bytes(
   sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_slots: int, *, bytes_per_value: int
 ) -> int:
-  """Bytes of one row's keys and values; `num_text_slots` counts padding and decoded tokens too."""
+  """Bytes of one row's keys and values; `num_text_slots` includes padding and decoded tokens."""
   slots = sum(count + num_text_slots for count, _ in _layers(sizes, schedule, num_image_tokens))
   return slots * 2 * sizes.key_width * bytes_per_value
 
 
 def _layers(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int) -> list[tuple[int, bool]]:
-  """For every layer its image tokens, and whether it is frozen to them."""
+  """Image tokens of each layer, and whether it is frozen."""
   return [
     (segment.num_image_tokens, layer in schedule.frozen_layers)
     for segment in schedule.segments(sizes.num_layers, num_image_tokens)

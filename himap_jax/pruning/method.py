@@ -1,9 +1,9 @@
-"""What a pruning method is: a small pure function from what it sees to what it keeps, and a description.
+"""The interface of a pruning method: a small pure function from a `View` to a `Selection`, and a description.
 
 Axes: B batch, S slots, M image tokens, I and P slots and image tokens before any pruning, K kept, D model dim.
 
-A row of a batch may have fewer image tokens than M. Those that it lacks are the last of the M (`Layout.image_present`);
-every method keeps them only where the row has no others left.
+A row may have fewer than M image tokens. The missing ones are the last of the M (`Layout.image_present`); every method
+keeps them only if the row has no others left.
 """
 
 import dataclasses
@@ -20,26 +20,25 @@ from himap_jax.pruning.sizes import Sizes
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """What a method sees where it acts: before the decoder (layer 0) or between two layers.
+  """Inputs of a method, before the decoder (layer 0) or between two layers.
 
   Attributes:
-    layer: the layer that comes next.
+    layer: the next layer.
     x: `[B, S, D]` hidden states that enter it.
-    layout: what each slot holds.
-    query: `[B, S, N, H]` rotated queries of the layer before; None at layer 0.
+    query: `[B, S, N, H]` rotated queries of the previous layer; None at layer 0.
     key: `[B, S, K, H]` its rotated keys; None at layer 0.
-    next_layer: computes the queries `[B, R, N, H]` of the slots `[B, R]` it is given and the keys `[B, S, K, H]` of the
-      layer that comes next, as they would be without pruning here.
+    next_layer: maps slots `[B, R]` to the next layer's queries `[B, R, N, H]` and keys `[B, S, K, H]` of the unpruned
+      sequence.
     scale: of attention logits.
-    embeddings: `[B, I, D]` the decoder's input before any pruning; None, as what follows up to `tower_keys`, where a
-      prefill starts between layers.
-    embedded_layout: what each slot of it holds.
-    features: `[B, P, F]` the vision tower's features of the image tokens.
-    class_attention: `[B, P]` attention of the tower's class token to them; None where the tower has no class token.
-    tower_keys: `[B, P, n, h]` keys of them in the tower, by head.
+    embeddings: `[B, I, D]` decoder input before any pruning; None, like the fields up to `tower_keys`, if prefill
+      starts between layers.
+    embedded_layout: its layout.
+    features: `[B, P, F]` tower features of the image tokens.
+    class_attention: `[B, P]` attention of the tower's class token to them; None without a class token.
+    tower_keys: `[B, P, n, h]` their keys in the tower, by head.
     project: the connector, from features to the decoder's width.
-    keys: `[B]` a random key for each row, the same whatever batch the row is in.
-    parameters: the method's parameters by name; traced, so that other values need no other program.
+    keys: `[B]` a random key per row, independent of the batch.
+    parameters: the method's parameters by name; traced, so new values need no compilation.
   """
 
   layer: int
@@ -59,22 +58,21 @@ class View:
   parameters: Mapping[str, Float[Array, ""]]
 
   def attention_from(self, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None) -> Float[Array, "B M"]:
-    """Attention that each image token receives from some slots in the layer before, summed, averaged over heads."""
+    """Attention that image tokens receive from `rows` in the previous layer, summed over rows, averaged over heads."""
     query = take_slots(self.query, rows)
     return scoring.received_attention(query, self.key, self.layout, rows, scale=self.scale, valid=valid)
 
   def image_tokens(self) -> Float[Array, "B M D"]:
-    """The hidden states of the image tokens."""
     return take_slots(self.x, self.layout.image_slots())
 
 
 class Selection(NamedTuple):
-  """What a method keeps.
+  """Image tokens that a method keeps.
 
   Attributes:
-    kept: `[B, K]` indices into the image tokens it saw, ascending.
-    merged: `[B, K, D]` what takes the place of those tokens where a method merges; None where they stay as they are.
-    present: `[B, K]` which of them the row keeps, where rows keep different counts; None where each keeps all K.
+    kept: `[B, K]` indices into the image tokens of the view, ascending.
+    merged: `[B, K, D]` hidden states that replace theirs, if the method merges tokens.
+    present: `[B, K]` which of them the row keeps, if rows keep different counts.
   """
 
   kept: Int[Array, "B K"]
@@ -84,12 +82,7 @@ class Selection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-  """What a stage keeps, and what deciding that costs.
-
-  Attributes:
-    select: chooses a number of image tokens.
-    cost: multiplications of it for one row, in products of matrices alone.
-  """
+  """The selection rule of a stage, and its multiplications for one row, in matrix products only."""
 
   select: Callable[[View, int], Selection]
   cost: Callable[[Sizes], int]
@@ -104,16 +97,15 @@ class Method:
 
   Attributes:
     source: the paper.
-    criteria: what each stage keeps; a single criterion serves any number of stages.
-    prune_layers: the authors' default layers, one a stage, 0 being before the decoder; or a function of the number of
-      decoder layers, where the default depends on it.
+    criteria: one per stage; a single criterion serves any number of stages.
+    prune_layers: the authors' default layers, one per stage, 0 being before the decoder; or a function of the number of
+      decoder layers.
     keep: the authors' default share of the image's tokens that remains after each stage, or such a function.
     acts: where its stages may be: `before` the decoder (layer 0), `inside` it, since they read the attention of the
-      layer before, or `anywhere`.
-    freezes: whether `prune_layers` are layers in which image tokens are kept but not updated, instead of stages.
-    needs_class_attention: whether it reads the attention of the tower's class token.
-    parameters: its numbers that may be chosen without compiling again, with their defaults.
-    check: raises `UserError` where a value of the parameters makes no sense.
+      previous layer, or `anywhere`.
+    freezes: whether `prune_layers` are layers in which image tokens are not updated, instead of stages.
+    parameters: parameters that can change without recompilation, with their defaults.
+    check: raises `UserError` for invalid values of the parameters.
   """
 
   source: str
@@ -128,7 +120,7 @@ class Method:
 
 
 def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes], int]) -> Criterion:
-  """The criterion that keeps the highest scores; of equal ones the earlier."""
+  """The criterion that keeps the highest scores; of equal scores the earlier token."""
 
   def select(view: View, keep: int) -> Selection:
     scores = jnp.where(view.layout.image_present(), score(view), -jnp.inf)
@@ -138,27 +130,27 @@ def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes]
 
 
 def stable_top_k(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]:
-  """Indices of the highest scores, the highest first; of equal ones the earlier.
+  """Indices of the highest scores, in descending order; of equal scores the earlier.
 
-  As `jax.lax.top_k`, for which XLA would gather the rows of all devices.
+  For `jax.lax.top_k` XLA would gather the rows of all devices.
   """
   return jnp.argsort(scores, axis=-1, descending=True, stable=True)[..., :count]
 
 
 def filled(kept: Int[Array, "B K"], present: Bool[Array, "B M"]) -> Int[Array, "B K"]:
-  """As many different indices, ascending: those kept, with others in place of duplicates and of ones the row lacks."""
+  """The kept indices, ascending; duplicates and indices that the row lacks are replaced by others."""
   preference = jnp.where(present, jnp.where(mark(kept, present.shape[1]), 2.0, 1.0), 0.0)
   return jnp.sort(stable_top_k(preference, kept.shape[1]), axis=1)
 
 
 def mark(indices: Int[Array, "*B K"], size: int) -> Bool[Array, "*B M"]:
-  """Which of `size` numbers are among the indices; no scatter, which XLA would not divide over rows."""
+  """Mask of the indices; not by a scatter, which XLA would not shard over rows."""
   numbers = jnp.arange(size, dtype=indices.dtype).reshape(*[1] * indices.ndim, size)
   return (indices[..., None] == numbers).any(axis=-2)
 
 
 def cosine_similarity(x: Float[Array, "B M D"], y: Float[Array, "B K D"]) -> Float[Array, "B M K"]:
-  """Cosine of the angle between every pair, in float32."""
+  """Cosine similarity of every pair, in float32."""
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   x, y = (v / jnp.maximum(jnp.linalg.norm(v, axis=-1, keepdims=True), 1e-12) for v in (x, y))
   return jnp.einsum("BMD,BKD->BMK", x, y, precision="highest")

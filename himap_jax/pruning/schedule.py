@@ -1,4 +1,4 @@
-"""Pruning schedules: which layers are preceded by a stage, and the static shape of every segment between stages."""
+"""Pruning schedules: the stages between layers, and the static shape of every segment between stages."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,13 +9,7 @@ from himap_jax.pruning.method import Criterion
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One pruning stage.
-
-  Attributes:
-    layer: the stage acts before this layer, counted from 0; at 0 it acts before the decoder.
-    keep: image tokens that remain.
-    criterion: which ones, and what is merged into them.
-  """
+  """One pruning stage: before `layer` (counted from 0; 0 is before the decoder) it leaves `keep` image tokens."""
 
   layer: int
   keep: int
@@ -24,14 +18,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A range of layers that all see the same tokens.
-
-  Attributes:
-    first: its first layer.
-    last: one past its last layer.
-    num_image_tokens: image tokens in the sequence.
-    stage: the stage that follows, or None at the end.
-  """
+  """Layers `first` to `last` − 1, which all see the same tokens, and the stage that follows, if any."""
 
   first: int
   last: int
@@ -41,12 +28,11 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """What happens to the image tokens.
+  """Pruning stages, in the order of their layers.
 
   Attributes:
-    stages: pruning stages in the order of their layers; no stages, no pruning.
-    frozen_layers: layers that do not update image tokens, in ascending order.
-    parameters: the methods' parameters by name; no part of a schedule's identity, since programs take them as inputs.
+    frozen_layers: layers that do not update image tokens, ascending.
+    parameters: the methods' parameters by name; not part of a schedule's identity, since programs take them as inputs.
   """
 
   stages: tuple[Stage, ...] = ()
@@ -55,19 +41,19 @@ class Schedule:
 
   @property
   def num_caches(self) -> int:
-    """Segments that have layers."""
+    """Number of segments that have layers."""
     return len(self.stages) + (not self.stages or self.stages[0].layer > 0)
 
   def with_counts(self, counts: Sequence[int]) -> "Schedule":
-    """The same stages with other keep counts, such as those of one row where rows keep different counts."""
+    """The same stages with other keep counts, such as those of one row if rows keep different counts."""
     stages = (dataclasses.replace(stage, keep=keep) for stage, keep in zip(self.stages, counts, strict=True))
     return dataclasses.replace(self, stages=tuple(stages))
 
   def segments(self, num_layers: int, num_image_tokens: int) -> tuple[Segment, ...]:
-    """Cuts the decoder at the stages; a stage before the decoder makes a first segment without layers.
+    """Splits the decoder at the stages; a stage before the decoder makes a first segment without layers.
 
     Raises:
-      UserError: stages that the model cannot run: layers out of range or out of order, counts that grow.
+      UserError: layers are out of range or out of order, or keep counts grow.
     """
     for layer in self.frozen_layers:
       if not 0 <= layer < num_layers:

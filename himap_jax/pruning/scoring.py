@@ -1,9 +1,9 @@
-"""Attention that image tokens receive, computed for the few query rows that a score needs.
+"""Attention that image tokens receive, for the few query rows that a score needs.
 
 Axes: B batch, S slots, Q rows, N query heads, K key heads, G query heads per key head, H head dim, M image tokens.
 
-Only these rows get a softmax of their own, in float32: the layer's attention does not give its probabilities away, so
-that any implementation of it will do.
+Only these rows get a softmax of their own, in float32: a layer's attention does not expose its probabilities, so any
+implementation of it can be used.
 """
 
 import jax
@@ -16,7 +16,7 @@ from himap_jax.inputs import Layout, take_slots
 def attention_of_rows(
   query: Float[Array, "B Q N H"], key: Float[Array, "B S K H"], visible: Bool[Array, "B Q S"], scale: float
 ) -> Float[Array, "B K G Q S"]:
-  """Attention probabilities of some rotated queries over all slots' rotated keys, by head; `scale` is the logits'."""
+  """Attention probabilities of rotated queries over the rotated keys of all slots, by head."""
   num_keys = key.shape[2]
   batch, num_rows, num_heads, head_dim = query.shape
   query = jnp.swapaxes(query, 1, 2).reshape(batch, num_keys, num_heads // num_keys, num_rows, head_dim)
@@ -33,9 +33,9 @@ def received_attention(
   scale: float,
   valid: Bool[Array, "B Q"] | None = None,
 ) -> Float[Array, "B M"]:
-  """Σ over the valid rows of the attention probabilities, averaged over heads, in the columns of `layout.image_slots`.
+  """Attention that image tokens receive from the valid rows, summed over rows, averaged over heads.
 
-  `query` are those of the slots `rows`; `valid` says which of them count, all of them where absent.
+  `query` holds the queries of the slots `rows`; all rows are valid if `valid` is absent.
   """
   attention = attention_of_rows(query, key, layout.visible(rows), scale)
   if valid is not None:

@@ -1,4 +1,4 @@
-"""What the cost of a prompt and of a pruning criterion depends on."""
+"""Sizes that the costs of prompts and pruning criteria depend on."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ class ModelSizes:
   """The sizes of a model of any family; those without a prefix are the decoder's.
 
   Attributes:
-    tower_layers: layers of the vision tower that run, up to the last one that features are taken from.
-    num_features: width of what the connector reads.
-    has_class_token: whether a class token stands before the tower's patches.
-    drops_first_token: whether the tower's first token is no image token.
-    connector_flops_per_token: multiplications of the connector for one image token.
+    tower_layers: layers of the vision tower that run.
+    num_features: width of the connector's input.
+    has_class_token: whether a class token precedes the tower's patches.
+    drops_first_token: whether the tower's first token is not an image token.
+    connector_flops_per_token: multiplications of the connector per image token.
   """
 
   num_layers: int
@@ -34,25 +34,22 @@ class ModelSizes:
 
   @property
   def query_width(self) -> int:
-    """Width of all query heads."""
     return self.num_heads * self.head_dim
 
   @property
   def key_width(self) -> int:
-    """Width of all key heads."""
     return self.num_key_heads * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """What the cost of a criterion depends on.
+  """Sizes that the cost of a criterion depends on.
 
   Attributes:
-    model: the model.
-    num_image_tokens: before any pruning, N.
-    num_present: image tokens that the criterion sees, M.
-    num_text_tokens: text tokens of the prompt; they all stand after the image when costs are counted.
-    keep: image tokens that it keeps, K.
+    num_image_tokens: N, before any pruning.
+    num_present: M, image tokens that the criterion sees.
+    num_text_tokens: text tokens of the prompt, all counted as following the image.
+    keep: K, image tokens that it keeps.
   """
 
   model: ModelSizes
@@ -63,13 +60,13 @@ class Sizes:
 
   @property
   def num_slots(self) -> int:
-    """Tokens of the sequence that the criterion sees."""
+    """Length of the sequence that the criterion sees."""
     return self.num_present + self.num_text_tokens
 
   def attention(self, num_rows: int) -> int:
-    """Multiplications of attention probabilities of some query rows over the sequence, in all heads."""
+    """Multiplications for the attention probabilities of query rows over the sequence, in all heads."""
     return num_rows * self.num_slots * self.model.query_width
 
   def class_attention(self) -> int:
-    """Multiplications of the class token's attention in one layer of the tower."""
+    """Multiplications for the class token's attention in one tower layer."""
     return self.num_image_tokens * self.model.tower_width

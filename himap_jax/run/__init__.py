@@ -1,1 +1,1 @@
-"""The command: flags, prompts, pictures, answers, and the output that they go to."""
+"""The command: flags, prompts, pictures, answers and output."""

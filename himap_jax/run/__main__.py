@@ -2,7 +2,7 @@
 
     python -m himap_jax.run --flagfile=experiments/flags/demo.flags
 
-Reads prompts, writes one JSON row per prompt as batches finish, resumes where an earlier run stopped.
+Reads prompts, writes one JSON row per prompt as batches finish, and resumes where an earlier run stopped.
 """
 
 import os
@@ -22,8 +22,6 @@ flags.adopt_module_key_flags(run_flags)  # for --help
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs the command and exits with its status."""
-
   def action() -> int:
     run_flags.join_processes()
     try:

@@ -1,4 +1,4 @@
-"""The main loop: prompts into batches, batches through the model, answers into the output."""
+"""The main loop: prepares prompts, answers them in batches, writes rows."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ from himap_jax.run.summary import Result, Summary
 
 
 class Prepared(NamedTuple):
-  """A prompt that is ready for the model, and the digest of its output row."""
+  """A prompt that is ready for the model, with the digest of its output row."""
 
   prompt: Prompt
   example: Example
@@ -38,16 +38,16 @@ class Prepared(NamedTuple):
 
 
 class Reader:
-  """Prepares prompts ahead of their batches and sorts them by bucket; what cannot be prepared becomes an error."""
+  """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors."""
 
   def __init__(self, prompts: Iterable[Prompt], prepare: Callable, *, buckets: Sequence[int], batch_size: int):
-    """Reads nothing yet; `prepare` turns a prompt into its bucket and a `Prepared`, or raises UserError."""
+    """`prepare` returns a prompt's bucket and its `Prepared`, or raises UserError."""
     self._prompts, self._prepare, self._batch_size = iter(prompts), prepare, batch_size
     self._waiting: dict[int, list[Prepared]] = {bucket: [] for bucket in buckets}
     self._errors: list[tuple[Prompt, str]] = []
 
   def read(self) -> None:
-    """Reads on until some bucket fills a batch, or to the end."""
+    """Reads until a bucket fills a batch, or to the end."""
     while max(self.counts()) < self._batch_size:
       prompt = next(self._prompts, None)
       if prompt is None:
@@ -61,32 +61,29 @@ class Reader:
         self._errors.append((prompt, str(error)))
 
   def counts(self) -> list[int]:
-    """Rows that wait, by bucket."""
+    """Waiting rows, by bucket."""
     return [len(group) for group in self._waiting.values()]
 
   def take(self, bucket: int) -> list[Prepared]:
-    """The rows of the next batch."""
+    """Removes and returns the rows of the next batch."""
     group = self._waiting[bucket]
     self._waiting[bucket] = group[self._batch_size :]
     return group[: self._batch_size]
 
   def take_errors(self) -> list[tuple[Prompt, str]]:
-    """The prompts that cannot be answered since the last call, and why."""
+    """Returns the prompts that failed since the last call, with their messages."""
     errors, self._errors = self._errors, []
     return errors
 
 
 @dataclasses.dataclass(frozen=True)
 class Answerer:
-  """What makes output rows of prompts.
+  """Answers prompts with output rows.
 
   Attributes:
-    processor: prepares prompts.
-    batcher: packs prepared prompts.
-    engine: answers batches.
-    batch_size: rows of a batch in all processes together; a multiple of the mesh's `data` axis.
-    emit: further fields of a row: `tokens`, `kept`, `logits`, `timing`.
-    pictures: a directory for pictures of kept patches, or None.
+    batch_size: rows of a batch over all processes; a multiple of the mesh's `data` axis.
+    emit: extra fields of a row: `tokens`, `kept`, `logits`, `timing`.
+    pictures: directory for pictures of kept patches, if any.
   """
 
   processor: Processor
@@ -99,11 +96,11 @@ class Answerer:
   def answer_all(self, output: Output, share: Share = Share()) -> Summary:
     """Answers every prompt that has no answer yet, batch by batch; a bad row becomes an error row.
 
-    Every process of the run calls this and prepares the prompts of its share. The rows of all are collected in each,
-    and the first process writes them.
+    Every process of the run calls this and prepares its share of the prompts. All processes receive all rows, and the
+    first process writes them.
 
     Raises:
-      UserError: a file cannot be written, or the devices have too little memory; the rows written before are whole.
+      UserError: a file cannot be written, or device memory is exhausted; rows written before are complete.
     """
     contract, buckets = output.contract, self.batcher.buckets
     todo = [prompt for prompt in contract.prompts if prompt.key not in output.answered]
@@ -134,7 +131,7 @@ class Answerer:
           results += self._results(group, generation)
           if self.pictures is not None and share.is_written_here:
             self._draw(group, generation)
-        results = _of_all_processes(results if share.is_written_here else [])
+        results = _gather_results(results if share.is_written_here else [])
         output.write([result.row for result in results])
         if results:
           logging.log_first_n(logging.INFO, "ready: first rows", 1)
@@ -182,8 +179,8 @@ class Answerer:
           picture.save(path, format="PNG")
 
 
-def _of_all_processes(results: list[Result]) -> list[Result]:
-  """The results that all processes have, in every process."""
+def _gather_results(results: list[Result]) -> list[Result]:
+  """Gathers the results of all processes in each of them."""
   if jax.process_count() == 1:
     return results
   data = np.frombuffer(json.dumps(results).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""What the commands share: values of flags, the compilation cache, the settings of results, messages and exit statuses."""
+"""Common parts of the commands: flag values, compilation cache, settings of results, messages, exit statuses."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") -> tuple | None:
-  """The parsed values of a list flag, or None where it has none; UserError where one cannot be parsed."""
+  """Parses a list flag; None if it is not set. Raises UserError if a value cannot be parsed."""
   if flag.value is None:
     return None
   try:
@@ -31,45 +31,45 @@ def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") ->
 
 
 def keep_count(text: str) -> int | float:
-  """How many image tokens to keep: `72`, or `12.5%` as a fraction."""
+  """A number of image tokens from `72`, or a fraction from `12.5%`."""
   return float(text[:-1]) / 100 if text.endswith("%") else int(text)
 
 
 def named_number(text: str) -> tuple[str, float]:
-  """A name and its value: `threshold:0.8`."""
+  """A name and its value, from `threshold:0.8`."""
   name, value = text.split(":")
   return name.strip(), float(value)
 
 
 def compilation_cache_dir(given: str | None) -> str:
-  """The directory of JAX's persistent cache: the given one (none when empty), or the user's."""
+  """The directory of JAX's persistent cache: the given one (empty for none), or the user's."""
   return str(checkpoint.default_cache_dir() / "compiled") if given is None else given
 
 
 def use_compilation_cache(directory: str) -> None:
-  """Has JAX keep compiled programs in a directory, unless it is empty."""
+  """Makes JAX keep compiled programs in a directory, unless it is empty."""
   if directory:
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-  """What differs between two settings, in words; empty where nothing does."""
+  """Describes the differences between two settings; empty if there are none."""
   before, now = (json.loads(json.dumps(dict(settings))) for settings in (before, now))  # lists for tuples
   names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
   return "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 
 def check_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str) -> None:
-  """Writes the settings that the results beside a file depend on or, where the file is there, compares them.
+  """Writes the settings of results to a file or, if it exists, compares them with its contents.
 
   Raises:
-    UserError: the settings are other ones, which the message names before the advice; or the file cannot be written.
+    UserError: the settings differ (the message names them, then gives the advice), or the file cannot be written.
   """
   if path.exists():
     changed = differences(read_json(path), settings)
     if changed:
-      raise UserError(f"{path}: begun with other settings ({changed}); {advice}")
+      raise UserError(f"{path}: made with other settings ({changed}); {advice}")
   else:
     with user_error(f"cannot write {path}"):
       write_json(path, dict(settings))
@@ -77,7 +77,7 @@ def check_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str)
 
 @contextlib.contextmanager
 def user_error(what: str) -> Iterator[None]:
-  """Turns an OSError about a path of the user's into a UserError that says what was tried and why it failed."""
+  """Turns an OSError about a user's path into a UserError that says what was tried and why it failed."""
   try:
     yield
   except OSError as error:
@@ -86,29 +86,24 @@ def user_error(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_is_user_error() -> Iterator[None]:
-  """Turns JAX's error for exhausted device memory into a UserError that says what takes less of it."""
+  """Turns JAX's out-of-memory error into a UserError that names remedies."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise UserError(
-      f"the devices have too little memory ({str(error).splitlines()[0]}); use a smaller --batch_size, --int8_weights, or a "
-      "--mesh that shards the weights over more devices, such as --mesh=data:1,tensor:4"
+      f"the devices have too little memory ({str(error).splitlines()[0]}); use a smaller --batch_size, --int8_weights, "
+      "or a --mesh that shards the weights over more devices, such as --mesh=data:1,tensor:4"
     ) from error
 
 
 def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resumes: bool = True) -> None:
   """Runs a command and exits with its status.
 
-  That is what the action returns; 2 after an error that the user can mend, which is one line; 130 after an interrupt;
-  and 1 after any other exception, which is a bug and keeps its traceback.
-
-  Args:
-    name: of the command, for messages.
-    argv: what is left of the command line beside flags.
-    action: what to do.
-    resumes: whether the same command goes on where an interrupted one stopped.
+  The status is what the action returns; 2 after an error that the user can fix, which is printed as one line; 130 after
+  an interrupt, which the same command continues if it `resumes`; and 1 after any other exception, which is a bug and
+  keeps its traceback.
   """
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
@@ -120,7 +115,7 @@ def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resume
     print(f"{name}: {error}", file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
-    print(f"\n{name}: interrupted{'; the same command goes on from here' if resumes else ''}", file=sys.stderr)
+    print(f"\n{name}: interrupted{'; the same command continues from here' if resumes else ''}", file=sys.stderr)
     sys.exit(130)
   except Exception:
     traceback.print_exc()

@@ -1,9 +1,8 @@
-"""What makes an output row the answer to a prompt: every row says by digests with which settings and on what it was
-made.
+"""The contract of a row: digests that identify the settings, the question and the picture of its answer.
 
-A row's `digest` is `<settings>-<question>-<picture>`, 16 hexadecimal digits each of the SHA-256 of everything that
-answers depend on beside the prompts, of the question's text, and of the picture's file. The file
-`<output>.settings.json` spells the settings out for people; only the rows decide whether a run may go on from them.
+A row's `digest` is `<settings>-<question>-<picture>`, each the first 16 hexadecimal digits of a SHA-256: of everything
+that answers depend on besides the prompts, of the question's text, and of the picture's file. `<output>.settings.json`
+lists the settings for people; only the digests in the rows decide whether a run may resume.
 """
 
 import dataclasses
@@ -24,20 +23,19 @@ _DIGITS = 16
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
-  """The first part of the digest of rows that are made with these settings."""
+  """The settings part of a row's digest."""
   return _hex(json.dumps(settings, sort_keys=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Contract:
-  """What the rows of an output have to match.
+  """What the rows of an output must match.
 
   Attributes:
-    output: the output file.
-    settings: everything that answers depend on beside the prompts, as JSON can hold it.
+    settings: everything that answers depend on besides the prompts, as JSON values.
     prompts: all prompts, the same in every process.
-    image_dir: where relative paths of images begin.
-    advice: what to do about rows that were made with other settings.
+    image_dir: base of relative image paths.
+    advice: what to do about rows made with other settings.
   """
 
   output: pathlib.Path
@@ -49,28 +47,26 @@ class Contract:
 
   @functools.cached_property
   def digest(self) -> str:
-    """The first part of every row's digest."""
     return digest_of(self.settings)
 
   def row_digest(self, prompt: Prompt, picture: str | None = None) -> str:
-    """A row's digest; `picture` is the SHA-256 of the picture's file, or None where it was not read."""
+    """A row's digest; `picture` is the SHA-256 of the picture's file, None if it was not read."""
     return f"{self.digest}-{_hex(prompt.question)}-{_shortened(picture)}"
 
   def is_stale(self, row: Mapping[str, Any]) -> bool:
-    """Whether a row's prompt is to be answered again: the row is an error, or its question or picture has changed.
+    """Whether a row's prompt must be answered again: the row is an error, or its question or picture has changed.
 
-    A picture that cannot be read now counts as unchanged, so that no answer is lost to a disk that is not there; see
-    `unreadable`.
+    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `unreadable`.
 
     Raises:
-      UserError: the row would stay, and was made with other settings.
+      UserError: the row would be kept, but was made with other settings.
     """
     prompt = self._by_key.get(str(row["id"]))
     if prompt is not None and row["error"] is not None:
       return True
     settings, question, picture = (row["digest"].split("-") + [""] * 3)[:3]
     if settings != self.digest:
-      raise UserError(f"{self.output}: begun with other settings{self._differences(settings)}; {self.advice}")
+      raise UserError(f"{self.output}: made with other settings{self._differences(settings)}; {self.advice}")
     if prompt is None or question != _hex(prompt.question):
       return prompt is not None
     if prompt.image not in self._pictures:
@@ -80,11 +76,11 @@ class Contract:
 
   @property
   def unreadable(self) -> int:
-    """How many pictures of answered rows could not be compared with those that were answered."""
+    """Number of answered rows' pictures that could not be read for comparison."""
     return sum(digest is None for digest in self._pictures.values())
 
   def write_settings(self) -> None:
-    """Writes the settings beside the output; UserError where they cannot be written."""
+    """Writes the settings beside the output; raises UserError if that fails."""
     with user_error(f"cannot write {self._settings_path}"):
       write_json(self._settings_path, {"digest": self.digest, **self.settings})
 
@@ -97,7 +93,7 @@ class Contract:
     return {prompt.key: prompt for prompt in self.prompts}
 
   def _differences(self, digest: str) -> str:
-    """What has changed since rows of a digest were made, in parentheses; nothing where the settings are not known."""
+    """Settings that have changed since a digest, in parentheses; empty if the earlier settings are unknown."""
     try:
       before = read_json(self._settings_path)
     except ValueError:

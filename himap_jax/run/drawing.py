@@ -1,4 +1,4 @@
-"""A picture of which image patches survive each pruning stage."""
+"""Pictures of the image patches that survive each pruning stage."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,7 @@ MARGIN, CAPTION = 8, 16
 
 
 def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> Bool[np.ndarray, "N"]:
-  """True at the kept image tokens, of all that a grid of (rows, columns) has.
-
-  Raises:
-    ValueError: a kept image token is outside the grid.
-  """
+  """Mask of the kept image tokens on a (rows, columns) grid; raises `ValueError` if one is outside."""
   rows, columns = grid
   if any(not 0 <= index < rows * columns for index in kept):
     raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
@@ -32,13 +28,7 @@ def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Im
 
 
 def draw_kept(picture: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[int, int]) -> Image.Image:
-  """Draws the picture and, beside it, what is left of it after each stage.
-
-  Args:
-    picture: the picture as the model saw it.
-    kept: for each stage the numbers of the kept image tokens, row by row over the grid.
-    grid: (rows, columns) of image tokens.
-  """
+  """Draws the picture and, beside it, what each stage keeps of it, as indices over a (rows, columns) grid."""
   rows, columns = grid
   panels = [(f"{rows * columns} image tokens", picture)]
   panels += [(f"stage {n}: {len(stage)} kept", fade(picture, stage, grid)) for n, stage in enumerate(kept, start=1)]

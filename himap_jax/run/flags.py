@@ -27,13 +27,13 @@ flags.DEFINE_string(
 flags.DEFINE_string(
   "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
 )
-flags.DEFINE_string("image_dir", ".", "Where the images are; absolute paths in a row work too.")
-flags.DEFINE_string("output", None, "JSONL to write: id, answer, error and digest of every prompt, in any order.")
-flags.DEFINE_string("pictures", None, "Directory for a picture per prompt of the patches kept at each stage.")
+flags.DEFINE_string("image_dir", ".", "Directory that relative image paths start from.")
+flags.DEFINE_string("output", None, "JSONL file to write: id, answer, error and digest of every prompt, in any order.")
+flags.DEFINE_string("pictures", None, "Directory for one picture per prompt, with the patches kept at each stage.")
 _METHOD = flags.DEFINE_string(
   "method",
   "himap",
-  f"The pruning method: {', '.join(methods.METHODS)}; or one that acts before the decoder + one inside, as divprune+himap.",
+  f"The pruning method: {', '.join(methods.METHODS)}; or one before the decoder + one inside, such as divprune+himap.",
 )
 _PRUNE_LAYERS = flags.DEFINE_list(
   "prune_layers", None, "Layers to prune before, such as 2,8; 0 is before the decoder. The method's own by default."
@@ -45,54 +45,56 @@ _METHOD_PARAMETERS = flags.DEFINE_list(
   "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
 )
 _SCHEDULE = flags.DEFINE_string(
-  "schedule", None, "JSON file of method, prune_layers and keep for their flags; experiments.flow.calibrate writes it."
+  "schedule",
+  None,
+  "JSON file with method, prune_layers and keep instead of these flags; experiments.flow.calibrate writes one.",
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Temperature of sampling; 0 is greedy decoding.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of likeliest tokens that has this probability.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of likeliest tokens with this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling, and of methods that choose at random.")
-_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Generate max_new_tokens tokens, also past the end of the answer.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Always generate max_new_tokens tokens.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
 _PROMPT_BUCKETS = flags.DEFINE_list(
   "prompt_buckets",
   [str(bucket) for bucket in InputConfig().prompt_buckets],
-  "Padded text lengths, in tokens; each is compiled once, when needed. The longest that the context allows is added.",
+  "Padded text lengths, in tokens; each is compiled once, when needed. The longest that fits the context is added.",
 )
 _PROMPT_TEMPLATE = flags.DEFINE_string(
   "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
 )
 flags.DEFINE_enum(
-  "dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations; products accumulate in float32."
+  "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of parameters and activations; products accumulate in float32."
 )
-flags.DEFINE_bool(
-  "int8_weights", False, "Decoder weights as int8, with a scale for every output feature: half the memory."
-)
+flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
 _EMIT = flags.DEFINE_list(
   "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
 )
 flags.DEFINE_bool(
-  "resume", True, "Skip prompts whose question and picture the output has an answer to. --noresume replaces the output."
+  "resume",
+  True,
+  "Skip prompts that the output answers with the same question and picture. --noresume replaces the output.",
 )
 _MESH = flags.DEFINE_list(
   "mesh",
   None,
-  "Devices, such as data:4,tensor:2: rows are sharded over data; heads, feed-forward and vocabulary over tensor, and axes "
-  "that do not divide evenly are replicated. By default chosen from the devices and the size of the weights, and printed.",
+  "Devices, such as data:4,tensor:2: rows are sharded over data; heads, feed-forward and vocabulary over tensor. Axes "
+  "that do not divide evenly are replicated. By default chosen from devices and the size of the weights, and printed.",
 )
 _DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Join the processes that JAX finds by itself, on a Cloud TPU slice or under SLURM."
+  "distributed", False, "Join the processes that JAX finds itself, on a Cloud TPU slice or under SLURM."
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator", None, "host:port of the first of several processes; start the same command in each."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 flags.DEFINE_bool("strict", False, "Exit with status 1 when a row has an error.")
 flags.DEFINE_string(
   "profile_dir", None, "Directory for a JAX profiler trace, for TensorBoard or Perfetto; use few prompts."
 )
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
-  "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off when empty."
+  "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
 )
 _VALUES = ("checkpoint", "dtype", "int8_weights", "resume", "strict")
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
@@ -100,7 +102,7 @@ _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-  """A run, as the flags give it; names and meanings are the flags'. `mesh` is None where it is to be chosen."""
+  """A run as configured by the flags, with their names and meanings; `mesh` is None if it is to be chosen."""
 
   checkpoint: str
   prompts: pathlib.Path
@@ -121,11 +123,7 @@ class RunConfig:
 
 
 def config_from_flags() -> RunConfig:
-  """Reads and checks the flags.
-
-  Raises:
-    UserError: a flag that is missing, malformed or contradicts another.
-  """
+  """Reads and checks the flags; raises `UserError` if one is missing or malformed, or contradicts another."""
   values, paths = ({name: flags.FLAGS[name].value for name in names} for names in (_VALUES, _PATHS))
   for name in ("prompts", "output"):
     if not paths[name]:
@@ -153,7 +151,7 @@ def config_from_flags() -> RunConfig:
 
 
 def _pruning() -> PruningConfig:
-  """Method, layers and keep counts from their flags or from a file; parameters from their flag."""
+  """Method, layers and keep counts from their flags or a schedule file; parameters from their flag."""
   parameters = command.numbers(_METHOD_PARAMETERS, command.named_number, "such as threshold:0.8") or ()
   given = (_METHOD, _PRUNE_LAYERS, _KEEP)
   if _SCHEDULE.value is None:
@@ -175,7 +173,7 @@ def _pruning() -> PruningConfig:
 
 
 def join_processes() -> None:
-  """Joins the other processes that the flags name, see `processes.initialize`; UserError where it cannot."""
+  """Joins the other processes named by the flags (`processes.initialize`); raises UserError if that fails."""
   try:
     processes.initialize(
       from_environment=_DISTRIBUTED.value,

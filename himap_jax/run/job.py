@@ -1,4 +1,4 @@
-"""A run from its configuration to its exit status."""
+"""One run, from its configuration to its exit status."""
 
 import contextlib
 import dataclasses
@@ -29,8 +29,8 @@ def run(config: RunConfig) -> int:
   """Runs to the end and returns the exit status.
 
   Raises:
-    UserError, CheckpointError: the run cannot be started, or cannot go on; the rows written before are whole.
-    JaxRuntimeError: another process of the run ended; the rows written before are whole.
+    UserError, CheckpointError: the run cannot start or continue; rows written before are complete.
+    JaxRuntimeError: another process of the run ended; rows written before are complete.
   """
   prompts = read_prompts(config.prompts)
   _check_paths(config)
@@ -45,7 +45,7 @@ def run(config: RunConfig) -> int:
   if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
     grid = " x ".join(map(str, processor.patch_grid))
     raise UserError(
-      f"--pictures: this model's {processor.num_image_tokens} image tokens are not its grid of {grid} patches"
+      f"--pictures: this model's {processor.num_image_tokens} image tokens do not form its grid of {grid} patches"
     )
   num_layers, has_class_token = opened.config.text.num_hidden_layers, opened.config.vision.has_class_token
   schedule = config.pruning.schedule(num_layers, processor.num_image_tokens, has_class_token)
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> int:
 
 
 def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, Any]:
-  """Everything that answers depend on beside the prompts; `weights` is the digest of the checkpoint's."""
+  """Everything that answers depend on besides the prompts; `weights` is the checkpoint's digest."""
   return {
     "checkpoint": weights,
     "method": config.pruning.method,
@@ -98,5 +98,5 @@ def _check_paths(config: RunConfig) -> None:
   directories = {"output": config.output.parent, "pictures": config.pictures, "profile_dir": config.profile_dir}
   for flag, directory in directories.items():
     if directory is not None:
-      with command.user_error(f"--{flag}: cannot make the directory {directory}"):
+      with command.user_error(f"--{flag}: cannot create the directory {directory}"):
         directory.mkdir(parents=True, exist_ok=True)

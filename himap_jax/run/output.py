@@ -19,18 +19,17 @@ _REQUIRED = ("id", "answer", "error", "digest")
 
 
 class Output(contextlib.AbstractContextManager):
-  """Where the rows of a run go; a context manager in every process, of which the first one writes.
+  """The output of a run: a context manager in every process; the first process writes.
 
   Attributes:
-    contract: what the rows have to match.
-    answered: ids of the prompts that have an answer, as text; the same in every process.
+    answered: ids of answered prompts as text; the same in every process.
   """
 
   def __init__(self, contract: Contract, *, resume: bool):
-    """Opens the file and finds what is answered; see `OutputWriter`.
+    """Opens the file and finds the answered prompts; see `OutputWriter`.
 
     Raises:
-      UserError: in all processes, where the first cannot use the file or its rows were made with other settings.
+      UserError: in all processes, if the first cannot use the file or its rows were made with other settings.
     """
     self.contract = contract
     self._writer, refusal, has_row = None, None, [0] * len(contract.prompts)
@@ -41,7 +40,9 @@ class Output(contextlib.AbstractContextManager):
           self._writer = stack.enter_context(writer)
           has_row = [int(prompt.key in writer.answered) for prompt in contract.prompts]
           if contract.unreadable:
-            print(f"{contract.unreadable} pictures of answered rows cannot be read; the answers stay", file=sys.stderr)
+            print(
+              f"{contract.unreadable} pictures of answered rows cannot be read; their answers are kept", file=sys.stderr
+            )
         except UserError as error:
           refusal = error
       is_refused, *has_row = processes.sum_over_processes([int(refusal is not None), *has_row]).tolist()
@@ -55,7 +56,7 @@ class Output(contextlib.AbstractContextManager):
     self._open.close()
 
   def write(self, rows: Collection[Row]) -> None:
-    """Writes a batch of rows, the same in every process; before the first one, the settings. Errors are the writer's."""
+    """Writes a batch of rows, the same in every process, and first the settings; errors as in `OutputWriter.write`."""
     if self._writer is not None and rows:
       if not self._has_settings:
         self.contract.write_settings()
@@ -64,30 +65,29 @@ class Output(contextlib.AbstractContextManager):
 
 
 class OutputWriter(contextlib.AbstractContextManager):
-  """Appends rows to a JSONL file; the only writer of that file while it is open.
+  """Appends rows to a JSONL file, locked while it is open; a context manager.
 
-  A context manager. A batch is one write followed by an fsync, so a process killed at any moment leaves at most one
-  torn row, at the end, which the next run with `resume` removes. A file that was made for no row is removed again.
+  A batch is one write followed by an fsync, so a process killed at any moment leaves at most one torn row at the end,
+  which the next run with `resume` removes. A new file that received no row is removed.
 
   Attributes:
-    answered: the ids in the file, as text: those found by `resume` and those written.
+    answered: ids in the file as text, both those found by `resume` and those written.
   """
 
   def __init__(
     self, path: str | os.PathLike[str], *, resume: bool, is_stale: Callable[[Row], bool] = lambda row: False
   ):
-    """Opens and locks the file, and creates it where there is none.
+    """Opens and locks the file, creating it if necessary.
 
     Args:
-      path: the output file; its directory must exist.
-      resume: keep the rows that the file has. Otherwise they are replaced when the first batch is written, so a run
-        that fails before that loses nothing.
-      is_stale: whether a row that `resume` finds is to be made again; such rows are taken out when the first batch is
-        written. It may raise UserError where a row must not stay.
+      path: its directory must exist.
+      resume: keep existing rows. Otherwise they are replaced when the first batch is written, so a run that fails
+        before that loses nothing.
+      is_stale: whether an existing row must be replaced; such rows are removed when the first batch is written. It may
+        raise UserError for a row that must not stay.
 
     Raises:
-      UserError: the path cannot be written, another run is writing it, or `resume` finds something other than output
-        rows.
+      UserError: the path is not writable, another run is writing it, or `resume` finds anything but output rows.
     """
     self._path = path
     self._is_new = not os.path.exists(path)
@@ -105,19 +105,19 @@ class OutputWriter(contextlib.AbstractContextManager):
     self.close()
 
   def close(self) -> None:
-    """Closes the file and releases its lock; a second call does nothing."""
+    """Closes the file and releases its lock; idempotent."""
     if self._is_new and not self._file.closed and not os.fstat(self._file.fileno()).st_size:
       with contextlib.suppress(OSError):
         os.unlink(self._path)
     self._file.close()
 
   def write(self, rows: Iterable[Row]) -> None:
-    """Appends a batch, whole or not at all.
+    """Appends a batch, completely or not at all.
 
     Raises:
-      UserError: the write failed, for example on a full disk; the part that was written is taken back.
+      UserError: the write failed, for example on a full disk; a partial write is undone.
       ValueError: a row lacks a field, repeats an id, or holds NaN or infinity; nothing is written.
-      TypeError: a row holds a value that JSON does not have; nothing is written.
+      TypeError: a row holds a value that JSON does not support; nothing is written.
     """
     rows = list(rows)
     keys = self._new_keys(rows)
@@ -127,7 +127,7 @@ class OutputWriter(contextlib.AbstractContextManager):
         self._file.truncate(0)
         self._replaces = False
       if self._stale:
-        self._file = _without(self._file, self._path, self._stale)
+        self._file = _replace_without(self._file, self._path, self._stale)
         self._stale = set()
       start = self._file.seek(0, os.SEEK_END)
       try:
@@ -151,7 +151,7 @@ class OutputWriter(contextlib.AbstractContextManager):
     return keys
 
   def _read(self, is_stale: Callable[[Row], bool]) -> None:
-    """Finds the rows; removes a torn last row, and completes one that only lacks its newline."""
+    """Reads existing rows; removes a torn last row, and completes one that only lacks its newline."""
     end, line = 0, b"\n"
     with open(self._path, "rb") as file:
       for number, line in enumerate(file, start=1):
@@ -182,8 +182,8 @@ def _is_output_row(row: Any) -> bool:
   return is_row and type(row["id"]) in (str, int) and type(row["digest"]) is str
 
 
-def _without(file: BinaryIO, path: str | os.PathLike[str], keys: Collection[str]) -> BinaryIO:
-  """Puts a copy without some rows in the place of a whole file, and returns it, locked."""
+def _replace_without(file: BinaryIO, path: str | os.PathLike[str], keys: Collection[str]) -> BinaryIO:
+  """Replaces a file by a copy without some rows; returns the copy, locked."""
   unfinished = f"{os.fspath(path)}.partial"
   with contextlib.ExitStack() as stack:
     copy = stack.enter_context(_open_locked(unfinished))
@@ -205,20 +205,20 @@ def _without(file: BinaryIO, path: str | os.PathLike[str], keys: Collection[str]
 
 def _open_locked(path: str | os.PathLike[str]) -> BinaryIO:
   if "\0" in os.fspath(path):
-    raise UserError(f"cannot write the output {path!r}: a path has no null character")
+    raise UserError(f"cannot write the output {path!r}: a path cannot contain a null character")
   with user_error(f"cannot write the output {path}"):
     if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
       raise UserError(f"cannot write the output {path}: not a regular file")
     file = open(path, "a+b", buffering=0)
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    # Its last holder may have removed or replaced the file.
-    is_held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    # The previous writer may have removed or replaced the file.
+    is_locked = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
   except (BlockingIOError, FileNotFoundError):
-    is_held = False
+    is_locked = False
   except OSError:
-    is_held = True  # A file system without locks: the run goes on unguarded.
-  if not is_held:
+    is_locked = True  # A file system without locks: continue without one.
+  if not is_locked:
     file.close()
     raise UserError(f"another run is writing the output {path}")
   return file

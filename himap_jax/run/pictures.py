@@ -1,4 +1,4 @@
-"""Opening an image file: any file in, an RGB picture or an ImageError out."""
+"""Reads image files as RGB pictures."""
 
 import contextlib
 import errno
@@ -25,27 +25,27 @@ Image.init()
 
 
 class ImageError(UserError):
-  """An image file that cannot be used; the message names the file and why."""
+  """An unusable image file; the message names the file and the reason."""
 
 
 def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-  """Opens a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file as an RGB picture.
+  """Reads a JPEG, PNG, WebP, GIF, BMP, TIFF, PPM or AVIF file as an RGB picture. Thread-safe.
 
-  Of an animation, the first frame is used. Transparency is laid on white, 16-bit greyscale is scaled to 8 bits, and the
-  EXIF orientation is applied. Colour profiles are ignored. Several threads may call this at once.
+  The first frame of an animation is used. Transparency is laid on white, 16-bit greyscale is scaled to 8 bits, EXIF
+  orientation is applied, and colour profiles are ignored.
 
-  The size is checked before anything is decoded. A baseline JPEG above `max_pixels` is decoded at a half, a quarter or
-  an eighth of its size; any other picture above it is refused. Decoding takes up to 16 bytes a pixel.
+  The size is checked before decoding. A baseline JPEG above `max_pixels` is decoded at a half, a quarter or an eighth
+  of its size; any other picture above it is refused. Decoding takes up to 16 bytes per pixel.
 
   Raises:
-    ImageError: the file is missing, unreadable, empty, not an image of these formats, truncated, damaged, too large, or
-      has samples of 32 bits.
+    ImageError: the file is missing, unreadable, empty, truncated, damaged or too large, has another format or 32-bit
+      samples.
   """
   return load_with_digest(path, max_pixels=max_pixels)[0]
 
 
 def load_with_digest(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
-  """The picture, as `load_image` gives it, and the SHA-256 in hex of the bytes that it was read from."""
+  """As `load_image`, with the SHA-256 in hex of the bytes that were read."""
   with _open_file(path) as file:
     try:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -62,7 +62,7 @@ def load_with_digest(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXE
 
 
 def file_digest(path: str | os.PathLike[str]) -> str | None:
-  """The SHA-256 of a file, in hex; None where it cannot be read."""
+  """SHA-256 of a file in hex; None if it cannot be read."""
   try:
     with _open_file(path) as file:
       return hashlib.file_digest(file, "sha256").hexdigest()
@@ -82,7 +82,7 @@ def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def _open_image(file: BinaryIO) -> Image.Image:
-  """`Image.open` without its own limit, which a JPEG may exceed here."""
+  """`Image.open` without its size limit, which a JPEG may exceed here."""
   file.seek(0)
   signature = file.read(_SIGNATURE_BYTES)
   if not signature:
@@ -101,7 +101,7 @@ def _limit_size(image: Image.Image, max_pixels: int) -> None:
   if width * height <= max_pixels:
     return
   if isinstance(image, JpegImagePlugin.JpegImageFile):
-    # A progressive JPEG holds every coefficient in memory at any scale.
+    # Decoding a progressive JPEG holds every coefficient in memory at any scale.
     scales = () if "progressive" in image.info else (2, 4, 8)
     for scale in scales:
       if -(-width // scale) * -(-height // scale) <= max_pixels:
@@ -137,13 +137,13 @@ def _scale_to_8_bit(image: Image.Image) -> Image.Image:
 
 
 def _turn_upright(image: Image.Image) -> None:
-  with contextlib.suppress(Exception), _without_warnings():  # Damaged EXIF says nothing about the picture itself.
+  with contextlib.suppress(Exception), _without_warnings():  # Damaged EXIF does not make a picture unusable.
     ImageOps.exif_transpose(image, in_place=True)
 
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-  # The filters are the process's, so only one thread may replace them at a time.
+  # Warning filters are global to the process, so only one thread may replace them at a time.
   with _warnings_lock, warnings.catch_warnings():
     warnings.simplefilter("ignore")
     yield

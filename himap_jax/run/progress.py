@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, otherwise a line every so often."""
+"""Progress of a command: a bar on a terminal, otherwise periodic lines."""
 
 import contextlib
 import math
@@ -9,14 +9,14 @@ from tqdm import tqdm
 
 
 class Progress(contextlib.AbstractContextManager):
-  """Counts what is done and shows it; a context manager.
+  """Counts and shows progress; a context manager.
 
-  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr at most every `interval` seconds: how much is done,
-  how fast it went since the line before, and how long the rest takes at this rate.
+  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr at most every `interval` seconds: the count, the rate
+  since the previous line, and the time left at that rate.
   """
 
   def __init__(self, total: int, unit: str, label: str, *, shown: bool = True, interval: int | float = 30):
-    """Starts at nothing done of `total`; `unit` is singular, such as `row`, and `label` begins the bar or line."""
+    """`unit` is singular, such as `row`; `label` begins the bar or line."""
     is_terminal = sys.stderr.isatty()
     self._bar = tqdm(total=total, unit=unit, desc=label, file=sys.stderr, disable=not (shown and is_terminal))
     self._total, self._unit, self._label = total, unit, label
@@ -28,7 +28,6 @@ class Progress(contextlib.AbstractContextManager):
     self._bar.close()
 
   def update(self, count: int = 1) -> None:
-    """Counts what was done since the last call."""
     self._bar.update(count)
     self._done += count
     now = time.monotonic()

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines in, prompts out; and what an output row says of its prompt."""
+"""Prompts from JSONL files, and their output rows."""
 
 import dataclasses
 import hashlib
@@ -15,13 +15,12 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One row of a prompt file: a question about an image, or what is wrong with the row.
+  """One row of a prompt file: a question about an image, or an error.
 
   Attributes:
-    id: the row's own id, or `line:<n>` where it has none or an earlier row has it. Ids are compared as text: 1 is "1".
-    image: path of the image as the row gives it.
-    question: the question's text.
-    error: why the row cannot be answered, with its line number; None where it can.
+    id: the row's own id, or `line:<n>` if it is missing or repeated. Ids are compared as text: 1 is "1".
+    image: path as given in the row.
+    error: why the row cannot be answered, with its line number; None if it can.
   """
 
   id: str | int
@@ -36,28 +35,27 @@ class Prompt:
 
   @property
   def file_name(self) -> str:
-    """A name for a file of this prompt: the id where it can name one, otherwise what can of it and a digest."""
+    """The id as a file name; with a digest if characters had to be replaced."""
     name = re.sub(r"[^\w.-]", "_", self.key, flags=re.ASCII)[:100]
     return name if name == self.key else f"{name}-{hashlib.sha256(self.key.encode()).hexdigest()[:12]}"
 
   def row(self, digest: str, *, answer: str | None = None, error: str | None = None, **more: Any) -> dict[str, Any]:
-    """The prompt's output row; `digest` says what it depends on, see `himap_jax.run.contract`."""
+    """The prompt's output row; for `digest` see `himap_jax.run.contract`."""
     return {"id": self.id, "answer": answer, "error": error, "digest": digest, **more}
 
 
 class _BadRow(UserError):
-  """What is wrong with a row."""
+  """An error in one row."""
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-  """Reads a prompt file, one JSON object a line.
+  """Reads a prompt file, one JSON object per line.
 
   A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`. Other
-  fields are ignored, and so are blank lines. The ids of the result are unique: of rows that share an id, the first has
-  it and the others are errors.
+  fields and blank lines are ignored. Of rows that share an id, the first keeps it and the others become errors.
 
   Raises:
-    UserError: the file cannot be read, or has no row at all.
+    UserError: the file cannot be read or has no rows.
   """
   try:
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""What a run did, and the table of it that ends the run."""
+"""Counts and times of a run, and the table that ends it."""
 
 import collections
 import dataclasses
@@ -16,7 +16,7 @@ _COSTS = ("image_tokens", "decoder", "scoring", "prefill", "cache_bytes")
 
 
 class Result(NamedTuple):
-  """What became of a prompt: its output row, and tokens; `kept` counts the image tokens that remained at each stage."""
+  """The outcome of a prompt: its output row and token counts; `kept` counts the image tokens after each stage."""
 
   row: dict[str, Any]
   num_new_tokens: int = 0
@@ -27,16 +27,12 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class Summary:
-  """What all processes of a run did; their times are alike, since they run the same programs together.
+  """Counts over all processes of a run, and times, which are alike in all since they run the same programs together.
 
   Attributes:
-    num_errors: rows that were reported as errors.
-    num_skipped: rows that the output held already.
-    num_new_tokens: tokens generated.
-    answered: answered rows by their image tokens, their text tokens, and the image tokens kept at each stage.
-    prefill_seconds: time in prefill programs.
-    decode_seconds: time in decode programs.
-    seconds: from the first prompt to the last row, compiling included.
+    num_skipped: rows that were already in the output.
+    answered: answered rows by their image tokens, text tokens, and image tokens kept at each stage.
+    seconds: from the first prompt to the last row, including compilation.
   """
 
   num_errors: int = 0
@@ -49,11 +45,9 @@ class Summary:
 
   @property
   def num_answered(self) -> int:
-    """Rows that were answered."""
     return self.answered.total()
 
   def count(self, results: Iterable[Result]) -> None:
-    """Counts rows."""
     for result in results:
       if result.row["error"] is not None:
         self.num_errors += 1
@@ -64,7 +58,7 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The table at the end of a run; `sizes` are the model's, and `num_image_tokens` those of a prompt before pruning."""
+  """The table at the end of a run; `num_image_tokens` are those of a prompt before pruning."""
 
   method: str
   schedule: Schedule
@@ -73,7 +67,7 @@ class Report:
   num_devices: int
 
   def show(self, summary: Summary, engine: Engine) -> None:
-    """Prints rows, times, rates, device-hours, image tokens of every stage, and FLOPs against no pruning."""
+    """Prints rows, times, rates, device-hours, image tokens of every stage, and FLOPs relative to no pruning."""
     table = Table(show_header=False)
     answered, new_tokens = summary.num_answered, summary.num_new_tokens
     table.add_row("rows", f"{answered} answered, {summary.num_errors} errors, {summary.num_skipped} answered before")
@@ -104,7 +98,7 @@ class Report:
     return ", ".join(texts + ([f"not updated in {len(frozen)} layers"] if frozen else []))
 
   def _add_costs(self, table: Table, summary: Summary) -> None:
-    """Costs of all rows, each with the image tokens that it kept, against those without pruning."""
+    """Costs of all rows, each with its own keep counts, relative to no pruning."""
     own, plain, num_text_tokens = collections.Counter(), collections.Counter(), 0
     for (image, text, kept), count in summary.answered.items():
       for total, schedule in ((own, self.schedule.with_counts(kept)), (plain, Schedule())):

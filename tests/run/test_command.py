@@ -46,7 +46,7 @@ class TestExecute:
   @pytest.mark.parametrize("resumes", [True, False])
   def test_interrupts(self, resumes, capsys):
     assert execute(raising(KeyboardInterrupt()), resumes=resumes) == 130
-    end = "; the same command goes on from here" if resumes else ""
+    end = "; the same command continues from here" if resumes else ""
     assert capsys.readouterr() == ("", f"\ntool: interrupted{end}\n")
 
   @pytest.mark.parametrize("error", [ValueError("3"), OSError(errno.ENOSPC, "full"), RuntimeError("x"), KeyError("y")])
@@ -68,9 +68,7 @@ class TestSettings:
     command.check_settings(path, {"seed": 1, "layers": (2, 8)}, "use another --workdir")
     assert json.loads(path.read_text()) == {"seed": 1, "layers": [2, 8]}
     command.check_settings(path, {"layers": (2, 8), "seed": 1}, "use another --workdir")
-    message = (
-      "settings.json: begun with other settings .layers was .2, 8., now None; more was None, now 3.; use another"
-    )
+    message = "settings.json: made with other settings .layers was .2, 8., now None; more was None, now 3.; use another"
     with pytest.raises(UserError, match=message):
       command.check_settings(path, {"seed": 1, "more": 3}, "use another --workdir")
 

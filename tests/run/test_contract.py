@@ -55,7 +55,7 @@ class TestSettings:
     killed(changed(other(config), resume=False))
     assert (config.output.read_bytes(), settings.read_bytes()) == (before, settings_before)
     with pytest.raises(
-      UserError, match="output.jsonl: begun with other settings .keep was .8, 3., now .7, 2.*--noresume"
+      UserError, match="output.jsonl: made with other settings .keep was .8, 3., now .7, 2.*--noresume"
     ):
       job.run(other(config))
 
@@ -64,14 +64,14 @@ class TestSettings:
     contract.write_settings()
     for unreadable in (False, True):
       with pytest.raises(
-        UserError, match="output.jsonl: begun with other settings; use another --output, or --noresume"
+        UserError, match="output.jsonl: made with other settings; use another --output, or --noresume"
       ):
         job.run(other(config))
       if unreadable:
         settings.write_text("{")
     assert config.output.read_bytes() == before
     settings.unlink()
-    with pytest.raises(UserError, match="begun with other settings; use"):
+    with pytest.raises(UserError, match="made with other settings; use"):
       job.run(other(config))
     assert answered_before(config, capsys) == 4 and config.output.read_bytes() == before
 
@@ -86,7 +86,7 @@ class TestSettings:
     rows = list(read(config.output).values())
     rows[2]["digest"] = "0" * 16 + rows[2]["digest"][16:]
     write_rows(config.output, rows)
-    with pytest.raises(UserError, match="begun with other settings"):
+    with pytest.raises(UserError, match="made with other settings"):
       job.run(config)
     write_rows(config.output, [row | {"error": "failed"} if row is rows[2] else row for row in rows])
     assert job.run(config) == 0  # an error is no answer, and is replaced
@@ -104,7 +104,7 @@ class TestSettings:
     name = next(name for name in tensors if name.endswith("lm_head.weight"))
     tensors[name] = np.flip(tensors[name], 0).copy()
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(UserError, match="begun with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
+    with pytest.raises(UserError, match="made with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
       job.run(config)
     assert config.output.read_bytes() == before
     assert job.run(changed(config, resume=False)) == 0
@@ -125,7 +125,7 @@ class TestSettings:
     config = changed(config, checkpoint=str(path))
     assert job.run(config) == 0
     (path / name).write_text((path / name).read_text() + "\n")
-    with pytest.raises(UserError, match="begun with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
+    with pytest.raises(UserError, match="made with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
       job.run(config)
 
   def test_everything_that_answers_depend_on_is_in_the_digest(self, config):
@@ -229,7 +229,7 @@ class TestContract:
     assert contract.is_stale(self.row(contract, id="line:3"))
     for refused in ("", "0" * 16 + digest[16:]):
       for row_id in (1, "not asked"):
-        with pytest.raises(UserError, match="output.jsonl: begun with other settings; use another"):
+        with pytest.raises(UserError, match="output.jsonl: made with other settings; use another"):
           contract.is_stale(self.row(contract, id=row_id, digest=refused))
       assert contract.is_stale(self.row(contract, digest=refused, error="failed"))
 

@@ -118,7 +118,7 @@ class TestAnswers:
       ({"keep": (7, 3)}, "keep was .8, 3., now .7, 3."),
       ({"sampling": Sampling(0.5)}, "sampling was"),
     ):
-      with pytest.raises(UserError, match=f"output.jsonl: begun with other settings .*{message}.*--noresume"):
+      with pytest.raises(UserError, match=f"output.jsonl: made with other settings .*{message}.*--noresume"):
         job.run(changed(config, **changes))
       assert config.output.read_bytes() == before
     assert job.run(changed(config, batch_size=4, prompt_buckets=(40, 80))) == 0
@@ -160,7 +160,7 @@ class TestAnswers:
     share = flops / 4 / cost.image_token_flops(sizes, himap_jax.Schedule(), N)
     assert f"{share:.1%} of no pruning" in table.split("HiMAP Eq. 10")[1].split("\n")[0]
     with pytest.raises(
-      UserError, match="begun with other settings .method_parameters was .'threshold': 0.52., now .'thres"
+      UserError, match="made with other settings .method_parameters was .'threshold': 0.52., now .'thres"
     ):
       job.run(changed(adaptive, parameters=(("threshold", 0.7),)))
 
@@ -392,10 +392,10 @@ class TestBadConfiguration:
       (dict(image_dir=pathlib.Path("/nowhere")), "--image_dir=/nowhere: no such directory"),
       (dict(prompts=pathlib.Path("/nowhere")), "cannot read the prompt file /nowhere"),
       (dict(prompts=pathlib.Path(os.devnull)), "is empty"),
-      (dict(output=pathlib.Path("/proc/nowhere/output.jsonl")), "--output: cannot make the directory"),
+      (dict(output=pathlib.Path("/proc/nowhere/output.jsonl")), "--output: cannot create the directory"),
       (dict(output=pathlib.Path("/dev/full")), "not a regular file"),
       (dict(output=pathlib.Path("x" * 300)), "File name too long"),
-      (dict(pictures=pathlib.Path("/proc/nowhere")), "--pictures: cannot make the directory"),
+      (dict(pictures=pathlib.Path("/proc/nowhere")), "--pictures: cannot create the directory"),
     ],
   )
   def test_stops_before_writing(self, config, changes, message):
@@ -417,7 +417,7 @@ class TestBadConfiguration:
 
   def test_pictures_of_tokens_that_are_no_grid(self, config, loaded, tmp_path):
     config = changed(config, checkpoint=str(loaded("clip_gqa_tied").directory), pictures=tmp_path / "pictures")
-    refuses(config, "--pictures: this model's 17 image tokens are not its grid of 4 x 4 patches")
+    refuses(config, "--pictures: this model's 17 image tokens do not form its grid of 4 x 4 patches")
 
   def test_checkpoints(self, config, checkpoints, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("HIMAP_JAX_CACHE", str(cache))
@@ -611,7 +611,7 @@ class TestProcesses:
     interrupted.send_signal(signal.SIGINT)
     _, errors = interrupted.communicate()
     assert interrupted.returncode == 130
-    assert errors.strip().endswith("himap_jax: interrupted; the same command goes on from here")
+    assert errors.strip().endswith("himap_jax: interrupted; the same command continues from here")
     assert "Traceback" not in errors
     done = config.output.read_text()
     assert done.endswith("\n")

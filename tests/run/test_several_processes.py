@@ -173,7 +173,7 @@ def test_rows_of_other_settings_are_refused_in_every_process(make_command):
   running = command.start(2, "--mesh=data:8", "--batch_size=8")
   errors = [process.communicate(timeout=300)[1].splitlines()[-1] for process in running]
   assert [process.returncode for process in running] == [2, 2], errors
-  assert "output.jsonl: begun with other settings; use another --output, or --noresume to replace it" in errors[0]
+  assert "output.jsonl: made with other settings; use another --output, or --noresume to replace it" in errors[0]
   assert "himap_jax: the first process of this run cannot start; its own message says why" in errors[1]
   assert command.output.read_bytes() == before and command.files() == {"output.jsonl"}
 
@@ -254,10 +254,10 @@ class TestResults:
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(answering.multihost_utils, "process_allgather", gather)
-    assert answering._of_all_processes(own) == [*own, *own * 40]
+    assert answering._gather_results(own) == [*own, *own * 40]
     others.append([])
-    assert answering._of_all_processes([]) == []
-    assert answering._of_all_processes(own) == own
+    assert answering._gather_results([]) == []
+    assert answering._gather_results(own) == own
 
   def test_of_one(self):
-    assert answering._of_all_processes([Result({})]) == [Result({})]
+    assert answering._gather_results([Result({})]) == [Result({})]

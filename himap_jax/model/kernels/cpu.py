@@ -1,4 +1,4 @@
-"""Kernels for XLA on CPU: what keeps it from converting, transposing or copying what a decoding step only has to read.
+"""Kernels for XLA on CPU, which prevent conversions, transposes and copies of weights and caches while decoding.
 
 Axes: as in `xla`.
 """
@@ -13,8 +13,8 @@ from himap_jax.model.kernels import Kernels, is_quantized, xla
 
 BLOCK = 256  # query slots
 
-# In a decode loop the weights do not change, so XLA converts (one row) or transposes (few rows) all of them ahead of the
-# loop and holds them twice. More rows and a barrier that ties each weight to its input keep it from doing so.
+# XLA hoists the conversion (one row) or transpose (few rows) of all weights out of a decode loop, so it holds them
+# twice. Padding to more rows, and a barrier that ties each weight to its input, prevent this.
 MIN_ROWS = 2
 
 INT8_MAX = 127
@@ -28,7 +28,7 @@ def attention(
   *,
   is_causal: bool = False,
 ) -> Float[Array, "B S N H"]:
-  """Blocks of queries whose logits stay in the processor's cache, without the keys that causality hides."""
+  """Attention in blocks of queries whose logits fit the processor's cache; skips keys hidden by causality."""
   batch, slots, num_heads, head_dim = query.shape
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   query = query.reshape(batch, key.shape[1], -1, slots, head_dim)
@@ -65,10 +65,10 @@ def cache_attention(
   prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
   new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
 ) -> Float[Array, "B 1 N H"]:
-  """As `xla.cache_attention`; reads every key and value once, as it lies.
+  """As `xla.cache_attention`; reads every key and value once, in its stored layout.
 
-  XLA would convert the cache to float32 for a product of one column, and reads a matrix several times as fast on the
-  left of a product of few columns, where it would not leave it without a barrier.
+  XLA would convert the cache to float32 for a product with one column. It reads a matrix several times as fast as the
+  left operand of a product with few columns, and only a barrier keeps it on the left.
   """
   (keys, values, mask), (new_keys, new_values, new_mask) = prompt, new
   batch, _, num_heads, head_dim = query.shape
@@ -87,7 +87,7 @@ def cache_attention(
 
 
 def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
-  """As `xla.product`; a product of one slot a row is computed as `weight · xᵀ`, which reads its weight once."""
+  """As `xla.product`; for one slot per row computed as `weight · xᵀ`, which reads each weight once."""
   if x.shape[1] > 1:
     return xla.product(x, weight)
   batch = x.shape[0]
@@ -97,15 +97,15 @@ def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
     y = _int8_product(x, weight)
   else:
     y = jnp.einsum("FD,BSD->FBS", weight, x, preferred_element_type=jnp.float32)
-  # `weight · xᵀ` is faster than its transpose, which XLA would make of the two.
+  # Without the barrier XLA would fuse the transpose into the product, which is slower.
   return jnp.moveaxis(jax.lax.optimization_barrier(y), 0, -1)[:batch]
 
 
 def _int8_product(x: Float[Array, "B 1 D"], weight: Any) -> Float[Array, "F B 1"]:
-  """`weight · xᵀ` as a product of integers, since XLA would convert the whole weight for any other.
+  """`weight · xᵀ` as an integer product; for any other, XLA would convert the whole weight.
 
-  The activations are the sum of two int8 terms, which leaves an error of at most 2⁻¹⁶ of a token's largest activation:
-  less than bfloat16 does.
+  Activations are the sum of two int8 terms, with an error of at most 2⁻¹⁶ of a token's largest activation: less than
+  bfloat16's.
   """
   x = x[:, 0].astype(jnp.float32)
   coarse = jnp.maximum(jnp.abs(x).max(axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny * INT8_MAX) / INT8_MAX
@@ -119,7 +119,7 @@ def _int8_product(x: Float[Array, "B 1 D"], weight: Any) -> Float[Array, "F B 1"
 
 
 def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
-  """Rows of a table, which is not converted ahead of a decode loop."""
+  """Rows of a table; the barrier keeps XLA from converting the table ahead of a decode loop."""
   return xla.take_rows(*jax.lax.optimization_barrier((table, ids)))
 
 
@@ -129,6 +129,6 @@ KERNELS = Kernels(
   product,
   take_rows,
   new_token_dtype=lambda dtype: jnp.dtype(jnp.float32),  # written in place, and read faster
-  # XLA would convert all int8 weights as soon as a program begins, and hold them all.
+  # Otherwise XLA converts all int8 weights at the start of a program and holds every copy.
   int8_compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
 )

@@ -19,7 +19,7 @@ def attention(
   *,
   is_causal: bool = False,
 ) -> Float[Array, "B S N H"]:
-  """cuDNN's flash attention; JAX's own implementation for masks, other dtypes and head dims."""
+  """cuDNN's flash attention; JAX's own attention for masks, other dtypes and other head dims."""
   head_dim = query.shape[-1]
   if mask is not None or query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
     return xla.attention(query, key, value, mask, is_causal=is_causal)

@@ -1,4 +1,4 @@
-"""Kernels for TPUs: JAX's splash attention in Pallas, each device for its own rows and heads.
+"""Kernels for TPUs: JAX's splash attention in Pallas, per device.
 
 Axes: as in `xla`.
 """
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from himap_jax.model.kernels import Kernels, xla
 
 BLOCK = 128  # slots of splash attention's default blocks
-HEAD_DIM = 64  # it takes multiples
+HEAD_DIM = 64  # splash attention needs a multiple
 
 
 def attention(
@@ -28,16 +28,11 @@ def attention(
   on_devices: tuple[Mesh, Callable[[int, int], PartitionSpec]],
   interpret: bool = False,
 ) -> Float[Array, "B S N H"]:
-  """Splash attention; JAX's own implementation for masks, attention that is not causal and other head dims.
+  """Splash attention; JAX's own attention for masks, non-causal attention and other head dims.
 
   Args:
-    query: queries.
-    key: keys.
-    value: values.
-    mask: true where a query may attend to a key.
-    is_causal: whether the keys after a query's own slot are hidden.
-    on_devices: the mesh, and how `[B, heads, S, H]` lies on it for some numbers of query and key heads.
-    interpret: whether to run the kernel in Pallas' interpreter.
+    on_devices: the mesh, and a function from the numbers of query and key heads to the sharding of `[B, heads, S, H]`.
+    interpret: run in Pallas' interpreter.
   """
   if mask is not None or not is_causal or query.shape[-1] % HEAD_DIM:
     return xla.attention(query, key, value, mask, is_causal=is_causal)
@@ -62,5 +57,4 @@ def attention(
 
 @functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
-  """The kernels for a mesh; see `attention`."""
   return dataclasses.replace(xla.KERNELS, attention=functools.partial(attention, on_devices=(mesh, spec_of)))

@@ -21,7 +21,7 @@ def attention(
   *,
   is_causal: bool = False,
 ) -> Float[Array, "B S N H"]:
-  """JAX's own implementation."""
+  """JAX's own attention."""
   with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
 
@@ -31,13 +31,7 @@ def cache_attention(
   prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
   new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
 ) -> Float[Array, "B 1 N H"]:
-  """Attention of one new token a row.
-
-  Args:
-    query: its queries.
-    prompt: keys, values and mask of the prompt.
-    new: those of the tokens after it.
-  """
+  """Attention of one new token per row to keys, values and masks of the prompt and of the tokens after it."""
   (keys, values, mask), (new_keys, new_values, new_mask) = prompt, new
   batch, _, num_heads, head_dim = query.shape
   query = query.reshape(batch, keys.shape[1], num_heads // keys.shape[1], head_dim)
@@ -65,7 +59,7 @@ def softmax_of_both(
 
 
 def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
-  """`x · weightᵀ` in float32. An int8 weight is exact in any dtype of `x`; its scales come after the product."""
+  """`x · weightᵀ` in float32. An int8 weight is exact in any dtype of `x`; its scales multiply the product."""
   if is_quantized(weight):
     y = jnp.einsum("BSD,FD->BSF", x, weight.qvalue.astype(x.dtype), preferred_element_type=jnp.float32)
     return y * jnp.broadcast_to(weight.scale[:, 0], y.shape)
@@ -73,7 +67,6 @@ def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
 
 
 def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
-  """Rows of a table."""
   return jnp.take(table, ids, axis=0, mode="clip")
 
 

@@ -1,6 +1,4 @@
-"""Vision towers: pixels to features, up to the last layer that the features need. A tower is one module and one row
-here.
-"""
+"""Vision towers: pixels to features, up to the last feature layer. A tower is one module and one entry of `TOWERS`."""
 
 import dataclasses
 
@@ -18,14 +16,7 @@ from himap_jax.model.towers.common import QueryKey, TowerOutput, class_attention
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """What makes one tower differ from another.
-
-  Attributes:
-    embeddings: the module from pixels to the first hidden state.
-    layer: the module of one layer.
-    layer_name: what the checkpoint calls its layers.
-    norm_name: what it calls the norm before them; None where there is none.
-  """
+  """The modules of a tower, and the checkpoint's names of its layers and of the norm before them, if there is one."""
 
   embeddings: type[nn.Module]
   layer: type[nn.Module]
@@ -41,7 +32,7 @@ TOWERS = {
 
 
 class Encoder(nn.Module):
-  """The layers that are run; returns the hidden state after each, the input first, and the last one's queries and keys."""
+  """Layers up to the last feature layer; returns all hidden states, the input first, and the last queries and keys."""
 
   config: VisionConfig
   kernels: Kernels
@@ -57,7 +48,7 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-  """Pixels to the features that the connector reads."""
+  """Pixels to the connector's input."""
 
   config: VisionConfig
   kernels: Kernels

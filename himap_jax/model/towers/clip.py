@@ -1,4 +1,4 @@
-"""CLIP's and SigLIP's towers. Axes: as in `common`."""
+"""The towers of CLIP and SigLIP. Axes: as in `common`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from himap_jax.model.towers.common import (
 
 
 class ClipAttention(nn.Module):
-  """Self-attention of CLIP and SigLIP."""
-
   config: VisionConfig
   kernels: Kernels
 
@@ -32,8 +30,6 @@ class ClipAttention(nn.Module):
 
 
 class ClipLayer(nn.Module):
-  """An encoder layer of CLIP and SigLIP."""
-
   config: VisionConfig
   kernels: Kernels
 
@@ -46,7 +42,7 @@ class ClipLayer(nn.Module):
 
 
 class ClipEmbeddings(nn.Module):
-  """Patch, position and (CLIP) class embeddings."""
+  """Patch, position and (CLIP only) class embeddings."""
 
   config: VisionConfig
   kernels: Kernels

@@ -1,7 +1,7 @@
-"""What vision towers share: patches, position grids, their feed-forward, and the attention of a class token.
+"""Common parts of vision towers: patches, position grids, feed-forward, attention of the class token.
 
-Axes: B batch, P patches, S tokens of the tower (patches and, where there is one, the class token), D width, N heads, H
-head dim. Module names are those of the checkpoints.
+Axes: B batch, P patches, S tower tokens (patches and, if there is one, the class token), D width, N heads, H head dim.
+Module names are those of the checkpoints.
 """
 
 import flax.linen as nn
@@ -18,12 +18,12 @@ from himap_jax.model.linear import ACTIVATIONS, Linear
 
 @pytree
 class TowerOutput:
-  """What the tower says of a batch of images.
+  """Tower output for a batch of images.
 
   Attributes:
-    features: what the projector reads, one vector an image token.
-    class_attention: float32 attention of the class token to every image token in the last layer that the features need,
-      averaged over heads; None where the tower has no class token.
+    features: input of the connector, one vector per image token.
+    class_attention: float32 attention of the class token to every image token in the last layer run, averaged over
+      heads; None without a class token.
     keys: that layer's keys of the image tokens, by head.
   """
 
@@ -37,7 +37,7 @@ QueryKey = tuple[Float[Array, "B S N H"], Float[Array, "B S N H"]]
 
 
 def bicubic_weights(source: int, target: int) -> np.ndarray:
-  """`[target, source]` matrix of a bicubic resize, as torch's `interpolate(mode="bicubic", align_corners=False)`.
+  """`[target, source]` matrix of a bicubic resize, equal to torch's `interpolate(mode="bicubic", align_corners=False)`.
 
   Keys' kernel with a = −0.75, half-pixel centres, borders repeated, no antialiasing.
   """
@@ -65,7 +65,7 @@ def resize_positions(positions: Float[Array, "P D"], height: int, width: int) ->
 
 
 def patchify(pixel_values: Float[Array, "B 3 h w"], patch: int) -> Float[Array, "B P F"]:
-  """Cuts images into flattened patches, ordered (channel, row, column) as a convolution's weight is."""
+  """Cuts images into flattened patches, ordered (channel, row, column) like a convolution's weight."""
   batch, channels, height, width = pixel_values.shape
   rows, columns = height // patch, width // patch
   x = pixel_values[:, :, : rows * patch, : columns * patch]
@@ -74,7 +74,7 @@ def patchify(pixel_values: Float[Array, "B 3 h w"], patch: int) -> Float[Array, 
 
 
 class PatchEmbedding(nn.Module):
-  """The towers' strided convolution, as one product over flattened patches; its weight is `[D, 3, patch, patch]`."""
+  """A strided convolution as one product over flattened patches; its weight is `[D, 3, patch, patch]`."""
 
   features: int
   patch_size: int
@@ -94,14 +94,13 @@ class PatchEmbedding(nn.Module):
 
 
 def heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S N H"]:
-  """Channels by head."""
   return x.reshape(*x.shape[:2], num_heads, -1)
 
 
 def query_key_value(
   x: Float[Array, "B S D"], config: VisionConfig, kernels: Kernels, names: tuple[str, str, str]
 ) -> tuple[Float[Array, "B S N H"], ...]:
-  """Queries, keys and values by head, from linear layers of these names in the module that calls."""
+  """Queries, keys and values by head, from linear layers with these names in the calling module."""
   return tuple(
     heads(
       Linear(config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None), name=name)(x),
@@ -126,7 +125,7 @@ class FeedForward(nn.Module):
 
 
 def prepend(token: Float[Array, "D"], x: Float[Array, "B P D"]) -> Float[Array, "B S D"]:
-  """A token before the patches."""
+  """Prepends a token to the patches."""
   first = jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2]))
   return jnp.concatenate([first, x], axis=1)
 

@@ -1,4 +1,4 @@
-"""DINOv2's tower. Axes: as in `common`."""
+"""The tower of DINOv2. Axes: as in `common`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -18,8 +18,6 @@ from himap_jax.model.towers.common import (
 
 
 class DinoAttention(nn.Module):
-  """Attention with the names of a DINOv2 checkpoint."""
-
   config: VisionConfig
   kernels: Kernels
 
@@ -30,8 +28,6 @@ class DinoAttention(nn.Module):
 
 
 class DinoSelfAttention(nn.Module):
-  """Self-attention of DINOv2 before its output layer."""
-
   config: VisionConfig
   kernels: Kernels
 
@@ -42,8 +38,6 @@ class DinoSelfAttention(nn.Module):
 
 
 class DinoOutput(nn.Module):
-  """The output layer of DINOv2's attention."""
-
   config: VisionConfig
   kernels: Kernels
 
@@ -53,7 +47,7 @@ class DinoOutput(nn.Module):
 
 
 class LayerScale(nn.Module):
-  """A learned scale of every channel."""
+  """A learned scale per channel."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
@@ -62,8 +56,6 @@ class LayerScale(nn.Module):
 
 
 class DinoLayer(nn.Module):
-  """An encoder layer of DINOv2."""
-
   config: VisionConfig
   kernels: Kernels
 
@@ -77,8 +69,6 @@ class DinoLayer(nn.Module):
 
 
 class DinoPatchEmbeddings(nn.Module):
-  """DINOv2's patch embedding."""
-
   config: VisionConfig
 
   @nn.compact
@@ -89,7 +79,7 @@ class DinoPatchEmbeddings(nn.Module):
 
 
 class DinoEmbeddings(nn.Module):
-  """Patch, position and class embeddings of DINOv2; the position grid is resized to the image."""
+  """Patch, position and class embeddings; the position grid is resized to the image."""
 
   config: VisionConfig
   kernels: Kernels

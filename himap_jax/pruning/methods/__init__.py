@@ -1,4 +1,4 @@
-"""The pruning methods: every module here names its own in `METHODS`."""
+"""The pruning methods; every module here lists its own in `METHODS`."""
 
 import dataclasses
 import importlib
@@ -17,11 +17,7 @@ if len(METHODS) < sum(len(module.METHODS) for module in _MODULES):
 
 
 def parse(method: str) -> list[str]:
-  """The names in `a` or `a+b`.
-
-  Raises:
-    UserError: one is not in `METHODS`.
-  """
+  """The method names in `a` or `a+b`; raises `UserError` for an unknown one."""
   names = method.split("+")
   for name in names:
     if name not in METHODS:
@@ -39,19 +35,18 @@ def build_schedule(
   keep: tuple[int | float, ...] | None = None,
   parameters: Mapping[str, float] | None = None,
 ) -> Schedule:
-  """Builds and checks the schedule of a method for a model.
+  """Builds and checks a method's schedule for a model.
 
   Args:
     method: a name in `METHODS`, or two joined by `+`: one before the decoder, one inside.
-    num_layers: the decoder's layers.
-    num_image_tokens: image tokens before pruning.
-    has_class_token: whether the tower has a class token.
-    prune_layers: layers to prune before, one a stage, 0 being before the decoder (for a method that freezes, the layers
-      in which image tokens are not updated); the method's own when None.
-    keep: image tokens to keep at each stage, a count (int) or a share of the image's tokens (float in (0, 1], rounded
-      to the nearest count, at least one); the method's own when None. Of two methods, the second one's own shares are
-      of what the first keeps.
-    parameters: values of the method's `Method.parameters`; those left out have their defaults.
+    num_layers: of the decoder.
+    num_image_tokens: before pruning.
+    prune_layers: layers to prune before, one per stage, 0 being before the decoder; for a method that freezes, layers
+      in which image tokens are not updated. By default the method's own.
+    keep: image tokens to keep at each stage: a count (int) or a share of the image's tokens (float in (0, 1], rounded
+      to the nearest count, at least one). By default the method's own; of two methods, the second one's shares are of
+      what the first keeps.
+    parameters: values of `Method.parameters`; absent ones take their defaults.
 
   Raises:
     UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
@@ -77,7 +72,7 @@ def build_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class PruningConfig:
-  """A choice of pruning for any model: arguments of `build_schedule`, parameters as pairs of name and value."""
+  """A choice of pruning for any model: arguments of `build_schedule`, with parameters as pairs of name and value."""
 
   method: str = "himap"
   prune_layers: tuple[int, ...] | None = None
@@ -92,7 +87,7 @@ class PruningConfig:
 
 
 def _entries(method: str, has_class_token: bool) -> list[Method]:
-  """The one method or the two that combine."""
+  """The method, or the two that combine."""
   names = parse(method)
   for name in names:
     if METHODS[name].needs_class_attention and not has_class_token:
@@ -124,7 +119,7 @@ def _parameters(method: str, entries: list[Method], given: Mapping[str, float]) 
 
 
 def _criteria(method: str, entries: list[Method], prune_layers: tuple[int, ...]) -> list[Criterion]:
-  """The criterion of every stage; a method's single one serves as many stages as there are."""
+  """The criterion of every stage; a method's single criterion serves any number of stages."""
   first, own = list(entries[0].criteria) if len(entries) > 1 else [], list(entries[-1].criteria)
   num_own = len(prune_layers) - len(first)
   if (len(own) != 1 and num_own != len(own)) or num_own < len(own):
@@ -136,14 +131,14 @@ def _criteria(method: str, entries: list[Method], prune_layers: tuple[int, ...])
     if acts == "before" and layer != 0:
       raise UserError(f"method {method!r} acts before the decoder: its prune_layers can only be 0, not {layer}")
     if acts == "inside" and layer == 0:
-      raise UserError(f"method {method!r} cannot prune before layer 0: it needs the attention of the layer before")
+      raise UserError(f"method {method!r} cannot prune before layer 0: it needs the attention of the previous layer")
   return first + (own if len(own) == num_own else own * num_own)
 
 
 def _counts(
   entries: list[Method], num_layers: int, num_image_tokens: int, keep: tuple[int | float, ...] | None
 ) -> list[int]:
-  """Image tokens after each stage: those given, or the methods' own."""
+  """Image tokens after each stage: as given, or the methods' own."""
   if keep is not None:
     return [_count(k, num_image_tokens) for k in keep]
   counts = []

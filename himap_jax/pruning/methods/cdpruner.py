@@ -1,8 +1,8 @@
-"""CDPruner: tokens that matter to the instruction and differ from each other, by a determinantal point process.
+"""CDPruner: tokens relevant to the instruction and different from each other, by a determinantal point process.
 
-Its authors take the relevance from the tower's text encoder. A LLaVA checkpoint has none, so here it is the similarity
-of image tokens and instruction tokens where they meet, at the decoder's input. They scale relevance over the batch;
-here it is scaled for each row, so that a row's result is its own.
+The authors take the relevance from the tower's text encoder. A LLaVA checkpoint has none, so here it is the similarity
+of image and instruction tokens at the decoder's input. They scale relevance over the batch; here it is scaled per row,
+so that rows are independent.
 """
 
 import jax
@@ -17,7 +17,7 @@ EPSILON = 1e-6
 
 
 def relevance(view: View) -> Float[Array, "B M"]:
-  """Mean cosine with the instruction's tokens, scaled to (0, 1]."""
+  """Mean cosine similarity to the instruction tokens, scaled to (0, 1]."""
   slots, valid = view.layout.instruction_slots()
   similarity = cosine_similarity(view.image_tokens(), take_slots(view.x, slots))
   count = jnp.maximum(valid.sum(axis=1, dtype=jnp.float32), 1.0)[:, None]
@@ -29,7 +29,7 @@ def relevance(view: View) -> Float[Array, "B M"]:
 
 
 def determinantal(view: View, keep: int) -> Selection:
-  """Greedy maximum a posteriori of the process with kernel r_i · cos(v_i, v_j) · r_j (arXiv 1709.05135)."""
+  """Greedy MAP inference for the process with kernel r_i · cos(v_i, v_j) · r_j (arXiv 1709.05135)."""
   tokens, weight, present = view.image_tokens(), relevance(view), view.layout.image_present()
   kernel = weight[:, :, None] * cosine_similarity(tokens, tokens) * weight[:, None]
   batch, num_tokens, _ = kernel.shape
@@ -38,11 +38,11 @@ def determinantal(view: View, keep: int) -> Selection:
     gain, chosen, columns, kept = state
     candidate = jnp.where(present, gain, jnp.finfo(jnp.float32).min)
     token = jnp.where(chosen, -jnp.inf, candidate).argmax(axis=1).astype(jnp.int32)
-    explained = jnp.einsum("BK,BKM->BM", _of(columns, token, axis=2), columns, precision="highest")
-    own = _of(gain, token, axis=1)
-    # Zero up to rounding once the kernel's rank is used up: then nothing more is explained.
+    explained = jnp.einsum("BK,BKM->BM", _take_token(columns, token, axis=2), columns, precision="highest")
+    own = _take_token(gain, token, axis=1)
+    # Zero up to rounding once the kernel's rank is exhausted; the column is then zero.
     scale = jnp.where(own > EPSILON**2, jax.lax.rsqrt(jnp.maximum(own, EPSILON**2)), 0.0)
-    column = (_of(kernel, token, axis=1) - explained) * scale[:, None]
+    column = (_take_token(kernel, token, axis=1) - explained) * scale[:, None]
     gain = gain - jnp.square(column)
     chosen |= mark(token[:, None], num_tokens)
     return gain, chosen, columns.at[:, index].set(column), kept.at[:, index].set(token)
@@ -56,14 +56,14 @@ def determinantal(view: View, keep: int) -> Selection:
   return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[3], axis=1))
 
 
-def _of(x: Float[Array, "B ..."], token: Int[Array, "B"], axis: int) -> Float[Array, "B ..."]:
-  """What each row has for its token."""
+def _take_token(x: Float[Array, "B ..."], token: Int[Array, "B"], axis: int) -> Float[Array, "B ..."]:
+  """Each row's entries for its token."""
   indices = token.reshape(-1, *[1] * (x.ndim - 1))
   return jnp.take_along_axis(x, indices, axis=axis).squeeze(axis)
 
 
 def cost(sizes: Sizes) -> int:
-  """Products of all pairs of image tokens and of image and text, and a pass over the columns for every kept token."""
+  """Similarities of image tokens to each other and to text, and a pass over the columns per kept token."""
   pairs = sizes.num_present * (sizes.num_present + sizes.num_text_tokens)
   return pairs * sizes.model.hidden_size + sizes.keep**2 * sizes.num_present
 

@@ -1,4 +1,4 @@
-"""The controls: no pruning; random tokens, which a method has to beat; a regular grid, whatever the picture shows."""
+"""Controls: no pruning; random tokens, which a method should beat; a regular grid, independent of the picture."""
 
 import math
 
@@ -11,25 +11,25 @@ from himap_jax.pruning.method import Criterion, Method, Selection, View, filled,
 
 
 def noise(view: View) -> Float[Array, "B M"]:
-  """Independent uniform numbers, which depend on the row's key and the layer alone."""
+  """Independent uniform numbers, which depend only on the row's key and the layer."""
   num_tokens = view.layout.num_image_tokens
   return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, view.layer), (num_tokens,)))(view.keys)
 
 
 def spread(num_tokens: int, keep: int) -> Int[np.ndarray, "K"]:
-  """`keep` of `num_tokens` indices at equal distances."""
+  """`keep` equally spaced indices of `num_tokens`."""
   return (2 * np.arange(keep, dtype=np.int32) + 1) * num_tokens // (2 * keep)
 
 
 def grid(side: int, keep: int) -> Int[np.ndarray, "K"]:
-  """`keep` of a square grid's indices: rows at equal distances, and in each row tokens at equal distances."""
+  """`keep` indices of a square grid: equally spaced rows, and equally spaced tokens in each."""
   rows = spread(side, min(side, max(math.ceil(keep / side), round(keep**0.5))))
   per_row = np.diff(np.arange(len(rows) + 1) * keep // len(rows))
   return np.concatenate([row * side + spread(side, count) for row, count in zip(rows, per_row.tolist(), strict=True)])
 
 
 def regular(view: View, keep: int) -> Selection:
-  """The same tokens for every row with all M image tokens; tokens at equal distances for one with fewer."""
+  """The same grid for every row with all M image tokens; equally spaced tokens for a row with fewer."""
   present = view.layout.image_present()
   count, num_tokens = present.sum(axis=1, keepdims=True, dtype=jnp.int32), present.shape[1]
   side = math.isqrt(num_tokens)

@@ -6,15 +6,15 @@ from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, mark, stable_top_k
 from himap_jax.pruning.sizes import Sizes
 
-NUM_PIVOTS = 4  # of image tokens, and as many of text tokens
+NUM_PIVOTS = 4  # image tokens, and as many text tokens
 
 
 def unlike_pivots(view: View, keep: int) -> Selection:
-  """The pivots among the image tokens and, for each pivot in turn, the tokens that are least similar to it.
+  """Keeps the image pivots and, for each pivot in turn, the tokens least similar to it.
 
-  Pivots are the image tokens and the instruction tokens whose keys in the layer before have the largest L1 norm. The
-  similarity is the cosine between hidden states. Where the instruction has fewer tokens than pivots, the first one's
-  strongest stands for the rest. What `keep` leaves after dividing by the pivots goes to the first of them.
+  Pivots are the image and the instruction tokens whose keys in the previous layer have the largest L1 norm. Similarity
+  is the cosine of hidden states. If the instruction has fewer tokens than pivots, its strongest token fills the rest.
+  The remainder of `keep` after dividing by the pivots goes to the first of them.
   """
   norms = jnp.abs(view.key.astype(jnp.float32)).sum(axis=(2, 3))
   image_slots, present = view.layout.image_slots(), view.layout.image_present()
@@ -37,7 +37,7 @@ def unlike_pivots(view: View, keep: int) -> Selection:
 
 
 def cost(sizes: Sizes) -> int:
-  """Products of the pivots with every image token."""
+  """Similarities of the pivots and every image token."""
   return 2 * NUM_PIVOTS * sizes.num_present * sizes.model.hidden_size
 
 

@@ -1,4 +1,4 @@
-"""DivPrune: tokens as far from each other as can be."""
+"""DivPrune: tokens that are far from each other."""
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,9 @@ from himap_jax.pruning.sizes import Sizes
 
 
 def max_min_distance(view: View, keep: int) -> Selection:
-  """Greedy: first the token farthest from its nearest neighbour, then each time the one farthest from all chosen.
+  """Greedy: starts with the token farthest from its nearest neighbour, then adds the one farthest from all chosen.
 
-  Distance is one minus the cosine between projected image tokens.
+  The distance is one minus the cosine of projected image tokens.
   """
   tokens, present = view.image_tokens(), view.layout.image_present()
   distance = 1.0 - cosine_similarity(tokens, tokens)
@@ -31,7 +31,7 @@ def max_min_distance(view: View, keep: int) -> Selection:
 
 
 def cost(sizes: Sizes) -> int:
-  """Products of all pairs."""
+  """Similarities of all pairs."""
   return sizes.num_present**2 * sizes.model.hidden_size
 
 

@@ -1,4 +1,4 @@
-"""FasterVLM: what the vision tower's class token attends to."""
+"""FasterVLM: attention of the vision tower's class token."""
 
 from jaxtyping import Array, Float
 

@@ -1,4 +1,4 @@
-"""FastV: what the last token attends to."""
+"""FastV: attention of the last token."""
 
 from jaxtyping import Array, Float
 
@@ -6,7 +6,7 @@ from himap_jax.pruning.method import Method, View, highest
 
 
 def last_token_attention(view: View) -> Float[Array, "B M"]:
-  """Attention that each image token receives from the prompt's last token in the layer before."""
+  """Attention that each image token receives from the prompt's last token in the previous layer."""
   return view.attention_from(view.layout.last_slot()[:, None])
 
 

@@ -1,4 +1,4 @@
-"""FitPrune: a few tokens at every layer, by a table that was fitted to attention statistics."""
+"""FitPrune: a few tokens at almost every layer, by a table fitted to attention statistics."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,24 +14,24 @@ NUM_IMAGE_TOKENS = 576
 
 
 def kept_shares(num_layers: int) -> np.ndarray:
-  """The share of image tokens that enters each layer; another depth than the table's reads it at the relative depth."""
+  """Share of image tokens that enters each layer; at another depth the table is read at the same relative depth."""
   entering = 1 - np.concatenate([[0], np.cumsum(DROPPED)]) / NUM_IMAGE_TOKENS
   depth = np.arange(num_layers) * (len(DROPPED) / num_layers)
   return np.interp(depth, np.arange(len(entering)), entering)
 
 
 def prune_layers(num_layers: int) -> tuple[int, ...]:
-  """The layers that fewer tokens enter than the layer before."""
+  """Layers that fewer tokens enter than the layer before."""
   return tuple((np.flatnonzero(np.diff(kept_shares(num_layers)) < 0) + 1).tolist())
 
 
 def keep(num_layers: int) -> tuple[float, ...]:
-  """The share of the image's tokens that enters each of `prune_layers`."""
+  """Share of the image's tokens that enters each of `prune_layers`."""
   return tuple(kept_shares(num_layers)[list(prune_layers(num_layers))].tolist())
 
 
 def attention_product(view: View) -> Float[Array, "B M"]:
-  """Attention received from the image × attention received from the text after it, each the largest over heads."""
+  """Attention received from the image × attention received from the text after it, each the maximum over heads."""
   slots, valid = view.layout.instruction_slots()
   image_slots, present = view.layout.image_slots(), view.layout.image_present()
 

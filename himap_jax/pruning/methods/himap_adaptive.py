@@ -1,12 +1,12 @@
-"""HiMAP with keep counts for each row: the fewest tokens that hold enough of its instruction's attention to the image.
+"""HiMAP with a keep count per row: the fewest tokens that hold enough of the instruction's attention to the image.
 
 A row runs on one of three rungs, each with a keep count for both stages. The first stage takes the cheapest rung whose
-tokens hold at least `threshold` of the row's instruction attention; the last rung takes every row. A row keeps exactly
-what HiMAP with its rung's counts keeps.
+tokens hold at least `threshold` of the row's instruction attention, or else the last. A row keeps exactly what HiMAP
+with its rung's counts keeps.
 
-Shapes are static, so every row runs in the largest rung's: padding takes the place of the tokens that a row does not
-keep, and no time is saved. FLOPs count a row's own tokens (`Schedule.with_counts`). On the demo model adaptive counts
-gain nothing over fixed ones at equal FLOPs.
+Shapes are static, so every row runs in the largest rung's: padding replaces the tokens that a row does not keep, and no
+time is saved. FLOPs count a row's own tokens (`Schedule.with_counts`). On the demo model adaptive counts gain nothing
+over fixed ones at equal FLOPs.
 """
 
 from collections.abc import Mapping
@@ -19,29 +19,29 @@ from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import Criterion, Method, Selection, View, stable_top_k
 from himap_jax.pruning.methods.himap import IMAGE, INSTRUCTION, image_attention, instruction_attention
 
-# What the rungs keep at each stage, as shares of the largest one's count: where that is 75% and 37.5% of the image's
+# Keep counts of the rungs at each stage, as shares of the largest rung's. If that keeps 75% and 37.5% of the image's
 # tokens, the others keep 25% and 6.25%, and 50% and 12.5%.
 RUNGS = ((1 / 3, 2 / 3, 1.0), (1 / 6, 1 / 3, 1.0))
 
 
 def rung_counts(stage: int, keep: int) -> tuple[int, ...]:
-  """How many tokens the rungs keep at a stage whose largest count is `keep`, the fewest first."""
+  """Keep counts of the rungs at a stage, ascending; `keep` is the largest."""
   return tuple(max(1, round(share * keep)) for share in RUNGS[stage])
 
 
 def held_share(scores: Float[Array, "B M"]) -> Float[Array, "B M"]:
-  """The share of all scores that the highest of them hold, up to each."""
+  """Cumulative share of the scores, highest first."""
   ranked = take_slots(scores, stable_top_k(scores, scores.shape[1]))
   return jnp.cumsum(ranked, axis=1) / scores.sum(axis=1, keepdims=True)
 
 
 def cheapest_rung(mass: Float[Array, "B R"], threshold: Float[Array, ""]) -> Int[Array, "B"]:
-  """The first rung whose tokens hold enough, for each row; the last where none does."""
+  """Each row's first rung whose tokens hold enough; the last if none does."""
   return jnp.argmax((mass >= threshold).at[:, -1].set(True), axis=1)
 
 
 def by_instruction(view: View, keep: int) -> Selection:
-  """Instruction attention: for each row the tokens of the cheapest rung that holds enough of it."""
+  """Instruction attention: each row keeps the tokens of the cheapest rung that holds enough of it."""
   present = view.layout.image_present()
   scores = instruction_attention(view)
   held = held_share(jnp.where(present, scores, 0.0))
@@ -50,7 +50,7 @@ def by_instruction(view: View, keep: int) -> Selection:
 
 
 def by_image(view: View, keep: int) -> Selection:
-  """Image attention among the tokens that the row still has; their number says which rung it is on."""
+  """Image attention among the row's remaining tokens, whose number identifies its rung."""
   present = view.layout.image_present()
   fewer = jnp.array(rung_counts(0, view.layout.num_image_tokens)[:-1], jnp.int32)
   rung = (present.sum(axis=1, dtype=jnp.int32)[:, None] > fewer[None]).sum(axis=1)

@@ -1,7 +1,7 @@
-"""PruMerge+: class-attention outliers and evenly spaced samples, each with the tokens most like it merged in.
+"""PruMerge+: class-attention outliers and evenly spaced samples, with the most similar tokens merged into each.
 
-The original finds as many outliers as an image has; here a quarter of the kept tokens are, which is its ratio of
-outliers to samples. Its one extra token, the sum of all that was dropped, has no place in the picture and is left out.
+The original finds as many outliers as an image has; here a quarter of the kept tokens are outliers, which is its ratio.
+Its extra token, the sum of all dropped tokens, has no place in the picture and is left out.
 """
 
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ CLUSTER = 32
 
 
 def merged_outliers(view: View, keep: int) -> Selection:
-  """To each kept token, the 32 others of most similar keys are added, weighted by their class attention."""
+  """Adds to each kept token the 32 others with the most similar keys, weighted by their class attention."""
   features, attention, present = view.features, view.class_attention, view.layout.image_present()
   batch, num_tokens, _ = features.shape
   num_outliers = round(keep * OUTLIER_SHARE)
@@ -36,7 +36,7 @@ def merged_outliers(view: View, keep: int) -> Selection:
 
 
 def cost(sizes: Sizes) -> int:
-  """The class token's attention, similarities of keys, sums of features, and projecting what was merged."""
+  """Class attention, similarities of keys, sums of features, and projecting merged tokens."""
   model = sizes.model
   merging = sizes.num_image_tokens * (model.tower_width + model.num_features)
   return sizes.class_attention() + sizes.keep * (merging + model.connector_flops_per_token)

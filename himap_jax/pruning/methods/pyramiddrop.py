@@ -1,4 +1,4 @@
-"""PyramidDrop: what the last token would attend to in the layer that comes next, several times over."""
+"""PyramidDrop: attention of the last token in the next layer, at several stages."""
 
 from jaxtyping import Array, Float
 
@@ -8,14 +8,14 @@ from himap_jax.pruning.sizes import Sizes
 
 
 def next_layer_attention(view: View) -> Float[Array, "B M"]:
-  """Attention that each image token would receive from the last token, by the next layer's queries and keys."""
+  """Attention that each image token would receive from the last token in the next layer."""
   last = view.layout.last_slot()[:, None]
   query, key = view.next_layer(last)
   return received_attention(query, key, view.layout, last, scale=view.scale)
 
 
 def cost(sizes: Sizes) -> int:
-  """One row of queries and attention, and the keys of the whole sequence."""
+  """Queries and attention of one row, and keys of the whole sequence."""
   model = sizes.model
   return sizes.attention(1) + model.hidden_size * (model.query_width + sizes.num_slots * model.key_width)
 

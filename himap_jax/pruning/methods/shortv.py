@@ -1,4 +1,4 @@
-"""ShortV: image tokens are kept, but layers that do little to them do not update them."""
+"""ShortV: all image tokens are kept, but layers that change them little do not update them."""
 
 from himap_jax.errors import UserError
 from himap_jax.pruning.method import Method
@@ -11,11 +11,7 @@ FROZEN = {
 
 
 def frozen_layers(num_layers: int) -> tuple[int, ...]:
-  """The authors' table.
-
-  Raises:
-    UserError: a decoder of another depth, for which there is none.
-  """
+  """The authors' table; raises `UserError` for a decoder of another depth."""
   if num_layers not in FROZEN:
     raise UserError(
       f"method 'shortv' has tables for decoders of {' and '.join(map(str, FROZEN))} layers, and this one has "

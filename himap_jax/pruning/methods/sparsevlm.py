@@ -1,6 +1,6 @@
-"""SparseVLM: what the text tokens that the image speaks to attend to.
+"""SparseVLM: attention from the text tokens that resemble the image.
 
-Its recycling of dropped tokens by clustering (first version) is left out, as in its authors' second version.
+Recycling of dropped tokens by clustering (first version) is left out, as in the authors' second version.
 """
 
 import jax
@@ -13,9 +13,9 @@ from himap_jax.pruning.sizes import Sizes
 
 
 def raters(view: View) -> Bool[Array, "B T"]:
-  """Which instruction tokens rate: of softmax over text of image · text, averaged over the image, those above the mean.
+  """Mask of the instruction tokens with more than the mean share of the image, or all if no share is above the mean.
 
-  Where no token is above the mean, all of them rate.
+  Shares are the softmax over text of image · text, averaged over image tokens.
   """
   layout, x = view.embedded_layout, view.embeddings.astype(jnp.float32)
   slots, valid = layout.instruction_slots()
@@ -29,13 +29,13 @@ def raters(view: View) -> Bool[Array, "B T"]:
 
 
 def rated_attention(view: View) -> Float[Array, "B M"]:
-  """Attention that each image token receives from the raters in the layer before."""
+  """Attention that each image token receives from the raters in the previous layer."""
   rows, _ = view.layout.instruction_slots()
   return view.attention_from(rows, raters(view))
 
 
 def cost(sizes: Sizes) -> int:
-  """Products of all image and text embeddings, and attention from as many rows as there may be raters."""
+  """Products of all image and text embeddings, and attention from every text token."""
   products = sizes.num_image_tokens * sizes.num_text_tokens * sizes.model.hidden_size
   return products + sizes.attention(sizes.num_text_tokens)
 

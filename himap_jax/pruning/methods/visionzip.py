@@ -1,6 +1,6 @@
-"""VisionZip: dominant tokens by the class token's attention, the rest merged into contextual ones.
+"""VisionZip: dominant tokens by class attention, the others merged into contextual ones.
 
-Its authors keep the class token too; here the decoder sees image tokens only.
+The authors also keep the class token; here the decoder sees image tokens only.
 """
 
 import jax
@@ -14,9 +14,9 @@ CONTEXTUAL_SHARE = 10 / 64
 
 
 def dominant_and_contextual(view: View, keep: int) -> Selection:
-  """The highest class attention, and evenly spaced others, to each of which the mean of those most like it is added.
+  """Keeps the highest class attention, and evenly spaced others, to which the means of their nearest tokens are added.
 
-  Likeness is the cosine between the feature layer's keys, averaged over heads.
+  Nearness is the cosine of the feature layer's keys, averaged over heads.
   """
   num_contextual = round(CONTEXTUAL_SHARE * keep)
   num_dominant = keep - num_contextual
@@ -43,7 +43,7 @@ def dominant_and_contextual(view: View, keep: int) -> Selection:
 
 
 def cost(sizes: Sizes) -> int:
-  """The class token's attention, similarities of keys, sums of features, and projecting what was merged."""
+  """Class attention, similarities of keys, sums of features, and projecting merged tokens."""
   num_contextual, model = round(CONTEXTUAL_SHARE * sizes.keep), sizes.model
   merging = sizes.num_image_tokens * num_contextual * (model.tower_width // model.tower_heads + model.num_features)
   return sizes.class_attention() + merging + sizes.keep * model.connector_flops_per_token

@@ -1,4 +1,4 @@
-"""VisPruner: half by the class token's attention, half what is left when the most similar tokens are removed."""
+"""VisPruner: half of the tokens by class attention, half by removing the most similar of the others."""
 
 import jax.numpy as jnp
 
@@ -11,9 +11,9 @@ REMOVED_AT_ONCE = 8
 
 
 def important_and_diverse(view: View, keep: int) -> Selection:
-  """The highest class attention; of the rest, in that order, tokens are removed while a partner resembles them most.
+  """Keeps the highest class attention; of the others, in that order, removes the most similar until enough are left.
 
-  Partners are the tokens at even and at odd places; of the even ones, the eight that most resemble an odd one go.
+  Each round compares the tokens at even places with those at odd places, and removes the eight most similar even ones.
   """
   num_important, present = int(keep * IMPORTANT_SHARE), view.layout.image_present()
   order = jnp.argsort(jnp.where(present, -view.class_attention, jnp.inf), axis=1, stable=True)
@@ -30,7 +30,7 @@ def important_and_diverse(view: View, keep: int) -> Selection:
 
 
 def cost(sizes: Sizes) -> int:
-  """The class token's attention, and similarities of features in every round."""
+  """Class attention, and similarities of features in every round."""
   num_important = int(sizes.keep * IMPORTANT_SHARE)
   size, products = sizes.num_image_tokens - num_important, 0
   while size > sizes.keep - num_important:
