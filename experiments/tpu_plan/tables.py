@@ -1,4 +1,4 @@
-"""A row a cell: the largest batch, and what it takes."""
+"""A row for every cell: the largest batch and its costs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,10 +18,7 @@ PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
 def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
   """Plans a cell.
 
-  Args:
-    cell: the cell.
-    compile_at: `plan.compiled` in some directory.
-    before: earlier rows, among them that of no pruning at the same place.
+  `compile_at` is `plan.compiled` in some directory; `before` are earlier rows, including that of no pruning.
   """
   limits = []
 
@@ -34,7 +31,6 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
     return sum(result["memory"].values()) if result["memory"] else None
 
   def limit() -> int:
-    """What a program that did not fit said that there is."""
     return min(limits, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
 
   devices = planned.mesh_of(cell.topology, cell.tensor).devices
