@@ -60,8 +60,8 @@ class Source:
 def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> Source:
   """Finds a published checkpoint, a directory or a Hub id, and reads the headers of its weights.
 
-  For the original layout, `vision_tower`, a directory or Hub id, replaces the one in config.json. Raises
-  `CheckpointError` if the checkpoint cannot be found or read, or a file is incomplete.
+  For the original layout, `vision_tower` replaces the one in config.json. Raises `CheckpointError` if a file is
+  missing, incomplete or unreadable.
   """
   directory = locate(str(name))
   fields = read_json(directory / "config.json")

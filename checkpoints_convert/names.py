@@ -104,7 +104,6 @@ class Parameter(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The shape in the tree."""
     shape = self.tensor.shape
     return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
 

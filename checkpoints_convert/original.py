@@ -33,7 +33,6 @@ _SUPPORTED = {
 
 
 def is_original(fields: dict[str, Any]) -> bool:
-  """Whether a config.json has the original layout."""
   return "mm_vision_tower" in fields
 
 
@@ -84,10 +83,7 @@ def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: in
 
 
 def tokenizer(source: pathlib.Path) -> Any:
-  """The checkpoint's tokenizer with `<image>` as the next id, followed by `<pad>` where it has no padding token.
-
-  Raises `CheckpointError` if it cannot be read.
-  """
+  """The checkpoint's tokenizer with `<image>` and, if needed, `<pad>` added; `CheckpointError` if it is unreadable."""
   import transformers
 
   kind = read_json(source / "tokenizer_config.json").get("tokenizer_class", "LlamaTokenizer")

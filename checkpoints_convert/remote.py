@@ -21,7 +21,6 @@ UNFINISHED = "himap_jax.unfinished"
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-  """Whether a path is an object-storage URL."""
   return "://" in os.fspath(name)
 
 

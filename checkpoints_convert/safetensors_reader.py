@@ -84,7 +84,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
     what = first_line(error).removeprefix("Error while deserializing header: ")
     reason = next((text for words, text in _DAMAGE.items() if words in what), f"unreadable header, {what}")
     raise CheckpointError(
-      f"{path}: not a whole safetensors file ({reason}; it has {path.stat().st_size} bytes); download it again"
+      f"{path}: not a complete safetensors file ({reason}; it has {path.stat().st_size} bytes); download it again"
     ) from error
   except OSError as error:
     raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error

@@ -49,7 +49,6 @@ def first_line(error: Exception) -> str:
 
 
 def some(items: list[str] | tuple[str, ...], limit: int = 4) -> str:
-  """The first few items, for a message."""
   return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
 
 

@@ -73,10 +73,7 @@ def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
 
 @contextlib.contextmanager
 def locked(target: AnyPath) -> Iterator[None]:
-  """Locks `target`; a process that has to wait prints so. The lock of a killed process is released at once.
-
-  Does nothing in object storage, which has no locks.
-  """
+  """Locks `target`, but not in object storage; a process that waits prints so, and a killed process frees its lock."""
   if remote.is_remote(target):
     yield
     return
@@ -96,10 +93,7 @@ def locked(target: AnyPath) -> Iterator[None]:
 
 
 def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Path:
-  """A cached copy of a finished conversion in object storage, without its parameters, renewed when the files change.
-
-  Raises `CheckpointError` if there is no finished conversion.
-  """
+  """A cached copy of a finished conversion in object storage, without parameters; `CheckpointError` if none."""
   marker = read_marker(directory)
   if marker is None or remote.is_unfinished(directory):
     raise CheckpointError(

@@ -45,10 +45,7 @@ class SafetensorsWeights:
   is_int8: bool = dataclasses.field(default=False, init=False)
 
   def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """Reads parameters lazily, in their order on disk; each shard is cast separately.
-
-    Raises `CheckpointError` if they cannot be read.
-    """
+    """Reads parameters lazily, in their order on disk; raises `CheckpointError` if they cannot be read."""
     wanted = [parameter for parameter in self.parameters if parameter.path in targets]
     with _bar(sum(parameter.tensor.num_bytes for parameter in wanted)) as bar:
       for parameter in wanted:

@@ -40,10 +40,7 @@ def read(path: Path) -> gguf.GGUFReader:
 
 
 def weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
-  """Float32 weights under the names of transformers' LlamaModel; the head is tied and therefore absent.
-
-  Raises `CheckpointError` at a tensor without a name in LlamaModel.
-  """
+  """Float32 weights under the names of LlamaModel, without the tied head; `CheckpointError` at an unknown tensor."""
   heads = {
     "attn_q": _field(reader, "llama.attention.head_count"),
     "attn_k": _field(reader, "llama.attention.head_count_kv"),
@@ -103,7 +100,6 @@ def config(reader: gguf.GGUFReader) -> dict:
 
 
 def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
-  """The byte-level BPE tokenizer, built from the GGUF vocabulary and merges."""
   tokens = _field(reader, "tokenizer.ggml.tokens")
   types = _field(reader, "tokenizer.ggml.token_type")
   merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
