@@ -1,9 +1,9 @@
-"""Accuracy of the demo model without pruning, by type of question.
+"""Accuracy of the demo model without pruning, by question type.
 
     python -m experiments.demo_model.evaluate --question_set=easyvqa --workdir=…
 
-The questions of an image are packed behind it, as in training: the same positions and the same attention as one by one,
-hence the same answers, at a tenth of the cost. It resumes. With pruning, see `experiments.compare`.
+The questions about an image are packed behind it, as in training, with the positions and attention of single questions:
+the same answers at a tenth of the cost. Repeating a command resumes it. For pruning see `experiments.compare`.
 """
 
 import collections
@@ -28,16 +28,16 @@ from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "Of parameters and activations.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "Dtype of parameters and activations.")
 _QUESTION_SET = flags.DEFINE_string("question_set", "easyvqa", "easyvqa, scenes, or a JSONL file of questions.")
-_NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all when absent.")
+_NUM_QUESTIONS = flags.DEFINE_integer("num_questions", None, "Questions drawn from the set (seed 0); all if absent.")
 flags.DEFINE_string("workdir", None, "Directory of results, to resume from.", required=True)
 
 QUESTION_SLOTS = 256
 
 
 def right_answers(loaded: LoadedModel, questions: list[Question], results: pathlib.Path) -> dict[str, bool]:
-  """For every question whether the greedy answer is right; the file of results resumes."""
+  """Whether the greedy answer to each question is right; resumes from the file of results."""
   lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
   right = {row["id"]: row["right"] for row in map(json.loads, lines)}
   packer = Packer(loaded, loaded.prompts().image_shape[0], QUESTION_SLOTS)
@@ -61,7 +61,6 @@ def right_answers(loaded: LoadedModel, questions: list[Question], results: pathl
 
 
 def run() -> int:
-  """Evaluates and prints a table."""
   workdir = study.directory("workdir").absolute()
   questions = question_sets.load(_QUESTION_SET.value, num_questions=_NUM_QUESTIONS.value, seed=0, workdir=workdir)
   opened = checkpoint.open_checkpoint(_CHECKPOINT.value)
