@@ -19,10 +19,7 @@ NUM_SCENES = 200
 
 
 class Question(NamedTuple):
-  """A question about a picture, with an id unique in its set, the true answer and the type of the question.
-
-  `guess` is the answer suggested by the question alone, empty where unknown.
-  """
+  """A question with its true answer; `guess` is the answer suggested by the question alone, empty where unknown."""
 
   id: str
   image: pathlib.Path
@@ -38,10 +35,7 @@ def is_right(answer: str | None, truth: str | None) -> bool:
 
 
 def score(answer: str | None, truth: str | None) -> float:
-  """ROUGE-L (Lin 2004) of two comma-separated lists: the F-measure of their longest common subsequence of items.
-
-  For a truth of one item, a right answer scores 1 and a wrong single item 0.
-  """
+  """ROUGE-L (Lin 2004) of two comma-separated lists: the F-measure of their longest common subsequence of items."""
   if answer is None or truth is None:
     return 0.0
   given, wanted = ([_normal(item) for item in text.split(",")] for text in (answer, truth))

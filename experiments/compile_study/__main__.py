@@ -40,7 +40,6 @@ _OUTPUT = flags.DEFINE_string("output", "compile_study_output", "Directory of ta
 
 
 def run() -> int:
-  """Measures missing variants and writes tables and plots."""
   variants = study.chosen(_VARIANTS, VARIANTS)
   planned.without_devices()
   setting = Setting(

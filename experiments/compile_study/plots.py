@@ -32,7 +32,7 @@ def break_even(rows: Sequence[Row]) -> Figure:
 
 
 def seconds(rows: Sequence[Row]) -> Figure:
-  """Plots the seconds of one pass over the workload, added to those of compiling or reading its programs."""
+  """Plots the seconds of one pass, added to those of compiling or reading its programs."""
   figure = Figure(figsize=(8, 0.45 * len(rows) + 1.2))
   axes = figure.add_subplot()
   for number, row in enumerate(reversed(rows)):

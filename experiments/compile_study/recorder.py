@@ -38,7 +38,7 @@ class Recorder:
     return call
 
   def account(self) -> dict[str, float]:
-    """The number of programs, their seconds and optimised instructions, and the most temporaries of one in MiB."""
+    """Number of programs, seconds, optimised instructions, and the most temporaries of any program, in MiB."""
     return {
       "programs": len(self.compiled),
       "compile": self.seconds,

@@ -67,7 +67,6 @@ def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measuremen
 
 
 def report(rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
-  """`compile_study.csv`, `compile_study.md` and both plots; `tpu_heading` precedes the TPU's table."""
   lines = [*tabular.formatted(rows, CPU_COLUMNS), ""]
   if tpu_heading is not None:
     lines += [tpu_heading, "", *tabular.formatted([row for row in rows if "tpu_programs" in row], TPU_COLUMNS), ""]

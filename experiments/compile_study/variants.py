@@ -1,4 +1,4 @@
-"""Ways to run the same HiMAP prefill, which differ in their shapes and in their division into programs.
+"""Ways to run the same HiMAP prefill, which differ in shapes or in the division into programs.
 
 Every variant gives the logits of the library's prefill and computes keys and values of all layers; `dynamic` chooses
 other keep counts.
@@ -65,7 +65,6 @@ def one_program(run: Callable[[Model, Inputs, Schedule], Any]) -> Build:
 
 
 def gather(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
-  """The library's own prefill."""
   result = library.prefill(model.bind(), inputs, _keys(inputs.tokens), schedule)
   return result.logits, result.caches
 
@@ -194,8 +193,7 @@ def scan(recorder: Recorder, schedule: Schedule) -> Run:
 def by_segment(recorder: Recorder, schedule: Schedule, *, is_dynamic: bool = False) -> Run:
   """One program for every segment and one for every stage.
 
-  If dynamic, each stage keeps the fewest tokens that cover `COVERED` of the scores in every row, rounded up to
-  `GRANULE`s.
+  If dynamic, stages keep the fewest tokens, in `GRANULE`s, that cover `COVERED` of the scores in every row.
   """
 
   def layers(model: Model, sequence: Sequence, *, segment: Segment) -> Any:

@@ -47,8 +47,6 @@ class Outcomes(NamedTuple):
 
 
 def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, *, max_new_tokens: int) -> Outcomes:
-  """Answers all questions on all rungs; resumes from the work directory."""
-
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     by_instruction, _ = himap_scores(subject.loaded.model, batch.inputs, num_layers=rungs[0].stages[0].layer)
     length = (batch.inputs.layout.kind == TEXT).sum(axis=1)
@@ -120,7 +118,6 @@ def cheapest(outcomes: Outcomes) -> float:
 
 
 def summary(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row], cheapest: float) -> list[str]:
-  """Both tables in Markdown."""
   common = {"FLOPs, all tokens": "{flops:.1%}"} | {name: tabular.with_interval(name, ".1%") for name in MEASURES}
   held = {"attention held": "{mass:.1%} ± {mass_spread:.1%}"}
   held["held more where the answer stays"] = "{mass_tells:.0%} of pairs"

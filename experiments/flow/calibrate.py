@@ -80,14 +80,12 @@ class Trials(NamedTuple):
 
 
 def split(questions: Sequence[Question], num_heldout: int, *, seed: int) -> tuple[list[Question], list[Question]]:
-  """Splits questions at random into calibration and held-out ones, each in their original order."""
   order = np.random.default_rng(seed).permutation(len(questions))
   return tuple([questions[index] for index in sorted(part)] for part in (order[num_heldout:], order[:num_heldout]))
 
 
 def best(tried: Sequence[Trial]) -> Trial:
-  """The trial with the highest agreement; of equal ones, that with the smallest loss."""
-  return max(tried, key=lambda trial: trial.agreement)
+  return max(tried, key=lambda trial: trial.agreement)  # of equal ones the first, which has the smallest loss
 
 
 def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
@@ -104,7 +102,6 @@ def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
 
 
 def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) -> list[Trial]:
-  """Runs the chosen schedule, the paper's and a grid at the budget on held-out questions."""
   num_layers, count = trials.subject.num_layers, trials.subject.batcher.num_image_tokens
   paper = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
   entries = [("calibrated", chosen.proposal), ("the paper's", assess(measured, *paper))]
@@ -136,7 +133,6 @@ def describe(chosen: Trial, expected: tabular.Row, measured: Measured, checkpoin
 
 
 def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[tabular.Row]:
-  """One row per trial, with the paired difference to a reference where there is one."""
   columns = {"agreement": np.stack([trial.same for trial in trials])}
   if reference is not None:
     columns["difference"] = columns["agreement"] - reference.same
@@ -150,7 +146,6 @@ def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Tr
 
 
 def summary(tried: Sequence[tabular.Row], expected: tabular.Row, compared: Sequence[tabular.Row]) -> list[str]:
-  """Tables in Markdown; the first compared row is the reference."""
   agreement = tabular.with_interval("agreement", ".1%")
   left = {"": "{schedule}", "layers": "{layers}", "keeps": "{keep}", "FLOPs on image tokens": "{image_token_flops:.1%}"}
   left["answers as without pruning"] = agreement

@@ -65,7 +65,6 @@ class Sums(NamedTuple):
 def measure(
   subject: Subject, disruptions: Sequence[Disruption], workdir: pathlib.Path
 ) -> tuple[list[Question], Outcome]:
-  """The outcome of all questions, in batch order; resumes from the work directory."""
   sums = None
   if any(disruption.intervention.how == "mean" for disruption in disruptions):
     sums = Sums(**kept.arrays_of(workdir / "sums.npz", lambda: _sums(subject)._asdict()))
@@ -104,10 +103,7 @@ def _sums(subject: Subject) -> Sums:
 def mean_of_others(
   sums: Sums, own: Float[np.ndarray, "L B A N H"], present: Bool[np.ndarray, "B A"]
 ) -> Float[np.ndarray, "L B A N H"]:
-  """For each row, the mean flow over all other questions; 0 where no other question has an aligned token.
-
-  `sums` includes the rows themselves, whose flows and aligned tokens are `own` and `present`.
-  """
+  """For each row, the mean flow over all other questions, 0 where there is none; `sums` includes the row."""
   size = present.shape[1]
   count = (sums.count[:size] - present)[None, :, :, None, None]
   others = sums.flows[:, None, :size] - own
@@ -143,7 +139,6 @@ def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, see
 
 
 def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
-  """One row for each choice of pairs, method, mode and layer in which both blocks were disrupted."""
   count, means = outcome["overlap"].shape[1], outcome["overlap"].mean(axis=1)
   resampled, result = statistics.resample(outcome["overlap"], seed=seed), []
   numbers = {disruption: number for number, disruption in enumerate(disruptions)}
@@ -160,7 +155,6 @@ def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int)
 
 
 def summary(measured: Sequence[tabular.Row], bias: Sequence[tabular.Row]) -> list[str]:
-  """Markdown tables of label consistency, score consistency and bias ratio, one column per layer."""
   same, overlap = (tabular.with_interval(name, ".0%", "{} ({}–{})") for name in ("is_same", "overlap"))
   lines = ["## Label consistency: how often the most likely first token stays the same", ""]
   lines += [*_by_layer(measured, ("intervention", "mode"), same), ""]
@@ -197,7 +191,6 @@ def plot_consistency(rows: Sequence[tabular.Row], made: Sequence[Intervention]) 
 
 
 def plot_bias(rows: Sequence[tabular.Row]) -> Figure:
-  """Plots the bias ratio by layer, one panel per mode."""
   figure = Figure(figsize=(11, 3.8), layout="constrained")
   for axes, mode in zip(figure.subplots(1, len(MODES), sharey=True), MODES, strict=True):
     for chosen, how in dict.fromkeys((row["chosen"], row["how"]) for row in rows):

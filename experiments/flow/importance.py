@@ -46,7 +46,6 @@ def partner(x: Array) -> Array:
 
 
 def shuffled(view: View, scores: Float[Array, "B M"]) -> Float[Array, "B M"]:
-  """Scores in random order."""
   keys = jax.vmap(lambda key: jax.random.fold_in(key, view.layer))(view.keys)
   return jax.vmap(jax.random.permutation)(keys, scores)
 
@@ -73,10 +72,7 @@ def with_scores(schedule: Schedule, name: str) -> Schedule:
 
 
 def with_partner_contents(schedule: Schedule, *, chosen_by_partner: bool) -> Schedule:
-  """HiMAP's schedule with the partner's hidden states in place of the row's own after the first stage.
-
-  The kept tokens are chosen by the partner's scores or by the row's own.
-  """
+  """HiMAP's schedule with the partner's hidden states after the first stage, at tokens of either's choice."""
   first, second = schedule.stages
 
   def select(view: View, keep: int) -> Selection:
@@ -89,7 +85,6 @@ def with_partner_contents(schedule: Schedule, *, chosen_by_partner: bool) -> Sch
 
 
 def schedules(own: Schedule) -> dict[str, Schedule]:
-  """The schedules for every pair: no pruning, manipulated scores, and the partner's contents."""
   return {
     "no pruning": Schedule(),
     **{f"scores: {name}": with_scores(own, name) for name in MANIPULATIONS},
@@ -99,7 +94,6 @@ def schedules(own: Schedule) -> dict[str, Schedule]:
 
 
 def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> list[Pair]:
-  """Draws pairs; each question is in at most one."""
   by_text: dict[str, list[Question]] = collections.defaultdict(list)
   for question in questions:
     by_text[question.question].append(question)
@@ -134,10 +128,7 @@ def swapped(
 
 
 def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[np.ndarray, "2"]]:
-  """Correlations of first-stage scores after the middles of a pair of pictures have been swapped.
-
-  They are with the original scores of the row's own and of the other picture, inside and outside the swapped window.
-  """
+  """Correlations of first-stage scores, after a pair's middles are swapped, with those before, inside and outside."""
   grid, pixels = subject.processor.patch_grid, batch.inputs.pixel_values
   inside = np.zeros(grid, bool)
   inside[window_of(grid)] = True
@@ -173,8 +164,6 @@ def means(values: Mapping[str, Sequence[float]], *, seed: int) -> tabular.Row:
 
 
 def summary(measured: Sequence[tabular.Row], correlations: tabular.Row) -> list[str]:
-  """Both tables in Markdown."""
-
   def columns(row: tabular.Row, form: str) -> dict[str, str]:
     names = [name for name in row if name != "schedule" and not name.endswith(("_low", "_high"))]
     return {name: tabular.with_interval(name, form) for name in names}

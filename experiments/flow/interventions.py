@@ -71,10 +71,7 @@ def undisturbed(model: Model, inputs: Inputs) -> Undisturbed:
 
 
 def aligned(layout: Layout) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
-  """The slots of tokens that receive information, in the same order for all rows, and which of them exist.
-
-  Image tokens come first, in order, then the instruction from the prompt's end backwards.
-  """
+  """Slots that receive information, and which exist: image tokens, then the instruction from its end backwards."""
   places = jnp.arange(layout.num_slots - layout.num_image_tokens, dtype=jnp.int32)[None]
   instruction = jnp.maximum(layout.last_slot()[:, None] - places, 0)
   present = places < tokens.kinds(layout)["instruction"].sum(axis=1, keepdims=True)

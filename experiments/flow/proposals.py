@@ -35,10 +35,7 @@ class Measured:
 
   @functools.cached_property
   def flow_weights(self) -> Float[np.ndarray, "L Q N"]:
-    """Weight of each image token's flow in each layer: its share of the flow × the layer's effect on the answers.
-
-    The weights of a question sum to 1.
-    """
+    """Each image token's share of a layer's flow × the layer's effect on the answers; sums to 1 for a question."""
     flows = (self.to_instruction, self.instruction_weight), (self.to_image, self.image_weight)
     least = np.finfo(np.float32).tiny
     total = sum(
@@ -79,10 +76,7 @@ def candidates(num_layers: int, num_image_tokens: int, price: Price, budget: flo
 
 
 def propose(measured: Measured, price: Price, budget: float, *, count: int) -> list[Proposal]:
-  """The `count` schedules with the smallest loss within the budget, ascending; only the best for each pair of layers.
-
-  Raises `UserError` if none is within the budget.
-  """
+  """The `count` schedules with the smallest loss within the budget, one per pair of layers; `UserError` if none."""
   num_layers, _, num_image_tokens = measured.to_image.shape
   found = (assess(measured, *choice) for choice in candidates(num_layers, num_image_tokens, price, budget))
   best: dict[Two, Proposal] = {}

@@ -51,10 +51,7 @@ class Flow(NamedTuple):
 
 
 def measure(subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[Question], Flow]:
-  """The flow of all questions, in batch order, with Q in place of B; resumes from the work directory.
-
-  The saliency of `layers_at_a_time` layers is in memory at once.
-  """
+  """The flow of all questions, with Q in place of B; the saliency of `layers_at_a_time` layers is in memory at once."""
 
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     answers, parts = None, []
@@ -133,10 +130,7 @@ def contributions(flow: Flow) -> dict[str, Float[np.ndarray, "L Q 3"]]:
 
 
 def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
-  """The first layer from which S_vv ÷ S_vt stays above 1, up to the last but one; None where there is none.
-
-  The last layer does not count: no image token is read after it, so S_vv is 0 there.
-  """
+  """The first layer from which S_vv ÷ S_vt stays above 1 up to the last but one; in the last, S_vv is always 0."""
   below = np.flatnonzero(ratio[:-1] <= 1)
   first = 0 if below.size == 0 else int(below[-1]) + 1
   return first if first < len(ratio) - 1 else None
@@ -160,7 +154,6 @@ def rows_of_contributions(result: dict[str, np.ndarray]) -> list[tabular.Row]:
 
 
 def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: Flow) -> list[str]:
-  """Markdown table of the values that the paper plots, by layer."""
   columns, turns = [("layer", np.arange(len(flow.sums)), "d")], []
   for name, values in zip(("A pair", "Summed"), result.values(), strict=True):
     s_vt, s_vv = (values[..., block].mean(axis=1) for block in (0, 1))

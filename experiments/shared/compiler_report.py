@@ -22,7 +22,6 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled: Any) -> list[Collective]:
-  """The collectives of a `jax.stages.Compiled`."""
   found = []
   for line in compiled.as_text().splitlines():
     if match := _COLLECTIVE.search(line):
@@ -41,7 +40,6 @@ def _num_bytes(shape: tuple[str, str]) -> int:
 
 
 def summarize(found: Iterable[Collective]) -> str:
-  """Counts and bytes of collectives by kind, as text."""
   counts, sizes = collections.Counter(), collections.Counter()
   for one in found:
     counts[one.kind] += 1
@@ -63,7 +61,6 @@ class Memory:
 
 
 def memory(compiled: Any) -> Memory:
-  """The memory of a `jax.stages.Compiled`."""
   analysis = compiled.memory_analysis()
   return Memory(
     arguments=analysis.argument_size_in_bytes,

@@ -12,10 +12,7 @@ from matplotlib.figure import Figure
 def line_with_interval(
   axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, names: Sequence[str], *style: str, **options: Any
 ) -> None:
-  """Draws a line through table rows and shades its interval.
-
-  `x` names the horizontal values, `names` the value and the ends of its interval; the rest is passed to `Axes.plot`.
-  """
+  """Draws a line through table rows and shades its interval; `names` are its value and the ends of the interval."""
   places, values, *bounds = ([row[name] for row in rows] for name in (x, *names))
   (line,) = axes.plot(places, values, *style, **options)
   axes.fill_between(places, *bounds, color=line.get_color(), alpha=0.12)

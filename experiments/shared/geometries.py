@@ -53,12 +53,10 @@ def image_shape(config: ModelConfig) -> tuple[int, int]:
 
 
 def num_image_tokens(config: ModelConfig) -> int:
-  """Number of image tokens of such a picture."""
   return config.num_image_tokens(*image_shape(config))
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:
-  """A method's default schedule."""
   return build_schedule(
     method,
     num_layers=config.text.num_hidden_layers,

@@ -28,10 +28,7 @@ def without_devices() -> None:
 
 @functools.lru_cache
 def mesh_of(topology: str, tensor: int) -> Mesh:
-  """The mesh of a slice such as `v5e:2x4`, with `tensor` devices sharing the heads.
-
-  Raises `UserError` if libtpu does not know the topology, or `tensor` does not divide its number of devices.
-  """
+  """The mesh of a slice such as `v5e:2x4`, with `tensor` devices sharing the heads; `UserError` if there is none."""
   options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
   if topology.startswith("v4:"):
     options["chip_config_name"] = "megacore"  # one device for both cores of a chip

@@ -31,12 +31,10 @@ def interval(values: Float[np.ndarray, "R *C"]) -> tuple[Float[np.ndarray, "*C"]
 
 
 def names(name: str) -> tuple[str, str, str]:
-  """The names of a value and of the ends of its interval."""
   return name, f"{name}_low", f"{name}_high"
 
 
 def with_interval(name: str, value: float, resampled: Float[np.ndarray, "R"]) -> dict[str, float]:
-  """A value and the ends of its interval, by name."""
   return dict(zip(names(name), map(float, (value, *interval(resampled))), strict=True))
 
 

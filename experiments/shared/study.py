@@ -91,10 +91,7 @@ def _define_flags() -> None:
 
 
 def load_subject(*, needs_answers: bool = False) -> Subject:
-  """The subject that the flags describe; `needs_answers` tells whether the true answers are used.
-
-  Raises `UserError` for an unknown checkpoint or question set, or a malformed flag.
-  """
+  """The subject that the flags describe, with its true answers if needed; raises `UserError` at an invalid flag."""
   values = flags.FLAGS
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}

@@ -78,10 +78,7 @@ class Subject:
   def answers(
     self, schedules: Mapping[str, Schedule], prefix: pathlib.Path, *, max_new_tokens: int
   ) -> dict[str, dict[str, str]]:
-    """Greedy answers by schedule name and question id; questions that cannot be prepared have none.
-
-    The answers of a schedule are cached in a file whose path begins with `prefix`.
-    """
+    """Greedy answers by schedule name and question id, cached in files whose paths begin with `prefix`."""
 
     def compute(schedule: Schedule, label: str) -> dict[str, str]:
       generation = GenerationConfig(max_new_tokens, seed=self.seed)
@@ -103,8 +100,7 @@ class Subject:
   ) -> tuple[list[Question], dict[str, np.ndarray]]:
     """The questions in the order of their batches, and arrays with an axis of questions.
 
-    `compute` returns a batch's arrays, with rows on `axis`. Batches are cached in files whose paths begin with
-    `prefix`.
+    `compute` returns a batch's arrays with rows on `axis`; batches are cached in files whose paths begin with `prefix`.
     """
 
     def make(batch: Batch) -> dict[str, np.ndarray]:
@@ -122,10 +118,7 @@ class Subject:
     return self.processor.prepare(load_image(question.image), question.question)
 
   def examples(self, label: str) -> Iterator[tuple[Question, Example, int]]:
-    """Yields every question with its prompt and bucket, and shows a progress bar.
-
-    Questions that cannot be prepared are left out with a warning; `UserError` if none can.
-    """
+    """Yields every question that can be prepared, with its prompt and bucket; `UserError` if there is none."""
     num_left_out = 0
     with Progress(len(self.questions), "question", label) as progress:
       for question in self.questions:

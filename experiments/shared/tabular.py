@@ -12,16 +12,12 @@ Row = Mapping[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-  """The lines of a Markdown table."""
   cells = (header, ["---"] * len(header), *rows)
   return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
 def formatted(rows: Iterable[Row], columns: Mapping[str, str]) -> list[str]:
-  """The lines of a Markdown table; `columns` maps headings to formats such as `{accuracy:.1%}`.
-
-  A cell whose values are missing or None is `–`.
-  """
+  """The lines of a Markdown table, from headings → formats such as `{accuracy:.1%}`; `–` where a value is missing."""
   fields = {form: [name for _, name, _, _ in string.Formatter().parse(form) if name] for form in columns.values()}
 
   def cell(row: Row, form: str) -> str:

@@ -25,8 +25,8 @@ _SCENARIOS = flags.DEFINE_list(
 _SIDES = flags.DEFINE_list(
   "sides",
   ["none", "himap", "fastv", "none/int8", "transformers", "authors", "authors_cache"],
-  "Our methods, with /int8 for int8 weights; in PyTorch transformers and the HiMAP authors' algorithm without and with a "
-  "cache.",
+  "Our methods, with /int8 for int8 weights; in PyTorch, transformers and the HiMAP authors' algorithm without and "
+  "with a cache.",
 )
 _TURNS = flags.DEFINE_integer("turns", 5, "Turns of each side.", lower_bound=1)
 _AT_ONCE = flags.DEFINE_integer(
@@ -38,7 +38,6 @@ _WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the 
 
 
 def run() -> int:
-  """Measures missing scenarios and writes the tables."""
   sides = study.chosen(_SIDES, (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH))
   scenarios = [_scenario(text) for text in _SCENARIOS.value]
   measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
@@ -60,7 +59,7 @@ def run() -> int:
 def _scenario(text: str) -> Scenario:
   sizes = text.split("/")
   if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-    raise UserError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, as 60/1/32")
+    raise UserError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, such as 60/1/32")
   return Scenario(_GEOMETRY.value, *map(int, sizes))
 
 

@@ -70,7 +70,7 @@ def run(
 def measure(scenario: Scenario, workers: dict[str, Worker], pool: ThreadPoolExecutor, *, turns: int) -> Result:
   """Measures one scenario; raises `RuntimeError`, and keeps nothing of it, if a side fails.
 
-  All sides are prepared first, then take turns, A B C A B C, so that a slow minute of the machine affects all.
+  All sides are prepared, then take turns, A B C A B C, so that a slow minute of the machine affects all.
   """
   results: Result = {name: {"device": worker.device, "turns": []} for name, worker in workers.items()}
 

@@ -29,7 +29,7 @@ COPIES = 6  # of each weight, so that none is still in the processor's cache
 
 
 def ours(rows: int, features: int, out: int) -> Callable[[], Any]:
-  """Products of one activation with every copy of a weight, as the library computes them."""
+  """Products of one activation with every copy of a weight."""
   is_decoding = rows <= 8
   x = jnp.ones((rows, 1, features) if is_decoding else (1, rows, features), jnp.bfloat16)
   weights = [jax.random.normal(jax.random.key(i), (out, features), jnp.bfloat16) for i in range(COPIES)]
@@ -39,14 +39,12 @@ def ours(rows: int, features: int, out: int) -> Callable[[], Any]:
 
 
 def pytorch(rows: int, features: int, out: int) -> Callable[[], Any]:
-  """The same products in PyTorch."""
   x = torch.ones(rows, features, dtype=torch.bfloat16)
   weights = [torch.randn(out, features, dtype=torch.bfloat16) for _ in range(COPIES)]
   return lambda: [torch.nn.functional.linear(x, weight) for weight in weights]
 
 
 def run() -> int:
-  """Prints a row for every size, from median times per product."""
   rows = []
   for count, (features, out) in itertools.product(command.numbers(_ROWS, int), SIZES):
     calls = ours(count, features, out), pytorch(count, features, out)

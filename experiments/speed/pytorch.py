@@ -83,7 +83,6 @@ class PyTorch(Side):
     return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0
 
   def _embed(self) -> torch.Tensor:
-    """Embeds the prompts, `[B, S, D]`."""
     embedded = self._model.get_input_embeddings()(self._ids)
     features = self._model.get_image_features(self._pixels).pooler_output
     embedded[:, self._image] = torch.stack(list(features))
@@ -160,7 +159,6 @@ class Authors(PyTorch):
       logits = self._run(embedded, None) if cache is None else self._extend(new, cache, len(times))
 
   def _extend(self, hidden: torch.Tensor, cache: DynamicCache, num_new: int) -> torch.Tensor:
-    """Logits after one new token."""
     position = self._ids.shape[1] + num_new - 1
     positions = torch.full((len(hidden), 1), position, device=self._device)
     rotary = self._decoder.rotary_emb(hidden, position_ids=positions)
@@ -192,6 +190,5 @@ class Authors(PyTorch):
     return self._model.lm_head(self._decoder.norm(hidden[:, -1:]))[:, -1]
 
   def _causal_mask(self, num_slots: int) -> torch.Tensor:
-    """The additive mask of an eager layer."""
     full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
     return full.triu(1)[None, None]

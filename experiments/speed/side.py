@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# In seconds: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens; one
-# decoded token; a whole example from pixels to its last token. The first three are measured only in scenarios of one
-# token, since longer ones start in the same way.
+# In seconds: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
+# one decoded token; a whole example from pixels to its last token. The first three are measured only in scenarios of
+# one token, since longer ones start in the same way.
 FIGURES = ("tower", "prefill", "scoring", "decode", "example")
 
 NUM_SYSTEM_TOKENS = 35  # of LLaVA-1.5's system prompt, before the image
@@ -36,7 +36,6 @@ class Scenario:
 
   @property
   def num_text_tokens(self) -> int:
-    """Tokens of system prompt and instruction."""
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
 
 
@@ -88,7 +87,6 @@ class Side(abc.ABC):
 
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
-  """Builds a side; only the package that it needs is imported."""
   if name in PYTORCH:
     from experiments.speed import pytorch
 
@@ -101,7 +99,6 @@ def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-  """Wall time of a call."""
   start = time.perf_counter()
   run()
   return time.perf_counter() - start

@@ -64,7 +64,6 @@ def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, fl
 
 
 def run() -> int:
-  """Starts the command repeatedly and prints the phases."""
   source = _CHECKPOINT.value
   if source == "demo":
     cache = checkpoint.default_cache_dir()

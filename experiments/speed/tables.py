@@ -56,7 +56,6 @@ def flops_ratio(scenario: Scenario, method: str) -> float:
 
 
 def targets(all_results: Results) -> Iterator[dict[str, Any]]:
-  """Yields every ratio that has a target, scenario by scenario."""
   for scenario, results in all_results.items():
     held = [
       ("HiMAP prefill ÷ our vanilla prefill", "himap prefill", "none prefill", 1.1 * flops_ratio(scenario, "himap")),
@@ -121,7 +120,6 @@ FIGURE_COLUMNS = {
 
 
 def _held(row: tabular.Row) -> tabular.Row:
-  """Adds whether the target is met."""
   target = row["target"]
   return {**row, "met": None if target is None else "yes" if row["measured"] <= target else "no"}
 

@@ -18,7 +18,7 @@ LARGEST_FILE = 4 << 30
 
 @contextlib.contextmanager
 def random_file(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-  """Yields a file of random bfloat16 numbers of either sign and magnitude 0.008 to 0.016; `OSError` if space is lacking.
+  """Yields a file of random bfloat16 numbers of either sign and magnitude 0.008 to 0.016; `OSError` without space.
 
   The file has no name, so that nothing is left of it however the process ends.
   """

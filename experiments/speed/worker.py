@@ -53,7 +53,6 @@ class Worker:
     self._start()
 
   def _start(self) -> None:
-    """Starts the process and waits for its model."""
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -71,7 +70,6 @@ class Worker:
     self._process.join()
 
   def call(self, method: str, *arguments: Any) -> Any:
-    """Calls a method of `side.Side`."""
     try:
       return self._exchange(method, arguments)
     except (EOFError, ConnectionError) as error:
@@ -80,7 +78,7 @@ class Worker:
       self._start()
       if status != -signal.SIGKILL:
         raise RuntimeError(f"the process of {self._arguments[0]} ended with status {status}") from error
-      raise CannotRun("killed, most likely for its memory") from error
+      raise CannotRun("killed, most likely for lack of memory") from error
 
   def _exchange(self, method: str, arguments: tuple[Any, ...]) -> Any:
     self._connection.send((method, arguments))

@@ -35,7 +35,6 @@ _OUTPUT = flags.DEFINE_string("output", "tpu_plan_output", "Directory of the tab
 
 
 def run() -> int:
-  """Compiles missing cells and writes the tables, which grow cell by cell."""
   models, weights = study.chosen(_MODELS, GEOMETRIES), study.chosen(_WEIGHTS, plan.DTYPES)
   methods, tensor = study.chosen(_METHODS, METHODS), command.numbers(_TENSOR, int)
   planned.without_devices()

@@ -16,10 +16,7 @@ PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
 
 
 def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
-  """Plans a cell.
-
-  `compile_at` is `plan.compiled` in some directory; `before` are earlier rows, including that of no pruning.
-  """
+  """Plans a cell; `compile_at` is `plan.compiled` in some directory, and earlier rows hold that of no pruning."""
   limits = []
 
   def measure(name: str, rows: int) -> int | None:
@@ -73,7 +70,6 @@ SHOWN += ("prefill collectives of stages", "decode collectives", "FLOPs, XLA's c
 
 
 def report(rows: Sequence[Row], versions: str) -> Report:
-  """`tpu_plan.csv` with every figure and `tpu_plan.md` with most of them."""
   table = tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))
   return Report(versions, table, {"tpu_plan": rows})
 
