@@ -1,1 +1,1 @@
-"""Checkpoints on disk, on the Hugging Face hub and in object storage: found, checked, read onto devices, converted."""
+"""Checkpoints on disk, on the Hugging Face Hub and in object storage: locating, checking, loading and converting."""

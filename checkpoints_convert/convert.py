@@ -1,4 +1,4 @@
-"""Converts a checkpoint: its configuration, the check of names and shapes, then one tensor after another."""
+"""Converts a checkpoint: writes its configuration, checks names and shapes, then writes one tensor at a time."""
 
 import dataclasses
 import hashlib
@@ -22,20 +22,19 @@ from checkpoints_convert.transforms import quantize
 
 _NOT_COPIED = ("config.json", INDEX, MARKER)
 
-# From the fields of a config.json in Hugging Face's terms, and where these come from, to the model that they describe.
+# Maps the fields of a Hugging Face config.json, and its path for messages, to the model that they describe.
 Describe = Callable[[dict[str, Any], str], names.ExpectedModel]
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A checkpoint as it was published; its headers are read and its weights are not.
+  """A published checkpoint; its headers have been read, its weights have not.
 
   Attributes:
-    directory: where it lies.
-    fields: of its `config.json`.
-    tensors: what its weight files hold.
-    tower: directory of the vision tower of LLaVA's original layout; None in the Hugging Face layout.
-    tower_tensors: what the tower's files hold, where the checkpoint's do not.
+    fields: contents of `config.json`.
+    tensors: tensors in the weight files.
+    tower: directory of the vision tower in LLaVA's original layout; None in the Hugging Face layout.
+    tower_tensors: tensors in the tower's files, unless the checkpoint holds them itself.
   """
 
   directory: pathlib.Path
@@ -45,13 +44,13 @@ class Source:
   tower_tensors: tuple[StoredTensor, ...] = ()
 
   def plan(self, model: names.ExpectedModel) -> names.Plan:
-    """What there is to read; errors as in `names.plan`."""
+    """The reading plan; errors as in `names.plan`."""
     entries = names.TABLES[model.fields["model_type"]].entries
     stored = names.place_names(self.tensors, entries) + names.place_names(self.tower_tensors, names.TOWER_ENTRIES)
     return names.plan(stored, model, str(self.directory))
 
   def digest(self, cache_dir: pathlib.Path) -> str:
-    """Digest of the content of its files, those of the tower included; see `content_digest`."""
+    """Digest of the content of all files, including the tower's; see `content_digest`."""
     digest = content_digest(self.directory, cache_dir)
     if self.tower is None:
       return digest
@@ -59,14 +58,10 @@ class Source:
 
 
 def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> Source:
-  """Finds a checkpoint in a published layout and reads the headers of its weights.
+  """Finds a published checkpoint, a directory or a Hub id, and reads the headers of its weights.
 
-  Args:
-    name: a directory or a hub id.
-    vision_tower: for the original layout, a directory or hub id instead of the one that its config.json names.
-
-  Raises:
-    CheckpointError: it cannot be found or read, or a file of it is not whole.
+  For the original layout, `vision_tower` replaces the one in config.json. Raises `CheckpointError` if a file is
+  missing, incomplete or unreadable.
   """
   directory = locate(str(name))
   fields = read_json(directory / "config.json")
@@ -83,26 +78,24 @@ def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> So
 def convert(
   source: Source, target: str | AnyPath, describe: Describe, *, cache_dir: pathlib.Path, int8_weights: bool = False
 ) -> AnyPath:
-  """Converts a checkpoint in the Hugging Face layout, with older or newer names, or in LLaVA's original one.
+  """Converts a checkpoint in the Hugging Face layout, with old or new names, or in LLaVA's original layout.
 
   The target holds the parameters (Orbax, in the stored dtype), a complete config.json, the tokenizer, processor and
-  generation files, and a marker. It appears whole or not at all, in object storage as its marker does; a target made from the
-  same files is left as it is.
+  generation files, and a marker. It is written atomically (in object storage, by writing the marker last); a target
+  made from the same files is left unchanged.
 
   Args:
-    source: what to convert.
-    target: the directory to write, here or in object storage as `gs://bucket/name`.
-    describe: says which model a config.json describes.
-    cache_dir: where digests of files are kept.
-    int8_weights: whether the weights in `ExpectedModel.int8` are written as int8 values and scales, rounded from the stored
-      dtype.
+    target: a directory, or `gs://bucket/name` in object storage.
+    describe: maps a config.json to the model that it describes.
+    cache_dir: cache of file digests.
+    int8_weights: whether the weights in `ExpectedModel.int8` are quantized to int8 values and scales.
 
   Returns:
     `target`, absolute.
 
   Raises:
-    CheckpointError: the source lacks names and shapes of the model that it describes, or the target holds something else or
-      cannot be reached.
+    CheckpointError: the source lacks names or shapes of the model that it describes, or the target holds something else
+      or cannot be reached.
   """
   target = remote.reach(target) if remote.is_remote(target) else pathlib.Path(target).expanduser().absolute()
   if any(character in str(target) for character in store.FORBIDDEN):
@@ -142,11 +135,7 @@ def _read(plan: names.Plan, int8: frozenset[names.Path]) -> Iterator[tuple[names
 
 
 def _is_finished(target: AnyPath, fingerprint: str) -> bool:
-  """Whether there is nothing to do.
-
-  Raises:
-    CheckpointError: `target` is in the way.
-  """
+  """Whether the target holds this conversion; raises `CheckpointError` where it holds something else."""
   if (target.is_dir() and not any(target.iterdir())) or not target.exists() or remote.is_unfinished(target):
     return False
   marker = read_marker(target) if target.is_dir() else None

@@ -1,4 +1,4 @@
-"""A digest of the content of a checkpoint, which does not depend on where it lies."""
+"""A digest of a checkpoint's content, independent of its location."""
 
 import contextlib
 import hashlib
@@ -14,12 +14,11 @@ _BLOCK_BYTES = 8 << 20
 
 
 def content_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
-  """SHA-256, in hexadecimal, of the names and contents of all files of a checkpoint that answers may depend on.
+  """SHA-256, in hexadecimal, of the names and contents of all files of a checkpoint that can affect its answers.
 
-  These are weights, configuration, tokenizer, image processor, chat template and generation settings.
-
-  A file is read once: its own digest is kept in `cache_dir`, for as long as its size, its modification time and its inode
-  stay as they are. A cache that cannot be written is no error.
+  These are weights, configuration, tokenizer, image processor, chat template and generation settings. File digests are
+  cached in `cache_dir` until a file's size, modification time or inode changes; a cache that cannot be written is
+  ignored.
   """
   directory = directory.resolve()
   patterns = (*SMALL_FILES, *WEIGHT_FILES)

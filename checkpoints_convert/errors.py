@@ -1,5 +1,5 @@
-"""Errors that the user can mend."""
+"""Errors that the user can fix."""
 
 
 class CheckpointError(ValueError):
-  """A checkpoint that cannot be found, read or written; the message says what is wrong and what to do."""
+  """A checkpoint that cannot be found, read or written; the message states the problem and the remedy."""

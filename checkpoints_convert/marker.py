@@ -1,4 +1,4 @@
-"""The file that says that a directory is a finished conversion."""
+"""The marker file of a finished conversion."""
 
 from typing import Any
 
@@ -11,12 +11,9 @@ FORMAT = 1
 
 
 def read_marker(directory: AnyPath) -> dict[str, Any] | None:
-  """What a finished conversion says of itself, or None where there is none.
+  """The marker of a finished conversion, or None; raises `CheckpointError` if it is in another format.
 
-  Its `fingerprint` is the digest of the checkpoint that it was made from; `int8_weights` says whether the decoder's are int8.
-
-  Raises:
-    CheckpointError: the directory was written in another format.
+  `fingerprint` is the digest of the source checkpoint; `int8_weights` tells whether the decoder's weights are int8.
   """
   if not (directory / MARKER).is_file():
     return None

@@ -1,6 +1,6 @@
-"""From the names of a checkpoint to the parameter tree: a table for every model type, and the check of every name and shape.
+"""Maps tensor names to the parameter tree: a table for each model type, and a check of all names and shapes.
 
-The tree keeps the checkpoint's names, dots becoming levels, except that `layers.N` is one level, `layers_N`.
+The tree keeps the checkpoint's names with dots as levels, except that `layers.N` becomes one level, `layers_N`.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, Index, StoredTensor
 from checkpoints_convert.source import some
 
-# Where a parameter stands in the tree.
+# Path of a parameter in the tree.
 Path = tuple[str, ...]
 
 
 class Entry(NamedTuple):
-  """What becomes of tensors.
+  """Maps tensors to parameters.
 
   Attributes:
-    pattern: regular expression of how their names begin.
-    place: what stands for that beginning in the tree.
-    transform: makes the parameter of the stored tensor, by methods and slices of arrays; None where it is the tensor itself.
+    pattern: regular expression for the start of their names.
+    place: replacement of that start in the tree.
+    transform: makes the parameter from the stored tensor with array methods and slices; None for the tensor itself.
   """
 
   pattern: str
@@ -33,12 +33,12 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-  """How the checkpoints of one model type name the parameters.
+  """The tensor names of one model type's checkpoints.
 
   Attributes:
-    entries: the first that matches a name holds for it. Entries with the same pattern make several parameters of a tensor.
-    unused: regular expression of places, levels parted by `/`, that checkpoints hold and the model does not.
-    tower_layer: regular expression of the tower's layers, the number being its group; the model may need fewer.
+    entries: the first that matches a name applies; entries with the same pattern make several parameters of one tensor.
+    unused: regular expression of stored paths, with levels separated by `/`, that the model does not read.
+    tower_layer: regular expression of the tower's layers, with the number as its group; the model may need fewer.
   """
 
   entries: tuple[Entry, ...]
@@ -66,13 +66,13 @@ TABLES = {
     unused=(
       r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
       r".*(^|/)(inv_freq|position_ids)$|"
-      r"lm_head/weight$|"  # of a head that is tied
-      r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP
+      r"lm_head/weight$|"  # of a tied head
+      r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
     ),
     tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
   )
 }
-# Of the vision tower's own checkpoint, to which LLaVA's original layout refers.
+# For the vision tower's own checkpoint, to which LLaVA's original layout refers.
 TOWER_ENTRIES = (Entry(r"(vision_model\.|dinov2\.)?", "vision_tower."),)
 
 _LAYER = re.compile(r"\b(layers?)\.(\d+)\.")
@@ -80,13 +80,13 @@ _LAYER = re.compile(r"\b(layers?)\.(\d+)\.")
 
 @dataclasses.dataclass(frozen=True)
 class ExpectedModel:
-  """The model that a checkpoint has to hold.
+  """The model that a checkpoint must hold.
 
   Attributes:
-    fields: of a complete config.json; `model_type` is a key of `TABLES`.
-    shapes: of the parameters that the model reads, by their paths.
-    num_tower_layers: layers of the whole tower; a checkpoint may hold those after the last that the model runs.
-    int8: the parameters that can be int8.
+    fields: a complete config.json; `model_type` is a key of `TABLES`.
+    shapes: shapes of the parameters that the model reads, by path.
+    num_tower_layers: layers of the whole tower; a checkpoint may hold those above the last that the model runs.
+    int8: parameters that can be int8.
   """
 
   fields: dict[str, Any]
@@ -96,7 +96,7 @@ class ExpectedModel:
 
 
 class Parameter(NamedTuple):
-  """A parameter in a checkpoint: its path in the tree, and the tensor and the transform that it is made with."""
+  """A parameter in a checkpoint: its path in the tree, its stored tensor and the transform between them."""
 
   path: Path
   tensor: StoredTensor
@@ -104,25 +104,24 @@ class Parameter(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Its shape in the tree."""
     shape = self.tensor.shape
     return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
 
   def reader(self) -> Callable[[Index], np.ndarray]:
-    """A function that gives the part that an index names, in the stored dtype; a transform has the whole tensor read."""
+    """A function that reads the part an index names, in the stored dtype; a transform reads the whole tensor."""
     read = self.tensor.reader()
     return read if self.transform is None else self.transform(read(...)).__getitem__
 
 
 class Plan(NamedTuple):
-  """What there is to read, in the order in which it lies on disk, and the names that the model never reads."""
+  """The parameters to read, in their order on disk, and the names that the model does not read."""
 
   parameters: tuple[Parameter, ...]
   unused: tuple[str, ...]
 
 
 def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> list[Parameter]:
-  """The parameters that stored tensors are, by their names."""
+  """Maps stored tensors to parameters by name."""
   entries = (*entries, Entry("", ""))
   placed = []
   for tensor in tensors:
@@ -135,16 +134,16 @@ def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> 
 
 
 def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
-  """Matches what is stored with what the model reads.
+  """Matches stored parameters with those that the model reads.
 
   Args:
-    stored: what `place_names` gave.
-    model: what is expected.
-    where: names the checkpoint in messages.
+    stored: result of `place_names`.
+    model: the model to match.
+    where: name of the checkpoint in messages.
 
   Raises:
-    CheckpointError: names that are missing, unexpected or stored twice, shapes or dtypes that do not fit; it lists the
-      first of each kind and counts all.
+    CheckpointError: missing, unexpected or repeated names, or unfit shapes or dtypes; the message lists the first of
+      each kind and counts all.
   """
   expected = model.shapes
   found: dict[Path, Parameter] = {}

@@ -1,6 +1,6 @@
-"""The original LLaVA layout (liuhaotian/llava-v1.5-*) in Hugging Face's terms: configuration and processor.
+"""The original LLaVA layout (liuhaotian/llava-v1.5-*): its configuration and processor in the Hugging Face format.
 
-There the language model's own config.json names a CLIP tower that is a checkpoint of its own.
+Its config.json is that of the language model and names a CLIP tower, which is a separate checkpoint.
 """
 
 import pathlib
@@ -33,42 +33,34 @@ _SUPPORTED = {
 
 
 def is_original(fields: dict[str, Any]) -> bool:
-  """Whether a config.json is that of the original layout."""
   return "mm_vision_tower" in fields
 
 
 def check(fields: dict[str, Any], where: str) -> None:
-  """Refuses what this conversion has no counterpart for.
-
-  Raises:
-    CheckpointError: naming the field, its value and those that are known.
-  """
+  """Raises `CheckpointError` at an unsupported setting; the message names the supported values."""
   for name, known in _SUPPORTED.items():
     value = fields.get(name, "patch" if name == "mm_vision_select_feature" else None)
     if value not in known:
       raise CheckpointError(
-        f"{where}: {name} is {value!r}; of the original layout this reads "
+        f"{where}: {name} is {value!r}; supported in the original layout: "
         f"{' or '.join(repr(choice) for choice in known if choice is not None)}"
       )
 
 
 def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: int) -> dict[str, Any]:
-  """The fields of a Hugging Face LLaVA config.json.
+  """The fields of a Hugging Face LLaVA config.json; raises `CheckpointError` if the tower is not a CLIP model.
 
   Args:
     fields: the original config.json, checked.
     tower: directory with the CLIP tower's config.json.
-    image_token_id: of `<image>`.
-
-  Raises:
-    CheckpointError: the tower is no CLIP.
+    image_token_id: id of `<image>`.
   """
   import transformers
 
   vision = read_json(tower / "config.json")
   if vision.get("model_type") not in ("clip", "clip_vision_model"):
     raise CheckpointError(
-      f"{tower}: model_type is {vision.get('model_type')!r}; the tower of the original layout is a CLIP"
+      f"{tower}: model_type is {vision.get('model_type')!r}; the original layout needs a CLIP tower"
     )
   vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
   known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
@@ -91,11 +83,7 @@ def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: in
 
 
 def tokenizer(source: pathlib.Path) -> Any:
-  """The checkpoint's tokenizer with `<image>` as the next id and, where it has no padding token, `<pad>` after it.
-
-  Raises:
-    CheckpointError: it cannot be read.
-  """
+  """The checkpoint's tokenizer with `<image>` and, if needed, `<pad>` added; `CheckpointError` if it is unreadable."""
   import transformers
 
   kind = read_json(source / "tokenizer_config.json").get("tokenizer_class", "LlamaTokenizer")
@@ -113,7 +101,7 @@ def tokenizer(source: pathlib.Path) -> Any:
 def save_processor(
   target: pathlib.Path, tokens: Any, tower: pathlib.Path, fields: dict[str, Any], llava: dict[str, Any]
 ) -> None:
-  """Writes the tokenizer, and the tower's image processing with the padding to a square that LLaVA-1.5 adds."""
+  """Writes the tokenizer and the tower's image processing, with LLaVA-1.5's padding to a square."""
   import transformers
 
   processing = read_json(tower / "preprocessor_config.json")

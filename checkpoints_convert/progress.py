@@ -1,4 +1,4 @@
-"""Progress of a long read: a bar on a terminal, elsewhere a line every half minute; nothing for a read of a few seconds."""
+"""Progress of reads longer than two seconds: a bar on a terminal, elsewhere a line every half minute."""
 
 import sys
 
@@ -6,7 +6,7 @@ import tqdm
 
 
 def byte_bar(num_bytes: int, label: str, *, shown: bool = True) -> tqdm.tqdm:
-  """A context manager whose `update` takes the bytes that were read since the last call."""
+  """A progress bar, as a context manager; `update` takes the bytes read since the last call."""
   interval = 0.1 if sys.stderr.isatty() else 30
   options = dict(unit="B", unit_scale=True, delay=2, mininterval=interval, maxinterval=interval, file=sys.stderr)
   return tqdm.tqdm(total=num_bytes, desc=label, disable=not shown, **options)

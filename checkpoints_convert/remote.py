@@ -1,6 +1,7 @@
-"""Converted checkpoints in object storage, as `gs://bucket/name`: written in place.
+"""Converted checkpoints in object storage, as `gs://bucket/name`, written in place.
 
-Object storage has no renaming of directories and no locks: a file says that a conversion is under way, and the marker comes last.
+Object storage has neither directory renaming nor locks: a file marks an unfinished conversion, and the marker is
+written last.
 """
 
 import contextlib
@@ -20,21 +21,16 @@ UNFINISHED = "himap_jax.unfinished"
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
-  """Whether a path is a URL of object storage."""
   return "://" in os.fspath(name)
 
 
 def reach(name: str | os.PathLike[str]) -> epath.Path:
-  """The directory of a URL, which can be asked whether it exists.
-
-  Raises:
-    CheckpointError: the storage cannot be reached.
-  """
+  """The directory of a URL; raises `CheckpointError` if the storage cannot be reached."""
   try:
     path = epath.Path(name)
     path.exists()
     return path
-  except Exception as error:  # every storage's client raises its own
+  except Exception as error:  # every storage client raises its own errors
     raise CheckpointError(
       f"{os.fspath(name)}: cannot be reached ({first_line(error)}); gs:// needs gcsfs (pip install -e '.[tpu]') and "
       "credentials (gcloud auth application-default login)"
@@ -43,9 +39,9 @@ def reach(name: str | os.PathLike[str]) -> epath.Path:
 
 @contextlib.contextmanager
 def new_directory(target: epath.Path) -> Iterator[tuple[pathlib.Path, Any]]:
-  """A folder here whose files are copied to `target` when the block ends, its marker last, and where parameters go.
+  """Yields a local folder, copied to `target` when the block ends (marker last), and the directory for parameters.
 
-  What an earlier process left there unfinished is removed first.
+  What an earlier, unfinished process left in `target` is removed first.
   """
   if is_unfinished(target):
     target.rmtree()
@@ -60,5 +56,5 @@ def new_directory(target: epath.Path) -> Iterator[tuple[pathlib.Path, Any]]:
 
 
 def is_unfinished(target: AnyPath) -> bool:
-  """Whether a conversion into it did not end."""
+  """Whether a conversion into the target did not finish."""
   return (target / UNFINISHED).exists()

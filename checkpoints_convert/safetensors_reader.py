@@ -1,4 +1,4 @@
-"""Reads safetensors checkpoints: every header first, then one tensor, or a part of one, at a time."""
+"""Reads safetensors checkpoints: all headers first, then one tensor, or a part of it, at a time."""
 
 import dataclasses
 import json
@@ -18,10 +18,10 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOAT_DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 
-# A part of an array: a slice for each of its axes.
+# A part of an array: a slice for each axis.
 Index = tuple[slice, ...]
 
-# What the safetensors library says of a file that is not whole → what that means.
+# Messages of the safetensors library about incomplete files → their meaning.
 _DAMAGE = {
   "header too small": "it has no header",
   "header too large": "it has no header",
@@ -33,14 +33,7 @@ _PICKLED = ("*.bin", "*.pth", "*.pt", "*.ckpt")
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-  """Where a tensor lies.
-
-  Attributes:
-    name: its name in the checkpoint.
-    path: the file.
-    dtype: the format's name of the dtype, for instance `BF16`.
-    shape: its shape.
-  """
+  """Location, dtype (by its safetensors name, such as `BF16`) and shape of a stored tensor."""
 
   name: str
   path: pathlib.Path
@@ -49,21 +42,19 @@ class StoredTensor:
 
   @property
   def num_bytes(self) -> int:
-    """Its size; of a dtype in `FLOAT_DTYPES`."""
+    """Size in bytes, for dtypes in `FLOAT_DTYPES`."""
     return FLOAT_DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
   def reader(self) -> Callable[[Any], np.ndarray]:
-    """A function that reads the part of the tensor that an index names, or all of it where that is `...`."""
+    """A function that reads the part an index names, or the whole tensor for `...`."""
     return safe_open(self.path, "np").get_slice(self.name).__getitem__
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, StoredTensor]:
-  """The tensors of a checkpoint directory by name, in the order in which they lie on disk; no tensor is read.
+  """The tensors of a checkpoint directory by name, in their order on disk; no tensor is read.
 
   Reads the shards that `model.safetensors.index.json` names, else `model.safetensors`, else every `*.safetensors`.
-
-  Raises:
-    CheckpointError: no safetensors, a shard that is missing, truncated or corrupt, or a name stored twice.
+  Raises `CheckpointError` if there are none, a shard is missing, truncated or corrupt, or a name is stored twice.
   """
   weight_map = _read_index(directory / INDEX)
   stored: dict[str, StoredTensor] = {}
@@ -93,7 +84,7 @@ def _read_header(path: pathlib.Path) -> list[StoredTensor]:
     what = first_line(error).removeprefix("Error while deserializing header: ")
     reason = next((text for words, text in _DAMAGE.items() if words in what), f"unreadable header, {what}")
     raise CheckpointError(
-      f"{path}: not a whole safetensors file ({reason}; it has {path.stat().st_size} bytes); download it again"
+      f"{path}: not a complete safetensors file ({reason}; it has {path.stat().st_size} bytes); download it again"
     ) from error
   except OSError as error:
     raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error

@@ -1,4 +1,4 @@
-"""Finds checkpoints on disk or on the Hugging Face hub, and reads and writes JSON."""
+"""Finds checkpoints on disk or on the Hugging Face Hub, and reads and writes JSON."""
 
 import json
 import os
@@ -14,33 +14,29 @@ from checkpoints_convert.errors import CheckpointError
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHT_FILES = ("*.safetensors",)
 
-# A directory or file here, or in object storage.
+# A local path, or one in object storage.
 AnyPath = pathlib.Path | epath.Path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(name: str, *, weights: bool = True) -> pathlib.Path:
-  """The directory of a checkpoint; a hub id that is not in the hub's own cache is downloaded.
+  """The directory of a checkpoint, given by a directory or a Hub id; missing Hub files are downloaded.
 
-  Args:
-    name: a directory or an id `owner/name`.
-    weights: whether its weights are wanted, or only its small files.
-
-  Raises:
-    CheckpointError: there is no such checkpoint, or it cannot be downloaded.
+  `weights` tells whether the weights are needed too. Raises `CheckpointError` if there is no such checkpoint, or it
+  cannot be downloaded.
   """
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
     return path.resolve()
   if path.exists() or not _HUB_ID.fullmatch(name):
     raise CheckpointError(f"{name}: neither a directory nor a Hugging Face id (owner/name)")
-  import huggingface_hub  # slow to import, and of no use to a local checkpoint
+  import huggingface_hub  # slow to import, not needed for a local checkpoint
 
   patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
   try:
     return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-  except Exception as error:  # the hub's client raises those of its HTTP library too
+  except Exception as error:  # the Hub client also raises errors of its HTTP library
     raise CheckpointError(
       f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({first_line(error)}); "
       "check the name and the connection, or download it elsewhere and name its directory"
@@ -48,17 +44,16 @@ def locate(name: str, *, weights: bool = True) -> pathlib.Path:
 
 
 def first_line(error: Exception) -> str:
-  """The first line of an error's message, or its type where it has none."""
+  """The first line of an error's message, or its type where the message is empty."""
   return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def some(items: list[str] | tuple[str, ...], limit: int = 4) -> str:
-  """The first few of `items`, for a message."""
   return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
 
 
 def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Writes an object, indented. The file holds the old content or the new one, whenever the process ends."""
+  """Writes a JSON object, indented; atomic even if the process is killed."""
   unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
   try:
     with open(unfinished, "x", encoding="utf-8") as file:
@@ -72,11 +67,7 @@ def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-  """The object in a JSON file.
-
-  Raises:
-    CheckpointError: it is missing, or holds something else.
-  """
+  """The object in a JSON file; raises `CheckpointError` if the file is missing or holds something else."""
   try:
     fields = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError) as error:

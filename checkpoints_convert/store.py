@@ -1,4 +1,4 @@
-"""Writes a directory that appears whole or not at all, and parameters into it in bounded memory."""
+"""Writes directories atomically, and parameters in bounded memory."""
 
 import contextlib
 import hashlib
@@ -26,11 +26,9 @@ FORBIDDEN = "*?["
 
 
 def save_params(directory: AnyPath, tensors: Iterable[tuple[Path, np.ndarray]]) -> None:
-  """Writes parameters as one Orbax checkpoint, holding no more than `BATCH_BYTES` and one tensor of them.
+  """Writes parameters as one Orbax checkpoint, with at most `BATCH_BYTES` and one tensor in memory.
 
-  Args:
-    directory: to create.
-    tensors: paths in the parameter tree and arrays; consumed lazily.
+  `directory` is created; `tensors`, pairs of a path in the parameter tree and an array, is consumed lazily.
   """
   context = ocp.Context()
   context.array_options.saving.use_compression = False
@@ -53,13 +51,10 @@ def save_params(directory: AnyPath, tensors: Iterable[tuple[Path, np.ndarray]]) 
 
 @contextlib.contextmanager
 def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
-  """A sibling of `target` to write into, renamed to `target` when the block ends and removed when it fails.
+  """Yields a directory for files and one for parameters, renamed to `target` on success and removed on failure.
 
-  The caller holds the lock of `target`. What an earlier process that was killed left there is removed first. In object storage
-  see `remote.new_directory`.
-
-  Yields:
-    Where files go, and where parameters do.
+  The caller holds the lock of `target`. What a killed process left there is removed first. For object storage see
+  `remote.new_directory`.
   """
   if remote.is_remote(target):
     with remote.new_directory(target) as places:
@@ -78,10 +73,7 @@ def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
 
 @contextlib.contextmanager
 def locked(target: AnyPath) -> Iterator[None]:
-  """Locks `target`; another process that asks for it says so and waits. The lock of a process that was killed is free at once.
-
-  Object storage has no locks: there it does nothing.
-  """
+  """Locks `target`, but not in object storage; a process that waits prints so, and a killed process frees its lock."""
   if remote.is_remote(target):
     yield
     return
@@ -96,16 +88,12 @@ def locked(target: AnyPath) -> Iterator[None]:
   try:
     yield
   finally:
-    path.unlink(missing_ok=True)  # while it is held: a waiting process sees that and opens a new one
+    path.unlink(missing_ok=True)  # while the lock is held, so that a waiting process notices and opens a new one
     lock.release()
 
 
 def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Path:
-  """The files of a finished conversion in object storage, without its parameters, copied into a cache until they change.
-
-  Raises:
-    CheckpointError: there is no finished conversion.
-  """
+  """A cached copy of a finished conversion in object storage, without parameters; `CheckpointError` if none."""
   marker = read_marker(directory)
   if marker is None or remote.is_unfinished(directory):
     raise CheckpointError(

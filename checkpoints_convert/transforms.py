@@ -1,4 +1,4 @@
-"""Weights as int8: symmetric, with a float32 scale for every output feature.
+"""Int8 weights: symmetric, with a float32 scale for every output feature.
 
 Axes: D in features, F out features.
 """
@@ -14,13 +14,9 @@ from checkpoints_convert.errors import CheckpointError
 
 
 def quantize(weight: Float[Array, "F D"]) -> Any:
-  """A `qwix.QArray` of int8 values `[F, D]` and scales `[F, 1]`.
-
-  Raises:
-    CheckpointError: qwix is not installed.
-  """
+  """A `qwix.QArray` with int8 values `[F, D]` and scales `[F, 1]`; raises `CheckpointError` without qwix."""
   try:
-    import qwix  # noqa: F401  slow to import, and needed for int8 alone
+    import qwix  # noqa: F401  slow to import, needed only for int8
   except ImportError as error:
     raise CheckpointError("int8 weights need qwix: pip install -e '.[int8]'") from error
   return _quantize(weight)
@@ -34,7 +30,7 @@ def _quantize(weight: Float[Array, "F D"]) -> Any:
 
 
 def abstract_int8(weight: jax.ShapeDtypeStruct) -> Any:
-  """What `quantize` makes of a weight of this shape, as `jax.ShapeDtypeStruct`s, with shardings where the weight has one."""
+  """The result of `quantize` as `jax.ShapeDtypeStruct`s, with shardings where the weight has one."""
   int8, sharding = jax.eval_shape(quantize, weight), weight.sharding
   if sharding is None:
     return int8

@@ -1,6 +1,6 @@
-"""Reads parameters onto devices, each device its own part, from safetensors or from a converted checkpoint.
+"""Loads parameters onto devices, each device its own shard, from safetensors or from a converted checkpoint.
 
-Beside the parameters that were read, the host holds one part of one of them, or `READ_BYTES` of a converted checkpoint.
+Besides the loaded parameters, the host holds one shard of one parameter, or `READ_BYTES` of a converted checkpoint.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from checkpoints_convert.source import AnyPath, first_line
 
 READ_BYTES = 256 << 20
 
-# By path: shape, dtype and sharding of what is wanted.
+# Shape, dtype and sharding of the wanted parameters, by path.
 Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
 
@@ -34,10 +34,9 @@ class SafetensorsWeights:
   """The weights of a checkpoint in the Hugging Face layout.
 
   Attributes:
-    directory: the checkpoint.
-    parameters: what there is to read.
-    cache_dir: where digests are kept.
-    is_int8: whether the weights of the decoder's linear layers are int8 values and scales: never.
+    parameters: the parameters to read.
+    cache_dir: cache of file digests.
+    is_int8: always False; see `ConvertedWeights.is_int8`.
   """
 
   directory: pathlib.Path
@@ -46,11 +45,7 @@ class SafetensorsWeights:
   is_int8: bool = dataclasses.field(default=False, init=False)
 
   def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """Reads parameters in the order in which they lie on disk, the next when it is asked for; each part is cast by itself.
-
-    Raises:
-      CheckpointError: they cannot be read.
-    """
+    """Reads parameters lazily, in their order on disk; raises `CheckpointError` if they cannot be read."""
     wanted = [parameter for parameter in self.parameters if parameter.path in targets]
     with _bar(sum(parameter.tensor.num_bytes for parameter in wanted)) as bar:
       for parameter in wanted:
@@ -62,7 +57,7 @@ class SafetensorsWeights:
         yield parameter.path, array
 
   def digest(self) -> str:
-    """Digest of the content of the checkpoint's files; the first call reads them all."""
+    """Digest of the checkpoint's files; the first call reads them all."""
     return content_digest(self.directory, self.cache_dir)
 
 
@@ -71,10 +66,10 @@ class ConvertedWeights:
   """The weights of a converted checkpoint.
 
   Attributes:
-    path: its parameters, here or in object storage.
-    directory: its other files, or their copy where it lies in object storage.
-    marker: what it says of itself.
-    cache_dir: where digests are kept.
+    path: directory of the parameters, local or in object storage.
+    directory: local directory of the other files, or of their copy.
+    marker: see `read_marker`.
+    cache_dir: cache of file digests.
   """
 
   path: AnyPath
@@ -92,7 +87,7 @@ class ConvertedWeights:
     sizes = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
-    # a parameter may be stored in float32 and wanted in half as many bytes
+    # a parameter may be stored in float32 and loaded in a dtype of half the size
     context.memory_options.read_concurrent_bytes = max(READ_BYTES, *(2 * size for size in sizes.values())) + 1
     with _bar(sum(sizes.values())) as bar:
       for batch in _batches(sizes):
@@ -110,7 +105,7 @@ class ConvertedWeights:
           yield path, arrays.pop(path)
 
   def digest(self) -> str:
-    """Digest of the content of its files and of those that it was converted from."""
+    """Digest of the files and of the source checkpoint."""
     files = content_digest(self.directory, self.cache_dir)
     return hashlib.sha256(f"{self.marker['fingerprint']} {files}".encode()).hexdigest()
 
@@ -119,7 +114,7 @@ Weights = SafetensorsWeights | ConvertedWeights
 
 
 def _place(read: Callable[[Index], np.ndarray], target: jax.ShapeDtypeStruct) -> jax.Array:
-  """An array whose parts are read and sent to their devices one after another; devices with the same part share the reading."""
+  """An array whose shards are read and transferred one after another; devices with the same shard share the read."""
   parts: dict[tuple[tuple[int | None, int | None], ...], tuple[Index, list[jax.Device]]] = {}
   for device, index in target.sharding.addressable_devices_indices_map(target.shape).items():
     parts.setdefault(tuple((one.start, one.stop) for one in index), (index, []))[1].append(device)

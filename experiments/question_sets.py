@@ -1,4 +1,4 @@
-"""Questions about pictures with their answers: easy-VQA, composed scenes and lists of what is in them, or a file."""
+"""Question sets about pictures: easy-VQA, composed scenes, lists of their contents, or a JSONL file."""
 
 import collections
 import hashlib
@@ -19,10 +19,7 @@ NUM_SCENES = 200
 
 
 class Question(NamedTuple):
-  """A question about a picture, by an id that is unique in its set, with the true answer and the type of the question.
-
-  Its `guess` is the answer that the question alone suggests, empty where none is known.
-  """
+  """A question with its true answer; `guess` is the answer suggested by the question alone, empty where unknown."""
 
   id: str
   image: pathlib.Path
@@ -33,15 +30,12 @@ class Question(NamedTuple):
 
 
 def is_right(answer: str | None, truth: str | None) -> bool:
-  """Whether two answers are equal but for surrounding space, case and a final period; no answer is never right."""
+  """Whether two answers are equal up to surrounding space, case and a final period; None is never right."""
   return answer is not None and truth is not None and _normal(answer) == _normal(truth)
 
 
 def score(answer: str | None, truth: str | None) -> float:
-  """ROUGE-L (Lin 2004) of the items of two lists, which commas separate: the F-measure of their longest common subsequence.
-
-  With a truth of one item, a right answer scores 1, and a wrong one of a single item 0.
-  """
+  """ROUGE-L (Lin 2004) of two comma-separated lists: the F-measure of their longest common subsequence of items."""
   if answer is None or truth is None:
     return 0.0
   given, wanted = ([_normal(item) for item in text.split(",")] for text in (answer, truth))
@@ -59,11 +53,12 @@ def _normal(answer: str) -> str:
 def load(
   name: str, *, num_questions: int | None, seed: int, workdir: pathlib.Path, needs_answers: bool = True
 ) -> list[Question]:
-  """Loads one of `SETS`, or a JSONL file of `{"id", "image", "question", "answer", "type"}` a line, images relative to it.
+  """Loads one of `SETS`, or a JSONL file.
 
-  Of all, `num_questions` are drawn. A set that has to be made is written to `workdir`. A row without `guess` is guessed as
-  `guess_from_other_half` does. Where answers are not needed, rows may lack them and the type. Raises `UserError` where there
-  is no such set, or it cannot be read.
+  A file has `{"id", "image", "question", "answer", "type"}` per line, with image paths relative to it; without
+  `needs_answers`, answer and type may be missing. Rows without `guess` get one from `guess_from_other_half`.
+  `num_questions` are drawn, all if None. Generated sets are written to `workdir`. Raises `UserError` if the set does
+  not exist or cannot be read.
   """
   if name == "easyvqa":
     questions = _easyvqa()
@@ -78,7 +73,7 @@ def load(
 
 
 def digest(questions: Sequence[Question]) -> str:
-  """A digest of all that results about questions depend on: their texts, and the pictures that can be read."""
+  """Digest of all that results depend on: the questions' texts and the readable pictures."""
   result = hashlib.sha256()
   for question in questions:
     result.update(json.dumps(question._replace(image="")).encode())
@@ -88,7 +83,7 @@ def digest(questions: Sequence[Question]) -> str:
 
 
 def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> list[Question]:
-  """Draws questions, each type in proportion, and keeps their order."""
+  """Draws questions, each type in proportion, in their original order."""
   rng = np.random.default_rng(seed)
   places = collections.defaultdict(list)
   for place, question in enumerate(questions):
@@ -103,10 +98,10 @@ def draw(questions: Sequence[Question], num_questions: int, *, seed: int) -> lis
 
 
 def guess_from_other_half(asked: Sequence[tuple[str, str, str, str]]) -> list[str]:
-  """Question-only answers to rows of image, question, type and answer, from the half of the pictures that a row is not in.
+  """Question-only answers to rows (image, question, type, answer), from the half of the pictures without the row's own.
 
-  That is the commonest answer there to its question, else to its type, else nothing. Every other picture is in one half;
-  leaving out only the row itself would make the rarer answer of a balanced set the commonest of the rest.
+  A guess is the most common answer there to the question, else to its type, else empty. The halves are alternate
+  pictures; leaving out only the row itself would make the rarer answer of a balanced set the most common of the rest.
   """
   halves = {image: index % 2 for index, image in enumerate(dict.fromkeys(image for image, *_ in asked))}
   keys = [(("question", question), ("type", type)) for _, question, type, _ in asked]

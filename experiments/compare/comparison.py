@@ -1,4 +1,4 @@
-"""The figures of a comparison: one row a cell."""
+"""The figures of a comparison: one row per cell."""
 
 import collections
 import dataclasses
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 class PromptSizes(NamedTuple):
-  """What the costs of a prompt depend on: the model, its tokens before pruning, and the bytes of a value in the cache."""
+  """What the costs of a prompt depend on: the model, its tokens before pruning, and the bytes of a cached value."""
 
   model: ModelSizes
   num_image_tokens: int
@@ -29,17 +29,16 @@ class PromptSizes(NamedTuple):
   bytes_per_value: int = 2
 
   def costs(self, schedule: Schedule) -> Costs:
-    """What a prompt costs."""
     return costs(self.model, schedule, *self[1:])
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """What was asked, run and answered: no pruning first.
+  """Questions, cells and answers of a comparison, with no pruning first.
 
   Attributes:
-    answers: label of a cell that has run → id of the question → output row.
-    timings: label → the result of `study.measure_times`, or nothing.
+    answers: label of a cell that has run → question id → output row.
+    timings: label → result of `study.measure_times`, or empty.
   """
 
   questions: Sequence[Question]
@@ -49,7 +48,7 @@ class Comparison:
   sizes: PromptSizes
 
   def rows(self, *, seed: int) -> list[Row]:
-    """Every figure of every cell, and a row for the answers that the questions alone suggest; `seed` is the bootstrap's."""
+    """Every figure of every cell, and a row for question-only answers; `seed` is the bootstrap's."""
     accuracies, plain = self._accuracies(seed), self.sizes.costs(Schedule())
     rows = []
     for cell in self.cells:
@@ -77,7 +76,7 @@ class Comparison:
     return rows
 
   def _accuracies(self, seed: int) -> dict[str, Row]:
-    """Accuracy of every label, its difference to no pruning, and to the control at its budget where there is one."""
+    """Accuracy by label, and its differences to no pruning and to the control at the same budget."""
     given = {label: [own[question.id]["answer"] for question in self.questions] for label, own in self.answers.items()}
     given[QUESTION_ONLY] = [question.guess for question in self.questions]
     truths, places = [question.answer for question in self.questions], {label: i for i, label in enumerate(given)}
@@ -100,7 +99,7 @@ class Comparison:
     return figures
 
   def _costs(self, cell: Cell) -> Costs:
-    """What a prompt costs with a cell's schedule: the mean over rows where these keep different counts."""
+    """Costs of a prompt with a cell's schedule, averaged over rows if they keep different counts."""
     rows = self.answers[cell.label].values()
     counts = collections.Counter(tuple(map(len, row["kept"])) for row in rows if row.get("kept") is not None)
     each = [self.sizes.costs(cell.schedule.with_counts(kept)) for kept in counts] or [self.sizes.costs(cell.schedule)]

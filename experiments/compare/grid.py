@@ -1,4 +1,4 @@
-"""The grid: methods × budgets and explicit settings, each a cell with a schedule or the reason why there is none.
+"""The grid: methods × budgets and explicit settings; each cell has a schedule, or the reason why it has none.
 
 A budget is a mean number of image tokens per layer.
 """
@@ -22,7 +22,7 @@ _SETTING = re.compile(r"(?P<method>[^@:]+)(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[
 
 
 class Shape(NamedTuple):
-  """The arguments of `PruningConfig.schedule`: a model's layers, its image tokens, and whether its tower has a class token."""
+  """Arguments of `PruningConfig.schedule`."""
 
   num_layers: int
   num_image_tokens: int
@@ -32,12 +32,12 @@ class Shape(NamedTuple):
 def schedule_for_budget(
   pruning: PruningConfig, budget: float, shape: Shape, ranking: Sequence[int] | None = None
 ) -> Schedule:
-  """Builds the schedule of a method with a given mean number of image tokens per layer.
+  """Builds a method's schedule for a mean number of image tokens per layer.
 
-  A method that prunes keeps its own shares times a common factor, at most all tokens and at least one, such that the mean
-  number of image tokens that enter a layer is as near to the budget as possible. Of two methods both are scaled. A method that
-  freezes instead updates that many image tokens in a layer on average; `ranking` are layers from least to most useful.
-  Raises `UserError` at a budget that the method cannot come down to, and at a method that cannot be run.
+  A pruning method keeps its own shares times a common factor, at least one token and at most all, so that the mean
+  number of image tokens that enter a layer is as near to the budget as possible; of two methods both are scaled. A
+  freezing method instead updates that many image tokens per layer on average; `ranking` lists layers from least to most
+  useful. Raises `UserError` for a budget that the method cannot reach, or a method that cannot be run.
   """
   method, whole = pruning.method, shape.num_image_tokens
   if not 0 < budget <= whole:
@@ -63,7 +63,7 @@ def schedule_for_budget(
 
 
 def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shape) -> tuple[int, ...]:
-  """Scales non-increasing keep counts to a mean: by a factor, then the last count alone."""
+  """Scales non-increasing keep counts to a mean: all by a factor, then the last one alone."""
   num_layers, num_image_tokens, _ = shape
   spans = np.diff([0, *layers, num_layers])
 
@@ -74,7 +74,6 @@ def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shap
     return float(spans @ [num_image_tokens, *kept]) / num_layers
 
   def adjust_last(kept: np.ndarray) -> np.ndarray:
-    """The last count that brings the mean nearest to the budget with the others as they are."""
     entering = [num_image_tokens, *kept[:-1]]
     wanted = (budget * num_layers - spans[:-1] @ entering) / spans[-1]
     return np.append(kept[:-1], int(np.clip(round(wanted), 1, entering[-1])))
@@ -91,7 +90,7 @@ def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shap
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A method with a schedule; where its budget cannot be reached, a note says why there is none.
+  """A method with a schedule, or a note on why its budget cannot be reached.
 
   The method's name has `@` and layers where they are not its own; the label is unique and ends with the budget.
   """
@@ -104,7 +103,7 @@ class Cell:
 
   @property
   def file_name(self) -> str:
-    """A name for files of this schedule: a cell whose schedule has changed has other files."""
+    """A file name that changes with the schedule."""
     base_method, stages = self.method.partition("@")[0], [(stage.layer, stage.keep) for stage in self.schedule.stages]
     checksum = zlib.crc32(repr((base_method, stages, self.schedule.frozen_layers)).encode())
     return f"{re.sub(r'[^-+@%.=0-9a-z]', '-', self.label.replace(':', '='))}.{checksum:08x}"
@@ -112,9 +111,9 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """What is compared, as the flags give it: methods as `himap@1/4` at budgets, and settings as `himap@2/8:288/72`.
+  """What is compared, as in the flags: methods such as `himap@1/4` at budgets, and settings such as `himap@2/8:288/72`.
 
-  The ranking of layers from least to most useful is for a method that freezes.
+  `ranking` lists layers from least to most useful, for freezing methods.
   """
 
   methods: tuple[str, ...] = ()
@@ -123,11 +122,11 @@ class Grid:
   ranking: tuple[int, ...] | None = None
 
   def cells(self, shape: Shape) -> list[Cell]:
-    """The cells for a model, no pruning first; raises `UserError` at what is no method, or a setting it cannot run."""
+    """The cells for a model, no pruning first; raises `UserError` for an unknown method or an invalid setting."""
     cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
     for name in self.methods:
       if ":" in name:
-        raise UserError(f"{name!r} is not a method or method@layers, as himap@1/4")
+        raise UserError(f"{name!r} is not a method or method@layers, such as himap@1/4")
       pruning = _parse(name)
       for budget in self.budgets if pruning.method != REFERENCE else ():
         cell = Cell(name, f"{name} {budget:g}", budget)
@@ -144,7 +143,7 @@ class Grid:
 def _parse(text: str) -> PruningConfig:
   match = _SETTING.fullmatch(text)
   if not match:
-    raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, as himap@2/8:288/72")
+    raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, such as himap@2/8:288/72")
   method, layers, keep = match["method"], match["layers"], match["keep"]
   methods.parse(method)
   try:

@@ -1,4 +1,4 @@
-"""Figures: accuracy against costs, over all questions and by type, and what cells keep of pictures."""
+"""Plots of accuracy against costs, over all questions and by type, and of the patches that cells keep."""
 
 import collections
 import pathlib
@@ -49,7 +49,6 @@ class Style(NamedTuple):
   marker: str
 
   def look(self, *, filled: bool) -> dict[str, Any]:
-    """matplotlib's settings of the marker."""
     is_line = self.marker in "x+1"
     edge = {"markeredgecolor": self.colour, "markeredgewidth": 1.8 if is_line else 1.4}
     if filled and not is_line:
@@ -62,7 +61,7 @@ REFERENCE_STYLE = Style(CONTROL, "#000000", "*")
 
 
 def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
-  """A style for every method among the rows, grouped by where it acts; one with layers of its own is another method."""
+  """A style for every method, grouped by where it acts; with layers of its own it counts as another method."""
   styles, used = {}, collections.Counter()
   for method in dict.fromkeys(row["method"] for row in _pruned(rows)):
     names = parse(method.partition("@")[0])
@@ -77,7 +76,7 @@ def _pruned(rows: Sequence[Row]) -> list[Row]:
 
 
 def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Draws accuracy against the FLOPs on all tokens and of scoring, with the Pareto front."""
+  """Plots accuracy against the FLOPs on all tokens and of scoring, with the Pareto front."""
   x, y = "all_token_flops", "accuracy"
   figure = Figure(figsize=(12, 6.8))
   axes = figure.subplots()
@@ -104,7 +103,7 @@ def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 
 def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Draws accuracy against image tokens per layer, a panel a type of question."""
+  """Plots accuracy against image tokens per layer, one panel per question type."""
   types, styles = types_of(rows), styles_of(rows)
   num_columns = min(3, len(types))
   num_rows = -(-len(types) // num_columns)
@@ -139,7 +138,7 @@ def draw_strips(path: pathlib.Path, examples: Sequence[Example], labels: Sequenc
       _panel(axes, example, label)
   FigureCanvasAgg(figure)
   with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # an answer in such a script is drawn as boxes
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")  # other scripts are drawn as boxes
     figure.savefig(path, dpi=110)
 
 
@@ -161,10 +160,7 @@ def _panel(axes: Axes, example: Example, label: str) -> None:
 def _draw(
   axes: Axes, rows: Sequence[Row], names: tuple[str, str], styles: dict[str, Style], ticks: Sequence[float], form: Any
 ) -> None:
-  """Points of all cells, a line through those of a method at its budgets, and lines for both baselines.
-
-  The horizontal axis, the first of `names`, is logarithmic; its ticks are written with the formatter `form`.
-  """
+  """Draws all cells and both baselines; the first of `names` is the logarithmic axis, its ticks formatted by `form`."""
   x, y = names
   points = collections.defaultdict(list)
   for row in _pruned(rows):
@@ -188,7 +184,6 @@ def _draw(
 
 
 def _legend(figure: Figure, rows: Sequence[Row], styles: dict[str, Style], extra: dict[str, dict[str, Any]]) -> None:
-  """A legend right of the figure, grouped by where methods act."""
   entries = [(Line2D([], [], **look), label) for label, look in extra.items()]
   methods = list(dict.fromkeys((row["method"], row["budget"] is not None) for row in _pruned(rows)))
   for place in PALETTES:

@@ -1,4 +1,4 @@
-"""The comparison as one HTML file: a table of figures, and what each method keeps of pictures and answers."""
+"""The comparison as one HTML file: a table of figures, and the patches and answers of every cell."""
 
 import base64
 import collections
@@ -24,7 +24,7 @@ from himap_jax.run.pictures import load_image
 
 
 class Column(NamedTuple):
-  """A column of the table: its key in the rows, its heading, and how its values are written, 0.25 as 25.0% in `percent`."""
+  """A column of the table: key in the rows, heading, and format; `percent` writes 0.25 as 25.0%."""
 
   name: str
   label: str
@@ -32,7 +32,7 @@ class Column(NamedTuple):
 
 
 class Shown(NamedTuple):
-  """What one method did with one question: the answer, and for each pruning stage its layer and the image tokens it keeps."""
+  """A cell's result for one question: the answer, and the layer and kept image tokens of each pruning stage."""
 
   answer: str
   stages: Sequence[tuple[int, Sequence[int]]]
@@ -40,10 +40,10 @@ class Shown(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One question about one picture, as the model saw it, with its true answer, and what every method did with it.
+  """A question about a picture, as the model saw it, with the true answer and every cell's result.
 
-  The grid is (rows, columns) of image tokens. Cells are named by method and budget, as `himap 25%`; the reader can filter by a
-  last word that is a number.
+  `grid` is (rows, columns) of image tokens. `cells` are named by method and budget, such as `himap 25%`; the reader can
+  filter by a final number.
   """
 
   picture: Image.Image
@@ -55,7 +55,7 @@ class Example:
 
 
 def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
-  """The first questions of every type in turns, each about a picture that no other is about."""
+  """Takes the first questions of every type in turn, each about another picture."""
   by_type = collections.defaultdict(collections.deque)
   for question in questions:
     by_type[question.type].append(question)
@@ -71,7 +71,7 @@ def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
 
 
 def collect(questions: Sequence[Question], comparison: Comparison, processor: Processor) -> list[Example]:
-  """What every cell that has run did with some questions; one that it could not answer is left out."""
+  """Results of all cells that have run on some questions; failed answers are left out."""
   examples = []
   for question in questions:
     shown = {}
@@ -87,7 +87,7 @@ def collect(questions: Sequence[Question], comparison: Comparison, processor: Pr
 
 
 def cells_to_show(cells: Sequence[Cell]) -> list[str]:
-  """Labels of no pruning and of all cells at one budget: the lowest of those that most methods reach."""
+  """Labels of no pruning and of all cells at the lowest of the budgets that most methods reach."""
   reached = collections.Counter(cell.budget for cell in cells if cell.budget is not None and cell.schedule is not None)
   if not reached:
     return [cell.label for cell in cells if cell.schedule is not None]
@@ -104,11 +104,11 @@ def write_report(
   title: str,
   num_layers: int | None = None,
 ) -> None:
-  """Writes the report: one file that loads nothing from elsewhere.
+  """Writes the report, a single file that loads nothing from elsewhere.
 
-  The first column names the method, and a row named `none` there is set off; a row's `note` stands in place of missing figures.
-  Without the decoder's `num_layers` the slider ends at the last layer where anything is pruned. Raises `ValueError` where a kept
-  image token is outside its example's grid, or a stage's layer outside the decoder.
+  The first column names the method, and a row named `none` is set off; a row's `note` replaces missing figures. Without
+  `num_layers`, the slider ends at the last pruned layer. Raises `ValueError` for a kept image token outside its
+  example's grid, or a stage outside the decoder.
   """
   layers = [layer for example in examples for shown in example.cells.values() for layer, _ in shown.stages]
   last_layer = max(layers, default=0) if num_layers is None else num_layers - 1

@@ -1,4 +1,4 @@
-"""A comparison from its settings to its tables, plots and report; what its work directory holds is not run again."""
+"""Runs a comparison from its settings to tables, plots and report; results in its work directory are reused."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ from himap_jax.run import answering, command, contract, output, pictures, prompt
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-  """How times are measured: on a batch of questions, tokens decoded for each, turns; 0 repeats measure no times."""
+  """How times are measured: questions in the batch, tokens decoded for each, and turns; 0 repeats disable timing."""
 
   batch_size: int = 1
   new_tokens: int = 16
@@ -43,7 +43,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True)
 class StudyConfig:
-  """A comparison, as the flags give it; `generation.seed` is also that of the draw of questions and of the bootstrap."""
+  """Settings of a comparison; `generation.seed` also seeds the draw of questions and the bootstrap."""
 
   checkpoint: str
   question_set: str
@@ -61,10 +61,10 @@ class StudyConfig:
 
 
 class Runner:
-  """Runs the cells of one comparison; the weights are read when first needed."""
+  """Runs the cells of one comparison; the weights are read on first use."""
 
   def __init__(self, config: StudyConfig, opened: checkpoint.OpenCheckpoint, questions: Sequence[Question]):
-    """Raises `UserError` where the model cannot take prompts of this form."""
+    """Raises `UserError` if the model cannot take prompts of this form."""
     self._config, self._opened, self._questions = config, opened, questions
     self.processor = opened.prompts(config.inputs.prompt_template)
     new_tokens = max(config.generation.max_new_tokens, config.timing.new_tokens)
@@ -74,7 +74,7 @@ class Runner:
     self.shape = Shape(text.num_hidden_layers, self._batcher.num_image_tokens, vision.has_class_token)
 
   def answer(self, cell: Cell) -> dict[str, dict[str, Any]]:
-    """Answers what is not answered yet; returns every output row by its id."""
+    """Answers the remaining questions; returns all output rows by id."""
     path = self._config.workdir / "answers" / f"{cell.file_name}.jsonl"
     if not path.exists() or path.read_bytes().count(b"\n") < len(self._questions):
       asked = [prompts.Prompt(q.id, str(q.image.absolute()), q.question) for q in self._questions]
@@ -86,7 +86,7 @@ class Runner:
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
   def time(self, cell: Cell) -> dict[str, Any]:
-    """Times a cell once: the result of `measure_times`, or nothing without repeats."""
+    """Times a cell once; returns the result of `measure_times`, or nothing without repeats."""
     repeats = self._config.timing.repeats
 
     def measure() -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Runner:
     return kept.json_of(path, measure) if repeats else {}
 
   def prompt_sizes(self) -> PromptSizes:
-    """The sizes of the questions that the model can take, on average."""
+    """Mean sizes of the questions that the model can take."""
     by_text = {question.question: question for question in self._questions}
     prepared = {text: self._prepare(question, blank=True) for text, question in by_text.items()}
     lengths = [prepared[q.question].num_text_tokens for q in self._questions if prepared[q.question]]
@@ -107,7 +107,7 @@ class Runner:
 
   @functools.cached_property
   def settings(self) -> dict[str, Any]:
-    """What answers and times depend on, beside the cell, whose schedule is in the names of its files."""
+    """What answers and times depend on besides the cell, whose schedule is part of the file names."""
     config = self._config
     return {
       **{name: getattr(config, name) for name in ("checkpoint", "dtype", "question_set", "num_questions")},
@@ -138,7 +138,7 @@ class Runner:
     return self._batcher.pack(first, bucket=max(map(self._batcher.bucket, first)), batch_size=batch_size)
 
   def _prepare(self, question: Question, *, blank: bool = False) -> Example | None:
-    """A prepared question, about a blank picture if told so; None where it cannot be prepared: an error among the answers."""
+    """A prepared question, optionally with a blank picture; None where it fails, an error among the answers."""
     with contextlib.suppress(UserError):
       picture = Image.new("RGB", (64, 64)) if blank else pictures.load_image(question.image)
       example = self.processor.prepare(picture, question.question)
@@ -154,10 +154,10 @@ class Runner:
 
 
 def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats: int) -> dict[str, Any]:
-  """Runs an engine and one without pruning in turns on a batch, after a first run of each that compiles and is not counted.
+  """Runs an engine and a reference in turns on a batch, after a first run of each that compiles and does not count.
 
-  Returns medians over the turns of the ratios and of this engine's seconds, `compile_seconds` of its programs (reading them,
-  where the persistent cache has them), and the device.
+  Returns medians over the turns of the ratios and of this engine's seconds, `compile_seconds` of its programs (of
+  reading them, if cached), and the device.
   """
   ids = ["timing"] * len(inputs.tokens)
   _, *turns = [[run(inputs, ids) for run in (reference, engine)] for _ in range(repeats + 1)]
@@ -172,10 +172,10 @@ def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats:
 
 
 def run(config: StudyConfig) -> list[Row]:
-  """Runs what has not been run yet, writes the results and returns the table's rows.
+  """Runs missing cells, writes the results and returns the table's rows.
 
-  Raises `UserError` where the configuration cannot be run, the work directory belongs to another, or a file cannot be written,
-  and `CheckpointError` where the checkpoint cannot be read; what was written before is whole.
+  Raises `UserError` for a configuration that cannot be run, a work directory of other settings or an unwritable file,
+  and `CheckpointError` for an unreadable checkpoint; files written before stay whole.
   """
   for directory in (config.workdir / "answers", config.workdir / "timings", config.output):
     with command.user_error(f"cannot create {directory}"):

@@ -1,4 +1,4 @@
-"""The figures of a comparison for people: Markdown, and the columns of the report."""
+"""The figures of a comparison in Markdown, and the columns of its report."""
 
 import collections
 from collections.abc import Sequence
@@ -16,12 +16,10 @@ PRINTED = "tokens_in accuracy difference agreement all_token_flops prefill_time"
 
 
 def types_of(rows: Sequence[Row]) -> list[str]:
-  """The question types that the rows have accuracies of."""
   return [name.removeprefix(BY_TYPE) for name in rows[0] if name.startswith(BY_TYPE)]
 
 
 def readable_columns(rows: Sequence[Row]) -> list[Column]:
-  """The columns for people."""
   return [
     Column("method", "method", "text"),
     Column("budget", "budget", "number"),
@@ -51,7 +49,7 @@ def readable_columns(rows: Sequence[Row]) -> list[Column]:
 
 
 def readable_rows(rows: Sequence[Row]) -> list[Row]:
-  """The rows for people: intervals as text, long lists of stages cut short."""
+  """Rows with intervals as text and long lists of stages shortened."""
   readable = [dict(row) for row in rows]
   for row in readable:
     for name in {"accuracy", "agreement", *DIFFERENCES} & row.keys():
@@ -77,17 +75,17 @@ def _text(row: Row, column: Column) -> str:
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-  """The readable table; a note stands in place of the layers."""
+  """The readable table; a note replaces the layers."""
   noted = [row | {"prune_layers": row.get("note") or row.get("prune_layers")} for row in readable_rows(rows)]
   lines = tabular.markdown([column.label for column in columns], [[_text(row, c) for c in columns] for row in noted])
   return "\n".join(lines) + "\n"
 
 
 def types_markdown(rows: Sequence[Row]) -> str:
-  """The accuracy of every type of question at every budget.
+  """Accuracy of every question type at every budget.
 
-  For every budget a row for each control, and one for the mean of the methods that reach all budgets, so that every mean is of
-  the same methods; no pruning and the question-only answers stand above.
+  Each budget has a row for each control and one for the mean of the methods that reach all budgets, so that all means
+  are over the same methods; no pruning and the question-only answers come first.
   """
   by_budget = collections.defaultdict(dict)
   for row in rows:

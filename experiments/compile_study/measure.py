@@ -1,4 +1,4 @@
-"""Measures variants: each with an empty compilation cache, then in turns with a filled one; and asks the TPU's compiler."""
+"""Measures variants with an empty compilation cache, then in turns with a filled one, and compiles them for a TPU."""
 
 import concurrent.futures
 import dataclasses
@@ -25,18 +25,18 @@ from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
 Measurement = dict[str, Any]
-STEPS = 5  # of which the median counts
+STEPS = 5  # repetitions of a step; the median counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What every variant is measured with; what is not explained is as in `himap_jax.run`.
+  """Settings shared by all variants; the other fields are as in `himap_jax.run`.
 
   Attributes:
-    num_prompts: of the workload.
-    seed: of the workload.
-    prune_layers: HiMAP's layers; its own when None.
-    keep: what it keeps; its own when None.
+    num_prompts: prompts in the workload.
+    seed: seed of the workload.
+    prune_layers: HiMAP's layers; the default if None.
+    keep: HiMAP's keep counts; the default if None.
   """
 
   checkpoint: str
@@ -49,18 +49,17 @@ class Setting:
 
 
 def in_own_process(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
-  """`on_this_machine` in a new process, which finds nothing in memory."""
+  """`on_this_machine` in a new process."""
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
     return executor.submit(on_this_machine, variant, setting, cache_dir).result()
 
 
 def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
-  """Runs the workload once to compile what it needs, and once for its time.
+  """Runs the workload once to compile its programs, and once to time them.
 
-  Returns:
-    The account of what it compiled, seconds of the first batch (`step_seconds`) and of the whole workload (`mix_seconds`) once
-    everything is compiled, and the tokens and slots of its batches.
+  Returns the recorder's account, the seconds of the first batch (`step_seconds`) and of the whole workload
+  (`mix_seconds`) without compilation, and the tokens and slots of its batches.
   """
   command.use_compilation_cache(str(cache_dir))
   loaded = checkpoint.load(setting.checkpoint, dtype=jnp.dtype(setting.dtype))
@@ -92,18 +91,18 @@ def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> 
 def for_tpu(
   variant: str, *, geometry: str, topology: str, tensor: int, batch_size: int, num_text_slots: int
 ) -> Measurement:
-  """Compiles a variant from shapes alone for a TPU that is not there; errors as in `planned.mesh_of`.
+  """Compiles a variant from shapes alone for an absent TPU; errors as in `planned.mesh_of`.
 
   Args:
     variant: a key of `VARIANTS`.
     geometry: a key of `geometries.GEOMETRIES`.
-    topology: of a TPU slice, as `v5e:2x4`.
-    tensor: devices that share the heads; the others have rows of their own.
-    batch_size: rows of all devices.
+    topology: a TPU slice such as `v5e:2x4`.
+    tensor: devices that share the heads; other devices hold different rows.
+    batch_size: rows of the whole slice.
     num_text_slots: padded text length.
 
   Returns:
-    The account of its programs, and in words their collectives and those of the pruning stages alone.
+    The recorder's account, and descriptions of all collectives and of those in pruning stages.
   """
   shape = {"batch_size": batch_size, "num_text_slots": num_text_slots}
   model, inputs, _ = planned.shapes_on(planned.mesh_of(topology, tensor), geometry, **shape)
@@ -120,18 +119,18 @@ def for_tpu(
 def run(
   variants: Sequence[str], setting: Setting, place: dict[str, Any], *, turns: int, workdir: pathlib.Path
 ) -> tuple[dict[str, list[Measurement]], dict[str, Measurement]]:
-  """Measures variants and asks the TPU's compiler about them, and goes on from what the work directory holds.
+  """Measures variants and compiles them for a TPU; resumes from the work directory.
 
   Args:
     variants: keys of `VARIANTS`.
-    setting: what all are measured with.
-    place: arguments of `for_tpu`; nothing is compiled for TPU where it is empty.
+    setting: settings of all variants.
+    place: arguments of `for_tpu`; nothing is compiled for a TPU if empty.
     turns: measurements of every variant after the first.
-    workdir: a file for every measurement and report, and the compilation caches.
+    workdir: directory of measurements and compilation caches.
 
   Returns:
-    By variant its processes, the first with an empty compilation cache, the others, one a turn, with their programs in it; and
-    what is known for TPU.
+    By variant, its measurements, the first with an empty compilation cache and the others with a filled one; and by
+    variant its measurement for a TPU.
   """
 
   def measured(name: str, turn: int) -> Measurement:

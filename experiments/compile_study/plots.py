@@ -1,4 +1,4 @@
-"""The study in two pictures."""
+"""Plots of the study."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ PARTS = {
 
 
 def break_even(rows: Sequence[Row]) -> Figure:
-  """Workloads a second against how often the workload is run, compilation included."""
+  """Plots workloads per second, compilation included, against the number of workloads run."""
   figure = Figure(figsize=(7, 4.5))
   axes = figure.add_subplot()
   passes = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
@@ -32,7 +32,7 @@ def break_even(rows: Sequence[Row]) -> Figure:
 
 
 def seconds(rows: Sequence[Row]) -> Figure:
-  """Seconds of one pass over the workload, on top of those that its programs take to compile or to read."""
+  """Plots the seconds of one pass, added to those of compiling or reading its programs."""
   figure = Figure(figsize=(8, 0.45 * len(rows) + 1.2))
   axes = figure.add_subplot()
   for number, row in enumerate(reversed(rows)):

@@ -1,4 +1,4 @@
-"""Compiles programs when they are first needed and keeps account of them."""
+"""Compiles programs on first use and records their costs."""
 
 import time
 from collections.abc import Callable
@@ -11,18 +11,18 @@ class Recorder:
   """Makes functions that are compiled once for every form of their arguments.
 
   Attributes:
-    compiled: every program, in the order in which they were needed.
-    seconds: spent tracing, lowering and compiling them, or reading them from the persistent cache.
+    compiled: all programs, in order of first use.
+    seconds: time spent tracing, lowering and compiling them, or reading them from the persistent cache.
   """
 
   def __init__(self, *, is_abstract: bool = False):
-    """`is_abstract` says whether arguments are shapes, and nothing runs: then calls give the shapes of results."""
+    """If `is_abstract`, arguments are shapes, nothing runs, and calls return the shapes of results."""
     self.compiled: list[Any] = []
     self.seconds = 0.0
     self._is_abstract = is_abstract
 
   def jit(self, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function; its keyword arguments are static and hashable."""
+    """A compiled function; its keyword arguments are static and hashable."""
     programs: dict[Any, Any] = {}
 
     def call(*arguments: Any, **static: Any) -> Any:
@@ -38,7 +38,7 @@ class Recorder:
     return call
 
   def account(self) -> dict[str, float]:
-    """How many programs there are, their seconds and instructions after optimisation, and the most MiB of temporaries of one."""
+    """Number of programs, seconds, optimised instructions, and the most temporaries of any program, in MiB."""
     return {
       "programs": len(self.compiled),
       "compile": self.seconds,

@@ -1,4 +1,4 @@
-"""From measurements to a row for every variant."""
+"""Tables of the study: a row for every variant."""
 
 import statistics
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ TPU_COLUMNS = {
 
 
 def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measurement]) -> list[Row]:
-  """A row a variant: medians over turns; steps and rates are compared within each turn."""
+  """One row per variant: medians over turns; steps are compared within each turn."""
   best = [
     min(measured["step_seconds"] for measured in turn)
     for turn in zip(*(turns for _, *turns in processes.values()), strict=True)
@@ -67,7 +67,6 @@ def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measuremen
 
 
 def report(rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
-  """`compile_study.csv`, `compile_study.md` and both plots; `tpu_heading` stands above what the TPU's compiler says."""
   lines = [*tabular.formatted(rows, CPU_COLUMNS), ""]
   if tpu_heading is not None:
     lines += [tpu_heading, "", *tabular.formatted([row for row in rows if "tpu_programs" in row], TPU_COLUMNS), ""]

@@ -1,9 +1,9 @@
-"""Ways to run the same HiMAP prefill: how the shapes come about, and what is one program.
+"""Ways to run the same HiMAP prefill, which differ in shapes or in the division into programs.
+
+Every variant gives the logits of the library's prefill and computes keys and values of all layers; `dynamic` chooses
+other keep counts.
 
 Axes: B batch, S slots, R remaining slots, D model dim, M image tokens, V vocabulary.
-
-Every variant gives the logits of the library's prefill and computes keys and values of all layers; `dynamic` chooses other keep
-counts.
 """
 
 import dataclasses
@@ -29,10 +29,10 @@ from himap_jax.pruning.methods.himap import image_attention, instruction_attenti
 from himap_jax.pruning.schedule import Schedule, Segment, Stage
 
 SCORES = (instruction_attention, image_attention)
-COVERED = 0.8  # of the scores' sum, by the tokens that `dynamic` keeps
-GRANULE = 72  # image tokens that its counts are multiples of, of 576
+COVERED = 0.8  # share of the scores' sum covered by the tokens that `dynamic` keeps
+GRANULE = 72  # its keep counts are multiples of this, out of 576
 
-# `(model, inputs)` to logits `[B, V]`.
+# (model, inputs) → logits.
 Run = Callable[[Model, Inputs], Float[Array, "B V"]]
 Build = Callable[[Recorder, Schedule], Run]
 
@@ -42,10 +42,10 @@ class Variant:
   """A way to run a prefill.
 
   Attributes:
-    build: makes it: compiled by a recorder, for HiMAP's schedule.
-    shows: what is different about it.
-    is_bucketed: whether its prompts are padded to a bucket, and not to the longest of their batch.
-    can_be_abstract: whether its shapes are known without numbers.
+    build: makes it from a recorder and HiMAP's schedule.
+    shows: its difference to the others.
+    is_bucketed: whether prompts are padded to a bucket, not to the longest of their batch.
+    can_be_abstract: whether its shapes are known without values.
   """
 
   build: Build
@@ -55,7 +55,7 @@ class Variant:
 
 
 def one_program(run: Callable[[Model, Inputs, Schedule], Any]) -> Build:
-  """A variant that is one program, of logits and of keys and values, which are results so that none is left out."""
+  """A variant in one program, which also returns keys and values so that none is optimised away."""
 
   def build(recorder: Recorder, schedule: Schedule) -> Run:
     program = recorder.jit(lambda model, inputs: run(model, inputs, schedule))
@@ -65,13 +65,12 @@ def one_program(run: Callable[[Model, Inputs, Schedule], Any]) -> Build:
 
 
 def gather(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
-  """The library's own."""
   result = library.prefill(model.bind(), inputs, _keys(inputs.tokens), schedule)
   return result.logits, result.caches
 
 
 def selecting(choose: Callable[[Array, int], Array]) -> Build:
-  """The library's own with another operation for the highest scores."""
+  """The library's prefill with another operation that finds the highest scores."""
 
   def run(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
     def stage(own: Stage, score: Callable[[View], Array]) -> Stage:
@@ -120,7 +119,7 @@ STEPS = {"embed": _embed, "layers": _layers, "prune": _prune, "logits": _logits}
 def in_steps(
   model: Model, inputs: Inputs, schedule: Schedule, **other_steps: Callable[..., Any]
 ) -> tuple[Float[Array, "B V"], list[tuple[Array, Array]]]:
-  """The logits, and the keys and values of all layers, of a prefill in which some of `STEPS` are done in another way."""
+  """Logits, and keys and values of all layers, of a prefill with some of `STEPS` replaced."""
   steps = types.SimpleNamespace(**STEPS | other_steps)
   embedded, sequence = steps.embed(model, inputs)
   keys_values = []
@@ -133,7 +132,7 @@ def in_steps(
 
 
 def one_hot(model: Model, sequence: Sequence, *others: Any, stage: Stage) -> Sequence:
-  """Prunes: hidden states are multiplied with a matrix of zeros and ones instead of being gathered."""
+  """Prunes by multiplying hidden states with a matrix of zeros and ones instead of gathering them."""
   pruned = _prune(model, sequence, *others, stage=stage)
   matrix = _same_token(pruned.layout, sequence.layout).astype(sequence.x.dtype)
   x = jnp.einsum("BRS,BSD->BRD", matrix, sequence.x, preferred_element_type=jnp.float32)
@@ -141,7 +140,7 @@ def one_hot(model: Model, sequence: Sequence, *others: Any, stage: Stage) -> Seq
 
 
 def mask(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
-  """Every token goes through every layer; those that were not kept are hidden from attention."""
+  """Runs every token through every layer and hides dropped tokens from attention."""
   kept, visible = None, None
 
   def layers(model: Model, whole: Sequence, *, segment: Segment) -> Any:
@@ -159,7 +158,7 @@ def mask(model: Model, inputs: Inputs, schedule: Schedule) -> Any:
 
 
 def scan(recorder: Recorder, schedule: Schedule) -> Run:
-  """The layers of a segment are one loop over stacked weights; the last, which is scored, stands alone."""
+  """Runs the layers of a segment as one loop over stacked weights, except the last, which is scored."""
   stacked: dict[int, PyTree] = {}
 
   @recorder.jit
@@ -192,9 +191,9 @@ def scan(recorder: Recorder, schedule: Schedule) -> Run:
 
 
 def by_segment(recorder: Recorder, schedule: Schedule, *, is_dynamic: bool = False) -> Run:
-  """A program for every segment, and one for each stage.
+  """One program for every segment and one for every stage.
 
-  Where it is dynamic, each stage keeps as few tokens as cover `COVERED` of the scores in every row, rounded up to `GRANULE`s.
+  If dynamic, stages keep the fewest tokens, in `GRANULE`s, that cover `COVERED` of the scores in every row.
   """
 
   def layers(model: Model, sequence: Sequence, *, segment: Segment) -> Any:
@@ -231,7 +230,7 @@ def _stack(*layers: Any) -> Any:
 
 
 def _same_token(layout: Layout, other: Layout) -> Bool[Array, "B R S"]:
-  """Where two sequences hold the same token; padding is nowhere."""
+  """Where two sequences hold the same token; padding matches nothing."""
   return (layout.order[:, :, None] == other.order[:, None]) & (other.order != UNUSED_ORDER)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Prompts of mixed lengths, and the batches that they make."""
+"""Prompts of mixed lengths, and their batches."""
 
 import collections
 import json
@@ -13,12 +13,12 @@ from himap_jax.inputs import Example, Inputs
 from himap_jax.run.pictures import load_image
 
 DEMO = pathlib.Path(__file__).parents[1] / "demo"
-SPREAD = 1.0  # of the logarithm of the number of questions in a prompt
+SPREAD = 1.0  # standard deviation of the logarithm of a prompt's number of questions
 MOST_QUESTIONS = 24
 
 
 def make_examples(processor: Processor, num_prompts: int, *, seed: int) -> list[Example]:
-  """Prompts about the demo's pictures: most ask one question or two, some many, as a log-normal distribution has it."""
+  """Prompts about the demo's pictures; the number of questions in each is log-normal, mostly one or two."""
   rng = np.random.default_rng(seed)
   rows = [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
   counts = np.clip(np.rint(rng.lognormal(0, SPREAD, num_prompts)), 1, MOST_QUESTIONS).astype(int)
@@ -30,7 +30,7 @@ def make_examples(processor: Processor, num_prompts: int, *, seed: int) -> list[
 
 
 def make_batches(batcher: Batcher, examples: Sequence[Example], batch_size: int, *, is_bucketed: bool) -> list[Inputs]:
-  """Batches as the prompts come in: each of one bucket, or of whatever comes next, padded to the longest of them."""
+  """Batches in order of arrival, of one bucket each or padded to their longest prompt."""
   waiting: dict[int, list[Example]] = collections.defaultdict(list)
   groups = []
   for example in examples:

@@ -1,4 +1,4 @@
-"""The trained parts of the demo model: projector and low-rank updates, the whitening of tower features, and their file.
+"""The trained parts of the demo model (projector and low-rank updates), their file, and the whitening of features.
 
 Axes: B images, A answer tokens, P patches, F features of the tower, V vocabulary.
 """
@@ -35,16 +35,13 @@ Weights = dict[str, dict[str, Array]]
 
 @pytree
 class Adapter:
-  """What is trained: the connector's parameters, and low-rank updates of the decoder's linear layers by the layer's path.
-
-  The updates are LoRA's (Hu et al., arXiv 2106.09685): `{"a": [rank, in], "b": [out, rank]}`.
-  """
+  """Trained parameters: projector, and LoRA (arXiv 2106.09685) `{"a": [rank, in], "b": [out, rank]}` by layer path."""
 
   projector: Weights
   lora: Weights
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes the adapter in bfloat16 under the checkpoint's names; the file appears whole."""
+    """Writes the adapter atomically, in bfloat16 and under the checkpoint's names."""
     tensors = traverse_util.flatten_dict({PROJECTOR: self.projector}, sep=".")
     for layer, update in self.lora.items():
       name = layer.replace("/", ".").replace("layers_", "layers.")
@@ -57,7 +54,7 @@ class Adapter:
 
   @classmethod
   def read(cls, path: str | pathlib.Path) -> Self:
-    """Reads what `save` wrote; raises `CheckpointError` where it is something else, `UserError` at another LoRA scale."""
+    """Reads a saved adapter; raises `CheckpointError` if it is unreadable, `UserError` at another LoRA scale."""
     tensors, scale = read_adapter(pathlib.Path(path))
     if scale != LORA_SCALE:
       raise UserError(f"{path}: its lora_scale is {scale}, that of this training {LORA_SCALE}")
@@ -71,14 +68,14 @@ class Adapter:
 
 
 def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
-  """The weighted mean of adapters; raises `UserError` where the shares are not one for each, or not 1 together."""
+  """The weighted mean of adapters; raises `UserError` unless there is a share for each and they sum to 1."""
   if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
-    raise UserError(f"{len(adapters)} shares are needed that together are 1, not {shares}")
+    raise UserError(f"{len(adapters)} shares are needed that sum to 1, not {shares}")
   return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
 
 
 def init_lora(key: Key[Array, ""], language_model: dict[str, Any], rank: int) -> Weights:
-  """Updates of every linear layer of the decoder; `b` is zero."""
+  """Initial updates of the decoder's linear layers; `b` is zero."""
   lora = {}
   for path, weight in sorted(traverse_util.flatten_dict({"language_model": language_model}).items()):
     if path[-2].endswith("_proj") and path[-1] == "weight":
@@ -90,7 +87,7 @@ def init_lora(key: Key[Array, ""], language_model: dict[str, Any], rank: int) ->
 
 
 def apply_lora(lora: Weights) -> contextlib.AbstractContextManager[None]:
-  """Adds the low-rank updates to the linear layers of whatever module runs in this context."""
+  """A context in which all linear layers apply their low-rank updates."""
 
   def interceptor(call, args, kwargs, context):
     y = call(*args, **kwargs)
@@ -122,18 +119,17 @@ class Whitening:
 
   @classmethod
   def measure(cls, features: Float[np.ndarray, "P F"]) -> Self:
-    """From mean and covariance of tower features; variances below `WHITENING_FLOOR` are not amplified further."""
+    """Estimates the map; variances below `WHITENING_FLOOR` are not amplified further."""
     features = features.astype(np.float64)
     variances, axes = np.linalg.eigh(np.cov(features.T))
     matrix = (axes / np.sqrt(variances + WHITENING_FLOOR)) @ axes.T
     return cls(jnp.asarray(features.mean(0), jnp.float32), jnp.asarray(matrix, jnp.float32))
 
   def __call__(self, features: Float[np.ndarray, "P F"]) -> Float[np.ndarray, "P F"]:
-    """Whitens."""
     return (features - np.asarray(self.mean)) @ np.asarray(self.matrix)
 
   def fold(self, projector: Weights) -> Weights:
-    """The projector on features, given the projector on whitened features."""
+    """Converts a projector of whitened features to one of features."""
     weight = projector["linear_1"]["weight"] @ self.matrix
     bias = projector["linear_1"]["bias"] - weight @ self.mean
     return {**projector, "linear_1": {"weight": weight, "bias": bias}}
@@ -146,7 +142,7 @@ class Whitening:
 
 
 def init_projector(key: Key[Array, ""], params: Any) -> Weights:
-  """A projector on whitened features whose image tokens are at first as large as the text's embeddings."""
+  """A projector of whitened features whose image tokens are initially as large as the text's embeddings."""
   size = jnp.sqrt(jnp.mean(jnp.square(params["language_model"]["embed_tokens"]["weight"])))
   projector = {}
   for subkey, (layer, own) in zip(jax.random.split(key), sorted(params[PROJECTOR].items()), strict=True):

@@ -1,10 +1,8 @@
-"""Aligns the projector: every image token becomes the sum of the word embeddings that describe its patch.
+"""Aligns the projector: maps every image token to the sum of the word embeddings that describe its patch.
 
-The language model can read such tokens, as text, before it is trained on any. LLaVA aligns its projector on captions for the
-same reason; words for every patch take a few minutes of CPU instead.
-
-The projector reads whitened features: the colour of a shape moves DINOv2's features along directions of small variance, which
-an optimizer would otherwise discover late.
+The language model can read such tokens as text before any training on images. LLaVA aligns its projector on captions
+for the same reason; words for every patch take only minutes on a CPU. The projector reads whitened features: a shape's
+colour moves DINOv2's features along directions of small variance, which an optimizer would otherwise discover late.
 
 Axes: P patches, W words, F features of the tower, D model dim, V vocabulary.
 """
@@ -36,7 +34,7 @@ WHITENING_PATCHES = 40_000
 def aligned(
   path: pathlib.Path, loaded: LoadedModel, packers: Iterable[Packer], mixture: Mixture, *, seed: int
 ) -> tuple[Whitening, Weights]:
-  """The whitening of the tower's features, and the aligned projector on whitened features; made once, then read."""
+  """The whitening of tower features and the aligned projector of whitened features; computed once, then read."""
   if not path.exists():
     model, words = loaded.model, vocabulary(mixture.names())
     by_resolution = {packer.grid: packer for packer in packers}
@@ -76,7 +74,7 @@ def collect(
 
 
 def word_embeddings(tokenizer: Any, embeddings: Float[Array, "V D"], words: Sequence[str]) -> Float[Array, "W D"]:
-  """The embedding of every word as it stands within a sentence; of several tokens the mean."""
+  """The embedding of every word within a sentence, averaged over its tokens."""
   ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
   return jnp.stack([embeddings[jnp.asarray(i)].mean(0) for i in ids])
 
@@ -89,7 +87,7 @@ def fit(
   *,
   seed: int,
 ) -> Weights:
-  """Fits a new projector, on whitened features, to the words of the patches by least squares."""
+  """Fits a new projector of whitened features to the words of the patches by least squares."""
   embeddings = np.asarray(embeddings)
   scale = float(np.sqrt(np.mean(np.square(labels[:65536].astype(np.float32) @ embeddings))))
   optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))

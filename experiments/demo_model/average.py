@@ -1,8 +1,9 @@
-"""Averages adapters of the demo model, weight by weight, which recovers some of what a training forgot of the one before it.
+"""Averages adapters of the demo model, which recovers some of what later training forgot.
 
-    python -m experiments.demo_model.average --adapters=2.safetensors,3.safetensors --shares=0.5,0.5 --adapter=adapter.safetensors
+    python -m experiments.demo_model.average --adapters=2.safetensors,3.safetensors --shares=0.5,0.5 --adapter=…
 
-As Wortsman et al. do (arXiv 2109.01903); the adapters have to lie on one path of training, each begun from the one before.
+As in Wortsman et al. (arXiv 2109.01903); the adapters must lie on one path of training, each initialised from the one
+before.
 """
 
 import pathlib
@@ -12,13 +13,12 @@ from absl import app, flags
 from experiments.demo_model.adapter import Adapter, average
 from himap_jax.run import command
 
-_ADAPTERS = flags.DEFINE_list("adapters", None, "What to average.", required=True)
-_SHARES = flags.DEFINE_list("shares", None, "The share of each; together 1.", required=True)
+_ADAPTERS = flags.DEFINE_list("adapters", None, "Adapters to average.", required=True)
+_SHARES = flags.DEFINE_list("shares", None, "Share of each adapter; they sum to 1.", required=True)
 _ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
 
 
 def run() -> int:
-  """Averages the adapters that the flags name."""
   mean = average([Adapter.read(path) for path in _ADAPTERS.value], command.numbers(_SHARES, float))
   mean.save(pathlib.Path(_ADAPTER.value))
   return 0

@@ -1,8 +1,8 @@
-"""The cut-outs that scenes are made of: what kind of thing each shows, what it is called, and its colour.
+"""The cut-outs for scenes: kind, name and colour of the thing that each shows.
 
-Kinds come from the folders of the stamps and the subcategories of the emoji, names from their captions, colours from the
-pixels themselves. A picture belongs to the train or to the test split; of the three drawings of an emoji, one may be in one
-split and one in the other. What is asked by name in the test split has been seen by name in training.
+Kinds come from the folders of the stamps and the subcategories of the emoji, names from their captions, colours from
+the pixels. A picture belongs to the train or to the test split, but drawings of one emoji may be in both. Every name
+asked for in the test split has occurred in training.
 """
 
 import collections
@@ -20,19 +20,19 @@ from PIL import Image
 
 from experiments.demo_model.packages import PACKAGES, fetch
 
-# Folders and subcategories of every kind; pictures there that show something else; words that end a caption and do not say what
-# is shown; and for every colour name ranges of hue in degrees, of saturation and of value that no other name has.
+# Folders and subcategories of every kind; pictures there that show something else; final words of captions that are not
+# names; and for every colour name its own ranges of hue in degrees, of saturation and of value.
 TABLES = json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 NOT_OF_THEIR_KIND = frozenset(" ".join(TABLES["not_of_their_kind"]).split())
 KINDS = tuple(TABLES["stamp_folders"])
 COLOUR_NAMES = tuple(dict.fromkeys(name for name, *_ in TABLES["colours"]))
-NAMED = 3  # subjects that a word must name to be a name
+NAMED = 3  # subjects that a word must denote to count as a name
 COLOUR_SHARE = 0.7
-TEST_SHARE = 5  # one picture of five is a test picture
+TEST_SHARE = 5  # one picture in five is a test picture
 
 
 class Cutout(NamedTuple):
-  """A picture of one thing on a transparent ground; it has a name where its caption ends in a word for `NAMED` subjects."""
+  """A picture of one thing on a transparent ground; `name` is a final caption word for at least `NAMED` subjects."""
 
   path: pathlib.Path
   kind: str
@@ -41,7 +41,7 @@ class Cutout(NamedTuple):
 
 
 class Found(NamedTuple):
-  """A picture of a package: what the pictures of one thing share, and the last word of its caption."""
+  """A picture of a package, its subject (shared by all pictures of one thing), and the last word of its caption."""
 
   path: pathlib.Path
   subject: str
@@ -50,14 +50,13 @@ class Found(NamedTuple):
 
 
 def load(cache_dir: pathlib.Path) -> dict[str, list[Cutout]]:
-  """All cut-outs of the splits `train` and `test`."""
   return split([*_stamps(cache_dir), *_emoji(cache_dir)])
 
 
 def split(found: Sequence[Found]) -> dict[str, list[Cutout]]:
-  """Splits pictures, of each kind one of `TEST_SHARE` into the test split."""
+  """Splits pictures; one in `TEST_SHARE` of each kind is a test picture."""
 
-  def checksum(one: Found) -> int:  # of the file's name, wherever the packages are
+  def checksum(one: Found) -> int:  # of the file name, wherever the packages are
     return zlib.crc32("/".join(one.path.parts[-3:]).encode())
 
   subjects = {(one.kind, one.subject): one.word for one in found}
@@ -102,13 +101,13 @@ def _emoji(cache_dir: pathlib.Path) -> list[Found]:
 
 
 def last_word(caption: str) -> str | None:
-  """The last word of a caption's first clause: "A great blue heron." names a heron."""
+  """The last word of a caption's first clause, such as heron for "A great blue heron."."""
   words = re.findall(r"[a-z]+", re.split(r"[,(.!?]| from | in | with | on ", caption.lower())[0])
   return words[-1] if words else None
 
 
 def dominant_colour(path: pathlib.Path) -> str | None:
-  """The colour of most of a picture's opaque pixels, None where none has `COLOUR_SHARE` of them."""
+  """The colour of at least `COLOUR_SHARE` of a picture's opaque pixels, or None."""
   picture = read(path).copy()
   picture.thumbnail((96, 96))
   pixels = np.asarray(picture)
@@ -125,7 +124,7 @@ def dominant_colour(path: pathlib.Path) -> str | None:
 
 @functools.lru_cache(maxsize=2048)
 def read(path: pathlib.Path) -> Image.Image:
-  """The picture, cropped to what is opaque, at most 256 pixels wide and high; not to be changed in place."""
+  """The picture, cropped to its opaque part, at most 256 pixels wide and high; not to be changed in place."""
   with Image.open(path) as picture:
     picture = picture.convert("RGBA")
   picture = picture.crop(picture.getchannel("A").point(lambda a: 255 * (a > 16)).getbbox())

@@ -1,4 +1,4 @@
-"""Training samples: pictures with questions and answers, drawn from composed scenes and easy-VQA's training pictures."""
+"""Training samples: pictures with questions and answers, from composed scenes and easy-VQA's training pictures."""
 
 import collections
 import itertools
@@ -25,7 +25,7 @@ class Sample(NamedTuple):
 
 
 class Pool(NamedTuple):
-  """Questions that all pictures of one shape and colour answer alike: for shape or colour; yes or no unlike and like most."""
+  """Questions with one answer per shape and colour: open-ended, and yes-or-no with a rarer or the commonest answer."""
 
   open_ended: list[Asked]
   unexpected: list[Asked]
@@ -33,7 +33,7 @@ class Pool(NamedTuple):
 
 
 class Mixture:
-  """Samples of both sources, the same for the same seed; `scene_share` is the share of pictures that are scenes."""
+  """Deterministic samples of both sources; `scene_share` is the share of scenes among the pictures."""
 
   def __init__(self, *, scene_share: float = 0.75):
     self._pools = list(question_pools(easyvqa.load(default_cache_dir(), "train")).items())
@@ -41,54 +41,44 @@ class Mixture:
     self._scene_share = scene_share
 
   def names(self) -> list[str]:
-    """What the things in scenes are called."""
     return sorted({cutout.name for cutout in self._cutouts if cutout.name})
 
   def draw_shape(self, rng: np.random.Generator) -> tuple[Image.Image, Pool]:
-    """A picture of easy-VQA, and what was asked of all pictures of its shape and colour."""
+    """A picture of easy-VQA, and the questions about all pictures of its shape and colour."""
     path, pool = self._pools[rng.integers(len(self._pools))]
     return load_image(path), pool
 
   def draw_scene(self, rng: np.random.Generator) -> scenes.Scene:
-    """A scene without questions."""
     return scenes.compose(rng, self._cutouts)
 
   def draw(self, num_pictures: int, *, seed: tuple[int, int]) -> list[Sample]:
-    """Pictures with questions."""
     rng = np.random.default_rng(seed)
     is_scene = rng.random(num_pictures) < self._scene_share
     return [self._ask_about_scene(rng) if scene else self._ask_about_shape(rng) for scene in is_scene]
 
   def _ask_about_shape(self, rng: np.random.Generator) -> Sample:
-    """The three kinds of question take turns.
-
-    Five of six yes-or-no questions as they come can be answered by a rule about the words alone, and that rule is all that a
-    short training on them learns.
-    """
+    # Kinds take turns: five in six of the original yes-or-no questions can be answered from their words alone, and a
+    # short training on them learns only that.
     picture, pool = self.draw_shape(rng)
     return Sample(picture, take_turns([[kind[i] for i in rng.permutation(len(kind))] for kind in pool]))
 
   def _ask_about_scene(self, rng: np.random.Generator) -> Sample:
-    """The ten types of question and two kinds of lists take turns.
-
-    A list names everything in order, or says where everything is. It teaches more in a picture than questions do, of whose
-    tokens one in ten is an answer.
-    """
     scene = self.draw_scene(rng)
     asked = [[own[1:] for own in questions_of_type] for questions_of_type in questions.ask(rng, scene).values()]
+    # Lists teach more per picture than questions, of whose tokens one in ten is an answer.
     across, down, places = (own[1:] for (own,) in questions.ask_for_lists(scene).values())
     asked += [[across, down], [places]]
     return Sample(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
 
 
 def take_turns(kinds: Sequence[Sequence[Asked]]) -> list[Asked]:
-  """The first of every kind, then the second of every kind, and so on."""
+  """Interleaves: the first of every kind, then the second of every kind, and so on."""
   turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
   return [question for question in turns if question is not None]
 
 
 def question_pools(examples: Sequence[easyvqa.Example]) -> dict[pathlib.Path, Pool]:
-  """For every picture whose shape and colour its questions tell, the questions of all pictures like it."""
+  """For every picture whose questions reveal its shape and colour, the questions of all pictures like it."""
   by_picture: dict[pathlib.Path, dict[str, str]] = collections.defaultdict(dict)
   for example in examples:
     by_picture[example.image][example.question] = example.answer

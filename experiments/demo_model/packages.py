@@ -1,5 +1,6 @@
-"""Fetches the packages whose pictures the scenes are made of: Debian's tuxpaint-stamps-default, and from npm three drawings of
-the same emoji. They are unpacked into the cache folder, not installed, and never copied into the project.
+"""Downloads the pictures of scenes: Debian's tuxpaint-stamps-default and, from npm, three drawings of the same emoji.
+
+The packages are unpacked into the cache folder, not installed, and never copied into the project.
 """
 
 import json
@@ -15,7 +16,7 @@ from himap_jax.errors import UserError
 
 
 class Package(NamedTuple):
-  """A pinned package: the name of its download, and commands that download and unpack `{file}` into the current folder."""
+  """A pinned package: its file name, and commands that download it and unpack `{file}` into the current folder."""
 
   name: str
   version: str
@@ -33,10 +34,7 @@ PACKAGES = {
 
 
 def fetch(package: Package, cache_dir: pathlib.Path) -> pathlib.Path:
-  """The folder of a package's contents: downloaded, checked and unpacked once; a download in `cache_dir` is taken.
-
-  Raises `UserError` where it cannot be downloaded or unpacked, or is not the pinned one.
-  """
+  """The folder of a package, downloaded and unpacked once; raises `UserError` if that fails or the checksum differs."""
   target = cache_dir / f"{package.name}-{package.version}"
   if not target.is_dir():
     with locked(target), tempfile.TemporaryDirectory(prefix=package.name, dir=cache_dir) as folder:

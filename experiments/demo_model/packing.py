@@ -23,7 +23,7 @@ from himap_jax.errors import UserError
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Inputs, Layout, pytree
 
 UNUSED = -1
-ANSWER_SLOTS_SHARE = 2  # of the slots of questions and answers, at most one of two is an answer token
+ANSWER_SLOTS_SHARE = 2  # at most one in two of the question slots holds an answer token
 
 
 @pytree
@@ -32,10 +32,10 @@ class Batch:
 
   Attributes:
     segments: 0 in the shared prefix, 1 … in the questions, `UNUSED` in padding.
-    answer_slots: the slots before each answer token, whose logits predict it.
-    answers: the answer tokens, each answer's end included.
-    answer_valid: false in padding.
-    answer_question: which question of the image the token answers.
+    answer_slots: the slot before each answer token, whose logits predict it.
+    answers: the answer tokens, including each answer's end.
+    answer_valid: False in padding.
+    answer_question: index of the question that the token answers.
   """
 
   inputs: Inputs
@@ -46,13 +46,13 @@ class Batch:
   answer_question: Int[Array, "B A"]
 
   def mask(self) -> Bool[Array, "B 1 S S"]:
-    """True where a slot may attend beside what causality hides: to the prefix and to its own segment."""
+    """True where a slot may attend, apart from causality: to the prefix and to its own segment."""
     query, key = self.segments[:, :, None], self.segments[:, None, :]
     return ((key == 0) | (key == query))[:, None]
 
 
 class Packer:
-  """Packs to one static shape: pictures of a size in pixels, and a fixed number of slots for the questions of each.
+  """Packs to one static shape: pictures of `image_size` pixels, and `question_slots` slots for the questions of each.
 
   Attributes:
     grid: image tokens along a side.
@@ -66,7 +66,7 @@ class Packer:
     self._tokenize = functools.cache(self._tokenize)
 
   def split(self, questions: Sequence[Asked]) -> list[list[Asked]]:
-    """Splits questions into groups that fit; raises `UserError` where one alone does not."""
+    """Splits questions into groups that fit; raises `UserError` if one alone does not."""
     groups, used = [[]], 0
     for question in questions:
       length = sum(map(len, self._tokenize(*question)[1:]))
@@ -80,7 +80,7 @@ class Packer:
     return groups
 
   def pack(self, samples: Sequence[Sample]) -> Batch:
-    """Packs one sequence a sample, with as many of its questions as fit; raises `UserError` where none does."""
+    """Packs one sequence per sample, with as many of its questions as fit; raises `UserError` if none does."""
     rows = [self._row(self.split(sample.questions)[0]) for sample in samples]
     tokens, positions, segments, *answers = map(np.stack, zip(*rows, strict=True))
     is_image = tokens == self._image_token
@@ -90,13 +90,12 @@ class Packer:
     return jax.tree.map(jnp.asarray, Batch(inputs, segments, *answers))
 
   def pixel_values(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B 3 h w"]:
-    """Preprocesses pictures."""
     side = self._image_size
     sizes = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     return self._processor.image_processor(list(pictures), **sizes, return_tensors="np")["pixel_values"]
 
   def _row(self, questions: Sequence[Asked]) -> list[np.ndarray]:
-    """Tokens, positions and segments of all slots; slots, tokens, validity and questions of the answers."""
+    """Tokens, positions and segments of all slots; then slots, tokens, validity and questions of the answers."""
     tokens = self._tokenize(*questions[0])[0] + [self._image_token] * self._num_image_tokens
     prefix = len(tokens)
     positions, segments, is_answer = list(range(prefix)), [0] * prefix, [False] * prefix

@@ -1,7 +1,7 @@
-"""What every patch of a training picture shows, in words.
+"""Words for the patches of training pictures.
 
-The words are the kind, name and colour of the thing in it, or "nothing"; whether it is the thing's middle; and where it lies
-in the picture.
+The words are the kind, name and colour of the thing in a patch, or "nothing"; whether it is the thing's middle; and its
+place in the picture.
 
 Axes: P patches, W words.
 """
@@ -19,21 +19,20 @@ from experiments.demo_model.scenes import Scene
 SHAPES = ("circle", "triangle", "rectangle")
 PLACES = ("left", "right", "top", "bottom")
 PLACE_WEIGHT = 0.7
-MIDDLE_RADIUS = 0.06  # in shares of the picture's side
-COVERED = 0.3  # the share of a patch that a thing covers at least where the patch shows it
+MIDDLE_RADIUS = 0.06  # as a share of the picture's side
+COVERED = 0.3  # a patch shows a thing that covers at least this share of it
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:
-  """All words that may describe a patch."""
   return list(dict.fromkeys([*PLACES, "nothing", "middle", *KINDS, *COLOUR_NAMES, *SHAPES, "teal", *names]))
 
 
 def describe(
   instances: np.ndarray, things: Sequence[tuple[Sequence[str], tuple[float, float]]], grid: int, words: Sequence[str]
 ) -> Float[np.ndarray, "P W"]:
-  """How much each word of a vocabulary describes each patch; `grid` are patches along a side.
+  """The weight of each word of a vocabulary for each patch; `grid` is the number of patches along a side.
 
-  `instances` has for every pixel the number of its thing, 0 in the background; `things` are their words and middles.
+  `instances` holds the thing number of every pixel, 0 in the background; `things` are their words and middles.
   """
   column = {word: index for index, word in enumerate(words)}
   labels = np.zeros((grid, grid, len(words)), np.float32)
@@ -56,13 +55,12 @@ def describe(
 
 
 def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
-  """What the patches of a scene show."""
   things = [([word for word in thing.cutout[1:] if word], thing.middle) for thing in scene.things]
   return describe(scene.instances, things, grid, words)
 
 
 def describe_shape(picture: Image.Image, pool: Pool, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
-  """What the patches of an easy-VQA picture show: its one shape differs in colour from the picture's corner."""
+  """Describes an easy-VQA picture, whose one shape differs in colour from the picture's corner."""
   pixels = np.asarray(picture).astype(int)
   shape = np.abs(pixels - pixels[0, 0]).sum(-1) > 30
   y, x = np.nonzero(shape)

@@ -1,4 +1,4 @@
-"""Questions about scenes, the same for the same random numbers.
+"""Questions about scenes, determined by the random numbers.
 
 Questions are of ten types:
 
@@ -15,7 +15,7 @@ Questions are of ten types:
 | corner   | what kind of thing is in the top left corner?                            | a kind, nothing               |
 | empty    | is there nothing in the top left corner?                                 | yes, no                       |
 
-Lists, answers as long as a caption, say what there is from left to right, from top to bottom, and where everything is.
+Lists, whose answers are as long as captions, ask for everything from left to right, from top to bottom, and by place.
 
 Yes and no, the two sides of a relation, and the answers of the other types are drawn as evenly as the scenes allow.
 """
@@ -44,8 +44,8 @@ CORNERS = {
   "bottom left": (0.0, 0.6, 0.4, 1.0),
   "bottom right": (0.6, 0.6, 1.0, 1.0),
 }
-APART = 0.15  # how much further left a thing is that is "furthest left" or "to the left"
-OFF_CENTRE = 0.08  # how far from the middle of the picture a thing is that is "on the left"
+APART = 0.15  # how much further left a thing must be to be "furthest left" or "to the left"
+OFF_CENTRE = 0.08  # how far from the middle of the picture a thing must be to be "on the left"
 PIECES = ("food", "clothing")  # kinds that are counted in pieces
 VOWELS = "aeiou"
 
@@ -59,7 +59,7 @@ class Question(NamedTuple):
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> dict[str, list[Question]]:
-  """For every type the questions about a scene, in random order; where answers are uneven by nature, some are left out."""
+  """Questions about a scene by type, in random order; some are left out where answers are uneven by nature."""
   questions: dict[str, list[Question]] = {type: [] for type in TYPES}
   parts = (_about_kinds(rng, scene), _about_extremes(scene), _about_single(scene), _about_pairs(scene))
   for question in itertools.chain(*parts, _about_corners(rng, scene)):
@@ -127,7 +127,7 @@ def _about_corners(rng: np.random.Generator, scene: Scene) -> Iterator[Question]
 
 
 def ask_for_lists(scene: Scene) -> dict[str, list[Question]]:
-  """Questions about everything in a scene: in order across, in order down, and with its place."""
+  """Questions about everything in a scene: from left to right, from top to bottom, and with its place."""
   across, down = (sorted(scene.things, key=lambda thing: thing.middle[axis]) for axis in (0, 1))
   places = []
   for thing in across:
@@ -156,7 +156,6 @@ def _plural(kind: str) -> str:
 def scene_of(
   split: str, index: int, pictures: Sequence[Cutout], *, lists: bool = False
 ) -> tuple[Scene, dict[str, list[Question]]]:
-  """Scene number `index` of a split, and its questions, or the lists that can be asked for."""
   rng = np.random.default_rng(["train", "test"].index(split) * 10**9 + index)
   scene = compose(rng, pictures)
   return scene, ask_for_lists(scene) if lists else ask(rng, scene)
@@ -171,9 +170,9 @@ def commonest(pairs: Iterable[tuple[Hashable, str]]) -> dict[Hashable, str]:
 
 
 def write(directory: pathlib.Path, split: str, num_scenes: int, *, lists: bool = False) -> pathlib.Path:
-  """Writes scenes and, of each, one question of every type that it has, or lists; returns the path of `questions.jsonl`.
+  """Writes scenes with one question of every type that they have, or with lists; returns the path of `questions.jsonl`.
 
-  A row's `guess` is the answer that the question alone suggests: the commonest to it, or to its type, in training scenes.
+  A row's `guess` is the commonest answer to the question, or else to its type, in training scenes.
   """
   pictures = cutouts.load(default_cache_dir())
   train = (scene_of("train", index, pictures["train"], lists=lists)[1] for index in range(GUESS_SCENES))

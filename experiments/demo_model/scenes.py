@@ -1,6 +1,6 @@
-"""Scenes: cut-outs of things on a background, the same for the same random numbers.
+"""Scenes: cut-outs on a background, determined by the random numbers.
 
-Positions are of the middle of a thing, in shares of the picture's width and height.
+Positions are those of a thing's middle, as shares of the picture's width and height.
 """
 
 from collections.abc import Sequence
@@ -16,41 +16,39 @@ SIDE = 336
 MAX_THINGS = 6
 TILT = 12  # degrees
 
-# Left, top, right, bottom in shares of the picture.
+# Left, top, right, bottom, as shares of the picture.
 Box = tuple[float, float, float, float]
 
 
 class Thing(NamedTuple):
-  """A cut-out in a scene, and its place."""
+  """A cut-out in a scene, and its box."""
 
   cutout: Cutout
   box: Box
 
   @property
   def middle(self) -> tuple[float, float]:
-    """Of its box."""
     left, top, right, bottom = self.box
     return (left + right) / 2, (top + bottom) / 2
 
 
 class Scene(NamedTuple):
-  """A picture of `SIDE` pixels, the things in it, and for every pixel the number of its thing, 0 in the background."""
+  """A picture of `SIDE` pixels, its things, and for every pixel the number of its thing, 0 in the background."""
 
   picture: Image.Image
   things: tuple[Thing, ...]
   instances: np.ndarray
 
   def of_kind(self, kind: str) -> list[Thing]:
-    """The things of a kind."""
     return [thing for thing in self.things if thing.cutout.kind == kind]
 
   def alone(self) -> list[Thing]:
-    """Things that are the only one of their kind."""
+    """Things that are the only ones of their kind."""
     return [thing for thing in self.things if len(self.of_kind(thing.cutout.kind)) == 1]
 
 
 def compose(rng: np.random.Generator, pictures: Sequence[Cutout]) -> Scene:
-  """Draws one to six things of one to five kinds, sizes, places and a background."""
+  """Draws one to six things of one to five kinds, their sizes and places, and a background."""
   by_kind = {kind: [c for c in pictures if c.kind == kind] for kind in KINDS}
   count = int(rng.integers(1, MAX_THINGS + 1))
   kinds = rng.choice(KINDS, size=min(count, int(rng.integers(1, len(KINDS)))), replace=False)
@@ -81,7 +79,6 @@ def compose(rng: np.random.Generator, pictures: Sequence[Cutout]) -> Scene:
 
 
 def _place(rng: np.random.Generator, width: float, height: float, things: Sequence[Thing]) -> Box | None:
-  """A box that touches no other, or None."""
   for _ in range(40):
     left, top = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
     box = (left, top, left + width, top + height)
@@ -91,7 +88,7 @@ def _place(rng: np.random.Generator, width: float, height: float, things: Sequen
 
 
 def overlap(a: Box, b: Box, *, apart: float = 0.0) -> bool:
-  """Whether two boxes overlap, or are less than `apart` apart both across and down."""
+  """Whether two boxes overlap, or are at most `apart` apart both across and down."""
   return a[0] <= b[2] + apart and b[0] <= a[2] + apart and a[1] <= b[3] + apart and b[1] <= a[3] + apart
 
 

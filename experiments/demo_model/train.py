@@ -2,15 +2,16 @@
 
     python -m experiments.demo_model.train --workdir=… --adapter=checkpoints_convert/demo/adapter.safetensors
 
-Everything else stays as it comes out of its package: the DINOv2 tower and SmolLM2. A training sequence holds one image and
-several independent questions about it:
+The DINOv2 tower and SmolLM2 stay frozen. A training sequence holds one image and several independent questions about
+it:
 
     [ system, image ][ question 1, answer 1 ][ question 2, answer 2 ] … padding
 
-Each question attends to the shared prefix and to itself, and its positions go on from the prefix, so that every question is
-trained exactly as it is asked at inference, alone. The projector is trained on whitened features (see `align`); the whitening
-is folded into the projector that is exported. Training begins at a low image resolution, where a step is cheap, and ends at
-the demo's own. Interrupt it at any time: the same command resumes from the last checkpoint in the work directory.
+Each question attends to the shared prefix and to itself, and its positions continue from the prefix, so that every
+question is trained exactly as it is asked at inference, alone. The projector is trained on whitened features (see
+`align`); the whitening is folded into the exported projector. Training begins at a low image resolution, where steps
+are cheap, and ends at the demo's own. Repeating an interrupted command resumes from the last checkpoint in the work
+directory.
 """
 
 import pathlib
@@ -36,15 +37,15 @@ from himap_jax.model.network import Model, Network
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
-flags.DEFINE_string("workdir", None, "Directory of the training, to resume from.", required=True)
+flags.DEFINE_string("workdir", None, "Directory of checkpoints, to resume from.", required=True)
 _ADAPTER = flags.DEFINE_string(
   "adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True
 )
-_INIT_ADAPTER = flags.DEFINE_string("init_adapter", None, "An adapter to start from; from scratch when absent.")
+_INIT_ADAPTER = flags.DEFINE_string("init_adapter", None, "An adapter to start from; from scratch if absent.")
 _STAGES = flags.DEFINE_list(
   "stages",
   ["168:840:3:208", "336:200:1:208"],
-  "Stages as image_size:steps:images:question_slots: pixels, steps, images a step, question and answer tokens an image.",
+  "Stages as image_size:steps:images:question_slots: pixels, steps, images per step, text tokens per image.",
 )
 _SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that are scenes; the others are easy-VQA's.")
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
@@ -52,7 +53,7 @@ _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate
 _LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "bfloat16", sorted(command.DTYPES), "What the model computes in; what is trained is float32."
+  "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of the model; trained parameters are float32."
 )
 _SAVE_EVERY = flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.")
 
@@ -71,10 +72,7 @@ class Stage(NamedTuple):
 def make_step(
   whitening: Whitening, optimizer: optax.GradientTransformation
 ) -> Callable[[State, Model, Batch], tuple[State, Float[Array, ""], Float[Array, ""]]]:
-  """One update; returns the new state, the loss and the share of right answer tokens.
-
-  The model's projector takes no part: it is that of the adapter being trained, with the whitening folded into it.
-  """
+  """A training step, with the whitening folded in: returns the new state, the loss and the share of right tokens."""
 
   def loss_fn(adapter: Adapter, model: Model, batch: Batch) -> tuple[Array, Array]:
     params = {**model.params, PROJECTOR: whitening.fold(adapter.projector)}
@@ -105,7 +103,6 @@ def make_optimizer(num_steps: int) -> optax.GradientTransformation:
 
 
 def run() -> int:
-  """Runs the stages from the last checkpoint on; writes the adapter at every checkpoint and at the end."""
   stages, seed = command.numbers(_STAGES, _stage, "such as 168:840:3:208"), _SEED.value
   workdir = study.directory("workdir").absolute()
   base = assemble(workdir / "base", cache_dir=checkpoint.default_cache_dir(), adapter=None)

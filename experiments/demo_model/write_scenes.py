@@ -10,14 +10,13 @@ from absl import app, flags
 from experiments.demo_model import questions
 from himap_jax.run import command
 
-_SPLIT = flags.DEFINE_enum("split", "test", ["train", "test"], "Whose cut-outs and seeds.")
-_NUM_SCENES = flags.DEFINE_integer("num_scenes", 100, "Scenes to write.")
-_LISTS = flags.DEFINE_bool("lists", False, "Ask for lists of everything in a scene in place of short answers.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "Where to write pictures and questions.jsonl.", required=True)
+_SPLIT = flags.DEFINE_enum("split", "test", ["train", "test"], "Split of cut-outs and seeds.")
+_NUM_SCENES = flags.DEFINE_integer("num_scenes", 100, "Number of scenes.")
+_LISTS = flags.DEFINE_bool("lists", False, "Ask for lists of everything in a scene instead of short answers.")
+_DIRECTORY = flags.DEFINE_string("directory", None, "Directory for pictures and questions.jsonl.", required=True)
 
 
 def run() -> int:
-  """Writes the scenes that the flags describe."""
   directory = pathlib.Path(_DIRECTORY.value)
   print(questions.write(directory, _SPLIT.value, _NUM_SCENES.value, lists=_LISTS.value))
   return 0

@@ -1,11 +1,11 @@
-"""Do keep counts that depend on the picture beat fixed ones at equal FLOPs?
+"""Do picture-dependent keep counts beat fixed ones at equal FLOPs?
 
     python -m experiments.flow.adaptive --flagfile=experiments/flags/adaptive.flags
 
 Answers all questions with fixed HiMAP on every rung of a ladder of keep counts and measures the share of the
-instruction's attention that each rung's tokens hold. `--method=himap_adaptive` takes for every row the cheapest rung
-that holds the threshold's share and answers as fixed HiMAP does on that rung; so these give the accuracy, agreement
-and FLOPs of every threshold.
+instruction's attention that each rung's tokens hold. `--method=himap_adaptive` picks, for each row, the cheapest rung
+that holds the threshold's share, and then answers like fixed HiMAP on that rung. Accuracy, agreement and FLOPs of every
+threshold follow from these runs.
 
 Axes: R rungs, P rungs and no pruning, C rungs, no pruning and thresholds, Q questions, W resamples.
 """
@@ -37,18 +37,16 @@ MEASURES = ("accuracy", "agreement")
 
 
 class Outcomes(NamedTuple):
-  """The results of all rungs, the cheapest first, and of no pruning."""
+  """Results of all rungs, cheapest first, and of no pruning."""
 
   price: Float[np.ndarray, "P Q"]  # FLOPs of the decoder's prefill on all tokens and of scoring, relative to no pruning
   right: Float[np.ndarray, "P Q"]  # score of the answer against the true one
   same: Float[np.ndarray, "P Q"]  # score of the answer against the one without pruning
-  mass: Float[np.ndarray, "R Q"]  # the share of the first stage's scores that the kept tokens hold
-  keep: list[str]  # of each rung, after each stage
+  mass: Float[np.ndarray, "R Q"]  # share of the first stage's scores held by the kept tokens
+  keep: list[str]  # keep counts of each rung's stages
 
 
 def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, *, max_new_tokens: int) -> Outcomes:
-  """Answers all questions on all rungs; resumes from the work directory."""
-
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     by_instruction, _ = himap_scores(subject.loaded.model, batch.inputs, num_layers=rungs[0].stages[0].layer)
     length = (batch.inputs.layout.kind == TEXT).sum(axis=1)
@@ -75,10 +73,10 @@ def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
 
 
 def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple[list[tabular.Row], list[tabular.Row]]:
-  """A row for every rung and no pruning, and one for every threshold.
+  """One row for each rung and for no pruning, then one for each threshold.
 
-  Adaptive rows have their difference to fixed HiMAP at the same FLOPs: to the line between the rungs, or the last rung
-  and no pruning, on either side. Rungs assigned at random to questions would lie on that line.
+  Threshold rows include their difference to fixed HiMAP at the same FLOPs, interpolated between the neighbouring rungs
+  (or the last rung and no pruning): the result of assigning rungs to questions at random.
   """
   num_fixed, num_questions = outcomes.price.shape
   mass = jnp.asarray(outcomes.mass.T, jnp.float32)
@@ -94,7 +92,7 @@ def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple
   shares = statistics.mean_rows({name: values[name] for name in MEASURES}, seed=seed)
   for row, price, own in zip(table, values["price"].mean(axis=1), shares, strict=True):
     row |= {"flops": float(price), **own}
-  # The means, then their resamples, of the same questions for all: [W, C]
+  # [W, C]: the means, then their resamples, over the same questions for all cells
   means = {name: np.stack([own.mean(axis=1), *statistics.resample(own, seed=seed)]) for name, own in values.items()}
   for index, row in enumerate(table[num_fixed:], start=num_fixed):
     for name in MEASURES:
@@ -102,25 +100,24 @@ def rows(outcomes: Outcomes, thresholds: Sequence[float], *, seed: int) -> tuple
       line = [np.interp(price[index], price[:num_fixed], fixed[:num_fixed]) for price, fixed in pairs]
       beyond = means[name][:, index] - line
       row |= statistics.with_interval(f"{name}_beyond_fixed", beyond[0], beyond[1:])
-  for row, own, same in zip(table, outcomes.mass, outcomes.same, strict=False):  # of the rungs
+  for row, own, same in zip(table, outcomes.mass, outcomes.same, strict=False):  # rungs only
     row |= {"mass": float(own.mean()), "mass_spread": float(own.std()), "mass_tells": _auc(own, same == 1)}
   return table[:num_fixed], table[num_fixed:]
 
 
 def _auc(mass: Float[np.ndarray, "Q"], stays: Bool[np.ndarray, "Q"]) -> float | None:
-  """The area under the ROC curve: how often questions whose answer stays have more mass than those whose does not."""
+  """Area under the ROC curve: how often a question whose answer stays has more mass than one whose answer changes."""
   if stays.all() or not stays.any():
     return None
   return float((np.sign(mass[stays][:, None] - mass[~stays][None]).mean() + 1) / 2)
 
 
 def cheapest(outcomes: Outcomes) -> float:
-  """The mean price if an oracle put every question on the cheapest rung that gives the answer of no pruning."""
+  """Mean price if an oracle chose for every question the cheapest rung with the answer of no pruning."""
   return float(np.take_along_axis(outcomes.price, (outcomes.same == 1).argmax(axis=0)[None], axis=0).mean())
 
 
 def summary(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row], cheapest: float) -> list[str]:
-  """Both tables in Markdown."""
   common = {"FLOPs, all tokens": "{flops:.1%}"} | {name: tabular.with_interval(name, ".1%") for name in MEASURES}
   held = {"attention held": "{mass:.1%} ± {mass_spread:.1%}"}
   held["held more where the answer stays"] = "{mass_tells:.0%} of pairs"
@@ -134,7 +131,7 @@ def summary(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row], cheape
 
 
 def plot(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row]) -> Figure:
-  """Accuracy and agreement against FLOPs; of thresholds with the same FLOPs only the first is labelled."""
+  """Plots accuracy and agreement against FLOPs; of thresholds with equal FLOPs only the first is labelled."""
   figure = Figure(figsize=(11, 4.2), layout="constrained")
   for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
     for name, colour, line, rows in (("fixed", "#555555", "o--", fixed), ("adaptive", "#d1221b", "s-", adapted)):
@@ -152,10 +149,10 @@ def plot(fixed: Sequence[tabular.Row], adapted: Sequence[tabular.Row]) -> Figure
 
 def define_flags() -> None:
   ladder, thresholds = ["25%/6.25%", "50%/12.5%", "75%/37.5%"], "0.5 0.6 0.7 0.75 0.8 0.85 0.9 0.95 0.98".split()
-  flags.DEFINE_list("ladder", ladder, "Keep counts of each rung at both stages, the fewest tokens first.")
-  flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
+  flags.DEFINE_list("ladder", ladder, "Keep counts of both stages for each rung, fewest tokens first.")
+  flags.DEFINE_list("prune_layers", ["2", "8"], "HiMAP's layers, as in himap_jax.run.")
   flags.DEFINE_list("thresholds", thresholds, "Shares of attention that a rung's tokens must hold.")
-  flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
+  flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", lower_bound=1)
 
 
 def run(values: Any) -> study.Report:

@@ -1,12 +1,12 @@
-"""Which layers and keep counts suit a checkpoint? A schedule of HiMAP from measurements on the model itself.
+"""Finds a HiMAP schedule for a checkpoint from measurements on the model itself.
 
     python -m experiments.flow.calibrate --flagfile=experiments/flags/calibrate.flags
 
-On some hundred questions, whose answers need not be known, it measures where visual information flows (saliency), how
-much the answers depend on it (disruption) and what HiMAP would keep (scores). Of all layers and keep counts within
-the budget it takes those whose dropped tokens carry least of the flow, runs the best of them, and writes
-`schedule.json` for `himap_jax.run --schedule` with the expected agreement with no pruning. `--num_heldout` compares
-the result on held-out questions with the paper's setting and with a grid.
+On about a hundred questions, whose answers need not be known, it measures where visual information flows (saliency),
+how much the answers depend on it (disruption) and what HiMAP would keep (scores). Among the layers and keep counts
+within the budget, it selects those whose dropped tokens carry the least flow, runs the best of them, and writes
+`schedule.json` for `himap_jax.run --schedule` with the expected agreement with no pruning. `--num_heldout` compares the
+result on held-out questions with the paper's setting and with a grid.
 
 Axes: L layers, Q questions, N image tokens.
 """
@@ -36,9 +36,9 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 
 PAPER = ((2, 8), (0.5, 0.125))
-GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second ones in shares of the depth
+GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second as shares of the depth
 FOLDS = 10
-FINISHED = 0.1  # share of a flow that may be left in the layers after it has finished
+FINISHED = 0.1  # a flow has finished where at most this share of it is left
 
 
 class Trial(NamedTuple):
@@ -51,15 +51,14 @@ class Trial(NamedTuple):
 
   @property
   def agreement(self) -> float:
-    """The share of answers that are those without pruning."""
     return float(self.same.mean())
 
 
 class Trials(NamedTuple):
-  """Runs schedules on some questions; the answers of each are kept in a file."""
+  """Runs schedules on some questions and caches the answers."""
 
   subject: Subject
-  prefix: pathlib.Path  # start of the path of these files
+  prefix: pathlib.Path  # path prefix of the answer files
   max_new_tokens: int
 
   def price(self, layers: Two, keep: Two) -> float:
@@ -69,7 +68,6 @@ class Trials(NamedTuple):
     return pruned / plain
 
   def run(self, entries: Sequence[tuple[str, Proposal]]) -> list[Trial]:
-    """The trials of named proposals."""
     schedules = {"none": Schedule()}
     schedules |= {proposal.key: self.subject.himap(proposal.prune_layers, proposal.keep) for _, proposal in entries}
     answers = self.subject.answers(schedules, self.prefix, max_new_tokens=self.max_new_tokens)
@@ -82,21 +80,19 @@ class Trials(NamedTuple):
 
 
 def split(questions: Sequence[Question], num_heldout: int, *, seed: int) -> tuple[list[Question], list[Question]]:
-  """Splits questions at random into those for calibration and the held-out ones, in their order."""
   order = np.random.default_rng(seed).permutation(len(questions))
   return tuple([questions[index] for index in sorted(part)] for part in (order[num_heldout:], order[:num_heldout]))
 
 
 def best(tried: Sequence[Trial]) -> Trial:
-  """The one with the highest agreement; of equal ones that with the smallest loss."""
-  return max(tried, key=lambda trial: trial.agreement)
+  return max(tried, key=lambda trial: trial.agreement)  # of equal ones the first, which has the smallest loss
 
 
 def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
-  """The agreement to expect of the best on other questions, with its 95% interval, by cross-validation.
+  """Expected agreement of the best schedule on other questions, with its 95% interval, by cross-validation.
 
-  The best of several is better on the questions that chose it than on others. So the choice is repeated without each of
-  `FOLDS` parts of the questions, and its result is evaluated on that part alone.
+  The best of several schedules scores higher on the questions that selected it than on others. The selection is
+  therefore repeated without each of `FOLDS` parts of the questions and evaluated on that part.
   """
   same = np.stack([trial.same for trial in tried])  # [schedules, Q]
   fold = np.random.default_rng(seed).permutation(same.shape[1]) % FOLDS
@@ -106,7 +102,6 @@ def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
 
 
 def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) -> list[Trial]:
-  """Runs the chosen schedule, the paper's and a grid at the budget on held-out questions."""
   num_layers, count = trials.subject.num_layers, trials.subject.batcher.num_image_tokens
   paper = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
   entries = [("calibrated", chosen.proposal), ("the paper's", assess(measured, *paper))]
@@ -120,7 +115,7 @@ def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) ->
 
 
 def describe(chosen: Trial, expected: tabular.Row, measured: Measured, checkpoint: str) -> dict[str, Any]:
-  """The content of a schedule file for `himap_jax.run --schedule`, with its origin."""
+  """Content of a schedule file for `himap_jax.run --schedule`, with its provenance."""
   share, *interval = (expected[name] for name in statistics.names("agreement"))
   return {
     "method": "himap",
@@ -138,7 +133,6 @@ def describe(chosen: Trial, expected: tabular.Row, measured: Measured, checkpoin
 
 
 def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[tabular.Row]:
-  """A row for every trial, with its difference to a reference on the same questions where there is one."""
   columns = {"agreement": np.stack([trial.same for trial in trials])}
   if reference is not None:
     columns["difference"] = columns["agreement"] - reference.same
@@ -152,7 +146,6 @@ def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Tr
 
 
 def summary(tried: Sequence[tabular.Row], expected: tabular.Row, compared: Sequence[tabular.Row]) -> list[str]:
-  """The rows in Markdown; the first of the compared ones is the reference of the others."""
   agreement = tabular.with_interval("agreement", ".1%")
   left = {"": "{schedule}", "layers": "{layers}", "keeps": "{keep}", "FLOPs on image tokens": "{image_token_flops:.1%}"}
   left["answers as without pruning"] = agreement
@@ -170,10 +163,10 @@ def summary(tried: Sequence[tabular.Row], expected: tabular.Row, compared: Seque
 def measure(
   subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int, disrupted_layers: Sequence[int]
 ) -> Measured:
-  """Measures on the questions of a subject, which need no answers; resumes from the work directory.
+  """Measures on a subject's questions, which need no answers; resumes from the work directory.
 
-  Flows are taken out of `disrupted_layers`, which ascend; the weights of layers between them are interpolated. See
-  `saliency.measure` for `layers_at_a_time`.
+  Flows are removed from `disrupted_layers`, in ascending order; the weights of layers between them are interpolated.
+  See `saliency.measure` for `layers_at_a_time`.
   """
   _, flow = saliency.measure(subject, workdir, layers_at_a_time=layers_at_a_time)
   made = [Intervention(block, "block", "mask") for block in BLOCKS]
@@ -192,12 +185,12 @@ def measure(
 
 def define_flags() -> None:
   flags.DEFINE_string("budget", "24%", "FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning.")
-  heldout = "Held-out questions for the comparison, of --num_questions."
+  heldout = "Number of questions of --num_questions held out for the comparison."
   flags.DEFINE_integer("num_heldout", 0, heldout, lower_bound=0)
-  flags.DEFINE_integer("num_tried", 5, "Schedules that are run on the calibration questions.", lower_bound=1)
+  flags.DEFINE_integer("num_tried", 5, "Number of schedules to run on the calibration questions.", lower_bound=1)
   flags.DEFINE_integer("layers_at_a_time", 10, "As in experiments.flow.saliency.", lower_bound=1)
   flags.DEFINE_list("disrupted_layers", None, "As --layers of experiments.flow.disruption; every layer by default.")
-  flags.DEFINE_integer("max_new_tokens", 8, "The longest answer, in tokens.", lower_bound=1)
+  flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", lower_bound=1)
 
 
 def run(values: Any) -> study.Report:

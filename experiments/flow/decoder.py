@@ -1,4 +1,4 @@
-"""The library's decoder layer by layer: with edited attention, and with the scores of HiMAP's stages.
+"""The library's decoder layer by layer, with edited attention or with the scores of HiMAP's stages.
 
 Axes: L layers, B batch, S query slots, T key slots, I image tokens, N query heads, K key heads, H head dim, D model
 dim, V vocabulary.
@@ -18,22 +18,22 @@ from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Model
 from himap_jax.pruning.methods.himap import image_attention, instruction_attention
 
-# From probabilities and the values of every query head to the context of every query, `[B, S, N, H]`.
+# Maps probabilities and the values of every query head to the context of every query.
 Edit = Callable[[Float[Array, "B N S T"], Float[Array, "B T N H"]], Float[Array, "B S N H"]]
 
 
 def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Float[Array, "B S N H"]:
-  """The context of unedited attention."""
+  """Unedited attention: the probability-weighted sum of the values."""
   return jnp.einsum(
     "BNST,BTNH->BSNH", probabilities.astype(values.dtype), values, preferred_element_type=jnp.float32
   ).astype(values.dtype)
 
 
 def edited(model: Model, edit: Edit) -> Model:
-  """The model with causal attention that computes all probabilities, in float32, and edits them."""
+  """A model whose causal attention computes all probabilities in float32 and edits them."""
 
   def attention(query: Array, key: Array, value: Array, mask: None = None, *, is_causal: bool = True) -> Array:
-    del mask, is_causal  # None and True over whole prompts
+    del mask, is_causal  # always None and True over whole prompts
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
@@ -46,13 +46,13 @@ def edited(model: Model, edit: Edit) -> Model:
 def run_layer(
   model: Model, layer: int, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
 ) -> tuple[Float[Array, "B S D"], Projections]:
-  """The hidden states after one layer of the decoder, and the layer's projections."""
+  """The hidden states after one decoder layer, and the layer's projections."""
   x, (projections,) = model.bind().language_model(x, positions, range(layer, layer + 1))
   return x, projections
 
 
 def first_logits(model: Model, embedded: Embedded, edits: Mapping[int, Edit]) -> Float[Array, "B V"]:
-  """The logits of the first answer token of embedded prompts, without pruning, with some layers' attention edited."""
+  """Logits of the first answer token without pruning, with attention edited in some layers."""
   sequence = prefill.start(embedded)
   x = sequence.x
   for layer in range(model.config.text.num_hidden_layers):
@@ -66,7 +66,7 @@ def first_logits(model: Model, embedded: Embedded, edits: Mapping[int, Edit]) ->
 def himap_scores(
   model: Model, inputs: Inputs, *, num_layers: int
 ) -> tuple[Float[Array, "L B I"], Float[Array, "L B I"]]:
-  """The scores of HiMAP's first and second stage after each of the first layers, without pruning."""
+  """Scores of HiMAP's two stages after each of the first `num_layers` layers, without pruning."""
   network, scores = model.bind(), []
   sequence = prefill.start(network.embed(inputs))
   context = prefill.Context(jax.random.split(jax.random.key(0), len(inputs.tokens)))

@@ -2,9 +2,9 @@
 
     python -m experiments.flow.disruption --flagfile=experiments/flags/disruption.flags
 
-Takes the flow from image to instruction or within the image out of one layer, or of it and all layers after it.
-Controls are as many pairs at random, random pairs of the same probability, the flow from image to as many random
-tokens, and the mean flow over the other questions in place of the flow.
+Removes the flow from image to instruction, or within the image, from one layer or from that layer and all later ones.
+Controls: as many random pairs, random pairs of the same probability, the flow from the image to as many random tokens,
+and the flow replaced by its mean over the other questions.
 
 Axes: C cells, D disruptions, L layers, B batch, A aligned tokens, Q questions, V vocabulary, N query heads, H head dim.
 """
@@ -30,7 +30,7 @@ from experiments.shared.subject import Batch, Subject
 from himap_jax.engine.engine import row_seeds
 from himap_jax.errors import UserError
 
-MODES = ("single", "onward")  # one layer, as in the paper; it and all layers after it, as in the authors' code
+MODES = ("single", "onward")  # one layer (the paper); that layer and all later ones (the authors' code)
 TOP = 5
 COLOURS = {BLOCKS[0]: "#d1221b", BLOCKS[1]: "#2f8fe0"}
 LINES = {"block": "-", "random": "--", "mass": ":", "rows": "-."}
@@ -44,7 +44,7 @@ Outcome = dict[str, Shaped[np.ndarray, "D Q"]]  # by measure
 
 @dataclasses.dataclass(frozen=True)
 class Disruption:
-  """An intervention in one layer (mode `single`), or in it and all layers after it (`onward`)."""
+  """An intervention in one layer (mode `single`), or in that layer and all later ones (`onward`)."""
 
   intervention: Intervention
   mode: str
@@ -56,7 +56,7 @@ class Disruption:
 
 
 class Sums(NamedTuple):
-  """Sums over all questions: of `interventions.flows`, and of the questions that have each aligned token."""
+  """Sums over all questions: of `interventions.flows`, and the number of questions with each aligned token."""
 
   flows: Float[np.ndarray, "L A N H"]
   count: Int[np.ndarray, "A"]
@@ -65,7 +65,6 @@ class Sums(NamedTuple):
 def measure(
   subject: Subject, disruptions: Sequence[Disruption], workdir: pathlib.Path
 ) -> tuple[list[Question], Outcome]:
-  """The outcome of all questions, in the order of their batches; resumes from the work directory."""
   sums = None
   if any(disruption.intervention.how == "mean" for disruption in disruptions):
     sums = Sums(**kept.arrays_of(workdir / "sums.npz", lambda: _sums(subject)._asdict()))
@@ -73,7 +72,6 @@ def measure(
 
 
 def outcome_of(subject: Subject, batch: Batch, disruptions: Sequence[Disruption], sums: Sums | None) -> Outcome:
-  """The outcome of a batch's rows."""
   model, seeds = subject.loaded.model, row_seeds(subject.seed, batch.row_ids)
   plain, means = interventions.undisturbed(model, batch.inputs), None
   if sums is not None:
@@ -105,10 +103,7 @@ def _sums(subject: Subject) -> Sums:
 def mean_of_others(
   sums: Sums, own: Float[np.ndarray, "L B A N H"], present: Bool[np.ndarray, "B A"]
 ) -> Float[np.ndarray, "L B A N H"]:
-  """For each row the mean flow over all other questions; 0 where no other question has an aligned token.
-
-  `sums` includes the rows, whose own flows and aligned tokens are given.
-  """
+  """For each row, the mean flow over all other questions, 0 where there is none; `sums` includes the row."""
   size = present.shape[1]
   count = (sums.count[:size] - present)[None, :, :, None, None]
   others = sums.flows[:, None, :size] - own
@@ -116,7 +111,7 @@ def mean_of_others(
 
 
 def compare(plain: Float[np.ndarray, "Q V"], disrupted: Float[np.ndarray, "Q V"]) -> Outcome:
-  """The change between the logits of two distributions over the next token, for one disruption, without its axis."""
+  """Effect of one disruption on the next-token distribution; the result has no D axis."""
   shifted = [logits.astype(np.float64) - logits.max(axis=1, keepdims=True) for logits in (plain, disrupted)]
   log_p, log_q = (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)) for logits in shifted)
   top = [np.argsort(-logits, axis=1, kind="stable")[:, :TOP] for logits in (plain, disrupted)]
@@ -131,21 +126,19 @@ def compare(plain: Float[np.ndarray, "Q V"], disrupted: Float[np.ndarray, "Q V"]
 def bias_ratio(into_image: Float[np.ndarray, "*C"], into_instruction: Float[np.ndarray, "*C"], count: int) -> Any:
   """D = log(E_vv / E_vt) (Eq. 7), with E = 1 − the mean overlap of the five most likely tokens.
 
-  The overlaps are means over `count` questions under disruption of the flow into the image and into the instruction.
-  Half a changed token in one question is added to both E, so that the logarithm exists where nothing changes.
+  The overlaps are means over `count` questions with the flow into the image or into the instruction disrupted. Half a
+  changed token in one question is added to both E to keep the logarithm finite.
   """
   least = 0.5 * (1 - (TOP - 1) / (TOP + 1)) / count
   return np.log((1 - into_image + least) / (1 - into_instruction + least))
 
 
 def consistency_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
-  """A row for every disruption."""
   rows = zip(disruptions, statistics.mean_rows(outcome, seed=seed), strict=True)
   return [{"intervention": d.intervention.name, "mode": d.mode, "layer": d.layer} | row for d, row in rows]
 
 
 def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int) -> list[tabular.Row]:
-  """The bias ratio for every way, mode and layer in which both blocks were disrupted."""
   count, means = outcome["overlap"].shape[1], outcome["overlap"].mean(axis=1)
   resampled, result = statistics.resample(outcome["overlap"], seed=seed), []
   numbers = {disruption: number for number, disruption in enumerate(disruptions)}
@@ -162,7 +155,6 @@ def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int)
 
 
 def summary(measured: Sequence[tabular.Row], bias: Sequence[tabular.Row]) -> list[str]:
-  """Markdown tables of label and score consistency and of bias ratios, a column for each layer."""
   same, overlap = (tabular.with_interval(name, ".0%", "{} ({}–{})") for name in ("is_same", "overlap"))
   lines = ["## Label consistency: how often the most likely first token stays the same", ""]
   lines += [*_by_layer(measured, ("intervention", "mode"), same), ""]
@@ -180,7 +172,7 @@ def _by_layer(rows: Sequence[tabular.Row], names: Sequence[str], form: str) -> l
 
 
 def plot_consistency(rows: Sequence[tabular.Row], made: Sequence[Intervention]) -> Figure:
-  """Every measure by layer: a colour for each block, a line style for the pairs, panels for each `how` and mode."""
+  """Plots every measure by layer: colour for the block, line style for the pairs, panels for `how` and mode."""
   ways = list(itertools.product(dict.fromkeys(intervention.how for intervention in made), MODES))
   figure = Figure(figsize=(12, 3.1 * len(ways)), layout="constrained")
   panels = figure.subplots(len(ways), len(MEASURES), squeeze=False, sharex=True)
@@ -199,7 +191,6 @@ def plot_consistency(rows: Sequence[tabular.Row], made: Sequence[Intervention]) 
 
 
 def plot_bias(rows: Sequence[tabular.Row]) -> Figure:
-  """The bias ratio by layer, a panel for each mode."""
   figure = Figure(figsize=(11, 3.8), layout="constrained")
   for axes, mode in zip(figure.subplots(1, len(MODES), sharey=True), MODES, strict=True):
     for chosen, how in dict.fromkeys((row["chosen"], row["how"]) for row in rows):

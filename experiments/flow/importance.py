@@ -1,14 +1,13 @@
-"""Does HiMAP keep tokens with information or tokens with attention? Scores or contents are manipulated.
+"""Does HiMAP keep tokens with information or tokens with attention? Manipulates scores and contents.
 
     python -m experiments.flow.importance --flagfile=experiments/flags/importance.flags
 
-Pairs of questions with the same text about different pictures are answered with the scores of the own picture, of the
-other one, shuffled and reversed; and with the other picture's hidden states at the tokens that its scores or the own
-scores choose. In pictures whose middle comes from another one, the scores show whether they follow the contents or the
-place.
+Pairs of questions with the same text about different pictures are answered with the row's own scores, its partner's,
+shuffled and reversed ones; and with the partner's hidden states at the tokens chosen by the partner's or by the row's
+own scores. In pictures whose middle comes from another picture, the scores show whether they follow content or
+position.
 
-Axes: B batch, Q questions, M image tokens. The rows of a batch come in pairs of two pictures with one question; each
-row of a pair is the other's partner.
+Axes: B batch, Q questions, M image tokens. Consecutive rows of a batch are partners: one question about two pictures.
 """
 
 import collections
@@ -42,12 +41,11 @@ Answers = dict[str, dict[str, str]]  # by schedule and question
 
 
 def partner(x: Array) -> Array:
-  """The values of every row's partner."""
+  """Swaps the values of partners."""
   return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def shuffled(view: View, scores: Float[Array, "B M"]) -> Float[Array, "B M"]:
-  """The scores in random order among the picture's tokens."""
   keys = jax.vmap(lambda key: jax.random.fold_in(key, view.layer))(view.keys)
   return jax.vmap(jax.random.permutation)(keys, scores)
 
@@ -64,7 +62,7 @@ MANIPULATIONS: dict[str, Callable[[View, Float[Array, "B M"]], Float[Array, "B M
 def with_scores(schedule: Schedule, name: str) -> Schedule:
   """HiMAP's schedule with scores manipulated as in `MANIPULATIONS`.
 
-  At the second stage partners have kept different tokens, and a partner's score is that of its token of the same rank.
+  At the second stage partners have kept different tokens; the partner's score is that of its token of the same rank.
   """
   stages = []
   for stage, score in zip(schedule.stages, (instruction_attention, image_attention), strict=True):
@@ -74,10 +72,7 @@ def with_scores(schedule: Schedule, name: str) -> Schedule:
 
 
 def with_partner_contents(schedule: Schedule, *, chosen_by_partner: bool) -> Schedule:
-  """HiMAP's schedule with the partner's hidden states in place of the row's own after the first stage.
-
-  The kept tokens are chosen by the partner's scores or by the row's own.
-  """
+  """HiMAP's schedule with the partner's hidden states after the first stage, at tokens of either's choice."""
   first, second = schedule.stages
 
   def select(view: View, keep: int) -> Selection:
@@ -90,7 +85,6 @@ def with_partner_contents(schedule: Schedule, *, chosen_by_partner: bool) -> Sch
 
 
 def schedules(own: Schedule) -> dict[str, Schedule]:
-  """The schedules that every pair is answered with: no pruning, manipulated scores, and the partner's contents."""
   return {
     "no pruning": Schedule(),
     **{f"scores: {name}": with_scores(own, name) for name in MANIPULATIONS},
@@ -100,7 +94,6 @@ def schedules(own: Schedule) -> dict[str, Schedule]:
 
 
 def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> list[Pair]:
-  """Draws pairs; each question is in one pair at most."""
   by_text: dict[str, list[Question]] = collections.defaultdict(list)
   for question in questions:
     by_text[question.question].append(question)
@@ -117,14 +110,14 @@ def make_pairs(questions: Sequence[Question], num_pairs: int, *, seed: int) -> l
 
 
 def window_of(grid: tuple[int, int]) -> tuple[slice, ...]:
-  """The rows and columns of patches in the middle of a grid, half of each."""
+  """The central rows and columns of a grid of patches, half of each."""
   return tuple(slice(round(side / 4), round(side * 3 / 4)) for side in grid)
 
 
 def swapped(
   pixels: Float[np.ndarray, "Q 3 h w"], others: Float[np.ndarray, "Q 3 h w"], grid: tuple[int, int]
 ) -> Float[np.ndarray, "Q 3 h w"]:
-  """Pictures with the patches in the middle of other ones."""
+  """Pictures with their central patches replaced by those of others."""
   middle = tuple(
     slice(window.start * side // count, window.stop * side // count)
     for window, side, count in zip(window_of(grid), pixels.shape[2:], grid, strict=True)
@@ -135,10 +128,7 @@ def swapped(
 
 
 def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[np.ndarray, "2"]]:
-  """Correlations of first-stage scores of a pair of pictures whose middle comes from the other one.
-
-  They are with the scores of the row's own picture and of the other one, in the swapped window and outside.
-  """
+  """Correlations of first-stage scores, after a pair's middles are swapped, with those before, inside and outside."""
   grid, pixels = subject.processor.patch_grid, batch.inputs.pixel_values
   inside = np.zeros(grid, bool)
   inside[window_of(grid)] = True
@@ -154,7 +144,7 @@ def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[
 
 
 def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[tabular.Row]:
-  """A row for every schedule: how often the answer is right, and equal to which picture's answer without pruning."""
+  """One row per schedule: how often the answer is right, and equal to either picture's answer without pruning."""
   plain, rows = answers["no pruning"], []
   both = [(own, other) for pair in pairs for own, other in (pair, pair[::-1])]
   for name, given in answers.items():
@@ -168,14 +158,12 @@ def answer_rows(pairs: Sequence[Pair], answers: Answers, *, seed: int) -> list[t
 
 
 def means(values: Mapping[str, Sequence[float]], *, seed: int) -> tabular.Row:
-  """Means over pairs of two consecutive values, with intervals."""
+  """Means over pairs of consecutive values, with intervals."""
   pairs = {name: np.asarray(each, np.float64).reshape(1, -1, 2).mean(axis=2) for name, each in values.items()}
   return statistics.mean_rows(pairs, seed=seed)[0]
 
 
 def summary(measured: Sequence[tabular.Row], correlations: tabular.Row) -> list[str]:
-  """Both tables in Markdown."""
-
   def columns(row: tabular.Row, form: str) -> dict[str, str]:
     names = [name for name in row if name != "schedule" and not name.endswith(("_low", "_high"))]
     return {name: tabular.with_interval(name, form) for name in names}
@@ -187,9 +175,9 @@ def summary(measured: Sequence[tabular.Row], correlations: tabular.Row) -> list[
 
 
 def define_flags() -> None:
-  flags.DEFINE_integer("num_pairs", 50, "Pairs of questions, drawn from --num_questions.", lower_bound=1)
-  flags.DEFINE_list("prune_layers", ["2", "8"], "Of HiMAP, as in himap_jax.run.")
-  flags.DEFINE_list("keep", ["50%", "12.5%"], "Of HiMAP, as in himap_jax.run.")
+  flags.DEFINE_integer("num_pairs", 50, "Number of question pairs, drawn from --num_questions.", lower_bound=1)
+  flags.DEFINE_list("prune_layers", ["2", "8"], "HiMAP's layers, as in himap_jax.run.")
+  flags.DEFINE_list("keep", ["50%", "12.5%"], "HiMAP's keep counts, as in himap_jax.run.")
 
 
 def run(values: Any) -> study.Report:
@@ -206,7 +194,7 @@ def run(values: Any) -> study.Report:
   if not pairs:
     raise UserError("no two questions have the same text, different pictures and different answers; use more questions")
   workdir = study.workdir_for(subject, "num_pairs", "prune_layers", "keep")
-  # The questions of a pair have one text, hence one bucket, and fill a batch together.
+  # Paired questions share their text, hence their bucket, and fill a batch.
   paired = dataclasses.replace(subject, questions=list(itertools.chain(*pairs)), batch_size=2)
   answers = paired.answers(schedules(schedule), workdir / "answers", max_new_tokens=MAX_NEW_TOKENS)
   first = schedule.stages[0].layer

@@ -1,8 +1,8 @@
-"""Interventions on attention: which pairs are taken out, and what takes their place (HiMAP, section 3.2).
+"""Interventions on attention: which pairs are removed, and what replaces them (HiMAP, section 3.2).
+
+A token's attention to itself always stays, since it moves no information between tokens.
 
 Axes: L layers, B batch, S slots, A aligned tokens, N query heads, H head dim, D model dim, V vocabulary.
-
-A token's attention to itself always stays: no information flows between tokens there.
 """
 
 import dataclasses
@@ -21,22 +21,22 @@ from himap_jax.model.network import Embedded, Model
 
 BLOCKS = ("image→instruction", "image→image")
 HOW = {
-  "mask": "hidden before the softmax, so that the other pairs take their probability: the authors' code",
-  "zero": "probabilities set to zero: the paper's text",
-  "mean": "the context from these pairs replaced by its mean over the other questions at the same place",
+  "mask": "hidden before the softmax, so that other pairs take their probability (the authors' code)",
+  "zero": "probabilities set to zero (the paper's text)",
+  "mean": "the context from these pairs replaced by its mean over the other questions at the same position",
 }
 CHOSEN = {
   "block": "the block's pairs",
-  "random": "as many pairs at random",
-  "mass": "pairs at random that together have the block's probability in that layer",
-  "rows": "the image's pairs with as many tokens at random, after the system prompt: the authors' image→random",
+  "random": "as many random pairs",
+  "mass": "random pairs with the block's total probability in that layer",
+  "rows": "the image's pairs with as many random tokens after the system prompt (the authors' image→random)",
 }
 IN_TABLES = {"block": "", "random": "as many as ", "mass": "as much as ", "rows": "image→random for "}
 
 
 @dataclasses.dataclass(frozen=True)
 class Intervention:
-  """One way to disrupt attention: one of `BLOCKS`, a key of `CHOSEN` and one of `HOW`."""
+  """A disruption of attention: one of `BLOCKS`, a key of `CHOSEN` and one of `HOW`."""
 
   block: str
   chosen: str
@@ -53,7 +53,7 @@ class Intervention:
 
 
 class Undisturbed(NamedTuple):
-  """A prefill without any intervention: the prompts, the input of every layer, and the first answer token's logits."""
+  """A prefill without intervention: prompts, the input of every layer, and the first answer token's logits."""
 
   embedded: Embedded
   hidden: Float[Array, "L B S D"]
@@ -62,7 +62,6 @@ class Undisturbed(NamedTuple):
 
 @jax.jit
 def undisturbed(model: Model, inputs: Inputs) -> Undisturbed:
-  """The prefill of a batch without any intervention."""
   embedded = model.bind().embed(inputs)
   sequence, states = prefill.start(embedded), [embedded.x]
   for layer in range(model.config.text.num_hidden_layers):
@@ -72,10 +71,7 @@ def undisturbed(model: Model, inputs: Inputs) -> Undisturbed:
 
 
 def aligned(layout: Layout) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
-  """The slots of a row's tokens that information flows into, in the same order for all rows, and which of them exist.
-
-  First come the image tokens in their order, then the instruction from the prompt's end backwards.
-  """
+  """Slots that receive information, and which exist: image tokens, then the instruction from its end backwards."""
   places = jnp.arange(layout.num_slots - layout.num_image_tokens, dtype=jnp.int32)[None]
   instruction = jnp.maximum(layout.last_slot()[:, None] - places, 0)
   present = places < tokens.kinds(layout)["instruction"].sum(axis=1, keepdims=True)
@@ -85,7 +81,7 @@ def aligned(layout: Layout) -> tuple[Int[Array, "B A"], Bool[Array, "B A"]]:
 
 @jax.jit
 def flows(model: Model, plain: Undisturbed) -> tuple[Float[Array, "L B A N H"], Bool[Array, "B A"]]:
-  """The context of each aligned token that comes from other image tokens, and which tokens exist; 0 where none does."""
+  """The context that each aligned token receives from other image tokens, 0 without any, and which tokens exist."""
   layout = plain.embedded.layout
   pairs = (tokens.block(layout, BLOCKS[0]) | tokens.block(layout, BLOCKS[1]))[:, None]
   attention = edited(model, lambda a, v: weigh(jnp.where(pairs, a, 0), v)).network.kernels.attention
@@ -106,10 +102,10 @@ def disrupted_logits(
   means: Float[Array, "L B A N H"] | None,
   seeds: UInt[Array, "B"],
 ) -> Float[Array, "B V"]:
-  """The logits of the first answer token when the active layers, one at least, are disrupted.
+  """Logits of the first answer token with the active layers, at least one, disrupted.
 
-  The layers before them are taken from `plain`. `means` are of `flows` over other questions, for interventions with a
-  mean; `seeds` are those of the random draws of each row.
+  The hidden states before the first active layer are taken from `plain`. `means` are means of `flows` over other
+  questions, needed where `how` is `mean`; `seeds` seed the random draws of each row.
   """
   keys = jax.vmap(jax.random.key)(seeds)
   sequence, layout = prefill.start(plain.embedded), plain.embedded.layout
@@ -147,7 +143,7 @@ def disrupted_logits(
 
 
 def _into_random_tokens(layout: Layout, keys: Key[Array, "B"]) -> Bool[Array, "B S S"]:
-  """The image's pairs with random tokens after the system prompt, as many as the instruction has."""
+  """The image's pairs with as many random tokens after the system prompt as the instruction has."""
   kinds = tokens.kinds(layout)
   chance = jax.vmap(lambda key: jax.random.uniform(key, (layout.num_slots,)))(keys)
   chance = jnp.where(kinds["image"] | kinds["instruction"], chance, 2)
@@ -159,7 +155,7 @@ def _into_random_tokens(layout: Layout, keys: Key[Array, "B"]) -> Bool[Array, "B
 def _as_much(
   chance: UInt32[Array, "B S S"], weights: Float[Array, "B S S"], pairs: Bool[Array, "B S S"]
 ) -> Bool[Array, "B S S"]:
-  """Random pairs with the total weight of given pairs: those of lowest chance, as many as do not exceed it."""
+  """Random pairs, those of lowest chance, with at most the total weight of the given pairs."""
   target = jnp.where(pairs, weights, 0).sum(axis=(1, 2))
 
   def step(index: Int[Array, ""], bound: UInt32[Array, "B"]) -> UInt32[Array, "B"]:

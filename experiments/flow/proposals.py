@@ -1,4 +1,4 @@
-"""From measurements to schedules: the layers and keep counts that lose least at a price.
+"""Turns measurements into schedules: the layers and keep counts with the smallest loss at a price.
 
 Axes: L layers, Q questions, N image tokens.
 """
@@ -15,11 +15,11 @@ from jaxtyping import Bool, Float
 
 from himap_jax.errors import UserError
 
-SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # candidates for the first stage's keep count, in shares of the image tokens
+SHARES = (0.25, 0.375, 0.5, 0.625, 0.75)  # candidates for the first stage's keep count, as shares of the image tokens
 LEAST = 4  # the second stage's smallest keep count
 
 Two = tuple[int, int]  # layers or keep counts of the two stages
-Price = Callable[[Two, Two], float]  # from layers and keep counts to a price that grows with the keep counts
+Price = Callable[[Two, Two], float]  # (layers, keep counts) → a price that grows with the keep counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,18 +27,15 @@ class Measured:
   """Measurements on the calibration questions."""
 
   to_instruction: Float[np.ndarray, "L Q N"]  # saliency of the flow from each image token into the instruction
-  to_image: Float[np.ndarray, "L Q N"]  # and into the image
-  instruction_weight: Float[np.ndarray, "L"]  # how much answers change without the flow into the instruction in a layer
-  image_weight: Float[np.ndarray, "L"]  # and without that into the image
-  instruction_scores: Float[np.ndarray, "L Q N"]  # attention from the instruction, HiMAP's first score after each layer
-  image_scores: Float[np.ndarray, "L Q N"]  # attention from the image, its second score
+  to_image: Float[np.ndarray, "L Q N"]  # the same into the image
+  instruction_weight: Float[np.ndarray, "L"]  # change of answers without the flow into the instruction in a layer
+  image_weight: Float[np.ndarray, "L"]  # the same without the flow into the image
+  instruction_scores: Float[np.ndarray, "L Q N"]  # HiMAP's first-stage scores after each layer
+  image_scores: Float[np.ndarray, "L Q N"]  # its second-stage scores
 
   @functools.cached_property
   def flow_weights(self) -> Float[np.ndarray, "L Q N"]:
-    """The weight of each image token's flow in each layer: its share of the flow × the layer's effect on answers.
-
-    Those of a question add up to 1.
-    """
+    """Each image token's share of a layer's flow × the layer's effect on the answers; sums to 1 for a question."""
     flows = (self.to_instruction, self.instruction_weight), (self.to_image, self.image_weight)
     least = np.finfo(np.float32).tiny
     total = sum(
@@ -48,18 +45,18 @@ class Measured:
 
   @functools.cached_property
   def later_weights(self) -> Float[np.ndarray, "L+1 Q N"]:
-    """The weight of each image token's flow from each layer on; 0 after the last."""
+    """Weight of each image token's flow from each layer on; 0 after the last."""
     from_last = np.cumsum(self.flow_weights[::-1], axis=0)
     return np.concatenate([from_last[::-1], np.zeros_like(from_last[:1])])
 
 
 class Proposal(NamedTuple):
-  """A schedule of HiMAP, and its loss."""
+  """A HiMAP schedule and its loss."""
 
   prune_layers: Two
   keep: Two
-  lost: float  # the share of the weighted flow that comes from dropped tokens
-  covered: tuple[float, float]  # the share of each stage's scores that its kept tokens hold
+  lost: float  # share of the weighted flow that comes from dropped tokens
+  covered: tuple[float, float]  # share of each stage's scores held by its kept tokens
 
   @property
   def key(self) -> str:
@@ -67,7 +64,7 @@ class Proposal(NamedTuple):
 
 
 def candidates(num_layers: int, num_image_tokens: int, price: Price, budget: float) -> Iterator[tuple[Two, Two]]:
-  """Layers and keep counts within the budget, each with the highest keep count that the second stage can have."""
+  """Yields layers and keep counts within the budget, each with the largest affordable second keep count."""
   firsts = dict.fromkeys(round(share * num_image_tokens) for share in SHARES)
   for layers, first in itertools.product(itertools.combinations(range(1, num_layers), 2), firsts):
     seconds = range(min(LEAST, first), first + 1)
@@ -79,10 +76,7 @@ def candidates(num_layers: int, num_image_tokens: int, price: Price, budget: flo
 
 
 def propose(measured: Measured, price: Price, budget: float, *, count: int) -> list[Proposal]:
-  """The `count` schedules with the smallest loss within the budget, ascending; of each pair of layers only the best.
-
-  Raises `UserError` where none is within the budget.
-  """
+  """The `count` schedules with the smallest loss within the budget, one per pair of layers; `UserError` if none."""
   num_layers, _, num_image_tokens = measured.to_image.shape
   found = (assess(measured, *choice) for choice in candidates(num_layers, num_image_tokens, price, budget))
   best: dict[Two, Proposal] = {}
@@ -94,7 +88,6 @@ def propose(measured: Measured, price: Price, budget: float, *, count: int) -> l
 
 
 def assess(measured: Measured, layers: Two, keep: Two) -> Proposal:
-  """A schedule with its loss."""
   present, lost, covered = np.True_, 0.0, []
   later = [*(measured.later_weights[layer] for layer in layers), 0]
   scores = measured.instruction_scores[layers[0] - 1], measured.image_scores[layers[1] - 1]
@@ -108,7 +101,7 @@ def assess(measured: Measured, layers: Two, keep: Two) -> Proposal:
 
 
 def highest(scores: Float[np.ndarray, "Q N"], count: int) -> Bool[np.ndarray, "Q N"]:
-  """Marks as many of the highest scores of each question."""
+  """Marks the `count` highest scores of each question."""
   ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
   return ranks < count
 

@@ -1,10 +1,10 @@
-"""Which layers change image tokens least? A ranking of the decoder's layers, as for ShortV (arXiv 2504.00502).
+"""Which layers change image tokens least? Ranks the decoder's layers as for ShortV (arXiv 2504.00502).
 
-    python -m experiments.flow.rank_layers --question_set=questions.jsonl --num_questions=20 --workdir=work --output=output
+    python -m experiments.flow.rank_layers --question_set=questions.jsonl --num_questions=20 --workdir=work --output=out
 
-A layer's score is the mean Kullback–Leibler divergence between the first answer token's distribution without any change
-and without that layer's update of image tokens. Prints the layers in ascending order of their score, for
-`--shortv_ranking` of `experiments.compare` or, cut to length, for `--method=shortv --prune_layers=…`.
+A layer's score is the mean Kullback–Leibler divergence between the first answer token's distributions with and without
+the layer's update of image tokens. Prints the layers in ascending order of score, for `--shortv_ranking` of
+`experiments.compare` or, cut to length, for `--method=shortv --prune_layers=…`.
 
 Axes: L layers, B batch, V vocabulary.
 """
@@ -26,7 +26,7 @@ from himap_jax.model.network import Model
 
 @jax.jit
 def log_probabilities(model: Model, inputs: Inputs, frozen: Bool[Array, "L"]) -> Float[Array, "B V"]:
-  """Log probabilities of the first answer token when the frozen layers do not update image tokens."""
+  """Log probabilities of the first answer token if the frozen layers do not update image tokens."""
   sequence = prefill.start(model.bind().embed(inputs))
   is_image = (inputs.layout.kind == IMAGE)[:, :, None]
   for layer in range(model.config.text.num_hidden_layers):
@@ -36,7 +36,7 @@ def log_probabilities(model: Model, inputs: Inputs, frozen: Bool[Array, "L"]) ->
 
 
 def divergences(model: Model, inputs: Inputs) -> Float[np.ndarray, "L B"]:
-  """For every layer the divergence, in nats, that the lack of its update of image tokens causes."""
+  """Divergence, in nats, caused by skipping each layer's update of image tokens."""
   numbers = np.arange(model.config.text.num_hidden_layers)
   plain = log_probabilities(model, inputs, numbers < 0)
   frozen = (log_probabilities(model, inputs, numbers == layer) for layer in numbers)

@@ -1,12 +1,13 @@
-"""Where does visual information flow, layer by layer? The saliency of attention (HiMAP, sections 2 and 3.1).
+"""Where does visual information flow, layer by layer? Saliency of attention (HiMAP, sections 2 and 3.1).
 
     python -m experiments.flow.saliency --flagfile=experiments/flags/saliency.flags
 
-For every layer: the saliency from the image into the instruction (S_vt) and within the image (S_vv), that of the other
-blocks, what the last token receives from each kind of token, and heat maps on pictures.
+For every layer: the saliency from the image into the instruction (S_vt), within the image (S_vv) and of the other
+blocks, the contribution of each kind of token to the last token, and heat maps on pictures.
 
 The saliency of a pair of tokens is I = |Σ over heads of A ⊙ ∂L/∂A| (Eq. 1), with L the cross-entropy of the answer's
-first token. Each probability is multiplied by a one that all heads share; the gradient by these ones is the sum.
+first token. Each probability is multiplied by a one that all heads share; the gradient with respect to these ones is
+the sum.
 
 Axes: L layers, B batch, Q questions, S slots, N image tokens, V vocabulary, P blocks.
 """
@@ -39,7 +40,7 @@ KIND_COLOURS = ("#2e8b3d", "#2f8fe0", "#d1221b")
 
 
 class Flow(NamedTuple):
-  """The saliency of layers, summed by blocks and kinds of tokens."""
+  """Saliency by layer, summed over blocks and kinds of tokens."""
 
   sums: Float[Array, "L B P"]  # over the pairs of each of `tokens.BLOCKS`
   pairs: Int[Array, "L B P"]  # the number of these pairs
@@ -50,10 +51,7 @@ class Flow(NamedTuple):
 
 
 def measure(subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -> tuple[list[Question], Flow]:
-  """The flow of all questions, in the order of their batches, with Q in place of B; resumes from the work directory.
-
-  The saliency of `layers_at_a_time` layers is in memory at once.
-  """
+  """The flow of all questions, with Q in place of B; the saliency of `layers_at_a_time` layers is in memory at once."""
 
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     answers, parts = None, []
@@ -71,7 +69,7 @@ def measure(subject: Subject, workdir: pathlib.Path, *, layers_at_a_time: int) -
 def flow_of(
   model: Model, inputs: Inputs, answers: Int[Array, "B"] | None, *, layers: tuple[int, ...]
 ) -> tuple[Flow, Int[Array, "B"]]:
-  """The flow in some layers, and the first token of the answers; the model's own answers where none are given."""
+  """The flow in some layers, and the first token of each answer: the model's own where `answers` is None."""
   embedded = jax.lax.stop_gradient(model.bind().embed(inputs))
   if answers is None:
     answers = first_logits(model, embedded, {}).argmax(axis=-1)
@@ -82,7 +80,7 @@ def flow_of(
 def saliency(
   model: Model, embedded: Embedded, answers: Int[Array, "B"], layers: tuple[int, ...]
 ) -> Float[Array, "L B S S"]:
-  """The saliency of every pair (query, key) in some layers; `answers` are the first token of each answer."""
+  """Saliency of every pair (query, key) in some layers, given the first token of each answer."""
   batch, slots = embedded.x.shape[:2]
 
   def loss(ones: Float[Array, "L B S S"]) -> Float[Array, ""]:
@@ -97,7 +95,7 @@ def saliency(
 
 
 def flow(values: Float[Array, "B S S"], layout: Layout) -> Flow:
-  """Sums the saliency of a layer's pairs by blocks and kinds of tokens; the result has no axis of layers."""
+  """Sums a layer's saliency by blocks and kinds of tokens; the result has no L axis."""
   masks = jnp.stack([tokens.block(layout, name) for name in tokens.BLOCKS], axis=1)
   kinds = jnp.stack(list(tokens.kinds(layout).values()), axis=1)
   last = take_slots(values, layout.last_slot()[:, None])[:, 0]
@@ -113,7 +111,7 @@ def flow(values: Float[Array, "B S S"], layout: Layout) -> Flow:
 
 
 def blocks(flow: Flow, num_heads: int) -> dict[str, Float[np.ndarray, "L Q P"]]:
-  """The saliency of every block by question, in two normalisations.
+  """Saliency of every block by question, in two normalisations.
 
   `by_pair` is the mean over a block's pairs of |Σ over heads| (the paper's S, Eq. 2), `summed` the sum over its pairs
   of |mean over heads| (the authors' code).
@@ -122,27 +120,23 @@ def blocks(flow: Flow, num_heads: int) -> dict[str, Float[np.ndarray, "L Q P"]]:
 
 
 def contributions(flow: Flow) -> dict[str, Float[np.ndarray, "L Q 3"]]:
-  """Shares of what the last token receives from each kind of token, by question, in two normalisations.
+  """Shares of each kind of token in the saliency into the last token, by question, in two normalisations.
 
-  `whole` is of all saliency into the last token; in `by_token` a kind counts with the mean over its tokens in place of
-  the sum (the authors' code).
+  `whole` is the share of all saliency; `by_token` uses the mean over a kind's tokens in place of the sum (the authors'
+  code).
   """
   parts = {"whole": flow.contributions, "by_token": flow.contributions / np.maximum(flow.num_tokens, 1)}
   return {name: part / part.sum(axis=-1, keepdims=True) for name, part in parts.items()}
 
 
 def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
-  """The first layer from which on S_vv ÷ S_vt is above one, up to the last layer but one; None where there is none.
-
-  The last layer does not count: no image token is read after it, so that S_vv is 0 there.
-  """
+  """The first layer from which S_vv ÷ S_vt stays above 1 up to the last but one; in the last, S_vv is always 0."""
   below = np.flatnonzero(ratio[:-1] <= 1)
   first = 0 if below.size == 0 else int(below[-1]) + 1
   return first if first < len(ratio) - 1 else None
 
 
 def rows_of_blocks(result: dict[str, np.ndarray]) -> list[tabular.Row]:
-  """A row for every block and layer."""
   rows = []
   for number, name in enumerate(tokens.BLOCKS):
     by_pair, summed = (values[..., number] for values in result.values())
@@ -152,7 +146,6 @@ def rows_of_blocks(result: dict[str, np.ndarray]) -> list[tabular.Row]:
 
 
 def rows_of_contributions(result: dict[str, np.ndarray]) -> list[tabular.Row]:
-  """A row for every kind of token and layer."""
   return [
     {"layer": layer, "tokens": kind} | {name: values[layer, :, number].mean() for name, values in result.items()}
     for number, kind in enumerate(tokens.KINDS)
@@ -161,7 +154,6 @@ def rows_of_contributions(result: dict[str, np.ndarray]) -> list[tabular.Row]:
 
 
 def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: Flow) -> list[str]:
-  """A Markdown table of the values that the paper plots, by layer."""
   columns, turns = [("layer", np.arange(len(flow.sums)), "d")], []
   for name, values in zip(("A pair", "Summed"), result.values(), strict=True):
     s_vt, s_vv = (values[..., block].mean(axis=1) for block in (0, 1))
@@ -185,14 +177,14 @@ def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: 
 
 
 def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
-  """The saliency of blocks by layer: S_vt and S_vv with intervals, and all blocks, in both normalisations."""
+  """Plots block saliency by layer, in both normalisations: S_vt and S_vv with intervals, and all blocks."""
   figure = Figure(figsize=(11, 7), layout="constrained")
   panels = figure.subplots(2, 2, sharex=True)
   for (main, every), values, label in zip(panels, result.values(), ("mean over pairs", "sum over pairs"), strict=True):
     for number, (name, colour) in enumerate(COLOURS.items()):
       rows = [{"layer": layer} | row for layer, row in enumerate(statistics.mean_rows({"mean": values[..., number]}))]
       for row in rows:
-        row["mean"] = row["mean"] or np.nan  # S_vv of the last layer, which has no logarithm
+        row["mean"] = row["mean"] or np.nan  # S_vv of the last layer is 0 and has no logarithm
       every.plot([row["mean"] for row in rows], color=colour, label=name, linewidth=1.4)
       if number < 2:  # S_vt and S_vv
         figures.line_with_interval(main, rows, "layer", statistics.names("mean"), color=colour, label=name)
@@ -204,7 +196,7 @@ def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
 
 
 def plot_contributions(result: dict[str, np.ndarray]) -> Figure:
-  """What the last token receives from each kind of token by layer: from all its tokens, and from one on average."""
+  """Plots contributions to the last token by layer: of all tokens of a kind, and of its average token."""
   figure = Figure(figsize=(11, 3.6), layout="constrained")
   titles = ("share of all saliency into the last token", "share of the kinds' mean a token")
   for axes, values, title in zip(figure.subplots(1, 2), result.values(), titles, strict=True):
@@ -222,7 +214,7 @@ def plot_maps(
   grid: tuple[int, int],
   layers: Sequence[int],
 ) -> Figure:
-  """The saliency of the image tokens in some layers as heat maps on pictures with titles, one for each question."""
+  """Plots the saliency of image tokens in some layers as heat maps on titled pictures, one per question."""
   figure = Figure(figsize=(1.7 * (len(layers) + 1), 2.0 * len(pictures)), layout="constrained")
   panels = figure.subplots(len(pictures), len(layers) + 1, squeeze=False)
   for number, (row, (title, picture)) in enumerate(zip(panels, pictures, strict=True)):
@@ -241,8 +233,8 @@ def plot_maps(
 def define_flags() -> None:
   at_once = "Layers whose saliency is in memory at once, 4 bytes × rows × slots² each."
   flags.DEFINE_integer("layers_at_a_time", 10, at_once, lower_bound=1)
-  flags.DEFINE_integer("num_maps", 4, "Pictures with heat maps.", lower_bound=0)
-  flags.DEFINE_list("map_layers", None, "Layers with heat maps; eight at equal distances by default.")
+  flags.DEFINE_integer("num_maps", 4, "Number of pictures with heat maps.", lower_bound=0)
+  flags.DEFINE_list("map_layers", None, "Layers with heat maps; eight evenly spaced layers by default.")
 
 
 def run(values: Any) -> study.Report:

@@ -1,4 +1,4 @@
-"""Token kinds (system prompt, image, instruction) and the blocks of attention between them.
+"""Token kinds (system prompt, image, instruction) and the attention blocks between them.
 
 Axes: B batch, S slots.
 """
@@ -21,7 +21,7 @@ BLOCKS = {
 
 
 def kinds(layout: Layout) -> dict[str, Bool[Array, "B S"]]:
-  """The slots of each kind: text before the first image token, image tokens, and text after the last image token."""
+  """The slots of each kind: text before the first image token, image tokens, and text after the last."""
   text, image = layout.kind == TEXT, layout.kind == IMAGE
   images_so_far = image.cumsum(axis=1)
   return {
@@ -32,12 +32,12 @@ def kinds(layout: Layout) -> dict[str, Bool[Array, "B S"]]:
 
 
 def block(layout: Layout, name: str) -> Bool[Array, "B S S"]:
-  """The pairs (query, key) of a block, the key before the query."""
+  """The pairs (query, key) of a block with the key before the query."""
   query, key = (kinds(layout)[kind] for kind in BLOCKS[name])
   return query[:, :, None] & key[:, None] & earlier(layout)
 
 
 def earlier(layout: Layout) -> Bool[Array, "B S S"]:
-  """All pairs (query, key) of tokens whose key comes before the query."""
+  """All pairs (query, key) of tokens with the key before the query."""
   order = layout.order
   return (order[:, None] < order[:, :, None]) & (layout.kind != PADDING)[:, :, None]

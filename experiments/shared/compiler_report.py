@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: memory, collectives, size."""
+"""Statistics of a compiled program: memory and collectives."""
 
 import collections
 import dataclasses
@@ -14,15 +14,14 @@ _SCOPE = re.compile(r'op_name="([^"]*)"')
 
 
 class Collective(NamedTuple):
-  """One collective of a program; those in the body of a loop are there once."""
+  """One collective of a program; a loop's body is counted once."""
 
   kind: str  # one of `KINDS`
   num_bytes: int  # of its result on one device
-  scope: str  # the named scopes that it stands in
+  scope: str  # enclosing named scopes
 
 
 def collectives(compiled: Any) -> list[Collective]:
-  """The collectives of a `jax.stages.Compiled`."""
   found = []
   for line in compiled.as_text().splitlines():
     if match := _COLLECTIVE.search(line):
@@ -41,7 +40,6 @@ def _num_bytes(shape: tuple[str, str]) -> int:
 
 
 def summarize(found: Iterable[Collective]) -> str:
-  """Collectives by kind: how many, and their bytes."""
   counts, sizes = collections.Counter(), collections.Counter()
   for one in found:
     counts[one.kind] += 1
@@ -51,11 +49,11 @@ def summarize(found: Iterable[Collective]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes that a program takes on one device, by the compiler's account."""
+  """Bytes that a program takes on one device, as reported by the compiler."""
 
   arguments: int  # inputs and parameters
-  temporaries: int  # what lives while it runs
-  results: int  # what it leaves, apart from what takes the place of arguments
+  temporaries: int  # live during execution
+  results: int  # results that do not reuse the memory of arguments
 
   @property
   def total(self) -> int:
@@ -63,7 +61,6 @@ class Memory:
 
 
 def memory(compiled: Any) -> Memory:
-  """The memory of a `jax.stages.Compiled`."""
   analysis = compiled.memory_analysis()
   return Memory(
     arguments=analysis.argument_size_in_bytes,

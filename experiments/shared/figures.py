@@ -1,4 +1,4 @@
-"""Plots."""
+"""Plotting helpers."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,17 +12,14 @@ from matplotlib.figure import Figure
 def line_with_interval(
   axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, names: Sequence[str], *style: str, **options: Any
 ) -> None:
-  """Draws a line through rows of a table and shades its interval.
-
-  `x` names the values on the horizontal axis, `names` the value and the ends of its interval; the rest is `Axes.plot`'s.
-  """
+  """Draws a line through table rows and shades its interval; `names` are its value and the ends of the interval."""
   places, values, *bounds = ([row[name] for row in rows] for name in (x, *names))
   (line,) = axes.plot(places, values, *style, **options)
   axes.fill_between(places, *bounds, color=line.get_color(), alpha=0.12)
 
 
 def finish(axes: Axes, *, legend: int | None = None, **settings: Any) -> None:
-  """Draws a grid and, of a font size, a legend; the settings are those of `Axes.set`."""
+  """Adds a grid, the settings of `Axes.set` and, if `legend` gives a font size, a legend."""
   axes.set(**settings)
   axes.grid(alpha=0.3)
   if legend is not None:
@@ -30,6 +27,6 @@ def finish(axes: Axes, *, legend: int | None = None, **settings: Any) -> None:
 
 
 def save(path: pathlib.Path, figure: Figure) -> None:
-  """Writes a figure; no window is ever opened."""
+  """Writes a figure without opening a window."""
   FigureCanvasAgg(figure)
   figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""The sizes of models, as the fields of a config.json: what is studied without weights."""
+"""Model sizes as fields of a config.json, for studies without weights."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from himap_jax.pruning.schedule import Schedule
 
 
 def _sizes(*sizes: int) -> dict[str, int]:
-  """Sizes of a transformer: width, feed-forward, layers, heads and, of a decoder, key heads."""
+  """Width, feed-forward width, layers, heads and, for a decoder, key heads of a transformer."""
   names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
   return dict(zip(names, sizes, strict=False))
 
@@ -22,7 +22,7 @@ _SMOLLM2 = {"vocab_size": 49_152, "max_position_embeddings": 8192, "tie_word_emb
 
 
 def _llava(vision: dict[str, Any], text: dict[str, Any], *sizes: int, rope_theta: float = 10_000.0) -> dict[str, Any]:
-  """The fields of a Hugging Face config.json with a LLaMA decoder of some `_sizes`."""
+  """Fields of a Hugging Face config.json with a LLaMA decoder of the given `_sizes`."""
   rope = {"rope_type": "default", "rope_theta": rope_theta}
   return {
     "model_type": "llava",
@@ -44,22 +44,19 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 
 
 def model_of(name: str) -> ModelConfig:
-  """A geometry's configuration."""
   return from_hf(GEOMETRIES[name])
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int]:
-  """Height and width of a picture of the tower's own size, in pixels."""
+  """Height and width, in pixels, of a picture of the tower's native size."""
   return config.vision.image_size, config.vision.image_size
 
 
 def num_image_tokens(config: ModelConfig) -> int:
-  """Image tokens of such a picture."""
   return config.num_image_tokens(*image_shape(config))
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:
-  """A method's default schedule."""
   return build_schedule(
     method,
     num_layers=config.text.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""Results kept in files, computed once and written atomically, so that a study resumes where it stopped."""
+"""Results cached in files and written atomically, so that a study can resume."""
 
 import json
 import pathlib
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def json_of(path: pathlib.Path, make: Callable[..., Any], *arguments: Any) -> Any:
-  """The content of a JSON file; where it is missing, `make(*arguments)` is written first."""
+  """The content of a JSON file; a missing file is written with `make(*arguments)` first."""
   if not path.exists():
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(make(*arguments), indent=2) + "\n", encoding="utf-8")
@@ -18,7 +18,7 @@ def json_of(path: pathlib.Path, make: Callable[..., Any], *arguments: Any) -> An
 
 
 def arrays_of(path: pathlib.Path, make: Callable[..., Mapping[str, np.ndarray]], *arguments: Any) -> dict[str, Any]:
-  """The arrays of an npz file; where it is missing, `make(*arguments)` is written first."""
+  """The arrays of an npz file; a missing file is written with `make(*arguments)` first."""
   if not path.exists():
     unfinished = path.with_suffix(".tmp.npz")
     np.savez(unfinished, **make(*arguments))

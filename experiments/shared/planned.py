@@ -1,4 +1,4 @@
-"""TPUs that are not there: meshes of their devices, and models and inputs as shapes with shardings on them."""
+"""Absent TPUs: meshes of their devices, and models and inputs as shapes with shardings."""
 
 import functools
 import os
@@ -19,19 +19,16 @@ from himap_jax.model.quantization import map_int8
 
 
 def without_devices() -> None:
-  """Has libtpu compile for devices that are described, on a machine that has none; to be called before JAX is used."""
+  """Lets libtpu compile for TPUs on a machine without any; must be called before JAX is used."""
   jax.config.update("jax_platforms", "cpu")
-  os.environ["JAX_PLATFORMS"] = "cpu"  # of processes that this one begins
+  os.environ["JAX_PLATFORMS"] = "cpu"  # for child processes
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 
 @functools.lru_cache
 def mesh_of(topology: str, tensor: int) -> Mesh:
-  """The devices of a slice, as `v5e:2x4`, of which `tensor` share the heads.
-
-  Raises `UserError` where libtpu does not know the topology, or `tensor` does not divide its devices.
-  """
+  """The mesh of a slice such as `v5e:2x4`, with `tensor` devices sharing the heads; `UserError` if there is none."""
   options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
   if topology.startswith("v4:"):
     options["chip_config_name"] = "megacore"  # one device for both cores of a chip
@@ -49,7 +46,7 @@ def mesh_of(topology: str, tensor: int) -> Mesh:
 def shapes_on(
   mesh: Mesh, geometry: str, *, batch_size: int, num_text_slots: int, int8_weights: bool = False
 ) -> tuple[Model, Inputs, jax.ShapeDtypeStruct]:
-  """A model in bfloat16 with a batch and its seeds, as `jax.ShapeDtypeStruct`s with shardings on a mesh."""
+  """A bfloat16 model, a batch and its seeds, as `jax.ShapeDtypeStruct`s with shardings on a mesh."""
   config = sharding.with_divisible_key_heads(geometries.model_of(geometry), mesh)
   params = sharding.placed(abstract_params(config, jnp.bfloat16), logical_axes(config), config, mesh)
   model = Model(

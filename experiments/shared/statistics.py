@@ -1,4 +1,4 @@
-"""Statistics of results by question: means, bootstrap intervals and the Pareto front.
+"""Statistics over questions: means, bootstrap intervals and the Pareto front.
 
 Axes: C cells, Q questions, T types, R resamples.
 """
@@ -16,7 +16,7 @@ AT_ONCE = 500
 def resample(
   values: Float[np.ndarray, "C Q"] | Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Float[np.ndarray, "R C"]:
-  """Bootstrap over questions: means in samples of as many questions, the same sample for every cell."""
+  """Bootstrap over questions: means of samples of as many questions, the same sample for every cell."""
   rng, count, means = np.random.default_rng(seed), values.shape[1], []
   for first in range(0, resamples, AT_ONCE):
     times = rng.multinomial(count, np.full(count, 1 / count), size=min(AT_ONCE, resamples - first))
@@ -31,17 +31,15 @@ def interval(values: Float[np.ndarray, "R *C"]) -> tuple[Float[np.ndarray, "*C"]
 
 
 def names(name: str) -> tuple[str, str, str]:
-  """The names of a value and of the ends of its interval."""
   return name, f"{name}_low", f"{name}_high"
 
 
 def with_interval(name: str, value: float, resampled: Float[np.ndarray, "R"]) -> dict[str, float]:
-  """A value and the ends of its interval by their names."""
   return dict(zip(names(name), map(float, (value, *interval(resampled))), strict=True))
 
 
 def mean_rows(columns: Mapping[str, Float[np.ndarray, "C Q"]], *, seed: int = 0) -> list[dict[str, float]]:
-  """A row for every cell: the mean over questions of each column and the ends of its interval by their names."""
+  """One row per cell: the mean over questions of each column, with its interval."""
   rows: list[dict[str, float]] = [{} for _ in next(iter(columns.values()))]
   for name, values in columns.items():
     for row, mean, resampled in zip(rows, values.mean(axis=1), resample(values, seed=seed).T, strict=True):
@@ -50,13 +48,13 @@ def mean_rows(columns: Mapping[str, Float[np.ndarray, "C Q"]], *, seed: int = 0)
 
 
 def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:
-  """The mean score of each cell by type of question, types in the order of their first appearance."""
+  """Mean score of each cell by question type, in order of first appearance."""
   types = np.asarray(types)
   return {str(type): right[:, types == type].mean(axis=1) for type in dict.fromkeys(types.tolist())}
 
 
 def pareto_front(costs: Sequence[float], values: Sequence[float]) -> list[int]:
-  """Indices of the Pareto front by ascending cost; points that are equal in both cost and value are all on it."""
+  """Indices of the Pareto front by ascending cost; points equal in cost and value are all on it."""
   front: list[int] = []
   for i in sorted(range(len(costs)), key=lambda i: (costs[i], -values[i])):
     if not front or values[i] > values[front[-1]] or (values[i], costs[i]) == (values[front[-1]], costs[front[-1]]):

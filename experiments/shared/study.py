@@ -1,7 +1,7 @@
 """The runner of studies: flags → subject → check of the settings → measurement → files.
 
-A study is a module with its own flags, `define_flags`, and a measurement, `run`; a second start of the same command
-resumes it. The module ends with
+A study is a module with its own flags, `define_flags`, and a measurement, `run`; repeating a command resumes it. The
+module ends with
 
     if __name__ == "__main__":
       study.start("flow.saliency", define_flags, run)
@@ -34,16 +34,16 @@ SUBJECT_FLAGS += ("batch_size", "prompt_buckets", "prompt_template")
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The results of a study: the lines of a Markdown file, and the contents of CSV, PNG and JSON files by their names."""
+  """The results of a study: the lines of a Markdown file, and the contents of CSV, PNG and JSON files by name."""
 
-  count: str  # how much was measured, such as `50 questions`
+  count: str  # sample size, such as `50 questions`
   summary: Sequence[str]
   tables: Mapping[str, Sequence[tabular.Row]]
   plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   documents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   def write(self, output: pathlib.Path, name: str, called: str) -> str:
-    """Writes all files and returns the text of the Markdown file, which names the command line that was `called`."""
+    """Writes all files and returns the Markdown text, which names the command line `called`."""
     for table, rows in self.tables.items():
       tabular.write_csv(output / f"{table}.csv", rows)
     for plot, figure in self.plots.items():
@@ -56,7 +56,7 @@ class Report:
 
 
 def start(name: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
-  """Runs `experiments.<name>` as a command: from the values of all flags to a report, which is written and printed."""
+  """Runs `experiments.<name>` as a command: `run` makes a report, which is written and printed."""
   _define_flags()
   define_flags()
   for flag in flags.FLAGS.get_flags_for_module(__name__):  # for --help
@@ -70,31 +70,28 @@ def start(name: str, define_flags: Callable[[], None], run: Callable[[Any], Repo
 
 
 def write(report: Report, name: str) -> str:
-  """Writes the report of `experiments.<name>` into the directory that `--output` names, and returns its text."""
+  """Writes the report of `experiments.<name>` to `--output` and returns its text."""
   called = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
   return report.write(directory("output"), name.rpartition(".")[2], called)
 
 
 def _define_flags() -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Of parameters and activations.")
+  flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
   sets = ", ".join(question_sets.SETS)
   flags.DEFINE_string("question_set", "scenes", f"{sets}, or a JSONL file, as in experiments.compare.")
   flags.DEFINE_integer("num_questions", 50, "Questions drawn from the set, each type in proportion.", lower_bound=1)
-  flags.DEFINE_integer("seed", 0, "Of the draw of questions and of all later random draws.")
+  flags.DEFINE_integer("seed", 0, "Seed of the draw of questions and of all later random draws.")
   flags.DEFINE_integer("batch_size", 1, "Questions per batch.", lower_bound=1)
   flags.DEFINE_list("prompt_buckets", ["64", "128", "256"], "As in himap_jax.run.")
   flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
-  flags.DEFINE_string("workdir", None, "Directory of measurements; a second start resumes.", required=True)
-  flags.DEFINE_string("output", None, "Directory of the results: tables, plots, files.", required=True)
+  flags.DEFINE_string("workdir", None, "Directory of measurements, to resume from.", required=True)
+  flags.DEFINE_string("output", None, "Directory for tables, plots and the report.", required=True)
   flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
 
 
 def load_subject(*, needs_answers: bool = False) -> Subject:
-  """The subject that the flags describe; `needs_answers` says whether the true answers are used.
-
-  Raises `UserError` where there is no such checkpoint or question set, or a flag is malformed.
-  """
+  """The subject that the flags describe, with its true answers if needed; raises `UserError` at an invalid flag."""
   values = flags.FLAGS
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
@@ -105,21 +102,21 @@ def load_subject(*, needs_answers: bool = False) -> Subject:
 
 
 def open_workdir(**settings: Any) -> pathlib.Path:
-  """The directory of `--workdir`, for measurements that depend on settings; `UserError` where it has other ones."""
+  """The `--workdir` for measurements with these settings; `UserError` if it holds others."""
   workdir = directory("workdir").absolute()
   command.check_settings(workdir / "settings.json", settings, "use another --workdir")
   return workdir
 
 
 def workdir_for(subject: Subject, *names: str) -> pathlib.Path:
-  """The directory of `--workdir`, for measurements that depend on the subject and on a study's own flags."""
+  """The `--workdir` for measurements that depend on the subject and on the named flags."""
   settings = {name: flags.FLAGS[name].value for name in (*SUBJECT_FLAGS, *names)}
   digests = {"fingerprint": subject.loaded.digest(), "questions": question_sets.digest(subject.questions)}
   return open_workdir(**settings, **digests)
 
 
 def layers(flag: Any, subject: Subject) -> tuple[int, ...]:
-  """The layers in a list flag, all where it has none; `UserError` where the model has no such layer."""
+  """The layers in a list flag, all if it is empty; `UserError` if the model has no such layer."""
   numbers = command.numbers(flag, int) or tuple(range(subject.num_layers))
   if not all(0 <= layer < subject.num_layers for layer in numbers):
     raise UserError(f"--{flag.name}: the model has layers 0 to {subject.num_layers - 1}")
@@ -127,7 +124,7 @@ def layers(flag: Any, subject: Subject) -> tuple[int, ...]:
 
 
 def chosen(flag: Any, known: Collection[str]) -> list[str]:
-  """The names in a list flag; `UserError` where one is not known."""
+  """The names in a list flag; `UserError` if one is unknown."""
   for name in flag.value:
     if name not in known:
       raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
@@ -135,7 +132,7 @@ def chosen(flag: Any, known: Collection[str]) -> list[str]:
 
 
 def directory(name: str) -> pathlib.Path:
-  """The directory that a flag names, created where it is missing."""
+  """The directory that a flag names, created if missing."""
   path = pathlib.Path(flags.FLAGS[name].value)
   with command.user_error(f"--{name}: cannot create {path}"):
     path.mkdir(parents=True, exist_ok=True)

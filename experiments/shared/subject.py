@@ -1,4 +1,4 @@
-"""The subject of a study: a model, and batches of questions about pictures."""
+"""The subject of a study: a model and batches of questions about pictures."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ from himap_jax.run.progress import Progress
 
 
 class Batch(NamedTuple):
-  """Questions that are measured together, and their prompts; the rows after those of the questions repeat the last."""
+  """Questions that are measured together, and their prompts; the last question's row is repeated to fill the batch."""
 
   questions: Sequence[Question]
   inputs: Inputs
@@ -41,7 +41,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-  """A model and the questions that it is studied on, in the order of their set."""
+  """A model and the questions on which it is studied, in the order of their set."""
 
   loaded: LoadedModel
   processor: Processor
@@ -60,7 +60,7 @@ class Subject:
     inputs: InputConfig = InputConfig(prompt_buckets=(64, 128, 256), batch_size=1),
     seed: int = 0,
   ) -> "Subject":
-    """Loads a checkpoint, with names and errors as in `checkpoint.load`, to study on some questions."""
+    """Loads a checkpoint, with names and errors as in `checkpoint.load`."""
     loaded = checkpoint.load(name, dtype=dtype)
     processor = loaded.prompts(inputs.prompt_template)
     batcher = Batcher(loaded.config, processor.image_shape, buckets=inputs.prompt_buckets)
@@ -71,17 +71,14 @@ class Subject:
     return self.loaded.config.text.num_hidden_layers
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
-    """HiMAP's schedule for the model; arguments and errors are those of `methods.build_schedule`."""
+    """HiMAP's schedule for the model; arguments and errors as in `methods.build_schedule`."""
     shape = {"num_layers": self.num_layers, "num_image_tokens": self.batcher.num_image_tokens}
     return build_schedule("himap", **shape, prune_layers=prune_layers, keep=keep)
 
   def answers(
     self, schedules: Mapping[str, Schedule], prefix: pathlib.Path, *, max_new_tokens: int
   ) -> dict[str, dict[str, str]]:
-    """The greedy answers by name of the schedule and id of the question; one that cannot be prepared has none.
-
-    Each schedule has a file whose path begins with the prefix; where it exists, nothing is computed.
-    """
+    """Greedy answers by schedule name and question id, cached in files whose paths begin with `prefix`."""
 
     def compute(schedule: Schedule, label: str) -> dict[str, str]:
       generation = GenerationConfig(max_new_tokens, seed=self.seed)
@@ -103,8 +100,7 @@ class Subject:
   ) -> tuple[list[Question], dict[str, np.ndarray]]:
     """The questions in the order of their batches, and arrays with an axis of questions.
 
-    `compute` makes a batch's arrays with an axis of rows, of this number. Each batch has a file whose path begins with
-    the prefix; a batch whose file exists is not computed again.
+    `compute` returns a batch's arrays with rows on `axis`; batches are cached in files whose paths begin with `prefix`.
     """
 
     def make(batch: Batch) -> dict[str, np.ndarray]:
@@ -118,14 +114,11 @@ class Subject:
     return questions, {name: np.concatenate([part[name] for part in parts], axis) for name in parts[0]}
 
   def example(self, question: Question) -> Example:
-    """A prepared question; `UserError` where it cannot be prepared."""
+    """Prepares a question; `UserError` if it cannot be prepared."""
     return self.processor.prepare(load_image(question.image), question.question)
 
   def examples(self, label: str) -> Iterator[tuple[Question, Example, int]]:
-    """Every question with its prompt and bucket, with a progress bar of this label.
-
-    A question that cannot be prepared is left out with a warning; `UserError` where none can.
-    """
+    """Yields every question that can be prepared, with its prompt and bucket; `UserError` if there is none."""
     num_left_out = 0
     with Progress(len(self.questions), "question", label) as progress:
       for question in self.questions:
@@ -142,7 +135,7 @@ class Subject:
       raise UserError("none of the questions can be prepared; the warnings say why")
 
   def batches(self, label: str) -> Iterator[Batch]:
-    """Batches of one bucket each; see `examples`. They depend on the questions and the batch size alone."""
+    """Yields batches of one bucket each from `examples`; they depend only on the questions and the batch size."""
     waiting: dict[int, list[tuple[Question, Example]]] = collections.defaultdict(list)
 
     def batch(bucket: int) -> Batch:

@@ -12,16 +12,12 @@ Row = Mapping[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-  """The lines of a table in Markdown."""
   cells = (header, ["---"] * len(header), *rows)
   return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
 
 
 def formatted(rows: Iterable[Row], columns: Mapping[str, str]) -> list[str]:
-  """The lines of a table in Markdown from the format of each column, such as `{accuracy:.1%}`, by its heading.
-
-  A row without one of a format's values, or with None, has `–` there.
-  """
+  """The lines of a Markdown table, from headings → formats such as `{accuracy:.1%}`; `–` where a value is missing."""
   fields = {form: [name for _, name, _, _ in string.Formatter().parse(form) if name] for form in columns.values()}
 
   def cell(row: Row, form: str) -> str:
@@ -31,12 +27,12 @@ def formatted(rows: Iterable[Row], columns: Mapping[str, str]) -> list[str]:
 
 
 def with_interval(name: str, form: str, joined: str = "{} ({} to {})") -> str:
-  """The format of a value and its interval, as `statistics.with_interval` names them."""
+  """The format of a value and its interval, named as in `statistics.with_interval`."""
   return joined.format(*(f"{{{field}:{form}}}" for field in statistics.names(name)))
 
 
 def write_csv(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Writes rows with all their fields, in the order in which they first appear."""
+  """Writes rows with all fields, in order of first appearance."""
   names = list(dict.fromkeys(name for row in rows for name in row))
   with open(path, "w", newline="", encoding="utf-8") as file:
     writer = csv.DictWriter(file, names)

@@ -2,8 +2,8 @@
 
     python -m experiments.speed --flagfile=experiments/flags/speed_demo.flags
 
-Every side runs in a process of its own on the same random weights, and they take turns. Stopped at any time, the same command
-goes on with the scenarios that have not been measured. Needs PyTorch: `pip install -e '.[test]'`.
+The sides run in separate processes on the same random weights and take turns. Repeating an interrupted command
+continues with the scenarios not yet measured. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
 import pathlib
@@ -18,26 +18,26 @@ from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS
 from himap_jax.run import command
 
-_GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Whose sizes.")
+_GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Model sizes.")
 _SCENARIOS = flags.DEFINE_list(
-  "scenarios", ["60/1/1", "60/1/32"], "What to run: text tokens after the image / rows / tokens generated."
+  "scenarios", ["60/1/1", "60/1/32"], "Scenarios: text tokens after the image / rows / tokens generated."
 )
 _SIDES = flags.DEFINE_list(
   "sides",
   ["none", "himap", "fastv", "none/int8", "transformers", "authors", "authors_cache"],
-  "Our methods, with /int8 for int8 weights; transformers in PyTorch; the HiMAP authors' algorithm in PyTorch, without and with a cache.",
+  "Our methods, with /int8 for int8 weights; in PyTorch, transformers and the HiMAP authors' algorithm without and "
+  "with a cache.",
 )
-_TURNS = flags.DEFINE_integer("turns", 5, "How many turns each side takes.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 5, "Turns of each side.", lower_bound=1)
 _AT_ONCE = flags.DEFINE_integer(
-  "at_once", 1, "How many sides load and compile at a time; more need more memory and processors.", lower_bound=1
+  "at_once", 1, "Sides that load and compile at a time; more need more memory and cores.", lower_bound=1
 )
-_WORKDIR = flags.DEFINE_string("workdir", "speed_work", "What was measured; a second start goes on from it.")
+_WORKDIR = flags.DEFINE_string("workdir", "speed_work", "Directory of measurements, to resume from.")
 _OUTPUT = flags.DEFINE_string("output", "speed_output", "Directory of the tables.")
-_WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Where the random weights lie while it runs.")
+_WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")
 
 
 def run() -> int:
-  """Measures what is missing and writes the tables."""
   sides = study.chosen(_SIDES, (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH))
   scenarios = [_scenario(text) for text in _SCENARIOS.value]
   measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
@@ -59,7 +59,7 @@ def run() -> int:
 def _scenario(text: str) -> Scenario:
   sizes = text.split("/")
   if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
-    raise UserError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, as 60/1/32")
+    raise UserError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, such as 60/1/32")
   return Scenario(_GEOMETRY.value, *map(int, sizes))
 
 

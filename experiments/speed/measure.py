@@ -1,4 +1,4 @@
-"""Measures scenarios: all sides in turns, one file of results a scenario, and what is measured is not measured again."""
+"""Measures scenarios, all sides in turns; one file of results per scenario allows resuming."""
 
 import contextlib
 import dataclasses
@@ -20,7 +20,7 @@ from himap_jax.model.network import abstract_params
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
-# For every side the seconds of each figure, turn by turn, or why there are none.
+# By side: the seconds of each figure, turn by turn, or why there are none.
 Result = dict[str, dict[str, Any]]
 
 
@@ -33,19 +33,18 @@ def run(
   workdir: pathlib.Path,
   weights_dir: pathlib.Path,
 ) -> dict[Scenario, Result]:
-  """The results of scenarios of one geometry; those that have not been measured yet are measured.
+  """The results of scenarios of one geometry; missing ones are measured.
 
   Args:
-    scenarios: what is run.
     sides: see `side.make`.
-    turns: of each side.
-    at_once: sides that load and compile together.
-    workdir: a file of results for every scenario.
-    weights_dir: where the random weights lie.
+    turns: turns of each side.
+    at_once: sides that load and compile concurrently.
+    workdir: directory of a results file for every scenario.
+    weights_dir: directory of the random weights.
 
   Raises:
     UserError: the weights cannot be written.
-    RuntimeError: a side failed; what was measured before is kept.
+    RuntimeError: a side failed; earlier scenarios are kept.
   """
   paths = {scenario: workdir / f"{'-'.join(map(str, dataclasses.astuple(scenario)))}.json" for scenario in scenarios}
   todo = [scenario for scenario, path in paths.items() if not path.exists()]
@@ -57,10 +56,10 @@ def run(
         weights = stack.enter_context(random_file(weights_dir, 2 * num_weights))
       pool = stack.enter_context(ThreadPoolExecutor(at_once))
 
-      def begin(name: str) -> Worker:
+      def start_worker(name: str) -> Worker:
         return stack.enter_context(Worker(name, geometries.GEOMETRIES[geometry], weights))
 
-      workers = dict(zip(sides, pool.map(begin, sides), strict=True))
+      workers = dict(zip(sides, pool.map(start_worker, sides), strict=True))
       progress = stack.enter_context(Progress(len(todo), "scenario", geometry))
     for scenario in todo:
       kept.json_of(paths[scenario], lambda scenario=scenario: measure(scenario, workers, pool, turns=turns))
@@ -69,12 +68,9 @@ def run(
 
 
 def measure(scenario: Scenario, workers: dict[str, Worker], pool: ThreadPoolExecutor, *, turns: int) -> Result:
-  """Measures one scenario.
+  """Measures one scenario; raises `RuntimeError`, and keeps nothing of it, if a side fails.
 
-  All sides are prepared first; then they take turns, A B C A B C, so that a slow minute of the machine meets all.
-
-  Raises:
-    RuntimeError: a side failed; nothing of the scenario is kept.
+  All sides are prepared, then take turns, A B C A B C, so that a slow minute of the machine affects all.
   """
   results: Result = {name: {"device": worker.device, "turns": []} for name, worker in workers.items()}
 

@@ -1,4 +1,4 @@
-"""himap_jax's side of a comparison.
+"""himap_jax as a side of the comparison.
 
 Axes: B batch, S slots, N query heads, K key heads, H head dim.
 """
@@ -34,7 +34,7 @@ DTYPE = jnp.bfloat16
 
 
 class Ours(Side):
-  """One of our methods with its default schedule; `METHOD/int8` has the decoder's weights as int8."""
+  """A pruning method with its default schedule; `METHOD/int8` has int8 decoder weights."""
 
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
     method, _, variant = name.partition("/")
@@ -87,11 +87,11 @@ class Ours(Side):
     return stats["peak_bytes_in_use"] if stats else 0
 
   def accounting(self) -> dict[str, float]:
-    """Of decoding also the bytes that a step reads by XLA's account, and the weights and the cache that it has to read."""
+    """Adds the bytes that a decoding step reads, as reported by XLA, and the weights and cache that it must read."""
     known, scenario, params = super().accounting(), self._scenario, self._model.params
     if scenario.num_new_tokens == 1:
       return known
-    # Of more than two tokens: XLA counts the loop's body once, and unrolls a loop of one.
+    # Meant for more than two tokens: XLA counts a loop's body once, but unrolls a loop of one step.
     jitted = programs.make_programs(self._model, self._mesh, self._schedule, DecodeConfig(scenario.num_new_tokens))
     seeds = np.zeros(scenario.batch_size, np.uint32)
     inputs, seeds = sharding.from_local_rows((self._inputs, seeds), self._mesh)
@@ -120,7 +120,7 @@ class Ours(Side):
     return jax.tree.map(jnp.asarray, inputs)
 
   def _random_projections(self) -> list[Projections | None]:
-    """What the layer before each stage would give to score; nothing before the decoder."""
+    """The projections to score at each stage; None before the decoder."""
     text, projections = self._config.text, []
     for segment in self._schedule.segments(text.num_hidden_layers, self._num_image_tokens)[:-1]:
       shape = (self._scenario.batch_size, self._scenario.num_text_tokens + segment.num_image_tokens)
@@ -134,7 +134,7 @@ class Ours(Side):
 
 
 def _as_int8(leaf: jax.Array) -> Any:
-  """A weight as int8; the original is deleted, so that no two of them are held."""
+  """A weight as int8; the original is deleted, so that only one is in memory."""
   quantized = jax.block_until_ready(quantize(leaf))
   leaf.delete()
   return quantized
@@ -143,7 +143,7 @@ def _as_int8(leaf: jax.Array) -> Any:
 def _choose(
   model: Model, projections: list[Projections | None], context: Context, *, schedule: Schedule
 ) -> list[Sequence]:
-  """The stages of a schedule without the layers between them: what each leaves."""
+  """The stages of a schedule without the layers between them: the sequence after each."""
   network, sequences = model.bind(), [start(context.embedded)]
   for stage, scored in zip(schedule.stages, projections, strict=True):
     sequences.append(prune(network, stage, sequences[-1], scored, context))

@@ -1,8 +1,8 @@
-"""The products that a 7B layer is made of, by XLA as the library asks for them and by PyTorch: the limit of a prefill on this machine.
+"""Times the matrix products of a 7B layer in XLA and in PyTorch, which limit a prefill on this machine.
 
     python -m experiments.speed.products
 
-Bfloat16, float32 accumulation; the two take turns. Needs PyTorch: `pip install -e '.[test]'`.
+Bfloat16 with float32 accumulation; the two take turns. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
 import itertools
@@ -21,15 +21,15 @@ from himap_jax.engine import sharding
 from himap_jax.model.linear import matmul
 from himap_jax.run import command
 
-_ROWS = flags.DEFINE_list("rows", ["1", "4", "167", "671"], "Rows of the left factor: tokens at once.")
-_TURNS = flags.DEFINE_integer("turns", 11, "How many turns each takes.", lower_bound=1)
+_ROWS = flags.DEFINE_list("rows", ["1", "4", "167", "671"], "Rows of the left factor: tokens per product.")
+_TURNS = flags.DEFINE_integer("turns", 11, "Turns of each.", lower_bound=1)
 
 SIZES = ((4096, 4096), (4096, 11_008), (11_008, 4096))  # in and out features of LLaVA-1.5-7B's decoder
-COPIES = 6  # of each weight, so that none is in the processor's cache when its turn comes
+COPIES = 6  # of each weight, so that none is still in the processor's cache
 
 
 def ours(rows: int, features: int, out: int) -> Callable[[], Any]:
-  """Products of one activation with every copy of a weight, by the library."""
+  """Products of one activation with every copy of a weight."""
   is_decoding = rows <= 8
   x = jnp.ones((rows, 1, features) if is_decoding else (1, rows, features), jnp.bfloat16)
   weights = [jax.random.normal(jax.random.key(i), (out, features), jnp.bfloat16) for i in range(COPIES)]
@@ -39,14 +39,12 @@ def ours(rows: int, features: int, out: int) -> Callable[[], Any]:
 
 
 def pytorch(rows: int, features: int, out: int) -> Callable[[], Any]:
-  """The same by PyTorch."""
   x = torch.ones(rows, features, dtype=torch.bfloat16)
   weights = [torch.randn(out, features, dtype=torch.bfloat16) for _ in range(COPIES)]
   return lambda: [torch.nn.functional.linear(x, weight) for weight in weights]
 
 
 def run() -> int:
-  """Prints a row for every size, of median times per product."""
   rows = []
   for count, (features, out) in itertools.product(command.numbers(_ROWS, int), SIZES):
     calls = ours(count, features, out), pytorch(count, features, out)

@@ -1,9 +1,9 @@
-"""PyTorch's sides of a comparison, over transformers' own LLaVA.
+"""PyTorch's sides of the comparison, built on transformers' LLaVA.
 
 - `transformers`: `generate` with scaled-dot-product attention, as its users run it.
-- `authors`: HiMAP as its authors run it, over transformers' layers: attention maps of every layer, no cache, every new token
-  by pruning and running the whole sequence again; one sequence at a time. Image features are computed once.
-- `authors_cache`: the same pruning once, scaled-dot-product attention but in the two layers that are scored, and decoding
+- `authors`: HiMAP as its authors run it, on transformers' layers: attention maps of every layer, no cache, and the
+  whole sequence pruned and run again for every new token; one sequence at a time. Image features are computed once.
+- `authors_cache`: the same pruning once, scaled-dot-product attention except in the two scored layers, and decoding
   from the pruned cache.
 
 Axes: B batch, S slots, N image tokens, D model dim.
@@ -29,10 +29,10 @@ DTYPE = torch.bfloat16
 
 
 class PyTorch(Side):
-  """What the sides share: the model, its inputs, and the tower.
+  """The shared part of the sides: the model, its inputs, and the tower.
 
-  A side has `_prefill`, the last token's logits of the embedded prompts, and `_times`, which runs a whole example and returns
-  the time when each token was there.
+  A side defines `_prefill`, the last token's logits of the embedded prompts, and `_times`, which runs a whole example
+  and returns the time of each token.
   """
 
   def __init__(self, geometry: dict[str, Any], weights: pathlib.Path):
@@ -83,21 +83,20 @@ class PyTorch(Side):
     return torch.cuda.max_memory_allocated() if self._device.type == "cuda" else 0
 
   def _embed(self) -> torch.Tensor:
-    """Embeds the prompts, `[B, S, D]`."""
     embedded = self._model.get_input_embeddings()(self._ids)
     features = self._model.get_image_features(self._pixels).pooler_output
     embedded[:, self._image] = torch.stack(list(features))
     return embedded
 
   def _now(self) -> float:
-    """The time when all that was begun is done."""
+    """The time when all pending work is done."""
     if self._device.type == "cuda":
       torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Transformers(PyTorch):
-  """No pruning, by transformers' own code."""
+  """No pruning, with transformers' own code."""
 
   def _prefill(self) -> torch.Tensor:
     return self._model(inputs_embeds=self._embedded, use_cache=True, logits_to_keep=1).logits
@@ -105,7 +104,7 @@ class Transformers(PyTorch):
   def _times(self) -> list[float]:
     times = []
 
-    def note(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # stops nothing
+    def note(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # never stops
       times.append(self._now())
       return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
@@ -122,7 +121,7 @@ class Transformers(PyTorch):
 
 
 class Authors(PyTorch):
-  """HiMAP's algorithm over transformers' layers."""
+  """HiMAP's algorithm on transformers' layers."""
 
   def __init__(self, geometry: dict[str, Any], weights: pathlib.Path, *, with_cache: bool):
     super().__init__(geometry, weights)
@@ -160,7 +159,6 @@ class Authors(PyTorch):
       logits = self._run(embedded, None) if cache is None else self._extend(new, cache, len(times))
 
   def _extend(self, hidden: torch.Tensor, cache: DynamicCache, num_new: int) -> torch.Tensor:
-    """Logits after one new token."""
     position = self._ids.shape[1] + num_new - 1
     positions = torch.full((len(hidden), 1), position, device=self._device)
     rotary = self._decoder.rotary_emb(hidden, position_ids=positions)
@@ -169,8 +167,8 @@ class Authors(PyTorch):
     return self._model.lm_head(self._decoder.norm(hidden))[:, -1]
 
   def _run(self, hidden: torch.Tensor, cache: DynamicCache | None) -> torch.Tensor:
-    """Logits after the last token of embedded prompts, pruning on the way."""
-    causal_mask = functools.cache(self._causal_mask)  # made once for a length and a pass, as transformers does
+    """Logits after the last token of embedded prompts, with pruning on the way."""
+    causal_mask = functools.cache(self._causal_mask)  # once per length and pass, as in transformers
     image = self._image
     keep = [int(share * (image.stop - image.start)) for share in KEEP]
     positions = torch.arange(hidden.shape[1], device=self._device)[None].expand(len(hidden), -1)
@@ -192,6 +190,5 @@ class Authors(PyTorch):
     return self._model.lm_head(self._decoder.norm(hidden[:, -1:]))[:, -1]
 
   def _causal_mask(self, num_slots: int) -> torch.Tensor:
-    """What is added to the logits of an eager layer."""
     full = torch.full((num_slots, num_slots), torch.finfo(DTYPE).min, dtype=DTYPE, device=self._device)
     return full.triu(1)[None, None]

@@ -1,4 +1,4 @@
-"""What is compared: a side runs a scenario, in a process of its own."""
+"""The sides of the comparison; each runs scenarios in its own process."""
 
 import abc
 import ctypes
@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-# Seconds of each: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
-# one decoded token; a whole example from pixels to its last token. The first three are measured in scenarios of one token:
-# those of more begin in the same way.
+# In seconds: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
+# one decoded token; a whole example from pixels to its last token. The first three are measured only in scenarios of
+# one token, since longer ones start in the same way.
 FIGURES = ("tower", "prefill", "scoring", "decode", "example")
 
 NUM_SYSTEM_TOKENS = 35  # of LLaVA-1.5's system prompt, before the image
@@ -20,13 +20,13 @@ PYTORCH = ("transformers", "authors", "authors_cache")
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-  """One measurement's prompt and output.
+  """The prompt and output of one measurement.
 
   Attributes:
     geometry: a key of `geometries.GEOMETRIES`.
     num_instruction_tokens: text tokens after the image.
-    batch_size: rows, all alike.
-    num_new_tokens: tokens generated, whatever they are.
+    batch_size: rows, all of one layout.
+    num_new_tokens: tokens to generate, whatever they are.
   """
 
   geometry: str
@@ -36,18 +36,17 @@ class Scenario:
 
   @property
   def num_text_tokens(self) -> int:
-    """System prompt and instruction."""
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
 
 
 class Side(abc.ABC):
-  """One way to run scenarios, one after the other.
+  """A way to run scenarios, one after another.
 
   Attributes:
-    device: what it runs on.
-    mapped_bytes: of the weights that lie in the file.
-    num_new_tokens: that an example generates.
-    parts: what is timed on its own where that is one token, by figure.
+    device: name of the device.
+    mapped_bytes: bytes of the weights that are mapped from the file.
+    num_new_tokens: tokens that an example generates.
+    parts: by figure, what is timed separately in scenarios of one token.
   """
 
   device: str
@@ -57,22 +56,18 @@ class Side(abc.ABC):
 
   @abc.abstractmethod
   def prepare(self, scenario: Scenario) -> None:
-    """Compiles what the scenario needs, and runs it once.
-
-    Raises:
-      NotImplementedError: this side cannot run it; the message says why.
-    """
+    """Compiles and runs a scenario once; raises `NotImplementedError`, with the reason, if this side cannot run it."""
 
   @abc.abstractmethod
   def example(self) -> float:
-    """Runs a whole example and gives its seconds after the first token."""
+    """Runs a whole example and returns the seconds after its first token."""
 
   @abc.abstractmethod
   def accelerator_peak(self) -> int:
-    """The most bytes that an accelerator held since the process began; 0 where there is none."""
+    """Peak memory of an accelerator, in bytes, since the process started; 0 without one."""
 
   def turn(self) -> dict[str, float]:
-    """Runs every figure of the prepared scenario once and gives its seconds; some figures may be missing."""
+    """Runs every figure of the prepared scenario once and returns its seconds; some figures may be missing."""
     is_prefill = self.num_new_tokens == 1
     measured = {name: seconds(part) for name, part in self.parts.items()} if is_prefill else {}
     start = time.perf_counter()
@@ -81,10 +76,10 @@ class Side(abc.ABC):
     return measured if is_prefill else measured | {"decode": decode / (self.num_new_tokens - 1)}
 
   def accounting(self) -> dict[str, float]:
-    """`peak_bytes`, the most memory held while turns were taken, every weight counted once; and what programs say of themselves.
+    """Statistics after all turns: `peak_bytes`, the peak memory with every weight counted once.
 
-    On a CPU it is the largest resident size since `reset_peak_memory`, with the weights of the file in full in place of what of
-    it is mapped.
+    On a CPU this is the largest resident size since `reset_peak_memory`, with the file's mapped part replaced by all
+    its weights.
     """
     status = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
     peak, *mapped = (int(status[name].split()[0]) << 10 for name in ("VmHWM", "RssFile", "RssShmem"))
@@ -92,7 +87,6 @@ class Side(abc.ABC):
 
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
-  """Builds a side; only the package that it needs is imported."""
   if name in PYTORCH:
     from experiments.speed import pytorch
 
@@ -105,17 +99,16 @@ def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-  """Wall time of a call."""
   start = time.perf_counter()
   run()
   return time.perf_counter() - start
 
 
 def give_memory_back() -> None:
-  """Returns what the allocator holds and nothing uses: the sides share the machine's memory."""
+  """Returns the allocator's unused memory to the machine, which the sides share."""
   ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def reset_peak_memory() -> None:
-  """Has Linux forget this process's largest resident size so far."""
+  """Resets the largest resident size that Linux has recorded for this process."""
   pathlib.Path("/proc/self/clear_refs").write_text("5")

@@ -1,9 +1,10 @@
-"""Times `himap_jax.run` from the command to its first answer, and says where the time goes.
+"""Times `himap_jax.run` from the command to its first answer, phase by phase.
 
     python -m experiments.speed.startup --starts=5
 
-The first start finds a checkpoint in the Hugging Face layout and empty caches: it compiles, and digests the weights. The others
-find both in the caches. Every start is a process of its own; the phases end with the lines that `himap_jax.run --verbosity=0` logs.
+The first start reads a checkpoint in the Hugging Face layout with empty caches: it compiles, and digests the weights.
+Later starts find both in the caches. Every start is a new process; phases end with the lines logged by `himap_jax.run
+--verbosity=0`.
 """
 
 import os
@@ -25,9 +26,9 @@ from himap_jax.errors import UserError
 from himap_jax.run import command
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "`demo`, or a directory in the Hugging Face layout.")
-_STARTS = flags.DEFINE_integer("starts", 5, "Starts after the first.", lower_bound=1)
+_STARTS = flags.DEFINE_integer("starts", 5, "Number of starts after the first.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
-_PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "The first prompt is asked.")
+_PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose first prompt is asked.")
 _PRUNE_LAYERS = flags.DEFINE_string("prune_layers", "2,8", "As in himap_jax.run.")
 _IMAGE_DIR = flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")
 
@@ -44,13 +45,8 @@ TOTAL = "from the command to the first answer"
 
 
 def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, float]:
-  """Seconds that each phase of one run took.
-
-  Raises:
-    UserError: the run ended with an error that the user can mend.
-    RuntimeError: it failed otherwise.
-  """
-  begun = time.perf_counter()
+  """Seconds of each phase of one run; raises `UserError` or `RuntimeError` if it fails."""
+  launched = time.perf_counter()
   command_line = [sys.executable, "-m", "himap_jax.run", "--verbosity=0", *arguments]
   process = subprocess.Popen(
     command_line, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
@@ -59,16 +55,15 @@ def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, fl
   for line in process.stderr:
     log.append(line)
     if match := READY.search(line):
-      ends.setdefault(match[1], time.perf_counter() - begun)
+      ends.setdefault(match[1], time.perf_counter() - launched)
   if status := process.wait():
     raise (UserError if status == 2 else RuntimeError)("".join(log[-5:]).strip())
-  ends["end"] = time.perf_counter() - begun
+  ends["end"] = time.perf_counter() - launched
   moments = [0.0, *(ends[name] for name in PHASES)]
   return {name: after - before for name, before, after in zip(PHASES, moments, moments[1:], strict=False)}
 
 
 def run() -> int:
-  """Starts the command again and again and prints the phases."""
   source = _CHECKPOINT.value
   if source == "demo":
     cache = checkpoint.default_cache_dir()

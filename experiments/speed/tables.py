@@ -1,4 +1,4 @@
-"""From what was measured to tables: medians with their spread, and the ratios that matter."""
+"""Tables of measurements: medians with their spread, and ratios with their targets."""
 
 import dataclasses
 import statistics
@@ -15,8 +15,8 @@ from himap_jax.pruning.schedule import Schedule
 
 Results = dict[Scenario, Result]
 
-# Figures in units of others, each a side and its figure; the most that we hold to, and at which geometries; and the number of
-# new tokens it is meant for, any when None.
+# Name; numerator and denominator, each a side and its figure; the target, an upper bound, and its geometries; and the
+# number of new tokens for which the ratio is meant, None for any.
 RATIOS = (
   ("our vanilla prefill ÷ transformers'", "none prefill", "transformers prefill", 1.0, ("demo", "7b"), None),
   ("our decode per token ÷ transformers'", "none decode", "transformers decode", 0.85, ("7b",), None),
@@ -34,12 +34,12 @@ RATIOS = (
 
 
 def seconds(result: dict[str, Any], figure: str) -> list[float]:
-  """A figure, turn by turn; empty where it was not measured."""
+  """A figure by turn; empty if it was not measured."""
   return [turn[figure] for turn in result.get("turns", ()) if figure in turn]
 
 
 def ratio(results: Result, above: str, below: str) -> float | None:
-  """The median over turns of a side's figure, such as `himap prefill`, in units of another in the same turn."""
+  """Median over turns of a side's figure, such as `himap prefill`, relative to another in the same turn."""
   sides_and_figures = (name.split() for name in (above, below))
   values = (seconds(results.get(side, {}), figure) for side, figure in sides_and_figures)
   pairs = list(zip(*values, strict=False))
@@ -47,7 +47,7 @@ def ratio(results: Result, above: str, below: str) -> float | None:
 
 
 def flops_ratio(scenario: Scenario, method: str) -> float:
-  """What a method should take: the decoder's prefill on all tokens in units of no pruning, the last token's logits included."""
+  """FLOPs of a method's decoder prefill, on all tokens and with the last token's logits, relative to no pruning."""
   config = geometries.model_of(scenario.geometry)
   num_tokens = geometries.num_image_tokens(config), scenario.num_text_tokens
   schedules = geometries.schedule_of(config, method), Schedule()
@@ -56,7 +56,6 @@ def flops_ratio(scenario: Scenario, method: str) -> float:
 
 
 def targets(all_results: Results) -> Iterator[dict[str, Any]]:
-  """Every ratio that we hold to a target, scenario by scenario."""
   for scenario, results in all_results.items():
     held = [
       ("HiMAP prefill ÷ our vanilla prefill", "himap prefill", "none prefill", 1.1 * flops_ratio(scenario, "himap")),
@@ -77,7 +76,7 @@ def targets(all_results: Results) -> Iterator[dict[str, Any]]:
 
 
 def figures(all_results: Results) -> Iterator[dict[str, Any]]:
-  """One row a scenario and side: medians, and half the distance between the extremes as the spread."""
+  """Yields one row per scenario and side: medians, and half the range as the spread."""
   for scenario, results in all_results.items():
     for name, result in results.items():
       row: dict[str, Any] = {**dataclasses.asdict(scenario), "side": name, "turns": len(result.get("turns", ()))}
@@ -90,7 +89,7 @@ def figures(all_results: Results) -> Iterator[dict[str, Any]]:
 
 
 def report(all_results: Results, count: str) -> Report:
-  """`figures.csv`, `targets.csv`, and both as Markdown; `count` says how often it was measured, and on what."""
+  """`figures.csv`, `targets.csv`, and both as Markdown; `count` describes the machine and the number of turns."""
   rows, held = list(figures(all_results)), list(targets(all_results))
   devices = {result["device"] for results in all_results.values() for result in results.values() if "device" in result}
   text = ["## Targets", "", *tabular.formatted(map(_held, sorted(held, key=lambda row: row["ratio"])), TARGET_COLUMNS)]
@@ -121,13 +120,12 @@ FIGURE_COLUMNS = {
 
 
 def _held(row: tabular.Row) -> tabular.Row:
-  """A target, with whether it is met."""
   target = row["target"]
   return {**row, "met": None if target is None else "yes" if row["measured"] <= target else "no"}
 
 
 def _milliseconds(row: tabular.Row) -> tabular.Row:
-  """Figures in milliseconds with their spread; what a side cannot run stands in place of the first."""
+  """Figures in milliseconds with their spread; the reason why a side cannot run replaces the first."""
   shown = dict(row, peak=row["peak_bytes"] and row["peak_bytes"] / 2**30)
   for figure in FIGURES:
     if row[figure] is not None:

@@ -1,4 +1,4 @@
-"""Random weights that all sides of a comparison map from one file, so that a large model is in memory once."""
+"""Random weights that all sides map from one file, so that a large model is in memory only once."""
 
 import contextlib
 import math
@@ -11,19 +11,16 @@ import ml_dtypes
 import numpy as np
 
 BLOCK_BYTES = 64 << 20
-ALIGNMENT = 64  # bytes; JAX on CPU uses an aligned NumPy array as it lies
-# Bytes; far beyond any cache, so that reading weights that share them costs what reading others does.
+ALIGNMENT = 64  # bytes; JAX on CPU uses an aligned NumPy array without copying
+# Bytes; far beyond any cache, so that weights that share memory take as long to read as separate ones.
 LARGEST_FILE = 4 << 30
 
 
 @contextlib.contextmanager
 def random_file(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
-  """A file of random bfloat16 numbers of size 0.008 to 0.016 and either sign, for as long as this process holds it.
+  """Yields a file of random bfloat16 numbers of either sign and magnitude 0.008 to 0.016; `OSError` without space.
 
-  It has no name of its own, so that nothing is left of it however the process ends.
-
-  Raises:
-    OSError: the directory has not enough room.
+  The file has no name, so that nothing is left of it however the process ends.
   """
   numbers = np.random.default_rng(0).integers(0, 1 << 16, BLOCK_BYTES // 2, np.uint16)
   block = ((numbers & 0x807F) | (120 << 7)).tobytes()  # sign and mantissa at random, the exponent of 2 ** -7
@@ -36,16 +33,16 @@ def random_file(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Pat
 
 
 class Weights:
-  """Hands out arrays from the file, one after the other, and from its start again where it ends."""
+  """Hands out consecutive arrays from the file, and starts again at its end."""
 
   def __init__(self, path: pathlib.Path):
     self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
     self._next = 0
 
   def take(self, shape: tuple[int, ...], name: str = "") -> np.ndarray:
-    """A bfloat16 array that lies in the file; writing to it does not change the file.
+    """A bfloat16 array mapped from the file; writing to it does not change the file.
 
-    One with less than two axes is all ones, or zeros where its name ends in `bias`, and does not lie there.
+    An array with fewer than two axes is not mapped: it is all ones, or zeros if its name ends in `bias`.
     """
     if len(shape) < 2:
       return np.full(shape, not name.endswith("bias"), ml_dtypes.bfloat16)

@@ -1,4 +1,4 @@
-"""A side in a process of its own, and the handle that its parent holds."""
+"""A side in its own process, and the parent's handle to it."""
 
 import contextlib
 import multiprocessing
@@ -11,18 +11,18 @@ from typing import Any
 
 from experiments.speed import side
 
-# What XLA and PyTorch say where memory does not suffice.
+# Messages of XLA and PyTorch when memory runs out.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory", "can't allocate memory")
 
 
 class CannotRun(Exception):
-  """A side that cannot run a scenario; the message says why."""
+  """A side cannot run a scenario; the message gives the reason."""
 
 
 def _serve(connection: Connection) -> None:
-  """Answers calls until the connection closes: of `side.make` with the device, then of the side's methods with their result.
+  """Answers calls until the connection closes: `make` with the device, the side's methods with their results.
 
-  An answer is the class of an exception, or None, and its message or the result.
+  An answer is an exception class, or None, and its message or the result.
   """
   os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the sides share an accelerator
   served = None
@@ -37,7 +37,7 @@ def _serve(connection: Connection) -> None:
         connection.send((None, result))
       except NotImplementedError as error:
         connection.send((CannotRun, str(error)))
-      except Exception as error:  # the parent decides what becomes of it
+      except Exception as error:  # handled by the parent
         is_memory = isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY)
         connection.send((CannotRun, "out of memory") if is_memory else (RuntimeError, traceback.format_exc()))
 
@@ -45,10 +45,7 @@ def _serve(connection: Connection) -> None:
 class Worker:
   """Calls a side's methods in its process; a context manager that ends the process.
 
-  Every call may raise `CannotRun`, also where the process was killed (it is begun anew), and `RuntimeError` where it failed.
-
-  Attributes:
-    device: what the side runs on.
+  A call may raise `CannotRun`, also if the process was killed (it is then restarted), or `RuntimeError` if it failed.
   """
 
   def __init__(self, name: str, geometry: dict[str, Any], weights: pathlib.Path):
@@ -56,7 +53,6 @@ class Worker:
     self._start()
 
   def _start(self) -> None:
-    """Begins the process and waits until its model is there."""
     context = multiprocessing.get_context("spawn")
     self._connection, theirs = context.Pipe()
     self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
@@ -74,7 +70,6 @@ class Worker:
     self._process.join()
 
   def call(self, method: str, *arguments: Any) -> Any:
-    """The result of a method of `side.Side`."""
     try:
       return self._exchange(method, arguments)
     except (EOFError, ConnectionError) as error:
@@ -83,7 +78,7 @@ class Worker:
       self._start()
       if status != -signal.SIGKILL:
         raise RuntimeError(f"the process of {self._arguments[0]} ended with status {status}") from error
-      raise CannotRun("killed, most likely for its memory") from error
+      raise CannotRun("killed, most likely for lack of memory") from error
 
   def _exchange(self, method: str, arguments: tuple[Any, ...]) -> Any:
     self._connection.send((method, arguments))

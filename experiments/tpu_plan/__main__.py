@@ -1,11 +1,11 @@
-"""Compiles prefill and decode for TPUs without one, and finds the largest batch that fits.
+"""Compiles prefill and decode for TPUs without having one, and finds the largest batch that fits.
 
     python -m experiments.tpu_plan --flagfile=experiments/flags/tpu_plan.flags
 
-Needs libtpu, `pip install -e '.[tpu]'`, and no TPU and no weights. Stopped at any time, the same command goes on.
+Needs libtpu, `pip install -e '.[tpu]'`, but neither a TPU nor weights. Repeating an interrupted command resumes it.
 
-That a program compiles proves that it lowers to the TPU's instructions, that its arguments and temporaries fit into a device's
-memory, and which collectives it runs. It says nothing about speed.
+Compiling proves that a program lowers to the TPU's instructions and that its arguments and temporaries fit into a
+device's memory, and shows its collectives. It says nothing about speed.
 """
 
 import functools
@@ -21,19 +21,20 @@ from himap_jax.run import command
 
 _MODELS = flags.DEFINE_list("models", ["7b", "13b"], f"Any of {', '.join(GEOMETRIES)}.")
 _TOPOLOGIES = flags.DEFINE_list(
-  "topologies", ["v5e:2x4"], "TPU slices, as v5e:2x4, v5e:1x1, v6e:2x2, v4:2x2x1, v5p:2x2x1."
+  "topologies", ["v5e:2x4"], "TPU slices, such as v5e:2x4, v5e:1x1, v6e:2x2, v4:2x2x1, v5p:2x2x1."
 )
 _TENSOR = flags.DEFINE_list("tensor", ["8"], "Devices that share the heads, as in --mesh of himap_jax.run.")
 _WEIGHTS = flags.DEFINE_list("weights", ["bfloat16"], f"Any of {', '.join(plan.DTYPES)}.")
-_METHODS = flags.DEFINE_list("methods", ["none", "fastv", "himap"], "With their default schedules; none comes first.")
+_METHODS = flags.DEFINE_list(
+  "methods", ["none", "fastv", "himap"], "Methods with their default schedules; list none first."
+)
 _BUCKET = flags.DEFINE_integer("bucket", 128, "Padded text length.", lower_bound=1)
-_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "Room for an answer.", lower_bound=1)
-_WORKDIR = flags.DEFINE_string("workdir", "tpu_plan_work", "What was compiled; a second start goes on from it.")
+_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "Tokens reserved for an answer.", lower_bound=1)
+_WORKDIR = flags.DEFINE_string("workdir", "tpu_plan_work", "Directory of compilation results, to resume from.")
 _OUTPUT = flags.DEFINE_string("output", "tpu_plan_output", "Directory of the tables.")
 
 
 def run() -> int:
-  """Compiles what is missing and writes the tables, which grow cell by cell."""
   models, weights = study.chosen(_MODELS, GEOMETRIES), study.chosen(_WEIGHTS, plan.DTYPES)
   methods, tensor = study.chosen(_METHODS, METHODS), command.numbers(_TENSOR, int)
   planned.without_devices()

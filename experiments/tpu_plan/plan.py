@@ -1,4 +1,4 @@
-"""Compiles the real programs for a TPU that is not there, and finds the largest batch that its memory holds."""
+"""Compiles the real programs for an absent TPU, and finds the largest batch that fits into its memory."""
 
 import dataclasses
 import math
@@ -19,8 +19,8 @@ from himap_jax.engine.prefill import prefill
 from himap_jax.model.network import Model, Network, abstract_params
 from himap_jax.pruning import cost
 
-FARTHEST, FEW = 8, 16  # the next guess is at most so many times what fits, up to so many rows
-# GiB that programs can have, until the compiler says so itself.
+FARTHEST, FEW = 8, 16  # the next guess is at most FARTHEST times what fits, while FEW rows or fewer fit
+# GiB available to programs, until the compiler reports the limit.
 HBM = {"v4": 31.25, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 DTYPES = ("bfloat16", "int8")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
@@ -29,16 +29,16 @@ _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """What is planned.
+  """A planned configuration.
 
   Attributes:
     model: a key of `geometries.GEOMETRIES`.
-    topology: of a slice, as `v5e:2x4`.
-    tensor: devices that share the heads; the others have rows of their own.
+    topology: a slice such as `v5e:2x4`.
+    tensor: devices that share the heads; other devices hold different rows.
     weights: one of `DTYPES`; activations and caches are in bfloat16.
-    method: with its default schedule.
+    method: a method with its default schedule.
     num_text_slots: the bucket.
-    num_new_tokens: room for an answer.
+    num_new_tokens: tokens reserved for an answer.
   """
 
   model: str
@@ -51,12 +51,11 @@ class Cell:
 
   @property
   def name(self) -> str:
-    """Of its file."""
     return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(self))
 
 
 def lower(cell: Cell, rows: int) -> programs.Programs:
-  """Lowers the programs that `himap_jax.run` would run, for `rows` rows on every group of devices that share them."""
+  """Lowers the programs of `himap_jax.run`, for `rows` rows on every group of devices that share the heads."""
   mesh = planned.mesh_of(cell.topology, cell.tensor)
   model, inputs, seeds = planned.shapes_on(
     mesh,
@@ -71,14 +70,12 @@ def lower(cell: Cell, rows: int) -> programs.Programs:
 
 
 def compile_program(lowered: Any) -> dict[str, Any]:
-  """Compiles a lowered program, or says how much it lacks.
+  """Compiles a lowered program; raises `jax.errors.JaxRuntimeError` for reasons other than memory.
 
   Returns:
-    The seconds that took; the bytes of its `compiler_report.Memory` on a device, None where it does not fit; then the bytes of a
-    device that programs can have (`limit`), where the compiler says so; and in words its collectives and those of its stages.
-
-  Raises:
-    jax.errors.JaxRuntimeError: the compiler failed for another reason than memory.
+    `seconds` of compilation; `memory`, its `compiler_report.Memory` on a device, or None where it does not fit, with
+    `limit`, the bytes available on a device if the compiler reports them; and descriptions of all its collectives and
+    of those in pruning stages.
   """
   result = {"memory": None, "limit": None, "collectives": "", "collectives of stages": ""}
   start = time.perf_counter()
@@ -101,18 +98,18 @@ def compile_program(lowered: Any) -> dict[str, Any]:
 
 
 def compiled(workdir: pathlib.Path, cell: Cell, name: str, rows: int) -> dict[str, Any]:
-  """`compile_program` of a cell's `prefill` or `decode` at a number of rows, remembered in a directory."""
+  """`compile_program` of a cell's `prefill` or `decode` at a number of rows, cached in a directory."""
   path = workdir / f"{cell.name}-{name}-{rows}.json"
   return kept.json_of(path, lambda: compile_program(getattr(lower(cell, rows), name)))
 
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
-  """Multiplications of one row's prefill, up to its first token: by XLA's count of the unrolled program, and by ours."""
+  """Multiplications of one row's prefill up to its first token: XLA's count of the unrolled program, and ours."""
   config = geometries.model_of(cell.model)
   schedule, shape = geometries.schedule_of(config, cell.method), geometries.image_shape(config)
   batch = {"batch_size": 1, "num_text_slots": cell.num_text_slots, "image_shape": shape}
   inputs, _ = programs.abstract_inputs(config, sharding.make_mesh(), **batch)
-  # With kernels that XLA counts: those of TPU and CPU skip what causality hides, and Pallas is not counted.
+  # Kernels that XLA counts: those of TPU and CPU skip masked blocks, and Pallas is not counted.
   model = Model(abstract_params(config, jnp.bfloat16), Network(config, jnp.bfloat16))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments[:2], schedule, arguments[2]))
@@ -122,12 +119,12 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
 
 
 def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:
-  """The largest number of rows that fits, 0 where one row does not; memory is nearly affine in it.
+  """The largest number of rows that fits, 0 if one does not; memory is nearly affine in it.
 
   Args:
     measure: rows → bytes, or None where they do not fit.
-    limit: bytes of a device, as far as is known so far.
-    highest: the most rows to ask about, which come first; there is no such bound when None.
+    limit: bytes of a device, as far as known.
+    highest: upper bound, tried first; None for no bound.
   """
   sizes: dict[int, int] = {}
   below, above, rows, step = 0, math.inf, 1, 1
@@ -151,6 +148,6 @@ def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, h
 
 
 def _affine(sizes: dict[int, int], limit: int) -> int:
-  """The rows that reach the limit on the line through the last two sizes."""
+  """The rows at which the line through the last two sizes reaches the limit."""
   (a, size_a), (b, size_b) = sorted(sizes.items())[-2:]
   return b + (limit - size_b) * (b - a) // max(1, size_b - size_a)

@@ -1,4 +1,4 @@
-"""A row a cell: the largest batch, and what it takes."""
+"""A row for every cell: the largest batch and its costs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,13 +16,7 @@ PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
 
 
 def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
-  """Plans a cell.
-
-  Args:
-    cell: the cell.
-    compile_at: `plan.compiled` in some directory.
-    before: earlier rows, among them that of no pruning at the same place.
-  """
+  """Plans a cell; `compile_at` is `plan.compiled` in some directory, and earlier rows hold that of no pruning."""
   limits = []
 
   def measure(name: str, rows: int) -> int | None:
@@ -34,7 +28,6 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
     return sum(result["memory"].values()) if result["memory"] else None
 
   def limit() -> int:
-    """What a program that did not fit said that there is."""
     return min(limits, default=int(plan.HBM.get(cell.topology.partition(":")[0], 14) * GIB))
 
   devices = planned.mesh_of(cell.topology, cell.tensor).devices
@@ -77,7 +70,6 @@ SHOWN += ("prefill collectives of stages", "decode collectives", "FLOPs, XLA's c
 
 
 def report(rows: Sequence[Row], versions: str) -> Report:
-  """`tpu_plan.csv` with every figure and `tpu_plan.md` with most of them."""
   table = tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))
   return Report(versions, table, {"tpu_plan": rows})
 
