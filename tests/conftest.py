@@ -33,6 +33,21 @@ jax.config.update("jax_default_matmul_precision", "highest")
 torch.set_num_threads(1)  # tiny products lose far more time to torch's thread pool than they gain
 
 
+# Files that compile many programs or start processes; `-m "not slow"` leaves them out.
+SLOW = """
+  test_adaptive test_adaptive_study test_abstract test_answers_on_meshes test_calibrate test_compare_study
+  test_compile_study test_convert test_demo test_demo_assembly test_demo_training test_direct_loading test_disruption
+  test_flow_commands test_golden test_int8 test_int8_weights test_methods_in_model test_notebook test_optimized test_run
+  test_saliency test_several_processes test_sharding test_speed
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.stem in SLOW:
+      item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
   """Returns `load(name)`: a `tiny_checkpoints.Tiny` in both frameworks, made once."""

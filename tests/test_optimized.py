@@ -5,14 +5,11 @@ import pathlib
 import subprocess
 import sys
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ("tests/model/test_parity.py", "tests/engine/test_int8.py", "tests/engine/test_himap.py")
 CHOSEN = "clip_mha or siglip or int8 or does_not_matter or row_alone"
 
 
-@pytest.mark.slow
 def test_parity_int8_and_decoding_with_optimizations():
   command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=-q"]
   result = subprocess.run(
