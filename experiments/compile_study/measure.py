@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
 import multiprocessing
 import pathlib
 import shutil
@@ -140,18 +142,17 @@ def run(
     return in_own_process(name, setting, cache)
 
   processes: dict[str, list[Measurement]] = {name: [] for name in variants}
-  tpu = {}
-  steps = [(name, turn) for turn in range(turns + 1) for name in variants]
+  steps = list(itertools.product(range(turns + 1), variants))
   with Progress(len(steps), "process", "measuring") as progress:
-    for name, turn in steps:
-      path = workdir / f"{name}-{turn}.json"
-      processes[name].append(kept.json_of(path, lambda name=name, turn=turn: measured(name, turn)))
+    for turn, name in steps:
+      processes[name].append(kept.json_of(workdir / f"{name}-{turn}.json", measured, name, turn))
       progress.update()
+  if not place:
+    return processes, {}
   reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
-  if place:
-    with Progress(len(reported), "variant", "compiling for TPU") as progress:
-      for name in reported:
-        path = workdir / f"{name}-tpu.json"
-        tpu[name] = kept.json_of(path, lambda name=name: for_tpu(name, **place))
-        progress.update()
+  tpu = {}
+  with Progress(len(reported), "variant", "compiling for TPU") as progress:
+    for name in reported:
+      tpu[name] = kept.json_of(workdir / f"{name}-tpu.json", functools.partial(for_tpu, name, **place))
+      progress.update()
   return processes, tpu

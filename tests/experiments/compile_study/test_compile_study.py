@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import measure, tables, variants, workload
+from experiments.compile_study import measure, report, variants, workload
 from experiments.compile_study.measure import Setting
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
@@ -116,7 +116,7 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
   gather = [measurement(compile=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))]
   mask = [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))]
   account = dict(programs=1, compile=30.0, instructions=7, temporaries=5.0)
-  gather, mask = tables.make_rows(
+  gather, mask = report.make_rows(
     processes={"gather": [measurement(), *gather], "mask": [measurement(programs=1), *mask]},
     tpu={"gather": account | dict(collectives="2 all-reduce 1.0 MiB", selecting="none")},
   )
@@ -127,7 +127,7 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
   assert gather["tokens_per_second_cold"] == pytest.approx(900 / 19)
   assert gather["tokens_per_second_cached"] == pytest.approx(900 / 11)
   assert gather["tpu_temporaries"] == 5 and "tpu_programs" not in mask
-  text = tables.report([gather, mask], "heading", "TPU").write(tmp_path, "compile_study", "command")
+  text = report.make([gather, mask], "heading", "TPU").write(tmp_path, "compile_study", "command")
   assert (tmp_path / "compile_study.md").read_text() == text
   assert "| gather | 1 | 30.0 | 7 | 5 | 2 all-reduce 1.0 MiB | none |" in text
   assert (tmp_path / "compile_study.csv").read_text().startswith("variant,programs,compile_cold,compile_cached,")

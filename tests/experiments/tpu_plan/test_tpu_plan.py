@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints_convert.transforms import quantize
 from experiments.shared import compiler_report, planned
-from experiments.tpu_plan import plan, tables
+from experiments.tpu_plan import plan
 from himap_jax.engine import sharding
 
 
@@ -88,11 +88,9 @@ def test_a_row_is_of_the_batch_that_both_programs_can(monkeypatch):
     return {"seconds": 1.0, "memory": memory, "limit": None if fits else 1412, **found}
 
   monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
-  monkeypatch.setattr(
-    tables.planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4)))
-  )
+  monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4))))
   cell = plan.Cell("7b", "v5e:2x4", 4, "bfloat16", "none", 128, 32)
-  row = tables.make_row(cell, compiler, [])
+  row = plan.make_row(cell, compiler, [])
   assert (row["largest batch"], row["rows per device"], row["times none"]) == (50, 6.25, 1)
   assert row["prefill arguments GiB"] == row["decode arguments GiB"] == 1250 / 2**30
   assert row["prefill collectives of stages"] == "stages" and row["FLOPs, XLA's count ÷ ours"] == 1.02
