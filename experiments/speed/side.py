@@ -1,12 +1,16 @@
-"""The sides of the comparison; each runs scenarios in its own process."""
+"""The sides of the comparison, each of which runs scenarios in its own process, and the weights that they share."""
 
 import abc
 import ctypes
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 # In seconds: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
 # one decoded token; a whole example from pixels to its last token. The first three are measured only in scenarios of
@@ -14,6 +18,7 @@ from typing import Any
 FIGURES = ("tower", "prefill", "scoring", "decode", "example")
 
 NUM_SYSTEM_TOKENS = 35  # of LLaVA-1.5's system prompt, before the image
+ALIGNMENT = 64  # bytes; JAX on CPU uses an aligned NumPy array without copying
 
 PYTORCH = ("transformers", "authors", "authors_cache")
 
@@ -37,6 +42,27 @@ class Scenario:
   @property
   def num_text_tokens(self) -> int:
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
+
+
+class Weights:
+  """Hands out consecutive arrays from a file of random weights, and starts again at its end."""
+
+  def __init__(self, path: pathlib.Path):
+    self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
+    self._next = 0
+
+  def take(self, shape: tuple[int, ...], name: str = "") -> np.ndarray:
+    """A bfloat16 array mapped from the file; writing to it does not change the file.
+
+    An array with fewer than two axes is not mapped: it is all ones, or zeros if its name ends in `bias`.
+    """
+    if len(shape) < 2:
+      return np.full(shape, not name.endswith("bias"), ml_dtypes.bfloat16)
+    size = 2 * math.prod(shape)
+    if self._next + size > len(self._bytes):
+      self._next = 0
+    start, self._next = self._next, self._next + -(-size // ALIGNMENT) * ALIGNMENT
+    return self._bytes[start : start + size].view(ml_dtypes.bfloat16).reshape(shape)
 
 
 class Side(abc.ABC):

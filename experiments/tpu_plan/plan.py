@@ -131,10 +131,8 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
 def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:
   """The largest number of rows that fits, 0 if one does not; memory is nearly affine in it.
 
-  Args:
-    measure: rows → bytes, or None where they do not fit.
-    limit: bytes of a device, as far as known.
-    highest: upper bound, tried first; None for no bound.
+  `measure` maps rows to bytes, or None where they do not fit; `limit` is a device's bytes, as far as known; `highest` is
+  an upper bound, tried first, or None for no bound.
   """
   sizes: dict[int, int] = {}
   below, above, rows, step = 0, math.inf, 1, 1

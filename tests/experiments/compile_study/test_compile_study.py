@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import measure, report, variants, workload
+from experiments.compile_study import measure, report, variants
 from experiments.compile_study.measure import Setting
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
+from experiments.shared.subject import Subject
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import Batcher
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Inputs, Layout
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
@@ -83,22 +83,25 @@ def test_compiles_from_shapes_alone(name, loaded):
 
 @pytest.mark.parametrize("is_bucketed", [True, False])
 def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
-  monkeypatch.setattr(workload, "MOST_QUESTIONS", 6)  # the tiny model's context is short
-  model = loaded("clip_mha")
-  processor = model.prompts("<image>{question}")
-  batcher = Batcher(model.config, processor.image_shape, buckets=(64, 128, 256))
-  examples = workload.make_examples(processor, 40, seed=3)
-  lengths = [example.num_text_tokens for example in examples]
-  assert min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)
-  assert lengths == [e.num_text_tokens for e in workload.make_examples(processor, 40, seed=3)]
-  batches = workload.make_batches(batcher, examples, 3, is_bucketed=is_bucketed)
+  monkeypatch.setattr(measure, "MOST_QUESTIONS", 6)  # the tiny model's context is short
+  inputs = InputConfig("<image>{question}", (64, 128, 256), 3)
+  prompts = measure.workload(40, seed=3)
+  assert prompts == measure.workload(40, seed=3)
+  subject = Subject.load(str(loaded("clip_mha").directory), prompts, inputs=inputs)
+  examples = {question.id: example for question, example, _ in subject.examples("prompts")}
+  lengths = [example.num_text_tokens for example in examples.values()]
+  assert len(lengths) == 40 and min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)
   found = []
-  for batch in batches:
-    slots = batch.tokens.shape[1] - 16
-    own = [int(length) - 16 for length in jax.tree.map(jnp.asarray, batch.layout).num_tokens()]
-    assert batch.tokens.shape[0] == 3
+  for batch in measure.make_batches(subject, is_bucketed=is_bucketed):
+    tokens = batch.inputs.tokens
+    slots = tokens.shape[1] - 16
+    own = [int(length) - 16 for length in jax.tree.map(jnp.asarray, batch.inputs.layout).num_tokens()]
+    assert tokens.shape[0] == 3
+    assert own == [examples[row].num_text_tokens for row in batch.row_ids]
     if is_bucketed:
-      assert slots in batcher.buckets and all(batcher.bucket(examples[lengths.index(n)]) == slots for n in own)
+      assert slots in subject.batcher.buckets and all(
+        subject.batcher.bucket(examples[i]) == slots for i in batch.row_ids
+      )
     else:
       assert slots == max(own)
     found += own
