@@ -37,22 +37,15 @@ MOST_QUESTIONS = 24
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Settings shared by all variants; the other fields are as in `himap_jax.run`.
-
-  Attributes:
-    num_prompts: prompts in the workload.
-    seed: seed of the workload.
-    prune_layers: HiMAP's layers; the default if None.
-    keep: HiMAP's keep counts; the default if None.
-  """
+  """Settings shared by all variants, as in `himap_jax.run`."""
 
   checkpoint: str
   dtype: str
-  num_prompts: int
+  num_prompts: int  # in the workload
   inputs: InputConfig
-  seed: int
-  prune_layers: tuple[int, ...] | None = None
-  keep: tuple[int | float, ...] | None = None
+  seed: int  # of the workload
+  prune_layers: tuple[int, ...] | None = None  # HiMAP's; the default if None
+  keep: tuple[int | float, ...] | None = None  # HiMAP's keep counts; the default if None
 
 
 def workload(num_prompts: int, *, seed: int) -> list[Question]:

@@ -25,19 +25,12 @@ PYTORCH = ("transformers", "authors", "authors_cache")
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-  """The prompt and output of one measurement.
+  """The prompt and output of one measurement."""
 
-  Attributes:
-    geometry: a key of `geometries.GEOMETRIES`.
-    num_instruction_tokens: text tokens after the image.
-    batch_size: rows, all of one layout.
-    num_new_tokens: tokens to generate, whatever they are.
-  """
-
-  geometry: str
-  num_instruction_tokens: int
-  batch_size: int
-  num_new_tokens: int
+  geometry: str  # a key of `geometries.GEOMETRIES`
+  num_instruction_tokens: int  # text tokens after the image
+  batch_size: int  # rows, all of one layout
+  num_new_tokens: int  # tokens to generate, whatever they are
 
   @property
   def num_text_tokens(self) -> int:
@@ -66,19 +59,12 @@ class Weights:
 
 
 class Side(abc.ABC):
-  """A way to run scenarios, one after another.
+  """A way to run scenarios, one after another."""
 
-  Attributes:
-    device: name of the device.
-    mapped_bytes: bytes of the weights that are mapped from the file.
-    num_new_tokens: tokens that an example generates.
-    parts: by figure, what is timed separately in scenarios of one token.
-  """
-
-  device: str
-  mapped_bytes: int
-  num_new_tokens: int
-  parts: dict[str, Callable[[], Any]]
+  device: str  # its name
+  mapped_bytes: int  # of the weights that are mapped from the file
+  num_new_tokens: int  # that an example generates
+  parts: dict[str, Callable[[], Any]]  # by figure, what is timed separately in scenarios of one token
 
   @abc.abstractmethod
   def prepare(self, scenario: Scenario) -> None:

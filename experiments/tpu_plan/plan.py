@@ -39,25 +39,15 @@ SHOWN += ("prefill collectives of stages", "decode collectives", "FLOPs, XLA's c
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A planned configuration.
+  """A planned configuration."""
 
-  Attributes:
-    model: a key of `geometries.GEOMETRIES`.
-    topology: a slice such as `v5e:2x4`.
-    tensor: devices that share the heads; other devices hold different rows.
-    weights: one of `DTYPES`; activations and caches are in bfloat16.
-    method: a method with its default schedule.
-    num_text_slots: the bucket.
-    num_new_tokens: tokens reserved for an answer.
-  """
-
-  model: str
-  topology: str
-  tensor: int
-  weights: str
-  method: str
-  num_text_slots: int
-  num_new_tokens: int
+  model: str  # a key of `geometries.GEOMETRIES`
+  topology: str  # a slice such as `v5e:2x4`
+  tensor: int  # devices that share the heads; other devices hold different rows
+  weights: str  # one of `DTYPES`; activations and caches are in bfloat16
+  method: str  # with its default schedule
+  num_text_slots: int  # the bucket
+  num_new_tokens: int  # reserved for an answer
 
   @property
   def name(self) -> str:

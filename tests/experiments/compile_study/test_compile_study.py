@@ -24,10 +24,8 @@ SAME = [name for name in VARIANTS if name not in ("dynamic", "exact_length")]
 @pytest.fixture(scope="module")
 def prefill(checkpoints, loaded, images):
   """Returns `prefill(name)`: the logits of a variant for two rows, and its recorder."""
-  tiny, model = (
-    checkpoints("clip_mha"),
-    Model(loaded("clip_mha").model.params, Network(loaded("clip_mha").config, jnp.float32)),
-  )
+  tiny, own = checkpoints("clip_mha"), loaded("clip_mha")
+  model = Model(own.model.params, Network(own.config, jnp.float32))
   rows = [tiny.encode(image, prompt) for image, prompt in zip(images[:2], PROMPTS, strict=True)]
   inputs = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, 72))
   schedule = build_schedule("himap", num_layers=6, num_image_tokens=16, prune_layers=(2, 4), keep=(8, 3))
