@@ -1,7 +1,10 @@
-"""Measures variants with an empty compilation cache, then in turns with a filled one, and compiles them for a TPU."""
+"""Measures variants on prompts of mixed lengths, with an empty and a filled compilation cache, and compiles for a TPU."""
 
 import concurrent.futures
 import dataclasses
+import functools
+import itertools
+import json
 import multiprocessing
 import pathlib
 import shutil
@@ -12,13 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from experiments.compile_study import workload
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
+from experiments.question_sets import Question
 from experiments.shared import compiler_report, geometries, kept, planned
-from himap_jax import checkpoint
-from himap_jax.engine.batching import Batcher
+from experiments.shared.subject import Batch, Subject
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Inputs
 from himap_jax.run import command
@@ -27,25 +30,46 @@ from himap_jax.run.progress import Progress
 Measurement = dict[str, Any]
 STEPS = 5  # repetitions of a step; the median counts
 
+DEMO = pathlib.Path(__file__).parents[1] / "demo"
+SPREAD = 1.0  # standard deviation of the logarithm of a prompt's number of questions
+MOST_QUESTIONS = 24
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """Settings shared by all variants; the other fields are as in `himap_jax.run`.
-
-  Attributes:
-    num_prompts: prompts in the workload.
-    seed: seed of the workload.
-    prune_layers: HiMAP's layers; the default if None.
-    keep: HiMAP's keep counts; the default if None.
-  """
+  """Settings shared by all variants, as in `himap_jax.run`."""
 
   checkpoint: str
   dtype: str
-  num_prompts: int
+  num_prompts: int  # in the workload
   inputs: InputConfig
-  seed: int
-  prune_layers: tuple[int, ...] | None = None
-  keep: tuple[int | float, ...] | None = None
+  seed: int  # of the workload
+  prune_layers: tuple[int, ...] | None = None  # HiMAP's; the default if None
+  keep: tuple[int | float, ...] | None = None  # HiMAP's keep counts; the default if None
+
+
+def workload(num_prompts: int, *, seed: int) -> list[Question]:
+  """Prompts about the demo's pictures; the number of questions in each is log-normal, mostly one or two."""
+  rng = np.random.default_rng(seed)
+  rows = [json.loads(line) for line in (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
+  counts = np.clip(np.rint(rng.lognormal(0, SPREAD, num_prompts)), 1, MOST_QUESTIONS).astype(int)
+  prompts = []
+  for number, count in enumerate(counts):
+    text = " ".join(rows[index]["question"] for index in rng.integers(len(rows), size=count))
+    prompts.append(Question(str(number), DEMO / rows[rng.integers(len(rows))]["image"], text, "", "", ""))
+  return prompts
+
+
+def make_batches(subject: Subject, *, is_bucketed: bool) -> list[Batch]:
+  """Batches in order of arrival, of one bucket each or padded to their longest prompt."""
+  if is_bucketed:
+    return list(subject.batches("prompts"))
+  prepared, size, batches = list(subject.examples("prompts")), subject.batch_size, []
+  for first in range(0, len(prepared), size):
+    questions, examples, _ = zip(*prepared[first : first + size], strict=True)
+    longest = max(example.num_text_tokens for example in examples)
+    batches.append(Batch(questions, subject.batcher.pack(examples, bucket=longest, batch_size=size)))
+  return batches
 
 
 def in_own_process(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
@@ -62,29 +86,27 @@ def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> 
   (`mix_seconds`) without compilation, and the tokens and slots of its batches.
   """
   command.use_compilation_cache(str(cache_dir))
-  loaded = checkpoint.load(setting.checkpoint, dtype=jnp.dtype(setting.dtype))
-  processor = loaded.prompts(setting.inputs.prompt_template)
-  batcher = Batcher(loaded.config, processor.image_shape, buckets=setting.inputs.prompt_buckets)
-  examples = workload.make_examples(processor, setting.num_prompts, seed=setting.seed)
-  is_bucketed = VARIANTS[variant].is_bucketed
-  batches = workload.make_batches(batcher, examples, setting.inputs.batch_size, is_bucketed=is_bucketed)
-  batches = jax.tree.map(jnp.asarray, batches)
-  recorder = Recorder()
+  prompts = workload(setting.num_prompts, seed=setting.seed)
+  subject = Subject.load(setting.checkpoint, prompts, dtype=jnp.dtype(setting.dtype), inputs=setting.inputs)
+  batches = make_batches(subject, is_bucketed=VARIANTS[variant].is_bucketed)
+  num_tokens = sum(int(batch.inputs.layout.num_tokens()[: len(batch.questions)].sum()) for batch in batches)
+  inputs = jax.tree.map(jnp.asarray, [batch.inputs for batch in batches])
+  recorder, loaded = Recorder(), subject.loaded
   prefill = VARIANTS[variant].build(recorder, loaded.schedule("himap", setting.prune_layers, setting.keep))
 
-  def seconds(inputs: list[Inputs]) -> float:
+  def seconds(batches: list[Inputs]) -> float:
     start = time.perf_counter()
-    for batch in inputs:
+    for batch in batches:
       jax.block_until_ready(prefill(loaded.model, batch))
     return time.perf_counter() - start
 
-  seconds(batches)
+  seconds(inputs)
   return {
     **recorder.account(),
-    "step_seconds": statistics.median(seconds(batches[:1]) for _ in range(STEPS)),
-    "mix_seconds": seconds(batches),
-    "num_tokens": sum(len(example.tokens) for example in examples),
-    "num_slots": sum(batch.tokens.size for batch in batches),
+    "step_seconds": statistics.median(seconds(inputs[:1]) for _ in range(STEPS)),
+    "mix_seconds": seconds(inputs),
+    "num_tokens": num_tokens,
+    "num_slots": sum(batch.tokens.size for batch in inputs),
   }
 
 
@@ -93,16 +115,8 @@ def for_tpu(
 ) -> Measurement:
   """Compiles a variant from shapes alone for an absent TPU; errors as in `planned.mesh_of`.
 
-  Args:
-    variant: a key of `VARIANTS`.
-    geometry: a key of `geometries.GEOMETRIES`.
-    topology: a TPU slice such as `v5e:2x4`.
-    tensor: devices that share the heads; other devices hold different rows.
-    batch_size: rows of the whole slice.
-    num_text_slots: padded text length.
-
-  Returns:
-    The recorder's account, and descriptions of all collectives and of those in pruning stages.
+  The batch is that of a whole slice such as `v5e:2x4`, in which `tensor` devices share the heads and the others hold
+  different rows. Returns the recorder's account, and descriptions of all collectives and of those in pruning stages.
   """
   shape = {"batch_size": batch_size, "num_text_slots": num_text_slots}
   model, inputs, _ = planned.shapes_on(planned.mesh_of(topology, tensor), geometry, **shape)
@@ -119,18 +133,10 @@ def for_tpu(
 def run(
   variants: Sequence[str], setting: Setting, place: dict[str, Any], *, turns: int, workdir: pathlib.Path
 ) -> tuple[dict[str, list[Measurement]], dict[str, Measurement]]:
-  """Measures variants and compiles them for a TPU; resumes from the work directory.
+  """Measures variants, and compiles them for a TPU if there is a `place`; resumes from the work directory.
 
-  Args:
-    variants: keys of `VARIANTS`.
-    setting: settings of all variants.
-    place: arguments of `for_tpu`; nothing is compiled for a TPU if empty.
-    turns: measurements of every variant after the first.
-    workdir: directory of measurements and compilation caches.
-
-  Returns:
-    By variant, its measurements, the first with an empty compilation cache and the others with a filled one; and by
-    variant its measurement for a TPU.
+  The first measurement of a variant has an empty compilation cache, `turns` more have a filled one; `place` is the
+  arguments of `for_tpu`. Returns a variant's measurements by name, and by name its measurement for a TPU.
   """
 
   def measured(name: str, turn: int) -> Measurement:
@@ -140,18 +146,17 @@ def run(
     return in_own_process(name, setting, cache)
 
   processes: dict[str, list[Measurement]] = {name: [] for name in variants}
-  tpu = {}
-  steps = [(name, turn) for turn in range(turns + 1) for name in variants]
+  steps = list(itertools.product(range(turns + 1), variants))
   with Progress(len(steps), "process", "measuring") as progress:
-    for name, turn in steps:
-      path = workdir / f"{name}-{turn}.json"
-      processes[name].append(kept.json_of(path, lambda name=name, turn=turn: measured(name, turn)))
+    for turn, name in steps:
+      processes[name].append(kept.json_of(workdir / f"{name}-{turn}.json", measured, name, turn))
       progress.update()
+  if not place:
+    return processes, {}
   reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
-  if place:
-    with Progress(len(reported), "variant", "compiling for TPU") as progress:
-      for name in reported:
-        path = workdir / f"{name}-tpu.json"
-        tpu[name] = kept.json_of(path, lambda name=name: for_tpu(name, **place))
-        progress.update()
+  tpu = {}
+  with Progress(len(reported), "variant", "compiling for TPU") as progress:
+    for name in reported:
+      tpu[name] = kept.json_of(workdir / f"{name}-tpu.json", functools.partial(for_tpu, name, **place))
+      progress.update()
   return processes, tpu

@@ -39,19 +39,12 @@ Build = Callable[[Recorder, Schedule], Run]
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """A way to run a prefill.
+  """A way to run a prefill."""
 
-  Attributes:
-    build: makes it from a recorder and HiMAP's schedule.
-    shows: its difference to the others.
-    is_bucketed: whether prompts are padded to a bucket, not to the longest of their batch.
-    can_be_abstract: whether its shapes are known without values.
-  """
-
-  build: Build
-  shows: str
-  is_bucketed: bool = True
-  can_be_abstract: bool = True
+  build: Build  # makes it from a recorder and HiMAP's schedule
+  shows: str  # its difference to the others
+  is_bucketed: bool = True  # whether prompts are padded to a bucket, not to the longest of their batch
+  can_be_abstract: bool = True  # whether its shapes are known without values
 
 
 def one_program(run: Callable[[Model, Inputs, Schedule], Any]) -> Build:

@@ -1,5 +1,10 @@
 """The trained parts of the demo model (projector and low-rank updates), their file, and the whitening of features.
 
+As a command it averages adapters, which recovers some of what later training forgot (Wortsman et al., arXiv
+2109.01903); they must lie on one path of training, each initialised from the one before:
+
+    python -m experiments.demo_model.adapter --adapters=2.safetensors,3.safetensors --shares=0.5,0.5 --adapter=…
+
 Axes: B images, A answer tokens, P patches, F features of the tower, V vocabulary.
 """
 
@@ -14,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import app, flags
 from flax import traverse_util
 from jaxtyping import Array, Float, Key
 from safetensors.numpy import save_file
@@ -24,6 +30,7 @@ from himap_jax.errors import UserError
 from himap_jax.inputs import pytree, take_slots
 from himap_jax.model.linear import matmul
 from himap_jax.model.network import Model
+from himap_jax.run import command
 
 LORA_SCALE = 2.0
 WHITENING_FLOOR = 1e-2  # in units of squared features; the largest variance is about 20
@@ -151,3 +158,17 @@ def init_projector(key: Key[Array, ""], params: Any) -> Weights:
     weight = weight * inputs**-0.5 if layer == "linear_1" else weight * 1.5 * size * inputs**-0.5
     projector[layer] = {"weight": weight, "bias": jnp.zeros(outputs)}
   return projector
+
+
+def run() -> int:
+  values = flags.FLAGS
+  mean = average(list(map(Adapter.read, values.adapters)), command.numbers(values["shares"], float))
+  mean.save(pathlib.Path(values.adapter))
+  return 0
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("adapters", None, "Adapters to average.", required=True)
+  flags.DEFINE_list("shares", None, "Share of each adapter; they sum to 1.", required=True)
+  flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
+  app.run(lambda argv: command.execute("experiments.demo_model.adapter", argv, run))

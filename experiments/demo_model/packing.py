@@ -28,22 +28,14 @@ ANSWER_SLOTS_SHARE = 2  # at most one in two of the question slots holds an answ
 
 @pytree
 class Batch:
-  """Packed sequences.
-
-  Attributes:
-    segments: 0 in the shared prefix, 1 … in the questions, `UNUSED` in padding.
-    answer_slots: the slot before each answer token, whose logits predict it.
-    answers: the answer tokens, including each answer's end.
-    answer_valid: False in padding.
-    answer_question: index of the question that the token answers.
-  """
+  """Packed sequences."""
 
   inputs: Inputs
-  segments: Int[Array, "B S"]
-  answer_slots: Int[Array, "B A"]
-  answers: Int[Array, "B A"]
-  answer_valid: Bool[Array, "B A"]
-  answer_question: Int[Array, "B A"]
+  segments: Int[Array, "B S"]  # 0 in the shared prefix, 1 … in the questions, `UNUSED` in padding
+  answer_slots: Int[Array, "B A"]  # the slot before each answer token, whose logits predict it
+  answers: Int[Array, "B A"]  # the answer tokens, including each answer's end
+  answer_valid: Bool[Array, "B A"]  # False in padding
+  answer_question: Int[Array, "B A"]  # index of the question that the token answers
 
   def mask(self) -> Bool[Array, "B 1 S S"]:
     """True where a slot may attend, apart from causality: to the prefix and to its own segment."""

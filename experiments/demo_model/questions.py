@@ -1,4 +1,6 @@
-"""Questions about scenes, determined by the random numbers.
+"""Questions about scenes, determined by the random numbers. As a command it writes scenes and their questions:
+
+    python -m experiments.demo_model.questions --split=test --num_scenes=100 --directory=… [--lists]
 
 Questions are of ten types:
 
@@ -28,6 +30,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from absl import app, flags
 
 from experiments.demo_model import cutouts
 from experiments.demo_model.cutouts import KINDS, Cutout
@@ -192,3 +195,17 @@ def write(directory: pathlib.Path, split: str, num_scenes: int, *, lists: bool =
   path = directory / "questions.jsonl"
   path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   return path
+
+
+def run() -> int:
+  values = flags.FLAGS
+  print(write(pathlib.Path(values.directory), values.split, values.num_scenes, lists=values.lists))
+  return 0
+
+
+if __name__ == "__main__":
+  flags.DEFINE_enum("split", "test", ["train", "test"], "Split of cut-outs and seeds.")
+  flags.DEFINE_integer("num_scenes", 100, "Number of scenes.")
+  flags.DEFINE_bool("lists", False, "Ask for lists of everything in a scene instead of short answers.")
+  flags.DEFINE_string("directory", None, "Directory for pictures and questions.jsonl.", required=True)
+  app.run(lambda argv: command.execute("experiments.demo_model.questions", argv, run, resumes=False))

@@ -55,9 +55,18 @@ class Report:
     return text
 
 
-def start(name: str, define_flags: Callable[[], None], run: Callable[[Any], Report]) -> None:
-  """Runs `experiments.<name>` as a command: `run` makes a report, which is written and printed."""
-  _define_flags()
+def start(
+  name: str, define_flags: Callable[[], None], run: Callable[[Any], Report], *, has_subject: bool = True
+) -> None:
+  """Runs `experiments.<name>` as a command: `run` makes a report, which is written and printed.
+
+  Without a subject, its flags do not exist, and those of directories have defaults.
+  """
+  if has_subject:
+    _define_subject_flags()
+  work, output = (None, None) if has_subject else (f"{name}_work", f"{name}_output")
+  flags.DEFINE_string("workdir", work, "Directory of measurements, to resume from.", required=has_subject)
+  flags.DEFINE_string("output", output, "Directory for tables, plots and the report.", required=has_subject)
   define_flags()
   for flag in flags.FLAGS.get_flags_for_module(__name__):  # for --help
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
@@ -75,7 +84,7 @@ def write(report: Report, name: str) -> str:
   return report.write(directory("output"), name.rpartition(".")[2], called)
 
 
-def _define_flags() -> None:
+def _define_subject_flags() -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
   flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
   sets = ", ".join(question_sets.SETS)
@@ -85,8 +94,6 @@ def _define_flags() -> None:
   flags.DEFINE_integer("batch_size", 1, "Questions per batch.", lower_bound=1)
   flags.DEFINE_list("prompt_buckets", ["64", "128", "256"], "As in himap_jax.run.")
   flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
-  flags.DEFINE_string("workdir", None, "Directory of measurements, to resume from.", required=True)
-  flags.DEFINE_string("output", None, "Directory for tables, plots and the report.", required=True)
   flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
 
 

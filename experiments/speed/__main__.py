@@ -7,61 +7,58 @@ continues with the scenarios not yet measured. Needs PyTorch: `pip install -e '.
 """
 
 import pathlib
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from experiments.shared import machine, study
 from experiments.shared.geometries import GEOMETRIES
 from experiments.speed import measure, side, tables
-from experiments.speed.side import Scenario
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS
-from himap_jax.run import command
 
-_GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Model sizes.")
-_SCENARIOS = flags.DEFINE_list(
-  "scenarios", ["60/1/1", "60/1/32"], "Scenarios: text tokens after the image / rows / tokens generated."
-)
-_SIDES = flags.DEFINE_list(
-  "sides",
-  ["none", "himap", "fastv", "none/int8", "transformers", "authors", "authors_cache"],
-  "Our methods, with /int8 for int8 weights; in PyTorch, transformers and the HiMAP authors' algorithm without and "
-  "with a cache.",
-)
-_TURNS = flags.DEFINE_integer("turns", 5, "Turns of each side.", lower_bound=1)
-_AT_ONCE = flags.DEFINE_integer(
-  "at_once", 1, "Sides that load and compile at a time; more need more memory and cores.", lower_bound=1
-)
-_WORKDIR = flags.DEFINE_string("workdir", "speed_work", "Directory of measurements, to resume from.")
-_OUTPUT = flags.DEFINE_string("output", "speed_output", "Directory of the tables.")
-_WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")
+SIDES = (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH)
 
 
-def run() -> int:
-  sides = study.chosen(_SIDES, (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH))
-  scenarios = [_scenario(text) for text in _SCENARIOS.value]
+def define_flags() -> None:
+  flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Model sizes.")
+  flags.DEFINE_list(
+    "scenarios", ["60/1/1", "60/1/32"], "Scenarios: text tokens after the image / rows / tokens generated."
+  )
+  flags.DEFINE_list(
+    "sides",
+    ["none", "himap", "fastv", "none/int8", "transformers", "authors", "authors_cache"],
+    "Our methods, with /int8 for int8 weights; in PyTorch, transformers and the HiMAP authors' algorithm without and "
+    "with a cache.",
+  )
+  flags.DEFINE_integer("turns", 5, "Turns of each side.", lower_bound=1)
+  flags.DEFINE_integer(
+    "at_once", 1, "Sides that load and compile at a time; more need more memory and cores.", lower_bound=1
+  )
+  flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")
+
+
+def run(values: Any) -> study.Report:
+  settings = {"geometry": values.geometry, "sides": study.chosen(values["sides"], SIDES), "turns": values.turns}
+  scenarios = [_scenario(values.geometry, text) for text in values.scenarios]
   measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
   workdir = study.open_workdir(
-    geometry=_GEOMETRY.value,
-    sides=sides,
-    turns=_TURNS.value,
+    **settings,
     processor=machine.processor(),
     code=machine.checksum_of_library(measured),
     **machine.versions("jax", "torch", "transformers"),
   )
-  how = {"turns": _TURNS.value, "at_once": _AT_ONCE.value, "weights_dir": pathlib.Path(_WEIGHTS_DIR.value)}
-  results = measure.run(scenarios, sides, workdir=workdir, **how)
-  count = f"{machine.processor()}, medians of {_TURNS.value} turns"
-  print(study.write(tables.report(results, count), "speed"))
-  return 0
+  how = {"turns": values.turns, "at_once": values.at_once, "weights_dir": pathlib.Path(values.weights_dir)}
+  results = measure.run(scenarios, values.sides, workdir=workdir, **how)
+  return tables.report(results, f"{machine.processor()}, medians of {values.turns} turns")
 
 
-def _scenario(text: str) -> Scenario:
+def _scenario(geometry: str, text: str) -> side.Scenario:
   sizes = text.split("/")
   if len(sizes) != 3 or not all(size.isdecimal() and int(size) for size in sizes):
     raise UserError(f"--scenarios: {text!r} is not instruction tokens / rows / new tokens, such as 60/1/32")
-  return Scenario(_GEOMETRY.value, *map(int, sizes))
+  return side.Scenario(geometry, *map(int, sizes))
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("speed", argv, run))
+  study.start("speed", define_flags, run, has_subject=False)

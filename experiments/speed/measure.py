@@ -3,18 +3,20 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import tree
 
 from experiments.shared import geometries, kept
 from experiments.speed import side
 from experiments.speed.side import Scenario
-from experiments.speed.weights import random_file
 from experiments.speed.worker import CannotRun, Worker
 from himap_jax.model.network import abstract_params
 from himap_jax.run import command
@@ -22,6 +24,26 @@ from himap_jax.run.progress import Progress
 
 # By side: the seconds of each figure, turn by turn, or why there are none.
 Result = dict[str, dict[str, Any]]
+
+BLOCK_BYTES = 64 << 20
+# Bytes; far beyond any cache, so that weights that share memory take as long to read as separate ones.
+LARGEST_FILE = 4 << 30
+
+
+@contextlib.contextmanager
+def random_file(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Path]:
+  """Yields a file of random bfloat16 numbers of either sign and magnitude 0.008 to 0.016; `OSError` without space.
+
+  The file has no name, so that nothing is left of it however the process ends.
+  """
+  numbers = np.random.default_rng(0).integers(0, 1 << 16, BLOCK_BYTES // 2, np.uint16)
+  block = ((numbers & 0x807F) | (120 << 7)).tobytes()  # sign and mantissa at random, the exponent of 2 ** -7
+  num_bytes = min(num_bytes, LARGEST_FILE)
+  with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
+    os.posix_fallocate(file.fileno(), 0, num_bytes)
+    for start in range(0, num_bytes, BLOCK_BYTES):
+      file.write(memoryview(block)[: num_bytes - start])
+    yield pathlib.Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
 def run(
@@ -33,18 +55,11 @@ def run(
   workdir: pathlib.Path,
   weights_dir: pathlib.Path,
 ) -> dict[Scenario, Result]:
-  """The results of scenarios of one geometry; missing ones are measured.
+  """The results of scenarios of one geometry, each a file in `workdir`; missing ones are measured.
 
-  Args:
-    sides: see `side.make`.
-    turns: turns of each side.
-    at_once: sides that load and compile concurrently.
-    workdir: directory of a results file for every scenario.
-    weights_dir: directory of the random weights.
-
-  Raises:
-    UserError: the weights cannot be written.
-    RuntimeError: a side failed; earlier scenarios are kept.
+  The sides are those of `side.make`, each with as many turns; `at_once` of them load and compile concurrently. Raises
+  `UserError` if the random weights cannot be written into `weights_dir`, and `RuntimeError` if a side failed, with
+  earlier scenarios kept.
   """
   paths = {scenario: workdir / f"{'-'.join(map(str, dataclasses.astuple(scenario)))}.json" for scenario in scenarios}
   todo = [scenario for scenario, path in paths.items() if not path.exists()]

@@ -14,8 +14,7 @@ import numpy as np
 from checkpoints_convert.transforms import quantize
 from experiments.shared import geometries
 from experiments.speed import side
-from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side
-from experiments.speed.weights import Weights
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side, Weights
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.decoding import DecodeConfig

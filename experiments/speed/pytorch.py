@@ -20,8 +20,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
 from experiments.speed import side
-from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side
-from experiments.speed.weights import Weights
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side, Weights
 
 PRUNE_LAYERS = (2, 8)
 KEEP = (0.5, 0.125)

@@ -1,12 +1,16 @@
-"""The sides of the comparison; each runs scenarios in its own process."""
+"""The sides of the comparison, each of which runs scenarios in its own process, and the weights that they share."""
 
 import abc
 import ctypes
 import dataclasses
+import math
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 # In seconds: the vision tower and projector; the rest of the prefill up to the first token's logits; choosing tokens;
 # one decoded token; a whole example from pixels to its last token. The first three are measured only in scenarios of
@@ -14,45 +18,53 @@ from typing import Any
 FIGURES = ("tower", "prefill", "scoring", "decode", "example")
 
 NUM_SYSTEM_TOKENS = 35  # of LLaVA-1.5's system prompt, before the image
+ALIGNMENT = 64  # bytes; JAX on CPU uses an aligned NumPy array without copying
 
 PYTORCH = ("transformers", "authors", "authors_cache")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-  """The prompt and output of one measurement.
+  """The prompt and output of one measurement."""
 
-  Attributes:
-    geometry: a key of `geometries.GEOMETRIES`.
-    num_instruction_tokens: text tokens after the image.
-    batch_size: rows, all of one layout.
-    num_new_tokens: tokens to generate, whatever they are.
-  """
-
-  geometry: str
-  num_instruction_tokens: int
-  batch_size: int
-  num_new_tokens: int
+  geometry: str  # a key of `geometries.GEOMETRIES`
+  num_instruction_tokens: int  # text tokens after the image
+  batch_size: int  # rows, all of one layout
+  num_new_tokens: int  # tokens to generate, whatever they are
 
   @property
   def num_text_tokens(self) -> int:
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
 
 
+class Weights:
+  """Hands out consecutive arrays from a file of random weights, and starts again at its end."""
+
+  def __init__(self, path: pathlib.Path):
+    self._bytes = np.memmap(path, dtype=np.uint8, mode="c")
+    self._next = 0
+
+  def take(self, shape: tuple[int, ...], name: str = "") -> np.ndarray:
+    """A bfloat16 array mapped from the file; writing to it does not change the file.
+
+    An array with fewer than two axes is not mapped: it is all ones, or zeros if its name ends in `bias`.
+    """
+    if len(shape) < 2:
+      return np.full(shape, not name.endswith("bias"), ml_dtypes.bfloat16)
+    size = 2 * math.prod(shape)
+    if self._next + size > len(self._bytes):
+      self._next = 0
+    start, self._next = self._next, self._next + -(-size // ALIGNMENT) * ALIGNMENT
+    return self._bytes[start : start + size].view(ml_dtypes.bfloat16).reshape(shape)
+
+
 class Side(abc.ABC):
-  """A way to run scenarios, one after another.
+  """A way to run scenarios, one after another."""
 
-  Attributes:
-    device: name of the device.
-    mapped_bytes: bytes of the weights that are mapped from the file.
-    num_new_tokens: tokens that an example generates.
-    parts: by figure, what is timed separately in scenarios of one token.
-  """
-
-  device: str
-  mapped_bytes: int
-  num_new_tokens: int
-  parts: dict[str, Callable[[], Any]]
+  device: str  # its name
+  mapped_bytes: int  # of the weights that are mapped from the file
+  num_new_tokens: int  # that an example generates
+  parts: dict[str, Callable[[], Any]]  # by figure, what is timed separately in scenarios of one token
 
   @abc.abstractmethod
   def prepare(self, scenario: Scenario) -> None:

@@ -1,17 +1,19 @@
-"""Compiles the real programs for an absent TPU, and finds the largest batch that fits into its memory."""
+"""Compiles the real programs for an absent TPU, and tables the largest batches that fit into its memory."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from experiments.shared import compiler_report, geometries, kept, planned
+from experiments.shared import compiler_report, geometries, kept, planned, tabular
+from experiments.shared.study import Report
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.decoding import DecodeConfig
@@ -25,29 +27,27 @@ HBM = {"v4": 31.25, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 DTYPES = ("bfloat16", "int8")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+GIB = 1 << 30
+
+Row = dict[str, Any]
+PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
+PLACE = ("model", "topology", "mesh", "weights")
+SHOWN = (*PLACE, "method", "largest batch", "rows per device", "times none", "device GiB")
+SHOWN += (*(f"prefill {part} GiB" for part in PARTS), "prefill compile s", "decode compile s", "prefill collectives")
+SHOWN += ("prefill collectives of stages", "decode collectives", "FLOPs, XLA's count ÷ ours")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """A planned configuration.
+  """A planned configuration."""
 
-  Attributes:
-    model: a key of `geometries.GEOMETRIES`.
-    topology: a slice such as `v5e:2x4`.
-    tensor: devices that share the heads; other devices hold different rows.
-    weights: one of `DTYPES`; activations and caches are in bfloat16.
-    method: a method with its default schedule.
-    num_text_slots: the bucket.
-    num_new_tokens: tokens reserved for an answer.
-  """
-
-  model: str
-  topology: str
-  tensor: int
-  weights: str
-  method: str
-  num_text_slots: int
-  num_new_tokens: int
+  model: str  # a key of `geometries.GEOMETRIES`
+  topology: str  # a slice such as `v5e:2x4`
+  tensor: int  # devices that share the heads; other devices hold different rows
+  weights: str  # one of `DTYPES`; activations and caches are in bfloat16
+  method: str  # with its default schedule
+  num_text_slots: int  # the bucket
+  num_new_tokens: int  # reserved for an answer
 
   @property
   def name(self) -> str:
@@ -121,10 +121,8 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
 def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:
   """The largest number of rows that fits, 0 if one does not; memory is nearly affine in it.
 
-  Args:
-    measure: rows → bytes, or None where they do not fit.
-    limit: bytes of a device, as far as known.
-    highest: upper bound, tried first; None for no bound.
+  `measure` maps rows to bytes, or None where they do not fit; `limit` is a device's bytes, as far as known; `highest` is
+  an upper bound, tried first, or None for no bound.
   """
   sizes: dict[int, int] = {}
   below, above, rows, step = 0, math.inf, 1, 1
@@ -151,3 +149,62 @@ def _affine(sizes: dict[int, int], limit: int) -> int:
   """The rows at which the line through the last two sizes reaches the limit."""
   (a, size_a), (b, size_b) = sorted(sizes.items())[-2:]
   return b + (limit - size_b) * (b - a) // max(1, size_b - size_a)
+
+
+def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
+  """Plans a cell; `compile_at` is `compiled` in some directory, and earlier rows hold that of no pruning."""
+  limits = []
+
+  def measure(name: str, rows: int) -> int | None:
+    print(f"  {name}, {rows} rows", end="", flush=True)
+    result = compile_at(cell, name, rows)
+    print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
+    if result["limit"]:
+      limits.append(result["limit"])
+    return sum(result["memory"].values()) if result["memory"] else None
+
+  def limit() -> int:
+    return min(limits, default=int(HBM.get(cell.topology.partition(":")[0], 14) * GIB))
+
+  devices = planned.mesh_of(cell.topology, cell.tensor).devices
+  rows = None
+  for name in programs.Programs._fields:
+    rows = largest(functools.partial(measure, name), limit, highest=rows)
+  counted, accounted = counted_flops(cell)
+  data, tensor = devices.shape
+  batch = rows * data
+  row: Row = {
+    "model": cell.model,
+    "topology": cell.topology,
+    "mesh": f"data:{data},tensor:{tensor}",
+    "weights": cell.weights,
+    "method": cell.method,
+    "text slots": cell.num_text_slots,
+    "new tokens": cell.num_new_tokens,
+    "largest batch": batch,
+    "rows per device": batch / devices.size,
+    "times none": None,
+    "device GiB": limit() / GIB,
+  }
+  plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
+  if plain["largest batch"]:
+    row["times none"] = batch / plain["largest batch"]
+  for name in programs.Programs._fields:
+    program = compile_at(cell, name, max(rows, 1))
+    memory = program["memory"] or dict.fromkeys(PARTS)
+    row[f"{name} compile s"] = program["seconds"]
+    row |= {f"{name} {part} GiB": None if size is None else size / GIB for part, size in memory.items()}
+    row |= {f"{name} {field}": program[field] for field in ("collectives", "collectives of stages")}
+  row["FLOPs, XLA's count ÷ ours"] = counted / accounted
+  return row
+
+
+def report(rows: Sequence[Row], versions: str) -> Report:
+  table = tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))
+  return Report(versions, table, {"tpu_plan": rows})
+
+
+def _text(value: Any) -> str:
+  if value is None:
+    return "–"
+  return f"{value:.3g}" if isinstance(value, float) else str(value)

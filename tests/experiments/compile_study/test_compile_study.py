@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import measure, tables, variants, workload
+from experiments.compile_study import measure, report, variants
 from experiments.compile_study.measure import Setting
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
+from experiments.shared.subject import Subject
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import Batcher
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Inputs, Layout
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
@@ -24,10 +24,8 @@ SAME = [name for name in VARIANTS if name not in ("dynamic", "exact_length")]
 @pytest.fixture(scope="module")
 def prefill(checkpoints, loaded, images):
   """Returns `prefill(name)`: the logits of a variant for two rows, and its recorder."""
-  tiny, model = (
-    checkpoints("clip_mha"),
-    Model(loaded("clip_mha").model.params, Network(loaded("clip_mha").config, jnp.float32)),
-  )
+  tiny, own = checkpoints("clip_mha"), loaded("clip_mha")
+  model = Model(own.model.params, Network(own.config, jnp.float32))
   rows = [tiny.encode(image, prompt) for image, prompt in zip(images[:2], PROMPTS, strict=True)]
   inputs = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, 72))
   schedule = build_schedule("himap", num_layers=6, num_image_tokens=16, prune_layers=(2, 4), keep=(8, 3))
@@ -83,22 +81,25 @@ def test_compiles_from_shapes_alone(name, loaded):
 
 @pytest.mark.parametrize("is_bucketed", [True, False])
 def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
-  monkeypatch.setattr(workload, "MOST_QUESTIONS", 6)  # the tiny model's context is short
-  model = loaded("clip_mha")
-  processor = model.prompts("<image>{question}")
-  batcher = Batcher(model.config, processor.image_shape, buckets=(64, 128, 256))
-  examples = workload.make_examples(processor, 40, seed=3)
-  lengths = [example.num_text_tokens for example in examples]
-  assert min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)
-  assert lengths == [e.num_text_tokens for e in workload.make_examples(processor, 40, seed=3)]
-  batches = workload.make_batches(batcher, examples, 3, is_bucketed=is_bucketed)
+  monkeypatch.setattr(measure, "MOST_QUESTIONS", 6)  # the tiny model's context is short
+  inputs = InputConfig("<image>{question}", (64, 128, 256), 3)
+  prompts = measure.workload(40, seed=3)
+  assert prompts == measure.workload(40, seed=3)
+  subject = Subject.load(str(loaded("clip_mha").directory), prompts, inputs=inputs)
+  examples = {question.id: example for question, example, _ in subject.examples("prompts")}
+  lengths = [example.num_text_tokens for example in examples.values()]
+  assert len(lengths) == 40 and min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)
   found = []
-  for batch in batches:
-    slots = batch.tokens.shape[1] - 16
-    own = [int(length) - 16 for length in jax.tree.map(jnp.asarray, batch.layout).num_tokens()]
-    assert batch.tokens.shape[0] == 3
+  for batch in measure.make_batches(subject, is_bucketed=is_bucketed):
+    tokens = batch.inputs.tokens
+    slots = tokens.shape[1] - 16
+    own = [int(length) - 16 for length in jax.tree.map(jnp.asarray, batch.inputs.layout).num_tokens()]
+    assert tokens.shape[0] == 3
+    assert own == [examples[row].num_text_tokens for row in batch.row_ids]
     if is_bucketed:
-      assert slots in batcher.buckets and all(batcher.bucket(examples[lengths.index(n)]) == slots for n in own)
+      assert slots in subject.batcher.buckets and all(
+        subject.batcher.bucket(examples[i]) == slots for i in batch.row_ids
+      )
     else:
       assert slots == max(own)
     found += own
@@ -116,7 +117,7 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
   gather = [measurement(compile=c, step_seconds=s) for c, s in ((1.0, 2.0), (3.0, 4.0), (2.0, 1.0))]
   mask = [measurement(step_seconds=s, mix_seconds=m) for s, m in ((1.0, 18.0), (8.0, 20.0), (3.0, 19.0))]
   account = dict(programs=1, compile=30.0, instructions=7, temporaries=5.0)
-  gather, mask = tables.make_rows(
+  gather, mask = report.make_rows(
     processes={"gather": [measurement(), *gather], "mask": [measurement(programs=1), *mask]},
     tpu={"gather": account | dict(collectives="2 all-reduce 1.0 MiB", selecting="none")},
   )
@@ -127,7 +128,7 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
   assert gather["tokens_per_second_cold"] == pytest.approx(900 / 19)
   assert gather["tokens_per_second_cached"] == pytest.approx(900 / 11)
   assert gather["tpu_temporaries"] == 5 and "tpu_programs" not in mask
-  text = tables.report([gather, mask], "heading", "TPU").write(tmp_path, "compile_study", "command")
+  text = report.make([gather, mask], "heading", "TPU").write(tmp_path, "compile_study", "command")
   assert (tmp_path / "compile_study.md").read_text() == text
   assert "| gather | 1 | 30.0 | 7 | 5 | 2 all-reduce 1.0 MiB | none |" in text
   assert (tmp_path / "compile_study.csv").read_text().startswith("variant,programs,compile_cold,compile_cached,")

@@ -85,16 +85,13 @@ def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
   tiny = loaded("clip_mha")
   batch = packer_of(tiny, 160).pack(samples)
   logits = np.asarray(answer_logits(tiny.model, {}, batch))
-  processor = tiny.prompts()
+  processor, tokenizer = tiny.prompts(), tiny.processor.tokenizer
   forward = jax.jit(lambda model, inputs: model.bind()(inputs))
   batcher = Batcher(tiny.config, processor.image_shape, buckets=(160,))
   for row, sample in enumerate(samples):
     for number, (question, answer) in enumerate(sample.questions):
       example = processor.prepare(sample.picture, question)
-      expected_answer = [
-        *tiny.processor.tokenizer(answer, add_special_tokens=False)["input_ids"],
-        tiny.processor.tokenizer.eos_token_id,
-      ]
+      expected_answer = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
       last, count = len(example.tokens), len(expected_answer)
       tokens = np.array([*example.tokens, *expected_answer], np.int32)
       answered = dataclasses.replace(

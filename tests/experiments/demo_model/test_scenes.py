@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments.demo_model import patches, questions, scenes
+from experiments.demo_model import align, questions, scenes
 from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS, Cutout
 
 NUM_SCENES = 60
@@ -148,16 +148,16 @@ def test_the_same_seed_gives_the_same_scene(pictures, drawn):
 
 
 def test_patches_are_described_by_what_covers_them(drawn):
-  words = patches.vocabulary([f"{kind}{index}" for index, kind in enumerate(KINDS * 2)])
+  words = align.vocabulary([f"{kind}{index}" for index, kind in enumerate(KINDS * 2)])
   grid = 12
   for scene, _ in drawn[:6]:
-    labels = patches.describe_scene(scene, grid, words).reshape(grid, grid, -1)
+    labels = align.describe_scene(scene, grid, words).reshape(grid, grid, -1)
     edges = np.linspace(0, scenes.SIDE, grid + 1).round().astype(int)
     for row, column in itertools.product(range(grid), repeat=2):
       patch = scene.instances[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
       shares = [np.mean(patch == number + 1) for number in range(len(scene.things))]
-      kind = scene.things[int(np.argmax(shares))].cutout.kind if max(shares) >= patches.COVERED else None
+      kind = scene.things[int(np.argmax(shares))].cutout.kind if max(shares) >= align.COVERED else None
       shown = [word for word in (*KINDS, "nothing") if labels[row, column, words.index(word)] > 0]
       assert shown == [kind or "nothing"]
       left = labels[row, column, words.index("left")] - labels[row, column, words.index("right")]
-      assert left == pytest.approx(patches.PLACE_WEIGHT * (1 - (2 * column + 1) / grid), abs=1e-6)
+      assert left == pytest.approx(align.PLACE_WEIGHT * (1 - (2 * column + 1) / grid), abs=1e-6)

@@ -15,8 +15,7 @@ import torch
 
 from experiments.shared import geometries
 from experiments.speed import measure, pytorch, side, tables
-from experiments.speed.side import Scenario
-from experiments.speed.weights import Weights, random_file
+from experiments.speed.side import Scenario, Weights
 from experiments.speed.worker import CannotRun, Worker
 
 TINY = {
@@ -31,9 +30,15 @@ SCENARIO = Scenario("tiny", num_instruction_tokens=9, batch_size=1, num_new_toke
 SIDES = ("himap", "none/int8", *side.PYTORCH)
 
 
+@pytest.fixture(autouse=True)
+def with_torch(monkeypatch):
+  """One side of the comparison is PyTorch."""
+  monkeypatch.delenv("PYTHONPATH")
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-  with random_file(tmp_path_factory.mktemp("weights"), 1 << 20) as path:
+  with measure.random_file(tmp_path_factory.mktemp("weights"), 1 << 20) as path:
     yield path
 
 
@@ -184,18 +189,10 @@ def test_ratios_are_medians_over_turns():
 def test_starts_by_phase(checkpoints, tmp_path):
   tiny_checkpoints.noise_image((40, 40), seed=0).save(tmp_path / "0.png")
   (tmp_path / "prompts.jsonl").write_text('{"id": 0, "image": "0.png", "question": "Why?"}\n')
+  where = [f"--checkpoint={checkpoints('clip_mha').directory}", f"--prompts={tmp_path / 'prompts.jsonl'}"]
+  command = "-m experiments.speed.startup --starts=1 --dtype=float32 --prune_layers=2,4".split()
   done = subprocess.run(
-    [
-      sys.executable,
-      "-m",
-      "experiments.speed.startup",
-      "--starts=1",
-      "--dtype=float32",
-      f"--checkpoint={checkpoints('clip_mha').directory}",
-      "--prune_layers=2,4",
-      f"--prompts={tmp_path / 'prompts.jsonl'}",
-      f"--image_dir={tmp_path}",
-    ],
+    [sys.executable, *command, *where, f"--image_dir={tmp_path}"],
     env={**os.environ, "COLUMNS": "200"},
     capture_output=True,
     text=True,

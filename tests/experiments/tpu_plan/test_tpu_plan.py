@@ -10,68 +10,57 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints_convert.transforms import quantize
 from experiments.shared import compiler_report, planned
-from experiments.tpu_plan import plan, tables
+from experiments.tpu_plan import plan
 from himap_jax.engine import sharding
+
+
+def largest(size, capacity, limit, **options):
+  """The answer of `plan.largest`, where a number of rows up to the capacity takes a size, and the rows it asked about.
+
+  The limit may depend on what has been asked.
+  """
+  asked = []
+
+  def measure(rows):
+    asked.append(rows)
+    return size(rows) if rows <= capacity else None
+
+  return plan.largest(measure, lambda: limit(asked), **options), asked
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 17, 64, 250])
 @pytest.mark.parametrize("bend", [0, 40])
 @pytest.mark.parametrize("limit", [50, 1000, 10**6])
 def test_the_largest_number_of_rows_that_fits(capacity, bend, limit):
-  asked = []
-
-  def measure(rows):
-    assert rows not in asked
-    asked.append(rows)
-    return 100 + 10 * rows + bend * (rows > 5) if rows <= capacity else None
-
-  assert plan.largest(measure, lambda: limit) == capacity
-  assert len(asked) <= 24
+  found, asked = largest(lambda rows: 100 + 10 * rows + bend * (rows > 5), capacity, lambda _: limit)
+  assert found == capacity
+  assert len(asked) == len(set(asked)) <= 24
 
 
 def test_a_good_guess_takes_five_compilations():
-  asked = []
+  assert largest(affine, 123, lambda _: affine(123)) == (123, [1, 2, 16, 123, 124])
 
-  def measure(rows):
-    asked.append(rows)
-    return 1000 + 7 * rows if rows <= 123 else None
 
-  assert plan.largest(measure, lambda: 1000 + 7 * 123) == 123
-  assert asked == [1, 2, 16, 123, 124]
+def affine(rows):
+  return 1000 + 7 * rows
 
 
 def test_the_limit_is_learned_where_something_does_not_fit():
-  asked = []
-
-  def measure(rows):
-    asked.append(rows)
-    return 1000 + 7 * rows if rows <= 173 else None
-
-  known = lambda: 1000 + 7 * 173 if max(asked) > 173 else 1000 + 7 * 140  # noqa: E731
-  assert plan.largest(measure, known) == 173
+  found, asked = largest(affine, 173, lambda asked: affine(173 if max(asked) > 173 else 140))
+  assert found == 173
   assert asked[:5] == [1, 2, 16, 128, 140] and {173, 174} <= set(asked) and len(asked) <= 15
 
 
 def test_few_rows_may_take_as_much_as_one():
-  asked = []
-
-  def measure(rows):
-    asked.append(rows)
-    return max(1000, 900 + 7 * rows) if rows <= 123 else None
-
-  assert plan.largest(measure, lambda: 900 + 7 * 123) == 123
+  found, asked = largest(lambda rows: max(1000, 900 + 7 * rows), 123, lambda _: 900 + 7 * 123)
+  assert found == 123
   assert max(asked) < 1000 and len(asked) < 10
 
 
 @pytest.mark.parametrize("capacity, highest", [(0, 0), (0, 9), (173, 173), (170, 173), (3, 173), (500, 173)])
 def test_a_second_program_is_asked_about_what_the_first_can(capacity, highest):
-  asked = []
-
-  def measure(rows):
-    asked.append(rows)
-    return 1000 + 7 * rows if rows <= capacity else None
-
-  assert plan.largest(measure, lambda: 1000 + 7 * capacity, highest=highest) == min(capacity, highest)
+  found, asked = largest(affine, capacity, lambda _: affine(capacity), highest=highest)
+  assert found == min(capacity, highest)
   assert asked[:1] == [highest][: highest > 0]
   assert max(asked, default=0) <= highest and len(asked) == len(set(asked)) <= 12
 
@@ -88,11 +77,9 @@ def test_a_row_is_of_the_batch_that_both_programs_can(monkeypatch):
     return {"seconds": 1.0, "memory": memory, "limit": None if fits else 1412, **found}
 
   monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
-  monkeypatch.setattr(
-    tables.planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4)))
-  )
+  monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4))))
   cell = plan.Cell("7b", "v5e:2x4", 4, "bfloat16", "none", 128, 32)
-  row = tables.make_row(cell, compiler, [])
+  row = plan.make_row(cell, compiler, [])
   assert (row["largest batch"], row["rows per device"], row["times none"]) == (50, 6.25, 1)
   assert row["prefill arguments GiB"] == row["decode arguments GiB"] == 1250 / 2**30
   assert row["prefill collectives of stages"] == "stages" and row["FLOPs, XLA's count ÷ ours"] == 1.02

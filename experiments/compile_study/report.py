@@ -1,12 +1,14 @@
-"""Tables of the study: a row for every variant."""
+"""Tables and plots of the study: a row for every variant."""
 
 import statistics
 from collections.abc import Sequence
 
-from experiments.compile_study import plots
+import matplotlib.ticker
+from matplotlib.figure import Figure
+
 from experiments.compile_study.measure import Measurement
 from experiments.compile_study.variants import VARIANTS
-from experiments.shared import tabular
+from experiments.shared import figures, tabular
 from experiments.shared.study import Report
 from experiments.shared.tabular import Row
 
@@ -31,6 +33,11 @@ TPU_COLUMNS = {
   "temporaries, MiB a device": "{tpu_temporaries:.0f}",
   "collectives": "{tpu_collectives}",
   "of these for selecting": "{tpu_selecting}",
+}
+PARTS = {
+  "running": ("mix_seconds", "#2f8fe0"),
+  "reading the cache": ("compile_cached", "#e0b000"),
+  "compiling": ("compile_cold", "#d1221b"),
 }
 
 
@@ -66,10 +73,40 @@ def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measuremen
   return rows
 
 
-def report(rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
+def make(rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
   lines = [*tabular.formatted(rows, CPU_COLUMNS), ""]
   if tpu_heading is not None:
     lines += [tpu_heading, "", *tabular.formatted([row for row in rows if "tpu_programs" in row], TPU_COLUMNS), ""]
   lines += [f"- `{row['variant']}`: {VARIANTS[row['variant']].shows}." for row in rows]
-  drawn = {"seconds": plots.seconds(rows), "break_even": plots.break_even(rows)}
+  drawn = {"seconds": seconds(rows), "break_even": break_even(rows)}
   return Report(count, lines, {"compile_study": rows}, drawn)
+
+
+def break_even(rows: Sequence[Row]) -> Figure:
+  """Plots workloads per second, compilation included, against the number of workloads run."""
+  figure = Figure(figsize=(7, 4.5))
+  axes = figure.add_subplot()
+  passes = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+  for number, row in enumerate(rows):
+    rates = [count / (row["compile_cold"] + count * row["mix_seconds"]) for count in passes]
+    axes.plot(passes, rates, marker="osD^v<>Ph*"[number % 10], markersize=4, label=row["variant"])
+  axes.set_xscale("log")
+  axes.xaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+  xlabel = "workloads run after one another, from an empty compilation cache"
+  figures.finish(axes, legend=8, xlabel=xlabel, ylabel="workloads per second, compilation included")
+  return figure
+
+
+def seconds(rows: Sequence[Row]) -> Figure:
+  """Plots the seconds of one pass, added to those of compiling or reading its programs."""
+  figure = Figure(figsize=(8, 0.45 * len(rows) + 1.2))
+  axes = figure.add_subplot()
+  for number, row in enumerate(reversed(rows)):
+    left = 0.0
+    for name, (column, colour) in PARTS.items():
+      axes.barh(number, row[column], left=left, color=colour, label=name if number == 0 else None)
+      left += row[column]
+  axes.set_yticks(range(len(rows)), [row["variant"] for row in reversed(rows)])
+  axes.set_xlabel("seconds for one pass over the workload: running, reading programs from the cache, compiling them")
+  axes.legend(fontsize=8)
+  return figure

@@ -1,8 +1,0 @@
-"""One side of the comparison is PyTorch."""
-
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def with_torch(monkeypatch):
-  monkeypatch.delenv("PYTHONPATH")
