@@ -85,11 +85,10 @@ def collect(questions: Sequence[Question], comparison: Comparison, subject: Subj
 
 def cells_to_show(cells: Sequence[Cell]) -> list[str]:
   """Labels of no pruning and of all cells at the lowest of the budgets that most methods reach."""
-  reached = collections.Counter(cell.budget for cell in cells if cell.budget is not None and cell.schedule is not None)
-  if not reached:
-    return [cell.label for cell in cells if cell.schedule is not None]
-  budget = max(reached, key=lambda budget: (reached[budget], -budget))
-  return [c.label for c in cells if c.label == REFERENCE or (c.budget == budget and c.schedule is not None)]
+  run = [cell for cell in cells if cell.schedule is not None]
+  reached = collections.Counter(cell.budget for cell in run if cell.budget is not None)
+  budget = max(reached, key=lambda budget: (reached[budget], -budget), default=None)
+  return [cell.label for cell in run if cell.label == REFERENCE or cell.budget == budget]
 
 
 def render(

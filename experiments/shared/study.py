@@ -7,10 +7,6 @@ module ends with
       study.start("flow.saliency", define_flags, run)
 """
 
-import os
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
-
 import dataclasses
 import pathlib
 import sys
