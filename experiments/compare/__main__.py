@@ -6,88 +6,101 @@ Answers a question set with every cell of a grid (methods × budgets, and explic
 and time relative to no pruning. Repeating an interrupted command resumes it.
 """
 
-import os
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
-
-import pathlib
-
-from absl import app, flags
+import jax.numpy as jnp
+from absl import flags
 
 from experiments import question_sets
-from experiments.compare import study
-from experiments.compare.grid import Grid
-from experiments.compare.study import StudyConfig, Timing
+from experiments.compare import measure, plots, report, tables
+from experiments.compare.comparison import Comparison, PromptSizes
+from experiments.compare.grid import Shape, make_cells
+from experiments.shared import study, tabular
+from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.batching import DEFAULT_BUCKETS
 from himap_jax.engine.engine import GenerationConfig
-from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.run import command
 
-flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
-flags.DEFINE_string(
-  "question_set",
-  "easyvqa",
-  f"{', '.join(question_sets.SETS)}, or a JSONL file of id, image (relative to the file), question, answer, type and "
-  "optionally guess, the answer that the question alone suggests.",
-)
-flags.DEFINE_integer("num_questions", None, "Number of questions drawn, each type in proportion; all if absent.", 1)
-flags.DEFINE_integer("seed", 0, "Seed of the draw of questions, of random methods and of the bootstrap.")
-flags.DEFINE_list(
-  "methods",
-  ["random", "uniform", "himap"],
-  f"Methods to run at every budget, each as METHOD or METHOD@LAYERS with layers joined by /, such as himap,himap@1/4. "
-  f"Methods: {', '.join(methods.METHODS)}; or one before the decoder + one inside, as divprune+himap.",
-)
-flags.DEFINE_list(
-  "budgets",
-  ["192", "128", "64"],
-  "Image tokens that enter a layer, averaged over layers; for shortv, those that a layer updates.",
-)
-flags.DEFINE_list(
-  "settings",
-  [],
-  "Further cells, each as METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%; omitted "
-  "parts are the method's own.",
-)
-flags.DEFINE_list(
-  "shortv_ranking", None, "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
-)
-flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", 1)
-flags.DEFINE_integer("batch_size", 8, "Questions per batch.", 1)
-flags.DEFINE_list("prompt_buckets", list(map(str, DEFAULT_BUCKETS)), "As in himap_jax.run.")
-flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
-flags.DEFINE_integer("timing_batch_size", 1, "Questions in the timed batch.", 1)
-flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each question when timing.", 1)
-flags.DEFINE_integer(
-  "timing_repeats", 5, "Turns of no pruning and a cell; the median of their ratios counts; 0 disables timing.", 0
-)
-flags.DEFINE_integer("num_examples", 12, "Number of questions in the report.")
-flags.DEFINE_integer("num_strips", 4, "Number of these questions in strips.png.")
-flags.DEFINE_string("workdir", None, "Directory of answers and times, to resume from.", required=True)
-flags.DEFINE_string("output", None, "Directory for tables, plots and the report.", required=True)
-flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
+DEFAULTS = {"question_set": "easyvqa", "num_questions": None, "batch_size": 8}
+DEFAULTS["prompt_buckets"] = list(map(str, DEFAULT_BUCKETS))
 
 
-def run() -> int:
-  given = flags.FLAGS
-  budgets, ranking = command.numbers(given["budgets"], float), command.numbers(given["shortv_ranking"], int)
-  buckets = command.numbers(given["prompt_buckets"], int)
-  same = ("checkpoint", "question_set", "num_questions", "dtype", "num_examples", "num_strips")
-  config = StudyConfig(
-    **{name: given[name].value for name in same},
-    workdir=pathlib.Path(given.workdir),
-    output=pathlib.Path(given.output),
-    grid=Grid(tuple(given.methods), budgets, tuple(given.settings), ranking),
-    generation=GenerationConfig(given.max_new_tokens, seed=given.seed),
-    inputs=InputConfig(given.prompt_template, buckets, given.batch_size),
-    timing=Timing(given.timing_batch_size, given.timing_new_tokens, given.timing_repeats),
-    compilation_cache_dir=command.compilation_cache_dir(given.compilation_cache_dir),
-  )
-  study.run(config)
-  return 0
+def define_flags() -> None:
+  form = "each as METHOD or METHOD@LAYERS with layers joined by /, such as himap,himap@1/4"
+  known = f"Methods: {', '.join(methods.METHODS)}; or one before the decoder + one inside, as divprune+himap."
+  flags.DEFINE_list("methods", ["random", "uniform", "himap"], f"Methods to run at every budget, {form}. {known}")
+  budget = "Image tokens that enter a layer, averaged over layers; for shortv, those that a layer updates."
+  flags.DEFINE_list("budgets", ["192", "128", "64"], budget)
+  form = "METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%"
+  flags.DEFINE_list("settings", [], f"Further cells, each as {form}; omitted parts are the method's own.")
+  ranking = "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
+  flags.DEFINE_list("shortv_ranking", None, ranking)
+  flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", 1)
+  flags.DEFINE_integer("timing_batch_size", 1, "Questions in the timed batch.", 1)
+  flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each question when timing.", 1)
+  repeats = "Turns of no pruning and a cell; the median of their ratios counts; 0 disables timing."
+  flags.DEFINE_integer("timing_repeats", 5, repeats, 0)
+  flags.DEFINE_integer("num_examples", 12, "Number of questions in the report.")
+  flags.DEFINE_integer("num_strips", 4, "Number of these questions in strips.png.")
+
+
+def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
+  """Runs the missing cells; returns the comparison and the report's examples."""
+  budgets, ranking = command.numbers(values["budgets"], float), command.numbers(values["shortv_ranking"], int)
+  generation = GenerationConfig(values.max_new_tokens, seed=values.seed)
+  timing = {name: values[f"timing_{name}"].value for name in ("batch_size", "new_tokens", "repeats")}
+  num_rows = math.gcd(values.batch_size, timing["batch_size"])
+  max_new_tokens = max(values.max_new_tokens, timing["new_tokens"])
+  subject = study.load_subject(needs_answers=True, max_new_tokens=max_new_tokens, num_rows=num_rows)
+  opened, questions, num_image_tokens = subject.opened, subject.questions, subject.batcher.num_image_tokens
+  shape = Shape(subject.num_layers, num_image_tokens, opened.config.vision.has_class_token)
+  cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
+  settings = {
+    **{name: values[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")},
+    **dataclasses.asdict(generation),
+    **dataclasses.asdict(study.inputs()),
+    "timing": timing,
+    "weights": opened.digest(),
+    "questions": question_sets.digest(questions),
+  }
+  workdir = study.open_workdir(**settings)
+  for name in ("answers", "timings"):
+    (workdir / name).mkdir(exist_ok=True)
+  runner = measure.Runner(subject, workdir, settings, generation)
+  answers, timings = {}, {}
+  for number, cell in enumerate(cells, start=1):
+    print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
+    if cell.schedule is not None:
+      answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
+  bytes_per_value, num_text_tokens = jnp.dtype(command.DTYPES[values.dtype]).itemsize, measure.mean_text_length(subject)
+  sizes = PromptSizes(model_sizes(opened.config), num_image_tokens, num_text_tokens, bytes_per_value)
+  comparison = Comparison(questions, cells, answers, timings, sizes)
+  return comparison, report.collect(report.choose(questions, values.num_examples), comparison, subject)
+
+
+def write(comparison: Comparison, examples: Sequence[report.Example], values: Any) -> str:
+  """Writes tables, plots and the report; returns the table to print."""
+  rows, directory = comparison.rows(seed=values.seed), study.directory("output")
+  columns, num_layers = tables.readable_columns(rows), comparison.sizes.model.num_layers
+  title = f"Pruning methods on {values.question_set}, {len(comparison.questions)} questions"
+  texts = {
+    "table.md": tables.markdown(rows, columns),
+    "types.md": tables.types_markdown(rows),
+    "report.html": report.render(columns, tables.readable_rows(rows), examples, title=title, num_layers=num_layers),
+  }
+  for name, text in texts.items():
+    (directory / name).write_text(text, encoding="utf-8")
+  tabular.write_csv(directory / "table.csv", rows)
+  plots.plot_pareto(directory / "pareto.png", rows)
+  plots.plot_types(directory / "types.png", rows)
+  plots.draw_strips(directory / "strips.png", examples[: values.num_strips], report.cells_to_show(comparison.cells))
+  printed = [report.Column("label", "", "text"), *(column for column in columns if column.name in tables.PRINTED)]
+  return tables.markdown([row for row in rows if not row.get("note")], printed)
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("experiments.compare", argv, run))
+  study.start("compare", define_flags, lambda values: write(*compare(values), values), **DEFAULTS)

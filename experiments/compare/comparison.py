@@ -38,7 +38,7 @@ class Comparison:
 
   Attributes:
     answers: label of a cell that has run → question id → output row.
-    timings: label → result of `study.measure_times`, or empty.
+    timings: label → result of `measure.measure_times`, or empty.
   """
 
   questions: Sequence[Question]

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from himap_jax.errors import UserError
-from himap_jax.pruning import methods
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.methods import METHODS, PruningConfig, parse
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
 
@@ -29,9 +28,7 @@ class Shape(NamedTuple):
   has_class_token: bool = True
 
 
-def schedule_for_budget(
-  pruning: PruningConfig, budget: float, shape: Shape, ranking: Sequence[int] | None = None
-) -> Schedule:
+def schedule_for_budget(pruning: PruningConfig, budget: float, shape: Shape, ranking: Sequence[int] | None) -> Schedule:
   """Builds a method's schedule for a mean number of image tokens per layer.
 
   A pruning method keeps its own shares times a common factor, at least one token and at most all, so that the mean
@@ -42,7 +39,7 @@ def schedule_for_budget(
   method, whole = pruning.method, shape.num_image_tokens
   if not 0 < budget <= whole:
     raise UserError(f"a budget must be above 0 and at most the image's {whole} tokens, not {budget:g}")
-  if any(methods.METHODS[name].freezes for name in methods.parse(method)):
+  if any(METHODS[name].freezes for name in parse(method)):
     if pruning.prune_layers is not None:
       raise UserError(f"for a budget, {method!r} takes its layers from their ranking, not from its name")
     if ranking is None:
@@ -109,35 +106,27 @@ class Cell:
     return f"{re.sub(r'[^-+@%.=0-9a-z]', '-', self.label.replace(':', '='))}.{checksum:08x}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Grid:
-  """What is compared, as in the flags: methods such as `himap@1/4` at budgets, and settings such as `himap@2/8:288/72`.
+def make_cells(
+  shape: Shape, methods: Sequence[str], budgets: Sequence[float], settings: Sequence[str], ranking: Sequence[int] | None
+) -> list[Cell]:
+  """Methods such as `himap@1/4` at budgets, and settings such as `himap@2/8:288/72`; no pruning first.
 
-  `ranking` lists layers from least to most useful, for freezing methods.
+  `ranking` is as in `schedule_for_budget`. Raises `UserError` for an unknown method or an invalid setting.
   """
-
-  methods: tuple[str, ...] = ()
-  budgets: tuple[float, ...] = ()
-  settings: tuple[str, ...] = ()
-  ranking: tuple[int, ...] | None = None
-
-  def cells(self, shape: Shape) -> list[Cell]:
-    """The cells for a model, no pruning first; raises `UserError` for an unknown method or an invalid setting."""
-    cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
-    for name in self.methods:
-      if ":" in name:
-        raise UserError(f"{name!r} is not a method or method@layers, such as himap@1/4")
-      pruning = _parse(name)
-      for budget in self.budgets if pruning.method != REFERENCE else ():
-        cell = Cell(name, f"{name} {budget:g}", budget)
-        try:
-          schedule = schedule_for_budget(pruning, budget, shape, self.ranking)
-          cells.append(dataclasses.replace(cell, schedule=schedule))
-        except UserError as error:
-          cells.append(dataclasses.replace(cell, note=str(error)))
-    for setting in self.settings:
-      cells.append(Cell(setting.partition(":")[0], setting, schedule=_parse(setting).schedule(*shape)))
-    return list({cell.label: cell for cell in cells}.values())
+  cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
+  for name in methods:
+    if ":" in name:
+      raise UserError(f"{name!r} is not a method or method@layers, such as himap@1/4")
+    pruning = _parse(name)
+    for budget in budgets if pruning.method != REFERENCE else ():
+      schedule = note = None
+      try:
+        schedule = schedule_for_budget(pruning, budget, shape, ranking)
+      except UserError as error:
+        note = str(error)
+      cells.append(Cell(name, f"{name} {budget:g}", budget, schedule, note))
+  cells += [Cell(text.partition(":")[0], text, schedule=_parse(text).schedule(*shape)) for text in settings]
+  return list({cell.label: cell for cell in cells}.values())
 
 
 def _parse(text: str) -> PruningConfig:
@@ -145,7 +134,7 @@ def _parse(text: str) -> PruningConfig:
   if not match:
     raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, such as himap@2/8:288/72")
   method, layers, keep = match["method"], match["layers"], match["keep"]
-  methods.parse(method)
+  parse(method)
   try:
     return PruningConfig(
       method, layers and tuple(map(int, layers.split("/"))), keep and tuple(map(keep_count, keep.split("/")))

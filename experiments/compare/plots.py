@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from matplotlib import ticker
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -94,10 +93,9 @@ def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
   axes.plot(none[x], none[y], zorder=3, linestyle="none", **REFERENCE_STYLE.look(filled=True))
   _draw(axes, rows, (x, y), styles, FLOPS_TICKS, ticker.PercentFormatter(1.0, decimals=0))
   least, most = min(row[x] for row in run) / 1.12, max(row[x] for row in run) * 1.12
-  axes.set_xlim(least, most)
   axes.annotate("question only", (least, rows[1][y]), (3, 3), textcoords="offset points", color="#666666", fontsize=9)
-  axes.set_xlabel("FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning")
-  axes.set_ylabel("accuracy, with 95% intervals")
+  label = "FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning"
+  axes.set(xlim=(least, most), xlabel=label, ylabel="accuracy, with 95% intervals")
   _legend(figure, rows, styles, {"no pruning": {"marker": "*", "markersize": 9, **NO_PRUNING}, "Pareto front": FRONT})
   figures.save(path, figure)
 
@@ -130,16 +128,17 @@ def draw_strips(path: pathlib.Path, examples: Sequence[Example], labels: Sequenc
   figure = Figure(figsize=(1.55 * columns, (1.95 * lines + 0.45) * len(examples)), layout="constrained")
   blocks = figure.subfigures(len(examples), 1, squeeze=False).ravel()
   for block, example in zip(blocks, examples, strict=True):
-    block.suptitle(f"{example.question}  —  {example.answer}", x=0.005, ha="left", fontsize=11, fontweight="bold")
+    block.suptitle(
+      f"{example.question.question}  —  {example.question.answer}", x=0.005, ha="left", fontsize=11, fontweight="bold"
+    )
     panels = block.subplots(lines, columns, squeeze=False).ravel()
     for axes in panels:
       axes.set_axis_off()
     for axes, label in zip(panels, labels, strict=False):
       _panel(axes, example, label)
-  FigureCanvasAgg(figure)
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Glyph .* missing from font")  # other scripts are drawn as boxes
-    figure.savefig(path, dpi=110)
+    figures.save(path, figure, dpi=110, bbox_inches=None)
 
 
 def _panel(axes: Axes, example: Example, label: str) -> None:
@@ -149,12 +148,9 @@ def _panel(axes: Axes, example: Example, label: str) -> None:
     return
   stages = sorted(shown.stages, key=lambda stage: stage[0])
   axes.imshow(fade(example.picture, stages[-1][1], example.grid) if stages else example.picture)
-  right = is_right(shown.answer, example.answer)
-  answer = textwrap.shorten(shown.answer, 22, placeholder="…") or "(nothing)"
-  axes.text(
-    0.5, -0.04, f"{'✓' if right else '✗'} {answer}", transform=axes.transAxes, ha="center", va="top",
-    fontsize=8.5, color=RIGHT if right else WRONG,
-  )  # fmt: skip
+  mark, colour = ("✓", RIGHT) if is_right(shown.answer, example.question.answer) else ("✗", WRONG)
+  text = f"{mark} {textwrap.shorten(shown.answer, 22, placeholder='…') or '(nothing)'}"
+  axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=8.5, color=colour)
 
 
 def _draw(

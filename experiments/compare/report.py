@@ -15,12 +15,11 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from experiments.compare.comparison import Comparison
+from experiments.compare.comparison import Comparison, Row
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question, is_right
-from himap_jax.families.family import Processor
+from experiments.shared.subject import Subject
 from himap_jax.run.drawing import kept_mask
-from himap_jax.run.pictures import load_image
 
 
 class Column(NamedTuple):
@@ -40,7 +39,7 @@ class Shown(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """A question about a picture, as the model saw it, with the true answer and every cell's result.
+  """A question, its picture as the model saw it, and every cell's result.
 
   `grid` is (rows, columns) of image tokens. `cells` are named by method and budget, such as `himap 25%`; the reader can
   filter by a final number.
@@ -48,9 +47,7 @@ class Example:
 
   picture: Image.Image
   grid: tuple[int, int]
-  question: str
-  answer: str
-  type: str
+  question: Question
   cells: Mapping[str, Shown]
 
 
@@ -70,7 +67,7 @@ def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
   return list(chosen.values())
 
 
-def collect(questions: Sequence[Question], comparison: Comparison, processor: Processor) -> list[Example]:
+def collect(questions: Sequence[Question], comparison: Comparison, subject: Subject) -> list[Example]:
   """Results of all cells that have run on some questions; failed answers are left out."""
   examples = []
   for question in questions:
@@ -81,50 +78,40 @@ def collect(questions: Sequence[Question], comparison: Comparison, processor: Pr
         layers = [stage.layer for stage in cell.schedule.stages]
         shown[cell.label] = Shown(row["answer"], list(zip(layers, row["kept"], strict=True)))
     if shown:
-      picture = processor.picture(processor.prepare(load_image(question.image), question.question))
-      examples.append(Example(picture, processor.patch_grid, question.question, question.answer, question.type, shown))
+      picture, grid = subject.processor.picture(subject.example(question)), subject.processor.patch_grid
+      examples.append(Example(picture, grid, question, shown))
   return examples
 
 
 def cells_to_show(cells: Sequence[Cell]) -> list[str]:
   """Labels of no pruning and of all cells at the lowest of the budgets that most methods reach."""
-  reached = collections.Counter(cell.budget for cell in cells if cell.budget is not None and cell.schedule is not None)
-  if not reached:
-    return [cell.label for cell in cells if cell.schedule is not None]
-  budget = max(reached, key=lambda budget: (reached[budget], -budget))
-  return [c.label for c in cells if c.label == REFERENCE or (c.budget == budget and c.schedule is not None)]
+  run = [cell for cell in cells if cell.schedule is not None]
+  reached = collections.Counter(cell.budget for cell in run if cell.budget is not None)
+  budget = max(reached, key=lambda budget: (reached[budget], -budget), default=None)
+  return [cell.label for cell in run if cell.label == REFERENCE or cell.budget == budget]
 
 
-def write_report(
-  path: pathlib.Path,
-  columns: Sequence[Column],
-  rows: Sequence[Mapping[str, Any]],
-  examples: Sequence[Example],
-  *,
-  title: str,
-  num_layers: int | None = None,
-) -> None:
-  """Writes the report, a single file that loads nothing from elsewhere.
+def render(
+  columns: Sequence[Column], rows: Sequence[Row], examples: Sequence[Example], *, title: str, num_layers: int
+) -> str:
+  """The report's HTML text, a single file that loads nothing from elsewhere.
 
-  The first column names the method, and a row named `none` is set off; a row's `note` replaces missing figures. Without
-  `num_layers`, the slider ends at the last pruned layer. Raises `ValueError` for a kept image token outside its
-  example's grid, or a stage outside the decoder.
+  The first column names the method, and a row named `none` is set off; a row's `note` replaces missing figures. Raises
+  `ValueError` for a kept image token outside its example's grid, or a stage outside the decoder.
   """
   layers = [layer for example in examples for shown in example.cells.values() for layer, _ in shown.stages]
-  last_layer = max(layers, default=0) if num_layers is None else num_layers - 1
-  if any(not 0 <= layer <= last_layer for layer in layers):
-    raise ValueError(f"a stage's layer is outside the decoder's layers, 0 to {last_layer}")
+  if any(not 0 <= layer < num_layers for layer in layers):
+    raise ValueError(f"a stage's layer is outside the decoder's layers, 0 to {num_layers - 1}")
   names = [*(column.name for column in columns), "note"]
   data = {
     "columns": [column._asdict() for column in columns],
     "rows": [{name: _plain(row.get(name)) for name in names} for row in rows],
-    "lastLayer": last_layer,
+    "lastLayer": num_layers - 1,
     "examples": [_example(example) for example in examples],
   }
   loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent)
   environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-  page = environment.get_template("report.html").render(title=title, data=data)
-  path.write_text(page, encoding="utf-8")
+  return environment.get_template("report.html").render(title=title, data=data)
 
 
 def _plain(value: Any) -> str | int | float | None:
@@ -144,13 +131,13 @@ def _example(example: Example) -> dict[str, Any]:
     {
       "name": name,
       "answer": shown.answer,
-      "right": is_right(shown.answer, example.answer),
+      "right": is_right(shown.answer, example.question.answer),
       "stages": [[layer, bits(kept)] for layer, kept in sorted(shown.stages, key=operator.itemgetter(0))],
     }
     for name, shown in example.cells.items()
   ]
-  fields = {name: getattr(example, name) for name in ("grid", "question", "answer", "type")}
-  return {"picture": _data_uri(example.picture), **fields, "cells": cells}
+  asked = {name: getattr(example.question, name) for name in ("question", "answer", "type")}
+  return {"picture": _data_uri(example.picture), "grid": example.grid, **asked, "cells": cells}
 
 
 def _data_uri(picture: Image.Image) -> str:

@@ -26,7 +26,7 @@ def finish(axes: Axes, *, legend: int | None = None, **settings: Any) -> None:
     axes.legend(fontsize=legend)
 
 
-def save(path: pathlib.Path, figure: Figure) -> None:
-  """Writes a figure without opening a window."""
+def save(path: pathlib.Path, figure: Figure, **options: Any) -> None:
+  """Writes a figure without opening a window, with options of `Figure.savefig`."""
   FigureCanvasAgg(figure)
-  figure.savefig(path, dpi=150, bbox_inches="tight")
+  figure.savefig(path, **{"dpi": 150, "bbox_inches": "tight"} | options)

@@ -7,10 +7,6 @@ module ends with
       study.start("flow.saliency", define_flags, run)
 """
 
-import os
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
-
 import dataclasses
 import pathlib
 import sys
@@ -42,70 +38,87 @@ class Report:
   plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   documents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
-  def write(self, output: pathlib.Path, name: str, called: str) -> str:
-    """Writes all files and returns the Markdown text, which names the command line `called`."""
-    for table, rows in self.tables.items():
-      tabular.write_csv(output / f"{table}.csv", rows)
-    for plot, figure in self.plots.items():
-      figures.save(output / f"{plot}.png", figure)
-    for document, content in self.documents.items():
-      write_json(output / f"{document}.json", content)
-    text = "\n".join([f"`{called}`, {self.count}.", "", *self.summary]) + "\n"
-    (output / f"{name}.md").write_text(text, encoding="utf-8")
-    return text
-
 
 def start(
-  name: str, define_flags: Callable[[], None], run: Callable[[Any], Report], *, has_subject: bool = True
+  name: str,
+  define_flags: Callable[[], None],
+  run: Callable[[Any], Report | str],
+  *,
+  has_subject: bool = True,
+  **defaults: Any,
 ) -> None:
-  """Runs `experiments.<name>` as a command: `run` makes a report, which is written and printed.
+  """Runs `experiments.<name>` as a command, with its own `defaults` of the flags that studies share.
 
-  Without a subject, its flags do not exist, and those of directories have defaults.
+  `run` makes a report, which is written and printed, or writes its own files and returns the text to print. Without a
+  subject, only the flags of directories exist, with defaults.
   """
   if has_subject:
-    _define_subject_flags()
-  work, output = (None, None) if has_subject else (f"{name}_work", f"{name}_output")
-  flags.DEFINE_string("workdir", work, "Directory of measurements, to resume from.", required=has_subject)
-  flags.DEFINE_string("output", output, "Directory for tables, plots and the report.", required=has_subject)
+    define_shared_flags(**defaults)
+  else:
+    _define_directories(f"{name}_work", f"{name}_output")
   define_flags()
   for flag in flags.FLAGS.get_flags_for_module(__name__):  # for --help
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def action() -> int:
-    print(write(run(flags.FLAGS), name))
+    directory("output")  # fails before the measurement
+    result = run(flags.FLAGS)
+    print(result if isinstance(result, str) else write(result, name))
     return 0
 
   app.run(lambda argv: command.execute(name.rpartition(".")[2], argv, action))
 
 
 def write(report: Report, name: str) -> str:
-  """Writes the report of `experiments.<name>` to `--output` and returns its text."""
-  called = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
-  return report.write(directory("output"), name.rpartition(".")[2], called)
+  """Writes the report of `experiments.<name>` to `--output`; returns its text, which names the command line."""
+  output, called = directory("output"), " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+  for table, rows in report.tables.items():
+    tabular.write_csv(output / f"{table}.csv", rows)
+  for plot, figure in report.plots.items():
+    figures.save(output / f"{plot}.png", figure)
+  for document, content in report.documents.items():
+    write_json(output / f"{document}.json", content)
+  text = "\n".join([f"`{called}`, {report.count}.", "", *report.summary]) + "\n"
+  (output / f"{name.rpartition('.')[2]}.md").write_text(text, encoding="utf-8")
+  return text
 
 
-def _define_subject_flags() -> None:
+def define_shared_flags(**defaults: Any) -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
   flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
-  sets = ", ".join(question_sets.SETS)
-  flags.DEFINE_string("question_set", "scenes", f"{sets}, or a JSONL file, as in experiments.compare.")
-  flags.DEFINE_integer("num_questions", 50, "Questions drawn from the set, each type in proportion.", lower_bound=1)
+  fields = "id, image (relative to the file), question, answer, type and optionally guess, from the question alone"
+  flags.DEFINE_string("question_set", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file of {fields}.")
+  drawn = "Questions drawn from the set, each type in proportion; all if there is no number."
+  flags.DEFINE_integer("num_questions", 50, drawn, lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Seed of the draw of questions and of all later random draws.")
   flags.DEFINE_integer("batch_size", 1, "Questions per batch.", lower_bound=1)
   flags.DEFINE_list("prompt_buckets", ["64", "128", "256"], "As in himap_jax.run.")
   flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
+  _define_directories()
   flags.DEFINE_string("compilation_cache_dir", None, "As in himap_jax.run.")
+  for name, value in defaults.items():
+    flags.FLAGS.set_default(name, value)
 
 
-def load_subject(*, needs_answers: bool = False) -> Subject:
-  """The subject that the flags describe, with its true answers if needed; raises `UserError` at an invalid flag."""
+def _define_directories(workdir: str | None = None, output: str | None = None) -> None:
+  flags.DEFINE_string("workdir", workdir, "Directory of measurements, to resume from.", required=not workdir)
+  flags.DEFINE_string("output", output, "Directory for tables, plots and the report.", required=not output)
+
+
+def inputs() -> InputConfig:
+  """The preparation of prompts that the flags describe."""
+  buckets = command.numbers(flags.FLAGS["prompt_buckets"], int) or ()
+  return InputConfig(flags.FLAGS.prompt_template, buckets, flags.FLAGS.batch_size)
+
+
+def load_subject(*, needs_answers: bool = False, **batches: int) -> Subject:
+  """The subject of the flags and of `Subject.load`'s arguments `batches`; raises `UserError` at an invalid flag."""
   values = flags.FLAGS
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
   questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
-  buckets = command.numbers(values["prompt_buckets"], int) or ()
-  inputs = InputConfig(values.prompt_template, buckets, values.batch_size)
-  return Subject.load(values.checkpoint, questions, dtype=command.DTYPES[values.dtype], inputs=inputs, seed=values.seed)
+  settings = {"dtype": command.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
+  return Subject.load(values.checkpoint, questions, **settings, **batches)
 
 
 def open_workdir(**settings: Any) -> pathlib.Path:
@@ -118,7 +131,7 @@ def open_workdir(**settings: Any) -> pathlib.Path:
 def workdir_for(subject: Subject, *names: str) -> pathlib.Path:
   """The `--workdir` for measurements that depend on the subject and on the named flags."""
   settings = {name: flags.FLAGS[name].value for name in (*SUBJECT_FLAGS, *names)}
-  digests = {"fingerprint": subject.loaded.digest(), "questions": question_sets.digest(subject.questions)}
+  digests = {"fingerprint": subject.opened.digest(), "questions": question_sets.digest(subject.questions)}
   return open_workdir(**settings, **digests)
 
 

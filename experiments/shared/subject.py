@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +15,14 @@ from absl import logging
 from experiments.question_sets import Question
 from experiments.shared import kept
 from himap_jax import checkpoint
-from himap_jax.checkpoint import LoadedModel
+from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
+from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Example, Inputs
-from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.pictures import load_image
 from himap_jax.run.progress import Progress
@@ -43,7 +44,8 @@ class Batch(NamedTuple):
 class Subject:
   """A model and the questions on which it is studied, in the order of their set."""
 
-  loaded: LoadedModel
+  opened: OpenCheckpoint
+  restore: Callable[[], LoadedModel]  # reads the weights at the first call
   processor: Processor
   batcher: Batcher
   questions: Sequence[Question]
@@ -58,22 +60,41 @@ class Subject:
     *,
     dtype: Any = jnp.float32,
     inputs: InputConfig = InputConfig(prompt_buckets=(64, 128, 256), batch_size=1),
+    max_new_tokens: int = 0,
+    num_rows: int = 1,
     seed: int = 0,
   ) -> "Subject":
-    """Loads a checkpoint, with names and errors as in `checkpoint.load`."""
-    loaded = checkpoint.load(name, dtype=dtype)
-    processor = loaded.prompts(inputs.prompt_template)
-    batcher = Batcher(loaded.config, processor.image_shape, buckets=inputs.prompt_buckets)
-    return cls(loaded, processor, batcher, questions, inputs.batch_size, seed)
+    """Opens a checkpoint, with names and errors as in `checkpoint.load`; its weights are read on first use.
+
+    Prompts leave room for `max_new_tokens` in the context. Batches have multiples of `num_rows` rows, which are sharded
+    over as many devices as divide that number.
+    """
+    opened = checkpoint.open_checkpoint(name)
+    processor = opened.prompts(inputs.prompt_template)
+    lengths = {"buckets": inputs.prompt_buckets, "max_new_tokens": max_new_tokens}
+    batcher = Batcher(opened.config, processor.image_shape, **lengths)
+
+    @functools.cache
+    def restore() -> LoadedModel:
+      axes = sharding.choose_mesh(opened.config, opened.num_bytes(dtype), num_rows)
+      return opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
+
+    return cls(opened, restore, processor, batcher, questions, inputs.batch_size, seed)
+
+  @property
+  def loaded(self) -> LoadedModel:
+    return self.restore()
 
   @property
   def num_layers(self) -> int:
-    return self.loaded.config.text.num_hidden_layers
+    return self.opened.config.text.num_hidden_layers
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
     """HiMAP's schedule for the model; arguments and errors as in `methods.build_schedule`."""
-    shape = {"num_layers": self.num_layers, "num_image_tokens": self.batcher.num_image_tokens}
-    return build_schedule("himap", **shape, prune_layers=prune_layers, keep=keep)
+    return self.opened.schedule("himap", prune_layers, keep)
+
+  def engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
+    return Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)
 
   def answers(
     self, schedules: Mapping[str, Schedule], prefix: pathlib.Path, *, max_new_tokens: int
@@ -81,13 +102,9 @@ class Subject:
     """Greedy answers by schedule name and question id, cached in files whose paths begin with `prefix`."""
 
     def compute(schedule: Schedule, label: str) -> dict[str, str]:
-      generation = GenerationConfig(max_new_tokens, seed=self.seed)
-      engine = Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)
-      answers: dict[str, str] = {}
-      for batch in self.batches(label):
-        tokens = engine(batch.inputs, batch.row_ids).tokens
-        answers |= dict(zip(batch.row_ids, map(self.processor.decode, tokens), strict=True))
-      return answers
+      engine = self.engine(schedule, GenerationConfig(max_new_tokens, seed=self.seed))
+      results = ((batch.row_ids, engine(batch.inputs, batch.row_ids).tokens) for batch in self.batches(label))
+      return {key: self.processor.decode(own) for ids, tokens in results for key, own in zip(ids, tokens, strict=True)}
 
     labels = {name: f"{prefix.name}-{re.sub('[^a-z0-9]', '_', name)}" for name in schedules}
     return {
@@ -126,7 +143,7 @@ class Subject:
           example = self.example(question)
           prepared = question, example, self.batcher.bucket(example)
         except UserError as error:
-          logging.warning("%s is left out: %s", question.id, error)
+          logging.warning("%s: %s is left out: %s", label, question.id, error)
           num_left_out += 1
         else:
           yield prepared

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.compare.grid import Grid, Shape, schedule_for_budget
+from experiments.compare.grid import Shape, make_cells, schedule_for_budget
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.prefill import Context, prune, start
 from himap_jax.pruning import methods
@@ -115,7 +115,7 @@ def test_methods_take_the_extreme_counts(loaded, prompt, method):
 
 
 def make(*, names=(), budgets=(), settings=(), ranking=None):
-  return Grid(tuple(names), tuple(budgets), tuple(settings), ranking).cells(Shape(30, 576))
+  return make_cells(Shape(30, 576), names, budgets, settings, ranking)
 
 
 def test_cells():

@@ -9,7 +9,8 @@ import pytest
 from browser import Browser
 from PIL import Image
 
-from experiments.compare.report import Column, Example, Shown, write_report
+from experiments.compare.report import Column, Example, Shown, render
+from experiments.question_sets import Question
 
 GRID = (4, 6)
 COUNT = GRID[0] * GRID[1]
@@ -48,15 +49,24 @@ def flat_picture(seed):
 
 
 EXAMPLES = [
-  Example(flat_picture(0), GRID, "what colour is it?", "red", "colour", CELLS),
-  Example(flat_picture(1), GRID, f"how many {HOSTILE}", HOSTILE, HOSTILE, {HOSTILE: Shown(HOSTILE, [(3, TOP)])}),
+  Example(flat_picture(0), GRID, Question("", None, "what colour is it?", "red", "colour", ""), CELLS),
+  Example(
+    flat_picture(1),
+    GRID,
+    Question("", None, f"how many {HOSTILE}", HOSTILE, HOSTILE, ""),
+    {HOSTILE: Shown(HOSTILE, [(3, TOP)])},
+  ),
 ]
+
+
+def write_report(path, columns, rows, examples, *, title, num_layers=LAST_LAYER + 1):
+  path.write_text(render(columns, rows, examples, title=title, num_layers=num_layers), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
   path = tmp_path_factory.mktemp("report") / "report.html"
-  write_report(path, COLUMNS, ROWS, EXAMPLES, title=f"Comparison {HOSTILE}", num_layers=LAST_LAYER + 1)
+  write_report(path, COLUMNS, ROWS, EXAMPLES, title=f"Comparison {HOSTILE}")
   return path
 
 
@@ -271,8 +281,9 @@ def test_without_examples(tab, tmp_path):
 def test_stays_small(tmp_path):
   shown = Shown("yes", [(layer, range(layer, 576)) for layer in range(30)])
   picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (336, 336, 3), dtype=np.uint8))
-  example = Example(picture, (24, 24), "is it?", "yes", "yes or no", {f"method {n}": shown for n in range(60)})
-  write_report(tmp_path / "one.html", COLUMNS, ROWS, [example], title="One example")
+  asked = Question("", None, "is it?", "yes", "yes or no", "")
+  example = Example(picture, (24, 24), asked, {f"method {n}": shown for n in range(60)})
+  write_report(tmp_path / "one.html", COLUMNS, ROWS, [example], title="One example", num_layers=30)
   assert (tmp_path / "one.html").stat().st_size < 400_000
 
 
@@ -283,4 +294,4 @@ def test_stays_small(tmp_path):
 def test_refuses_impossible_stages(tmp_path, stage, message):
   example = dataclasses.replace(EXAMPLES[0], cells={"himap": Shown("red", [stage])})
   with pytest.raises(ValueError, match=message):
-    write_report(tmp_path / "none.html", COLUMNS, ROWS, [example], title="None", num_layers=12)
+    write_report(tmp_path / "none.html", COLUMNS, ROWS, [example], title="None")

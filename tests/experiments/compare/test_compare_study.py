@@ -1,8 +1,9 @@
 """A comparison from its configuration to its tables, killed and resumed; tables, strips and plots of given answers."""
 
 import collections
+import contextlib
 import csv
-import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -13,16 +14,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from absl import flags
 from PIL import Image
 
 import himap_jax
 from experiments import question_sets
-from experiments.compare import plots, report, study, tables
+from experiments.compare import __main__ as command
+from experiments.compare import measure, plots, report, tables
 from experiments.compare.comparison import Comparison, PromptSizes
-from experiments.compare.grid import Cell, Grid, Shape
+from experiments.compare.grid import Cell, Shape, make_cells
 from experiments.compare.report import Example, Shown
-from experiments.compare.study import StudyConfig, Timing
 from experiments.question_sets import Question, is_right
+from experiments.shared import study
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.generation import InputConfig
@@ -50,6 +53,32 @@ def read_rows(path):
   return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+@contextlib.contextmanager
+def flags_of(*arguments):
+  """The command's flags, parsed in this process without a trace."""
+  own = flags.FlagValues()
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ("DEFINE_string", "DEFINE_enum", "DEFINE_integer", "DEFINE_list"):
+      patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))
+    patch.setattr(flags, "FLAGS", own)
+    study.define_shared_flags(**command.DEFAULTS)
+    command.define_flags()
+    own(["compare", *arguments])
+    yield own
+
+
+def arguments_of(config, **changes):
+  return [f"--{name}={value}" for name, value in (vars(config) | changes).items()]
+
+
+def run(config, **changes):
+  """Runs the command in this process; returns the rows of its table."""
+  with flags_of(*arguments_of(config, **changes)) as values:
+    comparison, examples = command.compare(values)
+    command.write(comparison, examples, values)
+    return comparison.rows(seed=values.seed)
+
+
 class Killed(BaseException):
   """Stands for a signal."""
 
@@ -70,18 +99,23 @@ def config(loaded, images, tmp_path_factory):
   answers = himap_jax.generate(loaded(STUDIED), pictures, questions, generation=generation, inputs=inputs)
   rows[1::2] = [row | {"answer": answer.text} for row, answer in zip(rows[1::2], answers, strict=True)]
   write_rows(folder / "questions.jsonl", rows)
-  return StudyConfig(
-    checkpoint=str(loaded(STUDIED).directory),
-    question_set=str(folder / "questions.jsonl"),
+  return SimpleNamespace(
+    checkpoint=loaded(STUDIED).directory,
+    question_set=folder / "questions.jsonl",
     workdir=folder / "work",
     output=folder / "output",
-    grid=Grid(("himap@2/3", "fastervlm"), (10.0, 8.0)),
+    methods="himap@2/3,fastervlm",
+    budgets="10,8",
     num_questions=9,
-    generation=generation,
-    inputs=inputs,
-    timing=Timing(batch_size=1, new_tokens=2, repeats=1),
+    max_new_tokens=3,
+    prompt_template=inputs.prompt_template,
+    prompt_buckets=40,
+    batch_size=2,
+    timing_new_tokens=2,
+    timing_repeats=1,
     num_examples=3,
     num_strips=2,
+    compilation_cache_dir="",
   )
 
 
@@ -98,12 +132,12 @@ def rows(config):
 
     patch.setattr(OutputWriter, "write", dying)
     with pytest.raises(Killed):
-      study.run(config)
+      run(config)
   answers = sorted((config.workdir / "answers").glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
   assert [len(read_rows(path)) for path in answers] == [9, 5]
   with open(answers[1], "a", encoding="utf-8") as file:
     file.write('{"id": "0wh')
-  return {row["label"]: row for row in study.run(config)}
+  return {row["label"]: row for row in run(config)}
 
 
 def questions_of(config):
@@ -281,7 +315,7 @@ class Clock:
 
 def test_times_are_medians_of_ratios_without_the_first_run():
   inputs = SimpleNamespace(tokens=np.zeros((1, 3)))
-  measured = study.measure_times(Clock(99.0, 2.0, 4.0, 10.0), Clock(50.0, 1.0, 3.0, 1.0), inputs, repeats=3)
+  measured = measure.measure_times(Clock(99.0, 2.0, 4.0, 10.0), Clock(50.0, 1.0, 3.0, 1.0), inputs, repeats=3)
   assert measured["prefill_ratio"] == measured["decode_ratio"] == 0.5
   assert (measured["prefill_seconds"], measured["decode_seconds"], measured["compile_seconds"]) == (1.0, 2.0, 7.0)
 
@@ -311,35 +345,16 @@ def test_other_settings_are_refused(config, rows):
   for changes, message in (
     ({"dtype": "bfloat16"}, "dtype was 'float32', now 'bfloat16'"),
     ({"num_questions": 5}, "questions"),
-    ({"inputs": dataclasses.replace(config.inputs, prompt_buckets=(50,))}, "prompt_buckets"),
+    ({"prompt_buckets": 50}, "prompt_buckets"),
   ):
     with pytest.raises(ValueError, match=f"other settings .*{message}.*another --workdir"):
-      study.run(dataclasses.replace(config, **changes))
+      run(config, **changes)
 
 
 def test_the_command_goes_on_and_runs_nothing_again(config, rows):
   before = {path: path.stat().st_mtime_ns for path in config.workdir.rglob("*") if path.is_file()}
-  values = {
-    "checkpoint": config.checkpoint,
-    "question_set": config.question_set,
-    "num_questions": 9,
-    "methods": "himap@2/3,fastervlm",
-    "budgets": "10,8",
-    "max_new_tokens": 3,
-    "batch_size": 2,
-    "prompt_buckets": 40,
-    "prompt_template": "<image>{question}",
-    "timing_new_tokens": 2,
-    "timing_repeats": 1,
-    "num_examples": 3,
-    "num_strips": 2,
-    "workdir": config.workdir,
-    "output": config.output,
-    "compilation_cache_dir": "",
-  }
-  given = [f"--{name}={value}" for name, value in values.items()]
   done = subprocess.run(
-    [sys.executable, "-m", "experiments.compare", *given],
+    [sys.executable, "-m", "experiments.compare", *arguments_of(config)],
     cwd=ROOT,
     capture_output=True,
     text=True,
@@ -351,6 +366,15 @@ def test_the_command_goes_on_and_runs_nothing_again(config, rows):
   assert {path for path in config.workdir.rglob("*") if path.is_file()} == set(before)
 
 
+def test_flags():
+  needed = ("--workdir=work", "--output=output")
+  with flags_of(*needed) as values:
+    defaults = values.question_set, values.num_questions, values.batch_size, values.prompt_buckets
+    assert defaults == ("easyvqa", None, 8, ["64", "128", "256", "512", "1024", "2048"])
+  with flags_of(f"--flagfile={ROOT / 'experiments/flags/compare_demo.flags'}") as values:
+    assert (values.question_set, values.num_questions, values.prompt_buckets) == ("scenes", 200, ["64"])
+
+
 def test_examples_take_types_in_turns():
   questions = [question(i, type="abc"[i % 3])._replace(image=pathlib.Path(f"{i // 3}.png")) for i in range(18)]
   assert [q.id for q in report.choose(questions, 4)] == ["0", "4", "8", "9"]
@@ -358,16 +382,15 @@ def test_examples_take_types_in_turns():
 
 
 def test_strips_show_the_lowest_budget_that_most_reach():
-  cells = Grid(("himap", "random"), (128, 64, 32)).cells(Shape(30, 576))
+  cells = make_cells(Shape(30, 576), ("himap", "random"), (128, 64, 32), (), None)
   assert report.cells_to_show(cells) == ["none", "himap 64", "random 64"]
   assert report.cells_to_show([Cell("none", "none", schedule=cells[0].schedule)]) == ["none"]
 
 
 def test_strips_fade_what_the_last_stage_drops(tmp_path):
   picture = Image.new("RGB", (60, 60), (200, 0, 0))
-  example = Example(
-    picture, (2, 2), "what?", "red", "t", {"a": Shown("red", [(0, [0, 1]), (1, [0])]), "b": Shown("no", [])}
-  )
+  cells = {"a": Shown("red", [(0, [0, 1]), (1, [0])]), "b": Shown("no", [])}
+  example = Example(picture, (2, 2), question(0, text="what?", answer="red"), cells)
   plots.draw_strips(tmp_path / "strips.png", [example], ["a", "b", "missing"])
   pixels = np.asarray(Image.open(tmp_path / "strips.png").convert("RGB")).reshape(-1, 3).astype(int)
   vivid, faded = ((np.abs(pixels - colour).max(1) <= 3).sum() for colour in ([200, 0, 0], [247, 217, 217]))

@@ -18,6 +18,6 @@ def tiny_subject(loaded, images, tmp_path_factory):
   def make(texts):
     questions = [Question(f"q{i}", directory / f"{i % 4}.png", text, "x", "t", "") for i, text in enumerate(texts)]
     batcher = Batcher(model.config, processor.image_shape, buckets=(24,), max_new_tokens=3)
-    return Subject(model, processor, batcher, questions, batch_size=2)
+    return Subject(model, lambda: model, processor, batcher, questions, batch_size=2)
 
   return make

@@ -1,0 +1,98 @@
+"""Measures the cells of a comparison: their answers and times; those in the work directory are reused."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from experiments.compare.grid import Cell
+from experiments.shared import kept
+from experiments.shared.subject import Subject
+from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.errors import UserError
+from himap_jax.inputs import Inputs
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run import contract, output, prompts
+from himap_jax.run.answering import Answerer
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+  """Runs the cells of one comparison.
+
+  `settings` are all that answers and times depend on besides the cell, whose schedule is part of the file names.
+  """
+
+  subject: Subject
+  workdir: pathlib.Path
+  settings: Mapping[str, Any]
+  generation: GenerationConfig
+
+  def answer(self, cell: Cell) -> dict[str, dict[str, Any]]:
+    """Answers the remaining questions; returns all output rows by id."""
+    subject, path = self.subject, self.workdir / "answers" / f"{cell.file_name}.jsonl"
+    if not path.exists() or path.read_bytes().count(b"\n") < len(subject.questions):
+      asked = [prompts.Prompt(q.id, str(q.image.absolute()), q.question) for q in subject.questions]
+      wanted = contract.Contract(path, self.settings, asked, advice="use another --workdir")
+      with output.Output(wanted, resume=True) as rows:
+        engine, emit = subject.engine(cell.schedule, self.generation), frozenset({"tokens", "kept"})
+        Answerer(subject.processor, subject.batcher, engine, subject.batch_size, emit).answer_all(rows)
+    return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+  def time(self, cell: Cell) -> dict[str, Any]:
+    """Times a cell once; returns the result of `measure_times`, or nothing without repeats."""
+    repeats = self.settings["timing"]["repeats"]
+
+    def measure() -> dict[str, Any]:
+      engine = self._reference if cell.schedule == Schedule() else self._timed(cell.schedule)
+      return measure_times(self._reference, engine, self._timing_inputs, repeats=repeats)
+
+    return kept.json_of(self.workdir / "timings" / f"{cell.file_name}.json", measure) if repeats else {}
+
+  @functools.cached_property
+  def _reference(self) -> Engine:
+    return self._timed(Schedule())
+
+  def _timed(self, schedule: Schedule) -> Engine:
+    new_tokens = self.settings["timing"]["new_tokens"]
+    return self.subject.engine(schedule, GenerationConfig(new_tokens, seed=self.subject.seed, ignore_eos=True))
+
+  @functools.cached_property
+  def _timing_inputs(self) -> Inputs:
+    batch_size = self.settings["timing"]["batch_size"]
+    _, examples, buckets = zip(*itertools.islice(self.subject.examples("timing"), batch_size), strict=True)
+    return self.subject.batcher.pack(examples, bucket=max(buckets), batch_size=batch_size)
+
+
+def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats: int) -> dict[str, Any]:
+  """Runs an engine and a reference in turns on a batch, after a first run of each that compiles and does not count.
+
+  Returns medians over the turns of the ratios and of this engine's seconds, `compile_seconds` of its programs (of
+  reading them, if cached), and the device.
+  """
+  ids = ["timing"] * len(inputs.tokens)
+  _, *turns = [[run(inputs, ids) for run in (reference, engine)] for _ in range(repeats + 1)]
+  times = np.array([[(result.prefill_seconds, result.decode_seconds) for result in turn] for turn in turns])
+  ratios, seconds = np.median(times[:, 1] / times[:, 0], axis=0), np.median(times[:, 1], axis=0)
+  names, compiling = ("prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds"), engine.compile_seconds
+  measured = dict(zip(names, [*ratios.tolist(), *seconds.tolist()], strict=True))
+  return measured | {"compile_seconds": compiling, "device": jax.devices()[0].device_kind}
+
+
+def mean_text_length(subject: Subject) -> int:
+  """The mean number of text tokens of the questions that the model can take, whatever their pictures."""
+  blank, lengths = Image.new("RGB", (64, 64)), {}
+  for text in {question.question for question in subject.questions}:
+    with contextlib.suppress(UserError):
+      example = subject.processor.prepare(blank, text)
+      subject.batcher.bucket(example)
+      lengths[text] = example.num_text_tokens
+  return round(float(np.mean([lengths[q.question] for q in subject.questions if q.question in lengths])))
