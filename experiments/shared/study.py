@@ -38,6 +38,18 @@ class Report:
   plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
   documents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
+  def write(self, output: pathlib.Path, name: str, called: str) -> str:
+    """Writes all files and returns the Markdown text, which names the command line `called`."""
+    for table, rows in self.tables.items():
+      tabular.write_csv(output / f"{table}.csv", rows)
+    for plot, figure in self.plots.items():
+      figures.save(output / f"{plot}.png", figure)
+    for document, content in self.documents.items():
+      write_json(output / f"{document}.json", content)
+    text = "\n".join([f"`{called}`, {self.count}.", "", *self.summary]) + "\n"
+    (output / f"{name}.md").write_text(text, encoding="utf-8")
+    return text
+
 
 def start(
   name: str,
@@ -61,26 +73,12 @@ def start(
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def action() -> int:
-    directory("output")  # fails before the measurement
+    output, called = directory("output"), " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
     result = run(flags.FLAGS)
-    print(result if isinstance(result, str) else write(result, name))
+    print(result if isinstance(result, str) else result.write(output, name.rpartition(".")[2], called))
     return 0
 
   app.run(lambda argv: command.execute(name.rpartition(".")[2], argv, action))
-
-
-def write(report: Report, name: str) -> str:
-  """Writes the report of `experiments.<name>` to `--output`; returns its text, which names the command line."""
-  output, called = directory("output"), " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
-  for table, rows in report.tables.items():
-    tabular.write_csv(output / f"{table}.csv", rows)
-  for plot, figure in report.plots.items():
-    figures.save(output / f"{plot}.png", figure)
-  for document, content in report.documents.items():
-    write_json(output / f"{document}.json", content)
-  text = "\n".join([f"`{called}`, {report.count}.", "", *report.summary]) + "\n"
-  (output / f"{name.rpartition('.')[2]}.md").write_text(text, encoding="utf-8")
-  return text
 
 
 def define_shared_flags(**defaults: Any) -> None:
