@@ -56,24 +56,18 @@ def generate(
 ) -> list[Answer]:
   """Answers one question per image, without pruning by default; raises `UserError` for unusable settings or prompts."""
   processor = loaded.prompts(inputs.prompt_template)
-  batcher = Batcher(
-    loaded.config,
-    processor.image_shape,
-    buckets=inputs.prompt_buckets,
-    max_new_tokens=generation.max_new_tokens,
-  )
+  shape, buckets, max_new_tokens = processor.image_shape, inputs.prompt_buckets, generation.max_new_tokens
+  batcher = Batcher(loaded.config, shape, buckets=buckets, max_new_tokens=max_new_tokens)
   engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)
   batch_size = sharding.padded_batch_size(inputs.batch_size, sharding.mesh_of(loaded.model.params))
   examples = [processor.prepare(image, question) for image, question in zip(images, questions, strict=True)]
-  rows_of: dict[int, list[int]] = {}
-  for row, example in enumerate(examples):
-    rows_of.setdefault(batcher.bucket(example), []).append(row)
+  bucket_of = [batcher.bucket(example) for example in examples]
   answers: dict[int, Answer] = {}
-  for bucket, rows in sorted(rows_of.items()):
-    for first in range(0, len(rows), batch_size):
-      group = rows[first : first + batch_size]
+  for bucket in sorted(set(bucket_of)):
+    rows = [row for row, own in enumerate(bucket_of) if own == bucket]
+    for group in (rows[first : first + batch_size] for first in range(0, len(rows), batch_size)):
       batch = batcher.pack([examples[row] for row in group], bucket=bucket, batch_size=batch_size)
-      result = engine(batch, [*group, *[group[-1]] * (batch_size - len(group))])
+      result = engine(batch, group)
       for place, row in enumerate(group):
         answers[row] = Answer(
           text=processor.decode(result.tokens[place]),

@@ -131,13 +131,8 @@ class Layout:
     pruned = jax.tree.map(lambda x: take_slots(x, source), self).replace(num_image_tokens=kept.shape[1])
     if present is None:
       return source, pruned
-    removed = ~take_slots(is_kept, source)
-    return source, pruned.replace(
-      kind=jnp.where(removed, PADDING, pruned.kind),
-      image_id=jnp.where(removed, -1, pruned.image_id),
-      image_token=jnp.where(removed, -1, pruned.image_token),
-      order=jnp.where(removed, UNUSED_ORDER, pruned.order),
-    )
+    remains, padding = take_slots(is_kept, source), Layout(PADDING, -1, -1, UNUSED_ORDER, kept.shape[1])
+    return source, jax.tree.map(lambda x, unused: jnp.where(remains, x, unused), pruned, padding)
 
 
 def put_image_tokens(

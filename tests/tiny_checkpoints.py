@@ -51,6 +51,19 @@ class Tiny:
     batch = self.processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=False)
     return batch["input_ids"][0], batch["pixel_values"]
 
+  def rows(self, images: list[PIL.Image.Image]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The encoded PROMPTS, each with an image."""
+    return [self.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+
+
+# Where the image stands: after a little text, first of all, after most of the text, and before a long question.
+PROMPTS = (
+  "<s>USER: <image>\nWhat is it? ASSISTANT:",
+  "<image>Where is the dog?",
+  "<s>A longer text stands before the image here. <image> ?",
+  "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
+)
+
 
 CLIP = dict(
   model_type="clip_vision_model",

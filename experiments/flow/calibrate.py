@@ -31,7 +31,7 @@ from experiments.shared import statistics, study, tabular
 from experiments.shared.subject import Batch, Subject
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.errors import UserError
-from himap_jax.pruning.cost import image_token_flops
+from himap_jax.pruning.cost import costs
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 
@@ -64,7 +64,7 @@ class Trials(NamedTuple):
   def price(self, layers: Two, keep: Two) -> float:
     """FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning."""
     sizes, count = model_sizes(self.subject.loaded.config), self.subject.batcher.num_image_tokens
-    pruned, plain = (image_token_flops(sizes, s, count) for s in (self.subject.himap(layers, keep), Schedule()))
+    pruned, plain = (costs(sizes, s, count, 0).image_tokens for s in (self.subject.himap(layers, keep), Schedule()))
     return pruned / plain
 
   def run(self, entries: Sequence[tuple[str, Proposal]]) -> list[Trial]:

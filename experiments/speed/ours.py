@@ -99,7 +99,7 @@ class Ours(Side):
     if "lm_head" in params:
       read["embed_tokens"] = params["lm_head"]
     sizes = model_sizes(self._config), self._schedule, self._num_image_tokens, scenario.num_text_tokens
-    cache = scenario.batch_size * cost.cache_bytes(*sizes, bytes_per_value=2)
+    cache = scenario.batch_size * cost.costs(*sizes).cache_bytes
     return known | {
       "decode_bytes": account["bytes accessed"] - account["bytes accessedout{}"],
       "decode_bytes_needed": sum(x.nbytes for x in jax.tree.leaves(read)) + cache,

@@ -44,8 +44,7 @@ def initialize(
     coordinator: otherwise the address `host:port` of the first process.
 
   Raises:
-    UserError: the settings contradict each other.
-    RuntimeError: the other processes cannot be reached.
+    UserError: the settings contradict each other, or the other processes cannot be reached.
   """
   given = [value is not None for value in (coordinator, num_processes, process_id)]
   if any(given) and not all(given):
@@ -56,7 +55,10 @@ def initialize(
     return
   if all(given) and not 0 <= process_id < num_processes:
     raise UserError(f"--process_id must be from 0 to {num_processes - 1}, but is {process_id}")
-  jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  try:
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+  except RuntimeError as error:
+    raise UserError(f"cannot join the other processes ({error})") from error
 
 
 def share(mesh: Mesh) -> Share:

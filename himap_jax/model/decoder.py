@@ -33,21 +33,22 @@ class Projections:
   value: Float[Array, "B S K H"]
 
 
-class Attention(nn.Module):
-  """Query, key, value and output projections of one layer."""
+class DecoderModule(nn.Module):
+  """A part of the decoder."""
 
   config: TextConfig
   kernels: Kernels
 
+
+class Attention(DecoderModule):
+  """Query, key, value and output projections of one layer."""
+
   def setup(self) -> None:
-    c = self.config
-    key_width = c.num_key_value_heads * c.head_dim
-    self.q_proj = Linear(
-      c.num_attention_heads * c.head_dim, self.kernels, use_bias=c.attention_bias, axes=("heads", None)
-    )
-    self.k_proj = Linear(key_width, self.kernels, use_bias=c.attention_bias, axes=("key_heads", None))
-    self.v_proj = Linear(key_width, self.kernels, use_bias=c.attention_bias, axes=("key_heads", None))
-    self.o_proj = Linear(c.hidden_size, self.kernels, use_bias=c.attention_bias, axes=(None, "heads"))
+    c, linear = self.config, functools.partial(Linear, kernels=self.kernels, use_bias=self.config.attention_bias)
+    self.q_proj = linear(c.num_attention_heads * c.head_dim, axes=("heads", None))
+    self.k_proj = linear(c.num_key_value_heads * c.head_dim, axes=("key_heads", None))
+    self.v_proj = linear(c.num_key_value_heads * c.head_dim, axes=("key_heads", None))
+    self.o_proj = linear(c.hidden_size, axes=(None, "heads"))
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
     return rope.rotate(self._heads(self.q_proj(x)), *rotation)
@@ -69,27 +70,21 @@ class Attention(nn.Module):
     return self.o_proj(context.reshape(*context.shape[:2], -1))
 
 
-class FeedForward(nn.Module):
+class FeedForward(DecoderModule):
   """The gated feed-forward (SwiGLU)."""
 
-  config: TextConfig
-  kernels: Kernels
-
   def setup(self) -> None:
-    c = self.config
-    self.gate_proj = Linear(c.intermediate_size, self.kernels, use_bias=c.mlp_bias, axes=("feed_forward", None))
-    self.up_proj = Linear(c.intermediate_size, self.kernels, use_bias=c.mlp_bias, axes=("feed_forward", None))
-    self.down_proj = Linear(c.hidden_size, self.kernels, use_bias=c.mlp_bias, axes=(None, "feed_forward"))
+    c, linear = self.config, functools.partial(Linear, kernels=self.kernels, use_bias=self.config.mlp_bias)
+    self.gate_proj = linear(c.intermediate_size, axes=("feed_forward", None))
+    self.up_proj = linear(c.intermediate_size, axes=("feed_forward", None))
+    self.down_proj = linear(c.hidden_size, axes=(None, "feed_forward"))
 
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(DecoderModule):
   """One layer: over a whole sequence when called, over a cache in `extend`."""
-
-  config: TextConfig
-  kernels: Kernels
 
   def setup(self) -> None:
     self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
@@ -149,18 +144,14 @@ class DecoderLayer(nn.Module):
     return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
+class Decoder(DecoderModule):
   """The language model without its head."""
 
-  config: TextConfig
-  kernels: Kernels
-
   def setup(self) -> None:
-    self.embed_tokens = Embedding(
-      self.config.vocab_size, self.config.hidden_size, self.kernels, axes=("vocabulary", None)
-    )
-    self.layers = [DecoderLayer(self.config, self.kernels) for _ in range(self.config.num_hidden_layers)]
-    self.norm = RMSNorm(self.config.rms_norm_eps)
+    c = self.config
+    self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.kernels, axes=("vocabulary", None))
+    self.layers = [DecoderLayer(c, self.kernels) for _ in range(c.num_hidden_layers)]
+    self.norm = RMSNorm(c.rms_norm_eps)
 
   def __call__(
     self,

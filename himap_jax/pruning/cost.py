@@ -51,18 +51,39 @@ def costs(
   """Costs of one prompt, from its image tokens before pruning and its text tokens.
 
   All text tokens count as instruction; `bytes_per_value` is that of the cache.
+
+  A decoder layer takes 2udq for queries and outputs, 2ndk for keys and values, 2unq for attention and 3udm for the
+  gated feed-forward. Of its n tokens u are updated: all, or only the text if image tokens are frozen; q and k are the
+  total widths of query and key heads. On image tokens alone HiMAP's Eq. 10 counts 4nd² + 2n²d + 2ndm; a layer that does
+  not update them still computes their keys and values: 2nd².
   """
-  entering = [count for count, _ in _layers(sizes, schedule, num_image_tokens)]
-  head = sizes.hidden_size * sizes.vocab_size
+  d, m, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
+  head = d * sizes.vocab_size
+  image_tokens = decoder = scoring = slots = 0
+  decode, entering = head, []
+  for segment in schedule.segments(sizes.num_layers, num_image_tokens):
+    image = segment.num_image_tokens
+    n = image + num_text_tokens
+    for layer in range(segment.first, segment.last):
+      frozen = layer in schedule.frozen_layers
+      u = num_text_tokens if frozen else n
+      image_tokens += 2 * image * d**2 if frozen else 4 * image * d**2 + 2 * image**2 * d + 2 * image * d * m
+      decoder += 2 * u * d * q + 2 * n * d * k + 2 * u * n * q + 3 * u * d * m
+      decode += 2 * d * q + 2 * d * k + 2 * (n + 1) * q + 3 * d * m
+      slots += n
+      entering.append(image)
+    if segment.stage is not None:
+      own = Sizes(sizes, num_image_tokens, image, num_text_tokens, segment.stage.keep)
+      scoring += segment.stage.criterion.cost(own)
   return Costs(
-    image_tokens=image_token_flops(sizes, schedule, num_image_tokens),
+    image_tokens=image_tokens,
     tower=tower_flops(sizes, num_image_tokens),
     projector=num_image_tokens * sizes.connector_flops_per_token,
-    decoder=all_token_flops(sizes, schedule, num_image_tokens, num_text_tokens),
-    scoring=scoring_flops(sizes, schedule, num_image_tokens, num_text_tokens),
+    decoder=decoder,
+    scoring=scoring,
     head=head,
-    decode=decode_flops(sizes, schedule, num_image_tokens, num_text_tokens) + head,
-    cache_bytes=cache_bytes(sizes, schedule, num_image_tokens, num_text_tokens, bytes_per_value=bytes_per_value),
+    decode=decode,
+    cache_bytes=slots * 2 * k * bytes_per_value,
     mean_tokens_in=sum(entering) / len(entering),
     mean_tokens_out=sum([*entering[1:], entering[-1]]) / len(entering),
   )
@@ -75,66 +96,3 @@ def tower_flops(sizes: ModelSizes, num_image_tokens: int) -> int:
   w, m = sizes.tower_width, sizes.tower_feed_forward
   layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
   return sizes.tower_layers * layer + num_patches * 3 * sizes.patch_size**2 * w
-
-
-def scoring_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int) -> int:
-  """Operations of selecting tokens, over all stages."""
-  total, present = 0, num_image_tokens
-  for stage in schedule.stages:
-    total += stage.criterion.cost(Sizes(sizes, num_image_tokens, present, num_text_tokens, stage.keep))
-    present = stage.keep
-  return total
-
-
-def decode_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int) -> int:
-  """Operations of the decoder's layers on one new token, which attends to kept tokens, text and itself."""
-  d, m, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
-  return sum(
-    2 * d * q + 2 * d * k + 2 * (num_image + num_text_tokens + 1) * q + 3 * d * m
-    for num_image, _ in _layers(sizes, schedule, num_image_tokens)
-  )
-
-
-def image_token_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int) -> int:
-  """Operations of the decoder on image tokens alone: 4nd² + 2n²d + 2ndm per layer (HiMAP, Eq. 10).
-
-  A layer that does not update image tokens still computes their keys and values: 2nd².
-  """
-  d, m = sizes.hidden_size, sizes.intermediate_size
-  return sum(
-    2 * n * d**2 if frozen else 4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m
-    for n, frozen in _layers(sizes, schedule, num_image_tokens)
-  )
-
-
-def all_token_flops(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int) -> int:
-  """Operations of the decoder on all tokens of a prompt.
-
-  A layer takes 2udq for queries and outputs, 2ndk for keys and values, 2unq for attention and 3udm for the gated
-  feed-forward. Of its n tokens u are updated: all, or only the text if image tokens are frozen; q and k are the total
-  widths of query and key heads.
-  """
-  d, m, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
-  total = 0
-  for num_image, frozen in _layers(sizes, schedule, num_image_tokens):
-    n = num_image + num_text_tokens
-    updated = num_text_tokens if frozen else n
-    total += 2 * updated * d * q + 2 * n * d * k + 2 * updated * n * q + 3 * updated * d * m
-  return total
-
-
-def cache_bytes(
-  sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_slots: int, *, bytes_per_value: int
-) -> int:
-  """Bytes of one row's keys and values; `num_text_slots` includes padding and decoded tokens."""
-  slots = sum(count + num_text_slots for count, _ in _layers(sizes, schedule, num_image_tokens))
-  return slots * 2 * sizes.key_width * bytes_per_value
-
-
-def _layers(sizes: ModelSizes, schedule: Schedule, num_image_tokens: int) -> list[tuple[int, bool]]:
-  """Image tokens of each layer, and whether it is frozen."""
-  return [
-    (segment.num_image_tokens, layer in schedule.frozen_layers)
-    for segment in schedule.segments(sizes.num_layers, num_image_tokens)
-    for layer in range(segment.first, segment.last)
-  ]

@@ -128,9 +128,8 @@ class Answerer:
           generation = self._generate(group, buckets[index], num_rows)
           summary.prefill_seconds += generation.prefill_seconds
           summary.decode_seconds += generation.decode_seconds
-          results += self._results(group, generation)
-          if self.pictures is not None and share.is_written_here:
-            self._draw(group, generation)
+          if share.is_written_here:
+            results += self._results(group, generation)
         results = _gather_results(results if share.is_written_here else [])
         output.write([result.row for result in results])
         if results:
@@ -143,10 +142,8 @@ class Answerer:
 
   def _generate(self, group: Sequence[Prepared], bucket: int, num_rows: int) -> Generation:
     inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
-    ids = [row.prompt.key for row in group]
-    ids += (ids[-1:] or [""]) * (num_rows - len(ids))
     with out_of_memory_is_user_error():
-      return self.engine(inputs, ids)
+      return self.engine(inputs, [row.prompt.key for row in group])
 
   def _results(self, group: Sequence[Prepared], generation: Generation) -> list[Result]:
     results = []
@@ -157,6 +154,8 @@ class Answerer:
         results.append(Result(prompt.row(digest, error="the model's logits are not finite; try --dtype=float32")))
         continue
       kept = [stage[index] for stage in generation.kept]
+      if self.pictures is not None:
+        self._draw(prompt, example, kept)
       more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}
       if "kept" in self.emit:
         more["kept"] = kept
@@ -169,14 +168,11 @@ class Answerer:
       results.append(Result(row, len(tokens), *counts))
     return results
 
-  def _draw(self, group: Sequence[Prepared], generation: Generation) -> None:
-    for index, (prompt, example, _) in enumerate(group):
-      if np.isfinite(generation.logits[index]).all():
-        kept = [stage[index] for stage in generation.kept]
-        picture = draw_kept(self.processor.picture(example), kept, self.processor.patch_grid)
-        path = self.pictures / f"{prompt.file_name}.png"
-        with user_error(f"--pictures: cannot write {path}"):
-          picture.save(path, format="PNG")
+  def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:
+    picture = draw_kept(self.processor.picture(example), kept, self.processor.patch_grid)
+    path = self.pictures / f"{prompt.file_name}.png"
+    with user_error(f"--pictures: cannot write {path}"):
+      picture.save(path, format="PNG")
 
 
 def _gather_results(results: list[Result]) -> list[Result]:

@@ -173,13 +173,6 @@ def _pruning() -> PruningConfig:
 
 
 def join_processes() -> None:
-  """Joins the other processes named by the flags (`processes.initialize`); raises UserError if that fails."""
-  try:
-    processes.initialize(
-      from_environment=_DISTRIBUTED.value,
-      coordinator=_COORDINATOR.value,
-      num_processes=_NUM_PROCESSES.value,
-      process_id=_PROCESS_ID.value,
-    )
-  except RuntimeError as error:
-    raise UserError(f"cannot join the other processes ({error})") from error
+  """Joins the other processes named by the flags; errors as in `processes.initialize`."""
+  own = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+  processes.initialize(from_environment=_DISTRIBUTED.value, **own)

@@ -69,21 +69,16 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     raise UserError(f"the prompt file {path} is empty")
 
   owner: dict[str, int] = {}
-  rows: list[tuple[int, str | int | None, Prompt | str]] = []
+  prompts: dict[int, Prompt] = {}  # by line
   for number, line in numbered:
-    row_id = None
+    row_id = ""
     try:
       record = _record(line)
       row_id = _claim(record, owner, number)
-      row = Prompt(row_id, _text(record, "image"), _text(record, "question", "text"))
+      prompts[number] = Prompt(row_id, _text(record, "image"), _text(record, "question", "text"))
     except _BadRow as error:
-      row = f"line {number}: {error}"
-    rows.append((number, row_id, row))
-
-  return [
-    Prompt(_line_id(number, owner) if row_id is None else row_id, error=row) if isinstance(row, str) else row
-    for number, row_id, row in rows
-  ]
+      prompts[number] = Prompt(row_id, error=f"line {number}: {error}")
+  return [p if p.key else dataclasses.replace(p, id=_line_id(n, owner)) for n, p in prompts.items()]
 
 
 def _record(line: bytes) -> Mapping[str, Any]:

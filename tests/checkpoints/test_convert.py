@@ -35,11 +35,15 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert import source, store
 from himap_jax import checkpoint
 from himap_jax.engine import sharding
-from himap_jax.families import read_config
+from himap_jax.families import from_hf
 from himap_jax.model.network import abstract_params
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = pathlib.Path(__file__).parents[2]
+
+
+def read_config(directory):
+  return from_hf(source.read_json(directory / "config.json"))
 
 
 @pytest.fixture(scope="module")
@@ -412,12 +416,13 @@ store.BATCH_BYTES = 1 << 14
 convert(open_source(sys.argv[1]), sys.argv[2], describe, cache_dir=default_cache_dir())
 """
 MEASURED = """
-import sys, threading, time
+import pathlib, sys, threading, time
 import transformers
 from checkpoints_convert.convert import convert, open_source
+from checkpoints_convert.source import read_json
 from himap_jax.checkpoint import default_cache_dir, describe
-from himap_jax.families import read_config
-read_config(sys.argv[1])
+from himap_jax.families import from_hf
+from_hf(read_json(pathlib.Path(sys.argv[1], "config.json")))
 private = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
 before, peak = private(), [0]
 def watch():

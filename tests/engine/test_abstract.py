@@ -12,7 +12,7 @@ import transformers
 from himap_jax import build_schedule
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.prefill import prefill
-from himap_jax.families import read_config
+from himap_jax.families import from_hf
 from himap_jax.model.network import Model, Network, abstract_params
 
 # `config.json` as published: what is absent has the default of its model type.
@@ -65,8 +65,9 @@ UNUSED = re.compile(r"vision_tower\.(encoder\.layers\.23|post_layernorm)\.")
 def published(request, tmp_path_factory):
   """The size's name, a directory with its config.json, our config of it, our parameters as shapes."""
   directory = tmp_path_factory.mktemp(request.param)
-  (directory / "config.json").write_text(json.dumps(LLAVA | {"text_config": SIZES[request.param]}))
-  config = read_config(directory)
+  fields = LLAVA | {"text_config": SIZES[request.param]}
+  (directory / "config.json").write_text(json.dumps(fields))
+  config = from_hf(fields)
   return request.param, directory, config, abstract_params(config, jnp.bfloat16)
 
 

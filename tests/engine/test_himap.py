@@ -1,25 +1,17 @@
 """HiMAP against the slow reference, float32: kept sets, logits, decoding from the pruned cache, invariances."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_himap
 import tiny_checkpoints
+from tiny_checkpoints import PROMPTS
 
-from himap_jax import GenerationConfig, InputConfig, Schedule, build_schedule, generate
+from himap_jax import GenerationConfig, InputConfig, Schedule, generate
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 
-# Where the image stands: after a little text, first of all, after most of the text, and before a long question.
-PROMPTS = (
-  "<s>USER: <image>\nWhat is it? ASSISTANT:",
-  "<image>Where is the dog?",
-  "<s>A longer text stands before the image here. <image> ?",
-  "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
-)
 NUM_SLOTS = 128
 NUM_NEW = 10
 
@@ -33,16 +25,6 @@ ONE_KEY_HEAD = ("dinov2", (2, 4), (12, 6))
 jitted_prefill = jax.jit(
   lambda model, inputs, keys, schedule: prefill(model.bind(), inputs, keys, schedule), static_argnums=3
 )
-
-
-def himap(tiny, prune_layers, keep):
-  return build_schedule(
-    "himap",
-    num_layers=tiny.model.config.text_config.num_hidden_layers,
-    num_image_tokens=tiny.num_image_tokens,
-    prune_layers=prune_layers,
-    keep=keep,
-  )
 
 
 def run_prefill(loaded, rows, schedule, num_slots=NUM_SLOTS):
@@ -59,8 +41,8 @@ def assert_close(actual, expected, share):
 @pytest.mark.parametrize("name, prune_layers, keep", [MHA, FIRST_TO_LAST, CONSECUTIVE])
 def test_prefill_is_the_reference(name, prune_layers, keep, checkpoints, loaded, images):
   tiny = checkpoints(name)
-  rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
-  result = run_prefill(loaded(name), rows, himap(tiny, prune_layers, keep))
+  rows = tiny.rows(images)
+  result = run_prefill(loaded(name), rows, loaded(name).schedule("himap", prune_layers, keep))
   assert result.logits.dtype == jnp.float32
   for index, row in enumerate(rows):
     expected = reference_himap.forward(tiny.model, *row, prune_layers=prune_layers, keep=keep)
@@ -72,8 +54,8 @@ def test_prefill_is_the_reference(name, prune_layers, keep, checkpoints, loaded,
 def test_cache_holds_what_was_kept_at_its_original_position(checkpoints, loaded, images):
   name, prune_layers, keep = MHA
   tiny = checkpoints(name)
-  rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
-  result = run_prefill(loaded(name), rows, himap(tiny, prune_layers, keep))
+  rows = tiny.rows(images)
+  result = run_prefill(loaded(name), rows, loaded(name).schedule("himap", prune_layers, keep))
   num_layers = tiny.model.config.text_config.num_hidden_layers
   borders = (0, *prune_layers, num_layers)
   assert [len(cache.keys) for cache in result.caches] == np.diff(borders).tolist()
@@ -93,8 +75,8 @@ def test_cache_holds_what_was_kept_at_its_original_position(checkpoints, loaded,
 def test_keeping_every_token_is_not_pruning(checkpoints, loaded, images):
   name = "siglip"
   tiny = checkpoints(name)
-  rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
-  everything = himap(tiny, (1, 3), (tiny.num_image_tokens,) * 2)
+  rows = tiny.rows(images)
+  everything = loaded(name).schedule("himap", (1, 3), (tiny.num_image_tokens,) * 2)
   pruned = run_prefill(loaded(name), rows, everything)
   plain = run_prefill(loaded(name), rows, Schedule())
   assert plain.kept == ()
@@ -110,7 +92,7 @@ def test_decoding_is_rerunning_the_pruned_sequence(name, prune_layers, keep, che
     loaded(name, batch_size=len(PROMPTS)),
     images,
     [prompt.removeprefix("<s>") for prompt in PROMPTS],
-    schedule=himap(tiny, prune_layers, keep),
+    schedule=loaded(name).schedule("himap", prune_layers, keep),
     generation=GenerationConfig(NUM_NEW, ignore_eos=True),
     inputs=InputConfig("<image>{question}", (112,), len(PROMPTS)),
   )
@@ -125,14 +107,8 @@ def test_decoding_is_rerunning_the_pruned_sequence(name, prune_layers, keep, che
     np.testing.assert_allclose(answer.first_logits, prompt.logits[-1], atol=1e-4, rtol=0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-  tokens: list[list[int]]
-  kept: list[list[list[int]]]
-  logits: np.ndarray
-
-  def row(self, index):
-    return self.tokens[index], [stage[index] for stage in self.kept]
+def row_of(result, index):
+  return result.tokens[index], [stage[index] for stage in result.kept]
 
 
 # A row's answer, kept sets and logits are its own: whatever shares its batch, however much padding follows, whatever
@@ -140,26 +116,24 @@ class Outcome:
 
 
 @pytest.fixture(scope="module")
-def run(checkpoints, loaded):
+def run(loaded):
   """Runs encoded rows as one batch; programs are compiled once for each shape."""
   name, prune_layers, keep = MHA
-  schedule = himap(checkpoints(name), prune_layers, keep)
+  schedule = loaded(name).schedule("himap", prune_layers, keep)
   engines = {}
 
   def run(rows, num_slots=NUM_SLOTS, padding=0):
     if len(rows) not in engines:
       model = loaded(name, batch_size=len(rows)).model
       engines[len(rows)] = Engine(model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))
-    result = engines[len(rows)](tiny_checkpoints.pad_batch(rows, num_slots, padding), range(len(rows)))
-    return Outcome(result.tokens, list(result.kept), result.logits)
+    return engines[len(rows)](tiny_checkpoints.pad_batch(rows, num_slots, padding), range(len(rows)))
 
   return run
 
 
 @pytest.fixture(scope="module")
 def rows(checkpoints, images):
-  tiny = checkpoints(MHA[0])
-  return [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+  return checkpoints(MHA[0]).rows(images)
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +144,7 @@ def expected(run, rows):
 def test_order_does_not_matter(run, rows, expected):
   actual = run(rows[::-1])
   for index in range(len(rows)):
-    assert actual.row(-1 - index) == expected.row(index)
+    assert row_of(actual, -1 - index) == row_of(expected, index)
     np.testing.assert_array_equal(actual.logits[-1 - index], expected.logits[index])
 
 
@@ -178,25 +152,25 @@ def test_batch_mates_do_not_matter(run, rows, expected):
   for index in range(len(rows)):
     actual = run([rows[index]] * len(rows))
     for copy in range(len(rows)):
-      assert actual.row(copy) == expected.row(index)
+      assert row_of(actual, copy) == row_of(expected, index)
       assert_close(actual.logits[copy], expected.logits[index], 1e-5)
 
 
 def test_a_row_alone_is_the_same(run, rows, expected):
   for index, row in enumerate(rows):
     actual = run([row])
-    assert actual.row(0) == expected.row(index)
+    assert row_of(actual, 0) == row_of(expected, index)
     assert_close(actual.logits[0], expected.logits[index], 1e-5)
 
 
 def test_the_bucket_does_not_matter(run, rows, expected):
   actual = run(rows, num_slots=NUM_SLOTS + 67)
   for index in range(len(rows)):
-    assert actual.row(index) == expected.row(index)
+    assert row_of(actual, index) == row_of(expected, index)
   assert_close(actual.logits, expected.logits, 1e-5)
 
 
 def test_padding_does_not_matter(run, rows, expected):
   actual = run(rows, padding=77)
-  assert [actual.row(index) for index in range(len(rows))] == [expected.row(index) for index in range(len(rows))]
+  assert (actual.tokens, actual.kept) == (expected.tokens, expected.kept)
   np.testing.assert_array_equal(actual.logits, expected.logits)

@@ -8,18 +8,12 @@ import reference_himap
 import tiny_checkpoints
 import torch
 
-from himap_jax import GenerationConfig, build_schedule
+from himap_jax import GenerationConfig
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 from himap_jax.pruning.methods import METHODS
 
-PROMPTS = (
-  "<s>USER: <image>\nWhat is it? ASSISTANT:",
-  "<image>Where is the dog?",
-  "<s>A longer text stands before the image here. <image> ?",
-  "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
-)
 NUM_SLOTS = 112
 NUM_NEW = 6
 NAME = "clip_mha"
@@ -41,25 +35,14 @@ SETTINGS = {
 }
 
 
-def schedule_of(tiny, method):
-  prune_layers, keep = SETTINGS[method]
-  return build_schedule(
-    method,
-    num_layers=tiny.model.config.text_config.num_hidden_layers,
-    num_image_tokens=tiny.num_image_tokens,
-    prune_layers=prune_layers,
-    keep=keep,
-  )
-
-
 @pytest.fixture(scope="module")
 def rows(checkpoints, images):
-  return [checkpoints(NAME).encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
+  return checkpoints(NAME).rows(images)
 
 
-def generate(checkpoints, loaded, rows, method):
-  model, schedule = loaded(NAME, batch_size=len(rows)).model, schedule_of(checkpoints(NAME), method)
-  engine = Engine(model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))
+def generate(loaded, rows, method):
+  own = loaded(NAME, batch_size=len(rows))
+  engine = Engine(own.model, own.schedule(method, *SETTINGS[method]), GenerationConfig(NUM_NEW, ignore_eos=True))
   return engine(tiny_checkpoints.pad_batch(rows, NUM_SLOTS), range(len(rows)))
 
 
@@ -96,7 +79,7 @@ def test_a_tower_without_class_token_has_no_class_attention(loaded):
 def test_pruning_before_the_decoder_is_a_shorter_prompt(checkpoints, loaded, rows):
   """transformers' own generation from the embeddings of what FasterVLM keeps gives the same tokens."""
   tiny = checkpoints(NAME)
-  result = generate(checkpoints, loaded, rows, "fastervlm")
+  result = generate(loaded, rows, "fastervlm")
   for index, (input_ids, pixels) in enumerate(rows):
     with torch.no_grad():
       hidden, first, last = reference_himap.embed(tiny.model, input_ids, pixels)
@@ -122,7 +105,7 @@ def test_frozen_layers_update_text_only(checkpoints, loaded, rows):
   """ShortV against transformers' layers, whose output for image tokens is thrown away where they are frozen."""
   tiny = checkpoints(NAME)
   decoder = tiny.model.model.language_model
-  result = generate(checkpoints, loaded, rows, "shortv")
+  result = generate(loaded, rows, "shortv")
   assert result.kept == ()
   for index, (input_ids, pixels) in enumerate(rows):
     tokens = []
@@ -146,7 +129,7 @@ def test_frozen_layers_update_text_only(checkpoints, loaded, rows):
 def test_rows_are_their_own(method, checkpoints, loaded, rows):
   """The same program on the rows in another order and with other padding gives every row what it had."""
   model, keys = loaded(NAME).model, jax.random.split(jax.random.key(3), len(rows))
-  schedule = schedule_of(checkpoints(NAME), method)
+  schedule = loaded(NAME).schedule(method, *SETTINGS[method])
   program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments[:2], schedule, arguments[2]))
 
   def run(rows, keys, padding):

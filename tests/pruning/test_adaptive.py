@@ -25,14 +25,8 @@ QUESTIONS = ("Where?", "What is it?", "Why?", "Is there anything else to see?", 
 
 
 def schedule_of(name, method, keep, parameters=None):
-  return build_schedule(
-    method,
-    num_layers=6,
-    num_image_tokens=NUM_IMAGE_TOKENS[name],
-    prune_layers=LAYERS,
-    keep=keep,
-    parameters=parameters,
-  )
+  own = {"num_image_tokens": NUM_IMAGE_TOKENS[name], "keep": keep, "parameters": parameters}
+  return build_schedule(method, num_layers=6, prune_layers=LAYERS, **own)
 
 
 def adaptive(name, threshold):

@@ -1,5 +1,6 @@
 """FLOPs against the figures that HiMAP prints and against sums written out layer by layer and product by product."""
 
+import dataclasses
 import math
 
 import jax
@@ -7,55 +8,32 @@ import jax.numpy as jnp
 import pytest
 import reference_himap
 
+from experiments.shared import geometries
 from himap_jax import Schedule, build_schedule
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
-from himap_jax.model.config import ConnectorConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
 from himap_jax.model.network import Model, Network, abstract_params
-from himap_jax.pruning import cost
+from himap_jax.pruning.cost import costs
 from himap_jax.pruning.methods import METHODS
 
 N = 576
 
 
 def config_of(hidden, intermediate, layers, heads, key_heads=None, head_dim=None):
-  """A model with the tower of LLaVA-1.5-7B, but of three layers."""
-  return ModelConfig(
-    vision=VisionConfig(
-      model_type="clip_vision_model",
-      hidden_size=1024,
-      intermediate_size=4096,
-      num_hidden_layers=4,
-      num_attention_heads=16,
-      image_size=336,
-      patch_size=14,
-      hidden_act="quick_gelu",
-      layer_norm_eps=1e-5,
-      feature_layers=(3,),
-      select_strategy="default",
-      has_class_token=True,
-    ),
-    connector=ConnectorConfig(hidden_act="gelu", use_bias=True),
-    text=TextConfig(
-      vocab_size=32_064,
-      hidden_size=hidden,
-      intermediate_size=intermediate,
-      num_hidden_layers=layers,
-      num_attention_heads=heads,
-      num_key_value_heads=key_heads or heads,
-      head_dim=head_dim or hidden // heads,
-      rms_norm_eps=1e-5,
-      max_position_embeddings=4096,
-      tie_word_embeddings=False,
-      attention_bias=False,
-      mlp_bias=False,
-      hidden_act="silu",
-      rope=RopeConfig(theta=10_000.0),
-    ),
-    image_token_id=32_000,
+  """LLaVA-1.5-7B with a decoder of other sizes, and a tower of three layers."""
+  base = geometries.model_of("7b")
+  text = dataclasses.replace(
+    base.text,
+    hidden_size=hidden,
+    intermediate_size=intermediate,
+    num_hidden_layers=layers,
+    num_attention_heads=heads,
+    num_key_value_heads=key_heads or heads,
+    head_dim=head_dim or hidden // heads,
   )
+  return dataclasses.replace(base, vision=dataclasses.replace(base.vision, feature_layers=(3,)), text=text)
 
 
 def sizes_of(*sizes, **more):
@@ -77,7 +55,7 @@ def image_tokens_at(layer, prune_layers, keep):
 
 @pytest.mark.parametrize("sizes, share", [(LLAVA_7B, "24.6%"), (LLAVA_13B, "22.2%")])
 def test_share_that_the_paper_gives(sizes, share):
-  pruned, plain = (cost.image_token_flops(sizes, s, N) for s in (himap(sizes), Schedule()))
+  pruned, plain = (costs(sizes, s, N, 0).image_tokens for s in (himap(sizes), Schedule()))
   assert f"{pruned / plain:.1%}" == share
 
 
@@ -89,7 +67,7 @@ def test_image_tokens_layer_by_layer(sizes, prune_layers, keep):
   for layer in range(sizes.num_layers):
     n = image_tokens_at(layer, prune_layers, keep)
     expected += 4 * n * d * d + 2 * n * n * d + 2 * n * d * m
-  assert cost.image_token_flops(sizes, himap(sizes, prune_layers, keep), N) == expected
+  assert costs(sizes, himap(sizes, prune_layers, keep), N, 0).image_tokens == expected
 
 
 def product(rows, inner, columns):
@@ -110,19 +88,19 @@ def test_all_tokens_product_by_product(sizes, num_text_tokens):
       expected += product(n, h, n) + product(n, n, h)  # scores, then their mean of the values
     expected += product(n, sizes.num_heads * h, d)  # output
     expected += 2 * product(n, d, m) + product(n, m, d)  # gate and up, then down
-  assert cost.all_token_flops(sizes, himap(sizes), N, num_text_tokens) == expected
+  assert costs(sizes, himap(sizes), N, num_text_tokens).decoder == expected
 
 
 @pytest.mark.parametrize("num_text_tokens", [35 + 20, 35 + 60, 35 + 135])
 def test_share_of_all_tokens(num_text_tokens):
-  pruned, plain = (cost.all_token_flops(LLAVA_7B, s, N, num_text_tokens) for s in (himap(LLAVA_7B), Schedule()))
+  pruned, plain = (costs(LLAVA_7B, s, N, num_text_tokens).decoder for s in (himap(LLAVA_7B), Schedule()))
   assert 0.305 <= pruned / plain <= 0.425
 
 
 def test_keeping_everything_costs_what_no_pruning_does():
   everything = himap(LLAVA_7B, keep=(N, N))
-  assert cost.image_token_flops(LLAVA_7B, everything, N) == cost.image_token_flops(LLAVA_7B, Schedule(), N)
-  assert cost.all_token_flops(LLAVA_7B, everything, N, 60) == cost.all_token_flops(LLAVA_7B, Schedule(), N, 60)
+  assert costs(LLAVA_7B, everything, N, 0).image_tokens == costs(LLAVA_7B, Schedule(), N, 0).image_tokens
+  assert costs(LLAVA_7B, everything, N, 60).decoder == costs(LLAVA_7B, Schedule(), N, 60).decoder
 
 
 def test_cache_bytes_layer_by_layer():
@@ -131,7 +109,7 @@ def test_cache_bytes_layer_by_layer():
     for layer in range(sizes.num_layers):
       slots = image_tokens_at(layer, (2, 8), (288, 72)) + 96
       expected += 2 * math.prod((slots, sizes.num_key_heads, sizes.head_dim, 2))
-    assert cost.cache_bytes(sizes, himap(sizes), N, 96, bytes_per_value=2) == expected
+    assert costs(sizes, himap(sizes), N, 96).cache_bytes == expected
 
 
 def test_frozen_layers():
@@ -139,16 +117,16 @@ def test_frozen_layers():
   sizes = sizes_of(4, 8, 2, 2, key_heads=1, head_dim=2)
   schedule = Schedule(frozen_layers=(1,))
   updated_layer = 4 * 3 * 16 + 2 * 9 * 4 + 2 * 3 * 4 * 8
-  assert cost.image_token_flops(sizes, schedule, 3) == updated_layer + 2 * 3 * 16
+  assert costs(sizes, schedule, 3, 0).image_tokens == updated_layer + 2 * 3 * 16
   first = 2 * (5 * 4 * 4) + 2 * (5 * 4 * 2) + 2 * (5 * 5 * 4) + 3 * (5 * 4 * 8)
   second = 2 * (2 * 4 * 4) + 2 * (5 * 4 * 2) + 2 * (2 * 5 * 4) + 3 * (2 * 4 * 8)
-  assert cost.all_token_flops(sizes, schedule, 3, 2) == first + second
+  assert costs(sizes, schedule, 3, 2).decoder == first + second
 
 
 def test_tokens_pruned_before_the_decoder_cost_nothing():
   schedule = build_schedule("uniform", num_layers=32, num_image_tokens=N, keep=(64,))
-  assert cost.image_token_flops(LLAVA_7B, schedule, N) == cost.image_token_flops(LLAVA_7B, Schedule(), 64)
-  assert cost.all_token_flops(LLAVA_7B, schedule, N, 60) == cost.all_token_flops(LLAVA_7B, Schedule(), 64, 60)
+  assert costs(LLAVA_7B, schedule, N, 0).image_tokens == costs(LLAVA_7B, Schedule(), 64, 0).image_tokens
+  assert costs(LLAVA_7B, schedule, N, 60).decoder == costs(LLAVA_7B, Schedule(), 64, 60).decoder
 
 
 # LLaVA-1.5-7B with fewer layers, so that it is traced quickly; its widths are what matters.
@@ -171,29 +149,29 @@ def test_prefill_is_what_xla_counts(method):
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   program = jax.jit(lambda model, inputs, keys, values: prefill(model.bind(), inputs, keys, schedule, values))
   counted = program.lower(model, inputs, keys, method_parameters(schedule)).cost_analysis()["flops"] / 2
-  costs = cost.costs(SIZES, schedule, N, num_text_tokens)
-  assert costs.prefill == pytest.approx(counted, rel=0.005)
+  actual = costs(SIZES, schedule, N, num_text_tokens)
+  assert actual.prefill == pytest.approx(counted, rel=0.005)
 
 
 def test_costs_of_no_pruning_at_7b():
   """Written out: 576 image and 60 text tokens, 10 layers of 4096, a tower of 3 layers of 1024."""
-  costs = cost.costs(SIZES, Schedule(), N, 60)
-  assert costs.tower == 3 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096) + 576 * 588 * 1024
-  assert costs.projector == 576 * (1024 * 4096 + 4096**2)
-  assert costs.head == 4096 * 32_064
-  assert costs.decode == 10 * (4 * 4096**2 + 2 * 637 * 4096 + 3 * 4096 * 11_008) + costs.head
-  assert costs.scoring == 0
-  assert costs.cache_bytes == 10 * 636 * 2 * 4096 * 2
-  assert (costs.mean_tokens_in, costs.mean_tokens_out) == (576, 576)
+  actual = costs(SIZES, Schedule(), N, 60)
+  assert actual.tower == 3 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096) + 576 * 588 * 1024
+  assert actual.projector == 576 * (1024 * 4096 + 4096**2)
+  assert actual.head == 4096 * 32_064
+  assert actual.decode == 10 * (4 * 4096**2 + 2 * 637 * 4096 + 3 * 4096 * 11_008) + actual.head
+  assert actual.scoring == 0
+  assert actual.cache_bytes == 10 * 636 * 2 * 4096 * 2
+  assert (actual.mean_tokens_in, actual.mean_tokens_out) == (576, 576)
 
 
 def test_mean_image_tokens():
   """HiMAP at 2, 8 on ten layers: 2 × 576, 6 × 288 and 2 × 72 enter; a layer before a stage lets fewer out."""
   schedule = build_schedule("himap", num_layers=10, num_image_tokens=N)
-  costs = cost.costs(SIZES, schedule, N, 60)
-  assert costs.mean_tokens_in == (2 * 576 + 6 * 288 + 2 * 72) / 10
-  assert costs.mean_tokens_out == (1 * 576 + 6 * 288 + 3 * 72) / 10
-  assert costs.scoring == 60 * 636 * 4096 + 288 * 348 * 4096
+  actual = costs(SIZES, schedule, N, 60)
+  assert actual.mean_tokens_in == (2 * 576 + 6 * 288 + 2 * 72) / 10
+  assert actual.mean_tokens_out == (1 * 576 + 6 * 288 + 3 * 72) / 10
+  assert actual.scoring == 60 * 636 * 4096 + 288 * 348 * 4096
 
 
 def test_costs_of_a_row_with_its_own_counts():
@@ -203,4 +181,4 @@ def test_costs_of_a_row_with_its_own_counts():
   row = adaptive.with_counts((144, 36))
   assert [stage.keep for stage in adaptive.stages] == [432, 216]
   assert [(stage.layer, stage.keep) for stage in row.stages] == [(2, 144), (8, 36)]
-  assert cost.costs(SIZES, row, N, 60) == cost.costs(SIZES, fixed, N, 60)
+  assert costs(SIZES, row, N, 60) == costs(SIZES, fixed, N, 60)

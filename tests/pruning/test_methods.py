@@ -344,19 +344,21 @@ def kept_of(selection, row):
   return (kept if selection.present is None else kept[selection.present[row]]).tolist()
 
 
+def assert_row(selection, row, expected):
+  """`expected` is what a slow version returns: the kept tokens, and what they become if the method merges others."""
+  expected, merged = expected if isinstance(expected, tuple) else (expected, None)
+  assert kept_of(selection, row) == expected
+  assert (selection.merged is None) == (merged is None)
+  if merged is not None:
+    np.testing.assert_allclose(selection.merged[row], merged, atol=1e-4)
+
+
 @pytest.mark.parametrize("keep", [18, 13])
 @pytest.mark.parametrize("name, stage", [stage for stage in STAGES if stage[0] in SLOW])
 def test_selection_is_the_slow_version(name, stage, keep, row, row_arrays, keys):
   index, sequence = row
-  expected = SLOW[name][stage](sequence, keep)
   selection = select(row_arrays, keys, name=name, stage=stage, keep=keep)
-  expected_tokens = None
-  if isinstance(expected, tuple):
-    expected, expected_tokens = expected
-  assert kept_of(selection, index) == expected
-  assert (selection.merged is None) == (expected_tokens is None)
-  if expected_tokens is not None:
-    np.testing.assert_allclose(selection.merged[index], expected_tokens, atol=1e-4)
+  assert_row(selection, index, SLOW[name][stage](sequence, keep))
 
 
 @pytest.mark.parametrize("name, stage", STAGES)
@@ -425,13 +427,7 @@ ALONE = [
 @pytest.mark.parametrize("name, stage, index", ALONE)
 def test_rows_of_two_runs_and_other_counts_choose_as_they_do_alone(name, stage, index, keep, row_arrays, keys):
   selection = select_in(layout_of(RUNS, RUN_LENGTHS), row_arrays, keys, name=name, stage=stage, keep=keep)
-  expected = SLOW[name][stage](row_of(row_arrays, index, RUNS[index], RUN_LENGTHS[index]), keep)
-  expected_tokens = None
-  if isinstance(expected, tuple):
-    expected, expected_tokens = expected
-  assert kept_of(selection, index) == expected
-  if expected_tokens is not None:
-    np.testing.assert_allclose(selection.merged[index], expected_tokens, atol=1e-4)
+  assert_row(selection, index, SLOW[name][stage](row_of(row_arrays, index, RUNS[index], RUN_LENGTHS[index]), keep))
 
 
 @pytest.mark.parametrize("name, stage", STAGES)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from himap_jax import GenerationConfig, InputConfig, build_schedule, checkpoint, generate
+from himap_jax import GenerationConfig, InputConfig, checkpoint, generate
 from himap_jax.engine import sharding
 
 QUESTIONS = ("What is it?", "Why?", "A rather longer question <image> here?", "So?", "And now?")
@@ -21,20 +21,13 @@ def answers(checkpoints, images, tmp_path_factory):
   @functools.cache
   def answer(name, sizes, batch_size, int8_weights=False):
     opened = checkpoint.open_checkpoint(str(checkpoints(name).directory), cache_dir=cache_dir)
-    num_layers, num_image_tokens = opened.config.text.num_hidden_layers, checkpoints(name).num_image_tokens
-    mesh = sharding.make_mesh(*sizes)
-    loaded = opened.restore(dtype=jnp.float32, mesh=mesh, int8_weights=int8_weights)
+    loaded = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(*sizes), int8_weights=int8_weights)
+    layers = (1, opened.config.text.num_hidden_layers - 2)
     return generate(
       loaded,
       [*images, images[0]],
       QUESTIONS,
-      schedule=build_schedule(
-        "himap",
-        num_layers=num_layers,
-        num_image_tokens=num_image_tokens,
-        prune_layers=(1, num_layers - 2),
-        keep=(num_image_tokens // 2, 3),
-      ),
+      schedule=opened.schedule("himap", layers, (checkpoints(name).num_image_tokens // 2, 3)),
       generation=GenerationConfig(max_new_tokens=6, ignore_eos=True),
       inputs=InputConfig("<image>{question}:", prompt_buckets=(48,), batch_size=batch_size),
     )

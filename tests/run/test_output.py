@@ -253,18 +253,10 @@ with OutputWriter(sys.argv[1], resume=True) as writer:
 def test_two_writers(path):
   with OutputWriter(path, resume=True) as writer:
     writer.write([row("a")])
-    for attempt in (
-      lambda: OutputWriter(path, resume=True),
-      lambda: OutputWriter(path, resume=False),
-    ):
+    for resume in (True, False):
       with pytest.raises(UserError, match="another run is writing"):
-        attempt()
-    other = subprocess.run(
-      [sys.executable, "-c", WORKER, str(path)],
-      capture_output=True,
-      text=True,
-      cwd=ROOT,
-    )
+        OutputWriter(path, resume=resume)
+    other = subprocess.run([sys.executable, "-c", WORKER, str(path)], capture_output=True, text=True, cwd=ROOT)
     assert "another run is writing the output" in other.stderr
     assert other.returncode != 0
     assert read(path) == [row("a")]

@@ -23,21 +23,15 @@ def photo(size=(64, 48)):
   return Image.fromarray((255 * picture).astype(np.uint8))
 
 
-def png(width, height, bit_depth, colour_type, raw, extra=b""):
-  """A PNG written by hand from its already filtered rows."""
-
-  def chunk(name, data):
-    body = name + data
-    return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-  header = struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0)
-  return (
-    b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(raw)) + chunk(b"IEND", b"")
-  )
-
-
 def png_chunk(name, data):
   return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(width, height, bit_depth, colour_type, raw, extra=b""):
+  """A PNG written by hand from its already filtered rows."""
+  header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bit_depth, colour_type, 0, 0, 0))
+  data = png_chunk(b"IDAT", zlib.compress(raw)) + png_chunk(b"IEND", b"")
+  return b"\x89PNG\r\n\x1a\n" + header + extra + data
 
 
 def assert_error(path, *expected, **options):
@@ -144,13 +138,7 @@ def test_damaged_bytes_raise_nothing_else(tmp_path):
 def test_first_frame_of_an_animation(tmp_path, format):
   frames = [Image.new("RGB", (20, 10), colour) for colour in (RED, GREEN, BLUE)]
   options = {"lossless": True} if format == "WEBP" else {}
-  frames[0].save(
-    tmp_path / "picture",
-    format=format,
-    save_all=True,
-    append_images=frames[1:],
-    **options,
-  )
+  frames[0].save(tmp_path / "picture", format=format, save_all=True, append_images=frames[1:], **options)
   with Image.open(tmp_path / "picture") as image:
     assert image.n_frames == 3
   loaded = np.asarray(load_image(tmp_path / "picture"))
@@ -291,12 +279,7 @@ def test_exif_orientation(tmp_path, format, orientation, turn):
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize(
-  "exif",
-  [
-    b"II*\0\x08\0\0\0\x05\0" + b"\x1a\x01\x05\x00\xff\xff\xff\x7f" * 3,
-    b"not a TIFF header",
-    b"MM\0*",
-  ],
+  "exif", [b"II*\0\x08\0\0\0\x05\0" + b"\x1a\x01\x05\x00\xff\xff\xff\x7f" * 3, b"not a TIFF header", b"MM\0*"]
 )
 def test_damaged_exif_is_ignored_without_a_warning(tmp_path, format, exif):
   photo().save(tmp_path / "picture", format=format, exif=b"Exif\0\0" + exif)

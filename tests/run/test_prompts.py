@@ -20,10 +20,7 @@ def test_own_layout_and_llava_layout(tmp_path):
     tmp_path,
     line(id="a", image="a.png", question="What?") + line(question_id=7, image="b.jpg", text="Where?", category="other"),
   )
-  assert read_prompts(path) == [
-    Prompt("a", "a.png", "What?"),
-    Prompt(7, "b.jpg", "Where?"),
-  ]
+  assert read_prompts(path) == [Prompt("a", "a.png", "What?"), Prompt(7, "b.jpg", "Where?")]
 
 
 def test_text_is_kept_as_it_is(tmp_path):

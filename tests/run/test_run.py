@@ -26,7 +26,7 @@ import himap_jax
 from checkpoints_convert.errors import CheckpointError
 from himap_jax import Sampling, UserError
 from himap_jax.engine.accounting import model_sizes
-from himap_jax.pruning import cost
+from himap_jax.pruning.cost import costs
 from himap_jax.run import __main__ as command
 from himap_jax.run import job
 from himap_jax.run.answering import Prepared, Reader
@@ -71,14 +71,11 @@ class TestAnswers:
     pictures = tmp_path / "deep" / "pictures"
     assert job.run(changed(config, emit=emit, pictures=pictures, strict=True)) == 0
     rows = read(config.output)
-    schedule = himap_jax.build_schedule(
-      "himap", num_layers=NUM_LAYERS, num_image_tokens=N, prune_layers=PRUNE_LAYERS, keep=KEEP
-    )
     expected = himap_jax.generate(
       loaded(NAME, batch_size=2),
       [load_image(tmp_path / f"{index}.png") for index in range(4)],
       list(QUESTIONS.values()),
-      schedule=schedule,
+      schedule=loaded(NAME).schedule("himap", PRUNE_LAYERS, KEEP),
       generation=himap_jax.GenerationConfig(max_new_tokens=MAX_NEW),
       inputs=himap_jax.InputConfig("<image>{question}", prompt_buckets=(40,), batch_size=2),
     )
@@ -156,8 +153,8 @@ class TestAnswers:
     assert f"16, {means[0]:.4g} from layer 2 on, {means[1]:.4g} from layer 4 on" in table
     opened = job.checkpoint.open_checkpoint(config.checkpoint)
     sizes, schedule = model_sizes(opened.config), config.pruning.schedule(NUM_LAYERS, N)
-    flops = sum(cost.image_token_flops(sizes, schedule.with_counts(counts), N) for counts in kept)
-    share = flops / 4 / cost.image_token_flops(sizes, himap_jax.Schedule(), N)
+    flops = sum(costs(sizes, schedule.with_counts(counts), N, 0).image_tokens for counts in kept)
+    share = flops / 4 / costs(sizes, himap_jax.Schedule(), N, 0).image_tokens
     assert f"{share:.1%} of no pruning" in table.split("HiMAP Eq. 10")[1].split("\n")[0]
     with pytest.raises(
       UserError, match="made with other settings .method_parameters was .'threshold': 0.52., now .'thres"

@@ -7,11 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from himap_jax.model.config import VisionConfig
-from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm
 from himap_jax.model.towers import clip, dinov2
-from himap_jax.model.towers.common import QueryKey, TowerOutput, class_attention
+from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +29,8 @@ TOWERS = {
 }
 
 
-class Encoder(nn.Module):
+class Encoder(TowerModule):
   """Layers up to the last feature layer; returns all hidden states, the input first, and the last queries and keys."""
-
-  config: VisionConfig
-  kernels: Kernels
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[list[Float[Array, "B S D"]], QueryKey]:
@@ -47,11 +42,8 @@ class Encoder(nn.Module):
     return hidden_states, query_key
 
 
-class VisionTower(nn.Module):
+class VisionTower(TowerModule):
   """Pixels to the connector's input."""
-
-  config: VisionConfig
-  kernels: Kernels
 
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> TowerOutput:

@@ -4,6 +4,8 @@ Axes: B batch, P patches, S tower tokens (patches and, if there is one, the clas
 Module names are those of the checkpoints.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,6 +32,13 @@ class TowerOutput:
   features: Float[Array, "B P F"]
   class_attention: Float[Array, "B P"] | None
   keys: Float[Array, "B P N H"]
+
+
+class TowerModule(nn.Module):
+  """A part of a tower."""
+
+  config: VisionConfig
+  kernels: Kernels
 
 
 # Queries and keys of a layer.
@@ -93,28 +102,16 @@ class PatchEmbedding(nn.Module):
     return x
 
 
-def heads(x: Float[Array, "B S D"], num_heads: int) -> Float[Array, "B S N H"]:
-  return x.reshape(*x.shape[:2], num_heads, -1)
-
-
 def query_key_value(
   x: Float[Array, "B S D"], config: VisionConfig, kernels: Kernels, names: tuple[str, str, str]
 ) -> tuple[Float[Array, "B S N H"], ...]:
   """Queries, keys and values by head, from linear layers with these names in the calling module."""
-  return tuple(
-    heads(
-      Linear(config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None), name=name)(x),
-      config.num_attention_heads,
-    )
-    for name in names
-  )
+  linear = functools.partial(Linear, config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None))
+  return tuple(linear(name=name)(x).reshape(*x.shape[:2], config.num_attention_heads, -1) for name in names)
 
 
-class FeedForward(nn.Module):
+class FeedForward(TowerModule):
   """The two-layer feed-forward of all towers."""
-
-  config: VisionConfig
-  kernels: Kernels
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:

@@ -4,43 +4,25 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from himap_jax.model.config import VisionConfig
-from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm, Linear
-from himap_jax.model.towers.common import (
-  FeedForward,
-  PatchEmbedding,
-  QueryKey,
-  prepend,
-  query_key_value,
-  resize_positions,
-)
+from himap_jax.model.towers import common
 
 
-class DinoAttention(nn.Module):
-  config: VisionConfig
-  kernels: Kernels
-
+class DinoAttention(common.TowerModule):
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     y, query_key = DinoSelfAttention(self.config, self.kernels, name="attention")(x)
     return DinoOutput(self.config, self.kernels, name="output")(y), query_key
 
 
-class DinoSelfAttention(nn.Module):
-  config: VisionConfig
-  kernels: Kernels
-
+class DinoSelfAttention(common.TowerModule):
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
-    query, key, value = query_key_value(x, self.config, self.kernels, ("query", "key", "value"))
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
+    query, key, value = common.query_key_value(x, self.config, self.kernels, ("query", "key", "value"))
     return self.kernels.attention(query, key, value).reshape(x.shape), (query, key)
 
 
-class DinoOutput(nn.Module):
-  config: VisionConfig
-  kernels: Kernels
-
+class DinoOutput(common.TowerModule):
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return Linear(self.config.hidden_size, self.kernels, use_bias=True, axes=(None, "tower_heads"), name="dense")(x)
@@ -55,41 +37,32 @@ class LayerScale(nn.Module):
     return x * jnp.broadcast_to(scale.astype(x.dtype), x.shape)
 
 
-class DinoLayer(nn.Module):
-  config: VisionConfig
-  kernels: Kernels
-
+class DinoLayer(common.TowerModule):
   @nn.compact
-  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], QueryKey]:
+  def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     epsilon = self.config.layer_norm_eps
     y, query_key = DinoAttention(self.config, self.kernels, name="attention")(LayerNorm(epsilon, name="norm1")(x))
     x = x + LayerScale(name="layer_scale1")(y)
-    y = FeedForward(self.config, self.kernels, name="mlp")(LayerNorm(epsilon, name="norm2")(x))
+    y = common.FeedForward(self.config, self.kernels, name="mlp")(LayerNorm(epsilon, name="norm2")(x))
     return x + LayerScale(name="layer_scale2")(y), query_key
 
 
-class DinoPatchEmbeddings(nn.Module):
-  config: VisionConfig
-
+class DinoPatchEmbeddings(common.TowerModule):
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B P D"]:
-    return PatchEmbedding(self.config.hidden_size, self.config.patch_size, use_bias=True, name="projection")(
-      pixel_values
-    )
+    width, patch = self.config.hidden_size, self.config.patch_size
+    return common.PatchEmbedding(width, patch, use_bias=True, name="projection")(pixel_values)
 
 
-class DinoEmbeddings(nn.Module):
+class DinoEmbeddings(common.TowerModule):
   """Patch, position and class embeddings; the position grid is resized to the image."""
-
-  config: VisionConfig
-  kernels: Kernels
 
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B S D"]:
     width, patch = self.config.hidden_size, self.config.patch_size
-    x = DinoPatchEmbeddings(self.config, name="patch_embeddings")(pixel_values)
+    x = DinoPatchEmbeddings(self.config, self.kernels, name="patch_embeddings")(pixel_values)
     num_positions = (self.config.image_size // patch) ** 2 + 1
     positions = self.param("position_embeddings", nn.initializers.normal(0.02), (1, num_positions, width))[0]
     class_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))[0, 0]
-    grid = resize_positions(positions[1:], pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
-    return prepend((class_token + positions[0]).astype(x.dtype), x + grid[None].astype(x.dtype))
+    grid = common.resize_positions(positions[1:], pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
+    return common.prepend((class_token + positions[0]).astype(x.dtype), x + grid[None].astype(x.dtype))

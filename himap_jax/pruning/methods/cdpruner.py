@@ -68,8 +68,5 @@ def cost(sizes: Sizes) -> int:
   return pairs * sizes.model.hidden_size + sizes.keep**2 * sizes.num_present
 
 
-METHODS = {
-  "cdpruner": Method(
-    "arXiv 2506.10967, 64 tokens", (Criterion(determinantal, cost),), prune_layers=(0,), keep=(64 / 576,), acts="before"
-  )
-}
+CRITERION = Criterion(determinantal, cost)
+METHODS = {"cdpruner": Method("arXiv 2506.10967, 64 tokens", (CRITERION,), (0,), (64 / 576,), acts="before")}

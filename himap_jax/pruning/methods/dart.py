@@ -41,8 +41,5 @@ def cost(sizes: Sizes) -> int:
   return 2 * NUM_PIVOTS * sizes.num_present * sizes.model.hidden_size
 
 
-METHODS = {
-  "dart": Method(
-    "arXiv 2502.11494, 128 tokens", (Criterion(unlike_pivots, cost),), prune_layers=(2,), keep=(128 / 576,)
-  )
-}
+CRITERION = Criterion(unlike_pivots, cost)
+METHODS = {"dart": Method("arXiv 2502.11494, 128 tokens", (CRITERION,), (2,), (128 / 576,))}

@@ -36,8 +36,4 @@ def cost(sizes: Sizes) -> int:
 
 
 CRITERION = Criterion(max_min_distance, cost)
-METHODS = {
-  "divprune": Method(
-    "arXiv 2503.02175, 9.8% of the tokens", (CRITERION,), prune_layers=(0,), keep=(0.098,), acts="before"
-  )
-}
+METHODS = {"divprune": Method("arXiv 2503.02175, 9.8% of the tokens", (CRITERION,), (0,), (0.098,), acts="before")}

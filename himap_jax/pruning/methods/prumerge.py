@@ -44,6 +44,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2403.15388 (PruMerge+), 25% of the tokens"
 CRITERION = Criterion(merged_outliers, cost)
-METHODS = {
-  "prumerge": Method(SOURCE, (CRITERION,), prune_layers=(0,), keep=(0.25,), acts="before", needs_class_attention=True)
-}
+METHODS = {"prumerge": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs_class_attention=True)}

@@ -51,8 +51,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2412.04467, 54 + 10 tokens"
 CRITERION = Criterion(dominant_and_contextual, cost)
-METHODS = {
-  "visionzip": Method(
-    SOURCE, (CRITERION,), prune_layers=(0,), keep=(64 / 576,), acts="before", needs_class_attention=True
-  )
-}
+METHODS = {"visionzip": Method(SOURCE, (CRITERION,), (0,), (64 / 576,), acts="before", needs_class_attention=True)}

@@ -41,8 +41,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2412.01818v2, 128 tokens"
 CRITERION = Criterion(important_and_diverse, cost)
-METHODS = {
-  "vispruner": Method(
-    SOURCE, (CRITERION,), prune_layers=(0,), keep=(128 / 576,), acts="before", needs_class_attention=True
-  )
-}
+METHODS = {"vispruner": Method(SOURCE, (CRITERION,), (0,), (128 / 576,), acts="before", needs_class_attention=True)}
