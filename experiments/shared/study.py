@@ -73,12 +73,18 @@ def start(
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
   def action() -> int:
-    output, called = directory("output"), " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+    directory("output")  # fails before the measurement
     result = run(flags.FLAGS)
-    print(result if isinstance(result, str) else result.write(output, name.rpartition(".")[2], called))
+    print(result if isinstance(result, str) else write(result, name))
     return 0
 
   app.run(lambda argv: command.execute(name.rpartition(".")[2], argv, action))
+
+
+def write(report: Report, name: str) -> str:
+  """Writes the report of `experiments.<name>` to `--output` and returns its text."""
+  called = " ".join([f"python -m experiments.{name}", *sys.argv[1:]])
+  return report.write(directory("output"), name.rpartition(".")[2], called)
 
 
 def define_shared_flags(**defaults: Any) -> None:
