@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt
 
 from himap_jax.engine import programs, sharding
@@ -21,7 +22,7 @@ from himap_jax.engine.programs import Programs
 from himap_jax.engine.sampling import Sampling
 from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
-from himap_jax.model.network import Model
+from himap_jax.model.network import Model, Network
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -66,10 +67,21 @@ def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
   return np.array([zlib.crc32(f"{seed}/{row_id!r}".encode()) for row_id in row_ids], np.uint32)
 
 
+@dataclasses.dataclass(frozen=True)
+class ProgramKey:
+  """What compiled programs depend on besides the shapes of their inputs."""
+
+  network: Network
+  mesh: Mesh
+  schedule: Schedule
+  decoding: DecodeConfig
+  param_types: Any
+
+
 @functools.lru_cache(maxsize=32)
-def _compiled(*settings: Any) -> dict[Any, Programs]:
-  """Compiled programs by input shapes, shared by all engines; `settings` are what else they depend on."""
-  del settings
+def _compiled(key: ProgramKey) -> dict[Any, Programs]:
+  """Compiled programs by input shapes, shared by all engines."""
+  del key
   return {}
 
 
@@ -88,7 +100,8 @@ class Engine:
     self._mesh = sharding.mesh_of(model.params)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
     decoding = DecodeConfig(generation.max_new_tokens, generation.sampling, eos_token_ids)
-    self._compiled = _compiled(model.network, self._mesh, schedule, decoding, jax.tree.structure(model.params))
+    key = ProgramKey(model.network, self._mesh, schedule, decoding, jax.tree.structure(model.params))
+    self._compiled = _compiled(key)
     self._jitted = programs.make_programs(model, self._mesh, schedule, decoding)
     self._parameters = programs.method_parameters(schedule)
     self.num_programs = 0
