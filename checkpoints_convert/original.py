@@ -33,6 +33,7 @@ _SUPPORTED = {
 
 
 def is_original(fields: dict[str, Any]) -> bool:
+  """Whether a config.json is in LLaVA's original layout."""
   return "mm_vision_tower" in fields
 
 

@@ -21,6 +21,7 @@ UNFINISHED = "himap_jax.unfinished"
 
 
 def is_remote(name: str | os.PathLike[str]) -> bool:
+  """Whether a path is a URL of object storage."""
   return "://" in os.fspath(name)
 
 

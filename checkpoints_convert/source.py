@@ -49,6 +49,7 @@ def first_line(error: Exception) -> str:
 
 
 def some(items: list[str] | tuple[str, ...], limit: int = 4) -> str:
+  """The first few of `items`, for a message."""
   return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
 
 

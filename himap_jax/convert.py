@@ -34,6 +34,7 @@ _INT8_WEIGHTS = flags.DEFINE_bool(
 
 
 def run() -> int:
+  """Converts the checkpoint that the flags name and prints the target."""
   jax.config.update("jax_platforms", "cpu")
   source = open_source(_SOURCE.value, _VISION_TOWER.value)
   print(convert(source, _TARGET.value, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
@@ -41,6 +42,7 @@ def run() -> int:
 
 
 def main(argv: list[str]) -> None:
+  """Runs the command and exits with its status."""
   command.execute("himap_jax.convert", argv, run, resumes=False)
 
 

@@ -24,6 +24,7 @@ _CLASS_POSITION, _PATCH_POSITIONS = "onnx::Concat_1957", "onnx::Reshape_1962"
 
 
 def read(path: Path) -> onnx.ModelProto:
+  """Opens the ONNX file."""
   return onnx.load(str(path))
 
 

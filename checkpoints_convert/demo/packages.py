@@ -43,6 +43,7 @@ def pinned(requirements: Path = REQUIREMENTS) -> tuple[Package, ...]:
 
 
 def sha256_of(path: Path) -> str:
+  """Hexadecimal SHA-256 of a file."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -100,6 +100,7 @@ def config(reader: gguf.GGUFReader) -> dict:
 
 
 def tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
+  """The byte-level BPE tokenizer, built from the GGUF's vocabulary and merges."""
   tokens = _field(reader, "tokenizer.ggml.tokens")
   types = _field(reader, "tokenizer.ggml.token_type")
   merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]

@@ -78,8 +78,7 @@ def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats:
   Returns medians over the turns of the ratios and of this engine's seconds, `compile_seconds` of its programs (of
   reading them, if cached), and the device.
   """
-  ids = ["timing"] * len(inputs.tokens)
-  _, *turns = [[run(inputs, ids) for run in (reference, engine)] for _ in range(repeats + 1)]
+  _, *turns = [[run(inputs, ["timing"]) for run in (reference, engine)] for _ in range(repeats + 1)]
   times = np.array([[(result.prefill_seconds, result.decode_seconds) for result in turn] for turn in turns])
   ratios, seconds = np.median(times[:, 1] / times[:, 0], axis=0), np.median(times[:, 1], axis=0)
   names, compiling = ("prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds"), engine.compile_seconds

@@ -1,6 +1,6 @@
 """Accuracy of the demo model without pruning, by type of question.
 
-    python -m experiments.demo_model.evaluate --question_set=easyvqa --num_questions=9673 --dtype=bfloat16 --workdir=… --output=…
+    python -m experiments.demo_model.evaluate --question_set=easyvqa --dtype=bfloat16 --workdir=… --output=…
 
 The questions of an image are packed behind it, as in training: the same positions and the same attention as one by one,
 hence the same answers, at a tenth of the cost. It resumes. With pruning, see `experiments.compare`.
@@ -66,9 +66,8 @@ def run(values: Any) -> study.Report:
     {"answers": name, "accuracy": own.mean()} | {type: float(shares[number]) for type, shares in types.items()}
     for number, (name, own) in enumerate(zip(rows, right, strict=True))
   ]
-  columns = {name: f"{{{name}{'' if name == 'answers' else ':.2%'}}}" for name in table[0]}
-  lines = tabular.formatted(table, columns)
-  return study.Report(f"{len(questions)} questions", lines, {"evaluate": table})
+  columns = {"answers": "{answers}"} | {name: f"{{{name}:.2%}}" for name in ("accuracy", *types)}
+  return study.Report(f"{len(questions)} questions", tabular.formatted(table, columns), {"evaluate": table})
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_convert.source import write_json
+
 
 def json_of(path: pathlib.Path, make: Callable[..., Any], *arguments: Any) -> Any:
   """The content of a JSON file; a missing file is written with `make(*arguments)` first."""
   if not path.exists():
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(make(*arguments), indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, make(*arguments))
   return json.loads(path.read_text(encoding="utf-8"))
 
 

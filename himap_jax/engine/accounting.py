@@ -5,6 +5,7 @@ from himap_jax.pruning.cost import ModelSizes
 
 
 def model_sizes(config: ModelConfig) -> ModelSizes:
+  """The sizes of a model that determine its costs."""
   text, vision = config.text, config.vision
   width = text.hidden_size
   return ModelSizes(

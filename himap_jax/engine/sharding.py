@@ -114,6 +114,7 @@ def placed(params: PyTree, logical_axes: PyTree, config: ModelConfig, mesh: Mesh
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of arrays that every device holds in full."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -157,6 +158,7 @@ def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:
 
 
 def mesh_of(tree: PyTree) -> Mesh:
+  """The mesh of a tree of parameters."""
   return jax.tree.leaves(tree)[0].sharding.mesh
 
 

@@ -85,6 +85,8 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
+  """A table of `num_embeddings` vectors."""
+
   num_embeddings: int
   features: int
   kernels: Kernels

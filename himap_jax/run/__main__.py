@@ -22,6 +22,8 @@ flags.adopt_module_key_flags(run_flags)  # for --help
 
 
 def main(argv: Sequence[str]) -> None:
+  """Runs the command and exits with its status."""
+
   def action() -> int:
     run_flags.join_processes()
     try:

@@ -57,4 +57,5 @@ def attention(
 
 @functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
+  """The kernels for a mesh; see `attention`."""
   return dataclasses.replace(xla.KERNELS, attention=functools.partial(attention, on_devices=(mesh, spec_of)))

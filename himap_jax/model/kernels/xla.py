@@ -67,6 +67,7 @@ def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
 
 
 def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
+  """Rows of a table."""
   return jnp.take(table, ids, axis=0, mode="clip")
 
 

@@ -9,6 +9,8 @@ from himap_jax.model.towers import common
 
 
 class ClipAttention(common.TowerModule):
+  """Self-attention of CLIP and SigLIP."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     query, key, value = common.query_key_value(x, self.config, self.kernels, ("q_proj", "k_proj", "v_proj"))
@@ -18,6 +20,8 @@ class ClipAttention(common.TowerModule):
 
 
 class ClipLayer(common.TowerModule):
+  """An encoder layer of CLIP and SigLIP."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     epsilon = self.config.layer_norm_eps

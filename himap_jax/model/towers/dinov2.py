@@ -9,6 +9,8 @@ from himap_jax.model.towers import common
 
 
 class DinoAttention(common.TowerModule):
+  """Attention with the module names of a DINOv2 checkpoint."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     y, query_key = DinoSelfAttention(self.config, self.kernels, name="attention")(x)
@@ -16,6 +18,8 @@ class DinoAttention(common.TowerModule):
 
 
 class DinoSelfAttention(common.TowerModule):
+  """Self-attention of DINOv2 without its output layer."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     query, key, value = common.query_key_value(x, self.config, self.kernels, ("query", "key", "value"))
@@ -23,6 +27,8 @@ class DinoSelfAttention(common.TowerModule):
 
 
 class DinoOutput(common.TowerModule):
+  """The output layer of DINOv2's attention."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
     return Linear(self.config.hidden_size, self.kernels, use_bias=True, axes=(None, "tower_heads"), name="dense")(x)
@@ -38,6 +44,8 @@ class LayerScale(nn.Module):
 
 
 class DinoLayer(common.TowerModule):
+  """An encoder layer of DINOv2."""
+
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S D"], common.QueryKey]:
     epsilon = self.config.layer_norm_eps
@@ -48,6 +56,8 @@ class DinoLayer(common.TowerModule):
 
 
 class DinoPatchEmbeddings(common.TowerModule):
+  """DINOv2's patch embedding."""
+
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B P D"]:
     width, patch = self.config.hidden_size, self.config.patch_size
