@@ -1,6 +1,7 @@
 """Eight simulated devices, strict dtypes and shapes, and one tiny LLaVA of every kind for the whole session."""
 
 import functools
+import gc
 import os
 import pathlib
 import sys
@@ -33,19 +34,27 @@ jax.config.update("jax_default_matmul_precision", "highest")
 torch.set_num_threads(1)  # tiny products lose far more time to torch's thread pool than they gain
 
 
-# Files that compile many programs or start processes; `-m "not slow"` leaves them out.
+# Files that compile many programs or start processes, the slowest first; `-m "not slow"` leaves them out.
 SLOW = """
-  test_adaptive test_adaptive_study test_abstract test_answers_on_meshes test_calibrate test_compare_study
-  test_compile_study test_convert test_demo test_demo_assembly test_demo_training test_direct_loading test_disruption
-  test_flow_commands test_golden test_int8 test_int8_weights test_methods_in_model test_notebook test_optimized test_run
-  test_saliency test_several_processes test_sharding test_speed
+  test_several_processes test_answers_on_meshes test_speed test_run test_flow_commands test_optimized test_demo
+  test_notebook test_golden test_convert test_sharding test_compile_study test_methods_in_model
+  test_int8_weights test_int8 test_calibrate test_adaptive test_direct_loading test_compare_study test_demo_assembly
+  test_saliency test_disruption test_adaptive_study test_abstract test_demo_training
 """.split()
+
+
+def pytest_collection_finish():
+  """Takes the many objects of imported modules out of garbage collection, which tracing triggers often."""
+  gc.freeze()
+  gc.set_threshold(200_000, 10, 100)
 
 
 def pytest_collection_modifyitems(items):
   for item in items:
     if item.path.stem in SLOW:
       item.add_marker(pytest.mark.slow)
+  place = {name: index for index, name in enumerate(SLOW)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))  # so that no worker waits long for the last file
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,10 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -565,25 +564,17 @@ class TestFlags:
 
 
 def start(*arguments, cache):
-  environment = os.environ | {"HIMAP_JAX_CACHE": str(cache), "COLUMNS": "200"}
-  return subprocess.Popen(
-        [sys.executable, "-m", "himap_jax.run", *arguments],
-        cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+  return commands.Command("himap_jax.run", *arguments, HIMAP_JAX_CACHE=str(cache), COLUMNS="200")
 
 
-def wait_for_lines(process, path, count, *, seconds=300):
-  deadline = time.monotonic() + seconds
-  while not path.exists() or path.read_bytes().count(b"\n") < count:
-    assert process.poll() is None, process.communicate()
-    assert time.monotonic() < deadline
-    time.sleep(0.002)
+def wait_for_lines(command, path, count):
+  command.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
 
 
 class TestProcesses:
-  def test_help(self, cache):
-    process = start("--help", cache=cache)
-    text, _ = process.communicate()
+  def test_help(self):
+    command = [sys.executable, "-m", "himap_jax.run", "--help"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
     assert "python -m himap_jax.run" in text
     for name in FLAGS:
       assert f"  --{name}: " in text
@@ -602,12 +593,11 @@ class TestProcesses:
     flagfile.write_text("# a comment\n" + "".join(f"--{name}={value}\n" for name, value in values.items()))
     arguments = (f"--flagfile={flagfile}",)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else a background job's child ignores it too
     interrupted = start(*arguments, cache=cache)
     wait_for_lines(interrupted, config.output, 2)
-    interrupted.send_signal(signal.SIGINT)
+    interrupted.interrupt()
     _, errors = interrupted.communicate()
-    assert interrupted.returncode == 130
+    assert interrupted.process.exitcode == 130
     assert errors.strip().endswith("himap_jax: interrupted; the same command continues from here")
     assert "Traceback" not in errors
     done = config.output.read_text()
@@ -616,21 +606,21 @@ class TestProcesses:
 
     killed = start(*arguments, cache=cache)
     wait_for_lines(killed, config.output, done.count("\n") + 2)
-    killed.kill()
+    killed.process.kill()
     killed.communicate()
     done = config.output.read_text()
     assert done.count("\n") < 120
     config.output.write_text(done + '{"id": 119, "answer": "to')
 
     replacing = start(*arguments, "--noresume", "--keep=7,2", "--verbosity=0", cache=cache)
-    assert any("ready: weights" in line for line in replacing.stderr)
-    replacing.kill()  # before its first batch
+    replacing.wait_until(lambda: "ready: weights" in replacing.text()[1])
+    replacing.process.kill()  # before its first batch
     replacing.communicate()
     assert config.output.read_text() == done + '{"id": 119, "answer": "to'
 
     last = start(*arguments, "--strict", cache=cache)
     table, errors = last.communicate()
-    assert last.returncode == 0, errors
+    assert last.process.exitcode == 0, errors
     assert f"{120 - done.count(chr(10))} answered, 0 errors, {done.count(chr(10))} answered before" in table
     assert config.output.read_text().startswith(done)
     answers = read(config.output)

@@ -3,12 +3,9 @@
 import dataclasses
 import json
 import os
-import pathlib
 import socket
-import subprocess
-import sys
-import time
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -18,7 +15,6 @@ from himap_jax.engine.processes import Share
 from himap_jax.run import answering
 from himap_jax.run.summary import Result
 
-ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 60
 
 
@@ -58,42 +54,21 @@ class Command:
     ]
 
   def start(self, num_processes, *arguments, num_devices=4):
-    environment = (
-      os.environ
-      | {
-        "HIMAP_JAX_CACHE": str(self._cache),
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}",  # the last one counts
-        "COLUMNS": "200",
-      }
-    )
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices}"  # the last one counts
+    environment = {"HIMAP_JAX_CACHE": str(self._cache), "XLA_FLAGS": flags, "COLUMNS": "200"}
     port = free_port()
     running = []
     for process_id in range(num_processes):
       several = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={num_processes}", f"--process_id={process_id}"]
-      running.append(
-        subprocess.Popen(
-          [
-            sys.executable,
-            "-m",
-            "himap_jax.run",
-            *self._arguments,
-            *arguments,
-            *(several if num_processes > 1 else []),
-          ],
-          cwd=ROOT,
-          env=environment,
-          text=True,
-          stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE,
-        )
-      )
+      own = (*self._arguments, *arguments, *(several if num_processes > 1 else ()))
+      running.append(commands.Command("himap_jax.run", *own, **environment))
     return running
 
   def run(self, num_processes, *arguments, **options):
     """Runs to the end; returns what the first process prints and the rows by id."""
     running = self.start(num_processes, *arguments, **options)
-    texts = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0] * num_processes, texts
+    texts = [command.communicate(timeout=300) for command in running]
+    assert [command.process.exitcode for command in running] == [0] * num_processes, texts
     assert not any("answered" in text or "mesh:" in errors for text, errors in texts[1:])
     return texts[0], self.rows()
 
@@ -150,13 +125,15 @@ def test_a_killed_process_ends_all_and_other_processes_go_on(make_command, expec
   command = make_command()
   before = command.write_rows_of_other_settings()
   running = command.start(2, "--mesh=data:8", "--batch_size=8", "--noresume")
-  deadline = time.monotonic() + 200
-  while command.output.read_bytes().startswith(before) or command.output.read_bytes().count(b"\n") < 8:
-    assert time.monotonic() < deadline and all(process.poll() is None for process in running)
-    time.sleep(0.001)
-  running[1].kill()
+
+  def has_own_rows():
+    written = command.output.read_bytes()
+    return not written.startswith(before) and written.count(b"\n") >= 8
+
+  running[1].wait_until(has_own_rows)
+  running[1].process.kill()
   _, errors = running[0].communicate(timeout=100)
-  assert running[0].returncode == 2
+  assert running[0].process.exitcode == 2
   assert "another process of this run ended" in errors and "Traceback" not in errors
   running[1].communicate()
   done = {json.loads(line)["id"] for line in command.output.read_text().split("\n")[:-1]}
@@ -172,7 +149,7 @@ def test_rows_of_other_settings_are_refused_in_every_process(make_command):
   before = command.write_rows_of_other_settings()
   running = command.start(2, "--mesh=data:8", "--batch_size=8")
   errors = [process.communicate(timeout=300)[1].splitlines()[-1] for process in running]
-  assert [process.returncode for process in running] == [2, 2], errors
+  assert [process.process.exitcode for process in running] == [2, 2], errors
   assert "output.jsonl: made with other settings; use another --output, or --noresume to replace it" in errors[0]
   assert "himap_jax: the first process of this run cannot start; its own message says why" in errors[1]
   assert command.output.read_bytes() == before and command.files() == {"output.jsonl"}

@@ -1,15 +1,11 @@
 """The studies of a model's flow as commands: what they write, what they leave out, and that they resume."""
 
 import json
-import pathlib
-import subprocess
-import sys
 from typing import NamedTuple
 
+import commands
 import numpy as np
 import pytest
-
-ROOT = pathlib.Path(__file__).parents[3]
 
 
 class Command(NamedTuple):
@@ -92,18 +88,17 @@ def test_a_command(name, checkpoints, images, compiled, tmp_path):
   )  # fmt: skip
 
   def run(module, *arguments):
-    result = subprocess.run(
-      [sys.executable, "-m", module, *common, *arguments], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return result
+    command = commands.Command(module, *common, *arguments)
+    output, errors = command.communicate()
+    assert command.process.exitcode == 0, errors
+    return output, errors
 
   command = [
     f"experiments.flow.{name}", f"--question_set={tmp_path / 'questions.jsonl'}", f"--workdir={tmp_path / 'work'}",
     f"--output={tmp_path / 'out'}", *own.arguments,
   ]  # fmt: skip
-  first = run(*command)
-  assert own.asked in first.stdout and "broken is left out" in first.stderr
+  first, errors = run(*command)
+  assert own.asked in first and "broken is left out" in errors
   files = sorted((tmp_path / "work").glob(own.kept))
   assert len(files) == own.num_kept
   if name == "disruption":  # the row that fills a batch does not count
@@ -111,13 +106,13 @@ def test_a_command(name, checkpoints, images, compiled, tmp_path):
     assert sums["count"][0] == sums["count"][16] == sums["count"].max() == 3  # the first image token, the last token
   files[1].unlink()
   before = files[0].stat().st_mtime_ns
-  again = run(*command)
+  again, _ = run(*command)
   assert files[0].stat().st_mtime_ns == before and files[1].exists()
-  assert again.stdout == first.stdout
+  assert again == first
   assert {path.name for path in (tmp_path / "out").iterdir()} == own.written
   if name == "calibrate":
     path = tmp_path / "out" / "schedule.json"
-    assert "proposal 1" in first.stdout
+    assert "proposal 1" in first
     run(
       "himap_jax.run", f"--schedule={path}", f"--prompts={tmp_path / 'questions.jsonl'}", f"--image_dir={tmp_path}",
       f"--output={tmp_path / 'answers.jsonl'}", "--emit=kept", "--max_new_tokens=2",

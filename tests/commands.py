@@ -1,0 +1,82 @@
+"""Commands in processes of their own, forked from a server that has imported the slow libraries and run nothing yet."""
+
+import atexit
+import functools
+import gc
+import itertools
+import multiprocessing
+import os
+import pathlib
+import runpy
+import signal
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+IMPORTED = ("himap_jax.run.answering", "matplotlib.pyplot", "transformers.models.auto.processing_auto")
+
+
+class Command:
+  """A running `python -m module`.
+
+  Attributes:
+    process: its process; `exitcode` is −signal if one ended it.
+  """
+
+  _numbers = itertools.count()
+
+  def __init__(self, module, *arguments, **environment):
+    """Starts the command in the root of the project, with these additions to the environment."""
+    stem = _directory() / str(next(self._numbers))
+    self._printed = stem.with_suffix(".out"), stem.with_suffix(".err")
+    given = (module, list(map(str, arguments)), os.environ | environment, self._printed)
+    self.process = _server().Process(target=_run, args=given)
+    self.process.start()
+
+  def text(self):
+    """What it has printed so far: standard output and standard error."""
+    return tuple(path.read_text() if path.exists() else "" for path in self._printed)
+
+  def communicate(self, timeout=600):
+    """Waits for its end and returns its `text`."""
+    self.process.join(timeout)
+    assert self.process.exitcode is not None, self.text()
+    return self.text()
+
+  def wait_until(self, condition, *, seconds=300):
+    """Waits for a condition that holds before the command ends."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+      assert self.process.is_alive() and time.monotonic() < deadline, self.text()
+      time.sleep(0.001)
+
+  def interrupt(self):
+    os.kill(self.process.pid, signal.SIGINT)
+
+
+@functools.cache
+def _directory():
+  return pathlib.Path(tempfile.mkdtemp(prefix="commands"))
+
+
+@functools.cache
+def _server():
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(list(IMPORTED))
+  return context
+
+
+def _run(module, arguments, environment, printed):
+  gc.freeze()
+  os.chdir(ROOT)
+  os.environ.clear()
+  os.environ.update(environment)
+  for number, path in enumerate(printed, start=1):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
+  sys.argv = [module, *arguments]
+  try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+  finally:
+    atexit._run_exitfuncs()  # multiprocessing would leave without them
