@@ -16,6 +16,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent / "without_torch")  # for the commands that tests start
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
+sys.dont_write_bytecode = False
 if sys.modules.get("torch", "") is None:  # a worker of the tests themselves
   del sys.modules["torch"]
 
