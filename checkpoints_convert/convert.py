@@ -33,20 +33,22 @@ class Source:
   Attributes:
     fields: contents of `config.json`.
     tensors: tensors in the weight files.
-    tower: directory of the vision tower in LLaVA's original layout; None in the Hugging Face layout.
+    tower: the vision tower in LLaVA's original layout; None in the Hugging Face layout.
     tower_tensors: tensors in the tower's files, unless the checkpoint holds them itself.
   """
 
   directory: pathlib.Path
   fields: dict[str, Any]
   tensors: tuple[StoredTensor, ...]
-  tower: pathlib.Path | None = None
+  tower: original.Tower | None = None
   tower_tensors: tuple[StoredTensor, ...] = ()
 
   def plan(self, model: names.ExpectedModel) -> names.Plan:
     """The reading plan; errors as in `names.plan`."""
     entries = names.TABLES[model.fields["model_type"]].entries
-    stored = names.place_names(self.tensors, entries) + names.place_names(self.tower_tensors, names.TOWER_ENTRIES)
+    of_tower = () if self.tower is None else names.TOWER_ENTRIES[self.tower.model_type]
+    stored = names.place_names(self.tensors, (*of_tower, *entries))
+    stored += names.place_names(self.tower_tensors, (*of_tower, names.Entry("^", "vision_tower.")))
     return names.plan(stored, model, str(self.directory))
 
   def digest(self, cache_dir: pathlib.Path) -> str:
@@ -54,7 +56,7 @@ class Source:
     digest = content_digest(self.directory, cache_dir)
     if self.tower is None:
       return digest
-    return hashlib.sha256((digest + content_digest(self.tower, cache_dir)).encode()).hexdigest()
+    return hashlib.sha256((digest + content_digest(self.tower.directory, cache_dir)).encode()).hexdigest()
 
 
 def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> Source:
@@ -71,8 +73,9 @@ def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> So
   original.check(fields, str(directory / "config.json"))
   stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries)
   has_tower = any(parameter.path[0] == "vision_tower" for parameter in stored)
-  tower = _locate_tower(directory, fields, vision_tower, has_weights=has_tower)
-  return Source(directory, fields, tensors, tower, () if has_tower else tuple(read_headers(tower).values()))
+  found = _locate_tower(directory, fields, vision_tower, has_weights=has_tower)
+  tower = original.open_tower(found, vision_tower or fields["mm_vision_tower"])
+  return Source(directory, fields, tensors, tower, () if has_tower else tuple(read_headers(found).values()))
 
 
 def convert(
@@ -154,7 +157,7 @@ def _write_configuration(work: pathlib.Path, source: Source, describe: Describe)
   if tower is not None:
     tokens = original.tokenizer(directory)
     fields = original.llava_fields(fields, tower, tokens.convert_tokens_to_ids(original.IMAGE_TOKEN))
-    original.save_processor(work, tokens, tower, source.fields, fields)
+    original.save_processor(work, tokens, tower, source.fields)
   model = describe(fields, str(directory / "config.json"))
   write_json(work / "config.json", model.fields)
   if not (work / "generation_config.json").exists():
@@ -174,6 +177,8 @@ def _locate_tower(
   name = given or fields["mm_vision_tower"]
   if not given and not pathlib.Path(name).is_absolute() and (directory / name).is_dir():
     name = str(directory / name)
+  elif not given and not pathlib.Path(name).is_dir():
+    name = original.published_tower(name)
   try:
     return locate(name, weights=not has_weights)
   except CheckpointError as error:

@@ -32,6 +32,11 @@ class Entry(NamedTuple):
   transform: Callable[[np.ndarray], np.ndarray] | None = None
 
 
+def _third(number: int) -> Callable[[np.ndarray], np.ndarray]:
+  """One of three equal parts of the rows."""
+  return lambda rows: np.split(rows, 3)[number]
+
+
 class Table(NamedTuple):
   """The tensor names of one model type's checkpoints.
 
@@ -45,6 +50,32 @@ class Table(NamedTuple):
   unused: str
   tower_layer: str
 
+
+# InternViT as its authors publish it, alone or within LLaVA's original layout; rows of `qkv` are queries, keys, values.
+_INTERNVIT = r"(?:model\.vision_tower\.vision_tower\.)?"
+_INTERNVIT_LAYER = _INTERNVIT + r"encoder\.layers\.(\d+)\."
+_INTERNVIT_NAMES = {
+  r"norm1\.": "layernorm_before.",
+  r"norm2\.": "layernorm_after.",
+  r"ls1$": "lambda_1",
+  r"ls2$": "lambda_2",
+  r"attn\.proj\.": "attention.projection_layer.",
+  r"attn\.(?=[qk]_norm\.)": "attention.",
+  r"mlp\.": "mlp.",
+}
+_INTERNVIT_ENTRIES = (
+  Entry(_INTERNVIT + r"embeddings\.class_embedding$", "vision_tower.embeddings.cls_token"),
+  Entry(_INTERNVIT + r"embeddings\.position_embedding$", "vision_tower.embeddings.position_embeddings"),
+  Entry(_INTERNVIT + r"embeddings\.patch_embedding\.", "vision_tower.embeddings.patch_embeddings.projection."),
+  *(
+    Entry(_INTERNVIT_LAYER + r"attn\.qkv\.", rf"vision_tower.encoder.layer.\1.attention.{name}_proj.", _third(number))
+    for number, name in enumerate("qkv")
+  ),
+  *(
+    Entry(_INTERNVIT_LAYER + name, rf"vision_tower.encoder.layer.\1.{place}")
+    for name, place in _INTERNVIT_NAMES.items()
+  ),
+)
 
 # By `model_type` of config.json.
 TABLES = {
@@ -72,8 +103,13 @@ TABLES = {
     tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
   )
 }
-# For the vision tower's own checkpoint, to which LLaVA's original layout refers.
-TOWER_ENTRIES = (Entry(r"(vision_model\.|dinov2\.)?", "vision_tower."),)
+# The towers of LLaVA's original layout, in the checkpoint or in one of their own, by the `model_type` of the latter.
+_CLIP_ENTRIES = (Entry(r"(model\.vision_tower\.vision_tower\.)?vision_model\.", "vision_tower."),)
+TOWER_ENTRIES = {
+  "clip": _CLIP_ENTRIES,
+  "clip_vision_model": _CLIP_ENTRIES,
+  "intern_vit_6b": _INTERNVIT_ENTRIES,
+}
 
 _LAYER = re.compile(r"\b(layers?)\.(\d+)\.")
 

@@ -1,10 +1,12 @@
-"""The original LLaVA layout (liuhaotian/llava-v1.5-*): its configuration and processor in the Hugging Face format.
+"""LLaVA's original layout (liuhaotian/llava-v1.5-*, OpenGVLab/InternVL-Chat-ViT-6B-*) in the Hugging Face format.
 
-Its config.json is that of the language model and names a CLIP tower, which is a separate checkpoint.
+Its config.json is that of the language model and names a tower, CLIP or InternViT, which is a separate checkpoint.
 """
 
 import pathlib
-from typing import Any
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import first_line, read_json
@@ -20,6 +22,10 @@ CHAT_TEMPLATE = (
   "{{ item['text'] + ('</s>' if message['role'] == 'assistant' else ' ') }}{% endif %}{% endfor %}{% endif %}"
   "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+
+# InternVL's code builds the image processing of an InternViT itself, whatever the tower's own files say.
+_INTERNVIT_SIDE = 336
+_IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 _SELECT = {"patch": "default", "cls_patch": "full"}
 _SUPPORTED = {
@@ -48,31 +54,79 @@ def check(fields: dict[str, Any], where: str) -> None:
       )
 
 
-def llava_fields(fields: dict[str, Any], tower: pathlib.Path, image_token_id: int) -> dict[str, Any]:
-  """The fields of a Hugging Face LLaVA config.json; raises `CheckpointError` if the tower is not a CLIP model.
+class Tower(NamedTuple):
+  """A vision tower's own checkpoint.
+
+  Attributes:
+    model_type: as in its config.json, a key of `names.TOWER_ENTRIES`.
+    fields: a `vision_config` of transformers' LLaVA.
+    processing: arguments of transformers' LLaVA image processor.
+    side: of a preprocessed picture, in pixels.
+  """
+
+  directory: pathlib.Path
+  model_type: str
+  fields: Mapping[str, Any]
+  processing: Mapping[str, Any]
+  side: int
+
+
+def open_tower(directory: pathlib.Path, name: str) -> Tower:
+  """Reads the settings of a tower that was published as `name`; raises `CheckpointError` if it is not supported."""
+  fields = read_json(directory / "config.json")
+  model_type = fields.get("model_type")
+  if model_type in ("clip", "clip_vision_model"):
+    fields = fields.get("vision_config", fields) | {"model_type": "clip_vision_model"}
+    processing = read_json(directory / "preprocessor_config.json")
+    settings = {key: value for key, value in processing.items() if not key.endswith(("_type", "_class"))}
+    return Tower(directory, model_type, fields, settings, fields.get("image_size", 224))
+  if model_type == "intern_vit_6b":
+    side = 448 if "448" in name else _INTERNVIT_SIDE
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return Tower(directory, model_type, _internvit_fields(fields), _IMAGENET | size, side)
+  raise CheckpointError(
+    f"{directory}: model_type is {model_type!r}; the original layout needs a CLIP or an InternViT tower "
+    "(clip, clip_vision_model, intern_vit_6b)"
+  )
+
+
+def published_tower(name: str) -> str:
+  """The Hub id of a tower that config.json names by a path on the authors' machine; other names are returned."""
+  if re.search(r"intern_?vit[-_]?6b", name, re.IGNORECASE) and not name.startswith("OpenGVLab/"):
+    return f"OpenGVLab/InternViT-6B-{448 if '448' in name else 224}px"
+  return name
+
+
+def _internvit_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+  same = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act")
+  same += ("layer_norm_eps", "image_size", "patch_size")
+  return {
+    "model_type": "internvl_vision",
+    "use_qk_norm": fields.get("qk_normalization", True),
+    "attention_bias": fields.get("qkv_bias", False),
+    "norm_type": fields.get("norm_type", "rms_norm"),
+    **{name: fields[name] for name in same if name in fields},
+  }
+
+
+def llava_fields(fields: Mapping[str, Any], tower: Tower, image_token_id: int) -> dict[str, Any]:
+  """The fields of a Hugging Face LLaVA config.json.
 
   Args:
     fields: the original config.json, checked.
-    tower: directory with the CLIP tower's config.json.
     image_token_id: id of `<image>`.
   """
   import transformers
 
-  vision = read_json(tower / "config.json")
-  if vision.get("model_type") not in ("clip", "clip_vision_model"):
-    raise CheckpointError(
-      f"{tower}: model_type is {vision.get('model_type')!r}; the original layout needs a CLIP tower"
-    )
-  vision = vision.get("vision_config", vision) | {"model_type": "clip_vision_model"}
   known = transformers.LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
   text = {name: value for name, value in fields.items() if name in known} | {"model_type": "llama"}
-  patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2
+  patches = (tower.side // tower.fields.get("patch_size", 32)) ** 2
   strategy = _SELECT[fields.get("mm_vision_select_feature", "patch")]
   return {
     "model_type": MODEL_TYPE,
     "architectures": ["LlavaForConditionalGeneration"],
     "text_config": text,
-    "vision_config": vision,
+    "vision_config": dict(tower.fields),
     "image_token_index": image_token_id,
     "image_seq_length": patches + (strategy == "full"),
     "projector_hidden_act": "gelu",
@@ -99,20 +153,19 @@ def tokenizer(source: pathlib.Path) -> Any:
   return tokens
 
 
-def save_processor(
-  target: pathlib.Path, tokens: Any, tower: pathlib.Path, fields: dict[str, Any], llava: dict[str, Any]
-) -> None:
-  """Writes the tokenizer and the tower's image processing, with LLaVA-1.5's padding to a square."""
+def save_processor(target: pathlib.Path, tokens: Any, tower: Tower, fields: Mapping[str, Any]) -> None:
+  """Writes the tokenizer and the tower's image processing, with LLaVA-1.5's padding to a square.
+
+  `fields` is the original config.json.
+  """
   import transformers
 
-  processing = read_json(tower / "preprocessor_config.json")
-  settings = {name: value for name, value in processing.items() if not name.endswith(("_type", "_class"))}
-  images = transformers.LlavaImageProcessorPil(**settings | {"do_pad": fields.get("image_aspect_ratio") == "pad"})
+  do_pad = fields.get("image_aspect_ratio") == "pad"
   transformers.LlavaProcessor(
-    image_processor=images,
+    image_processor=transformers.LlavaImageProcessorPil(**tower.processing, do_pad=do_pad),
     tokenizer=tokens,
-    patch_size=llava["vision_config"].get("patch_size", 32),
-    vision_feature_select_strategy=llava["vision_feature_select_strategy"],
+    patch_size=tower.fields.get("patch_size", 32),
+    vision_feature_select_strategy=_SELECT[fields.get("mm_vision_select_feature", "patch")],
     image_token=IMAGE_TOKEN,
     num_additional_image_tokens=1,
     chat_template=CHAT_TEMPLATE,

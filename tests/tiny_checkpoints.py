@@ -1,6 +1,6 @@
 """Random LLaVA checkpoints of a few hundred thousand parameters, saved as Hugging Face saves them.
 
-Between them they cover what a LLaVA config can say: three vision towers, both select strategies, feature layers
+Between them they cover what a LLaVA config can say: four vision towers, both select strategies, feature layers
 counted from the end and a list of them, MHA and GQA, tied and untied heads, biases, a head dimension that is not
 hidden size / heads, and three kinds of rotary embedding. Weights are drawn so that attention is far from uniform and
 every layer matters: with transformers' own initialisation a wrong mask or a wrong position hardly moves the logits.
@@ -94,6 +94,17 @@ DINOV2 = dict(
   image_size=28,
   layerscale_value=0.7,
 )
+INTERNVIT = dict(
+  model_type="internvl_vision",
+  hidden_size=30,
+  intermediate_size=60,
+  num_hidden_layers=5,
+  num_attention_heads=3,
+  patch_size=7,
+  image_size=28,
+  use_qk_norm=True,
+  norm_type="rms_norm",
+)
 LLAMA = dict(
   model_type="llama",
   vocab_size=VOCAB_SIZE,
@@ -149,6 +160,15 @@ SPECS = {
     {},
     28,
   ),
+  # InternVL-Chat-V1.0 in miniature: 4x4 position embeddings for 6x6 = 36 image tokens, features of layer -4.
+  "internvit": (INTERNVIT, dict(num_hidden_layers=4), dict(vision_feature_layer=-4), 42),
+  # InternViT-300M's options: layer norms, biased queries, keys and values, no norm of queries and keys.
+  "internvit_small": (
+    INTERNVIT | dict(use_qk_norm=False, norm_type="layer_norm", attention_bias=True),
+    dict(num_hidden_layers=4),
+    {},
+    28,
+  ),
 }
 
 
@@ -176,7 +196,8 @@ def make(name: str, directory: pathlib.Path) -> Tiny:
   if vision["model_type"] == "siglip_vision_model":
     image_processor = transformers.SiglipImageProcessorPil(size=crop)
   else:
-    kind = transformers.CLIPImageProcessorPil if vision is CLIP else transformers.BitImageProcessorPil
+    is_dinov2 = vision["model_type"] == "dinov2"
+    kind = transformers.BitImageProcessorPil if is_dinov2 else transformers.CLIPImageProcessorPil
     image_processor = kind(size={"shortest_edge": side}, crop_size=crop)
   transformers.LlavaProcessor(
     image_processor=image_processor,
@@ -204,7 +225,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
       parameter.copy_(1 + 0.2 * normal)
     elif name.endswith("bias"):
       parameter.copy_(0.2 * normal)
-    elif "layer_scale" in name:
+    elif "layer_scale" in name or "lambda_" in name:
       parameter.copy_(0.8 + 0.2 * normal)
     elif parameter.ndim >= 2 and not any(part in name for part in ("embed_tokens", "position_embed", "token")):
       gain = 1.6 if any(part in name for part in AMPLIFIED) else 1.0

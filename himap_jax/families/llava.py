@@ -1,4 +1,4 @@
-"""LLaVA: a CLIP, SigLIP or DINOv2 tower, a two-layer connector and a LLaMA decoder; one picture per prompt."""
+"""LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a LLaMA decoder; one picture per prompt."""
 
 import dataclasses
 import json
@@ -73,19 +73,31 @@ def _vision(llava: Any, where: str) -> VisionConfig:
     hidden_size=hf.hidden_size,
     num_hidden_layers=depth,
     num_attention_heads=hf.num_attention_heads,
-    image_size=hf.image_size,
-    patch_size=hf.patch_size,
+    image_size=_side(hf.image_size, where),
+    patch_size=_side(hf.patch_size, where),
     hidden_act=hf.hidden_act,
     layer_norm_eps=hf.layer_norm_eps,
     feature_layers=tuple(layer % (depth + 1) for layer in layers),
     select_strategy=llava.vision_feature_select_strategy,
     has_class_token=hf.model_type != "siglip_vision_model",
   )
+  if hf.model_type == "internvl_vision":
+    if not hf.use_absolute_position_embeddings:
+      raise UserError(f"{where}: InternViT without position embeddings is not supported")
+    options = dict(qkv_bias=hf.attention_bias, norm_type=hf.norm_type, qk_norm=hf.use_qk_norm)
+    return VisionConfig(intermediate_size=hf.intermediate_size, **common, **options)
   if hf.model_type != "dinov2":
     return VisionConfig(intermediate_size=hf.intermediate_size, **common)
   if hf.use_swiglu_ffn:
     raise UserError(f"{where}: DINOv2 with a SwiGLU feed-forward (use_swiglu_ffn) is not supported")
   return VisionConfig(intermediate_size=int(hf.hidden_size * hf.mlp_ratio), qkv_bias=hf.qkv_bias, **common)
+
+
+def _side(size: int | Sequence[int], where: str) -> int:
+  sides = {size} if isinstance(size, int) else set(size)
+  if len(sides) != 1:
+    raise UserError(f"{where}: a tower for pictures or patches that are not square, {size}, is not supported")
+  return sides.pop()
 
 
 def _text(hf: Any, tied: bool | None, where: str) -> TextConfig:

@@ -1,6 +1,7 @@
 """Sizes of a model of any family; a family builds them from a checkpoint's `config.json`."""
 
 import dataclasses
+from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,7 @@ class VisionConfig:
     feature_layers: non-negative indices into the hidden states (0 is the embedding); their features are concatenated.
     select_strategy: `default` drops the first token, `full` keeps every token.
     has_class_token: whether a class token precedes the patches.
+    qk_norm: whether queries and keys are normalised, over all heads together.
   """
 
   model_type: str
@@ -30,6 +32,8 @@ class VisionConfig:
   select_strategy: str
   has_class_token: bool
   qkv_bias: bool = True
+  norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+  qk_norm: bool = False
 
   @property
   def num_layers_run(self) -> int:

@@ -143,7 +143,14 @@ def make_original(directory, target, *, tower_inside):
     },
     target / WEIGHTS,
   )
-  text = {name: value for name, value in fields["text_config"].items() if name != "rope_parameters"}
+  write_original_settings(directory, target, mm_vision_tower="clip", mm_vision_select_layer=-2)
+  return target
+
+
+def write_original_settings(directory, target, **fields):
+  """Writes the config.json and tokenizer of the original layout of a Hugging Face LLaVA."""
+  text = json.loads((directory / "config.json").read_text())["text_config"]
+  text = {name: value for name, value in text.items() if name != "rope_parameters"}
   (target / "config.json").write_text(
     json.dumps(
       text
@@ -152,15 +159,12 @@ def make_original(directory, target, *, tower_inside):
         "architectures": ["LlavaLlamaForCausalLM"],
         "rope_theta": 10_000.0,
         "rope_scaling": None,
-        "mm_vision_tower": "clip",
-        "mm_vision_select_layer": -2,
         "mm_vision_select_feature": "patch",
         "mm_projector_type": "mlp2x_gelu",
         "mm_use_im_start_end": False,
         "image_aspect_ratio": "pad",
       }
+      | fields
     )
   )
-  tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-  tokenizer.save_pretrained(target)
-  return target
+  transformers.AutoTokenizer.from_pretrained(directory).save_pretrained(target)

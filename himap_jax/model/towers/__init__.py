@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from himap_jax.model.linear import LayerNorm
-from himap_jax.model.towers import clip, dinov2
+from himap_jax.model.towers import clip, dinov2, internvit
 from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
 
 
@@ -26,6 +26,7 @@ TOWERS = {
   "clip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer, norm_name="pre_layrnorm"),
   "siglip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer),
   "dinov2": Tower(dinov2.DinoEmbeddings, dinov2.DinoLayer, layer_name="layer"),
+  "internvl_vision": Tower(dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer"),
 }
 
 

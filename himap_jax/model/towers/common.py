@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
 from himap_jax.model.kernels import Kernels
-from himap_jax.model.linear import ACTIVATIONS, Linear
+from himap_jax.model.linear import ACTIVATIONS, LayerNorm, Linear, RMSNorm
 
 
 @pytree
@@ -108,6 +108,11 @@ def query_key_value(
   """Queries, keys and values by head, from linear layers with these names in the calling module."""
   linear = functools.partial(Linear, config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None))
   return tuple(linear(name=name)(x).reshape(*x.shape[:2], config.num_attention_heads, -1) for name in names)
+
+
+def norm(config: VisionConfig, name: str) -> nn.Module:
+  """The normalisation before a layer's attention or feed-forward."""
+  return {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[config.norm_type](config.layer_norm_eps, name=name)
 
 
 class FeedForward(TowerModule):
