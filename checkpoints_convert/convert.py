@@ -47,8 +47,8 @@ class Source:
     """The reading plan; errors as in `names.plan`."""
     entries = names.TABLES[model.fields["model_type"]].entries
     of_tower = () if self.tower is None else names.TOWER_ENTRIES[self.tower.model_type]
-    stored = names.place_names(self.tensors, (*of_tower, *entries))
-    stored += names.place_names(self.tower_tensors, (*of_tower, names.Entry("^", "vision_tower.")))
+    stored = names.place_names(self.tensors, (*of_tower, *entries), model.fields)
+    stored += names.place_names(self.tower_tensors, (*of_tower, names.Entry("^", "vision_tower.")), model.fields)
     return names.plan(stored, model, str(self.directory))
 
   def digest(self, cache_dir: pathlib.Path) -> str:
@@ -71,7 +71,7 @@ def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> So
   if not original.is_original(fields):
     return Source(directory, fields, tensors)
   original.check(fields, str(directory / "config.json"))
-  stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries)
+  stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries, fields)
   has_tower = any(parameter.path[0] == "vision_tower" for parameter in stored)
   found = _locate_tower(directory, fields, vision_tower, has_weights=has_tower)
   tower = original.open_tower(found, vision_tower or fields["mm_vision_tower"])

@@ -4,6 +4,7 @@ The tree keeps the checkpoint's names with dots as levels, except that `layers.N
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,17 +25,28 @@ class Entry(NamedTuple):
   Attributes:
     pattern: regular expression for the start of their names.
     place: replacement of that start in the tree.
-    transform: makes the parameter from the stored tensor with array methods and slices; None for the tensor itself.
+    transform: makes the parameter from the stored tensor and the fields of config.json, with array methods and slices;
+      None for the tensor itself.
   """
 
   pattern: str
   place: str
-  transform: Callable[[np.ndarray], np.ndarray] | None = None
+  transform: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray] | None = None
 
 
-def _third(number: int) -> Callable[[np.ndarray], np.ndarray]:
+def _third(number: int) -> Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]:
   """One of three equal parts of the rows."""
-  return lambda rows: np.split(rows, 3)[number]
+  return lambda rows, fields: np.split(rows, 3)[number]
+
+
+def _of_heads(number: int) -> Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]:
+  """One of the three parts that each head of Qwen-VL's tower has in the rows."""
+
+  def part(rows: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
+    by_head = rows.reshape(fields["visual"]["heads"], 3, -1, *rows.shape[1:])
+    return by_head[:, number].reshape(-1, *rows.shape[1:])
+
+  return part
 
 
 class Table(NamedTuple):
@@ -77,6 +89,24 @@ _INTERNVIT_ENTRIES = (
   ),
 )
 
+_QWEN = r"transformer\."
+_QWEN_LAYER_NAMES = {
+  r"ln_1\.": "input_layernorm.",
+  r"ln_2\.": "post_attention_layernorm.",
+  r"attn\.c_proj\.": "self_attn.o_proj.",
+  r"mlp\.w1\.": "mlp.up_proj.",
+  r"mlp\.w2\.": "mlp.gate_proj.",
+  r"mlp\.c_proj\.": "mlp.down_proj.",
+}
+_QWEN_TOWER_LAYER = _QWEN + r"visual\.transformer\.resblocks\.(\d+)\."
+_QWEN_TOWER_NAMES = {
+  r"ln_1\.": "layer_norm1.",
+  r"ln_2\.": "layer_norm2.",
+  r"attn\.out_proj\.": "self_attn.out_proj.",
+  r"mlp\.c_fc\.": "mlp.fc1.",
+  r"mlp\.c_proj\.": "mlp.fc2.",
+}
+
 # By `model_type` of config.json.
 TABLES = {
   "llava": Table(
@@ -101,7 +131,45 @@ TABLES = {
       r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
     ),
     tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
-  )
+  ),
+  "qwen": Table(
+    entries=(
+      *(
+        Entry(_QWEN + r"h\.(\d+)\." + name, rf"language_model.layers.\1.{place}")
+        for name, place in _QWEN_LAYER_NAMES.items()
+      ),
+      *(
+        Entry(_QWEN + r"h\.(\d+)\.attn\.c_attn\.", rf"language_model.layers.\1.self_attn.{name}_proj.", _third(number))
+        for number, name in enumerate("qkv")
+      ),
+      Entry(_QWEN + r"wte\.", "language_model.embed_tokens."),
+      Entry(_QWEN + r"ln_f\.", "language_model.norm."),
+      Entry(_QWEN + r"visual\.conv1\.", "vision_tower.embeddings.patch_embedding."),
+      Entry(_QWEN + r"visual\.positional_embedding$", "vision_tower.embeddings.position_embedding.weight"),
+      Entry(_QWEN + r"visual\.ln_pre\.", "vision_tower.pre_layrnorm."),
+      *(
+        Entry(_QWEN_TOWER_LAYER + name, rf"vision_tower.encoder.layers.\1.{place}")
+        for name, place in _QWEN_TOWER_NAMES.items()
+      ),
+      *(
+        Entry(
+          _QWEN_TOWER_LAYER + r"attn\.in_proj\.",
+          rf"vision_tower.encoder.layers.\1.self_attn.{name}_proj.",
+          _of_heads(number),
+        )
+        for number, name in enumerate("qkv")
+      ),
+      *(
+        Entry(_QWEN + r"visual\.attn_pool\.attn\.in_proj_", f"multi_modal_projector.attn.{name}_proj.", _third(number))
+        for number, name in enumerate("qkv")
+      ),
+      Entry(_QWEN + r"visual\.attn_pool\.", "multi_modal_projector."),
+      Entry(_QWEN + r"visual\.ln_post\.", "multi_modal_projector.ln_post."),
+      Entry(_QWEN + r"visual\.proj$", "multi_modal_projector.proj.weight", lambda weight, fields: weight.T),
+    ),
+    unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
+    tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+  ),
 }
 # The towers of LLaVA's original layout, in the checkpoint or in one of their own, by the `model_type` of the latter.
 _CLIP_ENTRIES = (Entry(r"(model\.vision_tower\.vision_tower\.)?vision_model\.", "vision_tower."),)
@@ -140,8 +208,12 @@ class Parameter(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """The parameter's shape; the stored tensor's if the transform does not fit it, which is never the expected one."""
     shape = self.tensor.shape
-    return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
+    try:
+      return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
+    except ValueError:
+      return shape
 
   def reader(self) -> Callable[[Index], np.ndarray]:
     """A function that reads the part an index names, in the stored dtype; a transform reads the whole tensor."""
@@ -156,8 +228,10 @@ class Plan(NamedTuple):
   unused: tuple[str, ...]
 
 
-def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> list[Parameter]:
-  """Maps stored tensors to parameters by name."""
+def place_names(
+  tensors: Iterable[StoredTensor], entries: tuple[Entry, ...], fields: Mapping[str, Any]
+) -> list[Parameter]:
+  """Maps stored tensors to parameters by name; `fields` are those of config.json."""
   entries = (*entries, Entry("", ""))
   placed = []
   for tensor in tensors:
@@ -165,7 +239,8 @@ def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> 
     for entry in entries:
       if entry.pattern == pattern:
         name = re.sub(pattern, entry.place, tensor.name, count=1)
-        placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, entry.transform))
+        transform = entry.transform and functools.partial(entry.transform, fields=fields)
+        placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, transform))
   return placed
 
 

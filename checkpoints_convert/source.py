@@ -11,7 +11,7 @@ from etils import epath
 
 from checkpoints_convert.errors import CheckpointError
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)
 
 # A local path, or one in object storage.

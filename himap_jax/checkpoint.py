@@ -160,7 +160,7 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
   fields, where = read_json(directory / "config.json"), str(directory / "config.json")
   family = families.family_of(fields, where=where)
   processor = family.load_processor(directory)
-  eos_token_ids = _eos_token_ids(directory, processor)
+  eos_token_ids = tuple(dict.fromkeys((*_eos_token_ids(directory, processor), *family.stop_tokens(processor))))
   return OpenCheckpoint(family.config(fields, where), family, processor, directory, eos_token_ids, weights)
 
 

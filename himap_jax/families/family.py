@@ -46,8 +46,10 @@ class Family:
     model_type: as in `config.json`.
     config: maps the fields of `config.json`, and their source for messages, to the sizes; raises `UserError`.
     complete: adds transformers' current defaults to the fields of `config.json`, which pins them.
-    load_processor: loads transformers' processor from a checkpoint's directory; raises `UserError`.
+    load_processor: loads transformers' processor (or an object with its tokenizer and image processor) from a
+      checkpoint's directory; raises `UserError`.
     processor: makes a `Processor` from transformers' processor, the sizes and a prompt template; raises `UserError`.
+    stop_tokens: tokens that end an answer, besides those of generation_config.json, from transformers' processor.
   """
 
   model_type: str
@@ -55,3 +57,4 @@ class Family:
   complete: Callable[[dict[str, Any]], dict[str, Any]]
   load_processor: Callable[[pathlib.Path], Any]
   processor: Callable[[Any, ModelConfig, str], Processor]
+  stop_tokens: Callable[[Any], tuple[int, ...]] = lambda processor: ()

@@ -12,6 +12,15 @@ from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
+from himap_jax.families.examples import (
+  IMAGE_TAG,
+  expand,
+  fill,
+  literal_template,
+  picture_of,
+  pixels_of,
+  require_one_image,
+)
 from himap_jax.families.family import Family
 from himap_jax.inputs import Example
 from himap_jax.model.config import ConnectorConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
@@ -20,7 +29,6 @@ from himap_jax.model.towers import TOWERS
 
 TEXT_MODELS = ("llama",)
 ROPE_TYPES = ("default", "linear", "llama3")
-IMAGE_TAG = "<image>"
 VICUNA_V1 = (
   "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
   "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
@@ -80,6 +88,7 @@ def _vision(llava: Any, where: str) -> VisionConfig:
     feature_layers=tuple(layer % (depth + 1) for layer in layers),
     select_strategy=llava.vision_feature_select_strategy,
     has_class_token=hf.model_type != "siglip_vision_model",
+    patch_bias=hf.model_type != "clip_vision_model",
   )
   if hf.model_type == "internvl_vision":
     if not hf.use_absolute_position_embeddings:
@@ -117,6 +126,7 @@ def _text(hf: Any, tied: bool | None, where: str) -> TextConfig:
     max_position_embeddings=hf.max_position_embeddings,
     tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
     attention_bias=hf.attention_bias,
+    output_bias=hf.attention_bias,
     mlp_bias=hf.mlp_bias,
     hidden_act=hf.hidden_act,
     rope=RopeConfig(theta=rope["rope_theta"], **scaling),
@@ -170,49 +180,27 @@ class LlavaProcessor:
         large.
     """
     text = self.prompt(question)
-    count = text.count(IMAGE_TAG)
-    if count != 1:
-      raise UserError(f"a prompt needs exactly one {IMAGE_TAG}, but this one has {count}")
+    require_one_image(text)
     tokenizer = self._processor.tokenizer
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = list(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
-    if ids.count(self._config.image_token_id) != 1:
-      raise UserError(
-        f"the tokenizer turns {IMAGE_TAG} into {ids.count(self._config.image_token_id)} image tokens "
-        f"(id {self._config.image_token_id}); the checkpoint's tokenizer and config.json disagree"
-      )
-    start = ids.index(self._config.image_token_id)
-    if start == len(ids) - 1:
-      raise UserError(f"a prompt needs text after {IMAGE_TAG}: its attention decides which image tokens are kept")
     self._check_size(image)
-    tokens = np.array([*ids[:start], *[ids[start]] * self.num_image_tokens, *ids[start + 1 :]], np.int32)
-    slot = np.arange(len(tokens), dtype=np.int32)
-    image_id = np.where((slot >= start) & (slot < start + self.num_image_tokens), 0, -1).astype(np.int32)
-    return Example(tokens, image_id, slot, self._pixels(image))
+    return expand(ids, self._config.image_token_id, self.num_image_tokens, self._pixels(image))
 
   def prompt(self, question: str) -> str:
-    own_image = IMAGE_TAG in question
-    if self._template == "chat":
-      content = [{"type": "text", "text": question}]
-      if not own_image:
-        content.insert(0, {"type": "image"})
-      return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    template = self._template
-    if own_image:
-      template = template.replace(IMAGE_TAG + "\n", "").replace(IMAGE_TAG, "")
-    return template.replace("{question}", question)
+    if self._template != "chat":
+      return fill(self._template, question)
+    content = [{"type": "text", "text": question}]
+    if IMAGE_TAG not in question:
+      content.insert(0, {"type": "image"})
+    return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
   def picture(self, example: Example) -> Image.Image:
-    mean, std = (
-      np.asarray(values, np.float32)[:, None, None]
-      for values in (self._processor.image_processor.image_mean, self._processor.image_processor.image_std)
-    )
-    pixels = np.clip((example.pixel_values * std + mean) * 255, 0, 255).round().astype(np.uint8)
     height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
-    return Image.fromarray(pixels[:, :height, :width].transpose(1, 2, 0))
+    return picture_of(self._processor.image_processor, example.pixel_values, height, width)
 
   def _check_size(self, image: Image.Image) -> None:
     """Refuses pictures that would exhaust memory when resized or padded to a square."""
@@ -229,7 +217,7 @@ class LlavaProcessor:
       )
 
   def _pixels(self, image: Image.Image) -> Float[np.ndarray, "3 h w"]:
-    return np.asarray(self._processor.image_processor(image, return_tensors="np")["pixel_values"][0], np.float32)
+    return pixels_of(self._processor.image_processor, image)
 
 
 def _check_template(template: str, processor: Any) -> str:
@@ -239,12 +227,7 @@ def _check_template(template: str, processor: Any) -> str:
     if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
       raise UserError("the checkpoint has no chat template; use --prompt_template=vicuna_v1 or a literal one")
     return template
-  if template.count(IMAGE_TAG) != 1 or template.count("{question}") != 1:
-    raise UserError(
-      f"--prompt_template must be vicuna_v1, chat, or a text with one {IMAGE_TAG} and one {{question}}, "
-      f"not {template!r}"
-    )
-  return template.replace("\\n", "\n")
+  return literal_template(template, "vicuna_v1", "chat")
 
 
 FAMILY = Family("llava", config, complete, load_processor, LlavaProcessor)

@@ -16,6 +16,7 @@ class VisionConfig:
     feature_layers: non-negative indices into the hidden states (0 is the embedding); their features are concatenated.
     select_strategy: `default` drops the first token, `full` keeps every token.
     has_class_token: whether a class token precedes the patches.
+    patch_bias: whether the patch embedding has a bias.
     qk_norm: whether queries and keys are normalised, over all heads together.
   """
 
@@ -31,6 +32,7 @@ class VisionConfig:
   feature_layers: tuple[int, ...]
   select_strategy: str
   has_class_token: bool
+  patch_bias: bool = True
   qkv_bias: bool = True
   norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
   qk_norm: bool = False
@@ -52,6 +54,15 @@ class ConnectorConfig:
 
   hidden_act: str
   use_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ResamplerConfig:
+  """Learned queries that attend to the tower's features; `num_queries`, a square number, is that of image tokens."""
+
+  num_queries: int
+  num_heads: int
+  layer_norm_eps: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +92,7 @@ class TextConfig:
   max_position_embeddings: int
   tie_word_embeddings: bool
   attention_bias: bool
+  output_bias: bool
   mlp_bias: bool
   hidden_act: str
   rope: RopeConfig
@@ -91,12 +103,18 @@ class ModelConfig:
   """A vision-language model; `image_token_id` fills the image slots of `Inputs.tokens`."""
 
   vision: VisionConfig
-  connector: ConnectorConfig
+  connector: ConnectorConfig | ResamplerConfig
   text: TextConfig
   image_token_id: int
 
   def num_image_tokens(self, height: int, width: int) -> int:
     """Image tokens of a picture of `height` × `width` pixels."""
+    if isinstance(self.connector, ResamplerConfig):
+      return self.connector.num_queries
+    return self.num_features(height, width)
+
+  def num_features(self, height: int, width: int) -> int:
+    """Tokens that enter the connector for a picture of `height` × `width` pixels."""
     vision = self.vision
     tokens = (height // vision.patch_size) * (width // vision.patch_size) + vision.has_class_token
     return tokens - (vision.select_strategy == "default")

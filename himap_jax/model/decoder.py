@@ -48,7 +48,7 @@ class Attention(DecoderModule):
     self.q_proj = linear(c.num_attention_heads * c.head_dim, axes=("heads", None))
     self.k_proj = linear(c.num_key_value_heads * c.head_dim, axes=("key_heads", None))
     self.v_proj = linear(c.num_key_value_heads * c.head_dim, axes=("key_heads", None))
-    self.o_proj = linear(c.hidden_size, axes=(None, "heads"))
+    self.o_proj = linear(c.hidden_size, axes=(None, "heads"), use_bias=c.output_bias)
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
     return rope.rotate(self._heads(self.q_proj(x)), *rotation)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from himap_jax.inputs import Inputs, Layout, put_image_tokens, pytree
 from himap_jax.model.config import ModelConfig
-from himap_jax.model.connectors.mlp import MlpConnector
+from himap_jax.model.connectors import CONNECTORS
 from himap_jax.model.decoder import Decoder
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.linear import Embedding, cast
@@ -42,7 +42,8 @@ class Network(nn.Module):
   def setup(self) -> None:
     config, text = self.config, self.config.text
     self.vision_tower = VisionTower(config.vision, self.kernels)
-    self.multi_modal_projector = MlpConnector(config.connector, text.hidden_size, self.kernels)
+    connector = CONNECTORS[type(config.connector)]
+    self.multi_modal_projector = connector(config.connector, text.hidden_size, self.kernels)
     self.language_model = Decoder(text, self.kernels)
     if not text.tie_word_embeddings:
       self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))

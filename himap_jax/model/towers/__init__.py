@@ -25,6 +25,7 @@ class Tower:
 TOWERS = {
   "clip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer, norm_name="pre_layrnorm"),
   "siglip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer),
+  "qwen_vl_vision": Tower(clip.ClipEmbeddings, clip.ClipLayer, norm_name="pre_layrnorm"),
   "dinov2": Tower(dinov2.DinoEmbeddings, dinov2.DinoLayer, layer_name="layer"),
   "internvl_vision": Tower(dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer"),
 }

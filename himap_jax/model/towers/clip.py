@@ -1,4 +1,4 @@
-"""The towers of CLIP and SigLIP. Axes: as in `common`."""
+"""The towers of CLIP, SigLIP and Qwen-VL (an OpenCLIP ViT). Axes: as in `common`."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class ClipEmbeddings(common.TowerModule):
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B S D"]:
     config = self.config
     width, patch = config.hidden_size, config.patch_size
-    x = common.PatchEmbedding(width, patch, use_bias=not config.has_class_token, name="patch_embedding")(pixel_values)
+    x = common.PatchEmbedding(width, patch, use_bias=config.patch_bias, name="patch_embedding")(pixel_values)
     num_positions = (config.image_size // patch) ** 2 + config.has_class_token
     positions = Embedding(num_positions, width, self.kernels, name="position_embedding")(
       jnp.arange(num_positions)

@@ -1,0 +1,229 @@
+"""Qwen-VL: a ViT-bigG tower, a resampler with 256 queries and a Qwen-7B decoder (Bai et al., arXiv 2308.12966).
+
+Its remote code is never run: the tokenizer is built from `qwen.tiktoken`, and the prompts are those of the authors'
+`make_context` and evaluation scripts.
+"""
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from himap_jax.errors import UserError
+from himap_jax.families import tiktoken
+from himap_jax.families.examples import (
+  IMAGE_TAG,
+  expand,
+  fill,
+  literal_template,
+  picture_of,
+  pixels_of,
+  require_one_image,
+)
+from himap_jax.families.family import Family
+from himap_jax.inputs import Example
+from himap_jax.model.config import ModelConfig, ResamplerConfig, RopeConfig, TextConfig, VisionConfig
+
+# Fields of the authors' configuration classes, with their defaults.
+DEFAULTS = {
+  "vocab_size": 151_936,
+  "hidden_size": 4096,
+  "intermediate_size": 22_016,
+  "num_hidden_layers": 32,
+  "num_attention_heads": 32,
+  "kv_channels": 128,
+  "layer_norm_epsilon": 1e-6,
+  "rotary_emb_base": 10_000.0,
+  "rotary_pct": 1.0,
+  "seq_length": 2048,
+  "no_bias": True,
+  "tie_word_embeddings": False,
+}
+SIZES = ("width", "layers", "heads", "mlp_ratio", "patch_size", "image_size", "image_start_id")
+NUM_QUERIES = 256
+NUM_POSITIONS = 256  # of the tower's position embedding, a square
+TOWER_EPSILON = 1e-6
+RESAMPLER_HEAD_DIM = 128
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+END, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONTENT_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
+SPECIAL_TOKENS = (END, CHAT_START, CHAT_END, *(f"<|extra_{number}|>" for number in range(205)), *CONTENT_TOKENS)
+SYSTEM = "You are a helpful assistant."
+TEMPLATES = {"vqa": "<image>{question} Answer:", "caption": "<image>{question}", "mme": "<image>\n{question}"}
+
+
+def config(fields: dict[str, Any], where: str) -> ModelConfig:
+  """The sizes described by a Qwen-VL `config.json`; absent fields take the authors' defaults.
+
+  Raises:
+    UserError: fields of another family, missing or inconsistent sizes, or an option that the authors never used.
+  """
+  full = complete(fields)
+  vision = fields.get("visual")
+  if not isinstance(vision, dict):
+    raise UserError(f"{where}: no visual; Qwen without a vision tower is not supported")
+  foreign = [name for name in ("vision_config", "text_config") if name in fields]
+  if foreign:
+    raise UserError(f"{where}: {', '.join(foreign)} beside visual; the fields are of two model families")
+  missing = [name for name in SIZES if name not in vision]
+  if missing:
+    raise UserError(f"{where}: visual lacks {', '.join(missing)}")
+  width, heads = full["hidden_size"], full["num_attention_heads"]
+  for name, value, needed in (
+    ("visual.output_dim", vision.get("output_dim", width), width),
+    ("kv_channels × num_attention_heads", full["kv_channels"] * heads, width),
+    ("hidden_size in multiples of the resampler's heads", width % RESAMPLER_HEAD_DIM, 0),
+    ("rotary_pct", full["rotary_pct"], 1),
+    ("no_bias", full["no_bias"], True),
+  ):
+    if value != needed:
+      raise UserError(f"{where}: {name} is {value}; supported: {needed}")
+  num_queries = vision.get("n_queries", NUM_QUERIES)
+  if round(num_queries**0.5) ** 2 != num_queries:
+    raise UserError(f"{where}: visual.n_queries is {num_queries}, not a square number")
+  tower = VisionConfig(
+    model_type="qwen_vl_vision",
+    hidden_size=vision["width"],
+    intermediate_size=int(vision["width"] * vision["mlp_ratio"]),
+    num_hidden_layers=vision["layers"],
+    num_attention_heads=vision["heads"],
+    image_size=round(NUM_POSITIONS**0.5) * vision["patch_size"],
+    patch_size=vision["patch_size"],
+    hidden_act="gelu",
+    layer_norm_eps=TOWER_EPSILON,
+    feature_layers=(vision["layers"],),
+    select_strategy="full",
+    has_class_token=False,
+    patch_bias=False,
+  )
+  text = TextConfig(
+    vocab_size=full["vocab_size"],
+    hidden_size=width,
+    intermediate_size=full["intermediate_size"] // 2,
+    num_hidden_layers=full["num_hidden_layers"],
+    num_attention_heads=heads,
+    num_key_value_heads=heads,
+    head_dim=full["kv_channels"],
+    rms_norm_eps=full["layer_norm_epsilon"],
+    max_position_embeddings=full["seq_length"],  # beyond it attention is rescaled, which is not supported
+    tie_word_embeddings=full["tie_word_embeddings"],
+    attention_bias=True,
+    output_bias=False,
+    mlp_bias=False,
+    hidden_act="silu",
+    rope=RopeConfig(full["rotary_emb_base"]),
+  )
+  connector = ResamplerConfig(num_queries, width // RESAMPLER_HEAD_DIM, TOWER_EPSILON)
+  return ModelConfig(tower, connector, text, image_token_id=vision["image_start_id"] + 2)
+
+
+def complete(fields: dict[str, Any]) -> dict[str, Any]:
+  """All fields of `config.json`, with the authors' defaults for absent ones."""
+  return DEFAULTS | fields
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenFiles:
+  """The tokenizer and the image processor, both of transformers."""
+
+  tokenizer: Any
+  image_processor: Any
+
+
+def load_processor(directory: pathlib.Path) -> QwenFiles:
+  """Builds the tokenizer from `qwen.tiktoken`, and the image processor; raises `UserError` for unusable files."""
+  import transformers  # slow to import
+
+  from checkpoints_convert.source import read_json
+
+  visual = read_json(directory / "config.json")["visual"]
+  first_special = visual["image_start_id"] - SPECIAL_TOKENS.index("<img>")
+  ranks = tiktoken.read_ranks(directory / "qwen.tiktoken", first_special)
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tiktoken.bpe(ranks, SPECIAL_TOKENS),
+    eos_token=END,
+    pad_token=END,
+    extra_special_tokens=list(SPECIAL_TOKENS[1:]),
+  )
+  size = {"height": visual["image_size"], "width": visual["image_size"]}
+  images = transformers.CLIPImageProcessorPil(
+    size=size, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD), resample=Image.Resampling.BICUBIC
+  )
+  return QwenFiles(tokenizer, images)
+
+
+class QwenProcessor:
+  """Prepares prompts for one model; see `family.Processor`."""
+
+  def __init__(self, files: QwenFiles, config: ModelConfig, template: str = "chat"):
+    """Checks the template: `chat`, a name in `TEMPLATES`, or a text with `<image>` and `{question}`."""
+    self._files, self._config = files, config
+    self._is_chat = template == "chat"
+    given = "<image>{question}" if self._is_chat else TEMPLATES.get(template, template)
+    self._template = literal_template(given, "chat", *TEMPLATES)
+    size = files.image_processor.size
+    self.image_shape = (size["height"], size["width"])
+    self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
+    self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+
+  def prepare(self, image: Image.Image, question: str) -> Example:
+    """Fills the template, tokenises it and resizes the picture; `<image>` in a question replaces the template's.
+
+    Raises:
+      UserError: not exactly one `<image>` in the prompt, no text after it, or tokens of pictures in the question.
+    """
+    if any(token in question for token in ("<img>", "</img>", "<imgpad>")):
+      raise UserError(f"a question may not hold <img>, </img> or <imgpad>; {IMAGE_TAG} stands for the picture")
+    content = fill(self._template, question)
+    require_one_image(content)
+    if self._is_chat:
+      ids = [self._id(CHAT_START), *self._ids(f"system\n{SYSTEM}"), self._id(CHAT_END), *self._ids("\n")]
+      ids += [self._id(CHAT_START), *self._ids("user\n"), *self._content(content), self._id(CHAT_END)]
+      ids += [*self._ids("\n"), self._id(CHAT_START), *self._ids("assistant\n")]
+    else:
+      ids = self._content(content)
+    pixels = pixels_of(self._files.image_processor, image)
+    return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
+
+  def prompt(self, question: str) -> str:
+    content = self._with_image_tokens(fill(self._template, question))
+    if not self._is_chat:
+      return content
+    return f"{CHAT_START}system\n{SYSTEM}{CHAT_END}\n{CHAT_START}user\n{content}{CHAT_END}\n{CHAT_START}assistant\n"
+
+  def decode(self, tokens: Sequence[int]) -> str:
+    return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+  def picture(self, example: Example) -> Image.Image:
+    height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
+    return picture_of(self._files.image_processor, example.pixel_values, height, width)
+
+  def _with_image_tokens(self, content: str) -> str:
+    """Replaces `<image>` as the authors' `from_list_format` does in a chat, and as their evaluation does otherwise."""
+    return content.replace(IMAGE_TAG, "Picture 1: <img><imgpad></img>\n" if self._is_chat else "<img><imgpad></img>")
+
+  def _content(self, content: str) -> list[int]:
+    """Token ids of a user's text; only tokens for pictures, references and boxes are special in it."""
+    pieces = re.split(f"({'|'.join(CONTENT_TOKENS)})", self._with_image_tokens(content))
+    return [
+      token for number, piece in enumerate(pieces) for token in ([self._id(piece)] if number % 2 else self._ids(piece))
+    ]
+
+  def _id(self, token: str) -> int:
+    return self._files.tokenizer.convert_tokens_to_ids(token)
+
+  def _ids(self, text: str) -> list[int]:
+    return self._files.tokenizer(text, split_special_tokens=True)["input_ids"]
+
+
+def stop_tokens(files: QwenFiles) -> tuple[int, ...]:
+  """The end of the text, and the end and the start of a message."""
+  return tuple(files.tokenizer.convert_tokens_to_ids([END, CHAT_START, CHAT_END]))
+
+
+FAMILY = Family("qwen", config, complete, load_processor, QwenProcessor, stop_tokens)
