@@ -15,11 +15,15 @@ from checkpoints_convert.errors import CheckpointError
 
 def quantize(weight: Float[Array, "F D"]) -> Any:
   """A `qwix.QArray` with int8 values `[F, D]` and scales `[F, 1]`; raises `CheckpointError` without qwix."""
+  _require_qwix()
+  return _quantize(weight)
+
+
+def _require_qwix() -> None:
   try:
     import qwix  # noqa: F401  slow to import, needed only for int8
   except ImportError as error:
     raise CheckpointError("int8 weights need qwix: pip install -e '.[int8]'") from error
-  return _quantize(weight)
 
 
 @jax.jit
@@ -31,7 +35,8 @@ def _quantize(weight: Float[Array, "F D"]) -> Any:
 
 def abstract_int8(weight: jax.ShapeDtypeStruct) -> Any:
   """The result of `quantize` as `jax.ShapeDtypeStruct`s, with shardings where the weight has one."""
-  int8, sharding = jax.eval_shape(quantize, weight), weight.sharding
+  _require_qwix()  # not where JAX remembers that it traced
+  int8, sharding = jax.eval_shape(_quantize, weight), weight.sharding
   if sharding is None:
     return int8
   scales = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:1], None))
