@@ -77,7 +77,8 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
     if cell.schedule is not None:
       answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
   bytes_per_value, num_text_tokens = jnp.dtype(command.DTYPES[values.dtype]).itemsize, measure.mean_text_length(subject)
-  sizes = PromptSizes(model_sizes(opened.config), num_image_tokens, num_text_tokens, bytes_per_value)
+  sizes = model_sizes(opened.config, subject.processor.image_shape)
+  sizes = PromptSizes(sizes, num_image_tokens, num_text_tokens, bytes_per_value)
   comparison = Comparison(questions, cells, answers, timings, sizes)
   return comparison, report.collect(report.choose(questions, values.num_examples), comparison, subject)
 

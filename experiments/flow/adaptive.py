@@ -57,7 +57,7 @@ def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
   questions, measured = subject.measure(workdir / "held", compute, axis=0)
 
   def flops(schedule: Schedule, length: int) -> int:
-    sizes = model_sizes(subject.loaded.config)
+    sizes = model_sizes(subject.loaded.config, subject.processor.image_shape)
     costs = cost.costs(sizes, schedule, subject.batcher.num_image_tokens, length)
     return costs.decoder + costs.scoring
 

@@ -63,7 +63,10 @@ class Trials(NamedTuple):
 
   def price(self, layers: Two, keep: Two) -> float:
     """FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning."""
-    sizes, count = model_sizes(self.subject.loaded.config), self.subject.batcher.num_image_tokens
+    sizes, count = (
+      model_sizes(self.subject.loaded.config, self.subject.processor.image_shape),
+      self.subject.batcher.num_image_tokens,
+    )
     pruned, plain = (costs(sizes, s, count, 0).image_tokens for s in (self.subject.himap(layers, keep), Schedule()))
     return pruned / plain
 

@@ -34,13 +34,25 @@ def _llava(vision: dict[str, Any], text: dict[str, Any], *sizes: int, rope_theta
   }
 
 
-# All have 24 x 24 = 576 image tokens.
+_INTERNVIT_6B = {
+  "model_type": "internvl_vision",
+  **_sizes(3200, 12_800, 48, 25),
+  **{"image_size": 224, "patch_size": 14, "use_qk_norm": True, "norm_type": "rms_norm"},
+}
+_VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
+
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
   "7b": _llava(_CLIP_LARGE, _VICUNA, 4096, 11_008, 32, 32, 32),  # LLaVA-1.5-7B
   "13b": _llava(_CLIP_LARGE, _VICUNA, 5120, 13_824, 40, 40, 40),  # LLaVA-1.5-13B
+  "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
+  | {"vision_feature_layer": -4},
+  "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
 }
+# Sides of pictures, in pixels, for towers that were trained on others.
+_SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}
 
 
 def model_of(name: str) -> ModelConfig:
@@ -48,8 +60,9 @@ def model_of(name: str) -> ModelConfig:
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int]:
-  """Height and width, in pixels, of a picture of the tower's native size."""
-  return config.vision.image_size, config.vision.image_size
+  """Height and width, in pixels, of the model's pictures."""
+  side = _SIDES.get(config.vision.model_type, config.vision.image_size)
+  return side, side
 
 
 def num_image_tokens(config: ModelConfig) -> int:

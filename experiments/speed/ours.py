@@ -98,7 +98,8 @@ class Ours(Side):
     read = dict(params["language_model"])
     if "lm_head" in params:
       read["embed_tokens"] = params["lm_head"]
-    sizes = model_sizes(self._config), self._schedule, self._num_image_tokens, scenario.num_text_tokens
+    shape = geometries.image_shape(self._config)
+    sizes = model_sizes(self._config, shape), self._schedule, self._num_image_tokens, scenario.num_text_tokens
     cache = scenario.batch_size * cost.costs(*sizes).cache_bytes
     return known | {
       "decode_bytes": account["bytes accessed"] - account["bytes accessedout{}"],

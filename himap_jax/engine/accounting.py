@@ -1,13 +1,18 @@
-"""Model sizes for the accounting of pruning costs."""
+"""Model sizes for the accounting of pruning costs; FLOPs are multiplications in matrix products."""
 
-from himap_jax.model.config import ModelConfig
+from himap_jax.model.config import ModelConfig, ResamplerConfig, VisionConfig
 from himap_jax.pruning.cost import ModelSizes
 
 
-def model_sizes(config: ModelConfig) -> ModelSizes:
-  """The sizes of a model that determine its costs."""
+def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes:
+  """The sizes that determine a model's costs, with pictures of `image_shape`, `(height, width)` in pixels."""
   text, vision = config.text, config.vision
-  width = text.hidden_size
+  width, num_features = text.hidden_size, config.num_features(*image_shape)
+  if isinstance(config.connector, ResamplerConfig):
+    per_token, connector_flops = 0, _resampler_flops(config, num_features)
+  else:
+    per_token = vision.num_features * width + width**2
+    connector_flops = num_features * per_token
   return ModelSizes(
     num_layers=text.num_hidden_layers,
     hidden_size=width,
@@ -16,13 +21,25 @@ def model_sizes(config: ModelConfig) -> ModelSizes:
     num_key_heads=text.num_key_value_heads,
     head_dim=text.head_dim,
     vocab_size=text.vocab_size,
-    tower_layers=vision.num_layers_run,
     tower_width=vision.hidden_size,
-    tower_feed_forward=vision.intermediate_size,
     tower_heads=vision.num_attention_heads,
-    patch_size=vision.patch_size,
     num_features=vision.num_features,
-    has_class_token=vision.has_class_token,
-    drops_first_token=vision.select_strategy == "default",
-    connector_flops_per_token=vision.num_features * width + width**2,
+    tower_flops=_tower_flops(vision, num_features),
+    connector_flops=connector_flops,
+    connector_flops_per_token=per_token,
   )
+
+
+def _tower_flops(vision: VisionConfig, num_features: int) -> int:
+  """4nw² + 2n²w + 2nwm per layer for n tokens, width w and feed-forward width m, and the patch embedding."""
+  num_tokens = num_features + (vision.select_strategy == "default")
+  num_patches = num_tokens - vision.has_class_token
+  w, m = vision.hidden_size, vision.intermediate_size
+  layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
+  return vision.num_layers_run * layer + num_patches * 3 * vision.patch_size**2 * w
+
+
+def _resampler_flops(config: ModelConfig, num_features: int) -> int:
+  """pfd + 2pd² for keys and values of p features of width f, 2npd for n queries' attention, 3nd² for the rest."""
+  d, n = config.text.hidden_size, config.connector.num_queries
+  return num_features * (config.vision.num_features * d + 2 * d**2) + 2 * n * num_features * d + 3 * n * d**2

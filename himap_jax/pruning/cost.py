@@ -77,8 +77,8 @@ def costs(
       scoring += segment.stage.criterion.cost(own)
   return Costs(
     image_tokens=image_tokens,
-    tower=tower_flops(sizes, num_image_tokens),
-    projector=num_image_tokens * sizes.connector_flops_per_token,
+    tower=sizes.tower_flops,
+    projector=sizes.connector_flops,
     decoder=decoder,
     scoring=scoring,
     head=head,
@@ -87,12 +87,3 @@ def costs(
     mean_tokens_in=sum(entering) / len(entering),
     mean_tokens_out=sum([*entering[1:], entering[-1]]) / len(entering),
   )
-
-
-def tower_flops(sizes: ModelSizes, num_image_tokens: int) -> int:
-  """Operations of the vision tower: 4nw² + 2n²w + 2nwm per layer, and the patch embedding."""
-  num_tokens = num_image_tokens + sizes.drops_first_token
-  num_patches = num_tokens - sizes.has_class_token
-  w, m = sizes.tower_width, sizes.tower_feed_forward
-  layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
-  return sizes.tower_layers * layer + num_patches * 3 * sizes.patch_size**2 * w

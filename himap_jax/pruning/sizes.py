@@ -8,11 +8,10 @@ class ModelSizes:
   """The sizes of a model of any family; those without a prefix are the decoder's.
 
   Attributes:
-    tower_layers: layers of the vision tower that run.
     num_features: width of the connector's input.
-    has_class_token: whether a class token precedes the tower's patches.
-    drops_first_token: whether the tower's first token is not an image token.
-    connector_flops_per_token: multiplications of the connector per image token.
+    tower_flops: multiplications of the vision tower for one picture.
+    connector_flops: multiplications of the connector for one picture.
+    connector_flops_per_token: those per image token, where each is connected by itself; else 0.
   """
 
   num_layers: int
@@ -22,14 +21,11 @@ class ModelSizes:
   num_key_heads: int
   head_dim: int
   vocab_size: int
-  tower_layers: int
   tower_width: int
-  tower_feed_forward: int
   tower_heads: int
-  patch_size: int
   num_features: int
-  has_class_token: bool
-  drops_first_token: bool
+  tower_flops: int
+  connector_flops: int
   connector_flops_per_token: int
 
   @property

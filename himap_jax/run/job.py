@@ -67,7 +67,7 @@ def run(config: RunConfig) -> int:
     with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
       summary = answerer.answer_all(output, share)
   if processes.is_leader():
-    sizes = model_sizes(opened.config)
+    sizes = model_sizes(opened.config, processor.image_shape)
     report = Report(config.pruning.method, schedule, sizes, processor.num_image_tokens, mesh.size)
     report.show(summary, engine)
   return 1 if config.strict and summary.num_errors else 0

@@ -1,6 +1,7 @@
 """LLaVA-1.5 at its true sizes, by shapes alone: every parameter, and the bytes of the cache with and without pruning."""
 
 import json
+import math
 import re
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from experiments.shared import geometries
 from himap_jax import build_schedule
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.prefill import prefill
@@ -121,3 +123,16 @@ def num_bytes(tree):
 
 def count(shapes):
   return sum(torch.Size(shape).numel() for shape in shapes.values())
+
+
+@pytest.mark.parametrize(
+  ("name", "tower", "connector", "decoder"),
+  [("internvl_7b", 5.534, 0.030, 6.739), ("qwen_vl_7b", 1.843, 0.093, 7.721)],
+)
+def test_the_paper_s_other_models_have_their_published_sizes(name, tower, connector, decoder):
+  """In billions: InternViT-6B without its last three layers and Vicuna-7B; Qwen-VL-Chat, of 9.6 in all."""
+  params = abstract_params(geometries.model_of(name), jnp.bfloat16)
+  count = {part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e9 for part, tree in params.items()}
+  assert count["vision_tower"] == pytest.approx(tower, abs=1e-3)
+  assert count["multi_modal_projector"] == pytest.approx(connector, abs=1e-3)
+  assert count["language_model"] + count["lm_head"] == pytest.approx(decoder, abs=1e-3)

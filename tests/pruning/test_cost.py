@@ -18,7 +18,7 @@ from himap_jax.model.network import Model, Network, abstract_params
 from himap_jax.pruning.cost import costs
 from himap_jax.pruning.methods import METHODS
 
-N = 576
+N, PICTURE = 576, (336, 336)
 
 
 def config_of(hidden, intermediate, layers, heads, key_heads=None, head_dim=None):
@@ -37,7 +37,7 @@ def config_of(hidden, intermediate, layers, heads, key_heads=None, head_dim=None
 
 
 def sizes_of(*sizes, **more):
-  return model_sizes(config_of(*sizes, **more))
+  return model_sizes(config_of(*sizes, **more), PICTURE)
 
 
 LLAVA_7B = sizes_of(4096, 11_008, 32, 32)
@@ -131,7 +131,7 @@ def test_tokens_pruned_before_the_decoder_cost_nothing():
 
 # LLaVA-1.5-7B with fewer layers, so that it is traced quickly; its widths are what matters.
 SHALLOW = config_of(4096, 11_008, 10, 32)
-SIZES = model_sizes(SHALLOW)
+SIZES = model_sizes(SHALLOW, PICTURE)
 LAYERS = {"pyramiddrop": (3, 5, 7), "sparsevlm": (2, 4, 6), "shortv": (3, 5, 7), "divprune+himap": (0, 2, 5)}
 
 
@@ -139,18 +139,35 @@ LAYERS = {"pyramiddrop": (3, 5, 7), "sparsevlm": (2, 4, 6), "shortv": (3, 5, 7),
   "method", [*(name for name in METHODS if name not in reference_himap.ABLATIONS), "divprune+himap"]
 )
 def test_prefill_is_what_xla_counts(method):
-  num_text_tokens = 60
   schedule = build_schedule(method, num_layers=10, num_image_tokens=N, prune_layers=LAYERS.get(method))
-  model = Model(abstract_params(SHALLOW, jnp.bfloat16), Network(SHALLOW, jnp.bfloat16))
+  counted = counted_by_xla(SHALLOW, schedule, PICTURE, num_text_tokens=60)
+  assert costs(SIZES, schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
+
+
+@pytest.mark.parametrize("name, side, num_image_tokens", [("internvl_7b", 336, 576), ("qwen_vl_7b", 448, 256)])
+def test_prefill_of_other_models_is_what_xla_counts(name, side, num_image_tokens):
+  """With fewer layers; the tower of InternVL and the tower and resampler of Qwen-VL count most."""
+  config = geometries.model_of(name)
+  config = dataclasses.replace(
+    config,
+    vision=dataclasses.replace(config.vision, feature_layers=(3,)),
+    text=dataclasses.replace(config.text, num_hidden_layers=3),
+  )
+  actual = costs(model_sizes(config, (side, side)), Schedule(), num_image_tokens, 60)
+  assert actual.tower + actual.projector > actual.decoder / 5
+  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60), rel=0.005)
+
+
+def counted_by_xla(config, schedule, image_shape, num_text_tokens):
+  """Multiplications of one row's prefill."""
+  model = Model(abstract_params(config, jnp.bfloat16), Network(config, jnp.bfloat16))
   inputs, _ = programs.abstract_inputs(
-    SHALLOW, sharding.make_mesh(), batch_size=1, num_text_slots=num_text_tokens, image_shape=(336, 336)
+    config, sharding.make_mesh(), batch_size=1, num_text_slots=num_text_tokens, image_shape=image_shape
   )
   inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   program = jax.jit(lambda model, inputs, keys, values: prefill(model.bind(), inputs, keys, schedule, values))
-  counted = program.lower(model, inputs, keys, method_parameters(schedule)).cost_analysis()["flops"] / 2
-  actual = costs(SIZES, schedule, N, num_text_tokens)
-  assert actual.prefill == pytest.approx(counted, rel=0.005)
+  return program.lower(model, inputs, keys, method_parameters(schedule)).cost_analysis()["flops"] / 2
 
 
 def test_costs_of_no_pruning_at_7b():

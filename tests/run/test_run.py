@@ -151,7 +151,7 @@ class TestAnswers:
     table = capsys.readouterr().out
     assert f"16, {means[0]:.4g} from layer 2 on, {means[1]:.4g} from layer 4 on" in table
     opened = job.checkpoint.open_checkpoint(config.checkpoint)
-    sizes, schedule = model_sizes(opened.config), config.pruning.schedule(NUM_LAYERS, N)
+    sizes, schedule = model_sizes(opened.config, (28, 28)), config.pruning.schedule(NUM_LAYERS, N)
     flops = sum(costs(sizes, schedule.with_counts(counts), N, 0).image_tokens for counts in kept)
     share = flops / 4 / costs(sizes, himap_jax.Schedule(), N, 0).image_tokens
     assert f"{share:.1%} of no pruning" in table.split("HiMAP Eq. 10")[1].split("\n")[0]

@@ -208,7 +208,7 @@ def test_methods_are_held_against_random_at_their_budget(loaded):
     label: {q.id: {"answer": "yes" if i < count else "no"} for i, q in enumerate(questions)}
     for label, count in right.items()
   }
-  sizes = PromptSizes(model_sizes(loaded(NAME).config), N, num_text_tokens=10)
+  sizes = PromptSizes(model_sizes(loaded(NAME).config, (28, 28)), N, num_text_tokens=10)
   rows = Comparison(questions, cells, answers, {key: {} for key in answers}, sizes).rows(seed=0)
   by_label = {row["label"]: row for row in rows}
   beyond = {label: row["beyond_random"] for label, row in by_label.items() if "beyond_random" in row}
@@ -248,7 +248,7 @@ def test_figures_of_a_cell(loaded):
     "decode_seconds": 4.0,
     "compile_seconds": 5.0,
   }
-  sizes = PromptSizes(model_sizes(loaded(NAME).config), N, num_text_tokens=10, bytes_per_value=2)
+  sizes = PromptSizes(model_sizes(loaded(NAME).config, (28, 28)), N, num_text_tokens=10, bytes_per_value=2)
   rows = Comparison(questions, cells, answers, {"none": {}, "himap": timing, "shortv": {}}, sizes).rows(seed=0)
   by_label = {row["label"]: row for row in rows}
   assert list(by_label) == ["none", "question only", "himap", "shortv"]
@@ -293,7 +293,7 @@ def test_costs_are_means_where_rows_keep_different_counts(loaded):
   rows = [{"answer": None} if own is None else {"answer": "a", "kept": [[*range(n)] for n in own]} for own in counts]
   answers = {"none": {q.id: {"answer": "a", "kept": []} for q in questions}}
   answers["adaptive"] = {q.id: row for q, row in zip(questions, rows, strict=True)}
-  sizes = PromptSizes(model_sizes(loaded(NAME).config), N, num_text_tokens=10)
+  sizes = PromptSizes(model_sizes(loaded(NAME).config, (28, 28)), N, num_text_tokens=10)
   *_, row = Comparison(questions, cells, answers, {"none": {}, "adaptive": {}}, sizes).rows(seed=0)
   few, many = (costs(sizes.model, schedule.with_counts(own), N, 10) for own in counts[:2])
   assert row["tokens_in"] == pytest.approx((np.mean([N, N, 4, 4, 1, 1]) + 2 * np.mean([N, N, 12, 12, 6, 6])) / 3)

@@ -51,7 +51,7 @@ def test_answers_and_rungs_are_those_of_the_method(measured):
 
 def test_prices_are_those_of_all_tokens(measured):
   subject, outcomes, _ = measured
-  length, sizes = subject.example(subject.questions[1]).num_text_tokens, model_sizes(subject.loaded.config)
+  length, sizes = subject.example(subject.questions[1]).num_text_tokens, model_sizes(subject.loaded.config, (28, 28))
   for price, schedule in zip(outcomes.price, (*RUNGS, Schedule()), strict=True):
     own, plain = (costs(sizes, s, 16, length) for s in (schedule, Schedule()))
     assert price[1] == pytest.approx((own.decoder + own.scoring) / plain.decoder)
