@@ -150,9 +150,12 @@ class TestPruning:
     schedule = loaded.schedule("himap", (1, 3), (8, 3))
     answers = generate(loaded, images, QUESTIONS, schedule=schedule, generation=GENERATION, inputs=INPUTS)
     for example, answer in zip(examples, answers, strict=True):
-      kept, logits = slow_himap(tiny, example, (1, 3), (8, 3))
+      kept, logits = slow_himap(tiny, example, (1, 3), (8, 3), [])
       assert answer.kept == kept
       np.testing.assert_allclose(answer.first_logits, logits, atol=TOLERANCE, rtol=0)
+      for number, token in enumerate(answer.token_ids):  # decoding is running the pruned sequence again
+        _, logits = slow_himap(tiny, example, (1, 3), (8, 3), answer.token_ids[:number])
+        assert token == logits.argmax()
 
   def test_a_row_alone_and_on_a_mesh(self, tiny, loaded, images, tmp_path):
     schedule = loaded.schedule("himap", (1, 3), (8, 3))
@@ -172,9 +175,13 @@ class TestPruning:
 
 
 @torch.no_grad()
-def slow_himap(tiny, example, prune_layers, keep):
-  """HiMAP layer by layer on one prompt: kept image tokens after each stage, and the last token's logits."""
-  ids, pixels = torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values)[None]
+def slow_himap(tiny, example, prune_layers, keep, answered):
+  """HiMAP layer by layer on one prompt and the tokens answered so far.
+
+  Gives the kept image tokens after each stage, and the last token's logits.
+  """
+  ids = torch.cat([torch.from_numpy(example.tokens).long(), torch.tensor(answered, dtype=torch.long)])
+  pixels, num_prompt = torch.from_numpy(example.pixel_values)[None], len(example.tokens)
   x, positions = tiny.embed(ids, pixels)[None], torch.arange(len(ids))
   image = torch.from_numpy(np.flatnonzero(example.tokens == tiny.image_id))
   model, kept, attention = tiny.language_model.model, [], None
@@ -182,7 +189,7 @@ def slow_himap(tiny, example, prune_layers, keep):
   for index, layer in enumerate(model.layers):
     if index in prune_layers:
       is_image = torch.isin(positions, image)
-      after = positions > image.max()
+      after = (positions > image.max()) & (positions < num_prompt)
       rows = after if index == prune_layers[0] else is_image
       scores = attention[0].mean(dim=0)[rows].sum(dim=0)[is_image]
       chosen = scores.argsort(descending=True, stable=True)[: keep[prune_layers.index(index)]].sort().values
