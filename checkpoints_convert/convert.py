@@ -46,7 +46,8 @@ class Source:
   def plan(self, model: names.ExpectedModel) -> names.Plan:
     """The reading plan; errors as in `names.plan`."""
     entries = names.TABLES[model.fields["model_type"]].entries
-    stored = names.place_names(self.tensors, entries) + names.place_names(self.tower_tensors, names.TOWER_ENTRIES)
+    stored = names.place_names(self.tensors, entries, model.fields)
+    stored += names.place_names(self.tower_tensors, names.TOWER_ENTRIES, model.fields)
     return names.plan(stored, model, str(self.directory))
 
   def digest(self, cache_dir: pathlib.Path) -> str:
@@ -69,7 +70,7 @@ def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> So
   if not original.is_original(fields):
     return Source(directory, fields, tensors)
   original.check(fields, str(directory / "config.json"))
-  stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries)
+  stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries, fields)
   has_tower = any(parameter.path[0] == "vision_tower" for parameter in stored)
   tower = _locate_tower(directory, fields, vision_tower, has_weights=has_tower)
   return Source(directory, fields, tensors, tower, () if has_tower else tuple(read_headers(tower).values()))

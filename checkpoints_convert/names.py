@@ -4,12 +4,14 @@ The tree keeps the checkpoint's names with dots as levels, except that `layers.N
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints_convert import fused
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, Index, StoredTensor
 from checkpoints_convert.source import some
@@ -24,12 +26,13 @@ class Entry(NamedTuple):
   Attributes:
     pattern: regular expression for the start of their names.
     place: replacement of that start in the tree.
-    transform: makes the parameter from the stored tensor with array methods and slices; None for the tensor itself.
+    transform: makes the parameter from the stored tensor and the fields of config.json, with array methods and slices;
+      may raise `fused.UnfitShape`. None for the tensor itself.
   """
 
   pattern: str
   place: str
-  transform: Callable[[np.ndarray], np.ndarray] | None = None
+  transform: fused.Transform | None = None
 
 
 class Table(NamedTuple):
@@ -46,10 +49,19 @@ class Table(NamedTuple):
   tower_layer: str
 
 
+def _parts(module: str, transform: Callable[[int], fused.Transform], *parts: str) -> tuple[Entry, ...]:
+  """Entries for a fused module in a decoder layer, in any of LLaVA's layouts, and the modules that it holds."""
+  pattern = rf"(?:language_model\.model|model\.language_model|model)\.(layers\.\d+)\.{module}\."
+  return tuple(Entry(pattern, rf"language_model.\1.{part}.", transform(index)) for index, part in enumerate(parts))
+
+
 # By `model_type` of config.json.
 TABLES = {
   "llava": Table(
     entries=(
+      # the fused decoder layers of Phi-3
+      *_parts(r"self_attn\.qkv_proj", fused.qkv, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+      *_parts(r"mlp\.gate_up_proj", fused.gate_up, "mlp.gate_proj", "mlp.up_proj"),
       # LLaVA's original layout
       Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
       Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -120,8 +132,10 @@ class Plan(NamedTuple):
   unused: tuple[str, ...]
 
 
-def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> list[Parameter]:
-  """Maps stored tensors to parameters by name."""
+def place_names(
+  tensors: Iterable[StoredTensor], entries: tuple[Entry, ...], fields: Mapping[str, Any]
+) -> list[Parameter]:
+  """Maps stored tensors to parameters by name; `fields` of config.json are for transforms."""
   entries = (*entries, Entry("", ""))
   placed = []
   for tensor in tensors:
@@ -129,7 +143,8 @@ def place_names(tensors: Iterable[StoredTensor], entries: tuple[Entry, ...]) -> 
     for entry in entries:
       if entry.pattern == pattern:
         name = re.sub(pattern, entry.place, tensor.name, count=1)
-        placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, entry.transform))
+        transform = entry.transform and functools.partial(_apply, entry.transform, fields)
+        placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, transform))
   return placed
 
 
@@ -154,8 +169,8 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
       (unused if _is_unused("/".join(path), model) else unexpected).append(tensor.name)
     elif path in found:
       repeated.append(f"{tensor.name} and {found[path].tensor.name}")
-    elif parameter.shape != expected[path]:
-      misshaped.append(f"{tensor.name} is {list(parameter.shape)}, expected {list(expected[path])}")
+    elif misfit := _misfit(parameter, expected[path]):
+      misshaped.append(misfit)
     elif tensor.dtype not in FLOAT_DTYPES:
       mistyped.append(f"{tensor.name} is {tensor.dtype}")
     found.setdefault(path, parameter)
@@ -166,6 +181,7 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
     "mis-shaped": misshaped,
     f"of a dtype other than {', '.join(FLOAT_DTYPES)}": mistyped,
   }
+  problems = {kind: list(dict.fromkeys(names)) for kind, names in problems.items()}  # parts of one tensor say the same
   if any(problems.values()):
     report = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names)
     raise CheckpointError(
@@ -173,6 +189,23 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
       f"{len(found.keys() & expected.keys())} of {len(expected)} names match, {len(unused)} unused"
     )
   return Plan(tuple(parameter for path, parameter in found.items() if path in expected), tuple(unused))
+
+
+def _apply(transform: fused.Transform, fields: Mapping[str, Any], tensor: np.ndarray) -> np.ndarray:
+  return transform(tensor, fields)
+
+
+def _misfit(parameter: Parameter, expected: tuple[int, ...]) -> str:
+  """How a parameter's shape differs from the expected; empty if it does not."""
+  tensor = parameter.tensor
+  try:
+    shape = parameter.shape
+  except fused.UnfitShape as error:
+    return f"{tensor.name} is {list(tensor.shape)}, expected {list(error.expected)}"
+  if shape == expected:
+    return ""
+  read_as = f", read as {list(shape)}" if parameter.transform else ""
+  return f"{tensor.name} is {list(tensor.shape)}{read_as}, expected {list(expected)}"
 
 
 def _is_unused(path: str, model: ExpectedModel) -> bool:

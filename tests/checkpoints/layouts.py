@@ -50,7 +50,7 @@ def assert_same_trees(left, right):
 def tree_path(name):
   """The path with slashes of a name in a LLaVA checkpoint."""
   tensor = convert.StoredTensor(name, pathlib.Path(), "F32", ())
-  (parameter,) = names.place_names([tensor], names.TABLES["llava"].entries)
+  (parameter,) = names.place_names([tensor], names.TABLES["llava"].entries, {})
   return "/".join(parameter.path)
 
 
