@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from checkpoints_convert import fused
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, Index, StoredTensor
 from checkpoints_convert.source import some
@@ -26,27 +27,12 @@ class Entry(NamedTuple):
     pattern: regular expression for the start of their names.
     place: replacement of that start in the tree.
     transform: makes the parameter from the stored tensor and the fields of config.json, with array methods and slices;
-      None for the tensor itself.
+      may raise `fused.UnfitShape`. None for the tensor itself.
   """
 
   pattern: str
   place: str
-  transform: Callable[[np.ndarray, Mapping[str, Any]], np.ndarray] | None = None
-
-
-def _third(number: int) -> Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]:
-  """One of three equal parts of the rows."""
-  return lambda rows, fields: np.split(rows, 3)[number]
-
-
-def _of_heads(number: int) -> Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]:
-  """One of the three parts that each head of Qwen-VL's tower has in the rows."""
-
-  def part(rows: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
-    by_head = rows.reshape(fields["visual"]["heads"], 3, -1, *rows.shape[1:])
-    return by_head[:, number].reshape(-1, *rows.shape[1:])
-
-  return part
+  transform: fused.Transform | None = None
 
 
 class Table(NamedTuple):
@@ -80,7 +66,11 @@ _INTERNVIT_ENTRIES = (
   Entry(_INTERNVIT + r"embeddings\.position_embedding$", "vision_tower.embeddings.position_embeddings"),
   Entry(_INTERNVIT + r"embeddings\.patch_embedding\.", "vision_tower.embeddings.patch_embeddings.projection."),
   *(
-    Entry(_INTERNVIT_LAYER + r"attn\.qkv\.", rf"vision_tower.encoder.layer.\1.attention.{name}_proj.", _third(number))
+    Entry(
+      _INTERNVIT_LAYER + r"attn\.qkv\.",
+      rf"vision_tower.encoder.layer.\1.attention.{name}_proj.",
+      fused.thirds(number, "vision_config", "hidden_size"),
+    )
     for number, name in enumerate("qkv")
   ),
   *(
@@ -107,10 +97,20 @@ _QWEN_TOWER_NAMES = {
   r"mlp\.c_proj\.": "mlp.fc2.",
 }
 
+
+def _parts(module: str, transform: Callable[[int], fused.Transform], *parts: str) -> tuple[Entry, ...]:
+  """Entries for a fused module in a decoder layer, in any of LLaVA's layouts, and the modules that it holds."""
+  pattern = rf"(?:language_model\.model|model\.language_model|model)\.(layers\.\d+)\.{module}\."
+  return tuple(Entry(pattern, rf"language_model.\1.{part}.", transform(index)) for index, part in enumerate(parts))
+
+
 # By `model_type` of config.json.
 TABLES = {
   "llava": Table(
     entries=(
+      # the fused decoder layers of Phi-3
+      *_parts(r"self_attn\.qkv_proj", fused.qkv, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+      *_parts(r"mlp\.gate_up_proj", fused.gate_up, "mlp.gate_proj", "mlp.up_proj"),
       # LLaVA's original layout
       Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
       Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -139,7 +139,11 @@ TABLES = {
         for name, place in _QWEN_LAYER_NAMES.items()
       ),
       *(
-        Entry(_QWEN + r"h\.(\d+)\.attn\.c_attn\.", rf"language_model.layers.\1.self_attn.{name}_proj.", _third(number))
+        Entry(
+          _QWEN + r"h\.(\d+)\.attn\.c_attn\.",
+          rf"language_model.layers.\1.self_attn.{name}_proj.",
+          fused.thirds(number, "hidden_size"),
+        )
         for number, name in enumerate("qkv")
       ),
       Entry(_QWEN + r"wte\.", "language_model.embed_tokens."),
@@ -155,17 +159,21 @@ TABLES = {
         Entry(
           _QWEN_TOWER_LAYER + r"attn\.in_proj\.",
           rf"vision_tower.encoder.layers.\1.self_attn.{name}_proj.",
-          _of_heads(number),
+          fused.qkv_of_heads(number),
         )
         for number, name in enumerate("qkv")
       ),
       *(
-        Entry(_QWEN + r"visual\.attn_pool\.attn\.in_proj_", f"multi_modal_projector.attn.{name}_proj.", _third(number))
+        Entry(
+          _QWEN + r"visual\.attn_pool\.attn\.in_proj_",
+          f"multi_modal_projector.attn.{name}_proj.",
+          fused.thirds(number, "hidden_size"),
+        )
         for number, name in enumerate("qkv")
       ),
       Entry(_QWEN + r"visual\.attn_pool\.", "multi_modal_projector."),
       Entry(_QWEN + r"visual\.ln_post\.", "multi_modal_projector.ln_post."),
-      Entry(_QWEN + r"visual\.proj$", "multi_modal_projector.proj.weight", lambda weight, fields: weight.T),
+      Entry(_QWEN + r"visual\.proj$", "multi_modal_projector.proj.weight", fused.transposed),
     ),
     unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
     tower_layer=r"vision_tower/encoder/layers_(\d+)/",
@@ -208,12 +216,8 @@ class Parameter(NamedTuple):
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """The parameter's shape; the stored tensor's if the transform does not fit it, which is never the expected one."""
     shape = self.tensor.shape
-    try:
-      return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
-    except ValueError:
-      return shape
+    return shape if self.transform is None else self.transform(np.broadcast_to(np.int8(0), shape)).shape
 
   def reader(self) -> Callable[[Index], np.ndarray]:
     """A function that reads the part an index names, in the stored dtype; a transform reads the whole tensor."""
@@ -231,7 +235,7 @@ class Plan(NamedTuple):
 def place_names(
   tensors: Iterable[StoredTensor], entries: tuple[Entry, ...], fields: Mapping[str, Any]
 ) -> list[Parameter]:
-  """Maps stored tensors to parameters by name; `fields` are those of config.json."""
+  """Maps stored tensors to parameters by name; `fields` of config.json are for transforms."""
   entries = (*entries, Entry("", ""))
   placed = []
   for tensor in tensors:
@@ -239,7 +243,7 @@ def place_names(
     for entry in entries:
       if entry.pattern == pattern:
         name = re.sub(pattern, entry.place, tensor.name, count=1)
-        transform = entry.transform and functools.partial(entry.transform, fields=fields)
+        transform = entry.transform and functools.partial(_apply, entry.transform, fields)
         placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, transform))
   return placed
 
@@ -265,8 +269,8 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
       (unused if _is_unused("/".join(path), model) else unexpected).append(tensor.name)
     elif path in found:
       repeated.append(f"{tensor.name} and {found[path].tensor.name}")
-    elif parameter.shape != expected[path]:
-      misshaped.append(f"{tensor.name} is {list(parameter.shape)}, expected {list(expected[path])}")
+    elif misfit := _misfit(parameter, expected[path]):
+      misshaped.append(misfit)
     elif tensor.dtype not in FLOAT_DTYPES:
       mistyped.append(f"{tensor.name} is {tensor.dtype}")
     found.setdefault(path, parameter)
@@ -277,6 +281,7 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
     "mis-shaped": misshaped,
     f"of a dtype other than {', '.join(FLOAT_DTYPES)}": mistyped,
   }
+  problems = {kind: list(dict.fromkeys(names)) for kind, names in problems.items()}  # parts of one tensor say the same
   if any(problems.values()):
     report = "; ".join(f"{len(names)} {kind} ({some(names)})" for kind, names in problems.items() if names)
     raise CheckpointError(
@@ -284,6 +289,23 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
       f"{len(found.keys() & expected.keys())} of {len(expected)} names match, {len(unused)} unused"
     )
   return Plan(tuple(parameter for path, parameter in found.items() if path in expected), tuple(unused))
+
+
+def _apply(transform: fused.Transform, fields: Mapping[str, Any], tensor: np.ndarray) -> np.ndarray:
+  return transform(tensor, fields)
+
+
+def _misfit(parameter: Parameter, expected: tuple[int, ...]) -> str:
+  """How a parameter's shape differs from the expected; empty if it does not."""
+  tensor = parameter.tensor
+  try:
+    shape = parameter.shape
+  except fused.UnfitShape as error:
+    return f"{tensor.name} is {list(tensor.shape)}, expected {list(error.expected)}"
+  if shape == expected:
+    return ""
+  read_as = f", read as {list(shape)}" if parameter.transform else ""
+  return f"{tensor.name} is {list(tensor.shape)}{read_as}, expected {list(expected)}"
 
 
 def _is_unused(path: str, model: ExpectedModel) -> bool:

@@ -1,5 +1,14 @@
 """Errors that the user can fix."""
 
+from collections.abc import Collection
+from typing import Any
+
 
 class UserError(ValueError):
   """An error that the user can fix; its message says what is wrong and what to do. Any other exception is a bug."""
+
+
+def check_supported(found: Any, known: Collection[str], *, where: str, what: str) -> None:
+  """Raises `UserError` unless `found` is in `known`; `where` and `what` say in the message what it is."""
+  if found not in known:
+    raise UserError(f"{where}: {what} {found!r} is not supported; supported: {', '.join(known)}")

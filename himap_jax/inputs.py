@@ -39,6 +39,12 @@ def first_slots(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B R"]:
   return jnp.argsort(~chosen, axis=1, stable=True)[:, :count]
 
 
+def visible(keys: Int[Array, "B S"], queries: Int[Array, "B Q"], window: int | None = None) -> Bool[Array, "B Q S"]:
+  """Whether queries may attend to keys of the given orders: none later, and none `window` or more earlier."""
+  keys, queries = keys[:, None], queries[:, :, None]
+  return keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+
+
 @pytree
 class Layout:
   """Contents of each slot of a batch.
@@ -47,8 +53,11 @@ class Layout:
     kind: `[B, S]` int32, `TEXT`, `IMAGE` or `PADDING`.
     image_id: `[B, S]` index of the token's image in the row; −1 outside images.
     image_token: `[B, S]` index of the image token in the row before pruning; −1 outside images.
-    order: `[B, S]` the slot's index before pruning, `UNUSED_ORDER` in padding; it decides visibility.
+    order: `[B, S]` the slot's index before pruning inside the decoder, `UNUSED_ORDER` in padding; it decides
+      visibility.
     num_image_tokens: M, the maximum number of image tokens per row; static.
+    window: how many orders back a query sees, its own included; None for all; static. It belongs to a layer, so it is
+      None in layouts of inputs.
   """
 
   kind: Int[Array, "B S"]
@@ -56,6 +65,7 @@ class Layout:
   image_token: Int[Array, "B S"]
   order: Int[Array, "B S"]
   num_image_tokens: int = flax.struct.field(pytree_node=False)
+  window: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @classmethod
   def of_rows(cls, kind: np.ndarray, image_id: np.ndarray, num_image_tokens: int) -> "Layout":
@@ -107,8 +117,8 @@ class Layout:
     return slots, take_slots(instruction, slots)
 
   def visible(self, slots: Int[Array, "B Q"]) -> Bool[Array, "B Q S"]:
-    """Slots that the queries in `slots` may attend to: none later in order, and no padding."""
-    return self.order[:, None] <= take_slots(self.order, slots)[:, :, None]
+    """Slots that the queries in `slots` may attend to: no padding, and none that is later or outside the window."""
+    return visible(self.order, take_slots(self.order, slots), self.window)
 
   def keep(
     self, kept: Int[Array, "B K"], present: Bool[Array, "B K"] | None = None
@@ -131,7 +141,8 @@ class Layout:
     pruned = jax.tree.map(lambda x: take_slots(x, source), self).replace(num_image_tokens=kept.shape[1])
     if present is None:
       return source, pruned
-    remains, padding = take_slots(is_kept, source), Layout(PADDING, -1, -1, UNUSED_ORDER, kept.shape[1])
+    remains = take_slots(is_kept, source)
+    padding = pruned.replace(kind=PADDING, image_id=-1, image_token=-1, order=UNUSED_ORDER)
     return source, jax.tree.map(lambda x, unused: jnp.where(remains, x, unused), pruned, padding)
 
 

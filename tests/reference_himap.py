@@ -7,6 +7,7 @@ maps are kept, there is no cache, and a token to be dropped is simply deleted fr
     before layer K2: s_v = sum of A[i, v] over the image tokens i still there, A the attention of layer K2-1
 
 both averaged over heads. The best tokens stay, in their order, at their original rotary positions; every text token stays.
+A layer with a sliding window sees the tokens that it would see in the unpruned sequence.
 """
 
 import dataclasses
@@ -124,7 +125,10 @@ def run_layer(decoder, layer, hidden, positions):
   """Returns the layer's output [S, D] and its attention averaged over heads [S, S]."""
   maps = []
   hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
-  mask = torch.full((len(positions), len(positions)), -torch.inf).triu(1)
+  window = getattr(layer.self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None))
+  distance = positions[:, None] - positions[None]
+  hidden_pairs = (distance < 0) | (distance >= (window or len(positions) + distance.max()))
+  mask = torch.zeros(distance.shape).masked_fill(hidden_pairs, -torch.inf)
   output = layer(
     hidden[None],
     attention_mask=mask[None, None],

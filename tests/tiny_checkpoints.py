@@ -1,8 +1,9 @@
 """Random LLaVA checkpoints of a few hundred thousand parameters, saved as Hugging Face saves them.
 
 Between them they cover what a LLaVA config can say: four vision towers, both select strategies, feature layers
-counted from the end and a list of them, MHA and GQA, tied and untied heads, biases, a head dimension that is not
-hidden size / heads, and three kinds of rotary embedding. Weights are drawn so that attention is far from uniform and
+counted from the end and a list of them, every language model, MHA and GQA, tied and untied heads, biases, a head
+dimension that is not hidden size / heads, three kinds of rotary embedding, and sliding windows. Weights are
+drawn so that attention is far from uniform and
 every layer matters: with transformers' own initialisation a wrong mask or a wrong position hardly moves the logits.
 
     python tests/tiny_checkpoints.py clip_mha DIRECTORY
@@ -21,7 +22,7 @@ import transformers
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
 SPECIAL_TOKENS = (BOS, EOS, PAD, IMAGE)
-AMPLIFIED = ("q_proj", "k_proj", "query", "key", "o_proj", "down_proj")
+AMPLIFIED = ("q_proj", "k_proj", "qkv_proj", "query", "key", "o_proj", "down_proj")
 VOCAB_SIZE = 272  # 4 special tokens, 256 bytes, and the unused rows that padding a vocabulary leaves
 CHAT_TEMPLATE = (
   "{{ bos_token }}{% for message in messages %}{{ message['role'] | upper }}: "
@@ -169,6 +170,35 @@ SPECS = {
     {},
     28,
   ),
+  # The other language models. Windows are shorter than every prompt; Qwen2's is that of its last three layers.
+  "mistral": (CLIP, dict(model_type="mistral", num_key_value_heads=2, sliding_window=22), {}, 28),
+  "qwen2": (
+    CLIP,
+    dict(model_type="qwen2", num_key_value_heads=2)
+    | dict(use_sliding_window=True, sliding_window=20, max_window_layers=3),
+    {},
+    28,
+  ),
+  "qwen3": (
+    CLIP,
+    dict(model_type="qwen3", num_key_value_heads=2, head_dim=16, num_hidden_layers=4, tie_word_embeddings=True),
+    {},
+    28,
+  ),
+  "gemma": (
+    SIGLIP,
+    dict(model_type="gemma", num_key_value_heads=1, head_dim=16, num_hidden_layers=4, tie_word_embeddings=True),
+    dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
+    30,
+  ),
+  # Half of every head is rotated.
+  "phi3": (
+    CLIP,
+    dict(model_type="phi3", num_key_value_heads=2, num_hidden_layers=4, sliding_window=30)
+    | dict(rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}),
+    {},
+    28,
+  ),
 }
 
 
@@ -232,6 +262,11 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
       parameter.copy_(gain / math.sqrt(parameter[0].numel()) * normal)
     else:
       parameter.copy_(0.5 * normal)
+  if model.config.text_config.model_type == "gemma":  # which adds 1 to the weights of norms and scales embeddings
+    for name, parameter in model.model.language_model.named_parameters():
+      if "norm" in name:
+        parameter.sub_(1)
+    model.get_input_embeddings().weight.div_(4)
   head = model.get_output_embeddings().weight
   if head is not model.get_input_embeddings().weight:
     head.mul_(3)

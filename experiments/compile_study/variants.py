@@ -94,7 +94,8 @@ def _layers(
     batch, slots = visible.shape
     hidden = jnp.broadcast_to(visible[:, None, None], (batch, 1, slots, slots))
   layers = range(segment.first, segment.last)
-  x, projections = model.bind().language_model(sequence.x, sequence.positions, layers, mask=hidden)
+  order = sequence.layout.order
+  x, projections = model.bind().language_model(sequence.x, sequence.positions, layers, order=order, mask=hidden)
   return sequence._replace(x=x), [(own.key, own.value) for own in projections], projections[-1]
 
 

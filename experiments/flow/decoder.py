@@ -32,11 +32,12 @@ def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"
 def edited(model: Model, edit: Edit) -> Model:
   """A model whose causal attention computes all probabilities in float32 and edits them."""
 
-  def attention(query: Array, key: Array, value: Array, mask: None = None, *, is_causal: bool = True) -> Array:
-    del mask, is_causal  # always None and True over whole prompts
+  def attention(query: Array, key: Array, value: Array, mask: Array | None = None, *, is_causal: bool = True) -> Array:
+    del is_causal  # always True over whole prompts
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
+    visible = visible if mask is None else visible & mask
     return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
 
   kernels = dataclasses.replace(model.network.kernels, attention=attention)

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from himap_jax.inputs import PADDING, Inputs, Layout, put_image_tokens, pytree, take_slots
+from himap_jax.errors import UserError
+from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_tokens, pytree, take_slots
 from himap_jax.model import cache
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
@@ -74,6 +75,7 @@ def prefill(
         x,
         positions,
         range(segment.first, segment.last),
+        order=layout.order,
         partial_layers=frozenset(schedule.frozen_layers),
         updated_slots=layout.text_slots() if schedule.frozen_layers else None,
       )
@@ -114,29 +116,37 @@ def prune(
       selection = stage.criterion.select(view(network, stage.layer, sequence, projections, context), stage.keep)
     with jax.named_scope("gather"):
       pruned = apply(selection, sequence)
-      if stage.layer == 0:  # the decoder never sees the others, so positions have no gaps
-        slot = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None]
-        pruned = pruned._replace(positions=jnp.where(pruned.layout.kind == PADDING, 0, slot))
+      if stage.layer == 0:  # the decoder never sees the others, so neither positions nor order have gaps
+        slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
+        positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
+        pruned = pruned._replace(positions=positions, layout=layout.replace(order=order))
   return pruned
 
 
 def view(network: Network, layer: int, sequence: Sequence, projections: Projections | None, context: Context) -> View:
-  """A method's view before a layer; arguments as in `prune`."""
+  """A method's view before a layer; arguments as in `prune`. Its layout has the window of the previous layer."""
   embedded = context.embedded
   tower = None if embedded is None else embedded.tower
+  text = network.config.text
+  window = text.window(layer - 1)
 
   def next_layer(slots: Int[Array, "B R"]) -> tuple[Float[Array, "B R N H"], Float[Array, "B S K H"]]:
+    if text.window(layer) != window:
+      raise UserError(
+        f"a method that reads the attention of the layer after it cannot prune before layer {layer}, where this "
+        f"model's sliding window changes from {window} to {text.window(layer)}; prune before another layer"
+      )
     own = network.language_model.project(sequence.x, sequence.positions, layer, slots)
     return own.query, own.key
 
   return View(
     layer=layer,
     x=sequence.x,
-    layout=sequence.layout,
+    layout=sequence.layout.replace(window=window),
     query=None if projections is None else projections.query,
     key=None if projections is None else projections.key,
     next_layer=next_layer,
-    scale=network.config.text.head_dim**-0.5,
+    scale=text.head_dim**-0.5,
     embeddings=None if embedded is None else embedded.x,
     embedded_layout=None if embedded is None else embedded.layout,
     features=None if tower is None else tower.features,

@@ -43,7 +43,7 @@ def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeCo
   def prefill_program(
     model: Model, inputs: Inputs, seeds: UInt[Array, "B"], parameters: Mapping[str, Float[Array, ""]]
   ) -> PrefillState:
-    return prefill(model.bind(), inputs, _keys(seeds)[0], schedule, parameters)
+    return prefill(model.bind(inputs.layout.num_slots), inputs, _keys(seeds)[0], schedule, parameters)
 
   def decode_program(
     model: Model, state: PrefillState, seeds: UInt[Array, "B"]

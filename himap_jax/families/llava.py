@@ -1,6 +1,5 @@
-"""LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a LLaMA decoder; one picture per prompt."""
+"""LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a decoder; one picture per prompt."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from checkpoints_convert.source import first_line
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
   expand,
@@ -22,13 +21,12 @@ from himap_jax.families.examples import (
   require_one_image,
 )
 from himap_jax.families.family import Family
+from himap_jax.families.text import check_text_model, text_config
 from himap_jax.inputs import Example
-from himap_jax.model.config import ConnectorConfig, ModelConfig, RopeConfig, TextConfig, VisionConfig
+from himap_jax.model.config import ConnectorConfig, ModelConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 from himap_jax.model.towers import TOWERS
 
-TEXT_MODELS = ("llama",)
-ROPE_TYPES = ("default", "linear", "llama3")
 VICUNA_V1 = (
   "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
   "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
@@ -44,9 +42,8 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     UserError: the tower, decoder, activation or RoPE scaling is not supported; the message names those that are.
   """
   vision_type = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
-  text_type = (fields.get("text_config") or {}).get("model_type", "llama")
-  _require(vision_type in TOWERS, where, "vision tower", vision_type, tuple(TOWERS))
-  _require(text_type in TEXT_MODELS, where, "language model", text_type, TEXT_MODELS)
+  check_supported(vision_type, TOWERS, where=where, what="vision tower")
+  check_text_model(fields.get("text_config") or {}, where)
 
   from transformers import LlavaConfig  # slow to import
 
@@ -56,15 +53,10 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
   connector = ConnectorConfig(complete.projector_hidden_act, complete.multimodal_projector_bias)
   vision = _vision(complete, where)
-  text = _text(complete.text_config, fields.get("tie_word_embeddings"), where)
-  for name in (vision.hidden_act, text.hidden_act, connector.hidden_act):
-    _require(name in ACTIVATIONS, where, "activation", name, tuple(ACTIVATIONS))
+  text = text_config(complete.text_config, where, tied=fields.get("tie_word_embeddings"))
+  for name in (vision.hidden_act, connector.hidden_act):
+    check_supported(name, ACTIVATIONS, where=where, what="activation")
   return ModelConfig(vision, connector, text, complete.image_token_id)
-
-
-def _require(condition: bool, where: str, what: str, found: Any, known: tuple[str, ...]) -> None:
-  if not condition:
-    raise UserError(f"{where}: {what} {found!r} is not supported; supported: {', '.join(known)}")
 
 
 def _vision(llava: Any, where: str) -> VisionConfig:
@@ -107,30 +99,6 @@ def _side(size: int | Sequence[int], where: str) -> int:
   if len(sides) != 1:
     raise UserError(f"{where}: a tower for pictures or patches that are not square, {size}, is not supported")
   return sides.pop()
-
-
-def _text(hf: Any, tied: bool | None, where: str) -> TextConfig:
-  rope = dict(hf.rope_parameters)
-  _require(rope.get("rope_type", "default") in ROPE_TYPES, where, "RoPE scaling", rope.get("rope_type"), ROPE_TYPES)
-  known = {field.name for field in dataclasses.fields(RopeConfig)}
-  scaling = {key: value for key, value in rope.items() if key in known}
-  return TextConfig(
-    vocab_size=hf.vocab_size,
-    hidden_size=hf.hidden_size,
-    intermediate_size=hf.intermediate_size,
-    num_hidden_layers=hf.num_hidden_layers,
-    num_attention_heads=hf.num_attention_heads,
-    num_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
-    head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
-    rms_norm_eps=hf.rms_norm_eps,
-    max_position_embeddings=hf.max_position_embeddings,
-    tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
-    attention_bias=hf.attention_bias,
-    output_bias=hf.attention_bias,
-    mlp_bias=hf.mlp_bias,
-    hidden_act=hf.hidden_act,
-    rope=RopeConfig(theta=rope["rope_theta"], **scaling),
-  )
 
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:

@@ -112,11 +112,10 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     rms_norm_eps=full["layer_norm_epsilon"],
     max_position_embeddings=full["seq_length"],  # beyond it attention is rescaled, which is not supported
     tie_word_embeddings=full["tie_word_embeddings"],
-    attention_bias=True,
-    output_bias=False,
-    mlp_bias=False,
     hidden_act="silu",
     rope=RopeConfig(full["rotary_emb_base"]),
+    rotary_dim=full["kv_channels"],
+    qkv_bias=True,
   )
   connector = ResamplerConfig(num_queries, width // RESAMPLER_HEAD_DIM, TOWER_EPSILON)
   return ModelConfig(tower, connector, text, image_token_id=vision["image_start_id"] + 2)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from himap_jax import inputs
 from himap_jax.inputs import UNUSED_ORDER, pytree
 
 
@@ -72,9 +73,9 @@ def empty(caches: tuple[SegmentCache, ...], num_slots: int, dtype: Any) -> NewTo
   )
 
 
-def visible(cached: Int[Array, "B T"], order: Int[Array, "B"]) -> Bool[Array, "B 1 1 T"]:
-  """Mask of one query per row: true for slots whose order is not later than the query's."""
-  return (cached <= order[:, None])[:, None, None]
+def visible(cached: Int[Array, "B T"], order: Int[Array, "B"], window: int | None) -> Bool[Array, "B 1 1 T"]:
+  """Mask of one query per row; see `inputs.visible`."""
+  return inputs.visible(cached, order[:, None], window)[:, None]
 
 
 def write_slot(

@@ -79,7 +79,17 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-  """A LLaMA-family decoder; names as in `config.json`."""
+  """A decoder of the LLaMA line; names as in `config.json`, or else:
+
+  Attributes:
+    qkv_bias: whether query, key and value projections have biases.
+    output_bias: whether the output projection of the attention has one.
+    rotary_dim: leading features of a head that are rotated.
+    qk_norm: whether queries and keys of every head are normalised before they are rotated.
+    norm_offset: whether norms multiply by 1 + weight, in float32.
+    embedding_scale: factor of text embeddings; image tokens are not scaled.
+    sliding_window: tokens that a query sees in `sliding_layers`, its own included.
+  """
 
   vocab_size: int
   hidden_size: int
@@ -91,11 +101,26 @@ class TextConfig:
   rms_norm_eps: float
   max_position_embeddings: int
   tie_word_embeddings: bool
-  attention_bias: bool
-  output_bias: bool
-  mlp_bias: bool
   hidden_act: str
   rope: RopeConfig
+  rotary_dim: int
+  qkv_bias: bool = False
+  output_bias: bool = False
+  mlp_bias: bool = False
+  qk_norm: bool = False
+  norm_offset: bool = False
+  embedding_scale: float = 1.0
+  sliding_window: int | None = None
+  sliding_layers: tuple[int, ...] = ()
+
+  def window(self, layer: int) -> int | None:
+    """The window of a layer; None if queries see all earlier tokens."""
+    return self.sliding_window if layer in self.sliding_layers else None
+
+  def within(self, length: int) -> "TextConfig":
+    """The same decoder for at most `length` tokens, without a window that hides none of them."""
+    hides = self.sliding_window is not None and self.sliding_window < length
+    return self if hides else dataclasses.replace(self, sliding_window=None, sliding_layers=())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""A LLaMA-family decoder: runs ranges of layers over a sequence, or all layers on one new token over a cache.
+"""A decoder of the LLaMA line: runs ranges of layers over a sequence, or all layers on one new token over a cache.
 
-Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, D model dim,
-R updated slots.
+Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, F rotated
+features of a head, D model dim, R updated slots.
 
 It is independent of images and pruning.
 """
@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import pytree, take_slots
-from himap_jax.model import rope
-from himap_jax.model.cache import NewTokens, SegmentCache, visible, write_slot
+from himap_jax.inputs import pytree, take_slots, visible
+from himap_jax.model import cache, rope
+from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import TextConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
 
-Rotation = tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]
+Rotation = tuple[Float[Array, "B S 1 F"], Float[Array, "B S 1 F"]]
 
 
 @pytree
@@ -40,24 +40,32 @@ class DecoderModule(nn.Module):
   kernels: Kernels
 
 
+def _norm(config: TextConfig) -> RMSNorm:
+  return RMSNorm(config.rms_norm_eps, config.norm_offset)
+
+
 class Attention(DecoderModule):
   """Query, key, value and output projections of one layer."""
 
   def setup(self) -> None:
-    c, linear = self.config, functools.partial(Linear, kernels=self.kernels, use_bias=self.config.attention_bias)
-    self.q_proj = linear(c.num_attention_heads * c.head_dim, axes=("heads", None))
-    self.k_proj = linear(c.num_key_value_heads * c.head_dim, axes=("key_heads", None))
-    self.v_proj = linear(c.num_key_value_heads * c.head_dim, axes=("key_heads", None))
-    self.o_proj = linear(c.hidden_size, axes=(None, "heads"), use_bias=c.output_bias)
+    c, linear = self.config, functools.partial(Linear, kernels=self.kernels)
+    self.q_proj = linear(c.num_attention_heads * c.head_dim, use_bias=c.qkv_bias, axes=("heads", None))
+    self.k_proj = linear(c.num_key_value_heads * c.head_dim, use_bias=c.qkv_bias, axes=("key_heads", None))
+    self.v_proj = linear(c.num_key_value_heads * c.head_dim, use_bias=c.qkv_bias, axes=("key_heads", None))
+    self.o_proj = linear(c.hidden_size, use_bias=c.output_bias, axes=(None, "heads"))
+    if c.qk_norm:
+      self.q_norm, self.k_norm = _norm(c), _norm(c)
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
-    return rope.rotate(self._heads(self.q_proj(x)), *rotation)
+    query = self._heads(self.q_proj(x))
+    return rope.rotate(self.q_norm(query) if self.config.qk_norm else query, *rotation)
 
   def key_value(
     self, x: Float[Array, "B S D"], rotation: Rotation
   ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
     """Rotated keys, and values."""
-    return rope.rotate(self._heads(self.k_proj(x)), *rotation), self._heads(self.v_proj(x))
+    key = self._heads(self.k_proj(x))
+    return rope.rotate(self.k_norm(key) if self.config.qk_norm else key, *rotation), self._heads(self.v_proj(x))
 
   def project(self, x: Float[Array, "B S D"], rotation: Rotation) -> Projections:
     key, value = self.key_value(x, rotation)
@@ -71,7 +79,7 @@ class Attention(DecoderModule):
 
 
 class FeedForward(DecoderModule):
-  """The gated feed-forward (SwiGLU)."""
+  """The gated feed-forward (GLU variants, arXiv 2002.05202)."""
 
   def setup(self) -> None:
     c, linear = self.config, functools.partial(Linear, kernels=self.kernels, use_bias=self.config.mlp_bias)
@@ -87,9 +95,9 @@ class DecoderLayer(DecoderModule):
   """One layer: over a whole sequence when called, over a cache in `extend`."""
 
   def setup(self) -> None:
-    self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+    self.input_layernorm = _norm(self.config)
     self.self_attn = Attention(self.config, self.kernels)
-    self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+    self.post_attention_layernorm = _norm(self.config)
     self.mlp = FeedForward(self.config, self.kernels)
 
   def __call__(
@@ -107,11 +115,10 @@ class DecoderLayer(DecoderModule):
     return Projections(query=self.self_attn.query(take(x), tuple(map(take, rotation))), key=key, value=value)
 
   def update(
-    self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]
+    self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"], mask: Bool[Array, "B 1 R S"]
   ) -> tuple[Float[Array, "B S D"], Projections]:
-    """Updates some slots, which attend causally to all; the others keep their hidden states."""
+    """Updates some slots, which attend where `mask` is true; the others keep their hidden states."""
     projections = self.project(x, rotation, slots)
-    mask = (slots[:, :, None] >= jnp.arange(x.shape[1], dtype=jnp.int32)[None, None])[:, None]
     context = self.kernels.attention(projections.query, projections.key, projections.value, mask)
     updated = self._finish(take_slots(x, slots), context)
     return jax.vmap(lambda x, at, new: x.at[at].set(new))(x, slots, updated), projections
@@ -151,7 +158,12 @@ class Decoder(DecoderModule):
     c = self.config
     self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.kernels, axes=("vocabulary", None))
     self.layers = [DecoderLayer(c, self.kernels) for _ in range(c.num_hidden_layers)]
-    self.norm = RMSNorm(c.rms_norm_eps)
+    self.norm = _norm(c)
+
+  def embed(self, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
+    """Embeddings of text."""
+    x, scale = self.embed_tokens(tokens).astype(dtype), self.config.embedding_scale
+    return x if scale == 1 else x * jnp.asarray(scale, dtype)
 
   def __call__(
     self,
@@ -159,6 +171,7 @@ class Decoder(DecoderModule):
     positions: Int[Array, "B S"],
     layers: range,
     *,
+    order: Int[Array, "B S"] | None = None,
     mask: Bool[Array, "B 1 S S"] | None = None,
     partial_layers: frozenset[int] = frozenset(),
     updated_slots: Int[Array, "B R"] | None = None,
@@ -166,20 +179,36 @@ class Decoder(DecoderModule):
     """Runs a range of layers.
 
     Args:
+      order: see `Layout.order`; absent for rows that were not pruned, where it is the slot's index.
       mask: true where a query slot (row) may attend to a key slot; attention is causal in any case.
-      partial_layers: layers that update only `updated_slots`.
+      partial_layers: layers that update only `updated_slots`, to which `mask` does not apply.
 
     Returns:
       The hidden states, and the projections of each layer.
     """
-    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    rotation = rope.rotation(self.config.rope, self.config.rotary_dim, positions)
+    if order is None:
+      order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+
+    @functools.cache
+    def mask_of(window: int | None) -> Bool[Array, "B 1 S S"] | None:
+      if window is None:
+        return mask
+      in_window = visible(order, order, window)[:, None]
+      return in_window if mask is None else in_window & mask
+
+    @functools.cache
+    def partial_mask_of(window: int | None) -> Bool[Array, "B 1 R S"]:
+      return visible(order, take_slots(order, updated_slots), window)[:, None]
+
     projections = []
     for index in layers:
+      layer, window = self.layers[index], self.config.window(index)
       with jax.named_scope(f"layer_{index}"):
         if index in partial_layers:
-          x, layer_projections = self.layers[index].update(x, rotation, updated_slots)
+          x, layer_projections = layer.update(x, rotation, updated_slots, partial_mask_of(window))
         else:
-          x, layer_projections = self.layers[index](x, rotation, mask)
+          x, layer_projections = layer(x, rotation, mask_of(window))
       projections.append(layer_projections)
     return x, projections
 
@@ -187,7 +216,7 @@ class Decoder(DecoderModule):
     self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
   ) -> Projections:
     """Projections of `x` in a layer's attention: keys and values of all slots, queries of `slots`."""
-    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.head_dim, positions), slots)
+    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.rotary_dim, positions), slots)
 
   def extend(
     self,
@@ -209,17 +238,20 @@ class Decoder(DecoderModule):
     Returns:
       The hidden states before the final norm, and `new` including this token.
     """
-    x = self.embed_tokens(tokens).astype(dtype)
-    rotation = rope.rotation(self.config.rope, self.config.head_dim, positions)
+    x = self.embed(tokens, dtype)
+    rotation = rope.rotation(self.config.rope, self.config.rotary_dim, positions)
     new = new.append_order(order)
-    new_mask, slot = visible(new.order, order), new.num_slots_used - 1
+    windows = {self.config.window(index) for index in range(self.config.num_hidden_layers)}
+    new_masks = {window: cache.visible(new.order, order, window) for window in windows}
+    slot = new.num_slots_used - 1
     keys, values = [], []
-    for cache in caches:
-      mask = visible(cache.order, order)
-      for prompt in zip(cache.keys, cache.values, strict=True):
+    for segment in caches:
+      masks = {window: cache.visible(segment.order, order, window) for window in windows}
+      for prompt in zip(segment.keys, segment.values, strict=True):
         index = len(keys)
-        own = (new.keys[index], new.values[index], new_mask)
-        x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, mask), own, slot)
+        window = self.config.window(index)
+        own = (new.keys[index], new.values[index], new_masks[window])
+        x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, masks[window]), own, slot)
         keys.append(new_keys)
         values.append(new_values)
     return x, new.replace(keys=tuple(keys), values=tuple(values))

@@ -101,15 +101,21 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-  """Root-mean-square normalisation in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+  """Root-mean-square normalisation in float32 (Zhang and Sennrich, arXiv 1910.07467).
+
+  With `offset` the factor is 1 + weight, multiplied in float32 (Gemma, arXiv 2403.08295).
+  """
 
   epsilon: float
+  offset: bool = False
 
   @nn.compact
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    weight = self.param("weight", nn.initializers.ones, (x.shape[-1],))
+    weight = self.param("weight", nn.initializers.zeros if self.offset else nn.initializers.ones, (x.shape[-1],))
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    if self.offset:
+      return (jnp.broadcast_to(1 + weight.astype(jnp.float32), y.shape) * y).astype(x.dtype)
     return jnp.broadcast_to(weight.astype(x.dtype), x.shape) * y.astype(x.dtype)
 
 

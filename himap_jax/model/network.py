@@ -3,6 +3,7 @@
 Axes: B batch, S slots, N image tokens, D model dim, V vocabulary.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ class Network(nn.Module):
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
     image_tokens, tower = self.encode_images(inputs.pixel_values)
-    x = self.language_model.embed_tokens(inputs.tokens).astype(self.dtype)
+    x = self.language_model.embed(inputs.tokens, self.dtype)
     return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
@@ -90,9 +91,17 @@ class Model:
     """Dtype of activations and of all parameters that are not quantised."""
     return self.network.dtype
 
-  def bind(self) -> Network:
-    """The network with its parameters bound, for use inside a program."""
-    return self.network.bind({"params": self.params})
+  def bind(self, length: int | None = None) -> Network:
+    """The network with its parameters bound, for use inside a program.
+
+    Args:
+      length: of the longest row, if known: sliding windows that hide nothing of it then cost nothing.
+    """
+    network = self.network
+    if length is not None:
+      text = self.config.text.within(length)
+      network = network.clone(config=dataclasses.replace(self.config, text=text))
+    return network.bind({"params": self.params})
 
 
 def abstract_params(config: ModelConfig, dtype: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) with the scalings that LLaMA checkpoints use.
 
-Axes: B batch, S sequence, N heads, H head dim.
+Axes: B batch, S sequence, N heads, H head dim, R rotated features of a head.
 """
 
 import math
@@ -12,9 +12,9 @@ from jaxtyping import Array, Float, Int
 from himap_jax.model.config import RopeConfig
 
 
-def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
-  """Angular frequencies `[H/2]` in radians per position, equal to transformers' for the same `rope_parameters`."""
-  exponent = (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim).astype(np.float64)
+def frequencies(config: RopeConfig, rotary_dim: int) -> np.ndarray:
+  """Angular frequencies `[R/2]` in radians per position, equal to transformers' for the same `rope_parameters`."""
+  exponent = (np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim).astype(np.float64)
   base = 1.0 / (config.theta**exponent).astype(np.float32)  # NumPy's float32 power rounds differently from torch's
   if config.rope_type == "linear":
     return (base / config.factor).astype(np.float32)
@@ -32,18 +32,21 @@ def frequencies(config: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def rotation(
-  config: RopeConfig, head_dim: int, positions: Int[Array, "B S"]
-) -> tuple[Float[Array, "B S 1 H"], Float[Array, "B S 1 H"]]:
+  config: RopeConfig, rotary_dim: int, positions: Int[Array, "B S"]
+) -> tuple[Float[Array, "B S 1 R"], Float[Array, "B S 1 R"]]:
   """Cosine and sine of every position in float32; computed once and shared by all layers."""
-  angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), jnp.asarray(frequencies(config, head_dim)))
+  angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), jnp.asarray(frequencies(config, rotary_dim)))
   angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
   return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(
-  x: Float[Array, "B S N H"], cos: Float[Array, "B S 1 H"], sin: Float[Array, "B S 1 H"]
+  x: Float[Array, "B S N H"], cos: Float[Array, "B S 1 R"], sin: Float[Array, "B S 1 R"]
 ) -> Float[Array, "B S N H"]:
-  """Rotates the pairs (i, i + H/2) of every head."""
+  """Rotates the pairs (i, i + R/2) of every head; features from R on stay as they are."""
+  rotary_dim = cos.shape[-1]
+  if rotary_dim < x.shape[-1]:
+    return jnp.concatenate([rotate(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]], axis=-1)
   first, second = jnp.split(x, 2, axis=-1)
   turned = jnp.concatenate([-second, first], axis=-1)
   return x * cos.astype(x.dtype) + turned * sin.astype(x.dtype)

@@ -277,7 +277,7 @@ class TestRefusals:
     "fields, reason",
     [
       ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"),
-      ({"text_config": {"model_type": "mistral"}}, "'mistral' is not supported"),
+      ({"text_config": {"model_type": "mamba"}}, "'mamba' is not supported; supported: llama, mistral, qwen2"),
       ({"vision_feature_layer": 0}, "names no layer of the tower"),
       ({"vision_feature_layer": []}, "names no layer of the tower"),
       ({"vision_feature_select_strategy": "cls"}, "config.json: transformers cannot read it"),

@@ -22,6 +22,9 @@ TIED_GQA = ("clip_gqa_tied", (1, 3), (9, 5))
 CONSECUTIVE = ("siglip", (2, 3), (12, 11))
 ONE_KEY_HEAD = ("dinov2", (2, 4), (12, 6))
 INTERNVL = ("internvit", (1, 3), (12, 5))
+WINDOW = ("mistral", (2, 4), (8, 4))
+WINDOW_FROM_LAYER_3 = ("qwen2", (2, 4), (8, 4))
+QWEN3, GEMMA, PHI3 = ("qwen3", (1, 3), (9, 4)), ("gemma", (1, 3), (12, 5)), ("phi3", (1, 3), (9, 5))
 
 jitted_prefill = jax.jit(
   lambda model, inputs, keys, schedule: prefill(model.bind(), inputs, keys, schedule), static_argnums=3
@@ -39,7 +42,9 @@ def assert_close(actual, expected, share):
   np.testing.assert_allclose(actual, expected, atol=share * np.abs(expected).max(), rtol=0)
 
 
-@pytest.mark.parametrize("name, prune_layers, keep", [MHA, FIRST_TO_LAST, CONSECUTIVE, INTERNVL])
+@pytest.mark.parametrize(
+  "name, prune_layers, keep", [MHA, FIRST_TO_LAST, CONSECUTIVE, WINDOW_FROM_LAYER_3, QWEN3, GEMMA, INTERNVL]
+)
 def test_prefill_is_the_reference(name, prune_layers, keep, checkpoints, loaded, images):
   tiny = checkpoints(name)
   rows = tiny.rows(images)
@@ -86,7 +91,7 @@ def test_keeping_every_token_is_not_pruning(checkpoints, loaded, images):
   assert_close(pruned.logits, plain.logits, 1e-6)
 
 
-@pytest.mark.parametrize("name, prune_layers, keep", [MHA, TIED_GQA, ONE_KEY_HEAD, INTERNVL])
+@pytest.mark.parametrize("name, prune_layers, keep", [MHA, TIED_GQA, ONE_KEY_HEAD, WINDOW, PHI3, INTERNVL])
 def test_decoding_is_rerunning_the_pruned_sequence(name, prune_layers, keep, checkpoints, loaded, images):
   tiny = checkpoints(name)
   answers = generate(

@@ -12,11 +12,13 @@ from himap_jax import GenerationConfig
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
+from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS
 
 NUM_SLOTS = 112
 NUM_NEW = 6
 NAME = "clip_mha"
+WINDOW = "mistral"
 
 # method -> layers and counts that six layers and 16 image tokens can have
 SETTINGS = {
@@ -40,8 +42,8 @@ def rows(checkpoints, images):
   return checkpoints(NAME).rows(images)
 
 
-def generate(loaded, rows, method):
-  own = loaded(NAME, batch_size=len(rows))
+def generate(loaded, rows, method, name=NAME):
+  own = loaded(name, batch_size=len(rows))
   engine = Engine(own.model, own.schedule(method, *SETTINGS[method]), GenerationConfig(NUM_NEW, ignore_eos=True))
   return engine(tiny_checkpoints.pad_batch(rows, NUM_SLOTS), range(len(rows)))
 
@@ -76,15 +78,16 @@ def test_a_tower_without_class_token_has_no_class_attention(loaded):
   assert tower.class_attention is None
 
 
-def test_pruning_before_the_decoder_is_a_shorter_prompt(checkpoints, loaded, rows):
+@pytest.mark.parametrize("name", [NAME, WINDOW])
+def test_pruning_before_the_decoder_is_a_shorter_prompt(name, checkpoints, loaded, rows):
   """transformers' own generation from the embeddings of what FasterVLM keeps gives the same tokens."""
-  tiny = checkpoints(NAME)
-  result = generate(loaded, rows, "fastervlm")
+  tiny = checkpoints(name)
+  result = generate(loaded, rows, "fastervlm", name)
   for index, (input_ids, pixels) in enumerate(rows):
     with torch.no_grad():
       hidden, first, last = reference_himap.embed(tiny.model, input_ids, pixels)
       attention = tiny.model.model.vision_tower(pixels, output_attentions=True).attentions
-      feature_layer = max(loaded(NAME).config.vision.feature_layers) - 1
+      feature_layer = max(loaded(name).config.vision.feature_layers) - 1
       scores = attention[feature_layer][0, :, 0, 1:].mean(0)
       kept = scores.sort(descending=True, stable=True).indices[:7].sort().values
       assert result.kept[0][index] == kept.tolist()
@@ -101,11 +104,12 @@ def test_pruning_before_the_decoder_is_a_shorter_prompt(checkpoints, loaded, row
     assert result.tokens[index] == expected[0].tolist()
 
 
-def test_frozen_layers_update_text_only(checkpoints, loaded, rows):
+@pytest.mark.parametrize("name", [NAME, WINDOW])
+def test_frozen_layers_update_text_only(name, checkpoints, loaded, rows):
   """ShortV against transformers' layers, whose output for image tokens is thrown away where they are frozen."""
-  tiny = checkpoints(NAME)
+  tiny = checkpoints(name)
   decoder = tiny.model.model.language_model
-  result = generate(loaded, rows, "shortv")
+  result = generate(loaded, rows, "shortv", name)
   assert result.kept == ()
   for index, (input_ids, pixels) in enumerate(rows):
     tokens = []
@@ -123,6 +127,30 @@ def test_frozen_layers_update_text_only(checkpoints, loaded, rows):
         np.testing.assert_allclose(result.logits[index], logits, atol=1e-4, rtol=0)
       tokens.append(logits.argmax().item())
     assert result.tokens[index] == tokens
+
+
+def test_attention_in_the_next_layer_is_within_its_window(checkpoints, loaded, rows):
+  """PyramidDrop's first stage against transformers' attention of the next layer."""
+  tiny = checkpoints(WINDOW)
+  decoder = tiny.model.model.language_model
+  schedule = loaded(WINDOW).schedule("pyramiddrop", (2, 3, 4), (8, 8, 8))
+  batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, NUM_SLOTS))
+  program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments, schedule).kept[0])
+  kept = program(loaded(WINDOW).model, batch, jax.random.split(jax.random.key(0), len(rows)))
+  for index, (input_ids, pixels) in enumerate(rows):
+    with torch.no_grad():
+      hidden, first, last = reference_himap.embed(tiny.model, input_ids, pixels)
+      for layer in decoder.layers[:3]:
+        hidden, attention = reference_himap.run_layer(decoder, layer, hidden, torch.arange(len(input_ids)))
+    scores = attention[-1, first : last + 1]
+    assert kept[index].tolist() == scores.sort(descending=True, stable=True).indices[:8].sort().values.tolist()
+
+
+def test_where_the_window_changes_the_next_layer_s_attention_is_refused(loaded, rows):
+  model = loaded("qwen2")
+  engine = Engine(model.model, model.schedule("pyramiddrop", (2, 3, 4), (8, 4, 2)), GenerationConfig(NUM_NEW))
+  with pytest.raises(UserError, match="cannot prune before layer 3, where .* window changes from None to 20"):
+    engine(tiny_checkpoints.pad_batch(rows, NUM_SLOTS), range(len(rows)))
 
 
 @pytest.mark.parametrize("method", SETTINGS)

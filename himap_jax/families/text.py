@@ -1,0 +1,99 @@
+"""The decoders of the LLaMA line, which all families share: from transformers' text config to `TextConfig`."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from himap_jax.errors import UserError, check_supported
+from himap_jax.model.config import RopeConfig, TextConfig
+from himap_jax.model.linear import ACTIVATIONS
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def _llama(hf: Any) -> dict[str, Any]:
+  return _same_bias(hf) | dict(mlp_bias=hf.mlp_bias)
+
+
+def _mistral(hf: Any) -> dict[str, Any]:
+  return _windows(hf, ["sliding_attention"] * hf.num_hidden_layers)
+
+
+def _qwen2(hf: Any) -> dict[str, Any]:
+  return dict(qkv_bias=True) | _windows(hf, hf.layer_types)
+
+
+def _qwen3(hf: Any) -> dict[str, Any]:
+  return _same_bias(hf) | _windows(hf, hf.layer_types) | dict(qk_norm=True)
+
+
+def _gemma(hf: Any) -> dict[str, Any]:
+  return _same_bias(hf) | dict(norm_offset=True, embedding_scale=hf.hidden_size**0.5)
+
+
+def _phi3(hf: Any) -> dict[str, Any]:
+  return _mistral(hf) | dict(rotary_dim=int(_head_dim(hf) * hf.rope_parameters["partial_rotary_factor"]))
+
+
+def _same_bias(hf: Any) -> dict[str, Any]:
+  return dict(qkv_bias=hf.attention_bias, output_bias=hf.attention_bias)
+
+
+def _windows(hf: Any, layer_types: list[str]) -> dict[str, Any]:
+  sliding = [layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"]
+  return dict(sliding_window=hf.sliding_window, sliding_layers=tuple(sliding))
+
+
+def _head_dim(hf: Any) -> int:
+  return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+
+
+# By `model_type`: what transformers' module computes besides what all have in common.
+TEXT_MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {
+  "llama": _llama,
+  "mistral": _mistral,
+  "qwen2": _qwen2,
+  "qwen3": _qwen3,
+  "gemma": _gemma,
+  "phi3": _phi3,
+}
+
+
+def check_text_model(fields: Mapping[str, Any], where: str) -> None:
+  """Raises `UserError` unless the `model_type` in the fields of a text config is in `TEXT_MODELS`."""
+  check_supported(fields.get("model_type", "llama"), TEXT_MODELS, where=where, what="language model")
+
+
+def text_config(hf: Any, where: str, *, tied: bool | None = None) -> TextConfig:
+  """The sizes described by transformers' config of a model in `TEXT_MODELS`.
+
+  Args:
+    hf: the config.
+    where: its file, for messages.
+    tied: `tie_word_embeddings` of the whole model; either config can tie the head.
+
+  Raises:
+    UserError: the activation, RoPE scaling or attention is not supported; the message names what is.
+  """
+  rope = dict(hf.rope_parameters)
+  check_supported(rope.get("rope_type", "default"), ROPE_TYPES, where=where, what="RoPE scaling")
+  check_supported(hf.hidden_act, ACTIVATIONS, where=where, what="activation")
+  if getattr(hf, "use_bidirectional_attention", None):
+    raise UserError(f"{where}: bidirectional attention (use_bidirectional_attention) is not supported; causal is")
+  scaling = {field.name for field in dataclasses.fields(RopeConfig)} & rope.keys()
+  common = dict(
+    vocab_size=hf.vocab_size,
+    hidden_size=hf.hidden_size,
+    intermediate_size=hf.intermediate_size,
+    num_hidden_layers=hf.num_hidden_layers,
+    num_attention_heads=hf.num_attention_heads,
+    num_key_value_heads=hf.num_key_value_heads or hf.num_attention_heads,
+    head_dim=_head_dim(hf),
+    rms_norm_eps=hf.rms_norm_eps,
+    max_position_embeddings=hf.max_position_embeddings,
+    tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
+    hidden_act=hf.hidden_act,
+    rope=RopeConfig(theta=rope["rope_theta"], **{name: rope[name] for name in scaling}),
+    rotary_dim=_head_dim(hf),
+  )
+  return TextConfig(**common | TEXT_MODELS[hf.model_type](hf)).within(hf.max_position_embeddings)
