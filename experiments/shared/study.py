@@ -90,6 +90,7 @@ def write(report: Report, name: str) -> str:
 
 def define_shared_flags(**defaults: Any) -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+  flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run.")
   flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
   fields = "id, image (relative to the file), question, answer, type and optionally guess, from the question alone"
   flags.DEFINE_string("question_set", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file of {fields}.")
@@ -123,7 +124,7 @@ def load_subject(*, needs_answers: bool = False, **batches: int) -> Subject:
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
   questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
   settings = {"dtype": command.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
-  opened = checkpoint.open_checkpoint(values.checkpoint)
+  opened = checkpoint.open_checkpoint(values.checkpoint, allow_pickle=values.allow_pickle)
   return Subject.load(opened, questions, **settings, **batches)
 
 
