@@ -16,11 +16,12 @@ from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import FORMAT, MARKER, read_marker
 from checkpoints_convert.progress import byte_bar
-from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, INDEX, StoredTensor, read_headers
+from checkpoints_convert.shards import PICKLED, SAFETENSORS, read_headers
 from checkpoints_convert.source import SMALL_FILES, AnyPath, locate, read_json, some, write_json
+from checkpoints_convert.stored import FLOAT_DTYPES, StoredTensor
 from checkpoints_convert.transforms import quantize
 
-_NOT_COPIED = ("config.json", INDEX, MARKER)
+_NOT_COPIED = ("config.json", SAFETENSORS.index, PICKLED.index, MARKER)
 
 # Maps the fields of a Hugging Face config.json, and its path for messages, to the model that they describe.
 Describe = Callable[[dict[str, Any], str], names.ExpectedModel]
@@ -53,29 +54,31 @@ class Source:
 
   def digest(self, cache_dir: pathlib.Path) -> str:
     """Digest of the content of all files, including the tower's; see `content_digest`."""
-    digest = content_digest(self.directory, cache_dir)
+    digest = content_digest(self.directory, {tensor.path for tensor in self.tensors}, cache_dir)
     if self.tower is None:
       return digest
-    return hashlib.sha256((digest + content_digest(self.tower.directory, cache_dir)).encode()).hexdigest()
+    tower = content_digest(self.tower.directory, {tensor.path for tensor in self.tower_tensors}, cache_dir)
+    return hashlib.sha256((digest + tower).encode()).hexdigest()
 
 
-def open_source(name: str | pathlib.Path, vision_tower: str | None = None) -> Source:
+def open_source(name: str | pathlib.Path, vision_tower: str | None = None, *, allow_pickle: bool = False) -> Source:
   """Finds a published checkpoint, a directory or a Hub id, and reads the headers of its weights.
 
-  For the original layout, `vision_tower` replaces the one in config.json. Raises `CheckpointError` if a file is
-  missing, incomplete or unreadable.
+  For the original layout, `vision_tower` replaces the one in config.json. `allow_pickle` tells whether pickled weights
+  are read if there are no safetensors. Raises `CheckpointError` if a file is missing, incomplete or unreadable.
   """
-  directory = locate(str(name))
+  directory = locate(str(name), allow_pickle=allow_pickle)
   fields = read_json(directory / "config.json")
-  tensors = tuple(read_headers(directory).values())
+  tensors = tuple(read_headers(directory, allow_pickle=allow_pickle).values())
   if not original.is_original(fields):
     return Source(directory, fields, tensors)
   original.check(fields, str(directory / "config.json"))
   stored = names.place_names(tensors, names.TABLES[original.MODEL_TYPE].entries, fields)
   has_tower = any(parameter.path[0] == "vision_tower" for parameter in stored)
-  found = _locate_tower(directory, fields, vision_tower, has_weights=has_tower)
+  found = _locate_tower(directory, fields, vision_tower, has_weights=has_tower, allow_pickle=allow_pickle)
   tower = original.open_tower(found, vision_tower or fields["mm_vision_tower"])
-  return Source(directory, fields, tensors, tower, () if has_tower else tuple(read_headers(found).values()))
+  tower_tensors = () if has_tower else tuple(read_headers(found, allow_pickle=allow_pickle).values())
+  return Source(directory, fields, tensors, tower, tower_tensors)
 
 
 def convert(
@@ -168,7 +171,7 @@ def _write_configuration(work: pathlib.Path, source: Source, describe: Describe)
 
 
 def _locate_tower(
-  directory: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool
+  directory: pathlib.Path, fields: dict[str, Any], given: str | None, *, has_weights: bool, allow_pickle: bool
 ) -> pathlib.Path:
   if fields.get("unfreeze_mm_vision_tower") and not has_weights:
     raise CheckpointError(
@@ -180,6 +183,6 @@ def _locate_tower(
   elif not given and not pathlib.Path(name).is_dir():
     name = original.published_tower(name)
   try:
-    return locate(name, weights=not has_weights)
+    return locate(name, weights=not has_weights, allow_pickle=allow_pickle)
   except CheckpointError as error:
     raise CheckpointError(f"the vision tower of {directory} (--vision_tower names another): {error}") from error

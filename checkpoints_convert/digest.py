@@ -3,26 +3,26 @@
 import contextlib
 import hashlib
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from checkpoints_convert.marker import MARKER
 from checkpoints_convert.progress import byte_bar
-from checkpoints_convert.source import SMALL_FILES, WEIGHT_FILES, read_json, write_json
+from checkpoints_convert.source import SMALL_FILES, read_json, write_json
 
 _BLOCK_BYTES = 8 << 20
 
 
-def content_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
+def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cache_dir: pathlib.Path) -> str:
   """SHA-256, in hexadecimal, of the names and contents of all files of a checkpoint that can affect its answers.
 
-  These are weights, configuration, tokenizer, image processor, chat template and generation settings. File digests are
-  cached in `cache_dir` until a file's size, modification time or inode changes; a cache that cannot be written is
-  ignored.
+  These are the files `weights`, in the directory, configuration, tokenizer, image processor, chat template and
+  generation settings. File digests are cached in `cache_dir` until a file's size, modification time or inode changes; a
+  cache that cannot be written is ignored.
   """
   directory = directory.resolve()
-  patterns = (*SMALL_FILES, *WEIGHT_FILES)
-  paths = sorted(path for pattern in patterns for path in directory.glob(pattern) if path.name != MARKER)
+  small = [path for pattern in SMALL_FILES for path in directory.glob(pattern) if path.name != MARKER]
+  paths = sorted({*small, *(directory / path.name for path in weights)})
   kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
   known = {}
   with contextlib.suppress(ValueError):

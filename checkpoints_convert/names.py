@@ -13,8 +13,8 @@ import numpy as np
 
 from checkpoints_convert import fused
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.safetensors_reader import FLOAT_DTYPES, Index, StoredTensor
 from checkpoints_convert.source import some
+from checkpoints_convert.stored import FLOAT_DTYPES, Index, StoredTensor
 
 # Path of a parameter in the tree.
 Path = tuple[str, ...]

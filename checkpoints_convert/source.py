@@ -12,7 +12,9 @@ from etils import epath
 from checkpoints_convert.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-WEIGHT_FILES = ("*.safetensors",)
+SAFETENSORS_FILES = "*.safetensors"
+PICKLED_FILES = "*.bin"
+TRAINING_FILES = ("optimizer*", "scheduler*", "sampler*", "training_args*")  # beside weights, with a training's state
 
 # A local path, or one in object storage.
 AnyPath = pathlib.Path | epath.Path
@@ -20,11 +22,11 @@ AnyPath = pathlib.Path | epath.Path
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def locate(name: str, *, weights: bool = True) -> pathlib.Path:
+def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pathlib.Path:
   """The directory of a checkpoint, given by a directory or a Hub id; missing Hub files are downloaded.
 
-  `weights` tells whether the weights are needed too. Raises `CheckpointError` if there is no such checkpoint, or it
-  cannot be downloaded.
+  `weights` tells whether the weights are needed too, `allow_pickle` whether also pickled ones if there are no
+  safetensors. Raises `CheckpointError` if there is no such checkpoint, or it cannot be downloaded.
   """
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
@@ -33,9 +35,15 @@ def locate(name: str, *, weights: bool = True) -> pathlib.Path:
     raise CheckpointError(f"{name}: neither a directory nor a Hugging Face id (owner/name)")
   import huggingface_hub  # slow to import, not needed for a local checkpoint
 
-  patterns = [*SMALL_FILES, *(WEIGHT_FILES if weights else ())]
+  patterns = [*SMALL_FILES, *([SAFETENSORS_FILES] if weights else ())]
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    directory = pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+    if weights and allow_pickle and not any(directory.glob(SAFETENSORS_FILES)):
+      patterns, ignored = [*SMALL_FILES, PICKLED_FILES], [*TRAINING_FILES, "*/*"]
+      directory = pathlib.Path(
+        huggingface_hub.snapshot_download(name, allow_patterns=patterns, ignore_patterns=ignored)
+      )
+    return directory
   except Exception as error:  # the Hub client also raises errors of its HTTP library
     raise CheckpointError(
       f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({first_line(error)}); "

@@ -1,4 +1,4 @@
-"""Loads parameters onto devices, each device its own shard, from safetensors or from a converted checkpoint.
+"""Loads parameters onto devices, each device its own shard, from published or from converted checkpoints.
 
 Besides the loaded parameters, the host holds one shard of one parameter, or `READ_BYTES` of a converted checkpoint.
 """
@@ -20,8 +20,8 @@ from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.names import Parameter, Path
 from checkpoints_convert.progress import byte_bar
-from checkpoints_convert.safetensors_reader import Index
 from checkpoints_convert.source import AnyPath, first_line
+from checkpoints_convert.stored import Index
 
 READ_BYTES = 256 << 20
 
@@ -30,7 +30,7 @@ Targets = Mapping[Path, jax.ShapeDtypeStruct]
 
 
 @dataclasses.dataclass(frozen=True)
-class SafetensorsWeights:
+class PublishedWeights:
   """The weights of a checkpoint in the Hugging Face layout.
 
   Attributes:
@@ -58,7 +58,8 @@ class SafetensorsWeights:
 
   def digest(self) -> str:
     """Digest of the checkpoint's files; the first call reads them all."""
-    return content_digest(self.directory, self.cache_dir)
+    files = {parameter.tensor.path for parameter in self.parameters}
+    return content_digest(self.directory, files, self.cache_dir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ class ConvertedWeights:
     return self.marker.get("int8_weights", False)
 
   def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """Reads parameters in the order of `targets`, a few at a time; errors as in `SafetensorsWeights.read`."""
+    """Reads parameters in the order of `targets`, a few at a time; errors as in `PublishedWeights.read`."""
     sizes = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
@@ -106,11 +107,11 @@ class ConvertedWeights:
 
   def digest(self) -> str:
     """Digest of the files and of the source checkpoint."""
-    files = content_digest(self.directory, self.cache_dir)
+    files = content_digest(self.directory, (), self.cache_dir)
     return hashlib.sha256(f"{self.marker['fingerprint']} {files}".encode()).hexdigest()
 
 
-Weights = SafetensorsWeights | ConvertedWeights
+Weights = PublishedWeights | ConvertedWeights
 
 
 def _place(read: Callable[[Index], np.ndarray], target: jax.ShapeDtypeStruct) -> jax.Array:

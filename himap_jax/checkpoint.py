@@ -20,7 +20,7 @@ from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.names import ExpectedModel
 from checkpoints_convert.source import AnyPath, locate, read_json
 from checkpoints_convert.transforms import abstract_int8, quantize
-from checkpoints_convert.weights import ConvertedWeights, SafetensorsWeights, Weights
+from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
 from himap_jax.engine import sharding
 from himap_jax.families.family import Family, Processor
@@ -116,19 +116,28 @@ class LoadedModel(OpenCheckpoint):
 
 
 def load(
-  name: str, *, dtype: Any, cache_dir: str | pathlib.Path | None = None, mesh: Mesh | None = None
+  name: str,
+  *,
+  dtype: Any,
+  cache_dir: str | pathlib.Path | None = None,
+  mesh: Mesh | None = None,
+  allow_pickle: bool = False,
 ) -> LoadedModel:
   """Opens and restores a checkpoint: see `open_checkpoint` and `OpenCheckpoint.restore`."""
-  return open_checkpoint(name, cache_dir=cache_dir).restore(dtype=dtype, mesh=mesh)
+  return open_checkpoint(name, cache_dir=cache_dir, allow_pickle=allow_pickle).restore(dtype=dtype, mesh=mesh)
 
 
-def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -> OpenCheckpoint:
+def open_checkpoint(
+  name: str, *, cache_dir: str | pathlib.Path | None = None, allow_pickle: bool = False
+) -> OpenCheckpoint:
   """Finds a checkpoint and reads everything but its weights.
 
   Args:
     name: `demo`; a directory or hub id in the Hugging Face layout, read as it is, or in LLaVA's original layout,
       converted once into the cache; or a converted directory, local or in object storage (`gs://bucket/name`).
     cache_dir: for conversions and digests; `default_cache_dir()` if absent.
+    allow_pickle: whether pickled weights are read if there are no safetensors: their tensors alone, no code is run.
+      Needs the extra `pickled`.
 
   Raises:
     CheckpointError: the checkpoint does not exist, or cannot be read, assembled or converted.
@@ -142,15 +151,15 @@ def open_checkpoint(name: str, *, cache_dir: str | pathlib.Path | None = None) -
 
     directory = assemble(cache_dir / "demo", cache_dir=cache_dir)
   else:
-    directory = locate(name)
+    directory = locate(name, allow_pickle=allow_pickle)
   params, weights = directory / PARAMS, None
   if remote.is_remote(directory):
     directory = store.copy_of_files(directory, cache_dir)
   elif read_marker(directory) is None:
-    source = convert.open_source(directory)
+    source = convert.open_source(directory, allow_pickle=allow_pickle)
     if source.tower is None:
       plan = source.plan(describe(source.fields, str(directory / "config.json")))
-      weights = SafetensorsWeights(directory, plan.parameters, cache_dir)
+      weights = PublishedWeights(directory, plan.parameters, cache_dir)
     else:
       label = re.sub(r"[^\w.-]+", "-", directory.name if pathlib.Path(name).is_dir() else name)
       target = cache_dir / "converted" / f"{label}-{source.digest(cache_dir)[:16]}"

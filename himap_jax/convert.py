@@ -31,12 +31,13 @@ _VISION_TOWER = flags.DEFINE_string(
 _INT8_WEIGHTS = flags.DEFINE_bool(
   "int8_weights", False, "Write the weights of the decoder's linear layers as int8, for himap_jax.run --int8_weights."
 )
+_ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run, also for the tower.")
 
 
 def run() -> int:
   """Converts the checkpoint that the flags name and prints the target."""
   jax.config.update("jax_platforms", "cpu")
-  source = open_source(_SOURCE.value, _VISION_TOWER.value)
+  source = open_source(_SOURCE.value, _VISION_TOWER.value, allow_pickle=_ALLOW_PICKLE.value)
   print(convert(source, _TARGET.value, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
   return 0
 

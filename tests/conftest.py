@@ -39,7 +39,7 @@ torch.set_num_threads(1)  # tiny products lose far more time to torch's thread p
 # Files that compile many programs or start processes, the slowest first; `-m "not slow"` leaves them out.
 SLOW = """
   test_several_processes test_answers_on_meshes test_speed test_run test_flow_commands test_optimized test_demo
-  test_notebook test_golden test_convert test_sharding test_compile_study test_methods_in_model
+  test_notebook test_golden test_convert test_pickled test_sharding test_compile_study test_methods_in_model
   test_int8_weights test_int8 test_calibrate test_adaptive test_direct_loading test_compare_study test_demo_assembly
   test_saliency test_disruption test_adaptive_study test_abstract test_demo_training
 """.split()

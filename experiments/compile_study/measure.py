@@ -22,6 +22,7 @@ from experiments.compile_study.variants import VARIANTS
 from experiments.question_sets import Question
 from experiments.shared import compiler_report, geometries, kept, planned
 from experiments.shared.subject import Batch, Subject
+from himap_jax import checkpoint
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Inputs
 from himap_jax.run import command
@@ -87,7 +88,8 @@ def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> 
   """
   command.use_compilation_cache(str(cache_dir))
   prompts = workload(setting.num_prompts, seed=setting.seed)
-  subject = Subject.load(setting.checkpoint, prompts, dtype=jnp.dtype(setting.dtype), inputs=setting.inputs)
+  opened = checkpoint.open_checkpoint(setting.checkpoint)
+  subject = Subject.load(opened, prompts, dtype=jnp.dtype(setting.dtype), inputs=setting.inputs)
   batches = make_batches(subject, is_bucketed=VARIANTS[variant].is_bucketed)
   num_tokens = sum(int(batch.inputs.layout.num_tokens()[: len(batch.questions)].sum()) for batch in batches)
   inputs = jax.tree.map(jnp.asarray, [batch.inputs for batch in batches])

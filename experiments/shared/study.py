@@ -20,6 +20,7 @@ from checkpoints_convert.source import write_json
 from experiments import question_sets
 from experiments.shared import figures, tabular
 from experiments.shared.subject import Subject
+from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.run import command
@@ -89,6 +90,7 @@ def write(report: Report, name: str) -> str:
 
 def define_shared_flags(**defaults: Any) -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+  flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run.")
   flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
   fields = "id, image (relative to the file), question, answer, type and optionally guess, from the question alone"
   flags.DEFINE_string("question_set", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file of {fields}.")
@@ -122,7 +124,8 @@ def load_subject(*, needs_answers: bool = False, **batches: int) -> Subject:
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
   questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
   settings = {"dtype": command.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
-  return Subject.load(values.checkpoint, questions, **settings, **batches)
+  opened = checkpoint.open_checkpoint(values.checkpoint, allow_pickle=values.allow_pickle)
+  return Subject.load(opened, questions, **settings, **batches)
 
 
 def open_workdir(**settings: Any) -> pathlib.Path:

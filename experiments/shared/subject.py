@@ -14,7 +14,6 @@ from absl import logging
 
 from experiments.question_sets import Question
 from experiments.shared import kept
-from himap_jax import checkpoint
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher
@@ -55,7 +54,7 @@ class Subject:
   @classmethod
   def load(
     cls,
-    name: str,
+    opened: OpenCheckpoint,
     questions: Sequence[Question],
     *,
     dtype: Any = jnp.float32,
@@ -64,12 +63,11 @@ class Subject:
     num_rows: int = 1,
     seed: int = 0,
   ) -> "Subject":
-    """Opens a checkpoint, with names and errors as in `checkpoint.load`; its weights are read on first use.
+    """A subject whose weights are read on first use.
 
     Prompts leave room for `max_new_tokens` in the context. Batches have multiples of `num_rows` rows, which are sharded
     over as many devices as divide that number.
     """
-    opened = checkpoint.open_checkpoint(name)
     processor = opened.prompts(inputs.prompt_template)
     lengths = {"buckets": inputs.prompt_buckets, "max_new_tokens": max_new_tokens}
     batcher = Batcher(opened.config, processor.image_shape, **lengths)

@@ -24,6 +24,12 @@ flags.DEFINE_string(
   "`demo`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, or a directory that "
   "himap_jax.convert wrote, also gs://bucket/name.",
 )
+flags.DEFINE_bool(
+  "allow_pickle",
+  False,
+  "Read pickled weights (*.bin) if a checkpoint has no safetensors: their tensors alone, no code in them is run. Needs "
+  "the extra `pickled`.",
+)
 flags.DEFINE_string(
   "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
 )
@@ -96,7 +102,7 @@ flags.DEFINE_string(
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
 )
-_VALUES = ("checkpoint", "dtype", "int8_weights", "resume", "strict")
+_VALUES = ("checkpoint", "allow_pickle", "dtype", "int8_weights", "resume", "strict")
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
 
 
@@ -120,6 +126,7 @@ class RunConfig:
   strict: bool = False
   profile_dir: pathlib.Path | None = None
   compilation_cache_dir: str = ""
+  allow_pickle: bool = False
 
 
 def config_from_flags() -> RunConfig:

@@ -37,7 +37,7 @@ def run(config: RunConfig) -> int:
   command.use_compilation_cache(config.compilation_cache_dir)
   jax.devices()
   logging.info("ready: devices")
-  opened = checkpoint.open_checkpoint(config.checkpoint)
+  opened = checkpoint.open_checkpoint(config.checkpoint, allow_pickle=config.allow_pickle)
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens

@@ -13,30 +13,31 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import convert, names
+from checkpoints_convert.stored import StoredTensor
 from himap_jax import checkpoint
 
 WEIGHTS = "model.safetensors"
 
 
-def convert_to(directory, target, *, vision_tower=None, **options):
+def convert_to(directory, target, *, vision_tower=None, allow_pickle=False, **options):
   """Converts a directory; digests are kept where `$HIMAP_JAX_CACHE` says."""
-  source = convert.open_source(str(directory), vision_tower)
+  source = convert.open_source(str(directory), vision_tower, allow_pickle=allow_pickle)
   return convert.convert(source, target, checkpoint.describe, cache_dir=checkpoint.default_cache_dir(), **options)
 
 
-def refuses(directory, target, match, **options):
+def refuses(directory, target, match, *, allow_pickle=False, **options):
   """Neither converts nor opens a directory, for the reason that matches; gives the message."""
   with pytest.raises(ValueError, match=match):
-    checkpoint.open_checkpoint(str(directory), cache_dir=target.parent / "cache")
+    checkpoint.open_checkpoint(str(directory), cache_dir=target.parent / "cache", allow_pickle=allow_pickle)
   with pytest.raises(ValueError, match=match) as error:
-    convert_to(directory, target, **options)
+    convert_to(directory, target, allow_pickle=allow_pickle, **options)
   assert "\n" not in str(error.value) and not target.exists()
   return str(error.value)
 
 
-def flat_params(directory, dtype=jnp.float32, *, mesh=None, **options):
+def flat_params(directory, dtype=jnp.float32, *, mesh=None, allow_pickle=False, **options):
   """The parameters of a directory, by their paths with slashes."""
-  opened = checkpoint.open_checkpoint(str(directory))
+  opened = checkpoint.open_checkpoint(str(directory), allow_pickle=allow_pickle)
   params = opened.restore(dtype=dtype, mesh=mesh, **options).model.params
   return traverse_util.flatten_dict(params, sep="/")
 
@@ -49,7 +50,7 @@ def assert_same_trees(left, right):
 
 def tree_path(name):
   """The path with slashes of a name in a LLaVA checkpoint."""
-  tensor = convert.StoredTensor(name, pathlib.Path(), "F32", ())
+  tensor = StoredTensor(name, pathlib.Path(), "F32", (), lambda path, name: np.asarray)
   (parameter,) = names.place_names([tensor], names.TABLES["llava"].entries, {})
   return "/".join(parameter.path)
 

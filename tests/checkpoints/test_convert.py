@@ -268,11 +268,6 @@ class TestRefusals:
     (directory / "model.safetensors.index.json").write_text(index)
     refuses(directory, tmp_path / "target", "not an index")
 
-  def test_pickled_weights(self, clip, tmp_path):
-    directory = copy_of(clip, tmp_path / "source")
-    (directory / WEIGHTS).rename(directory / "pytorch_model.bin")
-    refuses(directory, tmp_path / "target", r"pytorch_model.bin.*save_pretrained\(TARGET, safe_serialization=True\)")
-
   @pytest.mark.parametrize(
     "fields, reason",
     [
@@ -404,7 +399,7 @@ KILLED = """
 import sys, time
 from checkpoints_convert import store
 from checkpoints_convert.convert import convert, open_source
-from checkpoints_convert.safetensors_reader import StoredTensor
+from checkpoints_convert.stored import StoredTensor
 from himap_jax.checkpoint import default_cache_dir, describe
 reader = StoredTensor.reader
 def slow(tensor):

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert import names
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.names import Entry
-from checkpoints_convert.safetensors_reader import StoredTensor
+from checkpoints_convert.stored import StoredTensor
 from himap_jax import checkpoint
 from himap_jax.engine import sharding
 

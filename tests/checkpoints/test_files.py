@@ -142,50 +142,54 @@ def hashed(monkeypatch):
   return names
 
 
+def digest_of(directory, cache):
+  return content_digest(directory, [directory / WEIGHTS], cache)
+
+
 class TestDigests:
   def test_content_decides(self, directory, tmp_path, hashed):
     cache = tmp_path / "cache"
-    first = content_digest(directory, cache)
+    first = digest_of(directory, cache)
     assert len(first) == 64 and {"config.json", "tokenizer.json", "chat_template.jinja", WEIGHTS} <= set(hashed)
     os.utime(directory / WEIGHTS, ns=(1, 1))
-    assert content_digest(directory, cache) == first
-    assert content_digest(shutil.copytree(directory, tmp_path / "copy"), cache) == first
+    assert digest_of(directory, cache) == first
+    assert digest_of(shutil.copytree(directory, tmp_path / "copy"), cache) == first
     tensors = load_file(directory / WEIGHTS)
     name = next(name for name in tensors if name.endswith("lm_head.weight"))
     save_file(tensors | {name: np.flip(tensors[name]).copy()}, directory / WEIGHTS)
-    changed = content_digest(directory, cache)
+    changed = digest_of(directory, cache)
     assert changed != first
     seen = {first, changed}
     for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
       (directory / name).write_text((directory / name).read_text() + " ")
-      seen.add(content_digest(directory, cache))
+      seen.add(digest_of(directory, cache))
     assert len(seen) == 5
 
   def test_a_file_is_read_once(self, directory, tmp_path, hashed):
-    first = content_digest(directory, tmp_path / "cache")
+    first = digest_of(directory, tmp_path / "cache")
     hashed.clear()
-    assert content_digest(directory, tmp_path / "cache") == first and hashed == []
+    assert digest_of(directory, tmp_path / "cache") == first and hashed == []
     (directory / "config.json").write_text("{}")
-    content_digest(directory, tmp_path / "cache")
+    digest_of(directory, tmp_path / "cache")
     assert hashed == ["config.json"]
     os.replace(shutil.copy2(directory / WEIGHTS, tmp_path / "other"), directory / WEIGHTS)  # only the inode differs
     hashed.clear()
-    content_digest(directory, tmp_path / "cache")
+    digest_of(directory, tmp_path / "cache")
     assert hashed == [WEIGHTS]
 
   def test_a_cache_that_cannot_be_written_or_read(self, directory, tmp_path):
-    expected = content_digest(directory, tmp_path / "cache")
+    expected = digest_of(directory, tmp_path / "cache")
     (tmp_path / "file").write_text("")
-    assert content_digest(directory, tmp_path / "file") == expected
+    assert digest_of(directory, tmp_path / "file") == expected
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
     kept.write_text("{")
-    assert content_digest(directory, tmp_path / "cache") == expected
+    assert digest_of(directory, tmp_path / "cache") == expected
 
   def test_of_a_conversion(self, directory, cache, tmp_path):
     copy = shutil.copytree(directory, tmp_path / "copy")
     first, second = convert_to(directory, tmp_path / "target"), convert_to(copy, tmp_path / "second")
     for target in (first, second):
-      assert json.loads((target / "himap_jax.json").read_text())["fingerprint"] == content_digest(directory, cache)
+      assert json.loads((target / "himap_jax.json").read_text())["fingerprint"] == digest_of(directory, cache)
     before = checkpoint.open_checkpoint(str(first)).digest()
     assert before == checkpoint.load(str(second), dtype=np.float32).digest()
     (first / "tokenizer.json").write_text((first / "tokenizer.json").read_text() + " ")

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
+from flax import traverse_util
 from layouts import (
   WEIGHTS,
   assert_same_trees,
@@ -146,3 +148,22 @@ def test_an_unknown_tower(tiny, tmp_path):
   fields = json.loads((directory / TOWER / "config.json").read_text())
   (directory / TOWER / "config.json").write_text(json.dumps(fields | {"model_type": "eva"}))
   refuses(directory, tmp_path / "target", "model_type is 'eva'; the original layout needs a CLIP or an InternViT tower")
+
+
+def test_as_published_in_pickled_shards(tiny, tmp_path):
+  """The language model in `.bin` shards with an index, the tower in one of its own."""
+  directory = make_internvl(tiny.directory, tmp_path / "source")
+  expected = flat_params(convert_to(directory, tmp_path / "expected"))
+  tensors = {name: torch.from_numpy(x.copy()) for name, x in load_file(directory / WEIGHTS).items()}
+  shards = {name: f"pytorch_model-{number % 2 + 1:05d}-of-00002.bin" for number, name in enumerate(tensors)}
+  for file in set(shards.values()):
+    torch.save({name: tensors[name] for name in tensors if shards[name] == file}, directory / file)
+  (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+  tower = {name: torch.from_numpy(x.copy()) for name, x in load_file(directory / TOWER / WEIGHTS).items()}
+  torch.save(tower, directory / TOWER / "pytorch_model.bin")
+  for path in (directory / WEIGHTS, directory / TOWER / WEIGHTS):
+    path.unlink()
+  refuses(directory, tmp_path / "target", "--allow_pickle")
+  opened = checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path, allow_pickle=True)
+  params = opened.restore(dtype=jnp.float32).model.params
+  assert_same_trees(traverse_util.flatten_dict(params, sep="/"), expected)

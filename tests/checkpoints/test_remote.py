@@ -8,7 +8,7 @@ from etils import epath
 from layouts import convert_to as convert
 
 from checkpoints_convert import remote
-from checkpoints_convert.safetensors_reader import StoredTensor
+from checkpoints_convert.stored import StoredTensor
 from himap_jax import checkpoint
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -277,3 +277,23 @@ def test_converted_and_read_again(tiny, loaded, tmp_path):
   )
   assert all(jax.tree.leaves(same)) and again.eos_token_ids == loaded.eos_token_ids
   assert again.prompts().prompt("Why?") == loaded.prompts().prompt("Why?")
+
+
+def test_as_published_in_pickled_shards(tiny, loaded, tmp_path):
+  """The layout of Qwen/Qwen-VL-Chat: `.bin` shards and their index."""
+  directory = changed(tiny, tmp_path / "qwen")
+  (directory / "model.safetensors").unlink()
+  tensors = list(tiny_qwen.authors_names(tiny.language_model, tiny.visual).items())
+  weight_map = {}
+  for number, part in enumerate((tensors[::2], tensors[1::2]), start=1):
+    file = f"pytorch_model-{number:05d}-of-00002.bin"
+    torch.save(dict(part), directory / file)
+    weight_map |= dict.fromkeys(dict(part), file)
+  (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+  with pytest.raises(CheckpointError, match="--allow_pickle"):
+    checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path)
+  again = checkpoint.load(str(directory), dtype=jnp.float32, cache_dir=tmp_path, allow_pickle=True)
+  same = jax.tree.map(
+    lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), again.model.params, loaded.model.params
+  )
+  assert all(jax.tree.leaves(same))

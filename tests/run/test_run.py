@@ -38,7 +38,7 @@ NAME = running.NAME
 N, NUM_LAYERS, VOCAB = 16, 6, 272
 MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, running.KEEP, running.QUESTIONS
 FLAGS = (
-    "checkpoint", "prompts", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
+    "checkpoint", "[no]allow_pickle", "prompts", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "dtype", "emit", "[no]resume",
     "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "method_parameters", "schedule",
     "[no]int8_weights", "mesh", "[no]distributed", "coordinator", "num_processes", "process_id",

@@ -58,7 +58,7 @@ def flags_of(*arguments):
   """The command's flags, parsed in this process without a trace."""
   own = flags.FlagValues()
   with pytest.MonkeyPatch.context() as patch:
-    for name in ("DEFINE_string", "DEFINE_enum", "DEFINE_integer", "DEFINE_list"):
+    for name in ("DEFINE_string", "DEFINE_enum", "DEFINE_integer", "DEFINE_list", "DEFINE_bool"):
       patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))
     patch.setattr(flags, "FLAGS", own)
     study.define_shared_flags(**command.DEFAULTS)

@@ -85,7 +85,7 @@ def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
   inputs = InputConfig("<image>{question}", (64, 128, 256), 3)
   prompts = measure.workload(40, seed=3)
   assert prompts == measure.workload(40, seed=3)
-  subject = Subject.load(str(loaded("clip_mha").directory), prompts, inputs=inputs)
+  subject = Subject.load(loaded("clip_mha"), prompts, inputs=inputs)
   examples = {question.id: example for question, example, _ in subject.examples("prompts")}
   lengths = [example.num_text_tokens for example in examples.values()]
   assert len(lengths) == 40 and min(lengths) < 64 < max(lengths) and lengths != sorted(lengths)

@@ -40,7 +40,7 @@ def test_visual_flow(shallow_demo, monkeypatch):
     cell.source = cell.source.replace("NUM_QUESTIONS = 2", "NUM_QUESTIONS = 1")
     cell.source = cell.source.replace("where = [0, 4, 8, 16, 24]", "where = [0, 8]")
     cell.source = cell.source.replace("layers = [0, 2, 4, 8, 12, 16, 20, 24]", "layers = [0, 2, 4, 8]")
-    cell.source = cell.source.replace('Subject.load("demo"', f'Subject.load("{shallow_demo}"')
+    cell.source = cell.source.replace('open_checkpoint("demo")', f'open_checkpoint("{shallow_demo}")')
   NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
   printed = "".join(
     output.get("text", "")
