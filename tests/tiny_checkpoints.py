@@ -150,8 +150,8 @@ SPECS = {
     {},
     28,
   ),
-  # The other language models. Windows are shorter than every prompt; Qwen2's is shorter than the image, and only its last
-  # three layers have it.
+  # The other language models. Windows are shorter than every prompt; Qwen2's, of the last three layers, is shorter than
+  # the image.
   "mistral": (CLIP, dict(model_type="mistral", num_key_value_heads=2, sliding_window=22), {}, 28),
   "qwen2": (
     CLIP,
