@@ -2,9 +2,9 @@
 
 Between them they cover what a LLaVA config can say: four vision towers, both select strategies, feature layers
 counted from the end and a list of them, every language model, MHA and GQA, tied and untied heads, biases, a head
-dimension that is not hidden size / heads, three kinds of rotary embedding, and sliding windows. Weights are
-drawn so that attention is far from uniform and
-every layer matters: with transformers' own initialisation a wrong mask or a wrong position hardly moves the logits.
+dimension that is not hidden size / heads, three kinds of rotary embedding, and sliding windows. Weights are drawn
+so that attention is far from uniform and every layer matters: with transformers' own initialisation a wrong mask or
+a wrong position hardly moves the logits.
 
     python tests/tiny_checkpoints.py clip_mha DIRECTORY
 """
@@ -170,12 +170,13 @@ SPECS = {
     {},
     28,
   ),
-  # The other language models. Windows are shorter than every prompt; Qwen2's is that of its last three layers.
+  # The other language models. Windows are shorter than every prompt; Qwen2's, of the last three layers, is shorter than
+  # the image.
   "mistral": (CLIP, dict(model_type="mistral", num_key_value_heads=2, sliding_window=22), {}, 28),
   "qwen2": (
     CLIP,
     dict(model_type="qwen2", num_key_value_heads=2)
-    | dict(use_sliding_window=True, sliding_window=20, max_window_layers=3),
+    | dict(use_sliding_window=True, sliding_window=10, max_window_layers=3),
     {},
     28,
   ),

@@ -33,7 +33,7 @@ def test_windows_count_in_order():
     ("mistral", 23, [True] * 6),
     ("mistral", 22, [False] * 6),
     ("qwen2", 64, [False] * 3 + [True] * 3),
-    ("qwen2", 20, [False] * 6),
+    ("qwen2", 10, [False] * 6),
     ("gemma", 64, [False] * 4),
   ],
 )
