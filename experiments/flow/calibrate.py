@@ -63,11 +63,9 @@ class Trials(NamedTuple):
 
   def price(self, layers: Two, keep: Two) -> float:
     """FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning."""
-    sizes, count = (
-      model_sizes(self.subject.loaded.config, self.subject.processor.image_shape),
-      self.subject.batcher.num_image_tokens,
-    )
-    pruned, plain = (costs(sizes, s, count, 0).image_tokens for s in (self.subject.himap(layers, keep), Schedule()))
+    subject, schedules = self.subject, (self.subject.himap(layers, keep), Schedule())
+    sizes, count = model_sizes(subject.loaded.config, subject.processor.image_shape), subject.batcher.num_image_tokens
+    pruned, plain = (costs(sizes, schedule, count, 0).image_tokens for schedule in schedules)
     return pruned / plain
 
   def run(self, entries: Sequence[tuple[str, Proposal]]) -> list[Trial]:

@@ -25,8 +25,8 @@ from himap_jax.families.text import check_text_model, text_config
 from himap_jax.inputs import Example
 from himap_jax.model.config import ConnectorConfig, ModelConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
-from himap_jax.model.towers import TOWERS
 
+VISION_MODELS = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision")
 VICUNA_V1 = (
   "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
   "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
@@ -42,7 +42,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     UserError: the tower, decoder, activation or RoPE scaling is not supported; the message names those that are.
   """
   vision_type = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
-  check_supported(vision_type, TOWERS, where=where, what="vision tower")
+  check_supported(vision_type, VISION_MODELS, where=where, what="vision tower")
   check_text_model(fields.get("text_config") or {}, where)
 
   from transformers import LlavaConfig  # slow to import
