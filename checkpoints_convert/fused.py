@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
 # Makes a parameter from a stored tensor and the fields of config.json.
 Transform = Callable[[np.ndarray, Mapping[str, Any]], np.ndarray]
 
@@ -50,23 +52,25 @@ def gate_up(part: int) -> Transform:
   return transform
 
 
-def thirds(part: int, *width: str) -> Transform:
-  """One of queries (0), keys (1) and values (2) of the same number of rows, which config.json gives under `width`."""
+def thirds(*width: str) -> Callable[[int], Transform]:
+  """`qkv` for parts of the same number of rows, which config.json gives under the names `width`."""
 
-  def transform(tensor: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
-    return split_rows(tensor, [functools.reduce(lambda own, name: own[name], width, fields)] * 3)[part]
+  def of_part(part: int) -> Transform:
+    def transform(tensor: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
+      return split_rows(tensor, [functools.reduce(lambda own, name: own[name], width, fields)] * 3)[part]
 
-  return transform
+    return transform
+
+  return of_part
 
 
 def qkv_of_heads(part: int) -> Transform:
-  """As `thirds` for Qwen-VL's tower, which stores a query, a key and a value of each head in turn."""
+  """As `qkv` for Qwen-VL's tower, which stores a query, a key and a value of each head in turn."""
 
   def transform(tensor: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
-    heads, rows = fields["visual"]["heads"], 3 * fields["visual"]["width"]
-    if tensor.shape[:1] != (rows,):
-      raise UnfitShape((rows, *tensor.shape[1:]))
-    by_head = tensor.reshape(heads, 3, -1, *tensor.shape[1:])
+    visual = fields["visual"]
+    (rows,) = split_rows(tensor, [3 * visual["width"]])
+    by_head = rows.reshape(visual["heads"], 3, -1, *tensor.shape[1:])
     return by_head[:, part].reshape(-1, *tensor.shape[1:])
 
   return transform

@@ -6,7 +6,7 @@ The tree keeps the checkpoint's names with dots as levels, except that `layers.N
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,9 +49,21 @@ class Table(NamedTuple):
   tower_layer: str
 
 
+def _renamed(start: str, place: str, modules: Mapping[str, str]) -> tuple[Entry, ...]:
+  """Entries for the modules after `start`, which are the values of `modules` in the tree at `place`."""
+  return tuple(Entry(start + pattern, place + own) for pattern, own in modules.items())
+
+
+def _fused(
+  pattern: str, place: str, transform: Callable[[int], fused.Transform], parts: Sequence[str] = fused.PROJECTIONS
+) -> tuple[Entry, ...]:
+  """Entries for a fused module and the modules that it holds, in the tree at `place`."""
+  return tuple(Entry(pattern, f"{place}{part}.", transform(index)) for index, part in enumerate(parts))
+
+
 # InternViT as its authors publish it, alone or within LLaVA's original layout; rows of `qkv` are queries, keys, values.
 _INTERNVIT = r"(?:model\.vision_tower\.vision_tower\.)?"
-_INTERNVIT_LAYER = _INTERNVIT + r"encoder\.layers\.(\d+)\."
+_INTERNVIT_LAYER, _INTERNVIT_PLACE = _INTERNVIT + r"encoder\.layers\.(\d+)\.", r"vision_tower.encoder.layer.\1."
 _INTERNVIT_NAMES = {
   r"norm1\.": "layernorm_before.",
   r"norm2\.": "layernorm_after.",
@@ -65,21 +77,15 @@ _INTERNVIT_ENTRIES = (
   Entry(_INTERNVIT + r"embeddings\.class_embedding$", "vision_tower.embeddings.cls_token"),
   Entry(_INTERNVIT + r"embeddings\.position_embedding$", "vision_tower.embeddings.position_embeddings"),
   Entry(_INTERNVIT + r"embeddings\.patch_embedding\.", "vision_tower.embeddings.patch_embeddings.projection."),
-  *(
-    Entry(
-      _INTERNVIT_LAYER + r"attn\.qkv\.",
-      rf"vision_tower.encoder.layer.\1.attention.{name}_proj.",
-      fused.thirds(number, "vision_config", "hidden_size"),
-    )
-    for number, name in enumerate("qkv")
+  *_fused(
+    _INTERNVIT_LAYER + r"attn\.qkv\.",
+    _INTERNVIT_PLACE + "attention.",
+    fused.thirds("vision_config", "hidden_size"),
   ),
-  *(
-    Entry(_INTERNVIT_LAYER + name, rf"vision_tower.encoder.layer.\1.{place}")
-    for name, place in _INTERNVIT_NAMES.items()
-  ),
+  *_renamed(_INTERNVIT_LAYER, _INTERNVIT_PLACE, _INTERNVIT_NAMES),
 )
 
-_QWEN = r"transformer\."
+_QWEN_LAYER, _QWEN_PLACE = r"transformer\.h\.(\d+)\.", r"language_model.layers.\1."
 _QWEN_LAYER_NAMES = {
   r"ln_1\.": "input_layernorm.",
   r"ln_2\.": "post_attention_layernorm.",
@@ -88,7 +94,9 @@ _QWEN_LAYER_NAMES = {
   r"mlp\.w2\.": "mlp.gate_proj.",
   r"mlp\.c_proj\.": "mlp.down_proj.",
 }
-_QWEN_TOWER_LAYER = _QWEN + r"visual\.transformer\.resblocks\.(\d+)\."
+_QWEN_TOWER = r"transformer\.visual\."
+_QWEN_TOWER_LAYER = _QWEN_TOWER + r"transformer\.resblocks\.(\d+)\."
+_QWEN_TOWER_PLACE = r"vision_tower.encoder.layers.\1."
 _QWEN_TOWER_NAMES = {
   r"ln_1\.": "layer_norm1.",
   r"ln_2\.": "layer_norm2.",
@@ -96,21 +104,21 @@ _QWEN_TOWER_NAMES = {
   r"mlp\.c_fc\.": "mlp.fc1.",
   r"mlp\.c_proj\.": "mlp.fc2.",
 }
+_QWEN_THIRDS = fused.thirds("hidden_size")
 
-
-def _parts(module: str, transform: Callable[[int], fused.Transform], *parts: str) -> tuple[Entry, ...]:
-  """Entries for a fused module in a decoder layer, in any of LLaVA's layouts, and the modules that it holds."""
-  pattern = rf"(?:language_model\.model|model\.language_model|model)\.(layers\.\d+)\.{module}\."
-  return tuple(Entry(pattern, rf"language_model.\1.{part}.", transform(index)) for index, part in enumerate(parts))
-
+# The start of the fused modules in a decoder layer of Phi-3, in any of LLaVA's layouts.
+_PHI3_LAYER, _PHI3_PLACE = (
+  r"(?:language_model\.model|model\.language_model|model)\.(layers\.\d+)\.",
+  r"language_model.\1.",
+)
 
 # By `model_type` of config.json.
 TABLES = {
   "llava": Table(
     entries=(
       # the fused decoder layers of Phi-3
-      *_parts(r"self_attn\.qkv_proj", fused.qkv, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-      *_parts(r"mlp\.gate_up_proj", fused.gate_up, "mlp.gate_proj", "mlp.up_proj"),
+      *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", fused.qkv),
+      *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", fused.gate_up, ("gate_proj", "up_proj")),
       # LLaVA's original layout
       Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
       Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -134,46 +142,19 @@ TABLES = {
   ),
   "qwen": Table(
     entries=(
-      *(
-        Entry(_QWEN + r"h\.(\d+)\." + name, rf"language_model.layers.\1.{place}")
-        for name, place in _QWEN_LAYER_NAMES.items()
-      ),
-      *(
-        Entry(
-          _QWEN + r"h\.(\d+)\.attn\.c_attn\.",
-          rf"language_model.layers.\1.self_attn.{name}_proj.",
-          fused.thirds(number, "hidden_size"),
-        )
-        for number, name in enumerate("qkv")
-      ),
-      Entry(_QWEN + r"wte\.", "language_model.embed_tokens."),
-      Entry(_QWEN + r"ln_f\.", "language_model.norm."),
-      Entry(_QWEN + r"visual\.conv1\.", "vision_tower.embeddings.patch_embedding."),
-      Entry(_QWEN + r"visual\.positional_embedding$", "vision_tower.embeddings.position_embedding.weight"),
-      Entry(_QWEN + r"visual\.ln_pre\.", "vision_tower.pre_layrnorm."),
-      *(
-        Entry(_QWEN_TOWER_LAYER + name, rf"vision_tower.encoder.layers.\1.{place}")
-        for name, place in _QWEN_TOWER_NAMES.items()
-      ),
-      *(
-        Entry(
-          _QWEN_TOWER_LAYER + r"attn\.in_proj\.",
-          rf"vision_tower.encoder.layers.\1.self_attn.{name}_proj.",
-          fused.qkv_of_heads(number),
-        )
-        for number, name in enumerate("qkv")
-      ),
-      *(
-        Entry(
-          _QWEN + r"visual\.attn_pool\.attn\.in_proj_",
-          f"multi_modal_projector.attn.{name}_proj.",
-          fused.thirds(number, "hidden_size"),
-        )
-        for number, name in enumerate("qkv")
-      ),
-      Entry(_QWEN + r"visual\.attn_pool\.", "multi_modal_projector."),
-      Entry(_QWEN + r"visual\.ln_post\.", "multi_modal_projector.ln_post."),
-      Entry(_QWEN + r"visual\.proj$", "multi_modal_projector.proj.weight", fused.transposed),
+      *_renamed(_QWEN_LAYER, _QWEN_PLACE, _QWEN_LAYER_NAMES),
+      *_fused(_QWEN_LAYER + r"attn\.c_attn\.", _QWEN_PLACE + "self_attn.", _QWEN_THIRDS),
+      Entry(r"transformer\.wte\.", "language_model.embed_tokens."),
+      Entry(r"transformer\.ln_f\.", "language_model.norm."),
+      Entry(_QWEN_TOWER + r"conv1\.", "vision_tower.embeddings.patch_embedding."),
+      Entry(_QWEN_TOWER + r"positional_embedding$", "vision_tower.embeddings.position_embedding.weight"),
+      Entry(_QWEN_TOWER + r"ln_pre\.", "vision_tower.pre_layrnorm."),
+      *_renamed(_QWEN_TOWER_LAYER, _QWEN_TOWER_PLACE, _QWEN_TOWER_NAMES),
+      *_fused(_QWEN_TOWER_LAYER + r"attn\.in_proj\.", _QWEN_TOWER_PLACE + "self_attn.", fused.qkv_of_heads),
+      *_fused(_QWEN_TOWER + r"attn_pool\.attn\.in_proj_", "multi_modal_projector.attn.", _QWEN_THIRDS),
+      Entry(_QWEN_TOWER + r"attn_pool\.", "multi_modal_projector."),
+      Entry(_QWEN_TOWER + r"ln_post\.", "multi_modal_projector.ln_post."),
+      Entry(_QWEN_TOWER + r"proj$", "multi_modal_projector.proj.weight", fused.transposed),
     ),
     unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
     tower_layer=r"vision_tower/encoder/layers_(\d+)/",
@@ -243,7 +224,7 @@ def place_names(
     for entry in entries:
       if entry.pattern == pattern:
         name = re.sub(pattern, entry.place, tensor.name, count=1)
-        transform = entry.transform and functools.partial(_apply, entry.transform, fields)
+        transform = entry.transform and functools.partial(entry.transform, fields=fields)
         placed.append(Parameter(tuple(_LAYER.sub(r"\1_\2.", name).split(".")), tensor, transform))
   return placed
 
@@ -289,10 +270,6 @@ def plan(stored: Iterable[Parameter], model: ExpectedModel, where: str) -> Plan:
       f"{len(found.keys() & expected.keys())} of {len(expected)} names match, {len(unused)} unused"
     )
   return Plan(tuple(parameter for path, parameter in found.items() if path in expected), tuple(unused))
-
-
-def _apply(transform: fused.Transform, fields: Mapping[str, Any], tensor: np.ndarray) -> np.ndarray:
-  return transform(tensor, fields)
 
 
 def _misfit(parameter: Parameter, expected: tuple[int, ...]) -> str:

@@ -59,9 +59,8 @@ def flops_ratio(scenario: Scenario, method: str) -> float:
   config = geometries.model_of(scenario.geometry)
   num_tokens = geometries.num_image_tokens(config), scenario.num_text_tokens
   schedules = geometries.schedule_of(config, method), Schedule()
-  pruned, plain = (
-    cost.costs(model_sizes(config, geometries.image_shape(config)), schedule, *num_tokens) for schedule in schedules
-  )
+  sizes = model_sizes(config, geometries.image_shape(config))
+  pruned, plain = (cost.costs(sizes, schedule, *num_tokens) for schedule in schedules)
   return (pruned.decoder + pruned.head) / (plain.decoder + plain.head)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from PIL import Image
 
+from checkpoints_convert.source import read_json
 from himap_jax.errors import UserError
 from himap_jax.families import tiktoken
 from himap_jax.families.examples import (
@@ -53,7 +54,9 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 END, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTENT_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
 SPECIAL_TOKENS = (END, CHAT_START, CHAT_END, *(f"<|extra_{number}|>" for number in range(205)), *CONTENT_TOKENS)
-SYSTEM = "You are a helpful assistant."
+# What stands before and after a user's text in a chat.
+HEAD = f"{CHAT_START}system\nYou are a helpful assistant.{CHAT_END}\n{CHAT_START}user\n"
+TAIL = f"{CHAT_END}\n{CHAT_START}assistant\n"
 TEMPLATES = {"vqa": "<image>{question} Answer:", "caption": "<image>{question}", "mme": "<image>\n{question}"}
 
 
@@ -138,8 +141,6 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
   """Builds the tokenizer from `qwen.tiktoken`, and the image processor; raises `UserError` for unusable files."""
   import transformers  # slow to import
 
-  from checkpoints_convert.source import read_json
-
   visual = read_json(directory / "config.json")["visual"]
   first_special = visual["image_start_id"] - SPECIAL_TOKENS.index("<img>")
   ranks = tiktoken.read_ranks(directory / "qwen.tiktoken", first_special)
@@ -165,6 +166,7 @@ class QwenProcessor:
     self._is_chat = template == "chat"
     given = "<image>{question}" if self._is_chat else TEMPLATES.get(template, template)
     self._template = literal_template(given, "chat", *TEMPLATES)
+    self._head, self._tail = (HEAD, TAIL) if self._is_chat else ("", "")
     size = files.image_processor.size
     self.image_shape = (size["height"], size["width"])
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
@@ -180,20 +182,13 @@ class QwenProcessor:
       raise UserError(f"a question may not hold <img>, </img> or <imgpad>; {IMAGE_TAG} stands for the picture")
     content = fill(self._template, question)
     require_one_image(content)
-    if self._is_chat:
-      ids = [self._id(CHAT_START), *self._ids(f"system\n{SYSTEM}"), self._id(CHAT_END), *self._ids("\n")]
-      ids += [self._id(CHAT_START), *self._ids("user\n"), *self._content(content), self._id(CHAT_END)]
-      ids += [*self._ids("\n"), self._id(CHAT_START), *self._ids("assistant\n")]
-    else:
-      ids = self._content(content)
+    ids = self._ids(self._head, (CHAT_START, CHAT_END)) + self._ids(self._with_image_tokens(content), CONTENT_TOKENS)
+    ids += self._ids(self._tail, (CHAT_START, CHAT_END))
     pixels = pixels_of(self._files.image_processor, image)
     return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
 
   def prompt(self, question: str) -> str:
-    content = self._with_image_tokens(fill(self._template, question))
-    if not self._is_chat:
-      return content
-    return f"{CHAT_START}system\n{SYSTEM}{CHAT_END}\n{CHAT_START}user\n{content}{CHAT_END}\n{CHAT_START}assistant\n"
+    return self._head + self._with_image_tokens(fill(self._template, question)) + self._tail
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
@@ -206,18 +201,15 @@ class QwenProcessor:
     """Replaces `<image>` as the authors' `from_list_format` does in a chat, and as their evaluation does otherwise."""
     return content.replace(IMAGE_TAG, "Picture 1: <img><imgpad></img>\n" if self._is_chat else "<img><imgpad></img>")
 
-  def _content(self, content: str) -> list[int]:
-    """Token ids of a user's text; only tokens for pictures, references and boxes are special in it."""
-    pieces = re.split(f"({'|'.join(CONTENT_TOKENS)})", self._with_image_tokens(content))
-    return [
-      token for number, piece in enumerate(pieces) for token in ([self._id(piece)] if number % 2 else self._ids(piece))
-    ]
-
-  def _id(self, token: str) -> int:
-    return self._files.tokenizer.convert_tokens_to_ids(token)
-
-  def _ids(self, text: str) -> list[int]:
-    return self._files.tokenizer(text, split_special_tokens=True)["input_ids"]
+  def _ids(self, text: str, special: Sequence[str]) -> list[int]:
+    """Token ids of a text in which only the given special tokens are special: a user could write the others."""
+    tokenizer, ids = self._files.tokenizer, []
+    for number, piece in enumerate(re.split(f"({'|'.join(map(re.escape, special))})", text)):
+      if number % 2:
+        ids.append(tokenizer.convert_tokens_to_ids(piece))
+      else:
+        ids += tokenizer(piece, split_special_tokens=True)["input_ids"]
+    return ids
 
 
 def stop_tokens(files: QwenFiles) -> tuple[int, ...]:
