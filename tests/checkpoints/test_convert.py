@@ -1,9 +1,9 @@
 """Conversion of every layout to one tree, and the refusal of what is not whole, by the conversion and by direct loading."""
 
 import json
+import math
 import os
 import pathlib
-import re
 import shutil
 import signal
 import subprocess
@@ -30,6 +30,7 @@ from layouts import (
   shard,
   tree_path,
 )
+from peak_memory import WATCHED, widen
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import source, store
@@ -410,21 +411,15 @@ StoredTensor.reader = slow
 store.BATCH_BYTES = 1 << 14
 convert(open_source(sys.argv[1]), sys.argv[2], describe, cache_dir=default_cache_dir())
 """
-MEASURED = """
-import pathlib, sys, threading, time
+MEASURED = f"""{WATCHED}
+import pathlib, sys
 import transformers
 from checkpoints_convert.convert import convert, open_source
 from checkpoints_convert.source import read_json
 from himap_jax.checkpoint import default_cache_dir, describe
 from himap_jax.families import from_hf
 from_hf(read_json(pathlib.Path(sys.argv[1], "config.json")))
-private = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
-before, peak = private(), [0]
-def watch():
-    while True:
-        peak[0] = max(peak[0], private())
-        time.sleep(0.002)
-threading.Thread(target=watch, daemon=True).start()
+before = start()
 convert(open_source(sys.argv[1]), sys.argv[2], describe, cache_dir=default_cache_dir())
 print(peak[0] - before)
 """
@@ -451,19 +446,15 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(clip, expected, 
 
 def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
   """Eight layers of 3 x 25 MB: 600 MB."""
-  width, inner, directory = 1024, 12_288, tmp_path / "source"
-  shutil.copytree(clip, directory)
-  (directory / WEIGHTS).unlink()
-  config = json.loads((directory / "config.json").read_text())
-  config["text_config"] |= dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=8, head_dim=256)
-  (directory / "config.json").write_text(json.dumps(config))
-  shapes = traverse_util.flatten_dict(abstract_params(read_config(directory), jnp.float32))
-  numbers = np.random.default_rng(0).integers(0, 1 << 14, width * inner, dtype=np.uint16).view(ml_dtypes.bfloat16)
+  directory = tmp_path / "source"
+  shapes = widen(clip, directory, num_layers=8)
+  largest = max(map(math.prod, shapes.values()))
+  numbers = np.random.default_rng(0).integers(0, 1 << 14, largest, dtype=np.uint16).view(ml_dtypes.bfloat16)
   for shard_index in range(4):
     save_file(
       {
-        hub_name(path): numbers[: np.prod(leaf.shape)].reshape(leaf.shape)
-        for index, (path, leaf) in enumerate(shapes.items())
+        name: numbers[: math.prod(shape)].reshape(shape)
+        for index, (name, shape) in enumerate(shapes.items())
         if index % 4 == shard_index
       },
       directory / f"part{shard_index}.safetensors",
@@ -478,10 +469,6 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
     check=True,
   )
   assert int(result.stdout) < 0.6 * total
-
-
-def hub_name(path):
-  return re.sub(r"(layers?)_(\d+)", r"\1.\2", ".".join(("model", *path) if path[0] != "lm_head" else path))
 
 
 def run_command(*arguments):

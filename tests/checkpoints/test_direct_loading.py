@@ -1,7 +1,6 @@
 """Checkpoints in the Hugging Face layout are read as they are: the same numbers, each device its part, little memory."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from layouts import WEIGHTS, assert_same_trees, convert_to, copy_of, flat_params, newer_name, shard, tree_path
+from peak_memory import WATCHED, widen
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import names
@@ -161,19 +161,13 @@ class TestMeshes:
       assert many[path].addressable_shards[0].data.shape[0] == 12
 
 
-MEASURED = """
-import math, sys, threading, time
+MEASURED = f"""{WATCHED}
+import sys
 import jax, jax.numpy as jnp
 from himap_jax import checkpoint
 jax.block_until_ready(jnp.zeros(3))
 opened = checkpoint.open_checkpoint(sys.argv[1])
-private = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
-before, peak = private(), [0]
-def watch():
-    while True:
-        peak[0] = max(peak[0], private())
-        time.sleep(0.002)
-threading.Thread(target=watch, daemon=True).start()
+before = start()
 params = opened.restore(dtype=jnp.bfloat16).model.params
 leaves = [leaf.nbytes for leaf in jax.tree.leaves(params)]
 print(peak[0] - before - sum(leaves), max(leaves))
@@ -183,15 +177,8 @@ print(peak[0] - before - sum(leaves), max(leaves))
 def test_memory_beside_the_parameters_is_one_of_them(clip, tmp_path):
   """Two layers of 4 x 4 MB and 3 x 25 MB, stored in float32 and wanted in bfloat16."""
   directory = tmp_path / "source"
-  shutil.copytree(clip, directory)
-  (directory / WEIGHTS).unlink()
-  config = json.loads((directory / "config.json").read_text())
-  config["text_config"] |= dict(hidden_size=1024, intermediate_size=12_288, num_hidden_layers=2, head_dim=256)
-  (directory / "config.json").write_text(json.dumps(config))
-  shapes = checkpoint.describe(config, "config.json").shapes
-  dotted = {path: ".".join(path if path[0] == "lm_head" else ("model", *path)) for path in shapes}
-  renamed = {path: name.replace("layers_", "layers.") for path, name in dotted.items()}
-  save_file({renamed[path]: np.ones(shape, np.float32) for path, shape in shapes.items()}, directory / WEIGHTS)
+  shapes = widen(clip, directory, num_layers=2)
+  save_file({name: np.ones(shape, np.float32) for name, shape in shapes.items()}, directory / WEIGHTS)
   result = subprocess.run(
     [sys.executable, "-c", MEASURED, str(directory)], capture_output=True, text=True, cwd=ROOT, check=True
   )

@@ -18,6 +18,7 @@ from absl import flags
 from absl.testing import flagsaver
 from huggingface_hub.utils import filter_repo_objects
 from layouts import WEIGHTS, assert_same_trees, convert_to, flat_params, make_original, refuses
+from peak_memory import WATCHED, widen
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert import pickle_reader, shards
@@ -491,23 +492,17 @@ class TestFlags:
     assert opened == [("name", True)]
 
 
-MEASURED = """
-import sys, threading, time
+MEASURED = f"""{WATCHED}
+import sys
 import jax, jax.numpy as jnp, torch, transformers
 from checkpoints_convert.convert import convert, open_source
 from himap_jax import checkpoint
 jax.block_until_ready(jnp.zeros(3))
 checkpoint.open_checkpoint(sys.argv[3])
-private = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
-before, peak = private(), [0]
-def watch():
-    while True:
-        peak[0] = max(peak[0], private())
-        time.sleep(0.002)
-threading.Thread(target=watch, daemon=True).start()
+before = start()
 loaded = checkpoint.load(sys.argv[1], dtype=jnp.bfloat16, allow_pickle=True)
 print(peak[0] - before - sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params)))
-before = peak[0] = private()
+before = start()
 cache = checkpoint.default_cache_dir()
 convert(open_source(sys.argv[1], allow_pickle=True), sys.argv[2], checkpoint.describe, cache_dir=cache)
 print(peak[0] - before)
@@ -518,17 +513,8 @@ print(open("/proc/self/maps").read().count("pytorch_model"))
 def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
   """Four layers of 3 x 25 MB in bfloat16, in two shards."""
   directory = tmp_path / "source"
-  shutil.copytree(clip, directory)
-  (directory / WEIGHTS).unlink()
-  config = json.loads((directory / "config.json").read_text())
-  config["text_config"] |= dict(hidden_size=1024, intermediate_size=12_288, num_hidden_layers=4, head_dim=256)
-  (directory / "config.json").write_text(json.dumps(config))
-  shapes = checkpoint.describe(config, "config.json").shapes
-  dotted = {path: ".".join(path if path[0] == "lm_head" else ("model", *path)) for path in shapes}
-  tensors = {
-    dotted[path].replace("layers_", "layers."): torch.ones(shape, dtype=torch.bfloat16)
-    for path, shape in shapes.items()
-  }
+  shapes = widen(clip, directory, num_layers=4)
+  tensors = {name: torch.ones(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
   sharded(directory, tensors, num_shards=2)
   total, largest = sum(value.nbytes for value in tensors.values()), max(value.nbytes for value in tensors.values())
   del tensors
