@@ -27,7 +27,7 @@ from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.model.quantization import can_be_int8, map_int8
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -59,10 +59,14 @@ class OpenCheckpoint:
     keep: tuple[int | float, ...] | None = None,
     parameters: Mapping[str, float] | None = None,
   ) -> Schedule:
-    """The schedule of a pruning method for this model; arguments and errors as in `build_schedule`."""
-    pruning = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()))
-    num_image_tokens = self.prompts("<image>{question}").num_image_tokens
-    return pruning.schedule(self.config.text.num_hidden_layers, num_image_tokens, self.config.vision.has_class_token)
+    """The schedule of a pruning method for this model, for prompts with any number of image tokens.
+
+    Arguments and errors as in `build_schedule`.
+    """
+    sizes = dict(
+      num_layers=self.config.text.num_hidden_layers, has_class_token=self.config.vision.has_class_token
+    )
+    return build_schedule(method, **sizes, prune_layers=prune_layers, keep=keep, parameters=parameters)
 
   def digest(self) -> str:
     """Digest of the contents of all files; the first call may read them all."""

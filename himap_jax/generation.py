@@ -47,32 +47,41 @@ class Answer:
 
 def generate(
   loaded: LoadedModel,
-  images: Sequence[Image.Image],
+  images: Sequence[Image.Image | Sequence[Image.Image]],
   questions: Sequence[str],
   *,
   schedule: Schedule = Schedule(),
   generation: GenerationConfig = GenerationConfig(),
   inputs: InputConfig = InputConfig(),
 ) -> list[Answer]:
-  """Answers one question per image, without pruning by default; raises `UserError` for unusable settings or prompts."""
+  """Answers questions about images, without pruning by default.
+
+  Args:
+    images: for each question its image, or its images in the order of `<image>` in the prompt.
+
+  Raises:
+    UserError: unusable settings or prompts.
+  """
   processor = loaded.prompts(inputs.prompt_template)
-  shape, buckets, max_new_tokens = processor.image_shape, inputs.prompt_buckets, generation.max_new_tokens
-  batcher = Batcher(loaded.config, shape, buckets=buckets, max_new_tokens=max_new_tokens)
+  rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
+  lengths = {"buckets": inputs.prompt_buckets, "max_new_tokens": generation.max_new_tokens}
+  batcher = Batcher(loaded.config, processor.image_shape, pictures={len(own) for own in rows} or {1}, **lengths)
+  schedule.at(loaded.config.text.num_hidden_layers, batcher.most_image_tokens)
   engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)
   batch_size = sharding.padded_batch_size(inputs.batch_size, sharding.mesh_of(loaded.model.params))
-  examples = [processor.prepare(image, question) for image, question in zip(images, questions, strict=True)]
+  examples = [processor.prepare(own, question) for own, question in zip(rows, questions, strict=True)]
   bucket_of = [batcher.bucket(example) for example in examples]
   answers: dict[int, Answer] = {}
   for bucket in sorted(set(bucket_of)):
-    rows = [row for row, own in enumerate(bucket_of) if own == bucket]
-    for group in (rows[first : first + batch_size] for first in range(0, len(rows), batch_size)):
-      batch = batcher.pack([examples[row] for row in group], bucket=bucket, batch_size=batch_size)
+    indices = [index for index, own in enumerate(bucket_of) if own == bucket]
+    for group in (indices[first : first + batch_size] for first in range(0, len(indices), batch_size)):
+      batch = batcher.pack([examples[index] for index in group], bucket=bucket, batch_size=batch_size)
       result = engine(batch, group)
-      for place, row in enumerate(group):
-        answers[row] = Answer(
+      for place, index in enumerate(group):
+        answers[index] = Answer(
           text=processor.decode(result.tokens[place]),
           token_ids=result.tokens[place],
           kept=[stage[place] for stage in result.kept],
           first_logits=result.logits[place],
         )
-  return [answers[row] for row in range(len(examples))]
+  return [answers[index] for index in range(len(examples))]

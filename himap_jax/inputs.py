@@ -1,6 +1,7 @@
 """Model inputs: a prepared prompt on the host, a batch of prompts, and the layout of its slots.
 
-Axes: B batch, S slots, M image tokens, T other slots, Q queries, K kept image tokens, R remaining slots, D model dim.
+Axes: B batch, S slots, P pictures of a row, M image tokens, T other slots, Q queries, K kept image tokens, R remaining
+slots, D model dim.
 
 A row is padded on the right; otherwise its image tokens may be anywhere, in any number of runs:
 
@@ -163,13 +164,13 @@ class Inputs:
   Attributes:
     tokens: `[B, S]` token ids; the image token's id in image slots.
     positions: `[B, S]` rotary positions, 0 in padding.
-    pixel_values: `[B, 3, height, width]` preprocessed images.
+    pixel_values: `[B, P, 3, height, width]` preprocessed pictures of each row, in the order of their image tokens.
   """
 
   tokens: Int[Array, "B S"]
   layout: Layout
   positions: Int[Array, "B S"]
-  pixel_values: Float[Array, "B 3 h w"]
+  pixel_values: Float[Array, "B P 3 h w"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,11 @@ class Example:
   tokens: Int[np.ndarray, "S"]
   image_id: Int[np.ndarray, "S"]
   positions: Int[np.ndarray, "S"]
-  pixel_values: Float[np.ndarray, "3 h w"]
+  pixel_values: Float[np.ndarray, "P 3 h w"]
+
+  @property
+  def num_pictures(self) -> int:
+    return len(self.pixel_values)
 
   @property
   def num_image_tokens(self) -> int:

@@ -313,7 +313,7 @@ def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int, pad
     tokens=tokens,
     layout=Layout.of_rows(kind, np.zeros_like(kind), int(is_image.sum(axis=1).max())),
     positions=np.where(used, np.arange(num_slots, dtype=np.int32)[None], 0),
-    pixel_values=np.concatenate([pixels.numpy() for _, pixels in rows]),
+    pixel_values=np.stack([pixels.numpy() for _, pixels in rows]),
   )
 
 

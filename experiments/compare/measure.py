@@ -91,7 +91,7 @@ def mean_text_length(subject: Subject) -> int:
   blank, lengths = Image.new("RGB", (64, 64)), {}
   for text in {question.question for question in subject.questions}:
     with contextlib.suppress(UserError):
-      example = subject.processor.prepare(blank, text)
+      example = subject.processor.prepare([blank], text)
       subject.batcher.bucket(example)
       lengths[text] = example.num_text_tokens
   return round(float(np.mean([lengths[q.question] for q in subject.questions if q.question in lengths])))

@@ -78,7 +78,7 @@ def collect(questions: Sequence[Question], comparison: Comparison, subject: Subj
         layers = [stage.layer for stage in cell.schedule.stages]
         shown[cell.label] = Shown(row["answer"], list(zip(layers, row["kept"], strict=True)))
     if shown:
-      picture, grid = subject.processor.picture(subject.example(question)), subject.processor.patch_grid
+      (picture,), grid = subject.processor.pictures(subject.example(question)), subject.processor.patch_grid
       examples.append(Example(picture, grid, question, shown))
   return examples
 

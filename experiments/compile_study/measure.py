@@ -94,7 +94,7 @@ def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> 
   num_tokens = sum(int(batch.inputs.layout.num_tokens()[: len(batch.questions)].sum()) for batch in batches)
   inputs = jax.tree.map(jnp.asarray, [batch.inputs for batch in batches])
   recorder, loaded = Recorder(), subject.loaded
-  prefill = VARIANTS[variant].build(recorder, loaded.schedule("himap", setting.prune_layers, setting.keep))
+  prefill = VARIANTS[variant].build(recorder, subject.himap(setting.prune_layers, setting.keep))
 
   def seconds(batches: list[Inputs]) -> float:
     start = time.perf_counter()

@@ -78,7 +78,7 @@ class Packer:
     is_image = tokens == self._image_token
     kind = np.where(is_image, IMAGE, np.where(segments == UNUSED, PADDING, TEXT))
     layout = Layout.of_rows(kind, np.where(is_image, 0, -1), self._num_image_tokens)
-    inputs = Inputs(tokens, layout, positions, self.pixel_values([sample.picture for sample in samples]))
+    inputs = Inputs(tokens, layout, positions, self.pixel_values([sample.picture for sample in samples])[:, None])
     return jax.tree.map(jnp.asarray, Batch(inputs, segments, *answers))
 
   def pixel_values(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B 3 h w"]:

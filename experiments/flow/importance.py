@@ -115,15 +115,15 @@ def window_of(grid: tuple[int, int]) -> tuple[slice, ...]:
 
 
 def swapped(
-  pixels: Float[np.ndarray, "Q 3 h w"], others: Float[np.ndarray, "Q 3 h w"], grid: tuple[int, int]
-) -> Float[np.ndarray, "Q 3 h w"]:
+  pixels: Float[np.ndarray, "Q P 3 h w"], others: Float[np.ndarray, "Q P 3 h w"], grid: tuple[int, int]
+) -> Float[np.ndarray, "Q P 3 h w"]:
   """Pictures with their central patches replaced by those of others."""
   middle = tuple(
     slice(window.start * side // count, window.stop * side // count)
-    for window, side, count in zip(window_of(grid), pixels.shape[2:], grid, strict=True)
+    for window, side, count in zip(window_of(grid), pixels.shape[-2:], grid, strict=True)
   )
   result = pixels.copy()
-  result[:, :, *middle] = others[:, :, *middle]
+  result[..., *middle] = others[..., *middle]
   return result
 
 

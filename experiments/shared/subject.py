@@ -16,7 +16,7 @@ from experiments.question_sets import Question
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import Batcher
+from himap_jax.engine.batching import Batcher, Bucket
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
@@ -88,8 +88,8 @@ class Subject:
     return self.opened.config.text.num_hidden_layers
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
-    """HiMAP's schedule for the model; arguments and errors as in `methods.build_schedule`."""
-    return self.opened.schedule("himap", prune_layers, keep)
+    """HiMAP's schedule for the model and one picture; arguments and errors as in `methods.build_schedule`."""
+    return self.opened.schedule("himap", prune_layers, keep).at(self.num_layers, self.batcher.num_image_tokens)
 
   def engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
     return Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)
@@ -130,9 +130,9 @@ class Subject:
 
   def example(self, question: Question) -> Example:
     """Prepares a question; `UserError` if it cannot be prepared."""
-    return self.processor.prepare(load_image(question.image), question.question)
+    return self.processor.prepare([load_image(question.image)], question.question)
 
-  def examples(self, label: str) -> Iterator[tuple[Question, Example, int]]:
+  def examples(self, label: str) -> Iterator[tuple[Question, Example, Bucket]]:
     """Yields every question that can be prepared, with its prompt and bucket; `UserError` if there is none."""
     num_left_out = 0
     with Progress(len(self.questions), "question", label) as progress:
@@ -151,9 +151,9 @@ class Subject:
 
   def batches(self, label: str) -> Iterator[Batch]:
     """Yields batches of one bucket each from `examples`; they depend only on the questions and the batch size."""
-    waiting: dict[int, list[tuple[Question, Example]]] = collections.defaultdict(list)
+    waiting: dict[Bucket, list[tuple[Question, Example]]] = collections.defaultdict(list)
 
-    def batch(bucket: int) -> Batch:
+    def batch(bucket: Bucket) -> Batch:
       questions, examples = zip(*waiting.pop(bucket), strict=True)
       return Batch(questions, self.batcher.pack(examples, bucket=bucket, batch_size=self.batch_size))
 

@@ -115,7 +115,7 @@ class Ours(Side):
       tokens=rng.integers(2, self._config.text.vocab_size, shape, np.int32),
       layout=Layout.of_rows(np.where(is_image, IMAGE, TEXT), np.zeros_like(slot), count),
       positions=slot,
-      pixel_values=rng.standard_normal((shape[0], 3, *geometries.image_shape(self._config)), np.float32),
+      pixel_values=rng.standard_normal((shape[0], 1, 3, *geometries.image_shape(self._config)), np.float32),
     )
     return jax.tree.map(jnp.asarray, inputs)
 

@@ -66,7 +66,7 @@ def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, paramete
 def abstract_inputs(
   config: ModelConfig, mesh: Mesh, *, batch_size: int, num_text_slots: int, image_shape: tuple[int, int]
 ) -> tuple[Inputs, jax.ShapeDtypeStruct]:
-  """Inputs and seeds of a batch as `jax.ShapeDtypeStruct`s."""
+  """Inputs and seeds of a batch of prompts with one picture, as `jax.ShapeDtypeStruct`s."""
 
   def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.rows(mesh))
@@ -77,7 +77,7 @@ def abstract_inputs(
     tokens=slots,
     layout=Layout(slots, slots, slots, slots, num_image_tokens),
     positions=slots,
-    pixel_values=array((3, *image_shape), jnp.float32),
+    pixel_values=array((1, 3, *image_shape), jnp.float32),
   )
   return inputs, array((), jnp.uint32)
 

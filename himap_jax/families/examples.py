@@ -14,38 +14,43 @@ IMAGE_TAG = "<image>"
 
 
 def expand(
-  ids: Sequence[int], image_token_id: int, num_image_tokens: int, pixels: Float[np.ndarray, "3 h w"]
+  ids: Sequence[int], image_token_id: int, num_image_tokens: int, pixels: Float[np.ndarray, "P 3 h w"]
 ) -> Example:
-  """The example of a prompt in which `image_token_id` stands once, for the picture's `num_image_tokens` tokens.
+  """The example of a prompt in which `image_token_id` stands once for each picture of `num_image_tokens` tokens.
 
   Raises:
-    UserError: the token does not stand exactly once, or no text follows it.
+    UserError: the token stands another number of times, or no text follows it.
   """
-  if ids.count(image_token_id) != 1:
+  ids = np.asarray(ids, np.int32)
+  is_image = ids == image_token_id
+  if is_image.sum() != len(pixels):
     raise UserError(
-      f"the tokenizer turns {IMAGE_TAG} into {ids.count(image_token_id)} image tokens (id {image_token_id}); "
+      f"the tokenizer turns {len(pixels)} {IMAGE_TAG} into {is_image.sum()} image tokens (id {image_token_id}); "
       "the checkpoint's tokenizer and config.json disagree"
     )
-  start = ids.index(image_token_id)
-  if start == len(ids) - 1:
+  if is_image[-1]:
     raise UserError(f"a prompt needs text after {IMAGE_TAG}: its attention decides which image tokens are kept")
-  tokens = np.array([*ids[:start], *[image_token_id] * num_image_tokens, *ids[start + 1 :]], np.int32)
-  slot = np.arange(len(tokens), dtype=np.int32)
-  image_id = np.where((slot >= start) & (slot < start + num_image_tokens), 0, -1).astype(np.int32)
-  return Example(tokens, image_id, slot, pixels)
+  repeats = np.where(is_image, num_image_tokens, 1)
+  image_id = np.where(is_image, is_image.cumsum() - 1, -1).astype(np.int32)
+  tokens = np.repeat(ids, repeats)
+  return Example(tokens, np.repeat(image_id, repeats), np.arange(len(tokens), dtype=np.int32), pixels)
 
 
-def require_one_image(text: str) -> None:
-  """Raises `UserError` unless a prompt has exactly one `<image>`."""
+def check_images(text: str, num_pictures: int) -> None:
+  """Raises `UserError` unless a prompt has one `<image>` for every picture."""
   count = text.count(IMAGE_TAG)
-  if count != 1:
-    raise UserError(f"a prompt needs exactly one {IMAGE_TAG}, but this one has {count}")
+  if count != num_pictures:
+    pictures = "1 picture" if num_pictures == 1 else f"{num_pictures} pictures"
+    raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")
 
 
-def fill(template: str, question: str) -> str:
-  """Puts a question into a template; an `<image>` in the question replaces the template's."""
-  if IMAGE_TAG in question:
-    template = template.replace(IMAGE_TAG + "\n", "").replace(IMAGE_TAG, "")
+def fill(template: str, question: str, num_pictures: int) -> str:
+  """Puts a question into a template whose `<image>`, with the line break after it, is repeated for every picture.
+
+  `<image>` in the question replaces those of the template.
+  """
+  tag = IMAGE_TAG + "\n" if IMAGE_TAG + "\n" in template else IMAGE_TAG
+  template = template.replace(tag, "" if IMAGE_TAG in question else tag * num_pictures)
   return template.replace("{question}", question)
 
 
@@ -59,15 +64,17 @@ def literal_template(template: str, *names: str) -> str:
   return template.replace("\\n", "\n")
 
 
-def pixels_of(image_processor: Any, image: Image.Image) -> Float[np.ndarray, "3 h w"]:
-  """The picture as an image processor of transformers makes it."""
-  return np.asarray(image_processor(image, return_tensors="np")["pixel_values"][0], np.float32)
+def pixels_of(image_processor: Any, images: Sequence[Image.Image]) -> Float[np.ndarray, "P 3 h w"]:
+  """The pictures as an image processor of transformers makes them."""
+  return np.stack([np.asarray(image_processor(x, return_tensors="np")["pixel_values"][0], np.float32) for x in images])
 
 
-def picture_of(image_processor: Any, pixels: Float[np.ndarray, "3 h w"], height: int, width: int) -> Image.Image:
-  """The top left `height` × `width` of preprocessed pixels, with the normalisation undone."""
+def pictures_of(
+  image_processor: Any, pixels: Float[np.ndarray, "P 3 h w"], height: int, width: int
+) -> list[Image.Image]:
+  """The top left `height` × `width` of preprocessed pictures, with the normalisation undone."""
   mean, std = (
     np.asarray(values, np.float32)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
   )
   shown = np.clip((pixels * std + mean) * 255, 0, 255).round().astype(np.uint8)
-  return Image.fromarray(shown[:, :height, :width].transpose(1, 2, 0))
+  return [Image.fromarray(picture[:, :height, :width].transpose(1, 2, 0)) for picture in shown]

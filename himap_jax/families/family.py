@@ -18,24 +18,30 @@ class Processor(Protocol):
   Attributes:
     image_shape: `(height, width)` of every preprocessed image, in pixels.
     patch_grid: `(rows, columns)` of patches in such an image.
-    num_image_tokens: image tokens per prompt.
+    num_image_tokens: image tokens of a picture.
   """
 
   image_shape: tuple[int, int]
   patch_grid: tuple[int, int]
   num_image_tokens: int
 
-  def prepare(self, image: Image.Image, question: str) -> Example:
-    """Fills the template, tokenises it and preprocesses the picture; raises `UserError` for unusable input."""
+  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
+    """Fills the template, tokenises it and preprocesses the pictures.
 
-  def prompt(self, question: str) -> str:
+    `<image>` in a question stands for the next picture; without any, all pictures stand where the template has its own.
+
+    Raises:
+      UserError: another number of `<image>` than of pictures, no text after the last, or an unusable picture.
+    """
+
+  def prompt(self, question: str, num_pictures: int = 1) -> str:
     """The filled template."""
 
   def decode(self, tokens: Sequence[int]) -> str:
     """The text of an answer, without special tokens and surrounding white space."""
 
-  def picture(self, example: Example) -> Image.Image:
-    """The picture as the model sees it: resized, and cropped to whole patches."""
+  def pictures(self, example: Example) -> list[Image.Image]:
+    """The pictures as the model sees them: resized, and cropped to whole patches."""
 
 
 @dataclasses.dataclass(frozen=True)

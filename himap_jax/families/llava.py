@@ -1,24 +1,22 @@
-"""LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a decoder; one picture per prompt."""
+"""LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a decoder."""
 
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
+  check_images,
   expand,
   fill,
   literal_template,
-  picture_of,
+  pictures_of,
   pixels_of,
-  require_one_image,
 )
 from himap_jax.families.family import Family
 from himap_jax.families.text import check_text_model, text_config
@@ -134,41 +132,38 @@ class LlavaProcessor:
     self._processor = processor
     self._config = config
     self._template = _check_template(template, processor)
-    self.image_shape = self._pixels(Image.new("RGB", (64, 48))).shape[1:]
-    if self._pixels(Image.new("RGB", (48, 64))).shape[1:] != self.image_shape:
+    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)]) for size in ((64, 48), (48, 64)))
+    self.image_shape = wide.shape[2:]
+    if tall.shape != wide.shape:
       raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
 
-  def prepare(self, image: Image.Image, question: str) -> Example:
-    """Fills the template, tokenises it and preprocesses the picture; `<image>` in a question replaces the template's.
-
-    Raises:
-      UserError: not exactly one `<image>` in the prompt, no text after it, or a picture that is too elongated or too
-        large.
-    """
-    text = self.prompt(question)
-    require_one_image(text)
+  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
+    text = self.prompt(question, len(images))
+    check_images(text, len(images))
     tokenizer = self._processor.tokenizer
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = list(tokenizer(text, add_special_tokens=not has_bos)["input_ids"])
-    self._check_size(image)
-    return expand(ids, self._config.image_token_id, self.num_image_tokens, self._pixels(image))
+    ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    for image in images:
+      self._check_size(image)
+    pixels = pixels_of(self._processor.image_processor, images)
+    return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
 
-  def prompt(self, question: str) -> str:
+  def prompt(self, question: str, num_pictures: int = 1) -> str:
     if self._template != "chat":
-      return fill(self._template, question)
+      return fill(self._template, question, num_pictures)
     content = [{"type": "text", "text": question}]
     if IMAGE_TAG not in question:
-      content.insert(0, {"type": "image"})
+      content = [{"type": "image"}] * num_pictures + content
     return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
-  def picture(self, example: Example) -> Image.Image:
+  def pictures(self, example: Example) -> list[Image.Image]:
     height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
-    return picture_of(self._processor.image_processor, example.pixel_values, height, width)
+    return pictures_of(self._processor.image_processor, example.pixel_values, height, width)
 
   def _check_size(self, image: Image.Image) -> None:
     """Refuses pictures that would exhaust memory when resized or padded to a square."""
@@ -183,9 +178,6 @@ class LlavaProcessor:
         f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
         f"{MAX_PIXELS:,}"
       )
-
-  def _pixels(self, image: Image.Image) -> Float[np.ndarray, "3 h w"]:
-    return pixels_of(self._processor.image_processor, image)
 
 
 def _check_template(template: str, processor: Any) -> str:

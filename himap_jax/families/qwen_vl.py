@@ -5,6 +5,7 @@ Its remote code is never run: the tokenizer is built from `qwen.tiktoken`, and t
 """
 
 import dataclasses
+import itertools
 import pathlib
 import re
 from collections.abc import Sequence
@@ -17,12 +18,12 @@ from himap_jax.errors import UserError
 from himap_jax.families import tiktoken
 from himap_jax.families.examples import (
   IMAGE_TAG,
+  check_images,
   expand,
   fill,
   literal_template,
-  picture_of,
+  pictures_of,
   pixels_of,
-  require_one_image,
 )
 from himap_jax.families.family import Family
 from himap_jax.inputs import Example
@@ -172,34 +173,31 @@ class QwenProcessor:
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
 
-  def prepare(self, image: Image.Image, question: str) -> Example:
-    """Fills the template, tokenises it and resizes the picture; `<image>` in a question replaces the template's.
-
-    Raises:
-      UserError: not exactly one `<image>` in the prompt, no text after it, or tokens of pictures in the question.
-    """
+  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
     if any(token in question for token in ("<img>", "</img>", "<imgpad>")):
       raise UserError(f"a question may not hold <img>, </img> or <imgpad>; {IMAGE_TAG} stands for the picture")
-    content = fill(self._template, question)
-    require_one_image(content)
+    content = fill(self._template, question, len(images))
+    check_images(content, len(images))
     ids = self._ids(self._head, (CHAT_START, CHAT_END)) + self._ids(self._with_image_tokens(content), CONTENT_TOKENS)
     ids += self._ids(self._tail, (CHAT_START, CHAT_END))
-    pixels = pixels_of(self._files.image_processor, image)
+    pixels = pixels_of(self._files.image_processor, images)
     return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
 
-  def prompt(self, question: str) -> str:
-    return self._head + self._with_image_tokens(fill(self._template, question)) + self._tail
+  def prompt(self, question: str, num_pictures: int = 1) -> str:
+    return self._head + self._with_image_tokens(fill(self._template, question, num_pictures)) + self._tail
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
-  def picture(self, example: Example) -> Image.Image:
+  def pictures(self, example: Example) -> list[Image.Image]:
     height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
-    return picture_of(self._files.image_processor, example.pixel_values, height, width)
+    return pictures_of(self._files.image_processor, example.pixel_values, height, width)
 
   def _with_image_tokens(self, content: str) -> str:
     """Replaces `<image>` as the authors' `from_list_format` does in a chat, and as their evaluation does otherwise."""
-    return content.replace(IMAGE_TAG, "Picture 1: <img><imgpad></img>\n" if self._is_chat else "<img><imgpad></img>")
+    number = itertools.count(1)
+    label = (lambda _: f"Picture {next(number)}: <img><imgpad></img>\n") if self._is_chat else "<img><imgpad></img>"
+    return re.sub(IMAGE_TAG, label, content)
 
   def _ids(self, text: str, special: Sequence[str]) -> list[int]:
     """Token ids of a text in which only the given special tokens are special: a user could write the others."""

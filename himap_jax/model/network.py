@@ -1,6 +1,6 @@
 """A vision-language model: tower → connector → merge with the text → decoder.
 
-Axes: B batch, S slots, N image tokens, D model dim, V vocabulary.
+Axes: B batch, P pictures of a row, S slots, N image tokens of a row, D model dim, V vocabulary.
 """
 
 import dataclasses
@@ -49,12 +49,14 @@ class Network(nn.Module):
     if not text.tie_word_embeddings:
       self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))
 
-  def encode_images(self, pixel_values: Float[Array, "B 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
-    """Image tokens in the decoder's width, and the tower output."""
+  def encode_images(self, pixel_values: Float[Array, "B P 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
+    """Image tokens in the decoder's width, and the tower output, both of all pictures of a row."""
+    batch, pictures = pixel_values.shape[:2]
     with jax.named_scope("vision_tower"):
-      tower = self.vision_tower(pixel_values.astype(self.dtype))
+      tower = self.vision_tower(pixel_values.reshape(-1, *pixel_values.shape[2:]).astype(self.dtype))
     with jax.named_scope("connector"):
-      return self.multi_modal_projector(tower.features), tower
+      image_tokens = self.multi_modal_projector(tower.features)
+    return jax.tree.map(lambda x: x.reshape(batch, pictures * x.shape[1], *x.shape[2:]), (image_tokens, tower))
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
@@ -121,5 +123,5 @@ def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
   image_id = np.zeros((1, num_image_tokens + 1), np.int32)
   image_id[0, -1] = -1
   layout = Layout.of_rows((image_id >= 0).astype(np.int32), image_id, num_image_tokens)
-  inputs = Inputs(image_id, layout, image_id, np.zeros((1, 3, side, side), np.float32))
+  inputs = Inputs(image_id, layout, image_id, np.zeros((1, 1, 3, side, side), np.float32))
   return jax.eval_shape(lambda inputs: Network(config).init(jax.random.key(0), inputs), inputs)

@@ -46,7 +46,13 @@ class Costs:
 
 
 def costs(
-  sizes: ModelSizes, schedule: Schedule, num_image_tokens: int, num_text_tokens: int, bytes_per_value: int = 2
+  sizes: ModelSizes,
+  schedule: Schedule,
+  num_image_tokens: int,
+  num_text_tokens: int,
+  bytes_per_value: int = 2,
+  *,
+  num_pictures: int = 1,
 ) -> Costs:
   """Costs of one prompt, from its image tokens before pruning and its text tokens.
 
@@ -77,8 +83,8 @@ def costs(
       scoring += segment.stage.criterion.cost(own)
   return Costs(
     image_tokens=image_tokens,
-    tower=sizes.tower_flops,
-    projector=sizes.connector_flops,
+    tower=num_pictures * sizes.tower_flops,
+    projector=num_pictures * sizes.connector_flops,
     decoder=decoder,
     scoring=scoring,
     head=head,

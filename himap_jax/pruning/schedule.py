@@ -9,11 +9,20 @@ from himap_jax.pruning.method import Criterion
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-  """One pruning stage: before `layer` (counted from 0; 0 is before the decoder) it leaves `keep` image tokens."""
+  """One pruning stage.
+
+  Attributes:
+    layer: the stage is before it; counted from 0, 0 is before the decoder.
+    keep: image tokens that it leaves: a count, or a share of those of the prompt before pruning.
+  """
 
   layer: int
-  keep: int
+  keep: int | float
   criterion: Criterion
+
+  def count(self, num_image_tokens: int) -> int:
+    """Image tokens that it leaves of a prompt's: at least one of a share; a count may be above `num_image_tokens`."""
+    return self.keep if isinstance(self.keep, int) else max(1, round(self.keep * num_image_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +53,33 @@ class Schedule:
     """Number of segments that have layers."""
     return len(self.stages) + (not self.stages or self.stages[0].layer > 0)
 
+  def at(self, num_layers: int, num_image_tokens: int) -> "Schedule":
+    """The schedule of prompts with so many image tokens, with counts for shares.
+
+    Raises:
+      UserError: layers are out of range or out of order, or keep counts grow.
+    """
+    count = num_image_tokens
+    for stage in self.stages:
+      own = stage.count(num_image_tokens)
+      if not 1 <= own <= count:
+        raise UserError(f"cannot keep {own} image tokens before layer {stage.layer}: there are {count}")
+      count = own
+    return self.with_counts([s.stage.keep for s in self.segments(num_layers, num_image_tokens) if s.stage is not None])
+
   def with_counts(self, counts: Sequence[int]) -> "Schedule":
     """The same stages with other keep counts, such as those of one row if rows keep different counts."""
     stages = (dataclasses.replace(stage, keep=keep) for stage, keep in zip(self.stages, counts, strict=True))
     return dataclasses.replace(self, stages=tuple(stages))
 
   def segments(self, num_layers: int, num_image_tokens: int) -> tuple[Segment, ...]:
-    """Splits the decoder at the stages; a stage before the decoder makes a first segment without layers.
+    """Splits the decoder at the stages, for prompts with so many image tokens before pruning.
+
+    A stage before the decoder makes a first segment without layers. The stages of the segments have counts; a stage
+    that keeps more than there are keeps all.
 
     Raises:
-      UserError: layers are out of range or out of order, or keep counts grow.
+      UserError: layers are out of range or out of order.
     """
     for layer in self.frozen_layers:
       if not 0 <= layer < num_layers:
@@ -66,9 +92,8 @@ class Schedule:
         raise UserError(f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}")
       if segments and stage.layer <= first:
         raise UserError(f"pruning layers must ascend, but {stage.layer} follows {first}")
-      if not 1 <= stage.keep <= count:
-        raise UserError(f"cannot keep {stage.keep} image tokens before layer {stage.layer}: there are {count}")
-      segments.append(Segment(first, stage.layer, count, stage))
-      first, count = stage.layer, stage.keep
+      own = dataclasses.replace(stage, keep=min(count, stage.count(num_image_tokens)))
+      segments.append(Segment(first, stage.layer, count, own))
+      first, count = stage.layer, own.keep
     segments.append(Segment(first, num_layers, count, None))
     return tuple(segments)

@@ -14,7 +14,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from himap_jax.engine import processes
-from himap_jax.engine.batching import Batcher
+from himap_jax.engine.batching import Batcher, Bucket
 from himap_jax.engine.engine import Engine, Generation
 from himap_jax.engine.processes import Share
 from himap_jax.errors import UserError
@@ -40,10 +40,10 @@ class Prepared(NamedTuple):
 class Reader:
   """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors."""
 
-  def __init__(self, prompts: Iterable[Prompt], prepare: Callable, *, buckets: Sequence[int], batch_size: int):
+  def __init__(self, prompts: Iterable[Prompt], prepare: Callable, *, buckets: Sequence[Bucket], batch_size: int):
     """`prepare` returns a prompt's bucket and its `Prepared`, or raises UserError."""
     self._prompts, self._prepare, self._batch_size = iter(prompts), prepare, batch_size
-    self._waiting: dict[int, list[Prepared]] = {bucket: [] for bucket in buckets}
+    self._waiting: dict[Bucket, list[Prepared]] = {bucket: [] for bucket in buckets}
     self._errors: list[tuple[Prompt, str]] = []
 
   def read(self) -> None:
@@ -64,7 +64,7 @@ class Reader:
     """Waiting rows, by bucket."""
     return [len(group) for group in self._waiting.values()]
 
-  def take(self, bucket: int) -> list[Prepared]:
+  def take(self, bucket: Bucket) -> list[Prepared]:
     """Removes and returns the rows of the next batch."""
     group = self._waiting[bucket]
     self._waiting[bucket] = group[self._batch_size :]
@@ -107,10 +107,11 @@ class Answerer:
     summary = Summary(num_skipped=len(contract.prompts) - len(todo))
     num_rows = self.batch_size // share.count
 
-    def prepare(prompt: Prompt) -> tuple[int, Prepared]:
-      image, picture = load_with_digest(contract.image_dir / prompt.image)
-      example = self.processor.prepare(image, prompt.question)
-      return self.batcher.bucket(example), Prepared(prompt, example, contract.row_digest(prompt, picture))
+    def prepare(prompt: Prompt) -> tuple[Bucket, Prepared]:
+      loaded = [load_with_digest(contract.image_dir / image) for image in prompt.images]
+      example = self.processor.prepare([image for image, _ in loaded], prompt.question)
+      digest = contract.row_digest(prompt, [digest for _, digest in loaded])
+      return self.batcher.bucket(example), Prepared(prompt, example, digest)
 
     reader = Reader(todo[share.index :: share.count], prepare, buckets=buckets, batch_size=num_rows)
     progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
@@ -140,7 +141,7 @@ class Answerer:
           summary.seconds = time.perf_counter() - start
           return summary
 
-  def _generate(self, group: Sequence[Prepared], bucket: int, num_rows: int) -> Generation:
+  def _generate(self, group: Sequence[Prepared], bucket: Bucket, num_rows: int) -> Generation:
     inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
     with out_of_memory_is_user_error():
       return self.engine(inputs, [row.prompt.key for row in group])
@@ -164,12 +165,12 @@ class Answerer:
       if "timing" in self.emit:
         more["timing"] = seconds | {"rows_in_batch": len(group)}
       row = prompt.row(digest, answer=self.processor.decode(tokens), **more)
-      counts = (example.num_image_tokens, example.num_text_tokens, [len(stage) for stage in kept])
-      results.append(Result(row, len(tokens), *counts))
+      counts = (example.num_pictures, example.num_image_tokens, example.num_text_tokens)
+      results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept]))
     return results
 
   def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:
-    picture = draw_kept(self.processor.picture(example), kept, self.processor.patch_grid)
+    picture = draw_kept(self.processor.pictures(example), kept, self.processor.patch_grid)
     path = self.pictures / f"{prompt.file_name}.png"
     with user_error(f"--pictures: cannot write {path}"):
       picture.save(path, format="PNG")

@@ -1,7 +1,8 @@
-"""The contract of a row: digests that identify the settings, the question and the picture of its answer.
+"""The contract of a row: digests that identify the settings, the question and the pictures of its answer.
 
-A row's `digest` is `<settings>-<question>-<picture>`, each the first 16 hexadecimal digits of a SHA-256: of everything
-that answers depend on besides the prompts, of the question's text, and of the picture's file. `<output>.settings.json`
+A row's `digest` is `<settings>-<question>-<pictures>`, each the first 16 hexadecimal digits of a SHA-256: of everything
+that answers depend on besides the prompts, of the question's text, and of the picture's file or, of several, of their
+digests. `<output>.settings.json`
 lists the settings for people; only the digests in the rows decide whether a run may resume.
 """
 
@@ -49,12 +50,12 @@ class Contract:
   def digest(self) -> str:
     return digest_of(self.settings)
 
-  def row_digest(self, prompt: Prompt, picture: str | None = None) -> str:
-    """A row's digest; `picture` is the SHA-256 of the picture's file, None if it was not read."""
-    return f"{self.digest}-{_hex(prompt.question)}-{_shortened(picture)}"
+  def row_digest(self, prompt: Prompt, pictures: Sequence[str] | None = None) -> str:
+    """A row's digest; `pictures` are the SHA-256 of the pictures' files, None if they were not read."""
+    return f"{self.digest}-{_hex(prompt.question)}-{_joint(pictures)}"
 
   def is_stale(self, row: Mapping[str, Any]) -> bool:
-    """Whether a row's prompt must be answered again: the row is an error, or its question or picture has changed.
+    """Whether a row's prompt must be answered again: the row is an error, or its question or a picture has changed.
 
     A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `unreadable`.
 
@@ -64,15 +65,16 @@ class Contract:
     prompt = self._by_key.get(str(row["id"]))
     if prompt is not None and row["error"] is not None:
       return True
-    settings, question, picture = (row["digest"].split("-") + [""] * 3)[:3]
+    settings, question, pictures = (row["digest"].split("-") + [""] * 3)[:3]
     if settings != self.digest:
       raise UserError(f"{self.output}: made with other settings{self._differences(settings)}; {self.advice}")
     if prompt is None or question != _hex(prompt.question):
       return prompt is not None
-    if prompt.image not in self._pictures:
-      self._pictures[prompt.image] = file_digest(self.image_dir / prompt.image)
-    now = self._pictures[prompt.image]
-    return now is not None and picture != _shortened(now)
+    for image in prompt.images:
+      if image not in self._pictures:
+        self._pictures[image] = file_digest(self.image_dir / image)
+    now = [self._pictures[image] for image in prompt.images]
+    return None not in now and pictures != _joint(now)
 
   @property
   def unreadable(self) -> int:
@@ -102,9 +104,11 @@ class Contract:
     return f" ({differences(before, self.settings)})" if digest_of(before) == digest else ""
 
 
+def _joint(pictures: Sequence[str] | None) -> str:
+  if pictures is None:
+    return "0" * _DIGITS
+  return pictures[0][:_DIGITS] if len(pictures) == 1 else _hex(",".join(pictures))
+
+
 def _hex(text: str) -> str:
-  return _shortened(hashlib.sha256(text.encode()).hexdigest())
-
-
-def _shortened(digest: str | None) -> str:
-  return (digest or "0" * _DIGITS)[:_DIGITS]
+  return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]

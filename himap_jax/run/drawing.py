@@ -27,16 +27,24 @@ def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Im
   return Image.composite(picture, faded, patches)
 
 
-def draw_kept(picture: Image.Image, kept: Sequence[Sequence[int]], grid: tuple[int, int]) -> Image.Image:
-  """Draws the picture and, beside it, what each stage keeps of it, as indices over a (rows, columns) grid."""
-  rows, columns = grid
-  panels = [(f"{rows * columns} image tokens", picture)]
-  panels += [(f"stage {n}: {len(stage)} kept", fade(picture, stage, grid)) for n, stage in enumerate(kept, start=1)]
-  width, height = picture.size
-  sheet = Image.new("RGB", (len(panels) * (width + MARGIN) + MARGIN, height + CAPTION + 2 * MARGIN), "white")
+def draw_kept(
+  pictures: Sequence[Image.Image], kept: Sequence[Sequence[int]], grid: tuple[int, int]
+) -> Image.Image:
+  """Draws each picture of a row and, beside it, what every stage keeps of it.
+
+  `kept` has indices over the (rows, columns) grids of the pictures, one after the other; see `kept_mask`.
+  """
+  size, (width, height) = grid[0] * grid[1], pictures[0].size
+  across, down = width + MARGIN, height + CAPTION + MARGIN
+  sheet = Image.new("RGB", ((len(kept) + 1) * across + MARGIN, len(pictures) * down + MARGIN), "white")
   draw = ImageDraw.Draw(sheet)
-  for index, (caption, panel) in enumerate(panels):
-    left = MARGIN + index * (width + MARGIN)
-    draw.text((left, MARGIN // 2), caption, fill="black")
-    sheet.paste(panel, (left, MARGIN + CAPTION))
+  for number, picture in enumerate(pictures):
+    panels = [(f"{size} image tokens", picture)]
+    for stage, indices in enumerate(kept, start=1):
+      own = [index - number * size for index in indices if len(pictures) == 1 or index // size == number]
+      panels.append((f"stage {stage}: {len(own)} kept", fade(picture, own, grid)))
+    for column, (caption, panel) in enumerate(panels):
+      left, top = MARGIN + column * across, number * down
+      draw.text((left, top + MARGIN // 2), caption, fill="black")
+      sheet.paste(panel, (left, top + MARGIN + CAPTION))
   return sheet

@@ -41,14 +41,17 @@ def run(config: RunConfig) -> int:
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
-  batcher = Batcher(opened.config, processor.image_shape, buckets=buckets, max_new_tokens=max_new_tokens)
+  pictures = {len(prompt.images) for prompt in prompts if prompt.error is None} or {1}
+  lengths = {"buckets": buckets, "pictures": pictures, "max_new_tokens": max_new_tokens}
+  batcher = Batcher(opened.config, processor.image_shape, **lengths)
   if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
     grid = " x ".join(map(str, processor.patch_grid))
     raise UserError(
       f"--pictures: this model's {processor.num_image_tokens} image tokens do not form its grid of {grid} patches"
     )
   num_layers, has_class_token = opened.config.text.num_hidden_layers, opened.config.vision.has_class_token
-  schedule = config.pruning.schedule(num_layers, processor.num_image_tokens, has_class_token)
+  schedule = config.pruning.schedule(num_layers, has_class_token=has_class_token)
+  schedule.at(num_layers, batcher.most_image_tokens)
   dtype = command.DTYPES[config.dtype]
   num_bytes = opened.num_bytes(dtype, int8_weights=config.int8_weights)
   batch_size = config.inputs.batch_size
@@ -68,7 +71,7 @@ def run(config: RunConfig) -> int:
       summary = answerer.answer_all(output, share)
   if processes.is_leader():
     sizes = model_sizes(opened.config, processor.image_shape)
-    report = Report(config.pruning.method, schedule, sizes, processor.num_image_tokens, mesh.size)
+    report = Report(config.pruning.method, schedule, sizes, mesh.size)
     report.show(summary, engine)
   return 1 if config.strict and summary.num_errors else 0
 

@@ -15,16 +15,16 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One row of a prompt file: a question about an image, or an error.
+  """One row of a prompt file: a question about images, or an error.
 
   Attributes:
     id: the row's own id, or `line:<n>` if it is missing or repeated. Ids are compared as text: 1 is "1".
-    image: path as given in the row.
+    images: paths as given in the row.
     error: why the row cannot be answered, with its line number; None if it can.
   """
 
   id: str | int
-  image: str = ""
+  images: tuple[str, ...] = ()
   question: str = ""
   error: str | None = None
 
@@ -51,8 +51,8 @@ class _BadRow(UserError):
 def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
   """Reads a prompt file, one JSON object per line.
 
-  A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`. Other
-  fields and blank lines are ignored. Of rows that share an id, the first keeps it and the others become errors.
+  A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`; `image` is
+  a path or a list of paths. Other fields and blank lines are ignored. Of rows that share an id, the first keeps it and the others become errors.
 
   Raises:
     UserError: the file cannot be read or has no rows.
@@ -75,7 +75,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     try:
       record = _record(line)
       row_id = _claim(record, owner, number)
-      prompts[number] = Prompt(row_id, _text(record, "image"), _text(record, "question", "text"))
+      prompts[number] = Prompt(row_id, _images(record), _text(record, "question", "text"))
     except _BadRow as error:
       prompts[number] = Prompt(row_id, error=f"line {number}: {error}")
   return [p if p.key else dataclasses.replace(p, id=_line_id(n, owner)) for n, p in prompts.items()]
@@ -103,6 +103,14 @@ def _claim(record: Mapping[str, Any], owner: dict[str, int], number: int) -> str
     raise _BadRow(f"the id {json.dumps(row_id)} was already used on line {owner[str(row_id)]}")
   owner[str(row_id)] = number
   return row_id
+
+
+def _images(record: Mapping[str, Any]) -> tuple[str, ...]:
+  if not isinstance(record.get("image"), list):
+    return (_text(record, "image", expected="a string or a list of strings"),)
+  if not record["image"]:
+    raise _BadRow('"image" is an empty list')
+  return tuple(_text({"image": path}, "image", expected="a list of strings") for path in record["image"])
 
 
 def _text(record: Mapping[str, Any], *names: str, expected: str = "a string") -> str:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -20,6 +20,7 @@ class Result(NamedTuple):
 
   row: dict[str, Any]
   num_new_tokens: int = 0
+  num_pictures: int = 0
   num_image_tokens: int = 0
   num_text_tokens: int = 0
   kept: Sequence[int] = ()
@@ -31,7 +32,7 @@ class Summary:
 
   Attributes:
     num_skipped: rows that were already in the output.
-    answered: answered rows by their image tokens, text tokens, and image tokens kept at each stage.
+    answered: answered rows by their pictures, image tokens, text tokens, and image tokens kept at each stage.
     seconds: from the first prompt to the last row, including compilation.
   """
 
@@ -53,17 +54,17 @@ class Summary:
         self.num_errors += 1
         continue
       self.num_new_tokens += result.num_new_tokens
-      self.answered[result.num_image_tokens, result.num_text_tokens, tuple(result.kept)] += 1
+      counts = (result.num_pictures, result.num_image_tokens, result.num_text_tokens)
+      self.answered[*counts, tuple(result.kept)] += 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """The table at the end of a run; `num_image_tokens` are those of a prompt before pruning."""
+  """The table at the end of a run."""
 
   method: str
   schedule: Schedule
   sizes: ModelSizes
-  num_image_tokens: int
   num_devices: int
 
   def show(self, summary: Summary, engine: Engine) -> None:
@@ -82,27 +83,28 @@ class Report:
       table.add_row("in all", f"{seconds:.2f} s without compilation ({rates})")
     table.add_row("compilation", f"{engine.compile_seconds:.2f} s, {engine.num_programs} programs")
     table.add_row("method", self.method)
-    table.add_row("image tokens", self._image_tokens(summary))
     if answered:
+      table.add_row("image tokens", self._image_tokens(summary))
       self._add_costs(table, summary)
     Console().print(table)
 
   def _image_tokens(self, summary: Summary) -> str:
     """Image tokens before pruning and after every stage, averaged over rows."""
-    texts = [str(self.num_image_tokens)]
+    def mean(count: Callable[..., int]) -> str:
+      return f"{sum(rows * count(*row) for row, rows in summary.answered.items()) / summary.num_answered:.4g}"
+
+    texts = [mean(lambda pictures, image, text, kept: image)]
     for index, stage in enumerate(self.schedule.stages):
-      kept = sum(count * row[2][index] for row, count in summary.answered.items())
-      mean = kept / summary.num_answered if summary.num_answered else stage.keep
-      texts.append(f"{mean:.4g} from layer {stage.layer} on")
+      texts.append(f"{mean(lambda *row, index=index: row[-1][index])} from layer {stage.layer} on")
     frozen = self.schedule.frozen_layers
     return ", ".join(texts + ([f"not updated in {len(frozen)} layers"] if frozen else []))
 
   def _add_costs(self, table: Table, summary: Summary) -> None:
     """Costs of all rows, each with its own keep counts, relative to no pruning."""
     own, plain, num_text_tokens = collections.Counter(), collections.Counter(), 0
-    for (image, text, kept), count in summary.answered.items():
+    for (pictures, image, text, kept), count in summary.answered.items():
       for total, schedule in ((own, self.schedule.with_counts(kept)), (plain, Schedule())):
-        cost = costs(self.sizes, schedule, image, text)
+        cost = costs(self.sizes, schedule, image, text, num_pictures=pictures)
         total.update({name: count * getattr(cost, name) for name in _COSTS})
       num_text_tokens += count * text
     text = round(num_text_tokens / summary.num_answered)

@@ -7,7 +7,7 @@ import pytest
 import tiny_checkpoints
 
 from himap_jax import GenerationConfig, InputConfig, build_schedule, generate
-from himap_jax.engine.batching import Batcher
+from himap_jax.engine.batching import Batcher, Bucket
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 
@@ -53,8 +53,8 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   engine = Engine(model.model, schedule, GenerationConfig(3))
 
   def run(pictures, questions):
-    examples = [processor.prepare(*pair) for pair in zip(pictures, questions, strict=True)]
-    return engine(batcher.pack(examples, bucket=32, batch_size=2), range(2))
+    examples = [processor.prepare([own], question) for own, question in zip(pictures, questions, strict=True)]
+    return engine(batcher.pack(examples, bucket=Bucket(1, 32), batch_size=2), range(2))
 
   run(images[:2], QUESTIONS[:2])
   assert engine.num_programs == 2
@@ -87,5 +87,5 @@ def test_another_picture_size_is_another_program(loaded, images):
   engine = Engine(model, build_schedule("none", num_layers=6, num_image_tokens=8), GenerationConfig(2))
   for pixels in wide:
     batcher = Batcher(model.config, pixels.shape[2:], buckets=(32,), max_new_tokens=2)
-    engine(batcher.pack([], bucket=32, batch_size=1), [0])
+    engine(batcher.pack([], bucket=Bucket(1, 32), batch_size=1), [0])
   assert engine.num_programs == 4

@@ -6,7 +6,7 @@ import tiny_checkpoints
 import transformers
 from PIL import Image
 
-from himap_jax.engine.batching import Batcher
+from himap_jax.engine.batching import Batcher, Bucket
 from himap_jax.families.llava import LlavaProcessor
 from himap_jax.inputs import IMAGE as IMAGE_KIND
 from himap_jax.inputs import PADDING, TEXT, UNUSED_ORDER
@@ -108,7 +108,7 @@ class TestPrepare:
     "template", ["chat", "USER: <image>\n{question} ASSISTANT:", "<s>USER: <image>\n{question} ASSISTANT:"]
   )
   def test_one_beginning_of_sequence(self, make, images, template):
-    example = make(template=template).prepare(images[0], "Why?")
+    example = make(template=template).prepare([images[0]], "Why?")
     before, after = text_of(example)
     assert before == (BOS, *ids("USER: "))
     assert after == ids("\nWhy? ASSISTANT:")
@@ -116,34 +116,34 @@ class TestPrepare:
     assert example.positions.tolist() == list(range(len(before) + N + len(after)))
 
   def test_image_before_the_last_word(self, make, images):
-    example = make(template="<image>{question}").prepare(images[0], "Why? <image>:")
+    example = make(template="<image>{question}").prepare([images[0]], "Why? <image>:")
     assert text_of(example) == ((BOS, *ids("Why? ")), ids(":"))
 
   def test_nothing_after_the_image(self, make, images):
     with pytest.raises(ValueError, match="needs text after <image>"):
-      make(template="<image>{question}").prepare(images[0], "Why? <image>")
+      make(template="<image>{question}").prepare([images[0]], "Why? <image>")
     with pytest.raises(ValueError, match="needs text after <image>"):
-      make(template="{question}<image>").prepare(images[0], "Why?")
+      make(template="{question}<image>").prepare([images[0]], "Why?")
 
   def test_two_images(self, make, images):
     for template in ("chat", "vicuna_v1", "<image>{question}"):
-      with pytest.raises(ValueError, match="exactly one <image>, but this one has 2"):
-        make(template=template).prepare(images[0], "<image> or <image>?")
+      with pytest.raises(ValueError, match="one <image> for each picture, but this one has 2 for 1 picture"):
+        make(template=template).prepare([images[0]], "<image> or <image>?")
 
   def test_pixels_are_transformers_own(self, make, checkpoints, images):
     tiny = checkpoints(NAME)
     for image in images:
       _, expected = tiny.encode(image, "<image>")
-      np.testing.assert_array_equal(make().prepare(image, "?").pixel_values, expected[0].numpy())
+      np.testing.assert_array_equal(make().prepare([image], "?").pixel_values, expected.numpy())
 
   def test_longest_prompt(self, make, batcher, images):
     processor, batches = make(template="<image>{question}"), batcher(buckets=(8, 64, 10_000), max_new_tokens=10)
     longest = CONTEXT - N - 10
-    assert batches.buckets == (8, 64, longest)
-    example = processor.prepare(images[0], "?" * (longest - 1))
-    assert (example.num_text_tokens, batches.bucket(example)) == (longest, longest)
+    assert batches.buckets == ((1, 8), (1, 64), (1, longest))
+    example = processor.prepare([images[0]], "?" * (longest - 1))
+    assert (example.num_text_tokens, batches.bucket(example)) == (longest, (1, longest))
     with pytest.raises(ValueError, match=f"has {longest + 1} text tokens; with 16 image .* room for {longest}"):
-      batches.bucket(processor.prepare(images[0], "?" * longest))
+      batches.bucket(processor.prepare([images[0]], "?" * longest))
 
 
 class TestSizes:
@@ -151,20 +151,20 @@ class TestSizes:
   def test_long_and_narrow(self, make, size):
     image = Image.new("RGB", size)
     with pytest.raises(ValueError, match=f"has {size[0]} x {size[1]} pixels; one side may be at most 200 times"):
-      make().prepare(image, "?")
+      make().prepare([image], "?")
 
   @pytest.mark.parametrize("size", [(1, 1), (3, 600), (1, 200), (2000, 1000)])
   def test_other_sizes(self, make, size):
-    example = make().prepare(Image.new("RGB", size, "red"), "?")
-    assert example.pixel_values.shape == (3, 28, 28)
+    example = make().prepare([Image.new("RGB", size, "red")], "?")
+    assert example.pixel_values.shape == (1, 3, 28, 28)
     assert np.isfinite(example.pixel_values).all()
 
   def test_padded_to_a_square(self, make):
     sizes = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = make(image_processor=transformers.LlavaImageProcessorPil(do_pad=True, **sizes))
-    assert processor.prepare(Image.new("RGB", (30, 300)), "?").pixel_values.shape == (3, 28, 28)
+    assert processor.prepare([Image.new("RGB", (30, 300))], "?").pixel_values.shape == (1, 3, 28, 28)
     with pytest.raises(ValueError, match="has 100 x 14000 pixels; padded to a square it is above the limit"):
-      processor.prepare(Image.new("RGB", (100, 14_000)), "?")
+      processor.prepare([Image.new("RGB", (100, 14_000))], "?")
 
   def test_pictures_of_different_sizes(self, make):
     image_processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, do_center_crop=False)
@@ -181,14 +181,14 @@ class TestSizes:
     processor = make(name)
     height, width = processor.image_shape
     image = tiny_checkpoints.noise_image((width, height), seed=3)
-    picture = processor.picture(processor.prepare(image, "?"))
+    (picture,) = processor.pictures(processor.prepare([image], "?"))
     np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int), atol=1)
 
   def test_the_picture_ends_with_the_last_patch(self, make):
     sizes = dict(size={"height": 31, "width": 31}, crop_size={"height": 31, "width": 31})
     processor = make(image_processor=transformers.CLIPImageProcessorPil(**sizes))
     image = tiny_checkpoints.noise_image((31, 31), seed=3)
-    picture = processor.picture(processor.prepare(image, "?"))
+    (picture,) = processor.pictures(processor.prepare([image], "?"))
     assert processor.patch_grid == (4, 4)
     np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int)[:28, :28], atol=1)
 
@@ -207,14 +207,14 @@ class TestBatches:
   def test_smallest_bucket_that_fits(self, make, batcher, images):
     processor, batches = make(template="<image>{question}"), batcher(buckets=(4, 8))
     for length, bucket in ((3, 4), (4, 8), (7, 8), (8, CONTEXT - N)):
-      assert batches.bucket(processor.prepare(images[0], "?" * length)) == bucket
+      assert batches.bucket(processor.prepare([images[0]], "?" * length)) == (1, bucket)
 
   def test_what_a_batch_holds(self, make, batcher, images):
     processor = make(template="<image>{question}")
-    examples = [processor.prepare(images[0], "ab<image>c"), processor.prepare(images[1], "<image>d")]
-    batch = batcher(buckets=(8,)).pack(examples, bucket=8, batch_size=4)
+    examples = [processor.prepare([images[0]], "ab<image>c"), processor.prepare([images[1]], "<image>d")]
+    batch = batcher(buckets=(8,)).pack(examples, bucket=Bucket(1, 8), batch_size=4)
     assert batch.tokens.shape == (4, 8 + N)
-    assert batch.pixel_values.shape == (4, 3, 28, 28)
+    assert batch.pixel_values.shape == (4, 1, 3, 28, 28)
     text, image, padding = TEXT, [IMAGE_KIND] * N, PADDING
     assert batch.layout.kind[0].tolist() == [text] * 3 + image + [text] + [padding] * 4
     assert batch.layout.kind[1:].tolist() == [[text] + image + [text] + [padding] * 6] * 3

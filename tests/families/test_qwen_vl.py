@@ -36,7 +36,7 @@ def loaded(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def examples(loaded, images):
   processor = loaded.prompts("chat")
-  return [processor.prepare(image, question) for image, question in zip(images, QUESTIONS, strict=True)]
+  return [processor.prepare([image], question) for image, question in zip(images, QUESTIONS, strict=True)]
 
 
 def encoded(text, ids):
@@ -83,7 +83,7 @@ class TestPrompts:
     ],
   )
   def test_evaluation_prompts(self, tiny, loaded, images, template, text):
-    tokens = loaded.prompts(template).prepare(images[0], "Why?").tokens.tolist()
+    tokens = loaded.prompts(template).prepare([images[0]], "Why?").tokens.tolist()
     at = encoded(text, special_ids(tiny)).index(ord("@"))
     assert tokens[at : at + tiny_qwen.NUM_QUERIES] == [tiny.image_id] * tiny_qwen.NUM_QUERIES
     tokens[at : at + tiny_qwen.NUM_QUERIES] = [ord("@")]
@@ -94,7 +94,7 @@ class TestPrompts:
     for image in images:
       square = np.asarray(image.resize((tiny_qwen.SIDE,) * 2, Image.Resampling.BICUBIC), np.float64) / 255
       expected = ((square - mean) / std).transpose(2, 0, 1)
-      np.testing.assert_allclose(loaded.prompts().prepare(image, "Why?").pixel_values, expected, atol=1e-5)
+      np.testing.assert_allclose(loaded.prompts().prepare([image], "Why?").pixel_values[0], expected, atol=1e-5)
 
   def test_answers_end_with_a_message_or_the_text(self, loaded):
     end = 256 + len(tiny_qwen.MERGES)
@@ -103,11 +103,11 @@ class TestPrompts:
 
   @pytest.mark.parametrize(
     ("question", "message"),
-    [("<image> or <image>?", "exactly one <image>"), ("What is <img>?", "may not hold <img>")],
+    [("<image> or <image>?", "needs one <image> for each picture, but this one has 2 for 1 picture"), ("What is <img>?", "may not hold <img>")],
   )
   def test_bad_questions(self, loaded, images, question, message):
     with pytest.raises(UserError, match=message):
-      loaded.prompts().prepare(images[0], question)
+      loaded.prompts().prepare([images[0]], question)
 
   def test_an_unknown_template_lists_those_there_are(self, loaded):
     with pytest.raises(UserError, match="must be chat, vqa, caption, mme, or a text with one <image>"):
@@ -115,30 +115,30 @@ class TestPrompts:
 
 
 def test_image_features(tiny, loaded, examples):
-  pixels = np.stack([example.pixel_values for example in examples])
+  pixels = np.concatenate([example.pixel_values for example in examples])
   with torch.no_grad():
     expected = tiny.visual(torch.from_numpy(pixels)).numpy()
-  actual, tower = jax.jit(lambda model, x: model.bind().encode_images(x))(loaded.model, jnp.asarray(pixels))
+  actual, tower = jax.jit(lambda model, x: model.bind().encode_images(x))(loaded.model, jnp.asarray(pixels)[:, None])
   assert actual.shape == (4, tiny_qwen.NUM_QUERIES, tiny_qwen.HIDDEN) and tower.class_attention is None
   np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_logits_at_every_position(tiny, loaded, examples):
-  from himap_jax.engine.batching import Batcher
+  from himap_jax.engine.batching import Batcher, Bucket
 
   processor = loaded.prompts()
   batcher = Batcher(loaded.config, processor.image_shape, buckets=(160,))
-  batch = jax.tree.map(jnp.asarray, batcher.pack(examples, bucket=160, batch_size=4))
+  batch = jax.tree.map(jnp.asarray, batcher.pack(examples, bucket=Bucket(1, 160), batch_size=4))
   actual = jax.jit(lambda model, inputs: model.bind()(inputs))(loaded.model, batch)
   for row, example in zip(actual, examples, strict=True):
-    expected = tiny.logits(torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values)[None])
+    expected = tiny.logits(torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values))
     np.testing.assert_allclose(row[: len(example.tokens)], expected, atol=TOLERANCE, rtol=0)
 
 
 def test_greedy_tokens(tiny, loaded, examples, images):
   answers = generate(loaded, images, QUESTIONS, generation=GENERATION, inputs=INPUTS)
   for example, answer in zip(examples, answers, strict=True):
-    ids, pixels = torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values)[None]
+    ids, pixels = torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values)
     expected = []
     while len(expected) < 8 and not (expected and expected[-1] in loaded.eos_token_ids):
       expected.append(int(tiny.logits(torch.cat([ids, torch.tensor(expected, dtype=torch.long)]), pixels)[-1].argmax()))
@@ -181,7 +181,7 @@ def slow_himap(tiny, example, prune_layers, keep, answered):
   Gives the kept image tokens after each stage, and the last token's logits.
   """
   ids = torch.cat([torch.from_numpy(example.tokens).long(), torch.tensor(answered, dtype=torch.long)])
-  pixels, num_prompt = torch.from_numpy(example.pixel_values)[None], len(example.tokens)
+  pixels, num_prompt = torch.from_numpy(example.pixel_values), len(example.tokens)
   x, positions = tiny.embed(ids, pixels)[None], torch.arange(len(ids))
   image = torch.from_numpy(np.flatnonzero(example.tokens == tiny.image_id))
   model, kept, attention = tiny.language_model.model, [], None

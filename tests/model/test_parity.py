@@ -31,7 +31,7 @@ def test_image_features(pair, images):
   with torch.no_grad():
     expected = torch.stack(list(tiny.model.get_image_features(pixels).pooler_output)).numpy()
   encode = jax.jit(lambda model, pixels: model.bind().encode_images(pixels))
-  actual, _ = encode(loaded.model, jnp.asarray(pixels.numpy()))
+  actual, _ = encode(loaded.model, jnp.asarray(pixels.numpy())[:, None])
   assert actual.shape == (len(images), tiny.num_image_tokens, loaded.config.text.hidden_size)
   np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=0)
 

@@ -204,12 +204,12 @@ class TestContract:
   def contract(self, tmp_path):
     for name in "ab":
       (tmp_path / name).write_text(name)
-    prompts = [Prompt(1, "a", "What?"), Prompt("2", "a", "Why?"), Prompt("line:3", error="line 3: bad")]
+    prompts = [Prompt(1, ("a",), "What?"), Prompt("2", ("a",), "Why?"), Prompt("line:3", error="line 3: bad")]
     return Contract(tmp_path / "output.jsonl", {"method": "himap", "keep": (8, 3)}, prompts, tmp_path)
 
   def row(self, contract, number=0, **changes):
     digest = contract.row_digest(
-      contract.prompts[number], "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"
+      contract.prompts[number], ["ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"]
     )
     return contract.prompts[number].row(digest, answer="yes") | changes
 

@@ -32,7 +32,7 @@ def patch(pixels, index):
 def test_kept_patches_stay_and_the_others_fade(picture):
   original = np.asarray(picture)
   kept = [[0, 2, 4], [2]]
-  whole, *stages = panels(draw_kept(picture, kept, GRID), picture, 3)
+  whole, *stages = panels(draw_kept([picture], kept, GRID), picture, 3)
   np.testing.assert_array_equal(whole, original)
   for panel, stage in zip(stages, kept, strict=True):
     for index in range(GRID[0] * GRID[1]):
@@ -44,17 +44,17 @@ def test_kept_patches_stay_and_the_others_fade(picture):
 
 
 def test_captions_count_what_is_kept(picture):
-  one, two = (np.asarray(draw_kept(picture, [kept], GRID)) for kept in ([0], [0, 1]))
+  one, two = (np.asarray(draw_kept([picture], [kept], GRID)) for kept in ([0], [0, 1]))
   assert (one[: MARGIN + CAPTION] < 128).any()
   assert not np.array_equal(one[: MARGIN + CAPTION], two[: MARGIN + CAPTION])
 
 
 def test_no_stages(picture):
-  (whole,) = panels(draw_kept(picture, [], GRID), picture, 1)
+  (whole,) = panels(draw_kept([picture], [], GRID), picture, 1)
   np.testing.assert_array_equal(whole, picture)
 
 
 @pytest.mark.parametrize("index", [6, -1])
 def test_outside_the_grid(picture, index):
   with pytest.raises(ValueError, match="outside the 2 × 3 grid"):
-    draw_kept(picture, [[0, index]], GRID)
+    draw_kept([picture], [[0, index]], GRID)

@@ -20,7 +20,7 @@ def test_own_layout_and_llava_layout(tmp_path):
     tmp_path,
     line(id="a", image="a.png", question="What?") + line(question_id=7, image="b.jpg", text="Where?", category="other"),
   )
-  assert read_prompts(path) == [Prompt("a", "a.png", "What?"), Prompt(7, "b.jpg", "Where?")]
+  assert read_prompts(path) == [Prompt("a", ("a.png",), "What?"), Prompt(7, ("b.jpg",), "Where?")]
 
 
 def test_text_is_kept_as_it_is(tmp_path):
@@ -28,7 +28,7 @@ def test_text_is_kept_as_it_is(tmp_path):
   data = json.dumps({"id": "é", "image": "ü.png", "question": question})
   for encoded in (data, json.dumps(json.loads(data), ensure_ascii=False)):
     path = write(tmp_path, encoded)
-    assert read_prompts(path) == [Prompt("é", "ü.png", question)]
+    assert read_prompts(path) == [Prompt("é", ("ü.png",), question)]
 
 
 def test_byte_order_mark_crlf_blank_lines_and_no_final_newline(tmp_path):
@@ -95,7 +95,7 @@ def test_row_with_an_id_keeps_it(tmp_path, fields, expected):
 def test_first_row_has_a_duplicate_id(tmp_path):
   row = line(id="a", image="a.png", question="q")
   rows = read_prompts(write(tmp_path, row + row + line(id="a") + row))
-  assert rows[0] == Prompt("a", "a.png", "q")
+  assert rows[0] == Prompt("a", ("a.png",), "q")
   assert [row.id for row in rows[1:]] == ["line:2", "line:3", "line:4"]
   assert all('"a" was already used on line 1' in row.error for row in rows[1:])
 
@@ -109,7 +109,7 @@ def test_a_faulty_row_owns_its_id(tmp_path):
 def test_a_number_and_its_text_are_one_id(tmp_path):
   fields = {"image": "a", "question": "q"}
   first, *others = read_prompts(write(tmp_path, "\n" + line(id=1, **fields) + line(id="1", **fields) + line(id=1)))
-  assert first == Prompt(1, "a", "q") and first.key == "1"
+  assert first == Prompt(1, ("a",), "q") and first.key == "1"
   assert [row.id for row in others] == ["line:3", "line:4"]
   assert 'the id "1" was already used on line 2' in others[0].error
   assert "the id 1 was already used on line 2" in others[1].error

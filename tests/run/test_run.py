@@ -321,7 +321,7 @@ class TestReader:
     return len(prompt.question), Prepared(prompt, prompt.question, "")
 
   def make(self, questions, batch_size=2):
-    prompts = [Prompt(index, "image", question) for index, question in enumerate(questions)]
+    prompts = [Prompt(index, ("image",), question) for index, question in enumerate(questions)]
     return Reader(prompts, self.prepare, buckets=(1, 2, 3), batch_size=batch_size)
 
   def test_reads_until_a_bucket_fills_a_batch(self):

@@ -29,7 +29,7 @@ def build_schedule(
   method: str,
   *,
   num_layers: int,
-  num_image_tokens: int,
+  num_image_tokens: int | None = None,
   has_class_token: bool = True,
   prune_layers: tuple[int, ...] | None = None,
   keep: tuple[int | float, ...] | None = None,
@@ -40,11 +40,12 @@ def build_schedule(
   Args:
     method: a name in `METHODS`, or two joined by `+`: one before the decoder, one inside.
     num_layers: of the decoder.
-    num_image_tokens: before pruning.
+    num_image_tokens: of a prompt before pruning. If absent, the schedule is for prompts with any number of them: its
+      shares stay shares, and counts are not checked; see `Schedule.at`.
     prune_layers: layers to prune before, one per stage, 0 being before the decoder; for a method that freezes, layers
       in which image tokens are not updated. By default the method's own.
-    keep: image tokens to keep at each stage: a count (int) or a share of the image's tokens (float in (0, 1], rounded
-      to the nearest count, at least one). By default the method's own; of two methods, the second one's shares are of
+    keep: image tokens to keep at each stage: a count (int) or a share of the prompt's image tokens (float in (0, 1],
+      rounded to the nearest count, at least one). By default the method's own; of two methods, the second one's shares are of
       what the first keeps.
     parameters: values of `Method.parameters`; absent ones take their defaults.
 
@@ -61,12 +62,15 @@ def build_schedule(
     schedule = Schedule(frozen_layers=tuple(sorted(prune_layers)), parameters=values)
   else:
     criteria = _criteria(method, entries, prune_layers)
-    counts = _counts(entries, num_layers, num_image_tokens, keep)
-    if len(counts) != len(criteria):
-      raise UserError(f"method {method!r} has {len(criteria)} stages, but keep has {len(counts)} values")
-    stages = tuple(Stage(*stage) for stage in zip(prune_layers, counts, criteria, strict=True))
+    keep = _shares(entries, num_layers) if keep is None else keep
+    if len(keep) != len(criteria):
+      raise UserError(f"method {method!r} has {len(criteria)} stages, but keep has {len(keep)} values")
+    _check_keep(keep)
+    stages = tuple(Stage(*stage) for stage in zip(prune_layers, keep, criteria, strict=True))
     schedule = Schedule(stages, parameters=values)
-  schedule.segments(num_layers, num_image_tokens)
+  if num_image_tokens is not None:
+    return schedule.at(num_layers, num_image_tokens)
+  schedule.segments(num_layers, num_image_tokens=1)
   return schedule
 
 
@@ -79,7 +83,9 @@ class PruningConfig:
   keep: tuple[int | float, ...] | None = None
   parameters: tuple[tuple[str, float], ...] = ()
 
-  def schedule(self, num_layers: int, num_image_tokens: int, has_class_token: bool = True) -> Schedule:
+  def schedule(
+    self, num_layers: int, num_image_tokens: int | None = None, has_class_token: bool = True
+  ) -> Schedule:
     """The schedule for a model; arguments and errors as in `build_schedule`."""
     model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, has_class_token=has_class_token)
     own = dict(prune_layers=self.prune_layers, keep=self.keep, parameters=dict(self.parameters))
@@ -135,26 +141,22 @@ def _criteria(method: str, entries: list[Method], prune_layers: tuple[int, ...])
   return first + (own if len(own) == num_own else own * num_own)
 
 
-def _counts(
-  entries: list[Method], num_layers: int, num_image_tokens: int, keep: tuple[int | float, ...] | None
-) -> list[int]:
-  """Image tokens after each stage: as given, or the methods' own."""
-  if keep is not None:
-    return [_count(k, num_image_tokens) for k in keep]
-  counts = []
+def _shares(entries: list[Method], num_layers: int) -> tuple[float, ...]:
+  """The methods' own shares of the prompt's image tokens after each stage."""
+  shares = []
   for entry in entries:
-    entering = counts[-1] if counts else num_image_tokens
-    counts += [_count(share, entering) for share in _of_depth(entry.keep, num_layers)]
-  return counts
+    entering = shares[-1] if shares else 1.0
+    shares += [share * entering for share in _of_depth(entry.keep, num_layers)]
+  return tuple(shares)
 
 
 def _of_depth(value: Any, num_layers: int) -> tuple:
   return value(num_layers) if callable(value) else value
 
 
-def _count(keep: int | float, num_image_tokens: int) -> int:
-  if isinstance(keep, int):
-    return keep
-  if not 0 < keep <= 1:
-    raise UserError(f"a share of image tokens to keep must be above 0% and at most 100%, not {keep:.4%}")
-  return max(1, round(keep * num_image_tokens))
+def _check_keep(keep: tuple[int | float, ...]) -> None:
+  for value in keep:
+    if isinstance(value, float) and not 0 < value <= 1:
+      raise UserError(f"a share of image tokens to keep must be above 0% and at most 100%, not {value:.4%}")
+    if isinstance(value, int) and value < 1:
+      raise UserError(f"cannot keep {value} image tokens; at least one must remain")

@@ -88,13 +88,14 @@ def test_pairs():
 
 
 def test_the_middle_is_swapped():
-  first, second = np.zeros((1, 3, 8, 12)), np.ones((1, 3, 8, 12))
+  first, second = np.zeros((1, 1, 3, 8, 12)), np.ones((1, 1, 3, 8, 12))
   mixed = importance.swapped(first, second, (4, 4))
   expected = np.zeros((8, 12))
   expected[2:6, 3:9] = 1
-  np.testing.assert_array_equal(mixed[0], np.stack([expected] * 3))
+  np.testing.assert_array_equal(mixed[0, 0], np.stack([expected] * 3))
   assert not first.any()
-  whole = importance.swapped(np.zeros((1, 3, 54, 54)), np.ones((1, 3, 54, 54)), (27, 27))[0, 0].reshape(27, 2, 27, 2)
+  whole = importance.swapped(np.zeros((1, 1, 3, 54, 54)), np.ones((1, 1, 3, 54, 54)), (27, 27))[0, 0, 0]
+  whole = whole.reshape(27, 2, 27, 2)
   by_patch = whole.mean(axis=(1, 3))  # a patch comes from one picture or from the other
   assert set(by_patch.ravel()) == {0, 1}
   inside = np.zeros((27, 27), bool)
