@@ -8,11 +8,10 @@ As a command it averages adapters, which recovers some of what later training fo
 Axes: B images, A answer tokens, P patches, F features of the tower, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import operator
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import flax.linen as nn
@@ -93,24 +92,20 @@ def init_lora(key: Key[Array, ""], language_model: dict[str, Any], rank: int) ->
   return lora
 
 
-def apply_lora(lora: Weights) -> contextlib.AbstractContextManager[None]:
-  """A context in which all linear layers apply their low-rank updates."""
-
-  def interceptor(call, args, kwargs, context):
-    y = call(*args, **kwargs)
-    update = lora.get("/".join(context.module.path))
-    if update is None:
-      return y
-    kernels = context.module.kernels
-    return y + LORA_SCALE * matmul(matmul(args[0], update["a"], kernels), update["b"], kernels)
-
-  return nn.intercept_methods(interceptor)
+def _apply_lora(call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+  """Calls a module's method, and adds the module's low-rank update if it has one."""
+  y, module = call(*args, **kwargs), context.module
+  if not module.has_variable("lora", "a"):
+    return y
+  a, b = (module.get_variable("lora", leaf) for leaf in ("a", "b"))
+  return y + LORA_SCALE * matmul(matmul(args[0], a, module.kernels), b, module.kernels)
 
 
 def answer_logits(model: Model, lora: Weights, batch: Batch) -> Float[Array, "B A V"]:
   """Logits of every answer token, given the tokens before it."""
-  with apply_lora(lora):
-    network = model.bind()
+  with nn.intercept_methods(_apply_lora):
+    updates = traverse_util.unflatten_dict(lora, sep="/")
+    network = model.network.bind({"params": model.params, "lora": updates})
     embedded = network.embed(batch.inputs)
     layers = range(model.config.text.num_hidden_layers)
     x, _ = network.language_model(embedded.x, embedded.positions, layers, mask=batch.mask())

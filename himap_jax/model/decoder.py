@@ -20,6 +20,7 @@ from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import TextConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
+from himap_jax.model.tracing import traced_once
 
 Rotation = tuple[Float[Array, "B S 1 F"], Float[Array, "B S 1 F"]]
 
@@ -157,7 +158,8 @@ class Decoder(DecoderModule):
   def setup(self) -> None:
     c = self.config
     self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.kernels, axes=("vocabulary", None))
-    self.layers = [DecoderLayer(c, self.kernels) for _ in range(c.num_hidden_layers)]
+    layer = traced_once(DecoderLayer, "__call__", "project", "update", "extend")
+    self.layers = [layer(c, self.kernels) for _ in range(c.num_hidden_layers)]
     self.norm = _norm(c)
 
   def embed(self, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:

@@ -9,7 +9,7 @@ import pytest
 import tiny_checkpoints
 
 from himap_jax.inputs import UNUSED_ORDER, visible
-from himap_jax.model import cache
+from himap_jax.model import cache, decoder
 
 
 def test_windows_count_in_order():
@@ -37,7 +37,10 @@ def test_windows_count_in_order():
     ("gemma", 64, [False] * 4),
   ],
 )
-def test_only_windows_that_hide_something_make_masks(name, length, masked, loaded, checkpoints, images):
+def test_only_windows_that_hide_something_make_masks(
+  name, length, masked, loaded, checkpoints, images, monkeypatch
+):
+  monkeypatch.setattr(decoder, "traced_once", lambda layer, *methods: layer)  # to see every layer
   model, found = loaded(name).model, []
 
   def attention(query, key, value, mask=None, *, is_causal=False):

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from himap_jax.model.linear import LayerNorm
 from himap_jax.model.towers import clip, dinov2, internvit
 from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
+from himap_jax.model.tracing import traced_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Encoder(TowerModule):
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> tuple[list[Float[Array, "B S D"]], QueryKey]:
     tower = TOWERS[self.config.model_type]
-    hidden_states, query_key = [x], None
+    layer, hidden_states, query_key = traced_once(tower.layer), [x], None
     for index in range(self.config.num_layers_run):
-      x, query_key = tower.layer(self.config, self.kernels, name=f"{tower.layer_name}_{index}")(x)
+      x, query_key = layer(self.config, self.kernels, name=f"{tower.layer_name}_{index}")(x)
       hidden_states.append(x)
     return hidden_states, query_key
 
