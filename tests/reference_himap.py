@@ -3,7 +3,7 @@
 Nothing here comes from himap_jax. transformers' own decoder layers run one by one with eager attention, whole attention
 maps are kept, there is no cache, and a token to be dropped is simply deleted from the sequence:
 
-    before layer K1: s_v = sum of A[i, v] over the tokens i after the image, A the attention of layer K1-1
+    before layer K1: s_v = sum of A[i, v] over the tokens i after the last image, A the attention of layer K1-1
     before layer K2: s_v = sum of A[i, v] over the image tokens i still there, A the attention of layer K2-1
 
 both averaged over heads. The best tokens stay, in their order, at their original rotary positions; every text token stays.
@@ -26,7 +26,7 @@ class Forward:
   Attributes:
     logits: float32 [S, V] of the tokens that reached the last layer, in order.
     positions: int64 [S], where those stood in the unpruned sequence.
-    kept: for each stage, the image tokens that stayed, numbered 0..N-1 in the unpruned image.
+    kept: for each stage, the image tokens that stayed, numbered 0..N-1 in the unpruned sequence.
     margin: the smallest difference between a kept token's score and a dropped one's, over the stages.
     lengths: for each layer, how many tokens it ran on.
   """
@@ -48,13 +48,13 @@ def forward(
   keep: tuple[int, ...],
   frozen: tuple[tuple[int, ...], ...] | None = None,
 ) -> Forward:
-  """Runs one sequence, int64 [S], with its image, [1, 3, H, W], pruning before each of `prune_layers`.
+  """Runs one sequence, int64 [S], with its images, [P, 3, H, W], pruning before each of `prune_layers`.
 
   The first stage scores by instruction attention and the second by image attention. `frozen` gives the kept sets of
   an earlier pass: nothing is scored then, and the same tokens are dropped.
   """
   decoder = model.model.language_model
-  hidden, first, last = embed(model, input_ids, pixel_values)
+  hidden, image = image_embeddings(model, input_ids, pixel_values)
   positions = torch.arange(len(input_ids))
 
   kept, margin, lengths = [], float("inf"), []
@@ -62,19 +62,19 @@ def forward(
   for index, layer in enumerate(decoder.layers):
     if index in prune_layers:
       stage = prune_layers.index(index)
-      is_image = (positions >= first) & (positions <= last)
+      is_image = torch.isin(positions, image)
       if frozen is None:
-        rows = positions > last if stage == 0 else is_image
+        rows = positions > image[-1] if stage == 0 else is_image
         score = attention[rows][:, is_image].sum(0)
         order = score.sort(descending=True, stable=True).indices
-        stays = positions[is_image][order[: keep[stage]]].sort().values - first
+        stays = positions[is_image][order[: keep[stage]]].sort().values
         if keep[stage] < len(order):
           gap = score[order[keep[stage] - 1]] - score[order[keep[stage]]]
           margin = min(margin, gap.item())
       else:
-        stays = torch.tensor(frozen[stage])
-      kept.append(tuple(stays.tolist()))
-      selected = ~is_image | torch.isin(positions, stays + first)
+        stays = image[list(frozen[stage])]
+      kept.append(tuple(torch.searchsorted(image, stays).tolist()))
+      selected = ~is_image | torch.isin(positions, stays)
       hidden, positions = hidden[selected], positions[selected]
     lengths.append(len(positions))
     hidden, attention = run_layer(decoder, layer, hidden, positions)
@@ -108,15 +108,21 @@ def generate(
   return prompt, tokens, lead
 
 
-def embed(model, input_ids, pixel_values):
-  """Text embeddings with the image's features in its slots, [S, D], and the first and the last of these slots.
+def image_embeddings(model, input_ids, pixel_values):
+  """Text embeddings with the images' features in their slots, [S, D], and these slots.
 
-  A random model may answer with the image token; only as many as there are features are the image.
+  A random model may answer with the image token; only as many as there are features are the images'.
   """
-  features = model.get_image_features(pixel_values).pooler_output[0]
+  features = torch.cat(list(model.get_image_features(pixel_values).pooler_output))
   slots = (input_ids == model.config.image_token_id).nonzero()[: len(features), 0]
   embeddings = model.get_input_embeddings()(input_ids)
   embeddings[slots] = features
+  return embeddings, slots
+
+
+def embed(model, input_ids, pixel_values):
+  """As `image_embeddings`, for one image: with the first and the last of its slots."""
+  embeddings, slots = image_embeddings(model, input_ids, pixel_values)
   assert (slots.diff() == 1).all(), "the image is one run of tokens"
   return embeddings, slots[0].item(), slots[-1].item()
 

@@ -47,9 +47,14 @@ class Tiny:
   processor: transformers.LlavaProcessor
   num_image_tokens: int
 
-  def encode(self, image: PIL.Image.Image, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids [S], the image's N included, and pixels [1, 3, H, W]; `prompt` has one <image> and is used as it is."""
-    batch = self.processor(images=image, text=prompt, return_tensors="pt", add_special_tokens=False)
+  def encode(
+    self, images: PIL.Image.Image | list[PIL.Image.Image], prompt: str
+  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [S], the images' N each included, and pixels [P, 3, H, W].
+
+    `prompt` has one <image> for each of the images, and is used as it is.
+    """
+    batch = self.processor(images=images, text=prompt, return_tensors="pt", add_special_tokens=False)
     return batch["input_ids"][0], batch["pixel_values"]
 
   def rows(self, images: list[PIL.Image.Image]) -> list[tuple[torch.Tensor, torch.Tensor]]:

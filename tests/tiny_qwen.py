@@ -41,7 +41,7 @@ class TinyQwen:
   @torch.no_grad()
   def embed(self, input_ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     x = self.language_model.get_input_embeddings()(input_ids).clone()
-    x[input_ids == self.image_id] = self.visual(pixels)[0]
+    x[input_ids == self.image_id] = self.visual(pixels).flatten(0, 1)
     return x
 
 

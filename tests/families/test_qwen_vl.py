@@ -73,6 +73,22 @@ class TestPrompts:
     text = loaded.prompts("chat").prompt("Why?")
     assert text.endswith("user\nPicture 1: <img><imgpad></img>\nWhy?<|im_end|>\n<|im_start|>assistant\n")
 
+  def test_pictures_of_a_chat_are_numbered(self, tiny, loaded, images):
+    processor, user = loaded.prompts("chat"), encoded("user\n", {})
+    for question, text in (
+      ("Which?", "Picture 1: <img>@</img>\nPicture 2: <img>@</img>\nWhich?"),
+      ("<image>Is it <image>?", "Picture 1: <img>@</img>\nIs it Picture 2: <img>@</img>\n?"),
+    ):
+      example, expected = processor.prepare(images[:2], question), []
+      for token in encoded(text, special_ids(tiny)):
+        expected += [tiny.image_id] * tiny_qwen.NUM_QUERIES if token == ord("@") else [token]
+      tokens = example.tokens.tolist()
+      start = next(n for n in range(len(tokens)) if tokens[n : n + len(user)] == user) + len(user)
+      assert tokens[start : start + len(expected)] == expected
+      assert example.image_id.tolist().count(0) == example.image_id.tolist().count(1) == tiny_qwen.NUM_QUERIES
+    mme = loaded.prompts("mme").prompt("Which?", 2)
+    assert mme == "<img><imgpad></img>\n<img><imgpad></img>\nWhich?"
+
   @pytest.mark.parametrize(
     ("template", "text"),
     [
@@ -157,6 +173,19 @@ class TestPruning:
         _, logits = slow_himap(tiny, example, (1, 3), (8, 3), answer.token_ids[:number])
         assert token == logits.argmax()
 
+  def test_several_pictures(self, tiny, loaded, images):
+    """Each row's shares are of its own image tokens."""
+    pictures = [images[:2], images[2:3], images[1:]]
+    questions = ["Which?", "What is <image>?", "<image> or <image> before <image>?"]
+    schedule = loaded.schedule("himap", (1, 3), (0.5, 0.125))
+    answers = generate(loaded, pictures, questions, schedule=schedule, generation=GENERATION, inputs=INPUTS)
+    for own, question, answer in zip(pictures, questions, answers, strict=True):
+      example, keep = loaded.prompts().prepare(own, question), (8 * len(own), 2 * len(own))
+      for number, token in enumerate(answer.token_ids):
+        kept, logits = slow_himap(tiny, example, (1, 3), keep, answer.token_ids[:number])
+        assert answer.kept == kept and token == logits.argmax()
+      np.testing.assert_allclose(answer.first_logits, slow_himap(tiny, example, (1, 3), keep, [])[1], atol=TOLERANCE)
+
   def test_a_row_alone_and_on_a_mesh(self, tiny, loaded, images, tmp_path):
     schedule = loaded.schedule("himap", (1, 3), (8, 3))
     together = generate(loaded, images, QUESTIONS, schedule=schedule, generation=GENERATION, inputs=INPUTS)
@@ -184,8 +213,7 @@ def slow_himap(tiny, example, prune_layers, keep, answered):
   pixels, num_prompt = torch.from_numpy(example.pixel_values), len(example.tokens)
   x, positions = tiny.embed(ids, pixels)[None], torch.arange(len(ids))
   image = torch.from_numpy(np.flatnonzero(example.tokens == tiny.image_id))
-  model, kept, attention = tiny.language_model.model, [], None
-  first = int(image[0])
+  model, kept, attention, whole = tiny.language_model.model, [], None, image
   for index, layer in enumerate(model.layers):
     if index in prune_layers:
       is_image = torch.isin(positions, image)
@@ -194,7 +222,7 @@ def slow_himap(tiny, example, prune_layers, keep, answered):
       scores = attention[0].mean(dim=0)[rows].sum(dim=0)[is_image]
       chosen = scores.argsort(descending=True, stable=True)[: keep[prune_layers.index(index)]].sort().values
       image = image[chosen]
-      kept.append((image - first).tolist())
+      kept.append(torch.searchsorted(whole, image).tolist())
       remains = ~is_image | torch.isin(positions, image)
       x, positions = x[:, remains], positions[remains]
     rotation = model.rotary_emb(x, positions[None])

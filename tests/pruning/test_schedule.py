@@ -107,6 +107,23 @@ def test_a_choice_for_any_model():
     PruningConfig("fastervlm").schedule(32, 576, has_class_token=False)
 
 
+def test_shares_are_of_each_prompt_s_own_tokens():
+  for method, counts in (("himap", (128, 32)), ("divprune+himap", (25, 13, 3)), ("sparsevlm", (133, 89, 49))):
+    any_prompt = schedule(method, num_image_tokens=None)
+    assert any_prompt.at(32, 576) == schedule(method)
+    assert tuple(stage.keep for stage in any_prompt.at(32, 256).stages) == counts
+    assert [s.num_image_tokens for s in any_prompt.segments(32, 256)] == [256, *counts]
+  mixed = schedule("himap", num_image_tokens=None, keep=(300, 0.125))
+  assert [s.num_image_tokens for s in mixed.segments(32, 256)] == [256, 256, 32]
+  with pytest.raises(UserError, match="cannot keep 300 image tokens before layer 2: there are 256"):
+    mixed.at(32, 256)
+  for keep, message in (((0, 1), "cannot keep 0 image tokens"), ((0.5, 1.5), "above 0% and at most 100%, not 150")):
+    with pytest.raises(UserError, match=message):
+      schedule("himap", num_image_tokens=None, keep=keep)
+  with pytest.raises(UserError, match="cannot prune before layer 32"):
+    schedule("himap", num_image_tokens=None, prune_layers=(2, 32))
+
+
 def test_methods_are_listed_by_name():
   assert list(methods.METHODS) == sorted(methods.METHODS)
   assert methods.parse("divprune+himap") == ["divprune", "himap"]

@@ -23,6 +23,11 @@ def test_own_layout_and_llava_layout(tmp_path):
   assert read_prompts(path) == [Prompt("a", ("a.png",), "What?"), Prompt(7, ("b.jpg",), "Where?")]
 
 
+def test_several_images(tmp_path):
+  path = write(tmp_path, line(id=1, image=["a.png", "b.png"], question="Which?") + line(id=2, image=["a"], question="?"))
+  assert read_prompts(path) == [Prompt(1, ("a.png", "b.png"), "Which?"), Prompt(2, ("a",), "?")]
+
+
 def test_text_is_kept_as_it_is(tmp_path):
   question = " Que voit-on\u2028ici ?\n\x85 \U0001f600 "
   data = json.dumps({"id": "é", "image": "ü.png", "question": question})
@@ -76,8 +81,11 @@ def test_row_without_a_usable_id(tmp_path, row, expected):
     ({"question": "q"}, '"image" is missing'),
     ({"image": None, "question": "q"}, '"image" is missing'),
     ({"image": "", "question": "q"}, '"image" is empty'),
-    ({"image": 3, "question": "q"}, '"image" must be a string, not a number'),
-    ({"image": ["a"], "question": "q"}, '"image" must be a string, not a list'),
+    ({"image": 3, "question": "q"}, '"image" must be a string or a list of strings, not a number'),
+    ({"image": [], "question": "q"}, '"image" is an empty list'),
+    ({"image": ["a", 3], "question": "q"}, '"image" must be a list of strings, not a number'),
+    ({"image": ["a", [3]], "question": "q"}, '"image" must be a list of strings, not a list'),
+    ({"image": ["a", " "], "question": "q"}, '"image" is empty'),
     ({"image": "a"}, '"question" or "text" is missing'),
     ({"image": "a", "question": " \n"}, '"question" is empty'),
     ({"image": "a", "text": {}}, '"text" must be a string, not an object'),

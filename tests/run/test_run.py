@@ -25,6 +25,7 @@ import himap_jax
 from checkpoints_convert.errors import CheckpointError
 from himap_jax import Sampling, UserError
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.batching import Bucket
 from himap_jax.pruning.cost import costs
 from himap_jax.run import __main__ as command
 from himap_jax.run import job
@@ -254,13 +255,21 @@ class TestBadRows:
     good += ["question_file", "duplicate", "../../escape"]
     for row_id, question, error in (
       ("long", "?" * 600, "601 text tokens; with 16 image tokens the model's context leaves room for 490"),
-      ("two", "<image> and <image>", "exactly one <image>, but this one has 2"),
+      ("two", "<image> and <image>", "one <image> for each picture, but this one has 2 for 1 picture"),
       ("empty", " ", '"question" is empty'),
       ("number", 3, '"question" must be a string'),
       ("absent", None, '"question" or "text" is missing'),
     ):
       row(row_id, question=question)
       errors[row_id] = error
+    row("many", image=["0.png"] * 32)
+    errors["many"] = "context of 512 tokens does not hold 32 images of 16 tokens and 6 new ones"
+    row("three", image=["0.png"] * 3, question="<image> and <image>?")
+    errors["three"] = "this one has 2 for 3 pictures"
+    row("one is missing", image=["0.png", "nowhere.png"])
+    errors["one is missing"] = "nowhere.png: No such file"
+    row("several", image=["0.png", "1.png"])
+    good.append("several")
     for line, error in (
       (b"{", "not valid JSON"),
       (b"[1]", "not a JSON object but a list"),
@@ -302,6 +311,39 @@ class TestBadRows:
     assert again.pop("late")["error"] and again.pop("image missing.png")["error"] is None
     assert all(again[row_id] == rows[row_id] for row_id in again)
 
+  def test_rows_with_different_numbers_of_pictures(self, config, loaded, tmp_path, capsys, monkeypatch):
+    """Each answer is the library's; shares are of a row's own tokens, and a row is stale if any picture changes."""
+    monkeypatch.setenv("COLUMNS", "200")
+    asked = [(["0.png", "1.png"], "Same?"), ("2.png", "Why?"), (["1.png", "3.png", "0.png"], "<image>a<image>b<image>?")]
+    write_rows(config.prompts, [{"id": n, "image": own, "question": text} for n, (own, text) in enumerate(asked)])
+    config = changed(config, keep=(0.5, 0.125), emit=frozenset({"tokens", "kept"}), pictures=tmp_path / "pictures")
+    assert job.run(config) == 0
+    rows, table = read(config.output), capsys.readouterr().out
+    expected = himap_jax.generate(
+      loaded(NAME),
+      [[load_image(tmp_path / name) for name in ([own] if isinstance(own, str) else own)] for own, _ in asked],
+      [text for _, text in asked],
+      schedule=loaded(NAME).schedule("himap", PRUNE_LAYERS, (0.5, 0.125)),
+      generation=himap_jax.GenerationConfig(max_new_tokens=MAX_NEW),
+      inputs=himap_jax.InputConfig("<image>{question}", (40,), 1),
+    )
+    for number, answer in enumerate(expected):
+      assert (rows[number]["token_ids"], rows[number]["kept"]) == (answer.token_ids, answer.kept)
+    assert [list(map(len, rows[n]["kept"])) for n in range(3)] == [[16, 4], [8, 2], [24, 6]]
+    assert "32, 16 from layer 2 on, 4 from layer 4 on" in table and "6 programs" in table
+    width, height = 3 * (28 + 8) + 8, 28 + 16 + 8
+    sizes = [load_image(config.pictures / f"{number}.png").size for number in range(3)]
+    assert sizes == [(width, count * height + 8) for count in (2, 1, 3)]
+
+    load_image(tmp_path / "2.png").save(tmp_path / "3.png")
+    assert job.run(config) == 0
+    assert "1 answered, 0 errors, 2 answered before" in capsys.readouterr().out
+    again = read(config.output)
+    assert again[0] == rows[0] and again[1] == rows[1] and again[2]["digest"] != rows[2]["digest"]
+    write_rows(config.prompts, [{"id": 0, "image": ["1.png", "0.png"], "question": "Same?"}])
+    assert job.run(config) == 0
+    assert "1 answered, 0 errors, 0 answered before" in capsys.readouterr().out
+
   def test_picture_names(self, config, tmp_path):
     ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]
     write_rows(config.prompts, [{"id": i, "image": "0.png", "question": "Why?"} for i in ids])
@@ -318,11 +360,11 @@ class TestReader:
   def prepare(prompt):
     if prompt.question == "bad":
       raise UserError("bad")
-    return len(prompt.question), Prepared(prompt, prompt.question, "")
+    return Bucket(1, len(prompt.question)), Prepared(prompt, prompt.question, "")
 
   def make(self, questions, batch_size=2):
     prompts = [Prompt(index, ("image",), question) for index, question in enumerate(questions)]
-    return Reader(prompts, self.prepare, buckets=(1, 2, 3), batch_size=batch_size)
+    return Reader(prompts, self.prepare, buckets=[Bucket(1, length) for length in (1, 2, 3)], batch_size=batch_size)
 
   def test_reads_until_a_bucket_fills_a_batch(self):
     reader = self.make(["a", "bb", "bad", "ccc", "d", "e", "f"])
@@ -330,22 +372,22 @@ class TestReader:
     assert reader.counts() == [2, 1, 1]
     reader.read()
     assert reader.counts() == [2, 1, 1]
-    assert [row.prompt.id for row in reader.take(1)] == [0, 4]
+    assert [row.prompt.id for row in reader.take(Bucket(1, 1))] == [0, 4]
     assert [(prompt.id, error) for prompt, error in reader.take_errors()] == [(2, "bad")]
     assert reader.take_errors() == []
     reader.read()
     assert reader.counts() == [2, 1, 1]
-    assert [row.prompt.id for row in reader.take(1)] == [5, 6]
+    assert [row.prompt.id for row in reader.take(Bucket(1, 1))] == [5, 6]
 
   def test_what_is_left_comes_in_smaller_batches(self):
     reader = self.make(["a", "bb", "c", "d"])
     for expected in ([2, 1, 0], [1, 1, 0]):
       reader.read()
       assert reader.counts() == expected
-      reader.take(1)
-    assert [row.example for row in reader.take(2)] == ["bb"]
+      reader.take(Bucket(1, 1))
+    assert [row.example for row in reader.take(Bucket(1, 2))] == ["bb"]
     reader.read()
-    assert reader.counts() == [0, 0, 0] and reader.take(1) == []
+    assert reader.counts() == [0, 0, 0] and reader.take(Bucket(1, 1)) == []
 
 
 def refuses(config, message):

@@ -1,0 +1,130 @@
+"""Prompts with several pictures, in batches with others, against transformers and the slow reference, float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_himap
+import torch
+
+from himap_jax import GenerationConfig, InputConfig, UserError, generate
+from himap_jax.engine.batching import Batcher, Bucket
+
+NAME = "clip_mha"
+N = 16
+QUESTIONS = (
+  "<image>Is it the same as <image> ?",
+  "One picture: <image> what?",
+  "<image><image> or <image>, which is it?",
+  "A longer text before <image>\nand between <image> and a question after it.",
+)
+SHARES = ((2, 4), (0.5, 0.125))
+NUM_NEW = 6
+
+
+@pytest.fixture(scope="module")
+def pictures(images):
+  """The pictures of each question."""
+  return [[images[(row + place) % 4] for place in range(text.count("<image>"))] for row, text in enumerate(QUESTIONS)]
+
+
+@pytest.fixture(scope="module")
+def encoded(checkpoints, pictures):
+  return [checkpoints(NAME).encode(own, "<s>" + text) for own, text in zip(pictures, QUESTIONS, strict=True)]
+
+
+def answer(loaded, pictures, questions, schedule, batch_size=2):
+  generation = GenerationConfig(NUM_NEW, ignore_eos=True)
+  inputs = InputConfig("<image>{question}", (80,), batch_size)
+  return generate(loaded, pictures, questions, schedule=schedule, generation=generation, inputs=inputs)
+
+
+def test_logits_at_every_position(checkpoints, loaded, pictures, encoded):
+  tiny, model = checkpoints(NAME), loaded(NAME)
+  processor = model.prompts("<image>{question}")
+  batcher = Batcher(model.config, processor.image_shape, buckets=(80,), pictures=(1, 2, 3))
+  for own, question, (ids, pixels) in zip(pictures, QUESTIONS, encoded, strict=True):
+    example = processor.prepare(own, question)
+    assert example.tokens.tolist() == ids.tolist()
+    assert np.unique(example.image_id, return_counts=True)[1][1:].tolist() == [N] * len(own)
+    batch = batcher.pack([example], bucket=batcher.bucket(example), batch_size=1)
+    actual = jax.jit(lambda model, inputs: model.bind()(inputs))(model.model, jax.tree.map(jnp.asarray, batch))[0]
+    with torch.no_grad():
+      expected = tiny.model(input_ids=ids[None], pixel_values=pixels).logits[0]
+    np.testing.assert_allclose(actual[: len(ids)], expected, atol=1e-4, rtol=0)
+
+
+def test_shares_are_of_each_row_s_own_tokens(checkpoints, loaded, pictures, encoded):
+  """Kept sets, logits and tokens of rows of one, two and three pictures in one call are those of the reference."""
+  tiny, model = checkpoints(NAME), loaded(NAME)
+  answers = answer(model, pictures, QUESTIONS, model.schedule("himap", *SHARES))
+  for own, row, found in zip(pictures, encoded, answers, strict=True):
+    keep = tuple(round(share * len(own) * N) for share in SHARES[1])
+    prompt, tokens, lead = reference_himap.generate(
+      tiny.model, *row, prune_layers=SHARES[0], keep=keep, max_new_tokens=NUM_NEW
+    )
+    assert min(prompt.margin, 0.1 * lead) > 1e-5, "so close that rounding decides; draw other weights"
+    assert [tuple(stage) for stage in found.kept] == list(prompt.kept)
+    np.testing.assert_allclose(found.first_logits, prompt.logits[-1], atol=1e-4, rtol=0)
+    assert found.token_ids == tokens
+
+
+def test_a_count_above_a_row_s_tokens_keeps_all(loaded, pictures):
+  model = loaded(NAME)
+  answers = answer(model, pictures, QUESTIONS, model.schedule("himap", (2, 4), (20, 3)))
+  assert [list(map(len, found.kept)) for found in answers] == [[20, 3], [16, 3], [20, 3], [20, 3]]
+  with pytest.raises(UserError, match="cannot keep 49 image tokens before layer 2: there are 48"):
+    answer(model, pictures, QUESTIONS, model.schedule("himap", (2, 4), (49, 3)))
+
+
+@pytest.mark.parametrize("method", ["divprune", "fastervlm", "visionzip", "prumerge", "cdpruner", "pyramiddrop"])
+def test_a_row_is_as_alone(method, loaded, pictures):
+  model, layers = loaded(NAME), {"pyramiddrop": (2, 3, 4)}.get(method)
+  schedule = model.schedule(method, layers)
+  together = answer(model, pictures, QUESTIONS, schedule)
+  for own, question, found in zip(pictures, QUESTIONS, together, strict=True):
+    (alone,) = answer(model, [own], [question], schedule, batch_size=1)
+    assert (alone.kept, alone.token_ids) == (found.kept, found.token_ids)
+    assert all(0 <= index < len(own) * N for stage in found.kept for index in stage)
+
+
+class TestBadPrompts:
+  @pytest.mark.parametrize(
+    ("count", "question", "message"),
+    [
+      (2, "<image>Why?", "one <image> for each picture, but this one has 1 for 2 pictures"),
+      (1, "<image><image>Why?", "but this one has 2 for 1 picture"),
+      (2, "<image>Why? <image>", "needs text after <image>"),
+    ],
+  )
+  def test_image_tags(self, count, question, message, loaded, images):
+    with pytest.raises(UserError, match=message):
+      loaded(NAME).prompts("<image>{question}").prepare(images[:count], question)
+
+  def test_without_tags_all_pictures_stand_where_the_template_has_its_own(self, loaded, images):
+    for template, expected in (
+      ("chat", "<s>USER: <image>\n<image>\nWhy? ASSISTANT:"),
+      ("Look: <image>{question}", "Look: <image><image>Why?"),
+      ("<image>\\n{question}", "<image>\n<image>\nWhy?"),
+    ):
+      processor = loaded(NAME).prompts(template)
+      assert processor.prompt("Why?", 2) == expected
+      assert processor.prepare(images[:2], "Why?").num_image_tokens == 2 * N
+
+  def test_more_than_the_context_holds(self, loaded):
+    config = loaded(NAME).config
+    batcher = Batcher(config, (28, 28), buckets=(8,), pictures=(1, 40, 2), max_new_tokens=2)
+    assert batcher.buckets == ((1, 8), (1, 494), (2, 8), (2, 478)) and batcher.most_image_tokens == 32
+    blank = batcher.pack([], bucket=Bucket(2, 8), batch_size=1)
+    assert blank.pixel_values.shape == (1, 2, 3, 28, 28) and blank.layout.image_id[0, N] == 1
+    example = tiny_example(40)
+    with pytest.raises(UserError, match="context of 512 tokens does not hold 40 images of 16 tokens and 2 new ones"):
+      batcher.bucket(example)
+
+
+def tiny_example(num_pictures):
+  from himap_jax.inputs import Example
+
+  image_id = np.append(np.repeat(np.arange(num_pictures), N), -1).astype(np.int32)
+  slots = np.arange(len(image_id), dtype=np.int32)
+  return Example(slots, image_id, slots, np.zeros((num_pictures, 3, 28, 28), np.float32))
