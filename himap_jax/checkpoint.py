@@ -63,9 +63,7 @@ class OpenCheckpoint:
 
     Arguments and errors as in `build_schedule`.
     """
-    sizes = dict(
-      num_layers=self.config.text.num_hidden_layers, has_class_token=self.config.vision.has_class_token
-    )
+    sizes = dict(num_layers=self.config.text.num_hidden_layers, has_class_token=self.config.vision.has_class_token)
     return build_schedule(method, **sizes, prune_layers=prune_layers, keep=keep, parameters=parameters)
 
   def digest(self) -> str:

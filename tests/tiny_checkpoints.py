@@ -47,9 +47,7 @@ class Tiny:
   processor: transformers.LlavaProcessor
   num_image_tokens: int
 
-  def encode(
-    self, images: PIL.Image.Image | list[PIL.Image.Image], prompt: str
-  ) -> tuple[torch.Tensor, torch.Tensor]:
+  def encode(self, images: PIL.Image.Image | list[PIL.Image.Image], prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids [S], the images' N each included, and pixels [P, 3, H, W].
 
     `prompt` has one <image> for each of the images, and is used as it is.

@@ -40,7 +40,7 @@ class Runner:
     """Answers the remaining questions; returns all output rows by id."""
     subject, path = self.subject, self.workdir / "answers" / f"{cell.file_name}.jsonl"
     if not path.exists() or path.read_bytes().count(b"\n") < len(subject.questions):
-      asked = [prompts.Prompt(q.id, str(q.image.absolute()), q.question) for q in subject.questions]
+      asked = [prompts.Prompt(q.id, (str(q.image.absolute()),), q.question) for q in subject.questions]
       wanted = contract.Contract(path, self.settings, asked, advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
         engine, emit = subject.engine(cell.schedule, self.generation), frozenset({"tokens", "kept"})

@@ -23,6 +23,7 @@ from experiments.question_sets import Question
 from experiments.shared import compiler_report, geometries, kept, planned
 from experiments.shared.subject import Batch, Subject
 from himap_jax import checkpoint
+from himap_jax.engine.batching import Bucket
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Inputs
 from himap_jax.run import command
@@ -68,7 +69,7 @@ def make_batches(subject: Subject, *, is_bucketed: bool) -> list[Batch]:
   prepared, size, batches = list(subject.examples("prompts")), subject.batch_size, []
   for first in range(0, len(prepared), size):
     questions, examples, _ = zip(*prepared[first : first + size], strict=True)
-    longest = max(example.num_text_tokens for example in examples)
+    longest = Bucket(1, max(example.num_text_tokens for example in examples))
     batches.append(Batch(questions, subject.batcher.pack(examples, bucket=longest, batch_size=size)))
   return batches
 

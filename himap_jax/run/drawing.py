@@ -27,9 +27,7 @@ def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Im
   return Image.composite(picture, faded, patches)
 
 
-def draw_kept(
-  pictures: Sequence[Image.Image], kept: Sequence[Sequence[int]], grid: tuple[int, int]
-) -> Image.Image:
+def draw_kept(pictures: Sequence[Image.Image], kept: Sequence[Sequence[int]], grid: tuple[int, int]) -> Image.Image:
   """Draws each picture of a row and, beside it, what every stage keeps of it.
 
   `kept` has indices over the (rows, columns) grids of the pictures, one after the other; see `kept_mask`.

@@ -31,7 +31,10 @@ flags.DEFINE_bool(
   "the extra `pickled`.",
 )
 flags.DEFINE_string(
-  "prompts", None, 'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}.'
+  "prompts",
+  None,
+  'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}; image is a path or a list '
+  "of paths.",
 )
 flags.DEFINE_string("image_dir", ".", "Directory that relative image paths start from.")
 flags.DEFINE_string("output", None, "JSONL file to write: id, answer, error and digest of every prompt, in any order.")
@@ -45,7 +48,9 @@ _PRUNE_LAYERS = flags.DEFINE_list(
   "prune_layers", None, "Layers to prune before, such as 2,8; 0 is before the decoder. The method's own by default."
 )
 _KEEP = flags.DEFINE_list(
-  "keep", None, "Image tokens to keep at each stage, such as 288,72 or 50%,12.5%. The method's own by default."
+  "keep",
+  None,
+  "Image tokens to keep at each stage, such as 288,72, or shares of a row's own, such as 50%,12.5%. The method's own by default.",
 )
 _METHOD_PARAMETERS = flags.DEFINE_list(
   "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
@@ -79,7 +84,7 @@ _EMIT = flags.DEFINE_list(
 flags.DEFINE_bool(
   "resume",
   True,
-  "Skip prompts that the output answers with the same question and picture. --noresume replaces the output.",
+  "Skip prompts that the output answers with the same question and pictures. --noresume replaces the output.",
 )
 _MESH = flags.DEFINE_list(
   "mesh",

@@ -90,6 +90,7 @@ class Report:
 
   def _image_tokens(self, summary: Summary) -> str:
     """Image tokens before pruning and after every stage, averaged over rows."""
+
     def mean(count: Callable[..., int]) -> str:
       return f"{sum(rows * count(*row) for row, rows in summary.answered.items()) / summary.num_answered:.4g}"
 

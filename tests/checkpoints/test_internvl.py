@@ -131,7 +131,9 @@ def test_the_class_token_s_attention_is_that_of_the_tower(tiny, loaded, images):
   attentions = tiny.model.model.vision_tower(pixels, output_attentions=True).attentions
   expected = attentions[1][0, :, 0, 1:].mean(dim=0).detach().numpy()  # the layer that makes hidden state -4 of 5
   model = loaded("internvit").model
-  _, tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels))(model, jnp.asarray(pixels.numpy())[:, None])
+  _, tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels))(
+    model, jnp.asarray(pixels.numpy())[:, None]
+  )
   np.testing.assert_allclose(tower.class_attention[0], expected, atol=1e-6)
 
 

@@ -119,7 +119,10 @@ class TestPrompts:
 
   @pytest.mark.parametrize(
     ("question", "message"),
-    [("<image> or <image>?", "needs one <image> for each picture, but this one has 2 for 1 picture"), ("What is <img>?", "may not hold <img>")],
+    [
+      ("<image> or <image>?", "needs one <image> for each picture, but this one has 2 for 1 picture"),
+      ("What is <img>?", "may not hold <img>"),
+    ],
   )
   def test_bad_questions(self, loaded, images, question, message):
     with pytest.raises(UserError, match=message):

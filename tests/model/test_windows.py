@@ -37,9 +37,7 @@ def test_windows_count_in_order():
     ("gemma", 64, [False] * 4),
   ],
 )
-def test_only_windows_that_hide_something_make_masks(
-  name, length, masked, loaded, checkpoints, images, monkeypatch
-):
+def test_only_windows_that_hide_something_make_masks(name, length, masked, loaded, checkpoints, images, monkeypatch):
   monkeypatch.setattr(decoder, "traced_once", lambda layer, *methods: layer)  # to see every layer
   model, found = loaded(name).model, []
 

@@ -24,7 +24,9 @@ def test_own_layout_and_llava_layout(tmp_path):
 
 
 def test_several_images(tmp_path):
-  path = write(tmp_path, line(id=1, image=["a.png", "b.png"], question="Which?") + line(id=2, image=["a"], question="?"))
+  path = write(
+    tmp_path, line(id=1, image=["a.png", "b.png"], question="Which?") + line(id=2, image=["a"], question="?")
+  )
   assert read_prompts(path) == [Prompt(1, ("a.png", "b.png"), "Which?"), Prompt(2, ("a",), "?")]
 
 

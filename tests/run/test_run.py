@@ -314,7 +314,11 @@ class TestBadRows:
   def test_rows_with_different_numbers_of_pictures(self, config, loaded, tmp_path, capsys, monkeypatch):
     """Each answer is the library's; shares are of a row's own tokens, and a row is stale if any picture changes."""
     monkeypatch.setenv("COLUMNS", "200")
-    asked = [(["0.png", "1.png"], "Same?"), ("2.png", "Why?"), (["1.png", "3.png", "0.png"], "<image>a<image>b<image>?")]
+    asked = [
+      (["0.png", "1.png"], "Same?"),
+      ("2.png", "Why?"),
+      (["1.png", "3.png", "0.png"], "<image>a<image>b<image>?"),
+    ]
     write_rows(config.prompts, [{"id": n, "image": own, "question": text} for n, (own, text) in enumerate(asked)])
     config = changed(config, keep=(0.5, 0.125), emit=frozenset({"tokens", "kept"}), pictures=tmp_path / "pictures")
     assert job.run(config) == 0

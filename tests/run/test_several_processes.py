@@ -217,7 +217,7 @@ class TestResults:
   """The results of all processes, collected in each."""
 
   def test_of_two_processes(self, monkeypatch):
-    own = [Result({"id": 1, "answer": "é\u2028", "first_logits": [0.1, -1e-9]}, 2, 16, 5, [8, 3])]
+    own = [Result({"id": 1, "answer": "é\u2028", "first_logits": [0.1, -1e-9]}, 2, 1, 16, 5, [8, 3])]
     others = [[], own * 40]
     sent = []
 

@@ -83,9 +83,7 @@ class PruningConfig:
   keep: tuple[int | float, ...] | None = None
   parameters: tuple[tuple[str, float], ...] = ()
 
-  def schedule(
-    self, num_layers: int, num_image_tokens: int | None = None, has_class_token: bool = True
-  ) -> Schedule:
+  def schedule(self, num_layers: int, num_image_tokens: int | None = None, has_class_token: bool = True) -> Schedule:
     """The schedule for a model; arguments and errors as in `build_schedule`."""
     model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, has_class_token=has_class_token)
     own = dict(prune_layers=self.prune_layers, keep=self.keep, parameters=dict(self.parameters))
