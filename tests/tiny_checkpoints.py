@@ -303,7 +303,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int, padding: int = 0):
   """Encoded rows as a right-padded `himap_jax.inputs.Inputs` on the host; `padding` is the token id in padding."""
   from himap_jax.inputs import IMAGE as IMAGE_KIND
-  from himap_jax.inputs import PADDING, TEXT, Inputs, Layout
+  from himap_jax.inputs import PADDING, TEXT, Images, Inputs, Layout
 
   tokens = np.full((len(rows), num_slots), padding, np.int32)
   length = np.array([len(input_ids) for input_ids, _ in rows])[:, None]
@@ -316,7 +316,7 @@ def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int, pad
     tokens=tokens,
     layout=Layout.of_rows(kind, np.zeros_like(kind), int(is_image.sum(axis=1).max())),
     positions=np.where(used, np.arange(num_slots, dtype=np.int32)[None], 0),
-    pixel_values=np.stack([pixels.numpy() for _, pixels in rows]),
+    images=Images(np.stack([pixels.numpy() for _, pixels in rows])),
   )
 
 

@@ -56,7 +56,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   num_rows = math.gcd(values.batch_size, timing["batch_size"])
   max_new_tokens = max(values.max_new_tokens, timing["new_tokens"])
   subject = study.load_subject(needs_answers=True, max_new_tokens=max_new_tokens, num_rows=num_rows)
-  opened, questions, num_image_tokens = subject.opened, subject.questions, subject.batcher.num_image_tokens
+  opened, questions, num_image_tokens = subject.opened, subject.questions, subject.processor.num_image_tokens
   shape = Shape(subject.num_layers, num_image_tokens, opened.config.vision.has_class_token)
   cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
   settings = {

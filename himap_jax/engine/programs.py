@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key, UInt
 from himap_jax.engine import sharding
 from himap_jax.engine.decoding import DecodeConfig, decode
 from himap_jax.engine.prefill import PrefillState, prefill
-from himap_jax.inputs import Inputs, Layout
+from himap_jax.inputs import Images, Inputs, Layout
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.kernels import is_quantized
 from himap_jax.model.network import Model
@@ -77,7 +77,7 @@ def abstract_inputs(
     tokens=slots,
     layout=Layout(slots, slots, slots, slots, num_image_tokens),
     positions=slots,
-    pixel_values=array((1, 3, *image_shape), jnp.float32),
+    images=Images(array((1, 3, *image_shape), jnp.float32)),
   )
   return inputs, array((), jnp.uint32)
 

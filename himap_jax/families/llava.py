@@ -5,22 +5,26 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
-  check_images,
+  blank,
   expand,
   fill,
   literal_template,
-  pictures_of,
+  messages_of,
   pixels_of,
+  places_in,
+  views_of_patches,
 )
-from himap_jax.families.family import Family
+from himap_jax.families.family import Family, Question, View
 from himap_jax.families.text import check_text_model, text_config
-from himap_jax.inputs import Example
+from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ConnectorConfig, ModelConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 
@@ -132,38 +136,47 @@ class LlavaProcessor:
     self._processor = processor
     self._config = config
     self._template = _check_template(template, processor)
-    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)]) for size in ((64, 48), (48, 64)))
-    self.image_shape = wide.shape[2:]
+    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)])[0] for size in ((64, 48), (48, 64)))
     if tall.shape != wide.shape:
       raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
+    self.image_shape = wide.shape[1:]
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+    self.blank = blank(Images(np.zeros((0, *wide.shape), np.float32)))
 
-  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
+  def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:
+    return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
+
+  def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
     text = self.prompt(question, len(images))
-    check_images(text, len(images))
     tokenizer = self._processor.tokenizer
     has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
     for image in images:
       self._check_size(image)
-    pixels = pixels_of(self._processor.image_processor, images)
-    return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
+    pixels = np.stack([*self.blank.images.pixels, *pixels_of(self._processor.image_processor, images)])
+    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
-  def prompt(self, question: str, num_pictures: int = 1) -> str:
+  def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
       return fill(self._template, question, num_pictures)
-    content = [{"type": "text", "text": question}]
-    if IMAGE_TAG not in question:
-      content = [{"type": "image"}] * num_pictures + content
-    return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    conversation = [
+      {"role": message.role, "content": [{"type": "text", "text": message.text}]}
+      for message in messages_of(question, num_pictures, tag="")
+    ]
+    if not any(IMAGE_TAG in message["content"][0]["text"] for message in conversation):
+      first = next(message for message in conversation if message["role"] == "user")
+      first["content"][:0] = [{"type": "image"}] * num_pictures
+    return self._processor.apply_chat_template(conversation, add_generation_prompt=True)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
-  def pictures(self, example: Example) -> list[Image.Image]:
-    height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
-    return pictures_of(self._processor.image_processor, example.pixel_values, height, width)
+  def views(self, example: Example) -> list[View]:
+    return views_of_patches(self._processor.image_processor, example, self.patch_grid, self._config.vision.patch_size)
+
+  def places(self, example: Example) -> Int[np.ndarray, "N 4"]:
+    return places_in(self.views(example), example.num_image_tokens)
 
   def _check_size(self, image: Image.Image) -> None:
     """Refuses pictures that would exhaust memory when resized or padded to a square."""

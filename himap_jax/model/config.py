@@ -67,7 +67,12 @@ class ResamplerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding; scaling types and their parameters as in `config.json`."""
+  """Rotary position embedding; scaling types and their parameters as in `config.json`.
+
+  Attributes:
+    sections: frequencies of every axis of positions, if they have several; see `rope.axis_of_frequency`.
+    interleaved: whether the axes take turns.
+  """
 
   theta: float
   rope_type: str = "default"
@@ -75,6 +80,8 @@ class RopeConfig:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position_embeddings: int = 8192
+  sections: tuple[int, ...] = ()
+  interleaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,12 +132,18 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A vision-language model; `image_token_id` fills the image slots of `Inputs.tokens`."""
+  """A vision-language model.
+
+  Attributes:
+    image_token_id: fills the image slots of `Inputs.tokens`.
+    has_newline: whether there is a learned image token that ends a row of patches.
+  """
 
   vision: VisionConfig
   connector: ConnectorConfig | ResamplerConfig
   text: TextConfig
   image_token_id: int
+  has_newline: bool = False
 
   def num_image_tokens(self, height: int, width: int) -> int:
     """Image tokens of a picture of `height` × `width` pixels."""

@@ -1,9 +1,9 @@
 """A decoder of the LLaMA line: runs ranges of layers over a sequence, or all layers on one new token over a cache.
 
-Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, F rotated
-features of a head, D model dim, R updated slots.
+Axes: B batch, S query slots, A axes of positions (none for one), T cache slots, M slots of new tokens, N query heads, K
+key heads, H head dim, F rotated features of a head, D model dim, R updated slots, I image tokens before pruning.
 
-It is independent of images and pruning.
+It is independent of pruning.
 """
 
 import functools
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import pytree, take_slots, visible
+from himap_jax.inputs import IMAGE, Layout, pytree, take_slots, visible
 from himap_jax.model import cache, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import TextConfig
@@ -170,27 +170,31 @@ class Decoder(DecoderModule):
   def __call__(
     self,
     x: Float[Array, "B S D"],
-    positions: Int[Array, "B S"],
+    positions: Int[Array, "B S *A"],
     layers: range,
     *,
-    order: Int[Array, "B S"] | None = None,
+    layout: Layout | None = None,
     mask: Bool[Array, "B 1 S S"] | None = None,
     partial_layers: frozenset[int] = frozenset(),
-    updated_slots: Int[Array, "B R"] | None = None,
+    injections: tuple[Float[Array, "B I D"], ...] = (),
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
     """Runs a range of layers.
 
     Args:
-      order: see `Layout.order`; absent for rows that were not pruned, where it is the slot's index.
+      layout: may be absent for rows that were not pruned if there are no partial layers or injections.
       mask: true where a query slot (row) may attend to a key slot; attention is causal in any case.
-      partial_layers: layers that update only `updated_slots`, to which `mask` does not apply.
+      partial_layers: layers that do not update image tokens, to which `mask` does not apply.
+      injections: what is added to the image tokens after the first layers, one each (DeepStack, arXiv 2406.04334).
 
     Returns:
       The hidden states, and the projections of each layer.
     """
     rotation = rope.rotation(self.config.rope, self.config.rotary_dim, positions)
-    if order is None:
+    if layout is None:
       order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+    else:
+      order = layout.order
+    updated_slots = layout.text_slots() if partial_layers else None
 
     @functools.cache
     def mask_of(window: int | None) -> Bool[Array, "B 1 S S"] | None:
@@ -211,11 +215,13 @@ class Decoder(DecoderModule):
           x, layer_projections = layer.update(x, rotation, updated_slots, partial_mask_of(window))
         else:
           x, layer_projections = layer(x, rotation, mask_of(window))
+        if index < len(injections):
+          x = x + _at_image_slots(injections[index], layout)
       projections.append(layer_projections)
     return x, projections
 
   def project(
-    self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
+    self, x: Float[Array, "B S D"], positions: Int[Array, "B S *A"], layer: int, slots: Int[Array, "B R"]
   ) -> Projections:
     """Projections of `x` in a layer's attention: keys and values of all slots, queries of `slots`."""
     return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.rotary_dim, positions), slots)
@@ -257,3 +263,9 @@ class Decoder(DecoderModule):
         keys.append(new_keys)
         values.append(new_values)
     return x, new.replace(keys=tuple(keys), values=tuple(values))
+
+
+def _at_image_slots(injection: Float[Array, "B I D"], layout: Layout) -> Float[Array, "B S D"]:
+  """Each remaining image token's injection in its slot, and zero elsewhere."""
+  own = take_slots(injection, jnp.maximum(layout.image_token, 0))
+  return jnp.where((layout.kind == IMAGE)[:, :, None], own, 0)

@@ -82,10 +82,17 @@ class Selection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-  """The selection rule of a stage, and its multiplications for one row, in matrix products only."""
+  """The selection rule of a stage.
+
+  Attributes:
+    cost: its multiplications for one row, in matrix products only.
+    rank: if the tokens that it keeps at a count are the first of those that it keeps at a higher one: `[B, K]` indices
+      of these, best first.
+  """
 
   select: Callable[[View, int], Selection]
   cost: Callable[[Sizes], int]
+  rank: Callable[[View, int], Int[Array, "B K"]] | None = None
 
 
 PerDepth = Callable[[int], tuple[int, ...]]
@@ -122,11 +129,15 @@ class Method:
 def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes], int]) -> Criterion:
   """The criterion that keeps the highest scores; of equal scores the earlier token."""
 
-  def select(view: View, keep: int) -> Selection:
-    scores = jnp.where(view.layout.image_present(), score(view), -jnp.inf)
-    return Selection(jnp.sort(stable_top_k(scores, keep), axis=1))
+  def rank(view: View, keep: int) -> Int[Array, "B K"]:
+    return stable_top_k(jnp.where(view.layout.image_present(), score(view), -jnp.inf), keep)
 
-  return Criterion(select, cost)
+  return ranking(rank, cost)
+
+
+def ranking(rank: Callable[[View, int], Int[Array, "B K"]], cost: Callable[[Sizes], int]) -> Criterion:
+  """The criterion that keeps the first tokens of a ranking."""
+  return Criterion(lambda view, keep: Selection(jnp.sort(rank(view, keep), axis=1)), cost, rank)
 
 
 def stable_top_k(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]:

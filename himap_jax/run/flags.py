@@ -16,7 +16,7 @@ from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 
-EMIT = ("tokens", "kept", "logits", "timing")
+EMIT = ("tokens", "kept", "patches", "logits", "timing")
 
 flags.DEFINE_string(
   "checkpoint",
@@ -79,7 +79,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
 _EMIT = flags.DEFINE_list(
-  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
+  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, kept_patches, first_logits, timing to every row."
 )
 flags.DEFINE_bool(
   "resume",
@@ -107,7 +107,8 @@ flags.DEFINE_string(
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
 )
-_VALUES = ("checkpoint", "allow_pickle", "dtype", "int8_weights", "resume", "strict")
+flags.DEFINE_bool("allow_urls", False, "Download pictures whose image is an http or https URL.")
+_VALUES = ("checkpoint", "allow_pickle", "allow_urls", "dtype", "int8_weights", "resume", "strict")
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
 
 
@@ -132,6 +133,7 @@ class RunConfig:
   profile_dir: pathlib.Path | None = None
   compilation_cache_dir: str = ""
   allow_pickle: bool = False
+  allow_urls: bool = False
 
 
 def config_from_flags() -> RunConfig:

@@ -8,7 +8,8 @@ import reference_himap
 import torch
 
 from himap_jax import GenerationConfig, InputConfig, UserError, generate
-from himap_jax.engine.batching import Batcher, Bucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.inputs import Example, Images
 
 NAME = "clip_mha"
 N = 16
@@ -42,7 +43,7 @@ def answer(loaded, pictures, questions, schedule, batch_size=2):
 def test_logits_at_every_position(checkpoints, loaded, pictures, encoded):
   tiny, model = checkpoints(NAME), loaded(NAME)
   processor = model.prompts("<image>{question}")
-  batcher = Batcher(model.config, processor.image_shape, buckets=(80,), pictures=(1, 2, 3))
+  batcher = Batcher(512, processor.blank, [ImageBucket(n, n * N) for n in (1, 2, 3)], buckets=(80,))
   for own, question, (ids, pixels) in zip(pictures, QUESTIONS, encoded, strict=True):
     example = processor.prepare(own, question)
     assert example.tokens.tolist() == ids.tolist()
@@ -112,19 +113,18 @@ class TestBadPrompts:
       assert processor.prepare(images[:2], "Why?").num_image_tokens == 2 * N
 
   def test_more_than_the_context_holds(self, loaded):
-    config = loaded(NAME).config
-    batcher = Batcher(config, (28, 28), buckets=(8,), pictures=(1, 40, 2), max_new_tokens=2)
-    assert batcher.buckets == ((1, 8), (1, 494), (2, 8), (2, 478)) and batcher.most_image_tokens == 32
-    blank = batcher.pack([], bucket=Bucket(2, 8), batch_size=1)
-    assert blank.pixel_values.shape == (1, 2, 3, 28, 28) and blank.layout.image_id[0, N] == 1
-    example = tiny_example(40)
-    with pytest.raises(UserError, match="context of 512 tokens does not hold 40 images of 16 tokens and 2 new ones"):
-      batcher.bucket(example)
+    sizes = [ImageBucket(n, n * N) for n in (1, 2, 40)]
+    batcher = Batcher(512, loaded(NAME).prompts().blank, sizes, buckets=(8,), max_new_tokens=2)
+    assert batcher.buckets == tuple(
+      Bucket(n, n * N, text) for n, texts in ((1, (8, 494)), (2, (8, 478))) for text in texts
+    )
+    blank = batcher.pack([], bucket=Bucket(2, 32, 8), batch_size=1)
+    assert blank.images.pixels.shape == (1, 2, 3, 28, 28) and batcher.most_image_tokens == 32
+    with pytest.raises(UserError, match="context of 512 tokens does not hold 640 image tokens and 2 new ones"):
+      batcher.bucket(tiny_example(40))
 
 
 def tiny_example(num_pictures):
-  from himap_jax.inputs import Example
-
   image_id = np.append(np.repeat(np.arange(num_pictures), N), -1).astype(np.int32)
   slots = np.arange(len(image_id), dtype=np.int32)
-  return Example(slots, image_id, slots, np.zeros((num_pictures, 3, 28, 28), np.float32))
+  return Example(slots, image_id, slots, Images(np.zeros((num_pictures, 3, 28, 28), np.float32)))

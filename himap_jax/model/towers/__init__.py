@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from himap_jax.inputs import Images
 from himap_jax.model.linear import LayerNorm
 from himap_jax.model.towers import clip, dinov2, internvit
 from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
@@ -49,8 +50,10 @@ class VisionTower(TowerModule):
   """Pixels to the connector's input."""
 
   @nn.compact
-  def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> TowerOutput:
+  def __call__(self, images: Images) -> TowerOutput:
+    """The output for every tile, `[B·P, …]`."""
     tower = TOWERS[self.config.model_type]
+    pixel_values = images.pixels.reshape(-1, *images.pixels.shape[2:])
     x = tower.embeddings(self.config, self.kernels, name="embeddings")(pixel_values)
     if tower.norm_name is not None:
       x = LayerNorm(self.config.layer_norm_eps, name=tower.norm_name)(x)
