@@ -154,7 +154,7 @@ class LlavaProcessor:
     ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
     for image in images:
       self._check_size(image)
-    pixels = np.stack([*self.blank.images.pixels, *pixels_of(self._processor.image_processor, images)])
+    pixels = np.stack(pixels_of(self._processor.image_processor, images)) if images else self.blank.images.pixels
     return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:

@@ -129,7 +129,7 @@ class Answerer:
           summary.prefill_seconds += generation.prefill_seconds
           summary.decode_seconds += generation.decode_seconds
           if share.is_written_here:
-            results += self._results(group, generation)
+            results += self._results(group, generation, buckets[index])
         results = _gather_results(results if share.is_written_here else [])
         output.write([result.row for result in results])
         if results:
@@ -142,10 +142,11 @@ class Answerer:
 
   def _generate(self, group: Sequence[Prepared], bucket: Bucket, num_rows: int) -> Generation:
     inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
-    with out_of_memory_is_user_error():
+    what = f"{num_rows} rows of {bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
+    with out_of_memory_is_user_error(what):
       return self.engine(inputs, [row.prompt.key for row in group])
 
-  def _results(self, group: Sequence[Prepared], generation: Generation) -> list[Result]:
+  def _results(self, group: Sequence[Prepared], generation: Generation, bucket: Bucket) -> list[Result]:
     results = []
     seconds = {name: getattr(generation, name) / max(1, len(group)) for name in ("prefill_seconds", "decode_seconds")}
     for index, (prompt, example, digest) in enumerate(group):
@@ -168,7 +169,8 @@ class Answerer:
         more["timing"] = seconds | {"rows_in_batch": len(group)}
       row = prompt.row(digest, answer=self.processor.decode(tokens), **more)
       counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
-      results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept]))
+      num_slots = bucket.num_image_tokens + bucket.num_text_slots
+      results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots))
     return results
 
   def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from himap_jax import checkpoint
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
@@ -55,6 +56,8 @@ def run(config: RunConfig) -> int:
   sizes = image_sizes(prompts, files, processor)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
   batcher = make_batcher(opened, processor, sizes, buckets, max_new_tokens, schedule)
+  if processes.is_leader() and len(sizes) > 1:
+    print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   dtype = command.DTYPES[config.dtype]
   num_bytes = opened.num_bytes(dtype, int8_weights=config.int8_weights)
   batch_size = config.inputs.batch_size
@@ -97,6 +100,12 @@ def image_sizes(prompts: Sequence[Prompt], files: PictureFiles, processor: Proce
     for (is_known, *own), prompt in zip(found.tolist(), prompts, strict=True)
     if is_known and prompt.error is None
   )
+
+
+def describe_buckets(batcher: Batcher) -> str:
+  """The numbers of image tokens to which prompts are padded."""
+  counts = dict.fromkeys((bucket.num_image_tokens, bucket.is_ragged) for bucket in batcher.buckets)
+  return ", ".join(f"up to {count}" if is_ragged else str(count) for count, is_ragged in counts)
 
 
 def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, Any]:

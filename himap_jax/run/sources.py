@@ -21,7 +21,8 @@ MAX_URL_BYTES = 1 << 28
 
 _DATA_URL = re.compile(r"data:[\w./+-]*(;[\w=.+-]+)*;base64,", re.ASCII)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{64,}={0,2}\s*", re.ASCII)
-_SHOWN = 300
+_LONGEST_PATH = 1000  # longer ones are data, of which messages show the start
+_SHOWN = 100
 
 
 def is_url(image: str) -> bool:
@@ -30,7 +31,7 @@ def is_url(image: str) -> bool:
 
 def short_name(image: str) -> str:
   """A picture's name for messages."""
-  return image if len(image) <= _SHOWN else f"{image[:_SHOWN]}…"
+  return image if len(image) <= _LONGEST_PATH else f"{image[:_SHOWN]}…"
 
 
 def open_source(image: str, image_dir: pathlib.Path, *, allow_urls: bool = False) -> io.BufferedIOBase:

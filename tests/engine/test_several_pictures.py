@@ -9,6 +9,8 @@ import torch
 
 from himap_jax import GenerationConfig, InputConfig, UserError, generate
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.engine.engine import Engine
+from himap_jax.families.family import Message
 from himap_jax.inputs import Example, Images
 
 NAME = "clip_mha"
@@ -87,6 +89,67 @@ def test_a_row_is_as_alone(method, loaded, pictures):
     (alone,) = answer(model, [own], [question], schedule, batch_size=1)
     assert (alone.kept, alone.token_ids) == (found.kept, found.token_ids)
     assert all(0 <= index < len(own) * N for stage in found.kept for index in stage)
+
+
+RANKING = ("himap", "fastv", "pyramiddrop", "sparsevlm", "fitprune", "fastervlm", "divprune", "cdpruner", "random")
+
+
+@pytest.mark.parametrize("method", RANKING)
+def test_rows_padded_to_more_image_tokens(method, loaded, pictures):
+  """Rows of one to three pictures in one batch keep and answer what each does alone, their shares included."""
+  layers = {"himap": (2, 4), "pyramiddrop": (2, 3, 4), "sparsevlm": (2, 3, 4)}
+  model, layers = loaded(NAME), layers.get(method)
+  schedule = model.schedule(method, layers)
+  assert schedule.is_ranking
+  expected = answer(model, pictures, QUESTIONS, schedule)
+  processor = model.prompts("<image>{question}")
+  examples = [processor.prepare(own, text) for own, text in zip(pictures, QUESTIONS, strict=True)]
+  batcher = Batcher(512, processor.blank, [ImageBucket(3, 3 * N, True)], buckets=(80,))
+  batch = batcher.pack(examples, bucket=Bucket(3, 3 * N, 80, True), batch_size=4)
+  result = Engine(model.model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))(batch, range(4))
+  for row, alone in enumerate(expected):
+    assert [stage[row] for stage in result.kept] == alone.kept and result.tokens[row] == alone.token_ids
+    np.testing.assert_allclose(result.logits[row], alone.first_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["dart", "visionzip", "vispruner", "prumerge", "uniform", "himap_adaptive"])
+def test_other_methods_have_batches_of_equal_rows(method, loaded, pictures):
+  model = loaded(NAME)
+  schedule = model.schedule(method, (2, 4) if method == "himap_adaptive" else None)
+  assert not schedule.is_ranking
+  answers = answer(model, [*pictures, pictures[0]], [*QUESTIONS, QUESTIONS[0]], schedule)
+  assert answers[0].token_ids == answers[-1].token_ids
+
+
+@pytest.mark.parametrize("method", ["none", "himap", "divprune", "shortv"])
+def test_rows_without_pictures(method, checkpoints, loaded, images):
+  tiny, model = checkpoints(NAME), loaded(NAME)
+  schedule = model.schedule(method, (1, 3) if method in ("shortv", "himap") else None)
+  answers = answer(model, [[], images[:1], []], ["Why?", "What?", "Where is it?"], schedule)
+  for text, found in (("Why?", answers[0]), ("Where is it?", answers[2])):
+    ids = tiny.processor.tokenizer(f"<s>{text}", return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+      expected = tiny.model.generate(input_ids=ids, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False)
+    assert found.token_ids == expected[0, ids.shape[1] :].tolist()
+    assert found.kept == [[] for _ in schedule.stages]
+
+
+def test_conversations(checkpoints, loaded, images):
+  """The chat template's own text, with pictures where they stand."""
+  processor = loaded(NAME).prompts("chat")
+  messages = [Message("user", "Is <image> it?"), Message("assistant", "No."), Message("user", "And <image>?")]
+  expected = "<s>USER: Is <image> it? ASSISTANT: No. USER: And <image>? ASSISTANT:"
+  assert processor.prompt(messages, 2) == expected
+  ids, _ = checkpoints(NAME).encode(images[:2], expected)
+  assert processor.prepare(images[:2], messages).tokens.tolist() == ids.tolist()
+  first = [Message("system", "Be brief."), Message("user", "Same?")]
+  assert processor.prompt(first, 2) == "<s>SYSTEM: Be brief. USER: <image>\n<image>\nSame? ASSISTANT:"
+  with pytest.raises(
+    UserError, match="a conversation of several messages needs a chat template: --prompt_template=chat"
+  ):
+    loaded(NAME).prompts("vicuna_v1").prepare(images[:2], messages)
+  with pytest.raises(UserError, match="this one has 2 for 1 picture"):
+    processor.prepare(images[:1], messages)
 
 
 class TestBadPrompts:

@@ -93,7 +93,7 @@ def test_unusable_files(tmp_path, make, expected):
   assert_error(path, expected)
 
 
-@pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000])
+@pytest.mark.parametrize("name", ["a\0b.png", "x" * 900])
 def test_impossible_path(tmp_path, name):
   assert_error(f"{tmp_path}/{name}")
 
