@@ -48,9 +48,9 @@ class OpenCheckpoint:
   eos_token_ids: tuple[int, ...]
   weights: Weights
 
-  def prompts(self, template: str = "chat") -> Processor:
-    """The processor for a prompt template; errors as in `Family.processor`."""
-    return self.family.processor(self.processor, self.config, template)
+  def prompts(self, template: str = "chat", max_image_tokens: int | None = None) -> Processor:
+    """The processor for a prompt template; arguments and errors as in `Family.processor`."""
+    return self.family.processor(self.processor, self.config, template, max_image_tokens)
 
   def schedule(
     self,

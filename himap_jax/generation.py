@@ -24,11 +24,13 @@ class InputConfig:
   Attributes:
     prompt_template: `chat` (the checkpoint's own), `vicuna_v1`, or a text with `<image>` and `{question}`.
     prompt_buckets: padded text lengths, in tokens.
+    max_image_tokens: most image tokens of a picture, for models that choose them by its size; theirs if absent.
   """
 
   prompt_template: str = "chat"
   prompt_buckets: tuple[int, ...] = DEFAULT_BUCKETS
   batch_size: int = 8
+  max_image_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ def generate(
   Raises:
     UserError: unusable settings or prompts.
   """
-  processor = loaded.prompts(inputs.prompt_template)
+  processor = loaded.prompts(inputs.prompt_template, inputs.max_image_tokens)
   rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
   sizes = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)
   batcher = make_batcher(loaded, processor, sizes, inputs.prompt_buckets, generation.max_new_tokens, schedule)

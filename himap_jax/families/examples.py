@@ -78,6 +78,14 @@ def fill(template: str, question: Question, num_pictures: int) -> str:
   return text
 
 
+def refuse_limit(max_image_tokens: int | None, num_image_tokens: int) -> None:
+  """Raises `UserError` if a limit is given for a model whose pictures all have equally many image tokens."""
+  if max_image_tokens is not None:
+    raise UserError(
+      f"this model makes {num_image_tokens} image tokens of every picture; --max_image_tokens has no effect"
+    )
+
+
 def literal_template(template: str, *names: str) -> str:
   """A template given as text, with `\\n` for line breaks; raises `UserError`, which lists `names`, if it is unusable."""
   if template.count(IMAGE_TAG) != 1 or template.count("{question}") != 1:

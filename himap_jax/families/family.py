@@ -87,7 +87,8 @@ class Family:
     complete: adds transformers' current defaults to the fields of `config.json`, which pins them.
     load_processor: loads transformers' processor (or an object with its tokenizer and image processor) from a
       checkpoint's directory; raises `UserError`.
-    processor: makes a `Processor` from transformers' processor, the sizes and a prompt template; raises `UserError`.
+    processor: makes a `Processor` from transformers' processor, the sizes, a prompt template, and the most image tokens
+      of a picture (None for the checkpoint's own limit); raises `UserError`.
     stop_tokens: tokens that end an answer, besides those of generation_config.json, from transformers' processor.
   """
 
@@ -95,5 +96,5 @@ class Family:
   config: Callable[[dict[str, Any], str], ModelConfig]
   complete: Callable[[dict[str, Any]], dict[str, Any]]
   load_processor: Callable[[pathlib.Path], Any]
-  processor: Callable[[Any, ModelConfig, str], Processor]
+  processor: Callable[[Any, ModelConfig, str, int | None], Processor]
   stop_tokens: Callable[[Any], tuple[int, ...]] = lambda processor: ()

@@ -20,6 +20,7 @@ from himap_jax.families.examples import (
   messages_of,
   pixels_of,
   places_in,
+  refuse_limit,
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View
@@ -124,7 +125,7 @@ def load_processor(directory: pathlib.Path) -> Any:
 class LlavaProcessor:
   """Prepares prompts for one model; see `family.Processor`."""
 
-  def __init__(self, processor: Any, config: ModelConfig, template: str = "chat"):
+  def __init__(self, processor: Any, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None):
     """Checks the template and the image processor.
 
     Args:
@@ -142,6 +143,7 @@ class LlavaProcessor:
     self.image_shape = wide.shape[1:]
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+    refuse_limit(max_image_tokens, self.num_image_tokens)
     self.blank = blank(Images(np.zeros((0, *wide.shape), np.float32)))
 
   def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:

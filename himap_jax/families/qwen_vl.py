@@ -27,6 +27,7 @@ from himap_jax.families.examples import (
   messages_of,
   pixels_of,
   places_in,
+  refuse_limit,
   views_of_patches,
 )
 from himap_jax.families.family import Family, Message, Question, View
@@ -163,7 +164,9 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
 class QwenProcessor:
   """Prepares prompts for one model; see `family.Processor`."""
 
-  def __init__(self, files: QwenFiles, config: ModelConfig, template: str = "chat"):
+  def __init__(
+    self, files: QwenFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+  ):
     """Checks the template: `chat`, a name in `TEMPLATES`, or a text with `<image>` and `{question}`."""
     self._files, self._config = files, config
     self._is_chat = template == "chat"
@@ -172,6 +175,7 @@ class QwenProcessor:
     self.image_shape = (size["height"], size["width"])
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+    refuse_limit(max_image_tokens, self.num_image_tokens)
     self.blank = blank(Images(np.zeros((0, 3, *self.image_shape), np.float32)))
 
   def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:

@@ -47,7 +47,7 @@ def run(config: RunConfig) -> int:
   logging.info("ready: devices")
   opened = checkpoint.open_checkpoint(config.checkpoint, allow_pickle=config.allow_pickle)
   logging.info("ready: checkpoint")
-  processor = opened.prompts(config.inputs.prompt_template)
+  processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   if config.pictures is not None or "patches" in config.emit:
     processor.views(processor.prepare([Image.new("RGB", (64, 64))], "?"))
   num_layers, has_class_token = opened.config.text.num_hidden_layers, opened.config.vision.has_class_token
@@ -118,6 +118,7 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
     "method_parameters": dict(schedule.parameters),
     **dataclasses.asdict(config.generation),
     "prompt_template": config.inputs.prompt_template,
+    "max_image_tokens": config.inputs.max_image_tokens,
     "dtype": config.dtype,
     "int8_weights": config.int8_weights,
     "emit": sorted(config.emit),

@@ -137,7 +137,7 @@ class TestSettings:
     for changes in (
       {"method": "himap_swapped"}, {"prune_layers": (2, 5)}, {"keep": (8, 4)}, {"max_new_tokens": 7}, {"seed": 1},
       {"sampling": Sampling(0.5)}, {"sampling": Sampling(0.5, 0.9)}, {"ignore_eos": True}, {"dtype": "bfloat16"},
-      {"prompt_template": "chat"}, {"int8_weights": True}, {"emit": frozenset({"kept"})},
+      {"prompt_template": "chat"}, {"max_image_tokens": 9}, {"int8_weights": True}, {"emit": frozenset({"kept"})},
       {"method": "himap_adaptive", "parameters": (("threshold", 0.5),)},
       {"method": "himap_adaptive", "parameters": (("threshold", 0.6),)},
     ):  # fmt: skip
