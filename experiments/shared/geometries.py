@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from himap_jax.engine.accounting import provides
 from himap_jax.families import from_hf
 from himap_jax.model.config import ModelConfig
 from himap_jax.pruning.methods import build_schedule
@@ -74,5 +75,5 @@ def schedule_of(config: ModelConfig, method: str) -> Schedule:
     method,
     num_layers=config.text.num_hidden_layers,
     num_image_tokens=num_image_tokens(config),
-    has_class_token=config.vision.has_class_token,
+    provides=provides(config),
   )

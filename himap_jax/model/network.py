@@ -47,14 +47,14 @@ class Embedded(NamedTuple):
 
   Attributes:
     x: hidden states.
-    tower: output of the vision tower, by image token.
+    tower: output of the vision tower, by image token; None without any.
     injections: what is added to the image tokens after the first layers of the decoder.
   """
 
   x: Float[Array, "B S D"]
   positions: Int[Array, "B S *A"]
   layout: Layout
-  tower: TowerOutput
+  tower: TowerOutput | None
   injections: tuple[Float[Array, "B N D"], ...] = ()
 
 
@@ -87,12 +87,17 @@ class Network(nn.Module):
         lambda x: x.reshape(batch, x.shape[0] // batch * x.shape[1], *x.shape[2:]), outputs
       )
       newline = self.image_newline if self.config.has_newline else None
-      return pack(image_tokens, images, newline), jax.tree.map(lambda x: pack(x, images, None), tower)
+      tower = jax.tree.map(lambda x: pack(x, images, None), tower)
+      if newline is not None and images.pack_index is not None:
+        tower = tower.replace(is_newline=images.pack_index[..., 0] < 0)
+      return pack(image_tokens, images, newline), tower
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
-    image_tokens, tower = self.encode_images(inputs.images)
     x = self.language_model.embed(inputs.tokens, self.dtype)
+    if not inputs.layout.num_image_tokens:
+      return Embedded(x, inputs.positions, inputs.layout, None)
+    image_tokens, tower = self.encode_images(inputs.images)
     return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
