@@ -34,7 +34,6 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes
     tower_flops=_tower_flops(vision, num_features),
     connector_flops=connector_flops,
     connector_flops_per_token=per_token,
-    pack_flops_per_token=config.num_taps * width if config.num_taps > 1 else 0,
   )
 
 

@@ -84,7 +84,7 @@ def costs(
   return Costs(
     image_tokens=image_tokens,
     tower=num_pictures * sizes.tower_flops,
-    projector=num_pictures * sizes.connector_flops + num_image_tokens * sizes.pack_flops_per_token,
+    projector=num_pictures * sizes.connector_flops,
     decoder=decoder,
     scoring=scoring,
     head=head,

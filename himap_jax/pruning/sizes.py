@@ -12,7 +12,6 @@ class ModelSizes:
     tower_flops: multiplications of the vision tower for one picture.
     connector_flops: multiplications of the connector for one picture.
     connector_flops_per_token: those per image token, where each is connected by itself; else 0.
-    pack_flops_per_token: multiplications for an image token that is a weighted sum of the connector's outputs.
   """
 
   num_layers: int
@@ -28,7 +27,6 @@ class ModelSizes:
   tower_flops: int
   connector_flops: int
   connector_flops_per_token: int
-  pack_flops_per_token: int = 0
 
   @property
   def query_width(self) -> int:
