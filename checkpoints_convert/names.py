@@ -112,34 +112,39 @@ _PHI3_LAYER, _PHI3_PLACE = (
   r"language_model.\1.",
 )
 
+_LLAVA = Table(
+  entries=(
+    # the fused decoder layers of Phi-3
+    *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", fused.qkv),
+    *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", fused.gate_up, ("gate_proj", "up_proj")),
+    # LLaVA's original layout
+    Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
+    Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    # Hugging Face: without `model.` before transformers 4.52, with it since
+    Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+    Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+    Entry(r"(model\.)?image_newline$", "image_newline"),
+    Entry(r"language_model\.lm_head\.", "lm_head."),
+    Entry(r"language_model\.model\.", "language_model."),
+    Entry(r"model\.language_model\.", "language_model."),
+    # the decoder of the original layout
+    Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
+  ),
+  unused=(
+    r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
+    r".*(^|/)(inv_freq|position_ids)$|"
+    r"lm_head/weight$|"  # of a tied head
+    r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
+  ),
+  tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
+)
+
 # By `model_type` of config.json.
 TABLES = {
-  "llava": Table(
-    entries=(
-      # the fused decoder layers of Phi-3
-      *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", fused.qkv),
-      *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", fused.gate_up, ("gate_proj", "up_proj")),
-      # LLaVA's original layout
-      Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
-      Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-      Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-      # Hugging Face: without `model.` before transformers 4.52, with it since
-      Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-      Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-      Entry(r"language_model\.lm_head\.", "lm_head."),
-      Entry(r"language_model\.model\.", "language_model."),
-      Entry(r"model\.language_model\.", "language_model."),
-      # the decoder of the original layout
-      Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
-    ),
-    unused=(
-      r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
-      r".*(^|/)(inv_freq|position_ids)$|"
-      r"lm_head/weight$|"  # of a tied head
-      r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
-    ),
-    tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
-  ),
+  "llava": _LLAVA,
+  "llava_next": _LLAVA,
+  "llava_onevision": _LLAVA,
   "qwen": Table(
     entries=(
       *_renamed(_QWEN_LAYER, _QWEN_PLACE, _QWEN_LAYER_NAMES),

@@ -214,12 +214,17 @@ class ImageSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding."""
+  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding.
+
+  Attributes:
+    picture_sizes: `(width, height)` of the pictures, in pixels, where a family needs them to place image tokens.
+  """
 
   tokens: Int[np.ndarray, "S"]
   image_id: Int[np.ndarray, "S"]
   positions: Int[np.ndarray, "S *A"]
   images: Images
+  picture_sizes: tuple[tuple[int, int], ...] = ()
 
   @property
   def num_images(self) -> int:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from himap_jax.engine.accounting import provides
 from himap_jax.families import from_hf
+from himap_jax.inputs import ImageSize
 from himap_jax.model.config import ModelConfig
 from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.schedule import Schedule
@@ -39,9 +41,14 @@ _INTERNVIT_6B = {
   **_sizes(3200, 12_800, 48, 25),
   **{"image_size": 224, "patch_size": 14, "use_qk_norm": True, "norm_type": "rms_norm"},
 }
+_SIGLIP_SO400M = {
+  "model_type": "siglip_vision_model",
+  **_sizes(1152, 4304, 26, 16),
+  **{"image_size": 384, "patch_size": 14, "vision_use_head": False},
+}
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL.
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL and the tiles in `_TILED`.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -50,9 +57,19 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
+  "llava_next_7b": _llava(_CLIP_LARGE, _VICUNA, 4096, 11_008, 32, 32, 32)  # LLaVA-NeXT with Vicuna-7B
+  | {"model_type": "llava_next"},
+  "llava_onevision_0.5b": {  # LLaVA-OneVision with Qwen2-0.5B
+    "model_type": "llava_onevision",
+    "vision_config": _SIGLIP_SO400M,
+    "text_config": {"model_type": "qwen2", "vocab_size": 152_000, "max_position_embeddings": 32_768}
+    | {"tie_word_embeddings": True, **_sizes(896, 4864, 24, 14, 2)},
+  },
 }
 # Sides of pictures, in pixels, for towers that were trained on others.
 _SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}
+# A picture of 640 x 480 pixels in models with newlines, by the number of taps: LLaVA-NeXT and LLaVA-OneVision.
+_TILED = {1: ImageSize(5, 2340), 4: ImageSize(5, 2929)}
 
 
 def model_of(name: str) -> ModelConfig:
@@ -60,13 +77,20 @@ def model_of(name: str) -> ModelConfig:
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int]:
-  """Height and width, in pixels, of the model's pictures."""
+  """Height and width, in pixels, of the model's pictures, or of their tiles."""
   side = _SIDES.get(config.vision.model_type, config.vision.image_size)
   return side, side
 
 
+def image_size(config: ModelConfig) -> ImageSize:
+  """Tiles and image tokens of a picture."""
+  if config.has_newline:
+    return _TILED[config.num_taps]
+  return ImageSize(1, config.num_image_tokens(*image_shape(config)))
+
+
 def num_image_tokens(config: ModelConfig) -> int:
-  return config.num_image_tokens(*image_shape(config))
+  return image_size(config).num_tokens
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:
@@ -74,5 +98,5 @@ def schedule_of(config: ModelConfig, method: str) -> Schedule:
     method,
     num_layers=config.text.num_hidden_layers,
     num_image_tokens=num_image_tokens(config),
-    has_class_token=config.vision.has_class_token,
+    provides=provides(config),
   )

@@ -107,7 +107,7 @@ class Ours(Side):
     }
 
   def _make_inputs(self) -> Inputs:
-    rng, count = np.random.default_rng(0), self._num_image_tokens
+    rng, (num_tiles, count) = np.random.default_rng(0), geometries.image_size(self._config)
     shape = (self._scenario.batch_size, self._scenario.num_text_tokens + count)
     slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     is_image = (slot >= NUM_SYSTEM_TOKENS) & (slot < NUM_SYSTEM_TOKENS + count)
@@ -115,7 +115,7 @@ class Ours(Side):
       tokens=rng.integers(2, self._config.text.vocab_size, shape, np.int32),
       layout=Layout.of_rows(np.where(is_image, IMAGE, TEXT), np.zeros_like(slot), count),
       positions=slot,
-      images=Images(rng.standard_normal((shape[0], 1, 3, *geometries.image_shape(self._config)), np.float32)),
+      images=Images(rng.standard_normal((shape[0], num_tiles, 3, *geometries.image_shape(self._config)), np.float32)),
     )
     return jax.tree.map(jnp.asarray, inputs)
 

@@ -1,7 +1,14 @@
-"""Model sizes for the accounting of pruning costs; FLOPs are multiplications in matrix products."""
+"""What pruning knows of a model: what its tower provides, and sizes; FLOPs are multiplications in matrix products."""
 
 from himap_jax.model.config import ModelConfig, ResamplerConfig, VisionConfig
 from himap_jax.pruning.cost import ModelSizes
+from himap_jax.pruning.method import Need
+
+
+def provides(config: ModelConfig) -> frozenset[Need]:
+  """What methods can read of a model's tower."""
+  found = {"class_attention": config.vision.has_class_token, "features": config.has_feature_per_token}
+  return frozenset(name for name, is_provided in found.items() if is_provided)
 
 
 def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_tokens, pytree, take_slots
@@ -115,7 +115,8 @@ def prune(
     with jax.named_scope("score"):
       selection = _select(stage, view(network, stage.layer, sequence, projections, context))
     with jax.named_scope("gather"):
-      pruned = apply(selection, sequence)
+      tower = None if context.embedded is None else context.embedded.tower
+      pruned = apply(selection, sequence, None if tower is None else tower.is_newline)
       if stage.layer == 0:  # the decoder never sees the others, so neither positions nor order have gaps
         slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
         positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
@@ -168,17 +169,25 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     class_attention=None if tower is None else tower.class_attention,
     tower_keys=None if tower is None else tower.keys,
     project=network.multi_modal_projector,
+    is_newline=None if tower is None else tower.is_newline,
     keys=context.keys,
     parameters=context.parameters,
   )
 
 
-def apply(selection: Selection, sequence: Sequence) -> Sequence:
-  """Removes the image tokens that were not kept; the others keep their hidden states, positions and order."""
+def apply(selection: Selection, sequence: Sequence, is_newline: Bool[Array, "B N"] | None = None) -> Sequence:
+  """Removes the image tokens that were not kept; the others keep their hidden states, positions and order.
+
+  Of merged tokens all have new hidden states but newlines, which `is_newline` marks among those before any pruning.
+  """
   source, layout = sequence.layout.keep(selection.kept, selection.present)
   x = take_slots(sequence.x, source)
   if selection.merged is not None:
-    x = put_image_tokens(x, selection.merged.astype(x.dtype), layout)
+    merged = selection.merged.astype(x.dtype)
+    if is_newline is not None:
+      own = take_slots(x, layout.image_slots())
+      merged = jnp.where(take_slots(is_newline, layout.original())[:, :, None], own, merged)
+    x = put_image_tokens(x, merged, layout)
   positions = take_slots(sequence.positions, source)
   is_padding = (layout.kind == PADDING).reshape(*layout.kind.shape, *[1] * (positions.ndim - 2))
   positions = jnp.where(is_padding, 0, positions)

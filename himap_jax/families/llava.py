@@ -38,20 +38,23 @@ MAX_ASPECT_RATIO = 200
 MAX_PIXELS = 178_956_970  # of a picture padded to a square
 
 
-def config(fields: dict[str, Any], where: str) -> ModelConfig:
+def config(
+  fields: dict[str, Any], where: str, class_name: str = "LlavaConfig", towers: Sequence[str] = VISION_MODELS
+) -> ModelConfig:
   """The sizes described by a LLaVA `config.json`; absent fields take transformers' defaults.
+
+  Args:
+    class_name: transformers' configuration of LLaVA or of a model with the same fields.
+    towers: supported model types of the tower.
 
   Raises:
     UserError: the tower, decoder, activation or RoPE scaling is not supported; the message names those that are.
   """
-  vision_type = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
-  check_supported(vision_type, VISION_MODELS, where=where, what="vision tower")
+  vision_type = (fields.get("vision_config") or {}).get("model_type", towers[0])
+  check_supported(vision_type, towers, where=where, what="vision tower")
   check_text_model(fields.get("text_config") or {}, where)
-
-  from transformers import LlavaConfig  # slow to import
-
   try:
-    complete = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
+    complete = _read(fields, class_name)
   except Exception as error:  # transformers raises types of its own for invalid fields
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
   connector = ConnectorConfig(complete.projector_hidden_act, complete.multimodal_projector_bias)
@@ -104,12 +107,15 @@ def _side(size: int | Sequence[int], where: str) -> int:
   return sides.pop()
 
 
-def complete(fields: dict[str, Any]) -> dict[str, Any]:
+def complete(fields: dict[str, Any], class_name: str = "LlavaConfig") -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  from transformers import LlavaConfig
+  return json.loads(_read(fields, class_name).to_json_string(use_diff=False))
 
-  full = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
-  return json.loads(full.to_json_string(use_diff=False))
+
+def _read(fields: dict[str, Any], class_name: str) -> Any:
+  import transformers  # slow to import
+
+  return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
 
 
 def load_processor(directory: pathlib.Path) -> Any:
@@ -122,42 +128,21 @@ def load_processor(directory: pathlib.Path) -> Any:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
 
 
-class LlavaProcessor:
-  """Prepares prompts for one model; see `family.Processor`."""
+class LlavaPrompts:
+  """Texts of prompts and answers, and their token ids."""
 
-  def __init__(self, processor: Any, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None):
-    """Checks the template and the image processor.
+  def __init__(self, processor: Any, template: str):
+    """Checks the template.
 
     Args:
+      processor: its tokenizer and `apply_chat_template` are used.
       template: `vicuna_v1`, `chat` (the checkpoint's own), or a text with `<image>` and `{question}`.
 
     Raises:
-      UserError: the template is unusable, or the image processor's pictures differ in size.
+      UserError: the template is unusable.
     """
     self._processor = processor
-    self._config = config
     self._template = _check_template(template, processor)
-    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)])[0] for size in ((64, 48), (48, 64)))
-    if tall.shape != wide.shape:
-      raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
-    self.image_shape = wide.shape[1:]
-    self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
-    self.num_image_tokens = config.num_image_tokens(*self.image_shape)
-    refuse_limit(max_image_tokens, self.num_image_tokens)
-    self.blank = blank(Images(np.zeros((0, *wide.shape), np.float32)))
-
-  def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:
-    return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
-
-  def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
-    text = self.prompt(question, len(images))
-    tokenizer = self._processor.tokenizer
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-    for image in images:
-      self._check_size(image)
-    pixels = np.stack(pixels_of(self._processor.image_processor, images)) if images else self.blank.images.pixels
-    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
@@ -171,8 +156,41 @@ class LlavaProcessor:
       first["content"][:0] = [{"type": "image"}] * num_pictures
     return self._processor.apply_chat_template(conversation, add_generation_prompt=True)
 
+  def ids(self, text: str) -> list[int]:
+    """Token ids of a prompt, with one beginning of sequence if the tokenizer has one."""
+    tokenizer = self._processor.tokenizer
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+
   def decode(self, tokens: Sequence[int]) -> str:
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+
+
+class LlavaProcessor(LlavaPrompts):
+  """Prepares prompts for one model; see `family.Processor`."""
+
+  def __init__(self, processor: Any, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None):
+    """Checks the template and the image processor; raises `UserError` if its pictures differ in size, too."""
+    super().__init__(processor, template)
+    self._config = config
+    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)])[0] for size in ((64, 48), (48, 64)))
+    if tall.shape != wide.shape:
+      raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
+    self.image_shape = wide.shape[1:]
+    self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
+    self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+    refuse_limit(max_image_tokens, self.num_image_tokens)
+    self.blank = blank(Images(np.zeros((0, *wide.shape), np.float32)))
+
+  def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:
+    return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
+
+  def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
+    ids = self.ids(self.prompt(question, len(images)))
+    for image in images:
+      self._check_size(image)
+    pixels = np.stack(pixels_of(self._processor.image_processor, images)) if images else self.blank.images.pixels
+    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
   def views(self, example: Example) -> list[View]:
     return views_of_patches(self._processor.image_processor, example, self.patch_grid, self._config.vision.patch_size)
@@ -188,11 +206,17 @@ class LlavaProcessor:
         f"the picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} "
         "times the other"
       )
-    if getattr(self._processor.image_processor, "do_pad", False) and longest**2 > MAX_PIXELS:
-      raise UserError(
-        f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
-        f"{MAX_PIXELS:,}"
-      )
+    if getattr(self._processor.image_processor, "do_pad", False):
+      check_square(image)
+
+
+def check_square(image: Image.Image) -> None:
+  """Refuses pictures that would exhaust memory when padded to a square."""
+  if max(image.size) ** 2 > MAX_PIXELS:
+    raise UserError(
+      f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
+      f"{MAX_PIXELS:,}"
+    )
 
 
 def _check_template(template: str, processor: Any) -> str:

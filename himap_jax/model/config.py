@@ -137,6 +137,7 @@ class ModelConfig:
   Attributes:
     image_token_id: fills the image slots of `Inputs.tokens`.
     has_newline: whether there is a learned image token that ends a row of patches.
+    num_taps: outputs of the connector that an image token is a weighted sum of; see `inputs.Images`.
   """
 
   vision: VisionConfig
@@ -144,6 +145,12 @@ class ModelConfig:
   text: TextConfig
   image_token_id: int
   has_newline: bool = False
+  num_taps: int = 1
+
+  @property
+  def has_feature_per_token(self) -> bool:
+    """Whether an image token other than a newline is the connector's image of one feature."""
+    return self.num_taps == 1 and not isinstance(self.connector, ResamplerConfig)
 
   def num_image_tokens(self, height: int, width: int) -> int:
     """Image tokens of a picture of `height` × `width` pixels."""

@@ -87,7 +87,10 @@ class Network(nn.Module):
         lambda x: x.reshape(batch, x.shape[0] // batch * x.shape[1], *x.shape[2:]), outputs
       )
       newline = self.image_newline if self.config.has_newline else None
-      return pack(image_tokens, images, newline), jax.tree.map(lambda x: pack(x, images, None), tower)
+      tower = jax.tree.map(lambda x: pack(x, images, None), tower)
+      if newline is not None and images.pack_index is not None:
+        tower = tower.replace(is_newline=images.pack_index[..., 0] < 0)
+      return pack(image_tokens, images, newline), tower
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""

@@ -39,6 +39,7 @@ class View:
     project: the connector, from features to the decoder's width.
     keys: `[B]` a random key per row, independent of the batch.
     parameters: the method's parameters by name; traced, so new values need no compilation.
+    is_newline: `[B, P]` which image tokens are learned newlines, without a feature; None if none are.
   """
 
   layer: int
@@ -56,11 +57,17 @@ class View:
   project: Callable[[Float[Array, "B K F"]], Float[Array, "B K D"]]
   keys: Key[Array, "B"]
   parameters: Mapping[str, Float[Array, ""]]
+  is_newline: Bool[Array, "B P"] | None = None
 
   def attention_from(self, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None) -> Float[Array, "B M"]:
     """Attention that image tokens receive from `rows` in the previous layer, summed over rows, averaged over heads."""
     query = take_slots(self.query, rows)
     return scoring.received_attention(query, self.key, self.layout, rows, scale=self.scale, valid=valid)
+
+  def has_feature(self) -> Bool[Array, "B P"]:
+    """Before the decoder: the image tokens that the row has, without newlines."""
+    present = self.layout.image_present()
+    return present if self.is_newline is None else present & ~self.is_newline
 
   def image_tokens(self) -> Float[Array, "B M D"]:
     return take_slots(self.x, self.layout.image_slots())
@@ -95,6 +102,13 @@ class Criterion:
   rank: Callable[[View, int], Int[Array, "B K"]] | None = None
 
 
+# What a method may need of a model's tower, and what it means that a model lacks it.
+Need = Literal["class_attention", "features"]
+NEEDS: dict[Need, str] = {
+  "class_attention": "reads the attention of the tower's class token, and this model's tower has none",
+  "features": "reads the tower's feature of every image token, and this model's image tokens are made of several each",
+}
+
 PerDepth = Callable[[int], tuple[int, ...]]
 
 
@@ -111,6 +125,7 @@ class Method:
     acts: where its stages may be: `before` the decoder (layer 0), `inside` it, since they read the attention of the
       previous layer, or `anywhere`.
     freezes: whether `prune_layers` are layers in which image tokens are not updated, instead of stages.
+    needs: what it reads of the tower.
     parameters: parameters that can change without recompilation, with their defaults.
     check: raises `UserError` for invalid values of the parameters.
   """
@@ -121,7 +136,7 @@ class Method:
   keep: tuple[float, ...] | Callable[[int], tuple[float, ...]] = ()
   acts: Literal["before", "inside", "anywhere"] = "inside"
   freezes: bool = False
-  needs_class_attention: bool = False
+  needs: frozenset[Need] = frozenset()
   parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
   check: Callable[[Mapping[str, float]], None] = lambda parameters: None
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
@@ -23,15 +23,17 @@ class TowerOutput:
   """Tower output for a batch of images.
 
   Attributes:
-    features: input of the connector, one vector per image token.
+    features: input of the connector, one vector per image token; zeros for newlines, like the next two.
     class_attention: float32 attention of the class token to every image token in the last layer run, averaged over
       heads; None without a class token.
     keys: that layer's keys of the image tokens, by head.
+    is_newline: which image tokens are learned newlines; None if none are.
   """
 
   features: Float[Array, "B P F"]
   class_attention: Float[Array, "B P"] | None
   keys: Float[Array, "B P N H"]
+  is_newline: Bool[Array, "B P"] | None = None
 
 
 class TowerModule(nn.Module):

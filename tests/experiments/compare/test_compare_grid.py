@@ -80,7 +80,7 @@ def test_budget_of_own_layers():
     with pytest.raises(ValueError, match="above 0 and at most the image's 576 tokens"):
       scaled("random", budget, shape)
   with pytest.raises(ValueError, match="class token"):
-    scaled("fastervlm", 64, shape._replace(has_class_token=False))
+    scaled("fastervlm", 64, shape._replace(provides=frozenset()))
 
 
 @pytest.mark.parametrize("num_layers", [30, 32])
