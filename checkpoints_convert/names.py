@@ -112,6 +112,15 @@ _PHI3_LAYER, _PHI3_PLACE = (
   r"language_model.\1.",
 )
 
+# Hugging Face's names of LLaVA and the families after it: without `model.` before transformers 4.52, with it since.
+_HUGGING_FACE_ENTRIES = (
+  Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+  Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+  Entry(r"language_model\.lm_head\.", "lm_head."),
+  Entry(r"language_model\.model\.", "language_model."),
+  Entry(r"model\.language_model\.", "language_model."),
+)
+
 # By `model_type` of config.json.
 TABLES = {
   "llava": Table(
@@ -123,12 +132,7 @@ TABLES = {
       Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
       Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
       Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-      # Hugging Face: without `model.` before transformers 4.52, with it since
-      Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-      Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-      Entry(r"language_model\.lm_head\.", "lm_head."),
-      Entry(r"language_model\.model\.", "language_model."),
-      Entry(r"model\.language_model\.", "language_model."),
+      *_HUGGING_FACE_ENTRIES,
       # the decoder of the original layout
       Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
     ),
@@ -139,6 +143,11 @@ TABLES = {
       r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
     ),
     tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
+  ),
+  "internvl": Table(
+    entries=_HUGGING_FACE_ENTRIES,
+    unused=r"vision_tower/(layernorm/|embeddings/mask_token$)|.*(^|/)(inv_freq|position_ids)$",
+    tower_layer=r"vision_tower/encoder/layer_(\d+)/",
   ),
   "qwen": Table(
     entries=(

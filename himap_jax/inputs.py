@@ -214,12 +214,17 @@ class ImageSize(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding."""
+  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding.
+
+  Attributes:
+    grids: rows and columns of tiles of each picture, in families that cut pictures into tiles.
+  """
 
   tokens: Int[np.ndarray, "S"]
   image_id: Int[np.ndarray, "S"]
   positions: Int[np.ndarray, "S *A"]
   images: Images
+  grids: tuple[tuple[int, int], ...] = ()
 
   @property
   def num_images(self) -> int:

@@ -41,7 +41,19 @@ _INTERNVIT_6B = {
 }
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL.
+_INTERNVIT_300M = {
+  "model_type": "internvl_vision",
+  **_sizes(1024, 4096, 24, 16),
+  **{"image_size": 448, "patch_size": 14, "attention_bias": True},
+}
+_QWEN25_05B = {
+  "model_type": "qwen2",
+  **_sizes(896, 4864, 24, 14, 2),
+  **{"vocab_size": 151_674, "max_position_embeddings": 32_768, "tie_word_embeddings": False},
+  "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL and the 256 tokens of one tile of InternVL3.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -49,10 +61,11 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "13b": _llava(_CLIP_LARGE, _VICUNA, 5120, 13_824, 40, 40, 40),  # LLaVA-1.5-13B
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
+  "internvl3_1b": {"model_type": "internvl", "vision_config": _INTERNVIT_300M, "text_config": _QWEN25_05B},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
 }
 # Sides of pictures, in pixels, for towers that were trained on others.
-_SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}
+_SIDES = {("internvl_vision", 224): 336, ("qwen_vl_vision", 224): 448}
 
 
 def model_of(name: str) -> ModelConfig:
@@ -60,8 +73,9 @@ def model_of(name: str) -> ModelConfig:
 
 
 def image_shape(config: ModelConfig) -> tuple[int, int]:
-  """Height and width, in pixels, of the model's pictures."""
-  side = _SIDES.get(config.vision.model_type, config.vision.image_size)
+  """Height and width, in pixels, of the model's pictures, or of their tiles."""
+  side = config.vision.image_size
+  side = _SIDES.get((config.vision.model_type, side), side)
   return side, side
 
 

@@ -47,14 +47,14 @@ class Embedded(NamedTuple):
 
   Attributes:
     x: hidden states.
-    tower: output of the vision tower, by image token.
+    tower: output of the vision tower, by image token; None without image tokens.
     injections: what is added to the image tokens after the first layers of the decoder.
   """
 
   x: Float[Array, "B S D"]
   positions: Int[Array, "B S *A"]
   layout: Layout
-  tower: TowerOutput
+  tower: TowerOutput | None
   injections: tuple[Float[Array, "B N D"], ...] = ()
 
 
@@ -91,8 +91,10 @@ class Network(nn.Module):
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
-    image_tokens, tower = self.encode_images(inputs.images)
     x = self.language_model.embed(inputs.tokens, self.dtype)
+    if not inputs.layout.num_image_tokens:
+      return Embedded(x, inputs.positions, inputs.layout, None)
+    image_tokens, tower = self.encode_images(inputs.images)
     return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
