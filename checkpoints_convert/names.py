@@ -121,8 +121,20 @@ _HUGGING_FACE_ENTRIES = (
   Entry(r"model\.language_model\.", "language_model."),
 )
 
+_IDEFICS3 = Table(
+  entries=(
+    Entry(r"model\.vision_model\.", "vision_tower."),
+    Entry(r"model\.connector\.modality_projection\.proj\.", "multi_modal_projector.linear."),
+    Entry(r"model\.text_model\.", "language_model."),
+  ),
+  unused=r".*(^|/)(inv_freq|position_ids)$",
+  tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+)
+
 # By `model_type` of config.json.
 TABLES = {
+  "idefics3": _IDEFICS3,
+  "smolvlm": _IDEFICS3,
   "llava": Table(
     entries=(
       # the fused decoder layers of Phi-3

@@ -53,7 +53,7 @@ def forward(
   The first stage scores by instruction attention and the second by image attention. `frozen` gives the kept sets of
   an earlier pass: nothing is scored then, and the same tokens are dropped.
   """
-  decoder = model.model.language_model
+  decoder = getattr(model.model, "language_model", None) or model.model.text_model
   hidden, image = image_embeddings(model, input_ids, pixel_values)
   positions = torch.arange(len(input_ids))
 

@@ -12,7 +12,9 @@ import numpy as np
 import tiny_checkpoints
 import torch
 import transformers
+from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.internvl.processing_internvl import InternVLProcessor
+from transformers.models.smolvlm.processing_smolvlm import SmolVLMProcessor
 
 SIDE, TILE_TOKENS = 28, 4
 TEXT = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
@@ -27,6 +29,17 @@ INTERNVL_TEMPLATE = (
   "{% endif %}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+SMOLVLM_TEMPLATE = (
+  "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
+  "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
+  "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
+  "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+  "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+SMOLVLM_TOKENS = ("<|im_start|>", "<end_of_utterance>", "<fake_token_around_image>", "<global-img>")
+SMOLVLM_TOKENS += ("<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>")  # others are several tokens
+SIGLIP = tiny_checkpoints.SIGLIP | dict(patch_size=7, image_size=SIDE)
 
 # name -> (vision config, changes to TEXT)
 INTERNVL = {
@@ -63,7 +76,7 @@ class Tiled:
 
   def batched(self, pixels: torch.Tensor) -> torch.Tensor:
     """Tiles as the model takes them."""
-    return pixels
+    return pixels if self.model.config.model_type == "internvl" else pixels[None]
 
   def features(self, pixels: torch.Tensor) -> torch.Tensor:
     """Image tokens of tiles, [N, D]."""
@@ -79,25 +92,55 @@ class Tiled:
 
 def make(name: str, directory: pathlib.Path) -> Tiled:
   """Draws a checkpoint and saves it."""
+  build = _internvl if name in INTERNVL else _idefics3
+  model, tokenizer, image_processor, arguments, reference = build(name)
+  tiny_checkpoints.randomize(model, seed=3)
+  model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+  for part in (model, tokenizer, image_processor):
+    part.save_pretrained(directory)
+  return Tiled(directory, model, tokenizer, image_processor, arguments, reference.replace_image_token)
+
+
+def _internvl(name: str) -> tuple[Any, ...]:
   vision, text = INTERNVL[name]
   config = transformers.InternVLConfig(
-    vision_config=vision,
-    text_config=TEXT | text,
-    image_token_id=262,
-    image_seq_length=TILE_TOKENS,
-    tie_word_embeddings=False,
+    vision_config=vision, text_config=TEXT | text, image_token_id=262, image_seq_length=TILE_TOKENS
   )
+  model = _model(transformers.InternVLForConditionalGeneration, config)
   tokenizer = _tokenizer(INTERNVL_TEMPLATE, ["<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"])
   size = {"height": SIDE, "width": SIDE}
   image_processor = transformers.GotOcr2ImageProcessorPil(size=size, min_patches=1, max_patches=4)
-  reference = object.__new__(InternVLProcessor)
-  vars(reference).update(start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>")
-  vars(reference).update(image_seq_length=TILE_TOKENS)
-  model = _save(transformers.InternVLForConditionalGeneration, config, directory)
-  tokenizer.save_pretrained(directory)
-  image_processor.save_pretrained(directory)
-  arguments = dict(crop_to_patches=True)
-  return Tiled(directory, model, tokenizer, image_processor, arguments, reference.replace_image_token)
+  tokens = dict(start_image_token="<img>", end_image_token="</img>", image_token="<IMG_CONTEXT>")
+  reference = _reference(InternVLProcessor, **tokens, image_seq_length=TILE_TOKENS)
+  return model, tokenizer, image_processor, dict(crop_to_patches=True), reference
+
+
+def _idefics3(name: str) -> tuple[Any, ...]:
+  is_smolvlm = name == "smolvlm"
+  kind = "SmolVLM" if is_smolvlm else "Idefics3"
+  text = TEXT | dict(model_type="llama")
+  config = getattr(transformers, f"{kind}Config")(
+    vision_config={key: value for key, value in SIGLIP.items() if key != "model_type"},
+    text_config=text,
+    image_token_id=3,
+    scale_factor=2,
+    tie_word_embeddings=is_smolvlm,
+  )
+  model = _model(getattr(transformers, f"{kind}ForConditionalGeneration"), config)
+  sizes = dict(size={"longest_edge": 2 * SIDE}, max_image_size={"longest_edge": SIDE})
+  image_processor = getattr(transformers, f"{kind}ImageProcessorPil")(**sizes)
+  tokens = dict(fake_image_token="<fake_token_around_image>", image_token="<image>")
+  tokens |= dict(global_image_tag="<global-img>", global_image_token="<global-img>", image_seq_len=TILE_TOKENS)
+  reference = _reference(SmolVLMProcessor if is_smolvlm else Idefics3Processor, **tokens)
+  tokenizer = _tokenizer(SMOLVLM_TEMPLATE, list(SMOLVLM_TOKENS))
+  return model, tokenizer, image_processor, dict(return_row_col_info=True), reference
+
+
+def _reference(kind: type, **fields: Any) -> Any:
+  """A processor of transformers that can expand image tokens, made without what it needs for videos."""
+  processor = object.__new__(kind)
+  vars(processor).update(fields)
+  return processor
 
 
 def _tokenizer(template: str, special: list[str]) -> Any:
@@ -107,13 +150,9 @@ def _tokenizer(template: str, special: list[str]) -> Any:
   return tokenizer
 
 
-def _save(kind: type, config: Any, directory: pathlib.Path) -> Any:
+def _model(kind: type, config: Any) -> Any:
   config._attn_implementation = "eager"
-  model = kind(config).eval()
-  tiny_checkpoints.randomize(model, seed=3)
-  model.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-  model.save_pretrained(directory)
-  return model
+  return kind(config).eval()
 
 
 def changed(tiny: Tiled, target: pathlib.Path, file: str, **fields: Any) -> pathlib.Path:

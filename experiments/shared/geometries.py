@@ -52,8 +52,15 @@ _QWEN25_05B = {
   **{"vocab_size": 151_674, "max_position_embeddings": 32_768, "tie_word_embeddings": False},
   "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
 }
+_SIGLIP_BASE = {**_sizes(768, 3072, 12, 12), "image_size": 512, "patch_size": 16}
+_SMOLLM2_135M = {
+  "model_type": "llama",
+  **_sizes(576, 1536, 30, 9, 3),
+  **{"vocab_size": 49_280, "max_position_embeddings": 8192, "tie_word_embeddings": False, "rms_norm_eps": 1e-5},
+  "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL and the 256 tokens of one tile of InternVL3.
+# 24 x 24 = 576 image tokens, but 256 queries of Qwen-VL, and of one tile 256 tokens of InternVL3 and 64 of SmolVLM.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -62,6 +69,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
   "internvl3_1b": {"model_type": "internvl", "vision_config": _INTERNVIT_300M, "text_config": _QWEN25_05B},
+  "smolvlm_256m": {"model_type": "smolvlm", "vision_config": _SIGLIP_BASE, "text_config": _SMOLLM2_135M}
+  | {"scale_factor": 4, "image_token_id": 49_190},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
 }
 # Sides of pictures, in pixels, for towers that were trained on others.

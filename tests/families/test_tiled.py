@@ -1,6 +1,8 @@
 """InternVL and Idefics3 against transformers: prompts, tiles, features, logits, tokens, HiMAP, float32."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, image_buckets
 from himap_jax.families.family import Message
 
-NAMES = ("internvl",)
+NAMES = ("internvl", "idefics3", "smolvlm")
 TOLERANCE = 1e-4
 NUM_NEW = 6
 GENERATION = GenerationConfig(NUM_NEW, ignore_eos=True)
@@ -165,6 +167,7 @@ def test_logits_at_every_position(tiny, loaded, rows):
     np.testing.assert_allclose(row[: len(example.tokens)], expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("tiny", ["internvl", "idefics3"], indirect=True, scope="module")
 class TestHimap:
   def test_rows_of_none_one_and_three_pictures_are_the_reference_s(self, tiny, loaded, rows, answers):
     for own, question, found in zip(rows, QUESTIONS, answers, strict=True):
@@ -217,6 +220,21 @@ def test_converted_and_read_again(tiny, loaded, tmp_path):
     lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), again.model.params, loaded.model.params
   )
   assert all(jax.tree.leaves(same)) and again.prompts().prompt("Why?") == loaded.prompts().prompt("Why?")
+
+
+@pytest.mark.parametrize("tiny", ["internvl", "smolvlm"], indirect=True, scope="module")
+def test_prompts_without_torch(tiny, tmp_path):
+  code = """
+import sys
+from PIL import Image
+from himap_jax import checkpoint
+processor = checkpoint.open_checkpoint(sys.argv[1], cache_dir=sys.argv[2]).prompts()
+print(processor.prepare([Image.new("RGB", (60, 30))], "Why?").size)
+assert sys.modules["torch"] is None
+"""
+  arguments = [sys.executable, "-c", code, str(tiny.directory), str(tmp_path)]
+  done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+  assert done.returncode == 0 and done.stdout.startswith("ImageSize(num_tiles="), done.stderr
 
 
 class TestBadInput:

@@ -146,7 +146,12 @@ def test_prefill_is_what_xla_counts(method):
 
 @pytest.mark.parametrize(
   "name, side, num_image_tokens, tolerance",
-  [("internvl_7b", 336, 576, 0.005), ("qwen_vl_7b", 448, 256, 0.005), ("internvl3_1b", 448, 256, 0.015)],
+  [
+    ("internvl_7b", 336, 576, 0.005),
+    ("qwen_vl_7b", 448, 256, 0.005),
+    ("internvl3_1b", 448, 256, 0.015),
+    ("smolvlm_256m", 512, 64, 0.015),
+  ],
 )
 def test_prefill_of_other_models_is_what_xla_counts(name, side, num_image_tokens, tolerance):
   """With fewer layers; what comes before the decoder counts most. The narrower, the more XLA counts besides products."""
