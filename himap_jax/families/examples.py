@@ -28,9 +28,14 @@ def messages_of(question: Question, num_pictures: int, tag: str = IMAGE_TAG) -> 
     first = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
     messages[first] = Message(messages[first].role, tag * num_pictures + messages[first].text)
   elif count != num_pictures:
-    pictures = "1 picture" if num_pictures == 1 else f"{num_pictures} pictures"
+    pictures = number_of_pictures(num_pictures)
     raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")
   return messages
+
+
+def number_of_pictures(count: int) -> str:
+  """The number in words, for messages."""
+  return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def content_parts(text: str) -> list[dict[str, str]]:

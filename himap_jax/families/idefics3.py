@@ -15,9 +15,10 @@ from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
+from himap_jax.families import files
 from himap_jax.families.family import Family
-from himap_jax.families.text import check_text_model, text_config
-from himap_jax.families.tiles import Grid, TiledProcessor, TileFiles, Tiling, load_files
+from himap_jax.families.text import text_config
+from himap_jax.families.tiles import Grid, TiledProcessor, Tiling
 from himap_jax.model.config import LinearConfig, ModelConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 
@@ -26,6 +27,7 @@ CLASSES = {
   "idefics3": ("Idefics3Config", "Idefics3ImageProcessorPil"),
   "smolvlm": ("SmolVLMConfig", "SmolVLMImageProcessorPil"),
 }
+TEXT_MODELS = ("llama",)
 MAX_SIDE = 4096  # of a scaled picture
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 
@@ -36,7 +38,8 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   Raises:
     UserError: the decoder, an activation or the pixel shuffle is not supported; the message says what is.
   """
-  check_text_model(fields.get("text_config") or {}, where)
+  text_type = (fields.get("text_config") or {}).get("model_type", "llama")
+  check_supported(text_type, TEXT_MODELS, where=where, what="language model")
   hf = _complete(fields, where)
   vision, merge_size = hf.vision_config, hf.scale_factor
   check_supported(vision.hidden_act, ACTIVATIONS, where=where, what="activation")
@@ -84,18 +87,18 @@ def _complete(fields: dict[str, Any], where: str) -> Any:
   return hf
 
 
-def load_processor(model_type: str, directory: pathlib.Path) -> TileFiles:
+def load_processor(model_type: str, directory: pathlib.Path) -> files.ModelFiles:
   """Loads the tokenizer and the image processor; raises `UserError` if that fails."""
   _, image_processor = CLASSES[model_type]
-  return load_files(directory, image_processor)
+  return files.load(directory, image_processor)
 
 
-def processor(files: TileFiles, config: ModelConfig, template: str = "chat") -> TiledProcessor:
+def processor(own: files.ModelFiles, config: ModelConfig, template: str = "chat") -> TiledProcessor:
   """The processor for a template; raises `UserError` if template or image processor cannot be used."""
-  side, trained = files.image_processor.max_image_size["longest_edge"], config.vision.image_size
+  side, trained = own.image_processor.max_image_size["longest_edge"], config.vision.image_size
   if side != trained:
     raise UserError(f"preprocessor_config.json: max_image_size is {side}; the tower in config.json needs {trained}")
-  return TiledProcessor(files, config, _tiling(files.image_processor, side), template)
+  return TiledProcessor(own, config, _tiling(own.image_processor, side), template)
 
 
 def _tiling(image_processor: Any, side: int) -> Tiling:

@@ -15,10 +15,11 @@ from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
+from himap_jax.families import files
 from himap_jax.families.family import Family
 from himap_jax.families.llava import vision_config
 from himap_jax.families.text import text_config
-from himap_jax.families.tiles import Grid, TiledProcessor, TileFiles, Tiling, load_files
+from himap_jax.families.tiles import Grid, TiledProcessor, Tiling
 from himap_jax.model.config import ConnectorConfig, ModelConfig
 from himap_jax.model.linear import ACTIVATIONS
 
@@ -73,14 +74,14 @@ def _complete(fields: dict[str, Any], where: str) -> Any:
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
 
 
-def load_processor(directory: pathlib.Path) -> TileFiles:
+def load_processor(directory: pathlib.Path) -> files.ModelFiles:
   """Loads the tokenizer and the image processor; raises `UserError` if that fails."""
-  return load_files(directory, "GotOcr2ImageProcessorPil")
+  return files.load(directory, "GotOcr2ImageProcessorPil")
 
 
-def processor(files: TileFiles, config: ModelConfig, template: str = "chat") -> TiledProcessor:
+def processor(own: files.ModelFiles, config: ModelConfig, template: str = "chat") -> TiledProcessor:
   """The processor for a template; raises `UserError` if template or image processor cannot be used."""
-  return TiledProcessor(files, config, _tiling(files.image_processor), template)
+  return TiledProcessor(own, config, _tiling(own.image_processor), template)
 
 
 def _tiling(image_processor: Any) -> Tiling:

@@ -6,16 +6,14 @@ Axes: T tiles, N image tokens of a row.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jinja2
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from PIL import Image
 
-from checkpoints_convert.source import first_line, read_json
+from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 from himap_jax.families.examples import (
   IMAGE_TAG,
@@ -25,41 +23,16 @@ from himap_jax.families.examples import (
   fill,
   literal_template,
   messages_of,
+  number_of_pictures,
   picture_of,
 )
 from himap_jax.families.family import Question, View
+from himap_jax.families.files import ModelFiles
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig
 
 # Rows and columns of tiles of a picture, without the whole picture; 1 × 1 if it is not cut.
 Grid = tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class TileFiles:
-  """The tokenizer and the image processor, both of transformers."""
-
-  tokenizer: Any
-  image_processor: Any
-
-
-def load_files(directory: pathlib.Path, image_processor: str) -> TileFiles:
-  """Loads the tokenizer, with its chat template, and transformers' image processor of this name.
-
-  Raises:
-    UserError: one of them cannot be loaded.
-  """
-  import transformers  # slow to import
-
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    images = getattr(transformers, image_processor).from_pretrained(directory, local_files_only=True)
-  except Exception as error:  # transformers and tokenizers raise many types
-    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
-  older = directory / "chat_template.json"  # which the tokenizer does not read
-  if older.exists() and not (directory / "chat_template.jinja").exists():
-    tokenizer.chat_template = read_json(older).get("chat_template")
-  return TileFiles(tokenizer, images)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +74,7 @@ class TiledProcessor:
 
   image_shape = patch_grid = num_image_tokens = None
 
-  def __init__(self, files: TileFiles, config: ModelConfig, tiling: Tiling, template: str = "chat"):
+  def __init__(self, files: ModelFiles, config: ModelConfig, tiling: Tiling, template: str = "chat"):
     """Checks the sizes and the template: `chat` (the checkpoint's own), or a text with `<image>` and `{question}`.
 
     Raises:
@@ -111,7 +84,7 @@ class TiledProcessor:
     self._files, self._config, self._tiling = files, config, tiling
     self._image_token = files.tokenizer.convert_ids_to_tokens(config.image_token_id)
     self._template = template if template == "chat" else literal_template(template, "chat")
-    if template == "chat" and not files.tokenizer.chat_template:
+    if template == "chat" and not files.chat_template:
       raise UserError("the checkpoint has no chat template; use a literal --prompt_template")
     self._tile_tokens = config.num_image_tokens(tiling.side, tiling.side)
     self.blank = blank(Images(np.zeros((0, 3, tiling.side, tiling.side), np.float32)))
@@ -125,8 +98,8 @@ class TiledProcessor:
     first, *others = self.prompt(question, len(images)).split(self._image_token)
     if len(others) != len(images):
       raise UserError(
-        f"the prompt has {len(others)} {self._image_token} for {len(images)} pictures; a question may not hold it, and "
-        f"the chat template must write one for each picture ({IMAGE_TAG} in a question)"
+        f"the prompt has {len(others)} {self._image_token} for {number_of_pictures(len(images))}; a question may not hold "
+        "it, and the chat template must write one for each picture"
       )
     texts = [self._tiling.text(self._image_token, grid) for grid in grids]
     text = first + "".join(own + after for own, after in zip(texts, others, strict=True))
@@ -146,7 +119,7 @@ class TiledProcessor:
       {"role": message.role, "content": content_parts(message.text)} for message in messages_of(question, num_pictures)
     ]
     try:
-      return self._files.tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+      return self._files.apply_chat_template(conversation, add_generation_prompt=True)
     except jinja2.TemplateError as error:
       raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error
 

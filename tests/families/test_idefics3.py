@@ -21,7 +21,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ("longest", "side"), [(2048, 512), (1820, 364), (1536, 384), (5000, 512), (1537, 512), (None, 364)]
+  ("longest", "side"), [(2048, 512), (1820, 364), (1536, 384), (5000, 512), (1537, 512), (999, 333), (None, 364)]
 )
 def test_grids_are_those_of_the_image_processor(monkeypatch, longest, side):
   """Its own code on shapes alone."""
@@ -30,7 +30,18 @@ def test_grids_are_those_of_the_image_processor(monkeypatch, longest, side):
   )
   processor = transformers.Idefics3ImageProcessorPil()
   rng = np.random.default_rng(0)
-  sizes = [(1, 1), (1, 10_000), (10_000, 1), (side, side), (side + 1, side), (333, 333), (640, 480), (480, 640)]
+  sizes = [
+    (1, 1),
+    (1, 10_000),
+    (10_000, 1),
+    (side, side),
+    (side + 1, side),
+    (333, 333),
+    (300, 100),
+    (100, 300),
+    (640, 480),
+    (480, 640),
+  ]
   for width, height in [*sizes, *np.exp(rng.uniform(0, 9, (300, 2))).astype(int).tolist()]:
     image = np.broadcast_to(np.uint8(0), (3, height, width))
     if longest is not None:

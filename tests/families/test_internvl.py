@@ -57,7 +57,7 @@ def test_bad_checkpoints(tiny, tmp_path, file, fields, message):
 
 def test_a_question_with_the_image_token(tiny, tmp_path):
   processor = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path).prompts()
-  with pytest.raises(UserError, match="the prompt has 2 <IMG_CONTEXT> for 1 pictures; a question may not hold it"):
+  with pytest.raises(UserError, match="the prompt has 2 <IMG_CONTEXT> for 1 picture; a question may not hold it"):
     processor.prepare([noise_image((28, 28), 0)], "What is <IMG_CONTEXT>?")
 
 
