@@ -217,14 +217,14 @@ class Example:
   """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding.
 
   Attributes:
-    grids: rows and columns of tiles of each picture, in families that cut pictures into tiles.
+    picture_sizes: `(width, height)` of the pictures, in pixels, where a family needs them to place image tokens.
   """
 
   tokens: Int[np.ndarray, "S"]
   image_id: Int[np.ndarray, "S"]
   positions: Int[np.ndarray, "S *A"]
   images: Images
-  grids: tuple[tuple[int, int], ...] = ()
+  picture_sizes: tuple[tuple[int, int], ...] = ()
 
   @property
   def num_images(self) -> int:

@@ -51,7 +51,9 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
       "tile's side"
     )
   tower = VisionConfig(
-    model_type="siglip_vision_model",  # their positions are SigLIP's for tiles of the size it was trained on
+    # Their positions are SigLIP's for tiles of the size that it was trained on. For some sides that no checkpoint has
+    # (19, 25, 29 patches …) transformers' differ by rounding.
+    model_type="siglip_vision_model",
     hidden_size=vision.hidden_size,
     intermediate_size=vision.intermediate_size,
     num_hidden_layers=vision.num_hidden_layers,

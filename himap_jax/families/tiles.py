@@ -94,7 +94,8 @@ class TiledProcessor:
     return ImageSize(count, count * self._tile_tokens)
 
   def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
-    grids = tuple(self._tiling.grid(image.size) for image in images)
+    sizes = tuple(image.size for image in images)
+    grids = [self._tiling.grid(size) for size in sizes]
     first, *others = self.prompt(question, len(images)).split(self._image_token)
     if len(others) != len(images):
       raise UserError(
@@ -110,7 +111,7 @@ class TiledProcessor:
     counts = [num_tiles(grid) * self._tile_tokens // own for grid, own in zip(grids, runs, strict=True)]
     pixels = np.concatenate([self.blank.images.pixels, *(self._tiling.pixels(image) for image in images)])
     example = expand(ids, self._config.image_token_id, counts, Images(pixels), runs=runs)
-    return dataclasses.replace(example, grids=grids)
+    return dataclasses.replace(example, picture_sizes=sizes)
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
@@ -150,7 +151,7 @@ class TiledProcessor:
     used = side * vision.merge_size * vision.patch_size
     numbers = np.arange(example.num_image_tokens).reshape(-1, side, side)
     pictures, first = [], 0
-    for grid in example.grids:
+    for grid in map(self._tiling.grid, example.picture_sizes):
       own = slice(first, first + num_tiles(grid))
       pictures.append((grid, example.images.pixels[own, :, :used, :used], numbers[own]))
       first = own.stop

@@ -10,6 +10,7 @@ import transformers
 from tiny_checkpoints import noise_image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import SizeDict
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionEmbeddings
 
 from himap_jax import UserError, checkpoint
 from himap_jax.families.idefics3 import tiles_of
@@ -51,6 +52,17 @@ def test_grids_are_those_of_the_image_processor(monkeypatch, longest, side):
     assert tiles_of((width, height), side, longest) == (max(rows, 1), max(columns, 1)), (width, height)
 
 
+@pytest.mark.parametrize("side", [16, 24, 26, 27, 32])
+def test_positions_are_siglip_s_at_the_published_sizes(side):
+  """Their fractional coordinates fall into the patches' own buckets."""
+  config = transformers.models.idefics3.Idefics3VisionConfig(hidden_size=2, patch_size=2, image_size=2 * side)
+  embeddings = Idefics3VisionEmbeddings(config)
+  with torch.no_grad():
+    found = embeddings(torch.zeros(1, 3, 2 * side, 2 * side), torch.ones(1, side, side, dtype=torch.bool))
+  expected = embeddings.position_embedding.weight + embeddings.patch_embedding.bias
+  torch.testing.assert_close(found[0], expected)
+
+
 def test_without_splitting_and_with_another_scale_factor(tiny, tmp_path):
   """16 patches become one token; pictures are squeezed into one tile."""
   config = transformers.Idefics3Config(**tiny.model.config.to_dict() | {"scale_factor": 4})
@@ -60,7 +72,7 @@ def test_without_splitting_and_with_another_scale_factor(tiny, tmp_path):
   loaded = checkpoint.load(str(directory), dtype=jnp.float32, cache_dir=tmp_path)
   processor, image = loaded.prompts(), noise_image((100, 40), 2)
   example = processor.prepare([image], "Why?")
-  assert example.size == processor.image_size([image.size]) == (1, 1) and example.grids == ((1, 1),)
+  assert example.size == processor.image_size([image.size]) == (1, 1)
   actual, _ = jax.jit(lambda model, images: model.bind().encode_images(images))(
     loaded.model, jax.tree.map(lambda x: jnp.asarray(x)[None], example.images)
   )
