@@ -112,6 +112,16 @@ _PHI3_LAYER, _PHI3_PLACE = (
   r"language_model.\1.",
 )
 
+# Hugging Face's names of LLaVA and the families after it: without `model.` before transformers 4.52, with it since.
+_HUGGING_FACE_ENTRIES = (
+  Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+  Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+  Entry(r"(model\.)?image_newline$", "image_newline"),
+  Entry(r"language_model\.lm_head\.", "lm_head."),
+  Entry(r"language_model\.model\.", "language_model."),
+  Entry(r"model\.language_model\.", "language_model."),
+)
+
 _LLAVA = Table(
   entries=(
     # the fused decoder layers of Phi-3
@@ -121,13 +131,7 @@ _LLAVA = Table(
     Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
     Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
     Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-    # Hugging Face: without `model.` before transformers 4.52, with it since
-    Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-    Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-    Entry(r"(model\.)?image_newline$", "image_newline"),
-    Entry(r"language_model\.lm_head\.", "lm_head."),
-    Entry(r"language_model\.model\.", "language_model."),
-    Entry(r"model\.language_model\.", "language_model."),
+    *_HUGGING_FACE_ENTRIES,
     # the decoder of the original layout
     Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
   ),
@@ -140,11 +144,28 @@ _LLAVA = Table(
   tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
 )
 
+_IDEFICS3 = Table(
+  entries=(
+    Entry(r"model\.vision_model\.", "vision_tower."),
+    Entry(r"model\.connector\.modality_projection\.proj\.", "multi_modal_projector.linear."),
+    Entry(r"model\.text_model\.", "language_model."),
+  ),
+  unused=r".*(^|/)(inv_freq|position_ids)$",
+  tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+)
+
 # By `model_type` of config.json.
 TABLES = {
   "llava": _LLAVA,
   "llava_next": _LLAVA,
   "llava_onevision": _LLAVA,
+  "internvl": Table(
+    entries=_HUGGING_FACE_ENTRIES,
+    unused=r"vision_tower/(layernorm/|embeddings/mask_token$)|.*(^|/)(inv_freq|position_ids)$",
+    tower_layer=r"vision_tower/encoder/layer_(\d+)/",
+  ),
+  "idefics3": _IDEFICS3,
+  "smolvlm": _IDEFICS3,
   "qwen": Table(
     entries=(
       *_renamed(_QWEN_LAYER, _QWEN_PLACE, _QWEN_LAYER_NAMES),

@@ -54,7 +54,7 @@ def forward(
   and the second by image attention. `frozen` gives the kept sets of an earlier pass: nothing is scored then, and the
   same tokens are dropped.
   """
-  decoder = model.model.language_model
+  decoder = getattr(model.model, "language_model", None) or model.model.text_model
   hidden, image = image_embeddings(model, input_ids, pictures)
   positions = torch.arange(len(input_ids))
 

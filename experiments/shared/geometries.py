@@ -48,7 +48,26 @@ _SIGLIP_SO400M = {
 }
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL and the tiles in `_TILED`.
+_INTERNVIT_300M = {
+  "model_type": "internvl_vision",
+  **_sizes(1024, 4096, 24, 16),
+  **{"image_size": 448, "patch_size": 14, "attention_bias": True},
+}
+_QWEN25_05B = {
+  "model_type": "qwen2",
+  **_sizes(896, 4864, 24, 14, 2),
+  **{"vocab_size": 151_674, "max_position_embeddings": 32_768, "tie_word_embeddings": False},
+  "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+}
+_SIGLIP_BASE = {**_sizes(768, 3072, 12, 12), "image_size": 512, "patch_size": 16}
+_SMOLLM2_135M = {
+  "model_type": "llama",
+  **_sizes(576, 1536, 30, 9, 3),
+  **{"vocab_size": 49_280, "max_position_embeddings": 8192, "tie_word_embeddings": False, "rms_norm_eps": 1e-5},
+  "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
+}
+
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL, one tile of InternVL3 (256) and SmolVLM (64), and `_TILED`.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -56,6 +75,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "13b": _llava(_CLIP_LARGE, _VICUNA, 5120, 13_824, 40, 40, 40),  # LLaVA-1.5-13B
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
+  "internvl3_1b": {"model_type": "internvl", "vision_config": _INTERNVIT_300M, "text_config": _QWEN25_05B},
+  "smolvlm_256m": {"model_type": "smolvlm", "vision_config": _SIGLIP_BASE, "text_config": _SMOLLM2_135M}
+  | {"scale_factor": 4, "image_token_id": 49_190},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
   "llava_next_7b": _llava(_CLIP_LARGE, _VICUNA, 4096, 11_008, 32, 32, 32)  # LLaVA-NeXT with Vicuna-7B
   | {"model_type": "llava_next"},
@@ -67,7 +89,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   },
 }
 # Sides of pictures, in pixels, for towers that were trained on others.
-_SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}
+_SIDES = {("internvl_vision", 224): 336, ("qwen_vl_vision", 224): 448}
 # A picture of 640 x 480 pixels in models with newlines, by the number of taps: LLaVA-NeXT and LLaVA-OneVision.
 _TILED = {1: ImageSize(5, 2340), 4: ImageSize(5, 2929)}
 
@@ -78,7 +100,8 @@ def model_of(name: str) -> ModelConfig:
 
 def image_shape(config: ModelConfig) -> tuple[int, int]:
   """Height and width, in pixels, of the model's pictures, or of their tiles."""
-  side = _SIDES.get(config.vision.model_type, config.vision.image_size)
+  side = config.vision.image_size
+  side = _SIDES.get((config.vision.model_type, side), side)
   return side, side
 
 

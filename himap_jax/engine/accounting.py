@@ -1,6 +1,6 @@
 """What pruning knows of a model: what its tower provides, and sizes; FLOPs are multiplications in matrix products."""
 
-from himap_jax.model.config import ModelConfig, ResamplerConfig, VisionConfig
+from himap_jax.model.config import LinearConfig, ModelConfig, ResamplerConfig, VisionConfig
 from himap_jax.pruning.cost import ModelSizes
 from himap_jax.pruning.method import Need
 
@@ -18,7 +18,7 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes
   if isinstance(config.connector, ResamplerConfig):
     per_token, connector_flops = 0, _resampler_flops(config, num_features)
   else:
-    per_token = vision.num_features * width + width**2
+    per_token = vision.num_features * width + (0 if isinstance(config.connector, LinearConfig) else width**2)
     connector_flops = num_features * per_token
   return ModelSizes(
     num_layers=text.num_hidden_layers,
@@ -31,16 +31,15 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes
     tower_width=vision.hidden_size,
     tower_heads=vision.num_attention_heads,
     num_features=vision.num_features,
-    tower_flops=_tower_flops(vision, num_features),
+    tower_flops=_tower_flops(vision, vision.num_patches(*image_shape)),
     connector_flops=connector_flops,
     connector_flops_per_token=per_token,
   )
 
 
-def _tower_flops(vision: VisionConfig, num_features: int) -> int:
+def _tower_flops(vision: VisionConfig, num_patches: int) -> int:
   """4nw² + 2n²w + 2nwm per layer for n tokens, width w and feed-forward width m, and the patch embedding."""
-  num_tokens = num_features + (vision.select_strategy == "default")
-  num_patches = num_tokens - vision.has_class_token
+  num_tokens = num_patches + vision.has_class_token
   w, m = vision.hidden_size, vision.intermediate_size
   layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
   return vision.num_layers_run * layer + num_patches * 3 * vision.patch_size**2 * w

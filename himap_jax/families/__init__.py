@@ -3,12 +3,12 @@
 from typing import Any
 
 from himap_jax.errors import UserError
-from himap_jax.families import llava, llava_next, llava_onevision, qwen_vl
+from himap_jax.families import idefics3, internvl, llava, llava_next, llava_onevision, qwen_vl
 from himap_jax.families.family import Family
 from himap_jax.model.config import ModelConfig
 
-_ALL = (llava.FAMILY, llava_next.FAMILY, llava_onevision.FAMILY, qwen_vl.FAMILY)
-FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+_ALL = (llava, llava_next, llava_onevision, internvl, idefics3, qwen_vl)
+FAMILIES: dict[str, Family] = {family.model_type: family for module in _ALL for family in module.FAMILIES}
 
 
 def family_of(fields: dict[str, Any], *, where: str = "config.json") -> Family:

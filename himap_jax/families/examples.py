@@ -28,29 +28,55 @@ def messages_of(question: Question, num_pictures: int, tag: str = IMAGE_TAG) -> 
     first = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
     messages[first] = Message(messages[first].role, tag * num_pictures + messages[first].text)
   elif count != num_pictures:
-    pictures = "1 picture" if num_pictures == 1 else f"{num_pictures} pictures"
+    pictures = number_of_pictures(num_pictures)
     raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")
   return messages
 
 
-def expand(ids: Sequence[int], image_token_id: int, counts: Sequence[int], images: Images) -> Example:
-  """The example of a prompt in which `image_token_id` stands once for each picture, of `counts` tokens.
+def number_of_pictures(count: int) -> str:
+  """The number in words, for messages."""
+  return "1 picture" if count == 1 else f"{count} pictures"
+
+
+def content_parts(text: str) -> list[dict[str, str]]:
+  """A message's content for chat templates: its text in parts, with a part for each `<image>`."""
+  parts = []
+  for number, piece in enumerate(text.split(IMAGE_TAG)):
+    parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * (piece != "")
+  return parts or [{"type": "text", "text": ""}]
+
+
+def expand(
+  ids: Sequence[int],
+  image_token_id: int,
+  counts: Sequence[int],
+  images: Images,
+  *,
+  runs: Sequence[int] | None = None,
+) -> Example:
+  """The example of a prompt in which `image_token_id` stands once for each run of image tokens.
+
+  Args:
+    counts: image tokens of a run of each picture.
+    runs: of each picture; one if absent.
 
   Raises:
     UserError: the token stands another number of times, or no text follows it.
   """
   ids = np.asarray(ids, np.int32)
   is_image = ids == image_token_id
-  if is_image.sum() != len(counts):
+  pictures = np.repeat(np.arange(len(counts)), 1 if runs is None else runs)
+  if is_image.sum() != len(pictures):
     raise UserError(
-      f"the tokenizer turns {len(counts)} {IMAGE_TAG} into {is_image.sum()} image tokens (id {image_token_id}); "
+      f"the tokenizer turns {len(pictures)} {IMAGE_TAG} into {is_image.sum()} image tokens (id {image_token_id}); "
       "the checkpoint's tokenizer and config.json disagree"
     )
   if is_image[-1:].any():
     raise UserError(f"a prompt needs text after {IMAGE_TAG}: its attention decides which image tokens are kept")
   repeats = np.ones(len(ids), int)
-  repeats[is_image] = counts
-  image_id = np.where(is_image, is_image.cumsum() - 1, -1).astype(np.int32)
+  repeats[is_image] = np.asarray(counts, int)[pictures]
+  image_id = np.full(len(ids), -1, np.int32)
+  image_id[is_image] = pictures
   tokens = np.repeat(ids, repeats)
   return Example(tokens, np.repeat(image_id, repeats), np.arange(len(tokens), dtype=np.int32), images)
 

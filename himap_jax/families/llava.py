@@ -58,14 +58,15 @@ def config(
   except Exception as error:  # transformers raises types of its own for invalid fields
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
   connector = ConnectorConfig(complete.projector_hidden_act, complete.multimodal_projector_bias)
-  vision = _vision(complete, where)
+  vision = vision_config(complete, where)
   text = text_config(complete.text_config, where, tied=fields.get("tie_word_embeddings"))
   for name in (vision.hidden_act, connector.hidden_act):
     check_supported(name, ACTIVATIONS, where=where, what="activation")
   return ModelConfig(vision, connector, text, complete.image_token_id)
 
 
-def _vision(llava: Any, where: str) -> VisionConfig:
+def vision_config(llava: Any, where: str) -> VisionConfig:
+  """The tower of a config of transformers with LLaVA's fields; raises `UserError` if it is not supported."""
   hf, layers = llava.vision_config, llava.vision_feature_layer
   layers = [layers] if isinstance(layers, int) else list(layers)
   depth = hf.num_hidden_layers
@@ -229,4 +230,4 @@ def _check_template(template: str, processor: Any) -> str:
   return literal_template(template, "vicuna_v1", "chat")
 
 
-FAMILY = Family("llava", config, complete, load_processor, LlavaProcessor)
+FAMILIES = (Family("llava", config, complete, load_processor, LlavaProcessor),)

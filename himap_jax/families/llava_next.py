@@ -118,4 +118,4 @@ class LlavaNextProcessor(llava.LlavaPrompts):
     return np.asarray(tiles, np.float32).reshape(-1, *tiles.shape[2:])
 
 
-FAMILY = Family("llava_next", config, complete, load_processor, LlavaNextProcessor)
+FAMILIES = (Family("llava_next", config, complete, load_processor, LlavaNextProcessor),)

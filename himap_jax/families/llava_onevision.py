@@ -68,4 +68,4 @@ class LlavaOnevisionProcessor(llava_next.LlavaNextProcessor):
     return self._tiles_of([list(images)])
 
 
-FAMILY = Family("llava_onevision", config, complete, load_processor, LlavaOnevisionProcessor)
+FAMILIES = (Family("llava_onevision", config, complete, load_processor, LlavaOnevisionProcessor),)

@@ -18,6 +18,8 @@ class VisionConfig:
     has_class_token: whether a class token precedes the patches.
     patch_bias: whether the patch embedding has a bias.
     qk_norm: whether queries and keys are normalised, over all heads together.
+    final_norm: whether the tower's last norm is applied to the features.
+    merge_size: side of the squares of patches whose features are concatenated, row by row, to those of one image token.
   """
 
   model_type: str
@@ -36,6 +38,8 @@ class VisionConfig:
   qkv_bias: bool = True
   norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
   qk_norm: bool = False
+  final_norm: bool = False
+  merge_size: int = 1
 
   @property
   def num_layers_run(self) -> int:
@@ -45,14 +49,26 @@ class VisionConfig:
   @property
   def num_features(self) -> int:
     """Width of the concatenated features."""
-    return len(self.feature_layers) * self.hidden_size
+    return len(self.feature_layers) * self.hidden_size * self.merge_size**2
+
+  def num_patches(self, height: int, width: int) -> int:
+    """Patches of a picture of `height` × `width` pixels."""
+    return (height // self.patch_size) * (width // self.patch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
-  """The two linear layers between tower and decoder."""
+  """The two linear layers between tower and decoder, and the epsilon of the layer norm before them, if there is one."""
 
   hidden_act: str
+  use_bias: bool
+  layer_norm_eps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+  """One linear layer between tower and decoder."""
+
   use_bias: bool
 
 
@@ -141,7 +157,7 @@ class ModelConfig:
   """
 
   vision: VisionConfig
-  connector: ConnectorConfig | ResamplerConfig
+  connector: ConnectorConfig | LinearConfig | ResamplerConfig
   text: TextConfig
   image_token_id: int
   has_newline: bool = False
@@ -161,5 +177,5 @@ class ModelConfig:
   def num_features(self, height: int, width: int) -> int:
     """Tokens that enter the connector for a picture of `height` × `width` pixels."""
     vision = self.vision
-    tokens = (height // vision.patch_size) * (width // vision.patch_size) + vision.has_class_token
-    return tokens - (vision.select_strategy == "default")
+    tokens = vision.num_patches(height, width) + vision.has_class_token - (vision.select_strategy == "default")
+    return tokens // vision.merge_size**2

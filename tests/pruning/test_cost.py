@@ -146,16 +146,18 @@ def test_prefill_is_what_xla_counts(method):
 
 
 @pytest.mark.parametrize(
-  "name, side, size",
+  "name, side, size, tolerance",
   [
-    ("internvl_7b", 336, ImageSize(1, 576)),
-    ("qwen_vl_7b", 448, ImageSize(1, 256)),
-    ("llava_next_7b", 336, ImageSize(5, 2340)),
-    ("llava_onevision_0.5b", 384, ImageSize(5, 2929)),
+    ("internvl_7b", 336, ImageSize(1, 576), 0.005),
+    ("qwen_vl_7b", 448, ImageSize(1, 256), 0.005),
+    ("llava_next_7b", 336, ImageSize(5, 2340), 0.01),
+    ("llava_onevision_0.5b", 384, ImageSize(5, 2929), 0.01),
+    ("internvl3_1b", 448, ImageSize(1, 256), 0.015),
+    ("smolvlm_256m", 512, ImageSize(1, 64), 0.015),
   ],
 )
-def test_prefill_of_other_models_is_what_xla_counts(name, side, size):
-  """With fewer layers, so that the towers count; XLA also counts softmax and activations, 0.7% in the smallest model."""
+def test_prefill_of_other_models_is_what_xla_counts(name, side, size, tolerance):
+  """With fewer layers, so that the towers count. The narrower a model, the more XLA counts besides products."""
   config = geometries.model_of(name)
   config = dataclasses.replace(
     config,
@@ -165,7 +167,7 @@ def test_prefill_of_other_models_is_what_xla_counts(name, side, size):
   assert geometries.image_size(config) == size
   actual = costs(model_sizes(config, (side, side)), Schedule(), size.num_tokens, 60, num_pictures=size.num_tiles)
   assert actual.tower + actual.projector > actual.decoder / 10
-  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60, size), rel=0.01)
+  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60, size), rel=tolerance)
 
 
 def counted_by_xla(config, schedule, image_shape, num_text_tokens, size=None):

@@ -10,18 +10,19 @@ from jaxtyping import Array, Float
 from himap_jax.inputs import Images
 from himap_jax.model.linear import LayerNorm
 from himap_jax.model.towers import clip, dinov2, internvit
-from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
+from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention, group
 from himap_jax.model.tracing import traced_once
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """The modules of a tower, and the checkpoint's names of its layers and of the norm before them, if there is one."""
+  """The modules of a tower, and the checkpoint's names of its layers and of the norms before (if any) and after them."""
 
   embeddings: type[nn.Module]
   layer: type[nn.Module]
   layer_name: str = "layers"
   norm_name: str | None = None
+  final_norm_name: str = "post_layernorm"
 
 
 TOWERS = {
@@ -29,7 +30,9 @@ TOWERS = {
   "siglip_vision_model": Tower(clip.ClipEmbeddings, clip.ClipLayer),
   "qwen_vl_vision": Tower(clip.ClipEmbeddings, clip.ClipLayer, norm_name="pre_layrnorm"),
   "dinov2": Tower(dinov2.DinoEmbeddings, dinov2.DinoLayer, layer_name="layer"),
-  "internvl_vision": Tower(dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer"),
+  "internvl_vision": Tower(
+    dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer", final_norm_name="layernorm"
+  ),
 }
 
 
@@ -59,6 +62,12 @@ class VisionTower(TowerModule):
       x = LayerNorm(self.config.layer_norm_eps, name=tower.norm_name)(x)
     hidden_states, (query, key) = Encoder(self.config, self.kernels, name="encoder")(x)
     features = jnp.concatenate([hidden_states[layer] for layer in self.config.feature_layers], axis=-1)
+    if self.config.final_norm:
+      features = LayerNorm(self.config.layer_norm_eps, name=tower.final_norm_name)(features)
     attention = class_attention(query, key) if self.config.has_class_token else None
     output = TowerOutput(features, attention, key)
-    return jax.tree.map(lambda y: y[:, 1:], output) if self.config.select_strategy == "default" else output
+    if self.config.select_strategy == "default":
+      output = jax.tree.map(lambda y: y[:, 1:], output)
+    if self.config.merge_size == 1:
+      return output
+    return group(output, pixel_values.shape[3] // self.config.patch_size, self.config.merge_size)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
@@ -25,8 +25,8 @@ class TowerOutput:
   Attributes:
     features: input of the connector, one vector per image token; zeros for newlines, like the next two.
     class_attention: float32 attention of the class token to every image token in the last layer run, averaged over
-      heads; None without a class token.
-    keys: that layer's keys of the image tokens, by head.
+      heads and over the patches of the token; None without a class token.
+    keys: that layer's keys of the image tokens, by head, averaged over the patches of the token.
     is_newline: which image tokens are learned newlines; None if none are.
   """
 
@@ -41,6 +41,24 @@ class TowerModule(nn.Module):
 
   config: VisionConfig
   kernels: Kernels
+
+
+def group(output: TowerOutput, columns: int, size: int) -> TowerOutput:
+  """Makes one token of every `size` × `size` patches of pictures with `columns` of them in a row.
+
+  The features of the patches are concatenated, row by row; attention and keys are averaged.
+  """
+
+  def by_token(x: Shaped[Array, "B P *D"]) -> Shaped[Array, "B Q p *D"]:
+    x = x.reshape(x.shape[0], -1, size, columns // size, size, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 3).reshape(x.shape[0], -1, size**2, *x.shape[5:])
+
+  features = by_token(output.features)
+  return TowerOutput(
+    features=features.reshape(*features.shape[:2], -1),
+    class_attention=None if output.class_attention is None else by_token(output.class_attention).mean(axis=2),
+    keys=by_token(output.keys).mean(axis=2),
+  )
 
 
 # Queries and keys of a layer.
