@@ -18,7 +18,7 @@ from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files
 from himap_jax.families.family import Family
 from himap_jax.families.text import text_config
-from himap_jax.families.tiles import Grid, TiledProcessor, Tiling
+from himap_jax.families.tiles import Grid, TiledProcessor, Tiling, most_tiles
 from himap_jax.model.config import LinearConfig, ModelConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 
@@ -95,24 +95,30 @@ def load_processor(model_type: str, directory: pathlib.Path) -> files.ModelFiles
   return files.load(directory, image_processor)
 
 
-def processor(own: files.ModelFiles, config: ModelConfig, template: str = "chat") -> TiledProcessor:
-  """The processor for a template; raises `UserError` if template or image processor cannot be used."""
+def processor(
+  own: files.ModelFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+) -> TiledProcessor:
+  """The processor for a template; raises `UserError` if template, image processor or limit cannot be used."""
   side, trained = own.image_processor.max_image_size["longest_edge"], config.vision.image_size
   if side != trained:
     raise UserError(f"preprocessor_config.json: max_image_size is {side}; the tower in config.json needs {trained}")
-  return TiledProcessor(own, config, _tiling(own.image_processor, side), template)
-
-
-def _tiling(image_processor: Any, side: int) -> Tiling:
-  longest = image_processor.size.longest_edge if image_processor.do_resize else None
-  if image_processor.do_resize and not longest:
+  longest = own.image_processor.size.longest_edge if own.image_processor.do_resize else None
+  if own.image_processor.do_resize and not longest:
     raise UserError("preprocessor_config.json: size without longest_edge is not supported")
+  if max_image_tokens is not None:
+    most = most_tiles(max_image_tokens, config.num_image_tokens(side, side), (MAX_SIDE // side) ** 2)
+    longest = min(longest or MAX_SIDE, math.isqrt(most) * side)
+  return TiledProcessor(own, config, _tiling(own.image_processor, side, longest), template)
+
+
+def _tiling(image_processor: Any, side: int, longest: int | None) -> Tiling:
 
   def grid(size: tuple[int, int]) -> Grid:
     return tiles_of(size, side, longest) if image_processor.do_image_splitting else (1, 1)
 
   def pixels(image: Image.Image) -> Float[np.ndarray, "T 3 h w"]:
-    return np.asarray(image_processor(image, return_tensors="np")["pixel_values"][0], np.float32)
+    scaled = {} if longest is None else dict(do_resize=True, size={"longest_edge": longest})
+    return np.asarray(image_processor(image, return_tensors="np", **scaled)["pixel_values"][0], np.float32)
 
   return Tiling(side, grid, pixels, text_of)
 

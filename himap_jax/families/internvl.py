@@ -19,7 +19,7 @@ from himap_jax.families import files
 from himap_jax.families.family import Family
 from himap_jax.families.llava import vision_config
 from himap_jax.families.text import text_config
-from himap_jax.families.tiles import Grid, TiledProcessor, Tiling
+from himap_jax.families.tiles import Grid, TiledProcessor, Tiling, most_tiles
 from himap_jax.model.config import ConnectorConfig, ModelConfig
 from himap_jax.model.linear import ACTIVATIONS
 
@@ -79,20 +79,28 @@ def load_processor(directory: pathlib.Path) -> files.ModelFiles:
   return files.load(directory, "GotOcr2ImageProcessorPil")
 
 
-def processor(own: files.ModelFiles, config: ModelConfig, template: str = "chat") -> TiledProcessor:
-  """The processor for a template; raises `UserError` if template or image processor cannot be used."""
-  return TiledProcessor(own, config, _tiling(own.image_processor), template)
+def processor(
+  own: files.ModelFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+) -> TiledProcessor:
+  """The processor for a template; raises `UserError` if template, image processor or limit cannot be used."""
+  side = own.image_processor.size["height"]
+  most = most_tiles(max_image_tokens, config.num_image_tokens(side, side), own.image_processor.max_patches)
+  return TiledProcessor(own, config, _tiling(own.image_processor, most), template)
 
 
-def _tiling(image_processor: Any) -> Tiling:
+def _tiling(image_processor: Any, most: int) -> Tiling:
   from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
   height, width = image_processor.size["height"], image_processor.size["width"]
-  fewest, most = image_processor.min_patches, image_processor.max_patches
+  fewest = image_processor.min_patches
   if height != width:
     raise UserError(f"preprocessor_config.json: tiles of {height} x {width} pixels are not supported; square ones are")
-  if not 1 <= fewest <= most:
-    raise UserError(f"preprocessor_config.json: min_patches {fewest} and max_patches {most} allow no number of tiles")
+  if not 1 <= fewest <= image_processor.max_patches:
+    raise UserError(
+      f"preprocessor_config.json: min_patches {fewest} and max_patches {image_processor.max_patches} allow no number of "
+      "tiles"
+    )
+  fewest = min(fewest, most)
 
   def grid(size: tuple[int, int]) -> Grid:
     columns, rows = get_optimal_tiled_canvas(size[::-1], (height, width), fewest, most)

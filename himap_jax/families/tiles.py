@@ -59,6 +59,23 @@ def num_tiles(grid: Grid) -> int:
   return 1 if rows * columns == 1 else rows * columns + 1
 
 
+def most_tiles(max_image_tokens: int | None, tile_tokens: int, most: int) -> int:
+  """The most tiles of a picture, without the whole picture, that make at most so many image tokens.
+
+  Args:
+    max_image_tokens: None for no other limit than `most`.
+    tile_tokens: image tokens of a tile.
+
+  Raises:
+    UserError: one tile makes more.
+  """
+  if max_image_tokens is None:
+    return most
+  if max_image_tokens < tile_tokens:
+    raise UserError(f"--max_image_tokens={max_image_tokens}: a picture has at least {tile_tokens} image tokens")
+  return max(1, min(most, max_image_tokens // tile_tokens - 1))
+
+
 def check_side(side: int, config: ModelConfig) -> None:
   """Raises `UserError` unless tiles of this side have whole groups of patches."""
   patches, size = side // config.vision.patch_size, config.vision.merge_size

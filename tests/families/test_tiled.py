@@ -111,6 +111,18 @@ class TestPrompts:
       assert processor.image_size([size]) == example.size == (len(expected), len(expected) * tiny_tiled.TILE_TOKENS)
     assert processor.image_size(SIZES[:3]) == processor.prepare([noise_image(s, 1) for s in SIZES[:3]], "Why?").size
 
+  def test_a_limit_of_image_tokens(self, loaded):
+    one = tiny_tiled.TILE_TOKENS
+    for limit in (one, 2 * one, 3 * one, 5 * one, 6 * one):
+      processor = loaded.prompts("chat", limit)
+      for size in SIZES:
+        example = processor.prepare([noise_image(size, 5)], "Why?")
+        assert processor.image_size([size]) == example.size and example.num_image_tokens <= limit
+    largest = max(loaded.prompts().image_size([size]).num_tokens for size in SIZES)
+    assert max(loaded.prompts("chat", 10 * largest).image_size([size]).num_tokens for size in SIZES) >= largest
+    with pytest.raises(UserError, match=f"max_image_tokens={one - 1}: a picture has at least {one} image tokens"):
+      loaded.prompts("chat", one - 1)
+
   def test_views_show_each_picture_as_a_whole_and_in_tiles(self, loaded, rows):
     processor = loaded.prompts()
     example = processor.prepare(rows[2], "Why?")
