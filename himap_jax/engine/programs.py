@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int, Key, UInt
 from himap_jax.engine import sharding
 from himap_jax.engine.decoding import DecodeConfig, decode
 from himap_jax.engine.prefill import PrefillState, prefill
-from himap_jax.inputs import Images, Inputs, Layout
+from himap_jax.inputs import Inputs, Layout
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.kernels import is_quantized
 from himap_jax.model.network import Model
+from himap_jax.model.towers import abstract_images
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -73,11 +74,12 @@ def abstract_inputs(
 
   num_image_tokens = config.num_image_tokens(*image_shape)
   slots = array((num_text_slots + num_image_tokens,), jnp.int32)
+  axes = (len(config.text.rope.sections),) if config.text.rope.sections else ()
   inputs = Inputs(
     tokens=slots,
     layout=Layout(slots, slots, slots, slots, num_image_tokens),
-    positions=slots,
-    images=Images(array((1, 3, *image_shape), jnp.float32)),
+    positions=array((*slots.shape[1:], *axes), jnp.int32),
+    images=jax.tree.map(lambda x: array(x.shape, x.dtype), abstract_images(config.vision, *image_shape)),
   )
   return inputs, array((), jnp.uint32)
 

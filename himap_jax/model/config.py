@@ -18,6 +18,8 @@ class VisionConfig:
     has_class_token: whether a class token precedes the patches.
     patch_bias: whether the patch embedding has a bias.
     qk_norm: whether queries and keys are normalised, over all heads together.
+    merge_size: side of the squares of patches that become one image token.
+    deepstack_layers: layers whose outputs are also connected, and added in the first layers of the decoder.
   """
 
   model_type: str
@@ -36,6 +38,8 @@ class VisionConfig:
   qkv_bias: bool = True
   norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
   qk_norm: bool = False
+  merge_size: int = 1
+  deepstack_layers: tuple[int, ...] = ()
 
   @property
   def num_layers_run(self) -> int:
@@ -44,8 +48,27 @@ class VisionConfig:
 
   @property
   def num_features(self) -> int:
-    """Width of the concatenated features."""
-    return len(self.feature_layers) * self.hidden_size
+    """Width of the concatenated features of an image token."""
+    return len(self.feature_layers) * self.merge_size**2 * self.hidden_size
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchVisionConfig(VisionConfig):
+  """A vision tower for the patches of pictures of any size.
+
+  Attributes:
+    rope_theta: base of the rotary position embedding along rows and columns.
+    window_size: side, in patches, of the windows that attention is confined to; None for whole pictures.
+    full_attention_layers: layers whose attention is confined to pictures alone.
+    is_gated: whether the feed-forward is gated.
+    has_position_embedding: whether a learned grid of positions is interpolated, of the size `image_size`.
+  """
+
+  rope_theta: float = 10_000.0
+  window_size: int | None = None
+  full_attention_layers: tuple[int, ...] = ()
+  is_gated: bool = False
+  has_position_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +85,15 @@ class ResamplerConfig:
 
   num_queries: int
   num_heads: int
+  layer_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergerConfig:
+  """A norm of each of `num_parts` equal parts of the features, then two linear layers."""
+
+  num_parts: int
+  norm_type: Literal["layer_norm", "rms_norm"]
   layer_norm_eps: float
 
 
@@ -140,7 +172,7 @@ class ModelConfig:
   """
 
   vision: VisionConfig
-  connector: ConnectorConfig | ResamplerConfig
+  connector: ConnectorConfig | ResamplerConfig | MergerConfig
   text: TextConfig
   image_token_id: int
   has_newline: bool = False
@@ -154,5 +186,6 @@ class ModelConfig:
   def num_features(self, height: int, width: int) -> int:
     """Tokens that enter the connector for a picture of `height` × `width` pixels."""
     vision = self.vision
-    tokens = (height // vision.patch_size) * (width // vision.patch_size) + vision.has_class_token
+    side = vision.patch_size * vision.merge_size
+    tokens = (height // side) * (width // side) + vision.has_class_token
     return tokens - (vision.select_strategy == "default")
