@@ -46,7 +46,9 @@ SPECS = {
   "qwen2_vl": (
     "Qwen2VL",
     VISION | dict(embed_dim=32, hidden_size=64, mlp_ratio=2),
-    TEXT | dict(rope_parameters=_rope(2, 3, 3)),
+    TEXT
+    | dict(rope_parameters=_rope(2, 3, 3))
+    | dict(use_sliding_window=True, sliding_window=60, max_window_layers=2),  # shorter than the prompts
     dict(tie_word_embeddings=True),
   ),
   # Windows of 4 x 4 patches but in layers 1 and 3.

@@ -4,6 +4,7 @@ from typing import Any
 
 from himap_jax.families import from_hf
 from himap_jax.model.config import ModelConfig
+from himap_jax.model.towers import abstract_images
 from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.schedule import Schedule
 
@@ -41,7 +42,21 @@ _INTERNVIT_6B = {
 }
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL.
+
+def _qwen(model_type: str, vision: dict[str, Any], *sizes: int, rope_theta: float = 1e6, **text: Any) -> dict[str, Any]:
+  """Fields of a config.json of Qwen2-VL to Qwen3-VL with a tied decoder of the given `_sizes`."""
+  rope = {"rope_type": "default", "rope_theta": rope_theta}
+  text |= {"vocab_size": 151_936, "rms_norm_eps": 1e-6, "rope_parameters": rope, **_sizes(*sizes)}
+  return {"model_type": model_type, "tie_word_embeddings": True, "vision_config": vision, "text_config": text}
+
+
+# Of the smallest models; from memory where they are not the defaults of transformers.
+_QWEN2_TOWER = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+_QWEN2_5_TOWER = {"depth": 32, "hidden_size": 1280, "out_hidden_size": 2048, "num_heads": 16, "intermediate_size": 3420}
+_QWEN3_TOWER = {"depth": 24, "hidden_size": 1024, "out_hidden_size": 2048, "num_heads": 16, "intermediate_size": 4096}
+_QWEN3_TOWER |= {"deepstack_visual_indexes": [5, 11, 17]}
+
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL, and 16 x 16 in its successors.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -50,9 +65,15 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
+  "qwen2_vl_2b": _qwen("qwen2_vl", _QWEN2_TOWER, 1536, 8960, 28, 12, 2, max_position_embeddings=32_768),
+  "qwen2_5_vl_3b": _qwen("qwen2_5_vl", _QWEN2_5_TOWER, 2048, 11_008, 36, 16, 2, max_position_embeddings=128_000),
+  "qwen3_vl_2b": _qwen(
+    "qwen3_vl", _QWEN3_TOWER, 2048, 6144, 28, 16, 8, rope_theta=5e6, max_position_embeddings=262_144
+  ),
 }
-# Sides of pictures, in pixels, for towers that were trained on others.
+# Sides of pictures, in pixels, for towers that were trained on others, or on any.
 _SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}
+_SIDES |= {"qwen2_vl_vision": 448, "qwen2_5_vl_vision": 448, "qwen3_vl_vision": 512}
 
 
 def model_of(name: str) -> ModelConfig:
@@ -67,6 +88,11 @@ def image_shape(config: ModelConfig) -> tuple[int, int]:
 
 def num_image_tokens(config: ModelConfig) -> int:
   return config.num_image_tokens(*image_shape(config))
+
+
+def num_tiles(config: ModelConfig) -> int:
+  """One, or the patches of a picture in towers for patches."""
+  return len(abstract_images(config.vision, *image_shape(config)).pixels)
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:

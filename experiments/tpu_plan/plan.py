@@ -114,7 +114,8 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments[:2], schedule, arguments[2]))
   counted = program.lower(model, inputs, keys, programs.method_parameters(schedule)).cost_analysis()["flops"] / 2
-  costs = cost.costs(model_sizes(config, shape), schedule, geometries.num_image_tokens(config), cell.num_text_slots)
+  counts = geometries.num_image_tokens(config), cell.num_text_slots
+  costs = cost.costs(model_sizes(config, shape), schedule, *counts, num_pictures=geometries.num_tiles(config))
   return int(counted), costs.prefill
 
 

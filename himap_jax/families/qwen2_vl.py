@@ -87,7 +87,7 @@ def _vision(hf: Any, where: str) -> PatchVisionConfig:
   )
   width = hf.embed_dim if hf.model_type == "qwen2_vl_vision" else hf.hidden_size
   if width % (4 * hf.num_heads):
-    raise UserError(f"{where}: a tower of width {width} has no heads for {hf.num_heads} of a multiple of four")
+    raise UserError(f"{where}: a tower of width {width} has no {hf.num_heads} heads whose width is a multiple of four")
   if hf.model_type == "qwen2_vl_vision":
     sizes = dict(hidden_size=width, intermediate_size=int(width * hf.mlp_ratio), image_size=square)
     return PatchVisionConfig(**common, **sizes, patch_bias=False)

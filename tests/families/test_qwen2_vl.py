@@ -1,5 +1,9 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL against transformers: pixels, prompts, positions, features, logits, tokens, HiMAP."""
 
+import json
+import math
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,16 +11,26 @@ import pytest
 import tiny_checkpoints
 import tiny_qwen2_vl
 import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers.vision_utils import get_vision_window_index
 
-from himap_jax import GenerationConfig, InputConfig, checkpoint, generate
+from checkpoints_convert import convert
+from experiments.shared import geometries
+from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.families import from_hf
+from himap_jax.families.qwen2_vl import grid_coordinates
+from himap_jax.model.network import abstract_params
+from himap_jax.model.towers.qwen_vl import same
 
 TOLERANCE = 1e-4
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-# No picture, one, two between words, and three.
+# No picture, one, two between words, and three. The last two rows share a bucket.
 QUESTIONS = ("What?", "Where is the dog?", "Is <image> the same as <image> here?", "<image><image> or <image>, which?")
-NUM_NEW, TEXT = 6, 160
+NUM_NEW, TEXT = 4, 160
 GENERATION = GenerationConfig(NUM_NEW, ignore_eos=True)
 INPUTS = InputConfig("chat", (TEXT,), batch_size=4)
 SHARES = ((1, 2), (0.5, 0.25))  # the second before the layer whose output gets the third of Qwen3-VL's injections
@@ -37,7 +51,8 @@ def loaded(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(images):
   """The pictures of each question."""
-  return [[], images[1:2], images[2:4], [images[3], images[1], images[0]]]
+  tall = images[2].transpose(Image.Transpose.ROTATE_90)
+  return [[], images[1:2], [images[2], tall], [images[3], images[1], images[0]]]
 
 
 @pytest.fixture(scope="module")
@@ -176,10 +191,139 @@ def slow_himap(tiny, inputs, answered, given=None):
     elif index in stages:
       kept.append([])
     rotation = model.language_model.rotary_emb(x, rotary[:, None, order])
-    mask = torch.full((x.shape[1],) * 2, float("-inf")).triu(1)[None, None]
+    seen = order if given is None else torch.arange(len(order))  # a decoder without the others has no gaps
+    distance, window = seen[:, None] - seen[None], getattr(layer.self_attn, "sliding_window", None) or len(ids[0])
+    mask = torch.zeros(distance.shape).masked_fill((distance < 0) | (distance >= window), float("-inf"))[None, None]
     y, attention = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotation, attention_mask=mask)
     x = x + y
     x = x + layer.mlp(layer.post_attention_layernorm(x))
     if index < len(deep):
       x[0, torch.isin(order, image)] += deep[index][torch.searchsorted(whole, image)]
   return kept, tiny.model.lm_head(model.language_model.norm(x))[0, -1]
+
+
+def changed(tiny, target, **files):
+  """A copy of the checkpoint with other fields in JSON files, by their stems; None removes a field."""
+  shutil.copytree(tiny.directory, target)
+  for stem, fields in files.items():
+    path = target / f"{stem}.json"
+    own = (json.loads(path.read_text()) if path.exists() else {}) | fields
+    path.write_text(json.dumps({name: value for name, value in own.items() if value is not None}))
+  return target
+
+
+class TestFiles:
+  def test_names_with_and_without_model(self, tiny, loaded, tmp_path):
+    """As several versions of transformers write them; and converted."""
+    directory = changed(tiny, tmp_path / "renamed")
+    tensors, renamed = load_file(directory / "model.safetensors"), {}
+    for name, tensor in tensors.items():
+      if name.startswith("model.visual."):
+        name = name.removeprefix("model.")
+      elif name.startswith("visual."):
+        name = f"model.{name}"
+      elif name.startswith("model.") and "language_model" not in name:
+        name = name.replace("model.", "model.language_model.", 1)
+      renamed[name] = tensor
+    save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
+    source = convert.open_source(str(directory))
+    target = convert.convert(source, tmp_path / "converted", checkpoint.describe, cache_dir=tmp_path)
+    again = checkpoint.load(str(target), dtype=jnp.float32, cache_dir=tmp_path)
+    equal = jax.tree.map(
+      lambda x, y: bool((np.asarray(x) == np.asarray(y)).all()), again.model.params, loaded.model.params
+    )
+    assert all(jax.tree.leaves(equal))
+    assert again.prompts().prompt("Why?") == loaded.prompts().prompt("Why?")
+
+  def test_the_published_forms_of_settings(self, tiny, loaded, tmp_path):
+    """A flat config.json, pixels under their old names, and the processor's own chat template."""
+    fields = json.loads((tiny.directory / "config.json").read_text())
+    if loaded.config.vision.model_type != "qwen3_vl_vision":
+      fields |= fields.pop("text_config") | {"model_type": fields["model_type"]}
+    rope = fields if "rope_parameters" in fields else fields["text_config"]
+    own = rope.pop("rope_parameters")
+    rope |= {"rope_theta": own["rope_theta"], "rope_scaling": {**own, "type": "mrope"}}
+    if loaded.config.vision.model_type != "qwen3_vl_vision":
+      del rope["rope_scaling"]["rope_type"]
+    assert from_hf(fields) == loaded.config
+    pixels = {"size": None, "min_pixels": 100, "max_pixels": 1000}
+    template = {"chat_template": "{{ messages[0]['content'][0]['type'] }}"}
+    directory = changed(tiny, tmp_path / "old", preprocessor_config=pixels, chat_template=template)
+    processor = checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path).prompts()
+    assert processor.prompt("Why?") == "image"
+    assert processor.image_size([(300, 300)]) == (36, 9)
+
+  def test_another_image_processor(self, tiny, tmp_path):
+    directory = changed(tiny, tmp_path / "bad", preprocessor_config={"patch_size": 8})
+    with pytest.raises(UserError, match="makes patches of 8 px in squares of 2, but the model has 4 and 2"):
+      checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path).prompts()
+
+
+@pytest.mark.parametrize(
+  ("name", "part", "fields", "message"),
+  [
+    ("qwen2_vl", "text", {"rope_parameters": {"mrope_section": [2, 3, 4]}}, "three sections must share the 8 freq"),
+    ("qwen2_vl", "text", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supp"),
+    ("qwen2_vl", "vision", {"num_heads": 16}, "a tower of width 32 has no 16 heads"),
+    ("qwen2_5_vl", "vision", {"out_hidden_size": 48}, "output has width 48, but the decoder has 64"),
+    ("qwen2_5_vl", "vision", {"window_size": 7}, "window_size is 7, less than a square of patches, 8"),
+    ("qwen2_5_vl", "vision", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
+    ("qwen3_vl", "vision", {"num_position_embeddings": 35}, "is 35, not a square number"),
+    ("qwen3_vl", "vision", {"deepstack_visual_indexes": [1, 4]}, r"\[1, 4\] are not ascending layers of 4"),
+  ],
+)
+def test_bad_settings(name, part, fields, message):
+  _, vision, text, more = tiny_qwen2_vl.SPECS[name]
+  parts = {"vision_config": dict(vision), "text_config": dict(text)}
+  own = parts[f"{part}_config"]
+  for field, value in fields.items():
+    own[field] = own[field] | value if isinstance(value, dict) else value
+  with pytest.raises(UserError, match=message) as error:
+    from_hf({"model_type": name, **parts, **more})
+  assert "\n" not in str(error.value)
+
+
+class TestBadPrompts:
+  def test_a_strip(self, loaded):
+    strip = Image.new("RGB", (10_000, 1))
+    for use in (lambda: loaded.prompts().prepare([strip], "Why?"), lambda: loaded.prompts().image_size([strip.size])):
+      with pytest.raises(UserError, match="has 10000 x 1 pixels; one side may be at most 200 times the other"):
+        use()
+
+  def test_a_placeholder_of_one_s_own(self, loaded, images):
+    with pytest.raises(UserError, match=r"may not hold <\|image_pad\|>; <image> stands for the picture"):
+      loaded.prompts().prepare(images[:1], "What is <|image_pad|>?")
+
+  def test_more_pictures_than_the_context_holds(self, loaded, images):
+    with pytest.raises(UserError, match="context of 512 tokens does not hold 720 image tokens and 4 new ones"):
+      generate(loaded, [images[2:3] * 30], ["Which?"], generation=GENERATION, inputs=INPUTS)
+
+  def test_class_attention(self, loaded):
+    with pytest.raises(UserError, match="fastervlm.*himap"):
+      loaded.schedule("fastervlm")
+
+
+def test_windows_are_those_of_transformers():
+  """At true size, for grids with whole and with partial windows."""
+  for rows, columns in ((8, 8), (2, 26), (18, 10), (34, 46)):
+    index, ends = get_vision_window_index(torch.tensor([[1, rows, columns]]), 2, 112, 14)
+    window = np.zeros(len(index), int)
+    for number, (start, end) in enumerate(zip(ends[:-1] // 4, ends[1:] // 4, strict=True)):
+      window[index[start:end]] = number
+    window = window.repeat(4)
+    actual = same(jnp.asarray(grid_coordinates(rows, columns, 2))[None] // 8)[0]
+    np.testing.assert_array_equal(actual, window[:, None] == window[None])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_2b", "qwen2_5_vl_3b", "qwen3_vl_2b"])
+def test_parameters_at_true_size(name):
+  """Those of transformers, but for the second frame of a patch."""
+  config, fields = geometries.model_of(name), geometries.GEOMETRIES[name]
+  ours = sum(math.prod(x.shape) for x in jax.tree.leaves(abstract_params(config, jnp.bfloat16)))
+  kind = tiny_qwen2_vl.SPECS[fields["model_type"]][0]
+  with torch.device("meta"):
+    own = getattr(transformers, f"{kind}Config")(**{key: fields[key] for key in fields if key != "model_type"})
+    model = getattr(transformers, f"{kind}ForConditionalGeneration")(own)
+  model.tie_weights()
+  theirs = sum(parameter.numel() for parameter in model.parameters())
+  assert theirs - ours == 3 * config.vision.patch_size**2 * config.vision.hidden_size

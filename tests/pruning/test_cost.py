@@ -144,16 +144,27 @@ def test_prefill_is_what_xla_counts(method):
   assert costs(SIZES, schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
 
 
-@pytest.mark.parametrize("name, side, num_image_tokens", [("internvl_7b", 336, 576), ("qwen_vl_7b", 448, 256)])
+@pytest.mark.parametrize(
+  "name, side, num_image_tokens",
+  [
+    ("internvl_7b", 336, 576),
+    ("qwen_vl_7b", 448, 256),
+    ("qwen2_vl_2b", 448, 256),
+    ("qwen2_5_vl_3b", 448, 256),
+    ("qwen3_vl_2b", 512, 256),
+  ],
+)
 def test_prefill_of_other_models_is_what_xla_counts(name, side, num_image_tokens):
   """With fewer layers; the tower of InternVL and the tower and resampler of Qwen-VL count most."""
   config = geometries.model_of(name)
+  layers = config.vision.deepstack_layers and (0, 1, 2)
   config = dataclasses.replace(
     config,
-    vision=dataclasses.replace(config.vision, feature_layers=(3,)),
+    vision=dataclasses.replace(config.vision, feature_layers=(3,), deepstack_layers=layers),
     text=dataclasses.replace(config.text, num_hidden_layers=3),
   )
-  actual = costs(model_sizes(config, (side, side)), Schedule(), num_image_tokens, 60)
+  num_tiles = geometries.num_tiles(config)
+  actual = costs(model_sizes(config, (side, side)), Schedule(), num_image_tokens, 60, num_pictures=num_tiles)
   assert actual.tower + actual.projector > actual.decoder / 5
   assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60), rel=0.005)
 
