@@ -153,6 +153,31 @@ _IDEFICS3 = Table(
   unused=r".*(^|/)(inv_freq|position_ids)$",
   tower_layer=r"vision_tower/encoder/layers_(\d+)/",
 )
+# Qwen2-VL to Qwen3-VL, with `model.` in newer checkpoints.
+_VISUAL = r"(?:model\.)?visual\."
+_BLOCK, _BLOCK_PLACE = _VISUAL + r"blocks\.(\d+)\.", r"vision_tower.layers.\1."
+
+
+def _qwen_vl(width: str) -> Table:
+  """The names of Qwen2-VL to Qwen3-VL, whose `vision_config` gives the tower's width as `width`."""
+  return Table(
+    entries=(
+      Entry(_VISUAL + r"patch_embed\.proj\.weight$", "vision_tower.patch_embed.weight", fused.of_stills),
+      Entry(_VISUAL + r"patch_embed\.proj\.", "vision_tower.patch_embed."),
+      Entry(_VISUAL + r"pos_embed\.", "vision_tower.embeddings.pos_embed."),
+      *_fused(_BLOCK + r"attn\.qkv\.", _BLOCK_PLACE + "attn.", fused.thirds("vision_config", width)),
+      Entry(_BLOCK + r"(mlp\.)?(?:linear_)?", _BLOCK_PLACE + r"\2"),
+      Entry(_VISUAL + r"merger\.(?:ln_q|norm)\.", "multi_modal_projector.norm."),
+      Entry(_VISUAL + r"merger\.(?:mlp\.0|linear_fc1)\.", "multi_modal_projector.linear_1."),
+      Entry(_VISUAL + r"merger\.(?:mlp\.2|linear_fc2)\.", "multi_modal_projector.linear_2."),
+      Entry(_VISUAL + r"deepstack_merger_list\.(\d+)\.linear_fc", r"deepstack_mergers_\1.linear_"),
+      Entry(_VISUAL + r"deepstack_merger_list\.(\d+)\.", r"deepstack_mergers_\1."),
+      Entry(r"model\.(?:language_model\.)?", "language_model."),
+    ),
+    unused=r".*(^|/)inv_freq$|lm_head/weight$",  # of a tied head
+    tower_layer=r"vision_tower/layers_(\d+)/",
+  )
+
 
 # By `model_type` of config.json.
 TABLES = {
@@ -185,6 +210,9 @@ TABLES = {
     unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
     tower_layer=r"vision_tower/encoder/layers_(\d+)/",
   ),
+  "qwen2_vl": _qwen_vl("embed_dim"),
+  "qwen2_5_vl": _qwen_vl("hidden_size"),
+  "qwen3_vl": _qwen_vl("hidden_size"),
 }
 # The towers of LLaVA's original layout, in the checkpoint or in one of their own, by the `model_type` of the latter.
 _CLIP_ENTRIES = (Entry(r"(model\.vision_tower\.vision_tower\.)?vision_model\.", "vision_tower."),)

@@ -6,6 +6,7 @@ from himap_jax.engine.accounting import provides
 from himap_jax.families import from_hf
 from himap_jax.inputs import ImageSize
 from himap_jax.model.config import ModelConfig
+from himap_jax.model.towers import abstract_images
 from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.schedule import Schedule
 
@@ -67,7 +68,22 @@ _SMOLLM2_135M = {
   "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
 }
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL, one tile of InternVL3 (256) and SmolVLM (64), and `_TILED`.
+# Of the smallest models; from memory where they are not the defaults of transformers.
+_QWEN2_TOWER = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4}
+_QWEN2_5_TOWER = {"depth": 32, "hidden_size": 1280, "out_hidden_size": 2048, "num_heads": 16, "intermediate_size": 3420}
+_QWEN3_TOWER = {"depth": 24, "hidden_size": 1024, "out_hidden_size": 2048, "num_heads": 16, "intermediate_size": 4096}
+_QWEN3_TOWER |= {"deepstack_visual_indexes": [5, 11, 17]}
+
+
+def _qwen(model_type: str, vision: dict[str, Any], *sizes: int, rope_theta: float = 1e6, **text: Any) -> dict[str, Any]:
+  """Fields of a config.json of Qwen2-VL to Qwen3-VL with a tied decoder of the given `_sizes`."""
+  rope = {"rope_type": "default", "rope_theta": rope_theta}
+  text |= {"vocab_size": 151_936, "rms_norm_eps": 1e-6, "rope_parameters": rope, **_sizes(*sizes)}
+  return {"model_type": model_type, "tie_word_embeddings": True, "vision_config": vision, "text_config": text}
+
+
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL, 16 x 16 in its successors, one tile of InternVL3 (256) and
+# SmolVLM (64), and `_TILED`.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -87,9 +103,15 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "text_config": {"model_type": "qwen2", "vocab_size": 152_000, "max_position_embeddings": 32_768}
     | {"tie_word_embeddings": True, **_sizes(896, 4864, 24, 14, 2)},
   },
+  "qwen2_vl_2b": _qwen("qwen2_vl", _QWEN2_TOWER, 1536, 8960, 28, 12, 2, max_position_embeddings=32_768),
+  "qwen2_5_vl_3b": _qwen("qwen2_5_vl", _QWEN2_5_TOWER, 2048, 11_008, 36, 16, 2, max_position_embeddings=128_000),
+  "qwen3_vl_2b": _qwen(
+    "qwen3_vl", _QWEN3_TOWER, 2048, 6144, 28, 16, 8, rope_theta=5e6, max_position_embeddings=262_144
+  ),
 }
-# Sides of pictures, in pixels, for towers that were trained on others.
+# Sides of pictures, in pixels, for towers that were trained on others, or on any; by tower and the side of its training.
 _SIDES = {("internvl_vision", 224): 336, ("qwen_vl_vision", 224): 448}
+_ANY_SIZE = {"qwen2_vl_vision": 448, "qwen2_5_vl_vision": 448, "qwen3_vl_vision": 512}
 # A picture of 640 x 480 pixels in models with newlines, by the number of taps: LLaVA-NeXT and LLaVA-OneVision.
 _TILED = {1: ImageSize(5, 2340), 4: ImageSize(5, 2929)}
 
@@ -100,16 +122,17 @@ def model_of(name: str) -> ModelConfig:
 
 def image_shape(config: ModelConfig) -> tuple[int, int]:
   """Height and width, in pixels, of the model's pictures, or of their tiles."""
-  side = config.vision.image_size
-  side = _SIDES.get((config.vision.model_type, side), side)
+  kind, side = config.vision.model_type, config.vision.image_size
+  side = _ANY_SIZE.get(kind) or _SIDES.get((kind, side), side)
   return side, side
 
 
 def image_size(config: ModelConfig) -> ImageSize:
-  """Tiles and image tokens of a picture."""
+  """Tiles (or patches) and image tokens of a picture."""
   if config.has_newline:
     return _TILED[config.num_taps]
-  return ImageSize(1, config.num_image_tokens(*image_shape(config)))
+  shape = image_shape(config)
+  return ImageSize(len(abstract_images(config.vision, *shape).pixels), config.num_image_tokens(*shape))
 
 
 def num_image_tokens(config: ModelConfig) -> int:

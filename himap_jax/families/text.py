@@ -27,6 +27,10 @@ def _qwen3(hf: Any) -> dict[str, Any]:
   return _same_bias(hf) | _windows(hf, hf.layer_types) | dict(qk_norm=True)
 
 
+def _qwen3_vl(hf: Any) -> dict[str, Any]:
+  return _same_bias(hf) | dict(qk_norm=True)
+
+
 def _gemma(hf: Any) -> dict[str, Any]:
   return _same_bias(hf) | dict(norm_offset=True, embedding_scale=hf.hidden_size**0.5)
 
@@ -56,6 +60,9 @@ TEXT_MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {
   "qwen3": _qwen3,
   "gemma": _gemma,
   "phi3": _phi3,
+  "qwen2_vl_text": _qwen2,
+  "qwen2_5_vl_text": _qwen2,
+  "qwen3_vl_text": _qwen3_vl,
 }
 
 
@@ -91,7 +98,7 @@ def text_config(hf: Any, where: str, *, tied: bool | None = None) -> TextConfig:
     head_dim=_head_dim(hf),
     rms_norm_eps=hf.rms_norm_eps,
     max_position_embeddings=hf.max_position_embeddings,
-    tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
+    tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False) or tied),
     hidden_act=hf.hidden_act,
     rope=RopeConfig(theta=rope["rope_theta"], **{name: rope[name] for name in scaling}),
     rotary_dim=_head_dim(hf),

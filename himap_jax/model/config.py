@@ -20,6 +20,7 @@ class VisionConfig:
     qk_norm: whether queries and keys are normalised, over all heads together.
     final_norm: whether the tower's last norm is applied to the features.
     merge_size: side of the squares of patches whose features are concatenated, row by row, to those of one image token.
+    deepstack_layers: layers whose outputs are also connected, and added in the first layers of the decoder.
   """
 
   model_type: str
@@ -40,6 +41,7 @@ class VisionConfig:
   qk_norm: bool = False
   final_norm: bool = False
   merge_size: int = 1
+  deepstack_layers: tuple[int, ...] = ()
 
   @property
   def num_layers_run(self) -> int:
@@ -48,12 +50,31 @@ class VisionConfig:
 
   @property
   def num_features(self) -> int:
-    """Width of the concatenated features."""
+    """Width of the concatenated features of an image token."""
     return len(self.feature_layers) * self.hidden_size * self.merge_size**2
 
   def num_patches(self, height: int, width: int) -> int:
     """Patches of a picture of `height` × `width` pixels."""
     return (height // self.patch_size) * (width // self.patch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchVisionConfig(VisionConfig):
+  """A vision tower for the patches of pictures of any size.
+
+  Attributes:
+    rope_theta: base of the rotary position embedding along rows and columns.
+    window_size: side, in patches, of the windows that attention is confined to; None for whole pictures.
+    full_attention_layers: layers whose attention is confined to pictures alone.
+    is_gated: whether the feed-forward is gated.
+    has_position_embedding: whether a learned grid of positions is interpolated, of the size `image_size`.
+  """
+
+  rope_theta: float = 10_000.0
+  window_size: int | None = None
+  full_attention_layers: tuple[int, ...] = ()
+  is_gated: bool = False
+  has_position_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +99,15 @@ class ResamplerConfig:
 
   num_queries: int
   num_heads: int
+  layer_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MergerConfig:
+  """A norm of each of `num_parts` equal parts of the features, then two linear layers."""
+
+  num_parts: int
+  norm_type: Literal["layer_norm", "rms_norm"]
   layer_norm_eps: float
 
 
@@ -157,7 +187,7 @@ class ModelConfig:
   """
 
   vision: VisionConfig
-  connector: ConnectorConfig | LinearConfig | ResamplerConfig
+  connector: ConnectorConfig | LinearConfig | ResamplerConfig | MergerConfig
   text: TextConfig
   image_token_id: int
   has_newline: bool = False

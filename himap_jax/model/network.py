@@ -20,7 +20,7 @@ from himap_jax.model.connectors import CONNECTORS
 from himap_jax.model.decoder import Decoder
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.linear import Embedding, cast
-from himap_jax.model.towers import VisionTower
+from himap_jax.model.towers import abstract_images, vision_tower
 from himap_jax.model.towers.common import TowerOutput
 
 
@@ -67,9 +67,13 @@ class Network(nn.Module):
 
   def setup(self) -> None:
     config, text = self.config, self.config.text
-    self.vision_tower = VisionTower(config.vision, self.kernels)
+    self.vision_tower = vision_tower(config.vision, self.kernels)
     connector = CONNECTORS[type(config.connector)]
     self.multi_modal_projector = connector(config.connector, text.hidden_size, self.kernels)
+    self.deepstack_mergers = [
+      connector(dataclasses.replace(config.connector, num_parts=1), text.hidden_size, self.kernels)
+      for _ in config.vision.deepstack_layers
+    ]
     self.language_model = Decoder(text, self.kernels)
     if config.has_newline:
       self.image_newline = self.param("image_newline", nn.initializers.normal(0.02), (text.hidden_size,))
@@ -98,7 +102,10 @@ class Network(nn.Module):
     if not inputs.layout.num_image_tokens:
       return Embedded(x, inputs.positions, inputs.layout, None)
     image_tokens, tower = self.encode_images(inputs.images)
-    return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
+    x = put_image_tokens(x, image_tokens, inputs.layout)
+    pairs = zip(self.deepstack_mergers, tower.deepstack, strict=True)
+    injections = tuple(merger(features) for merger, features in pairs)
+    return Embedded(x, inputs.positions, inputs.layout, tower, injections)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""
@@ -162,5 +169,6 @@ def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
   image_id = np.zeros((1, num_image_tokens + 1), np.int32)
   image_id[0, -1] = -1
   layout = Layout.of_rows((image_id >= 0).astype(np.int32), image_id, num_image_tokens)
-  inputs = Inputs(image_id, layout, image_id, Images(np.zeros((1, 1, 3, side, side), np.float32)))
+  images = jax.tree.map(lambda x: x.update(shape=(1, *x.shape)), abstract_images(config.vision, side, side))
+  inputs = Inputs(image_id, layout, image_id, images)
   return jax.eval_shape(lambda inputs: Network(config).init(jax.random.key(0), inputs), inputs)

@@ -154,14 +154,18 @@ def test_prefill_is_what_xla_counts(method):
     ("llava_onevision_0.5b", 384, ImageSize(5, 2929), 0.01),
     ("internvl3_1b", 448, ImageSize(1, 256), 0.015),
     ("smolvlm_256m", 512, ImageSize(1, 64), 0.015),
+    ("qwen2_vl_2b", 448, ImageSize(1024, 256), 0.005),
+    ("qwen2_5_vl_3b", 448, ImageSize(1024, 256), 0.005),
+    ("qwen3_vl_2b", 512, ImageSize(1024, 256), 0.005),
   ],
 )
 def test_prefill_of_other_models_is_what_xla_counts(name, side, size, tolerance):
   """With fewer layers, so that the towers count. The narrower a model, the more XLA counts besides products."""
   config = geometries.model_of(name)
+  layers = config.vision.deepstack_layers and (0, 1, 2)
   config = dataclasses.replace(
     config,
-    vision=dataclasses.replace(config.vision, feature_layers=(3,)),
+    vision=dataclasses.replace(config.vision, feature_layers=(3,), deepstack_layers=layers),
     text=dataclasses.replace(config.text, num_hidden_layers=3),
   )
   assert geometries.image_size(config) == size

@@ -569,18 +569,22 @@ class TestFlags:
     assert config.checkpoint.startswith("gs://") and is_distributed == (devices > 8)
 
   @pytest.mark.parametrize(
-    "name, checkpoint, template, kept",
+    "name, checkpoint, template, kept, is_pickled",
     [
-      ("llava_7b", "liuhaotian/llava-v1.5-7b", "vicuna_v1", (288, 72)),
-      ("internvl_7b", "OpenGVLab/InternVL-Chat-ViT-6B-Vicuna-7B", "vicuna_v1", (288, 72)),
-      ("qwen_vl_7b", "Qwen/Qwen-VL-Chat", "chat", (128, 32)),
+      ("llava_7b", "liuhaotian/llava-v1.5-7b", "vicuna_v1", (288, 72), True),
+      ("internvl_7b", "OpenGVLab/InternVL-Chat-ViT-6B-Vicuna-7B", "vicuna_v1", (288, 72), True),
+      ("qwen_vl_7b", "Qwen/Qwen-VL-Chat", "chat", (128, 32), True),
+      ("qwen2_vl", "Qwen/Qwen2-VL-2B-Instruct", "chat", (128, 32), False),
+      ("qwen2_5_vl", "Qwen/Qwen2.5-VL-3B-Instruct", "chat", (128, 32), False),
+      ("qwen3_vl", "Qwen/Qwen3-VL-2B-Instruct", "chat", (128, 32), False),
     ],
   )
-  def test_flagfiles_of_the_paper_s_models(self, name, checkpoint, template, kept, monkeypatch):
+  def test_flagfiles_of_models(self, name, checkpoint, template, kept, is_pickled, monkeypatch):
     monkeypatch.chdir(ROOT)
     with parsed(f"--flagfile=experiments/flags/{name}.flags"):
       config = config_from_flags()
-    assert (config.checkpoint, config.inputs.prompt_template) == (checkpoint, template) and config.allow_pickle
+    assert (config.checkpoint, config.inputs.prompt_template) == (checkpoint, template)
+    assert config.allow_pickle == is_pickled
     stages = config.pruning.schedule(32, kept[0] * 2).stages
     assert [(stage.layer, stage.keep) for stage in stages] == [(2, kept[0]), (8, kept[1])]
 

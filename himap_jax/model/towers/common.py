@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
 from himap_jax.model.kernels import Kernels
-from himap_jax.model.linear import ACTIVATIONS, LayerNorm, Linear, RMSNorm
+from himap_jax.model.linear import ACTIVATIONS, NORMS, Linear
 
 
 @pytree
@@ -28,12 +28,14 @@ class TowerOutput:
       heads and over the patches of the token; None without a class token.
     keys: that layer's keys of the image tokens, by head, averaged over the patches of the token.
     is_newline: which image tokens are learned newlines; None if none are.
+    deepstack: features of the layers in `VisionConfig.deepstack_layers`.
   """
 
   features: Float[Array, "B P F"]
   class_attention: Float[Array, "B P"] | None
   keys: Float[Array, "B P N H"]
   is_newline: Bool[Array, "B P"] | None = None
+  deepstack: tuple[Float[Array, "B P F"], ...] = ()
 
 
 class TowerModule(nn.Module):
@@ -127,12 +129,13 @@ def query_key_value(
 ) -> tuple[Float[Array, "B S N H"], ...]:
   """Queries, keys and values by head, from linear layers with these names in the calling module."""
   linear = functools.partial(Linear, config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None))
-  return tuple(linear(name=name)(x).reshape(*x.shape[:2], config.num_attention_heads, -1) for name in names)
+  heads = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+  return tuple(linear(name=name)(x).reshape(*x.shape[:2], *heads) for name in names)
 
 
 def norm(config: VisionConfig, name: str) -> nn.Module:
   """The normalisation before a layer's attention or feed-forward."""
-  return {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[config.norm_type](config.layer_norm_eps, name=name)
+  return NORMS[config.norm_type](config.layer_norm_eps, name=name)
 
 
 class FeedForward(TowerModule):
