@@ -215,10 +215,10 @@ def views(
 
 def square(vision: VisionConfig, where: str) -> Tile:
   """The tile of a tower; raises `UserError` if its features are not a square grid of patches."""
-  tile, has_class_token = Tile(vision.image_size, vision.patch_size), vision.has_class_token
-  if (vision.select_strategy == "default") != has_class_token:
+  fitting = "default" if vision.has_class_token else "full"
+  if vision.select_strategy != fitting:
     raise UserError(
       f"{where}: vision_feature_select_strategy {vision.select_strategy!r} leaves no grid of patches with this tower; "
-      f"use {'default' if has_class_token else 'full'}"
+      f"use {fitting}"
     )
-  return tile
+  return Tile(vision.image_size, vision.patch_size)

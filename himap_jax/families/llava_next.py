@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,12 +39,14 @@ def load_processor(directory: pathlib.Path) -> files.ModelFiles:
   return load_files(directory, "LlavaNextImageProcessorPil", complete)
 
 
-def load_files(directory: pathlib.Path, image_processor: str, complete: Any) -> files.ModelFiles:
-  """As `files.load`, with complete fields of config.json; its tiles must be those of the image processor."""
+def load_files(
+  directory: pathlib.Path, image_processor: str, complete: Callable[[dict[str, Any]], dict[str, Any]]
+) -> files.ModelFiles:
+  """As `files.load`, with complete fields of config.json; its resolutions must be those of the image processor."""
   own = files.load(directory, image_processor)
   own = dataclasses.replace(own, fields=complete(dict(own.fields)))
-  resolutions = own.image_processor.image_grid_pinpoints
-  if sorted(map(list, resolutions)) != sorted(map(list, own.fields["image_grid_pinpoints"])):
+  found, expected = own.image_processor.image_grid_pinpoints, own.fields["image_grid_pinpoints"]
+  if not isinstance(found, list) or sorted(map(str, found)) != sorted(map(str, expected)):
     raise UserError(f"{directory}: config.json and the image processor have different image_grid_pinpoints")
   return own
 

@@ -11,7 +11,6 @@ import tiny_anyres
 import tiny_checkpoints
 import torch
 import transformers
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
@@ -99,8 +98,8 @@ class TestPrompts:
     assert loaded.prompts().image_size([(1, 10_000)]).num_tokens == 16 + 4
     assert loaded.prompts().image_size([(10_000, 1)]).num_tokens == 16
 
-  def test_views_and_places(self, loaded, noise):
-    processor, images = loaded.prompts(), [noise[1], noise[8]]
+  def test_views_and_places(self, tiny, loaded, noise):
+    processor, images, own = loaded.prompts(), [noise[1], noise[8]], tiny.image_processor
     example = processor.prepare(images, "Why?")
     views, places = processor.views(example), processor.places(example)
     assert [view.tokens.shape for view in views] == [(4, 4), (4, 8), (4, 4)]
@@ -116,7 +115,7 @@ class TestPrompts:
       for (line, place), token in np.ndenumerate(view.tokens):  # the cell shows the patch that the token is made of
         tile, cell = divmod(index[token], 16)
         patch = example.images.pixels[tile, :, cell // 4 * 7 :, cell % 4 * 7 :][:, :7, :7]
-        mean, std = (np.array(x)[:, None, None] for x in (tiny_mean(processor), tiny_std(processor)))
+        mean, std = (np.array(x)[:, None, None] for x in (own.image_mean, own.image_std))
         expected = ((patch * std + mean) * 255).clip(0, 255).round().transpose(1, 2, 0)
         found = np.asarray(view.picture)[line * 7 : line * 7 + 7, place * 7 : place * 7 + 7]
         np.testing.assert_allclose(found, expected, atol=1)
@@ -127,14 +126,6 @@ class TestPrompts:
     assert {size.num_tiles for size in sizes} == {3} and limited.image_size([(56, 28)]).num_tokens == 52
     with pytest.raises(UserError, match="at most 51 image tokens .* too few: this model's smallest grid has 52"):
       LlavaNextProcessor(loaded.processor, loaded.config, max_image_tokens=51)
-
-
-def tiny_mean(processor):
-  return processor._image_processor.image_mean
-
-
-def tiny_std(processor):
-  return processor._image_processor.image_std
 
 
 def test_image_features_and_logits_at_every_position(tiny, loaded, rows, noise):
@@ -270,11 +261,16 @@ class TestCheckpoints:
     with pytest.raises(UserError, match="makes tiles of 21 x 21 pixels, and the tower reads 28 x 28"):
       opened.prompts()
 
+  @pytest.mark.parametrize("name", ["preprocessor_config.json", "tokenizer.json"])
+  def test_a_missing_file(self, tiny, tmp_path, name):
+    directory = changed(tiny, tmp_path / "next")
+    (directory / name).unlink()
+    with pytest.raises(UserError, match="cannot load the tokenizer and image processor"):
+      checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path)
+
   def test_an_older_chat_template(self, tiny, tmp_path):
     directory = changed(tiny, tmp_path / "next")
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-      if (directory / name).exists() and name.endswith("jinja"):
-        (directory / name).unlink()
+    (directory / "chat_template.jinja").unlink()
     (directory / "chat_template.json").write_text(json.dumps({"chat_template": "[INST]{{ messages[0]['role'] }}"}))
     assert checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path).prompts().prompt("Why?") == "[INST]user"
 
@@ -287,8 +283,3 @@ def plain(name):
   """A tensor's name without the levels that versions add."""
   name = name.removeprefix("model.").replace("vision_model.", "").replace("language_model.model.", "language_model.")
   return name.replace("language_model.lm_head", "lm_head")
-
-
-def test_image_of_one_colour_is_an_image(loaded):
-  example = loaded.prompts().prepare([Image.new("RGB", (5, 9), "red")], "?")
-  assert example.num_images == 1

@@ -13,6 +13,7 @@ from test_llava_next import changed
 
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
 from himap_jax.engine.batching import Batcher, ImageBucket
+from himap_jax.families.llava_onevision import LlavaOnevisionProcessor
 
 # The third and the last have more than 1.1² times the image tokens of two tiles.
 SIZES = [(40, 40), (64, 37), (62, 60), (28, 28), (1, 1), (200, 3), (57, 113), (1, 10_000), (10_000, 1), (93, 31)]
@@ -65,6 +66,17 @@ class TestPictures:
       np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
       assert np.array_equal(np.flatnonzero(places[:, 2] < 0), np.flatnonzero((index < 0).all(axis=1)))
     assert places[25].tolist() == [0, 0, -1, -1] and places[26].tolist() == [1, 0, 0, 0]
+
+  def test_a_bound_leaves_out_large_grids(self, loaded):
+    random = np.random.default_rng(0)
+    sizes = [tuple(size) for size in random.integers(1, 400, (60, 2)).tolist()]
+    counts = set()
+    for bound in (80, 85, 95, None):
+      limited = LlavaOnevisionProcessor(loaded.processor, loaded.config, max_image_tokens=bound)
+      found = [limited.image_size([size]).num_tokens for size in sizes]
+      assert bound is None or max(found) <= bound
+      counts.add(sum(found))
+    assert len(counts) > 1
 
   def test_a_square_that_would_exhaust_memory(self, loaded):
     pictures = [Image.new("RGB", (14_000, 1)), Image.new("RGB", (2, 2))]
