@@ -65,7 +65,7 @@ SPECS = {
     VISION
     | dict(hidden_size=32, out_hidden_size=64, intermediate_size=48, num_position_embeddings=36)
     | dict(deepstack_visual_indexes=[0, 1, 2]),
-    TEXT | dict(head_dim=24, rope_parameters=_rope(4, 4, 4, mrope_interleaved=True)),
+    TEXT | dict(head_dim=24, rope_parameters=_rope(6, 3, 3, mrope_interleaved=True)),
     dict(tie_word_embeddings=False),
   ),
 }

@@ -49,7 +49,8 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   """
   hf = _hf_config(fields, where)
   vision, text = _vision(hf.vision_config, where), _text(hf, where)
-  if (width := _width_out(hf.vision_config)) != text.hidden_size:
+  width = getattr(hf.vision_config, "out_hidden_size", hf.vision_config.hidden_size)
+  if width != text.hidden_size:
     raise UserError(f"{where}: the vision tower's output has width {width}, but the decoder has {text.hidden_size}")
   connector = MergerConfig(vision.merge_size**2, vision.norm_type, EPSILON)
   return ModelConfig(vision, connector, text, hf.image_token_id)
@@ -63,10 +64,6 @@ def _hf_config(fields: dict[str, Any], where: str) -> Any:
     return kind(**{key: value for key, value in fields.items() if key != "model_type"})
   except Exception as error:  # transformers raises types of its own for invalid fields
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
-
-
-def _width_out(hf: Any) -> int:
-  return hf.hidden_size if hf.model_type == "qwen2_vl_vision" else hf.out_hidden_size
 
 
 def _vision(hf: Any, where: str) -> PatchVisionConfig:
@@ -180,6 +177,8 @@ class Qwen2VLProcessor:
         f"the image processor makes patches of {images.patch_size} px in squares of {images.merge_size}, but the model "
         f"has {vision.patch_size} and {vision.merge_size}; preprocessor_config.json and config.json disagree"
       )
+    if not images.do_resize or None in (images.size.shortest_edge, images.size.longest_edge):
+      raise UserError("preprocessor_config.json needs do_resize, and min_pixels and max_pixels")
     no_patches = np.zeros((0, 3 * vision.patch_size**2), np.float32)
     self.blank = blank(Images(no_patches, np.zeros((0, 3), np.int32)), 3)
 

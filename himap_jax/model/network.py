@@ -70,7 +70,7 @@ class Network(nn.Module):
     self.vision_tower = vision_tower(config.vision, self.kernels)
     connector = CONNECTORS[type(config.connector)]
     self.multi_modal_projector = connector(config.connector, text.hidden_size, self.kernels)
-    self.deepstack_mergers = [
+    self.deepstack_mergers = [  # which normalise the features of a square together
       connector(dataclasses.replace(config.connector, num_parts=1), text.hidden_size, self.kernels)
       for _ in config.vision.deepstack_layers
     ]

@@ -57,8 +57,8 @@ def costs(
   """Costs of one prompt, from its image tokens before pruning and its text tokens.
 
   All text tokens count as instruction; `bytes_per_value` is that of the cache. `num_pictures` counts the tiles of the
-  pictures, or their patches in towers for patches. There attention counts all pairs of the row's patches, since those of
-  other pictures or windows are computed and masked.
+  pictures, or the patches in towers for patches, whose attention counts all pairs of a row's patches: those of other
+  pictures or windows are computed and masked.
 
   A decoder layer takes 2udq for queries and outputs, 2ndk for keys and values, 2unq for attention and 3udm for the
   gated feed-forward. Of its n tokens u are updated: all, or only the text if image tokens are frozen; q and k are the

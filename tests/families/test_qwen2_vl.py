@@ -257,6 +257,10 @@ class TestFiles:
     directory = changed(tiny, tmp_path / "bad", preprocessor_config={"patch_size": 8})
     with pytest.raises(UserError, match="makes patches of 8 px in squares of 2, but the model has 4 and 2"):
       checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path).prompts()
+    for number, fields in enumerate(({"do_resize": False}, {"size": {"shortest_edge": 256}})):
+      directory = changed(tiny, tmp_path / str(number), preprocessor_config=fields)
+      with pytest.raises(UserError, match="needs do_resize, and min_pixels and max_pixels"):
+        checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path).prompts()
 
 
 @pytest.mark.parametrize(

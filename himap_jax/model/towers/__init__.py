@@ -1,4 +1,4 @@
-"""Vision towers: pictures to features, up to the last feature layer. A tower is one module and one entry of `TOWERS`."""
+"""Vision towers: from pictures to features. A tower is one module and one entry of `TOWERS`."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ from himap_jax.model.tracing import traced_once
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-  """The modules of a tower for tiles, and the checkpoint's names of its layers and of the norms before (if any) and after them."""
+  """The modules of a tower for tiles, and the names of its layers and of the norms before (if any) and after them."""
 
   embeddings: type[nn.Module]
   layer: type[nn.Module]

@@ -1,7 +1,7 @@
 """The towers of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL, for pictures of any size.
 
-Axes: B batch, P patches of a row's pictures, S squares of patches, D width, N heads, H head dim, R rotated features of a
-head, A numbers that name a group.
+Axes: B batch, P patches of a row's pictures, S squares of patches, F features of a square, D width, N heads, H head dim,
+R rotated features of a head, A numbers that name a group.
 
 The patches of a square that becomes an image token follow each other. All else is decided by coordinates (picture, row,
 column), so that a row's pictures may have any sizes; padding, whose coordinates are −1, sees only itself.
