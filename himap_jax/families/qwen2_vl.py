@@ -3,6 +3,7 @@
 A picture keeps its aspect ratio: it is resized to whole squares of patches, and each square is an image token.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -18,6 +19,7 @@ from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
+  content_parts,
   expand,
   fill,
   literal_template,
@@ -164,8 +166,13 @@ class Qwen2VLProcessor:
 
   image_shape = patch_grid = num_image_tokens = None
 
-  def __init__(self, files: QwenFiles, config: ModelConfig, template: str = "chat"):
-    """Checks the image processor and the template: `chat` (the checkpoint's own), or a literal one."""
+  def __init__(
+    self, files: QwenFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+  ):
+    """Checks the image processor and the template: `chat` (the checkpoint's own), or a literal one.
+
+    `max_image_tokens` lowers the image processor's limit of pixels.
+    """
     self._tokenizer, self._images, self._config = files.tokenizer, files.image_processor, config
     self._is_chat = template == "chat"
     if self._is_chat and not self._tokenizer.chat_template:
@@ -179,6 +186,8 @@ class Qwen2VLProcessor:
       )
     if not images.do_resize or None in (images.size.shortest_edge, images.size.longest_edge):
       raise UserError("preprocessor_config.json needs do_resize, and min_pixels and max_pixels")
+    if max_image_tokens is not None:
+      self._images = _limited(images, max_image_tokens * (vision.patch_size * vision.merge_size) ** 2)
     no_patches = np.zeros((0, 3 * vision.patch_size**2), np.float32)
     self.blank = blank(Images(no_patches, np.zeros((0, 3), np.int32)), 3)
 
@@ -209,12 +218,8 @@ class Qwen2VLProcessor:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if not self._is_chat:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, PICTURE)
-    conversation = []
-    for role, text in messages_of(question, num_pictures):
-      first, *rest = text.split(IMAGE_TAG)
-      parts = [first, *(part for after in rest for part in (IMAGE_TAG, after))]
-      content = [{"type": "image"} if part == IMAGE_TAG else {"type": "text", "text": part} for part in parts if part]
-      conversation.append({"role": role, "content": content})
+    messages = messages_of(question, num_pictures)
+    conversation = [{"role": role, "content": content_parts(text)} for role, text in messages]
     return self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
 
   def decode(self, tokens: Sequence[int]) -> str:
@@ -242,6 +247,14 @@ class Qwen2VLProcessor:
         f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
       )
     return self._images.get_number_of_image_patches(height, width)
+
+
+def _limited(images: Any, max_pixels: int) -> Any:
+  """The image processor with at most so many pixels."""
+  longest = min(images.size.longest_edge, max_pixels)
+  limited = copy.copy(images)
+  limited.size = type(images.size)(shortest_edge=min(images.size.shortest_edge, longest), longest_edge=longest)
+  return limited
 
 
 FAMILIES = tuple(Family(name, config, complete, load_processor, Qwen2VLProcessor) for name in CONFIGS)

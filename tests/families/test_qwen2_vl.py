@@ -91,6 +91,12 @@ def test_image_size_is_that_of_the_prepared_picture(loaded):
   for seed, size in enumerate([(8, 8), (5, 9), (200, 30), (31, 33), (90, 91), (3, 300), (57, 12), (16, 100), (44, 44)]):
     example = processor.prepare([tiny_checkpoints.noise_image(size, seed)], "?")
     assert processor.image_size([size]) == example.size
+  for limit in (4, 9, 30):
+    limited = loaded.prompts("<image>{question}", limit)
+    for size in ((40, 40), (60, 90), (300, 100)):
+      example = limited.prepare([tiny_checkpoints.noise_image(size, 0)], "?")
+      assert limited.image_size([size]) == example.size and example.num_image_tokens <= limit
+  assert loaded.prompts("<image>{question}", 10_000).image_size([(90, 91)]) == processor.image_size([(90, 91)])
 
 
 def test_views_and_places(loaded, rows):

@@ -130,4 +130,4 @@ class PatchTower(common.TowerModule):
       if index in c.deepstack_layers:
         deepstack.append(merge(x))
     keys = key.reshape(batch, -1, c.merge_size**2, *key.shape[2:]).mean(axis=2)
-    return common.TowerOutput(merge(x), None, keys, tuple(deepstack))
+    return common.TowerOutput(merge(x), None, keys, deepstack=tuple(deepstack))
