@@ -20,6 +20,7 @@ from himap_jax.families.examples import (
   messages_of,
   pixels_of,
   places_in,
+  tiles_of,
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View
@@ -154,7 +155,7 @@ class LlavaProcessor:
     ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
     for image in images:
       self._check_size(image)
-    pixels = np.stack([*self.blank.images.pixels, *pixels_of(self._processor.image_processor, images)])
+    pixels = tiles_of(self._processor.image_processor, images, self.blank)
     return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
