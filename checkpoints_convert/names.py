@@ -112,6 +112,16 @@ _PHI3_LAYER, _PHI3_PLACE = (
   r"language_model.\1.",
 )
 
+# Hugging Face: without `model.` before transformers 4.52, with it since.
+_HUGGING_FACE_ENTRIES = (
+  Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+  Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+  Entry(r"language_model\.lm_head\.", "lm_head."),
+  Entry(r"language_model\.model\.", "language_model."),
+  Entry(r"model\.language_model\.", "language_model."),
+)
+_UNUSED_OF_ALL = r".*(^|/)(inv_freq|position_ids)$|lm_head/weight$"  # and the head if it is tied
+
 # By `model_type` of config.json.
 TABLES = {
   "llava": Table(
@@ -123,19 +133,13 @@ TABLES = {
       Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
       Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
       Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-      # Hugging Face: without `model.` before transformers 4.52, with it since
-      Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-      Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-      Entry(r"language_model\.lm_head\.", "lm_head."),
-      Entry(r"language_model\.model\.", "language_model."),
-      Entry(r"model\.language_model\.", "language_model."),
+      *_HUGGING_FACE_ENTRIES,
       # the decoder of the original layout
       Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
     ),
     unused=(
       r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
-      r".*(^|/)(inv_freq|position_ids)$|"
-      r"lm_head/weight$|"  # of a tied head
+      rf"{_UNUSED_OF_ALL}|"
       r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
     ),
     tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
@@ -157,6 +161,18 @@ TABLES = {
       Entry(_QWEN_TOWER + r"proj$", "multi_modal_projector.proj.weight", fused.transposed),
     ),
     unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
+    tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+  ),
+  "gemma3": Table(
+    entries=(
+      Entry(
+        r"(model\.)?multi_modal_projector\.mm_input_projection_weight$",
+        "multi_modal_projector.mm_input_projection.weight",
+        fused.transposed,
+      ),
+      *_HUGGING_FACE_ENTRIES,
+    ),
+    unused=rf"{_UNUSED_OF_ALL}|vision_tower/head/",
     tower_layer=r"vision_tower/encoder/layers_(\d+)/",
   ),
 }

