@@ -213,6 +213,18 @@ TABLES = {
   "qwen2_vl": _qwen_vl("embed_dim"),
   "qwen2_5_vl": _qwen_vl("hidden_size"),
   "qwen3_vl": _qwen_vl("hidden_size"),
+  "gemma3": Table(
+    entries=(
+      Entry(
+        r"(model\.)?multi_modal_projector\.mm_input_projection_weight$",
+        "multi_modal_projector.mm_input_projection.weight",
+        fused.transposed,
+      ),
+      *_HUGGING_FACE_ENTRIES,
+    ),
+    unused=r".*(^|/)(inv_freq|position_ids)$|lm_head/weight$|vision_tower/head/",
+    tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+  ),
 }
 # The towers of LLaVA's original layout, in the checkpoint or in one of their own, by the `model_type` of the latter.
 _CLIP_ENTRIES = (Entry(r"(model\.vision_tower\.vision_tower\.)?vision_model\.", "vision_tower."),)

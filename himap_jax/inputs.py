@@ -41,10 +41,19 @@ def first_slots(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B R"]:
   return jnp.argsort(~chosen, axis=1, stable=True)[:, :count]
 
 
-def visible(keys: Int[Array, "B S"], queries: Int[Array, "B Q"], window: int | None = None) -> Bool[Array, "B Q S"]:
-  """Whether queries may attend to keys of the given orders: none later, and none `window` or more earlier."""
+def visible(
+  keys: Int[Array, "B S"],
+  queries: Int[Array, "B Q"],
+  window: int | None = None,
+  same_image: Bool[Array, "B Q S"] | None = None,
+) -> Bool[Array, "B Q S"]:
+  """Whether queries may attend to keys of the given orders: none later, and none `window` or more earlier.
+
+  Where `same_image` is true they may attend to later keys, too.
+  """
   keys, queries = keys[:, None], queries[:, :, None]
-  return keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+  seen = keys <= queries if same_image is None else (keys <= queries) | same_image
+  return seen if window is None else seen & (keys > queries - window)
 
 
 @pytree
@@ -59,6 +68,8 @@ class Layout:
       visibility.
     num_image_tokens: M, the maximum number of image tokens per row; static.
     is_ragged: whether rows may have fewer; static.
+    is_bidirectional: whether image tokens see the later tokens of their image, too; static. It belongs to a model, so
+      it is false in layouts of inputs.
     window: how many orders back a query sees, its own included; None for all; static. It belongs to a layer, so it is
       None in layouts of inputs.
   """
@@ -69,6 +80,7 @@ class Layout:
   order: Int[Array, "B S"]
   num_image_tokens: int = flax.struct.field(pytree_node=False)
   is_ragged: bool = flax.struct.field(pytree_node=False, default=False)
+  is_bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
   window: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @classmethod
@@ -126,9 +138,17 @@ class Layout:
     slots = first_slots(instruction, self.num_slots - self.num_image_tokens)
     return slots, take_slots(instruction, slots)
 
-  def visible(self, slots: Int[Array, "B Q"]) -> Bool[Array, "B Q S"]:
-    """Slots that the queries in `slots` may attend to: no padding, and none that is later or outside the window."""
-    return visible(self.order, take_slots(self.order, slots), self.window)
+  def visible(self, slots: Int[Array, "B Q"] | None = None) -> Bool[Array, "B Q S"]:
+    """Slots that the queries in `slots`, or in all slots, may attend to.
+
+    No padding, none outside the window, and none that is later but those of the query's image where these see each
+    other.
+    """
+    order, image_id = (x if slots is None else take_slots(x, slots) for x in (self.order, self.image_id))
+    same_image = None
+    if self.is_bidirectional:
+      same_image = (image_id[:, :, None] == self.image_id[:, None]) & (image_id >= 0)[:, :, None]
+    return visible(self.order, order, self.window, same_image)
 
   def keep(
     self, kept: Int[Array, "B K"], present: Bool[Array, "B K"] | None = None

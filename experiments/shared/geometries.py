@@ -47,6 +47,11 @@ _SIGLIP_SO400M = {
   **_sizes(1152, 4304, 26, 16),
   **{"image_size": 384, "patch_size": 14, "vision_use_head": False},
 }
+_GEMMA_3 = {
+  "model_type": "gemma3_text",
+  **_sizes(2560, 10_240, 34, 8, 4),
+  **{"head_dim": 256, "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+}
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
 _INTERNVIT_300M = {
@@ -83,7 +88,7 @@ def _qwen(model_type: str, vision: dict[str, Any], *sizes: int, rope_theta: floa
 
 
 # 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL, 16 x 16 in its successors, one tile of InternVL3 (256) and
-# SmolVLM (64), and `_TILED`.
+# SmolVLM (64), the 16 x 16 averages of Gemma 3, and `_TILED`.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -108,6 +113,12 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "qwen3_vl_2b": _qwen(
     "qwen3_vl", _QWEN3_TOWER, 2048, 6144, 28, 16, 8, rope_theta=5e6, max_position_embeddings=262_144
   ),
+  "gemma3_4b": {  # Gemma 3 4B
+    "model_type": "gemma3",
+    "mm_tokens_per_image": 256,
+    "vision_config": _SIGLIP_SO400M | {"num_hidden_layers": 27, "image_size": 896},
+    "text_config": _GEMMA_3,
+  },
 }
 # Sides of pictures, in pixels, for towers that were trained on others, or on any; by tower and the side of its training.
 _SIDES = {("internvl_vision", 224): 336, ("qwen_vl_vision", 224): 448}

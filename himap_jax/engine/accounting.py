@@ -4,6 +4,7 @@ from himap_jax.model.config import (
   LinearConfig,
   MergerConfig,
   ModelConfig,
+  NormLinearConfig,
   PatchVisionConfig,
   ResamplerConfig,
   VisionConfig,
@@ -33,7 +34,8 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, ...]) -> ModelSizes
   elif isinstance(config.connector, ResamplerConfig):
     per_token, connector_flops = 0, _resampler_flops(config, num_features)
   else:
-    per_token = vision.num_features * width + (0 if isinstance(config.connector, LinearConfig) else width**2)
+    is_single = isinstance(config.connector, LinearConfig | NormLinearConfig)
+    per_token = vision.num_features * width + (0 if is_single else width**2)
     connector_flops = num_features * per_token
   return ModelSizes(
     num_layers=text.num_hidden_layers,

@@ -127,6 +127,11 @@ def pixels_of(image_processor: Any, images: Sequence[Image.Image]) -> list[Float
   return [np.asarray(image_processor(x, return_tensors="np")["pixel_values"][0], np.float32) for x in images]
 
 
+def tiles_of(image_processor: Any, images: Sequence[Image.Image], blank: Example) -> Float[np.ndarray, "P 3 h w"]:
+  """The pictures in one array, which has the shape of the tiles of `blank` if there are none."""
+  return np.concatenate([blank.images.pixels, *(pixels[None] for pixels in pixels_of(image_processor, images))])
+
+
 def picture_of(image_processor: Any, pixels: Float[np.ndarray, "3 h w"], height: int, width: int) -> Image.Image:
   """The top left `height` × `width` of a preprocessed picture, with the normalisation undone."""
   mean, std = (

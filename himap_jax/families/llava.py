@@ -190,7 +190,7 @@ class LlavaProcessor(LlavaPrompts):
     ids = self.ids(self.prompt(question, len(images)))
     for image in images:
       self._check_size(image)
-    pixels = np.stack(pixels_of(self._processor.image_processor, images)) if images else self.blank.images.pixels
+    pixels = tiles_of(self._processor.image_processor, images, self.blank)
     return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
   def views(self, example: Example) -> list[View]:

@@ -25,9 +25,9 @@ from himap_jax.families.examples import (
   fill,
   literal_template,
   messages_of,
-  pixels_of,
   places_in,
   refuse_limit,
+  tiles_of,
   views_of_patches,
 )
 from himap_jax.families.family import Family, Message, Question, View
@@ -188,7 +188,7 @@ class QwenProcessor:
     ids = []
     for text, is_content in self._pieces(question, len(images)):
       ids += self._ids(text, CONTENT_TOKENS if is_content else (CHAT_START, CHAT_END))
-    pixels = np.stack(pixels_of(self._files.image_processor, images)) if images else self.blank.images.pixels
+    pixels = tiles_of(self._files.image_processor, images, self.blank)
     return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:

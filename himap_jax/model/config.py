@@ -20,6 +20,7 @@ class VisionConfig:
     qk_norm: whether queries and keys are normalised, over all heads together.
     final_norm: whether the tower's last norm is applied to the features.
     merge_size: side of the squares of patches whose features are concatenated, row by row, to those of one image token.
+    pool: side, in patches, of the squares whose features are averaged.
     deepstack_layers: layers whose outputs are also connected, and added in the first layers of the decoder.
   """
 
@@ -41,6 +42,7 @@ class VisionConfig:
   qk_norm: bool = False
   final_norm: bool = False
   merge_size: int = 1
+  pool: int = 1
   deepstack_layers: tuple[int, ...] = ()
 
   @property
@@ -112,6 +114,13 @@ class MergerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class NormLinearConfig:
+  """An RMSNorm and a linear map."""
+
+  rms_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
   """Rotary position embedding; scaling types and their parameters as in `config.json`.
 
@@ -139,9 +148,13 @@ class TextConfig:
     output_bias: whether the output projection of the attention has one.
     rotary_dim: leading features of a head that are rotated.
     qk_norm: whether queries and keys of every head are normalised before they are rotated.
+    query_scale: factor of rotated queries, besides the head_dim^-½ of the attention.
+    output_norms: whether the outputs of attention and feed-forward are normalised, too, before they are added.
     norm_offset: whether norms multiply by 1 + weight, in float32.
     embedding_scale: factor of text embeddings; image tokens are not scaled.
+    local_rope: rotary embedding of `local_layers`, if it differs from that of the others.
     sliding_window: tokens that a query sees in `sliding_layers`, its own included.
+    is_bidirectional: whether image tokens see the later tokens of their image, too.
   """
 
   vocab_size: int
@@ -161,10 +174,19 @@ class TextConfig:
   output_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  query_scale: float = 1.0
+  output_norms: bool = False
   norm_offset: bool = False
   embedding_scale: float = 1.0
+  local_rope: RopeConfig | None = None
+  local_layers: tuple[int, ...] = ()
   sliding_window: int | None = None
   sliding_layers: tuple[int, ...] = ()
+  is_bidirectional: bool = False
+
+  def rope_of(self, layer: int) -> RopeConfig:
+    """The rotary embedding of a layer."""
+    return self.local_rope if layer in self.local_layers else self.rope
 
   def window(self, layer: int) -> int | None:
     """The window of a layer; None if queries see all earlier tokens."""
@@ -187,7 +209,7 @@ class ModelConfig:
   """
 
   vision: VisionConfig
-  connector: ConnectorConfig | LinearConfig | ResamplerConfig | MergerConfig
+  connector: ConnectorConfig | LinearConfig | NormLinearConfig | ResamplerConfig | MergerConfig
   text: TextConfig
   image_token_id: int
   has_newline: bool = False
@@ -208,4 +230,4 @@ class ModelConfig:
     """Tokens that enter the connector for a picture of `height` × `width` pixels."""
     vision = self.vision
     tokens = vision.num_patches(height, width) + vision.has_class_token - (vision.select_strategy == "default")
-    return tokens // vision.merge_size**2
+    return tokens // (vision.merge_size * vision.pool) ** 2

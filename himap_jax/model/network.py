@@ -98,14 +98,15 @@ class Network(nn.Module):
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
+    layout = inputs.layout.replace(is_bidirectional=self.config.text.is_bidirectional)
     x = self.language_model.embed(inputs.tokens, self.dtype)
-    if not inputs.layout.num_image_tokens:
-      return Embedded(x, inputs.positions, inputs.layout, None)
+    if not layout.num_image_tokens:
+      return Embedded(x, inputs.positions, layout, None)
     image_tokens, tower = self.encode_images(inputs.images)
-    x = put_image_tokens(x, image_tokens, inputs.layout)
+    x = put_image_tokens(x, image_tokens, layout)
     pairs = zip(self.deepstack_mergers, tower.deepstack, strict=True)
     injections = tuple(merger(features) for merger, features in pairs)
-    return Embedded(x, inputs.positions, inputs.layout, tower, injections)
+    return Embedded(x, inputs.positions, layout, tower, injections)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""

@@ -154,6 +154,7 @@ def test_prefill_is_what_xla_counts(method):
     ("llava_onevision_0.5b", 384, ImageSize(5, 2929), 0.01),
     ("internvl3_1b", 448, ImageSize(1, 256), 0.015),
     ("smolvlm_256m", 512, ImageSize(1, 64), 0.015),
+    ("gemma3_4b", 896, ImageSize(1, 256), 0.01),
     ("qwen2_vl_2b", 448, ImageSize(1024, 256), 0.005),
     ("qwen2_5_vl_3b", 448, ImageSize(1024, 256), 0.005),
     ("qwen3_vl_2b", 512, ImageSize(1024, 256), 0.005),

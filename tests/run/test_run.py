@@ -577,6 +577,7 @@ class TestFlags:
       ("qwen2_vl", "Qwen/Qwen2-VL-2B-Instruct", "chat", (128, 32), False),
       ("qwen2_5_vl", "Qwen/Qwen2.5-VL-3B-Instruct", "chat", (128, 32), False),
       ("qwen3_vl", "Qwen/Qwen3-VL-2B-Instruct", "chat", (128, 32), False),
+      ("gemma3_4b", "google/gemma-3-4b-it", "chat", (128, 32), False),
     ],
   )
   def test_flagfiles_of_models(self, name, checkpoint, template, kept, is_pickled, monkeypatch):

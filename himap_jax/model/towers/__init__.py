@@ -12,7 +12,7 @@ from himap_jax.model.config import PatchVisionConfig, VisionConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm
 from himap_jax.model.towers import clip, dinov2, internvit, qwen_vl
-from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention, group
+from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention, group, pooled
 from himap_jax.model.tracing import traced_once
 
 
@@ -90,6 +90,7 @@ class TileTower(TowerModule):
     output = TowerOutput(features, attention, key)
     if self.config.select_strategy == "default":
       output = jax.tree.map(lambda y: y[:, 1:], output)
-    if self.config.merge_size == 1:
-      return output
-    return group(output, pixel_values.shape[3] // self.config.patch_size, self.config.merge_size)
+    columns = pixel_values.shape[3] // self.config.patch_size
+    if self.config.pool > 1:
+      return jax.tree.map(lambda y: pooled(y, columns, self.config.pool), output)
+    return group(output, columns, self.config.merge_size) if self.config.merge_size > 1 else output

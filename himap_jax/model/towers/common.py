@@ -155,6 +155,12 @@ def prepend(token: Float[Array, "D"], x: Float[Array, "B P D"]) -> Float[Array, 
   return jnp.concatenate([first, x], axis=1)
 
 
+def pooled(x: Float[Array, "B P *D"], columns: int, side: int) -> Float[Array, "B Q *D"]:
+  """The mean over every square of `side` × `side` patches of a grid with so many columns, in float32."""
+  squares = x.astype(jnp.float32).reshape(x.shape[0], -1, side, columns // side, side, *x.shape[2:])
+  return squares.mean(axis=(2, 4)).reshape(x.shape[0], -1, *x.shape[2:]).astype(x.dtype)
+
+
 def class_attention(query: Float[Array, "B S N H"], key: Float[Array, "B S N H"]) -> Float[Array, "B S"]:
   """Attention probabilities of the first token, averaged over heads."""
   logits = jnp.einsum("BNH,BSNH->BNS", query[:, 0], key, preferred_element_type=jnp.float32)
