@@ -21,6 +21,7 @@ from himap_jax.families.examples import (
   pixels_of,
   places_in,
   refuse_limit,
+  tiles_of,
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View

@@ -272,7 +272,7 @@ class TestBadCheckpoints:
   @pytest.mark.parametrize(
     ("fields", "message"),
     [
-      ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; supported: 'llava', 'qwen', 'gemma3'"),
+      ({"model_type": "gemma3_text"}, "model_type is 'gemma3_text'; supported: 'llava'"),
       ({"drop": ("mm_tokens_per_image",)}, "no mm_tokens_per_image, the number of image tokens"),
       ({"mm_tokens_per_image": 15}, "mm_tokens_per_image is 15, not a square number"),
       ({"mm_tokens_per_image": 9}, "mm_tokens_per_image is 9, but 8 x 8 patches cannot be averaged to 3 x 3"),
