@@ -93,7 +93,7 @@ def image_sizes(prompts: Sequence[Prompt], files: PictureFiles, processor: Proce
           found[number] = (1, *processor.image_size([files.size(image) for image in prompt.images]))
         progress.update()
   if processor.num_image_tokens is None:
-    found = processes.sum_over_processes(found.ravel()).reshape(found.shape)
+    found = processes.sum_over_processes(found.ravel().tolist()).reshape(found.shape)
   return collections.Counter(
     ImageSize(*own)
     for (is_known, *own), prompt in zip(found.tolist(), prompts, strict=True)
