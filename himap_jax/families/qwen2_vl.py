@@ -50,7 +50,9 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     UserError: the activation, RoPE scaling, windows or sections are not supported; the message says what is.
   """
   hf = _hf_config(fields, where)
-  vision, text = _vision(hf.vision_config, where), _text(hf, where)
+  family, given = fields["model_type"], (fields.get("vision_config") or {}).get("model_type")
+  check_supported(given or family, (family, f"{family}_vision"), where=where, what="vision tower")
+  vision, text = _vision(hf.vision_config, f"{family}_vision", where), _text(hf, where)
   width = getattr(hf.vision_config, "out_hidden_size", hf.vision_config.hidden_size)
   if width != text.hidden_size:
     raise UserError(f"{where}: the vision tower's output has width {width}, but the decoder has {text.hidden_size}")
@@ -68,11 +70,11 @@ def _hf_config(fields: dict[str, Any], where: str) -> Any:
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
 
 
-def _vision(hf: Any, where: str) -> PatchVisionConfig:
+def _vision(hf: Any, kind: str, where: str) -> PatchVisionConfig:
   check_supported(hf.hidden_act, ACTIVATIONS, where=where, what="activation")
   patch, square = hf.patch_size, hf.patch_size * hf.spatial_merge_size
   common = dict(
-    model_type=hf.model_type,
+    model_type=kind,
     num_hidden_layers=hf.depth,
     num_attention_heads=hf.num_heads,
     patch_size=patch,
@@ -84,14 +86,14 @@ def _vision(hf: Any, where: str) -> PatchVisionConfig:
     merge_size=hf.spatial_merge_size,
     rope_theta=hf.rope_parameters["rope_theta"],
   )
-  width = hf.embed_dim if hf.model_type == "qwen2_vl_vision" else hf.hidden_size
+  width = hf.embed_dim if kind == "qwen2_vl_vision" else hf.hidden_size
   if width % (4 * hf.num_heads):
     raise UserError(f"{where}: a tower of width {width} has no {hf.num_heads} heads whose width is a multiple of four")
-  if hf.model_type == "qwen2_vl_vision":
+  if kind == "qwen2_vl_vision":
     sizes = dict(hidden_size=width, intermediate_size=int(width * hf.mlp_ratio), image_size=square)
     return PatchVisionConfig(**common, **sizes, patch_bias=False)
   sizes = dict(hidden_size=width, intermediate_size=hf.intermediate_size)
-  if hf.model_type == "qwen2_5_vl_vision":
+  if kind == "qwen2_5_vl_vision":
     if hf.window_size < square:
       raise UserError(f"{where}: window_size is {hf.window_size}, less than a square of patches, {square}")
     window = hf.window_size // square * hf.spatial_merge_size

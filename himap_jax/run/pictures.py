@@ -66,12 +66,12 @@ class PictureFiles:
 
     return self._read(image, read)
 
-  def size(self, image: str) -> tuple[int, int]:
+  def size(self, image: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """`(width, height)` of what `load` returns, from the file's header; errors as in `load`."""
 
     def read(file: io.BufferedIOBase) -> tuple[int, int]:
       picture = _open_image(file)
-      _limit_size(picture, MAX_PIXELS)
+      _limit_size(picture, max_pixels)
       is_turned = False
       with contextlib.suppress(Exception), _without_warnings():
         is_turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)

@@ -475,7 +475,7 @@ class TestBadConfiguration:
       ("missing", lambda path: split(path)[1].unlink(), "1 of 2 shards are missing"),
       ("truncated", lambda path: os.truncate(split(path)[1], 5000), "truncated"),
       ("shapes", narrow, "multi_modal_projector"),
-      ("type", lambda path: edit(path, model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
+      ("type", lambda path: edit(path, model_type="paligemma"), "model_type is 'paligemma'"),
       ("text", lambda path: edit(path, text_config={"model_type": "mamba"}), "language model 'mamba'"),
       ("config", lambda path: (path / "config.json").write_text("{"), "cannot be read"),
       ("nothing", lambda path: (path / "config.json").unlink(), "cannot be read"),
