@@ -1,4 +1,4 @@
-"""Parts of fused tensors, which hold several parameters: transforms of `names.Entry`.
+"""Parameters made of stored tensors, such as parts of fused ones: transforms of `names.Entry`.
 
 Axes: F rows (out features), D in features.
 """
@@ -80,3 +80,12 @@ def transposed(tensor: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
   """A matrix that is stored with in features first."""
   del fields
   return tensor.T
+
+
+def of_stills(tensor: np.ndarray, fields: Mapping[str, Any]) -> np.ndarray:
+  """A convolution's weight `[F, 3, frames, height, width]` for equal frames: their sum, in the stored dtype."""
+  del fields
+  if tensor.ndim != 5:
+    raise UnfitShape((*tensor.shape[:2], 2, *tensor.shape[-2:]))
+  frames = np.moveaxis(tensor, 2, 0)
+  return sum(frame.astype(np.float32) for frame in frames).astype(tensor.dtype)

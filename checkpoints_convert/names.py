@@ -112,34 +112,85 @@ _PHI3_LAYER, _PHI3_PLACE = (
   r"language_model.\1.",
 )
 
+# Hugging Face's names of LLaVA and the families after it: without `model.` before transformers 4.52, with it since.
+_HUGGING_FACE_ENTRIES = (
+  Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
+  Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
+  Entry(r"(model\.)?image_newline$", "image_newline"),
+  Entry(r"language_model\.lm_head\.", "lm_head."),
+  Entry(r"language_model\.model\.", "language_model."),
+  Entry(r"model\.language_model\.", "language_model."),
+)
+
+_LLAVA = Table(
+  entries=(
+    # the fused decoder layers of Phi-3
+    *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", fused.qkv),
+    *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", fused.gate_up, ("gate_proj", "up_proj")),
+    # LLaVA's original layout
+    Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
+    Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    *_HUGGING_FACE_ENTRIES,
+    # the decoder of the original layout
+    Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
+  ),
+  unused=(
+    r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
+    r".*(^|/)(inv_freq|position_ids)$|"
+    r"lm_head/weight$|"  # of a tied head
+    r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
+  ),
+  tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
+)
+
+_IDEFICS3 = Table(
+  entries=(
+    Entry(r"model\.vision_model\.", "vision_tower."),
+    Entry(r"model\.connector\.modality_projection\.proj\.", "multi_modal_projector.linear."),
+    Entry(r"model\.text_model\.", "language_model."),
+  ),
+  unused=r".*(^|/)(inv_freq|position_ids)$",
+  tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+)
+# Qwen2-VL to Qwen3-VL, with `model.` in newer checkpoints.
+_VISUAL = r"(?:model\.)?visual\."
+_BLOCK, _BLOCK_PLACE = _VISUAL + r"blocks\.(\d+)\.", r"vision_tower.layers.\1."
+
+
+def _qwen_vl(width: str) -> Table:
+  """The names of Qwen2-VL to Qwen3-VL, whose `vision_config` gives the tower's width as `width`."""
+  return Table(
+    entries=(
+      Entry(_VISUAL + r"patch_embed\.proj\.weight$", "vision_tower.patch_embed.weight", fused.of_stills),
+      Entry(_VISUAL + r"patch_embed\.proj\.", "vision_tower.patch_embed."),
+      Entry(_VISUAL + r"pos_embed\.", "vision_tower.embeddings.pos_embed."),
+      *_fused(_BLOCK + r"attn\.qkv\.", _BLOCK_PLACE + "attn.", fused.thirds("vision_config", width)),
+      Entry(_BLOCK + r"(mlp\.)?(?:linear_)?", _BLOCK_PLACE + r"\2"),
+      Entry(_VISUAL + r"merger\.(?:ln_q|norm)\.", "multi_modal_projector.norm."),
+      Entry(_VISUAL + r"merger\.(?:mlp\.0|linear_fc1)\.", "multi_modal_projector.linear_1."),
+      Entry(_VISUAL + r"merger\.(?:mlp\.2|linear_fc2)\.", "multi_modal_projector.linear_2."),
+      Entry(_VISUAL + r"deepstack_merger_list\.(\d+)\.linear_fc", r"deepstack_mergers_\1.linear_"),
+      Entry(_VISUAL + r"deepstack_merger_list\.(\d+)\.", r"deepstack_mergers_\1."),
+      Entry(r"model\.(?:language_model\.)?", "language_model."),
+    ),
+    unused=r".*(^|/)inv_freq$|lm_head/weight$",  # of a tied head
+    tower_layer=r"vision_tower/layers_(\d+)/",
+  )
+
+
 # By `model_type` of config.json.
 TABLES = {
-  "llava": Table(
-    entries=(
-      # the fused decoder layers of Phi-3
-      *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", fused.qkv),
-      *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", fused.gate_up, ("gate_proj", "up_proj")),
-      # LLaVA's original layout
-      Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
-      Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
-      Entry(r"model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
-      # Hugging Face: without `model.` before transformers 4.52, with it since
-      Entry(r"(model\.)?vision_tower\.(vision_model\.)?", "vision_tower."),
-      Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector."),
-      Entry(r"language_model\.lm_head\.", "lm_head."),
-      Entry(r"language_model\.model\.", "language_model."),
-      Entry(r"model\.language_model\.", "language_model."),
-      # the decoder of the original layout
-      Entry(r"model\.(?=layers\.|embed_tokens\.|norm\.)", "language_model."),
-    ),
-    unused=(
-      r"vision_tower/(post_layernorm|layernorm|head)/|vision_tower/embeddings/mask_token$|"
-      r".*(^|/)(inv_freq|position_ids)$|"
-      r"lm_head/weight$|"  # of a tied head
-      r"vision_tower/(text_model/|(visual|text)_projection/|logit_(scale|bias)$)"  # the rest of a CLIP model
-    ),
-    tower_layer=r"vision_tower/encoder/layers?_(\d+)/",
+  "llava": _LLAVA,
+  "llava_next": _LLAVA,
+  "llava_onevision": _LLAVA,
+  "internvl": Table(
+    entries=_HUGGING_FACE_ENTRIES,
+    unused=r"vision_tower/(layernorm/|embeddings/mask_token$)|.*(^|/)(inv_freq|position_ids)$",
+    tower_layer=r"vision_tower/encoder/layer_(\d+)/",
   ),
+  "idefics3": _IDEFICS3,
+  "smolvlm": _IDEFICS3,
   "qwen": Table(
     entries=(
       *_renamed(_QWEN_LAYER, _QWEN_PLACE, _QWEN_LAYER_NAMES),
@@ -157,6 +208,21 @@ TABLES = {
       Entry(_QWEN_TOWER + r"proj$", "multi_modal_projector.proj.weight", fused.transposed),
     ),
     unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
+    tower_layer=r"vision_tower/encoder/layers_(\d+)/",
+  ),
+  "qwen2_vl": _qwen_vl("embed_dim"),
+  "qwen2_5_vl": _qwen_vl("hidden_size"),
+  "qwen3_vl": _qwen_vl("hidden_size"),
+  "gemma3": Table(
+    entries=(
+      Entry(
+        r"(model\.)?multi_modal_projector\.mm_input_projection_weight$",
+        "multi_modal_projector.mm_input_projection.weight",
+        fused.transposed,
+      ),
+      *_HUGGING_FACE_ENTRIES,
+    ),
+    unused=r".*(^|/)(inv_freq|position_ids)$|lm_head/weight$|vision_tower/head/",
     tower_layer=r"vision_tower/encoder/layers_(\d+)/",
   ),
 }

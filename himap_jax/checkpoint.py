@@ -23,6 +23,7 @@ from checkpoints_convert.transforms import abstract_int8, quantize
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
 from himap_jax.engine import sharding
+from himap_jax.engine.accounting import provides
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
@@ -48,9 +49,9 @@ class OpenCheckpoint:
   eos_token_ids: tuple[int, ...]
   weights: Weights
 
-  def prompts(self, template: str = "chat") -> Processor:
-    """The processor for a prompt template; errors as in `Family.processor`."""
-    return self.family.processor(self.processor, self.config, template)
+  def prompts(self, template: str = "chat", max_image_tokens: int | None = None) -> Processor:
+    """The processor for a prompt template; arguments and errors as in `Family.processor`."""
+    return self.family.processor(self.processor, self.config, template, max_image_tokens)
 
   def schedule(
     self,
@@ -63,7 +64,7 @@ class OpenCheckpoint:
 
     Arguments and errors as in `build_schedule`.
     """
-    sizes = dict(num_layers=self.config.text.num_hidden_layers, has_class_token=self.config.vision.has_class_token)
+    sizes = dict(num_layers=self.config.text.num_hidden_layers, provides=provides(self.config))
     return build_schedule(method, **sizes, prune_layers=prune_layers, keep=keep, parameters=parameters)
 
   def digest(self) -> str:

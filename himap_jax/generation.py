@@ -1,16 +1,19 @@
 """The library's `generate`: pictures and questions in, answers out."""
 
+import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from himap_jax.checkpoint import LoadedModel
+from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher
+from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, image_buckets
 from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.families.family import Processor, Question
+from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -21,11 +24,13 @@ class InputConfig:
   Attributes:
     prompt_template: `chat` (the checkpoint's own), `vicuna_v1`, or a text with `<image>` and `{question}`.
     prompt_buckets: padded text lengths, in tokens.
+    max_image_tokens: most image tokens of a picture, for models that choose them by its size; theirs if absent.
   """
 
   prompt_template: str = "chat"
   prompt_buckets: tuple[int, ...] = DEFAULT_BUCKETS
   batch_size: int = 8
+  max_image_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +50,32 @@ class Answer:
   first_logits: Float[np.ndarray, "V"]
 
 
+def make_batcher(
+  opened: OpenCheckpoint,
+  processor: Processor,
+  sizes: Mapping[ImageSize, int],
+  prompt_buckets: Sequence[int],
+  max_new_tokens: int,
+  schedule: Schedule,
+) -> Batcher:
+  """The batcher of prompts whose pictures have these sizes; `sizes` counts them.
+
+  Raises:
+    UserError: the context is too small for all, or the schedule keeps more image tokens than any prompt has.
+  """
+  chosen = image_buckets(sizes or {processor.image_size([(1, 1)]): 1}, exact=not schedule.is_ranking)
+  text = opened.config.text
+  lengths = {"buckets": prompt_buckets, "max_new_tokens": max_new_tokens}
+  batcher = Batcher(text.max_position_embeddings, processor.blank, chosen, **lengths)
+  if batcher.most_image_tokens:
+    schedule.at(text.num_hidden_layers, batcher.most_image_tokens)
+  return batcher
+
+
 def generate(
   loaded: LoadedModel,
   images: Sequence[Image.Image | Sequence[Image.Image]],
-  questions: Sequence[str],
+  questions: Sequence[Question],
   *,
   schedule: Schedule = Schedule(),
   generation: GenerationConfig = GenerationConfig(),
@@ -57,16 +84,16 @@ def generate(
   """Answers questions about images, without pruning by default.
 
   Args:
-    images: for each question its image, or its images in the order of `<image>` in the prompt.
+    images: for each question its image, or its images in the order of `<image>` in the prompt; none is a list, too.
+    questions: a text, or the messages of a conversation.
 
   Raises:
     UserError: unusable settings or prompts.
   """
-  processor = loaded.prompts(inputs.prompt_template)
+  processor = loaded.prompts(inputs.prompt_template, inputs.max_image_tokens)
   rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
-  lengths = {"buckets": inputs.prompt_buckets, "max_new_tokens": generation.max_new_tokens}
-  batcher = Batcher(loaded.config, processor.image_shape, pictures={len(own) for own in rows} or {1}, **lengths)
-  schedule.at(loaded.config.text.num_hidden_layers, batcher.most_image_tokens)
+  sizes = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)
+  batcher = make_batcher(loaded, processor, sizes, inputs.prompt_buckets, generation.max_new_tokens, schedule)
   engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)
   batch_size = sharding.padded_batch_size(inputs.batch_size, sharding.mesh_of(loaded.model.params))
   examples = [processor.prepare(own, question) for own, question in zip(rows, questions, strict=True)]

@@ -1,7 +1,7 @@
 """Model inputs: a prepared prompt on the host, a batch of prompts, and the layout of its slots.
 
-Axes: B batch, S slots, P pictures of a row, M image tokens, T other slots, Q queries, K kept image tokens, R remaining
-slots, D model dim.
+Axes: B batch, S slots, A axes of positions (none for one), P tiles or patches of a row, N image tokens of a row before
+pruning, M image tokens, T other slots, Q queries, K kept image tokens, R remaining slots, D model dim.
 
 A row is padded on the right; otherwise its image tokens may be anywhere, in any number of runs:
 
@@ -11,6 +11,7 @@ Pruning removes image tokens and shifts the rest of the row to the left, so a pr
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -40,10 +41,19 @@ def first_slots(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B R"]:
   return jnp.argsort(~chosen, axis=1, stable=True)[:, :count]
 
 
-def visible(keys: Int[Array, "B S"], queries: Int[Array, "B Q"], window: int | None = None) -> Bool[Array, "B Q S"]:
-  """Whether queries may attend to keys of the given orders: none later, and none `window` or more earlier."""
+def visible(
+  keys: Int[Array, "B S"],
+  queries: Int[Array, "B Q"],
+  window: int | None = None,
+  same_image: Bool[Array, "B Q S"] | None = None,
+) -> Bool[Array, "B Q S"]:
+  """Whether queries may attend to keys of the given orders: none later, and none `window` or more earlier.
+
+  Where `same_image` is true they may attend to later keys, too.
+  """
   keys, queries = keys[:, None], queries[:, :, None]
-  return keys <= queries if window is None else (keys <= queries) & (keys > queries - window)
+  seen = keys <= queries if same_image is None else (keys <= queries) | same_image
+  return seen if window is None else seen & (keys > queries - window)
 
 
 @pytree
@@ -57,6 +67,9 @@ class Layout:
     order: `[B, S]` the slot's index before pruning inside the decoder, `UNUSED_ORDER` in padding; it decides
       visibility.
     num_image_tokens: M, the maximum number of image tokens per row; static.
+    is_ragged: whether rows may have fewer; static.
+    is_bidirectional: whether image tokens see the later tokens of their image, too; static. It belongs to a model, so
+      it is false in layouts of inputs.
     window: how many orders back a query sees, its own included; None for all; static. It belongs to a layer, so it is
       None in layouts of inputs.
   """
@@ -66,10 +79,14 @@ class Layout:
   image_token: Int[Array, "B S"]
   order: Int[Array, "B S"]
   num_image_tokens: int = flax.struct.field(pytree_node=False)
+  is_ragged: bool = flax.struct.field(pytree_node=False, default=False)
+  is_bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
   window: int | None = flax.struct.field(pytree_node=False, default=None)
 
   @classmethod
-  def of_rows(cls, kind: np.ndarray, image_id: np.ndarray, num_image_tokens: int) -> "Layout":
+  def of_rows(
+    cls, kind: np.ndarray, image_id: np.ndarray, num_image_tokens: int, *, is_ragged: bool = False
+  ) -> "Layout":
     """The layout of unpruned rows, on the host."""
     image, slot = kind == IMAGE, np.arange(kind.shape[1], dtype=np.int32)[None]
     return cls(
@@ -78,6 +95,7 @@ class Layout:
       image_token=np.where(image, image.cumsum(axis=1) - 1, -1).astype(np.int32),
       order=np.where(kind == PADDING, UNUSED_ORDER, slot).astype(np.int32),
       num_image_tokens=num_image_tokens,
+      is_ragged=is_ragged,
     )
 
   @property
@@ -96,10 +114,13 @@ class Layout:
     """Slots of the image tokens, ascending; in a row with fewer than M, followed by other slots."""
     return first_slots(self.kind == IMAGE, self.num_image_tokens)
 
+  def num_present(self) -> Int[Array, "B"]:
+    """Image tokens of each row."""
+    return (self.kind == IMAGE).sum(axis=1, dtype=jnp.int32)
+
   def image_present(self) -> Bool[Array, "B M"]:
     """Which of `image_slots` hold an image token."""
-    count = (self.kind == IMAGE).sum(axis=1, dtype=jnp.int32)
-    return jnp.arange(self.num_image_tokens, dtype=jnp.int32)[None] < count[:, None]
+    return jnp.arange(self.num_image_tokens, dtype=jnp.int32)[None] < self.num_present()[:, None]
 
   def original(self) -> Int[Array, "B M"]:
     """Indices of the image tokens before pruning, ascending."""
@@ -117,9 +138,17 @@ class Layout:
     slots = first_slots(instruction, self.num_slots - self.num_image_tokens)
     return slots, take_slots(instruction, slots)
 
-  def visible(self, slots: Int[Array, "B Q"]) -> Bool[Array, "B Q S"]:
-    """Slots that the queries in `slots` may attend to: no padding, and none that is later or outside the window."""
-    return visible(self.order, take_slots(self.order, slots), self.window)
+  def visible(self, slots: Int[Array, "B Q"] | None = None) -> Bool[Array, "B Q S"]:
+    """Slots that the queries in `slots`, or in all slots, may attend to.
+
+    No padding, none outside the window, and none that is later but those of the query's image where these see each
+    other.
+    """
+    order, image_id = (x if slots is None else take_slots(x, slots) for x in (self.order, self.image_id))
+    same_image = None
+    if self.is_bidirectional:
+      same_image = (image_id[:, :, None] == self.image_id[:, None]) & (image_id >= 0)[:, :, None]
+    return visible(self.order, order, self.window, same_image)
 
   def keep(
     self, kept: Int[Array, "B K"], present: Bool[Array, "B K"] | None = None
@@ -151,10 +180,34 @@ def put_image_tokens(
   x: Float[Array, "B S D"], image_tokens: Float[Array, "B M D"], layout: Layout
 ) -> Float[Array, "B S D"]:
   """Writes each row's image tokens into its image slots, in order."""
+  if not layout.num_image_tokens:
+    return x
   is_image = layout.kind == IMAGE
   number = jnp.cumsum(is_image, axis=1, dtype=jnp.int32) - 1
   image = take_slots(image_tokens, jnp.clip(number, 0, image_tokens.shape[1] - 1))
   return jnp.where(is_image[:, :, None], image, x)
+
+
+@pytree
+class Images:
+  """The pictures of a batch as a tower reads them; of a single prompt without the axis B.
+
+  Image token n is the sum over t of `pack_weight[n, t]` times the connector's output `pack_index[n, t]`, where the
+  outputs of all tiles follow each other and −1 is the learned newline. Without `pack_index` the image tokens are the
+  connector's outputs.
+
+  Attributes:
+    pixels: `[B, P, 3, height, width]` preprocessed pictures, or tiles of them, all of one size; or `[B, P, F]` flattened
+      patches of pictures of any size.
+    coordinates: `[B, P, 3]` of patches: the picture's index in the row, row and column; −1 in padding. None for tiles.
+    pack_index: `[B, N, taps]` or None.
+    pack_weight: `[B, N, taps]`; None if all are one.
+  """
+
+  pixels: Float[Array, "..."]
+  coordinates: Int[Array, "*B P 3"] | None = None
+  pack_index: Int[Array, "*B N t"] | None = None
+  pack_weight: Float[Array, "*B N t"] | None = None
 
 
 @pytree
@@ -163,28 +216,43 @@ class Inputs:
 
   Attributes:
     tokens: `[B, S]` token ids; the image token's id in image slots.
-    positions: `[B, S]` rotary positions, 0 in padding.
-    pixel_values: `[B, P, 3, height, width]` preprocessed pictures of each row, in the order of their image tokens.
+    positions: `[B, S]` rotary positions, or `[B, S, A]` along several axes; 0 in padding.
   """
 
   tokens: Int[Array, "B S"]
   layout: Layout
-  positions: Int[Array, "B S"]
-  pixel_values: Float[Array, "B P 3 h w"]
+  positions: Int[Array, "B S *A"]
+  images: Images
+
+
+class ImageSize(NamedTuple):
+  """Tiles (or patches) and image tokens of a row's pictures."""
+
+  num_tiles: int
+  num_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding."""
+  """One prepared prompt, on the host; fields as in `Inputs` and `Layout`, without padding.
+
+  Attributes:
+    picture_sizes: `(width, height)` of the pictures, in pixels, where a family needs them to place image tokens.
+  """
 
   tokens: Int[np.ndarray, "S"]
   image_id: Int[np.ndarray, "S"]
-  positions: Int[np.ndarray, "S"]
-  pixel_values: Float[np.ndarray, "P 3 h w"]
+  positions: Int[np.ndarray, "S *A"]
+  images: Images
+  picture_sizes: tuple[tuple[int, int], ...] = ()
 
   @property
-  def num_pictures(self) -> int:
-    return len(self.pixel_values)
+  def num_images(self) -> int:
+    return int(self.image_id.max(initial=-1)) + 1
+
+  @property
+  def size(self) -> ImageSize:
+    return ImageSize(len(self.images.pixels), self.num_image_tokens)
 
   @property
   def num_image_tokens(self) -> int:

@@ -42,19 +42,20 @@ class Forward:
 def forward(
   model: transformers.LlavaForConditionalGeneration,
   input_ids: torch.Tensor,
-  pixel_values: torch.Tensor,
+  pictures: torch.Tensor | dict[str, torch.Tensor],
   *,
   prune_layers: tuple[int, ...],
   keep: tuple[int, ...],
   frozen: tuple[tuple[int, ...], ...] | None = None,
 ) -> Forward:
-  """Runs one sequence, int64 [S], with its images, [P, 3, H, W], pruning before each of `prune_layers`.
+  """Runs one sequence, int64 [S], with its images, pruning before each of `prune_layers`.
 
-  The first stage scores by instruction attention and the second by image attention. `frozen` gives the kept sets of
-  an earlier pass: nothing is scored then, and the same tokens are dropped.
+  The images are [P, 3, H, W], or the arguments of `get_image_features`. The first stage scores by instruction attention
+  and the second by image attention. `frozen` gives the kept sets of an earlier pass: nothing is scored then, and the
+  same tokens are dropped.
   """
-  decoder = model.model.language_model
-  hidden, image = image_embeddings(model, input_ids, pixel_values)
+  decoder = getattr(model.model, "language_model", None) or model.model.text_model
+  hidden, image = image_embeddings(model, input_ids, pictures)
   positions = torch.arange(len(input_ids))
 
   kept, margin, lengths = [], float("inf"), []
@@ -86,7 +87,7 @@ def forward(
 def generate(
   model: transformers.LlavaForConditionalGeneration,
   input_ids: torch.Tensor,
-  pixel_values: torch.Tensor,
+  pictures: torch.Tensor | dict[str, torch.Tensor],
   *,
   prune_layers: tuple[int, ...],
   keep: tuple[int, ...],
@@ -97,23 +98,24 @@ def generate(
   Returns:
     the pass over the prompt; the tokens; the smallest lead of a chosen token over the runner-up.
   """
-  prompt = forward(model, input_ids, pixel_values, prune_layers=prune_layers, keep=keep)
+  prompt = forward(model, input_ids, pictures, prune_layers=prune_layers, keep=keep)
   tokens, lead, logits = [], float("inf"), prompt.logits
   for _ in range(max_new_tokens):
     best = logits[-1].topk(2)
     lead = min(lead, (best.values[0] - best.values[1]).item())
     tokens.append(best.indices[0].item())
     longer = torch.cat([input_ids, torch.tensor(tokens)])
-    logits = forward(model, longer, pixel_values, prune_layers=prune_layers, keep=keep, frozen=prompt.kept).logits
+    logits = forward(model, longer, pictures, prune_layers=prune_layers, keep=keep, frozen=prompt.kept).logits
   return prompt, tokens, lead
 
 
-def image_embeddings(model, input_ids, pixel_values):
+def image_embeddings(model, input_ids, pictures):
   """Text embeddings with the images' features in their slots, [S, D], and these slots.
 
   A random model may answer with the image token; only as many as there are features are the images'.
   """
-  features = torch.cat(list(model.get_image_features(pixel_values).pooler_output))
+  pictures = pictures if isinstance(pictures, dict) else {"pixel_values": pictures}
+  features = torch.cat(list(model.get_image_features(**pictures).pooler_output))
   slots = (input_ids == model.config.image_token_id).nonzero()[: len(features), 0]
   embeddings = model.get_input_embeddings()(input_ids)
   embeddings[slots] = features

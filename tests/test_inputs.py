@@ -47,6 +47,25 @@ def test_a_query_sees_what_is_not_later_and_no_padding(layout):
       assert visible[number, query].tolist() == [key <= query and row[key] != "." for key in range(12)]
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_image_tokens_may_see_later_ones_of_their_image(layout, window):
+  """Before and after pruning, and no farther back than the window."""
+  remaining, pruned = layout.keep(jnp.array([[0, 2, 4], [0, 1, 2], [1, 3, 4], [0, 1, 2]], jnp.int32))
+  slots = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (4, 12))
+  for own, source in ((layout, slots), (pruned, remaining)):
+    visible = own.replace(is_bidirectional=True, window=window).visible()
+    for number, row in enumerate(ROWS):
+      for query, left in enumerate(source[number].tolist()):
+        if row[left] != ".":
+          expected = [
+            row[right] != "."
+            and (right <= left or (row[right] == row[left] != "t"))
+            and (window is None or right > left - window)
+            for right in source[number].tolist()
+          ]
+          assert visible[number, query].tolist() == expected
+
+
 def pruned_row(row, kept):
   """The slots that stay: all but image tokens that are not kept, by their number in the row."""
   images = places(row, "01")

@@ -195,6 +195,15 @@ SPECS = {
     dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
     30,
   ),
+  # Gemma 3's decoder alone: a mask by layer, two rotary embeddings, four norms a layer, a scale of its own.
+  "gemma3": (
+    SIGLIP,
+    dict(model_type="gemma3_text", num_key_value_heads=2, head_dim=16, query_pre_attn_scalar=24)
+    | dict(tie_word_embeddings=True, sliding_window=22, sliding_window_pattern=3)
+    | dict(rope_parameters={"sliding_attention": LLAMA["rope_parameters"], "full_attention": LINEAR_ROPE}),
+    dict(vision_feature_layer=-1, vision_feature_select_strategy="full"),
+    30,
+  ),
   # Half of every head is rotated.
   "phi3": (
     CLIP,
@@ -266,7 +275,10 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
       parameter.copy_(gain / math.sqrt(parameter[0].numel()) * normal)
     else:
       parameter.copy_(0.5 * normal)
-  if model.config.text_config.model_type == "gemma":  # which adds 1 to the weights of norms and scales embeddings
+  if model.config.text_config.model_type in (
+    "gemma",
+    "gemma3_text",
+  ):  # which add 1 to the weights of norms and scale embeddings
     for name, parameter in model.model.language_model.named_parameters():
       if "norm" in name:
         parameter.sub_(1)
@@ -303,7 +315,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int, padding: int = 0):
   """Encoded rows as a right-padded `himap_jax.inputs.Inputs` on the host; `padding` is the token id in padding."""
   from himap_jax.inputs import IMAGE as IMAGE_KIND
-  from himap_jax.inputs import PADDING, TEXT, Inputs, Layout
+  from himap_jax.inputs import PADDING, TEXT, Images, Inputs, Layout
 
   tokens = np.full((len(rows), num_slots), padding, np.int32)
   length = np.array([len(input_ids) for input_ids, _ in rows])[:, None]
@@ -316,7 +328,7 @@ def pad_batch(rows: list[tuple[torch.Tensor, torch.Tensor]], num_slots: int, pad
     tokens=tokens,
     layout=Layout.of_rows(kind, np.zeros_like(kind), int(is_image.sum(axis=1).max())),
     positions=np.where(used, np.arange(num_slots, dtype=np.int32)[None], 0),
-    pixel_values=np.stack([pixels.numpy() for _, pixels in rows]),
+    images=Images(np.stack([pixels.numpy() for _, pixels in rows])),
   )
 
 

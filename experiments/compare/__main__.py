@@ -19,7 +19,7 @@ from experiments.compare import measure, plots, report, tables
 from experiments.compare.comparison import Comparison, PromptSizes
 from experiments.compare.grid import Shape, make_cells
 from experiments.shared import study, tabular
-from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.accounting import model_sizes, provides
 from himap_jax.engine.batching import DEFAULT_BUCKETS
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.pruning import methods
@@ -56,8 +56,8 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   num_rows = math.gcd(values.batch_size, timing["batch_size"])
   max_new_tokens = max(values.max_new_tokens, timing["new_tokens"])
   subject = study.load_subject(needs_answers=True, max_new_tokens=max_new_tokens, num_rows=num_rows)
-  opened, questions, num_image_tokens = subject.opened, subject.questions, subject.batcher.num_image_tokens
-  shape = Shape(subject.num_layers, num_image_tokens, opened.config.vision.has_class_token)
+  opened, questions, num_image_tokens = subject.opened, subject.questions, subject.processor.num_image_tokens
+  shape = Shape(subject.num_layers, num_image_tokens, provides(opened.config))
   cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
   settings = {
     **{name: values[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")},

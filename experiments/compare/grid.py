@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from himap_jax.errors import UserError
+from himap_jax.pruning.method import NEEDS, Need
 from himap_jax.pruning.methods import METHODS, PruningConfig, parse
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
@@ -25,7 +26,7 @@ class Shape(NamedTuple):
 
   num_layers: int
   num_image_tokens: int
-  has_class_token: bool = True
+  provides: frozenset[Need] = frozenset(NEEDS)
 
 
 def schedule_for_budget(pruning: PruningConfig, budget: float, shape: Shape, ranking: Sequence[int] | None) -> Schedule:

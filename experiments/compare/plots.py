@@ -147,7 +147,7 @@ def _panel(axes: Axes, example: Example, label: str) -> None:
   if shown is None:
     return
   stages = sorted(shown.stages, key=lambda stage: stage[0])
-  axes.imshow(fade(example.picture, stages[-1][1], example.grid) if stages else example.picture)
+  axes.imshow(fade(example.picture, example.kept_mask(stages[-1][1])) if stages else example.picture)
   mark, colour = ("✓", RIGHT) if is_right(shown.answer, example.question.answer) else ("✗", WRONG)
   text = f"{mark} {textwrap.shorten(shown.answer, 22, placeholder='…') or '(nothing)'}"
   axes.text(0.5, -0.04, text, transform=axes.transAxes, ha="center", va="top", fontsize=8.5, color=colour)

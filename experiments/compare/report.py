@@ -13,13 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image
 
 from experiments.compare.comparison import Comparison, Row
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question, is_right
 from experiments.shared.subject import Subject
-from himap_jax.run.drawing import kept_mask
 
 
 class Column(NamedTuple):
@@ -50,6 +50,13 @@ class Example:
   question: Question
   cells: Mapping[str, Shown]
 
+  def kept_mask(self, kept: Sequence[int]) -> Bool[np.ndarray, "rows columns"]:
+    """Mask of the kept image tokens; raises `ValueError` if one is outside the grid."""
+    rows, columns = self.grid
+    if any(not 0 <= index < rows * columns for index in kept):
+      raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
+    return np.isin(np.arange(rows * columns), list(kept)).reshape(self.grid)
+
 
 def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
   """Takes the first questions of every type in turn, each about another picture."""
@@ -68,8 +75,13 @@ def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
 
 
 def collect(questions: Sequence[Question], comparison: Comparison, subject: Subject) -> list[Example]:
-  """Results of all cells that have run on some questions; failed answers are left out."""
+  """Results of all cells that have run on some questions; failed answers are left out.
+
+  There is nothing to show of a model whose image tokens form no grid.
+  """
   examples = []
+  if subject.processor.num_image_tokens != math.prod(subject.processor.patch_grid):
+    return examples
   for question in questions:
     shown = {}
     for cell in comparison.cells:
@@ -78,8 +90,8 @@ def collect(questions: Sequence[Question], comparison: Comparison, subject: Subj
         layers = [stage.layer for stage in cell.schedule.stages]
         shown[cell.label] = Shown(row["answer"], list(zip(layers, row["kept"], strict=True)))
     if shown:
-      (picture,), grid = subject.processor.pictures(subject.example(question)), subject.processor.patch_grid
-      examples.append(Example(picture, grid, question, shown))
+      (view,) = subject.processor.views(subject.example(question))
+      examples.append(Example(view.picture, subject.processor.patch_grid, question, shown))
   return examples
 
 
@@ -125,7 +137,7 @@ def _plain(value: Any) -> str | int | float | None:
 def _example(example: Example) -> dict[str, Any]:
   def bits(kept: Sequence[int]) -> str:
     """One bit per image token, the lowest of each byte first, in base64."""
-    return base64.b64encode(np.packbits(kept_mask(kept, example.grid), bitorder="little").tobytes()).decode()
+    return base64.b64encode(np.packbits(example.kept_mask(kept), bitorder="little").tobytes()).decode()
 
   cells = [
     {

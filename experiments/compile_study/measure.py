@@ -69,7 +69,7 @@ def make_batches(subject: Subject, *, is_bucketed: bool) -> list[Batch]:
   prepared, size, batches = list(subject.examples("prompts")), subject.batch_size, []
   for first in range(0, len(prepared), size):
     questions, examples, _ = zip(*prepared[first : first + size], strict=True)
-    longest = Bucket(1, max(example.num_text_tokens for example in examples))
+    longest = Bucket(*examples[0].size, max(example.num_text_tokens for example in examples))
     batches.append(Batch(questions, subject.batcher.pack(examples, bucket=longest, batch_size=size)))
   return batches
 

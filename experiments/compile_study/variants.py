@@ -94,8 +94,8 @@ def _layers(
     batch, slots = visible.shape
     hidden = jnp.broadcast_to(visible[:, None, None], (batch, 1, slots, slots))
   layers = range(segment.first, segment.last)
-  order = sequence.layout.order
-  x, projections = model.bind().language_model(sequence.x, sequence.positions, layers, order=order, mask=hidden)
+  layout = sequence.layout
+  x, projections = model.bind().language_model(sequence.x, sequence.positions, layers, layout=layout, mask=hidden)
   return sequence._replace(x=x), [(own.key, own.value) for own in projections], projections[-1]
 
 

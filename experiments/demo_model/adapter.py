@@ -108,7 +108,7 @@ def answer_logits(model: Model, lora: Weights, batch: Batch) -> Float[Array, "B 
     network = model.network.bind({"params": model.params, "lora": updates})
     embedded = network.embed(batch.inputs)
     layers = range(model.config.text.num_hidden_layers)
-    x, _ = network.language_model(embedded.x, embedded.positions, layers, mask=batch.mask())
+    x, _ = network.language_model(embedded.x, embedded.positions, layers, layout=embedded.layout, mask=batch.mask())
     return network.logits(take_slots(x, batch.answer_slots))
 
 

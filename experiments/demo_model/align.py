@@ -28,6 +28,7 @@ from experiments.demo_model.data import Mixture, Pool
 from experiments.demo_model.packing import Packer
 from experiments.demo_model.scenes import Scene
 from himap_jax.checkpoint import LoadedModel
+from himap_jax.inputs import Images
 from himap_jax.model.network import Model
 from himap_jax.run.progress import Progress
 
@@ -64,7 +65,7 @@ def collect(
   model: Model, packer: Packer, mixture: Mixture, words: Sequence[str], *, seed: int
 ) -> tuple[Float[np.ndarray, "P F"], Float[np.ndarray, "P W"]]:
   """Tower features and words of the patches of `PICTURES` pictures at a packer's resolution."""
-  encode = jax.jit(lambda model, x: model.bind().vision_tower(x).features)
+  encode = jax.jit(lambda model, x: model.bind().vision_tower(Images(x[:, None])).features)
   rng = np.random.default_rng(seed)
   features, labels = [], []
   with Progress(PICTURES // BATCH, "batch", "patches") as progress:

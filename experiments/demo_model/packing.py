@@ -20,7 +20,7 @@ from PIL import Image
 from experiments.demo_model.data import Asked, Sample
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.errors import UserError
-from himap_jax.inputs import IMAGE, PADDING, TEXT, Inputs, Layout, pytree
+from himap_jax.inputs import IMAGE, PADDING, TEXT, Images, Inputs, Layout, pytree
 
 UNUSED = -1
 ANSWER_SLOTS_SHARE = 2  # at most one in two of the question slots holds an answer token
@@ -78,7 +78,8 @@ class Packer:
     is_image = tokens == self._image_token
     kind = np.where(is_image, IMAGE, np.where(segments == UNUSED, PADDING, TEXT))
     layout = Layout.of_rows(kind, np.where(is_image, 0, -1), self._num_image_tokens)
-    inputs = Inputs(tokens, layout, positions, self.pixel_values([sample.picture for sample in samples])[:, None])
+    images = Images(self.pixel_values([sample.picture for sample in samples])[:, None])
+    inputs = Inputs(tokens, layout, positions, images)
     return jax.tree.map(jnp.asarray, Batch(inputs, segments, *answers))
 
   def pixel_values(self, pictures: Sequence[Image.Image]) -> Float[np.ndarray, "B 3 h w"]:

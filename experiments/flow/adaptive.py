@@ -58,7 +58,7 @@ def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, 
 
   def flops(schedule: Schedule, length: int) -> int:
     sizes = model_sizes(subject.loaded.config, subject.processor.image_shape)
-    costs = cost.costs(sizes, schedule, subject.batcher.num_image_tokens, length)
+    costs = cost.costs(sizes, schedule, subject.processor.num_image_tokens, length)
     return costs.decoder + costs.scoring
 
   plain = [flops(Schedule(), length) for length in measured["length"].tolist()]

@@ -64,7 +64,7 @@ class Trials(NamedTuple):
   def price(self, layers: Two, keep: Two) -> float:
     """FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning."""
     subject, schedules = self.subject, (self.subject.himap(layers, keep), Schedule())
-    sizes, count = model_sizes(subject.loaded.config, subject.processor.image_shape), subject.batcher.num_image_tokens
+    sizes, count = model_sizes(subject.loaded.config, subject.processor.image_shape), subject.processor.num_image_tokens
     pruned, plain = (costs(sizes, schedule, count, 0).image_tokens for schedule in schedules)
     return pruned / plain
 
@@ -103,7 +103,7 @@ def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
 
 
 def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) -> list[Trial]:
-  num_layers, count = trials.subject.num_layers, trials.subject.batcher.num_image_tokens
+  num_layers, count = trials.subject.num_layers, trials.subject.processor.num_image_tokens
   paper = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
   entries = [("calibrated", chosen.proposal), ("the paper's", assess(measured, *paper))]
   second = [round(share * num_layers) for share in GRID_SECOND]

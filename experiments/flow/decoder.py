@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from himap_jax.engine import prefill
 from himap_jax.inputs import Inputs
@@ -30,13 +30,13 @@ def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"
 
 
 def edited(model: Model, edit: Edit) -> Model:
-  """A model whose causal attention computes all probabilities in float32 and edits them."""
+  """A model whose attention computes all probabilities in float32 and edits them."""
 
-  def attention(query: Array, key: Array, value: Array, mask: Array | None = None, *, is_causal: bool = True) -> Array:
-    del is_causal  # always True over whole prompts
+  def attention(query: Array, key: Array, value: Array, mask: Array | None = None, *, is_causal: bool = False) -> Array:
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     logits = jnp.einsum("BSNH,BTNH->BNST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-    visible = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
+    visible = jnp.ones(logits.shape[2:], bool)[None, None]
+    visible = jnp.tril(visible) if is_causal else visible
     visible = visible if mask is None else visible & mask
     return edit(jax.nn.softmax(jnp.where(visible, logits, jnp.finfo(jnp.float32).min), axis=-1), value)
 
@@ -45,10 +45,11 @@ def edited(model: Model, edit: Edit) -> Model:
 
 
 def run_layer(
-  model: Model, layer: int, x: Float[Array, "B S D"], positions: Int[Array, "B S"]
+  model: Model, layer: int, x: Float[Array, "B S D"], sequence: prefill.Sequence
 ) -> tuple[Float[Array, "B S D"], Projections]:
-  """The hidden states after one decoder layer, and the layer's projections."""
-  x, (projections,) = model.bind().language_model(x, positions, range(layer, layer + 1))
+  """The hidden states after one decoder layer, and the layer's projections; `sequence` has positions and layout."""
+  layers = range(layer, layer + 1)
+  x, (projections,) = model.bind().language_model(x, sequence.positions, layers, layout=sequence.layout)
   return x, projections
 
 
@@ -59,7 +60,7 @@ def first_logits(model: Model, embedded: Embedded, edits: Mapping[int, Edit]) ->
   for layer in range(model.config.text.num_hidden_layers):
     own = edited(model, edits[layer]) if layer in edits else model
     run = jax.checkpoint(functools.partial(run_layer, own, layer))  # gradients keep one layer's attention at a time
-    x, _ = run(x, sequence.positions)
+    x, _ = run(x, sequence)
   return prefill.last_logits(model.bind(), sequence._replace(x=x))
 
 
@@ -72,7 +73,7 @@ def himap_scores(
   sequence = prefill.start(network.embed(inputs))
   context = prefill.Context(jax.random.split(jax.random.key(0), len(inputs.tokens)))
   for layer in range(num_layers):
-    x, projections = run_layer(model, layer, sequence.x, sequence.positions)
+    x, projections = run_layer(model, layer, sequence.x, sequence)
     sequence = sequence._replace(x=x)
     view = prefill.view(network, layer + 1, sequence, projections, context)
     scores.append((instruction_attention(view), image_attention(view)))

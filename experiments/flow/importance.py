@@ -129,10 +129,11 @@ def swapped(
 
 def correlations(subject: Subject, batch: Batch, layer: int) -> dict[str, Float[np.ndarray, "2"]]:
   """Correlations of first-stage scores, after a pair's middles are swapped, with those before, inside and outside."""
-  grid, pixels = subject.processor.patch_grid, batch.inputs.pixel_values
+  grid, images = subject.processor.patch_grid, batch.inputs.images
   inside = np.zeros(grid, bool)
   inside[window_of(grid)] = True
-  mixed = batch.inputs.replace(pixel_values=swapped(pixels, pixels[::-1], grid))
+  pixels = swapped(images.pixels, images.pixels[::-1], grid)
+  mixed = batch.inputs.replace(images=images.replace(pixels=pixels))
   before, after = (
     np.asarray(himap_scores(subject.loaded.model, inputs, num_layers=layer)[0][-1]) for inputs in (batch.inputs, mixed)
   )
@@ -185,9 +186,9 @@ def run(values: Any) -> study.Report:
   keep = command.numbers(values["keep"], command.keep_count)
   subject = study.load_subject(needs_answers=True)
   schedule = subject.himap(layers, keep)
-  if subject.batcher.num_image_tokens != math.prod(subject.processor.patch_grid):
+  if subject.processor.num_image_tokens != math.prod(subject.processor.patch_grid):
     raise UserError(
-      f"the checkpoint's {subject.batcher.num_image_tokens} image tokens are not the patches of the picture"
+      f"the checkpoint's {subject.processor.num_image_tokens} image tokens are not the patches of the picture"
     )
   questions = [question for question, *_ in subject.examples("reading")]
   pairs = make_pairs(questions, values.num_pairs, seed=subject.seed)

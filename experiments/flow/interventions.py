@@ -65,7 +65,7 @@ def undisturbed(model: Model, inputs: Inputs) -> Undisturbed:
   embedded = model.bind().embed(inputs)
   sequence, states = prefill.start(embedded), [embedded.x]
   for layer in range(model.config.text.num_hidden_layers):
-    states.append(run_layer(model, layer, states[-1], sequence.positions)[0])
+    states.append(run_layer(model, layer, states[-1], sequence)[0])
   logits = prefill.last_logits(model.bind(), sequence._replace(x=states.pop()))
   return Undisturbed(embedded, jnp.stack(states), logits)
 
@@ -87,8 +87,9 @@ def flows(model: Model, plain: Undisturbed) -> tuple[Float[Array, "L B A N H"], 
   attention = edited(model, lambda a, v: weigh(jnp.where(pairs, a, 0), v)).network.kernels.attention
   (slots, present), received = aligned(layout), []
   for layer, x in enumerate(plain.hidden):
-    _, p = run_layer(model, layer, x, plain.embedded.positions)
-    context = take_slots(attention(p.query, p.key, p.value).astype(jnp.float32), slots)
+    _, p = run_layer(model, layer, x, prefill.start(plain.embedded))
+    seen = layout.replace(window=model.config.text.window(layer)).visible()[:, None]
+    context = take_slots(attention(p.query, p.key, p.value, seen).astype(jnp.float32), slots)
     received.append(jnp.where(present[:, :, None, None], context, 0))
   return jnp.stack(received), present
 
@@ -109,7 +110,7 @@ def disrupted_logits(
   """
   keys = jax.vmap(jax.random.key)(seeds)
   sequence, layout = prefill.start(plain.embedded), plain.embedded.layout
-  block, every = tokens.block(layout, intervention.block), tokens.earlier(layout)
+  block, every = tokens.block(layout, intervention.block), tokens.visible(layout)
   chance = jax.vmap(lambda key: jax.random.bits(key, (layout.num_slots, layout.num_slots)))(keys)
   pairs = block
   if intervention.chosen == "rows":
@@ -137,7 +138,7 @@ def disrupted_logits(
     x = jnp.where(layer <= first, plain.hidden[layer], x)
     which = (layer >= first).astype(jnp.int32) + active[layer].astype(jnp.int32)
     models = model, edited(model, functools.partial(edit, layer))
-    runs = [lambda x, own=own, layer=layer: run_layer(own, layer, x, sequence.positions)[0] for own in models]
+    runs = [lambda x, own=own, layer=layer: run_layer(own, layer, x, sequence)[0] for own in models]
     x = jax.lax.switch(which, [lambda x: x, *runs], x)
   return prefill.last_logits(model.bind(), sequence._replace(x=x))
 
@@ -149,7 +150,7 @@ def _into_random_tokens(layout: Layout, keys: Key[Array, "B"]) -> Bool[Array, "B
   chance = jnp.where(kinds["image"] | kinds["instruction"], chance, 2)
   rank = jnp.argsort(jnp.argsort(chance, axis=1), axis=1)
   rows = rank < kinds["instruction"].sum(axis=1, keepdims=True)
-  return rows[:, :, None] & kinds["image"][:, None] & tokens.earlier(layout)
+  return rows[:, :, None] & kinds["image"][:, None] & tokens.visible(layout)
 
 
 def _as_much(

@@ -30,7 +30,7 @@ def log_probabilities(model: Model, inputs: Inputs, frozen: Bool[Array, "L"]) ->
   sequence = prefill.start(model.bind().embed(inputs))
   is_image = (inputs.layout.kind == IMAGE)[:, :, None]
   for layer in range(model.config.text.num_hidden_layers):
-    updated, _ = run_layer(model, layer, sequence.x, sequence.positions)
+    updated, _ = run_layer(model, layer, sequence.x, sequence)
     sequence = sequence._replace(x=jnp.where(frozen[layer] & is_image, sequence.x, updated))
   return jax.nn.log_softmax(prefill.last_logits(model.bind(), sequence), axis=-1)
 

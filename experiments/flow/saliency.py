@@ -250,9 +250,9 @@ def run(values: Any) -> study.Report:
   for index, question in enumerate(questions):
     first_of_image.setdefault(question.image, index)
   chosen = list(first_of_image.values())[: values.num_maps]
-  if chosen and subject.batcher.num_image_tokens == math.prod(subject.processor.patch_grid):
+  if chosen and subject.processor.num_image_tokens == math.prod(subject.processor.patch_grid):
     asked = [questions[index] for index in chosen]
-    shown = [(textwrap.fill(q.question, 24), subject.processor.pictures(subject.example(q))[0]) for q in asked]
+    shown = [(textwrap.fill(q.question, 24), subject.processor.views(subject.example(q))[0].picture) for q in asked]
     for name in ("to_instruction", "to_image"):
       maps = getattr(flow, name)[:, chosen]
       plots[f"maps_{name}"] = plot_maps(shown, maps, subject.processor.patch_grid, layers)

@@ -32,12 +32,13 @@ def kinds(layout: Layout) -> dict[str, Bool[Array, "B S"]]:
 
 
 def block(layout: Layout, name: str) -> Bool[Array, "B S S"]:
-  """The pairs (query, key) of a block with the key before the query."""
+  """The pairs (query, key) of a block in which the query sees the key."""
   query, key = (kinds(layout)[kind] for kind in BLOCKS[name])
-  return query[:, :, None] & key[:, None] & earlier(layout)
+  return query[:, :, None] & key[:, None] & visible(layout)
 
 
-def earlier(layout: Layout) -> Bool[Array, "B S S"]:
-  """All pairs (query, key) of tokens with the key before the query."""
+def visible(layout: Layout) -> Bool[Array, "B S S"]:
+  """All pairs (query, key) of two tokens in which the query sees the key: mostly those with the key before the query."""
   order = layout.order
-  return (order[:, None] < order[:, :, None]) & (layout.kind != PADDING)[:, :, None]
+  pairs = layout.visible() & (order[:, None] != order[:, :, None])
+  return pairs & (layout.kind != PADDING)[:, :, None]

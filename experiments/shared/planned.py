@@ -53,6 +53,6 @@ def shapes_on(
     map_int8(abstract_int8, params) if int8_weights else params,
     Network(config, jnp.bfloat16, sharding.kernels_for(mesh)),
   )
-  shape = geometries.image_shape(config)
-  batch = {"batch_size": batch_size, "num_text_slots": num_text_slots, "image_shape": shape}
-  return model, *programs.abstract_inputs(config, mesh, **batch)
+  pictures = {"image_shape": geometries.image_shape(config), "size": geometries.image_size(config)}
+  batch = {"batch_size": batch_size, "num_text_slots": num_text_slots}
+  return model, *programs.abstract_inputs(config, mesh, **batch, **pictures)

@@ -16,7 +16,7 @@ from experiments.question_sets import Question
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import Batcher, Bucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
@@ -67,10 +67,16 @@ class Subject:
 
     Prompts leave room for `max_new_tokens` in the context. Batches have multiples of `num_rows` rows, which are sharded
     over as many devices as divide that number.
+
+    Raises:
+      UserError: pictures have different numbers of image tokens, or the context does not hold one.
     """
     processor = opened.prompts(inputs.prompt_template)
+    if processor.num_image_tokens is None:
+      raise UserError("studies need a model that turns every picture into equally many image tokens")
     lengths = {"buckets": inputs.prompt_buckets, "max_new_tokens": max_new_tokens}
-    batcher = Batcher(opened.config, processor.image_shape, **lengths)
+    sizes = [ImageBucket(1, processor.num_image_tokens)]
+    batcher = Batcher(opened.config.text.max_position_embeddings, processor.blank, sizes, **lengths)
 
     @functools.cache
     def restore() -> LoadedModel:
@@ -89,7 +95,7 @@ class Subject:
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
     """HiMAP's schedule for the model and one picture; arguments and errors as in `methods.build_schedule`."""
-    return self.opened.schedule("himap", prune_layers, keep).at(self.num_layers, self.batcher.num_image_tokens)
+    return self.opened.schedule("himap", prune_layers, keep).at(self.num_layers, self.processor.num_image_tokens)
 
   def engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
     return Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)

@@ -22,7 +22,7 @@ from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.engine.prefill import Context, Sequence, prune, start
 from himap_jax.engine.prefill import prefill as run_prefill
 from himap_jax.families import from_hf
-from himap_jax.inputs import IMAGE, TEXT, Inputs, Layout
+from himap_jax.inputs import IMAGE, TEXT, Images, Inputs, Layout
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Model, Network, abstract_params
 from himap_jax.model.quantization import map_int8
@@ -64,10 +64,10 @@ class Ours(Side):
     def prefill(model: Model, embedded: Embedded, keys: jax.Array, parameters: dict[str, Any]) -> Any:
       return run_prefill(model.bind(), embedded, keys, schedule, parameters)
 
-    tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels)[0])
+    tower = jax.jit(lambda model, images: model.bind().encode_images(images)[0])
     prefill = jax.jit(prefill, compiler_options=self._options)
     parts = {
-      "tower": functools.partial(tower, model, self._inputs.pixel_values),
+      "tower": functools.partial(tower, model, self._inputs.images),
       "prefill": functools.partial(prefill, model, embedded, keys, self._parameters),
     }
     if schedule != Schedule():
@@ -107,7 +107,7 @@ class Ours(Side):
     }
 
   def _make_inputs(self) -> Inputs:
-    rng, count = np.random.default_rng(0), self._num_image_tokens
+    rng, (num_tiles, count) = np.random.default_rng(0), geometries.image_size(self._config)
     shape = (self._scenario.batch_size, self._scenario.num_text_tokens + count)
     slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     is_image = (slot >= NUM_SYSTEM_TOKENS) & (slot < NUM_SYSTEM_TOKENS + count)
@@ -115,7 +115,7 @@ class Ours(Side):
       tokens=rng.integers(2, self._config.text.vocab_size, shape, np.int32),
       layout=Layout.of_rows(np.where(is_image, IMAGE, TEXT), np.zeros_like(slot), count),
       positions=slot,
-      pixel_values=rng.standard_normal((shape[0], 1, 3, *geometries.image_shape(self._config)), np.float32),
+      images=Images(rng.standard_normal((shape[0], num_tiles, 3, *geometries.image_shape(self._config)), np.float32)),
     )
     return jax.tree.map(jnp.asarray, inputs)
 

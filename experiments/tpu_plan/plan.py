@@ -107,14 +107,16 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   """Multiplications of one row's prefill up to its first token: XLA's count of the unrolled program, and ours."""
   config = geometries.model_of(cell.model)
   schedule, shape = geometries.schedule_of(config, cell.method), geometries.image_shape(config)
-  batch = {"batch_size": 1, "num_text_slots": cell.num_text_slots, "image_shape": shape}
+  size = geometries.image_size(config)
+  batch = {"batch_size": 1, "num_text_slots": cell.num_text_slots, "image_shape": shape, "size": size}
   inputs, _ = programs.abstract_inputs(config, sharding.make_mesh(), **batch)
   # Kernels that XLA counts: those of TPU and CPU skip masked blocks, and Pallas is not counted.
   model = Model(abstract_params(config, jnp.bfloat16), Network(config, jnp.bfloat16))
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments[:2], schedule, arguments[2]))
   counted = program.lower(model, inputs, keys, programs.method_parameters(schedule)).cost_analysis()["flops"] / 2
-  costs = cost.costs(model_sizes(config, shape), schedule, geometries.num_image_tokens(config), cell.num_text_slots)
+  counts = size.num_tokens, cell.num_text_slots
+  costs = cost.costs(model_sizes(config, shape), schedule, *counts, num_pictures=size.num_tiles)
   return int(counted), costs.prefill
 
 

@@ -1,17 +1,41 @@
-"""Model sizes for the accounting of pruning costs; FLOPs are multiplications in matrix products."""
+"""What pruning knows of a model: what its tower provides, and sizes; FLOPs are multiplications in matrix products."""
 
-from himap_jax.model.config import ModelConfig, ResamplerConfig, VisionConfig
+from himap_jax.model.config import (
+  LinearConfig,
+  MergerConfig,
+  ModelConfig,
+  NormLinearConfig,
+  PatchVisionConfig,
+  ResamplerConfig,
+  VisionConfig,
+)
 from himap_jax.pruning.cost import ModelSizes
+from himap_jax.pruning.method import Need
 
 
-def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes:
-  """The sizes that determine a model's costs, with pictures of `image_shape`, `(height, width)` in pixels."""
+def provides(config: ModelConfig) -> frozenset[Need]:
+  """What methods can read of a model's tower."""
+  found = {"class_attention": config.vision.has_class_token, "features": config.has_feature_per_token}
+  return frozenset(name for name, is_provided in found.items() if is_provided)
+
+
+def model_sizes(config: ModelConfig, image_shape: tuple[int, ...]) -> ModelSizes:
+  """The sizes that determine a model's costs.
+
+  Args:
+    image_shape: `(height, width)` of a tile in pixels; unused by towers for patches.
+  """
   text, vision = config.text, config.vision
-  width, num_features = text.hidden_size, config.num_features(*image_shape)
-  if isinstance(config.connector, ResamplerConfig):
+  width, is_patch = text.hidden_size, isinstance(vision, PatchVisionConfig)
+  num_features = 0 if is_patch else config.num_features(*image_shape)
+  if isinstance(config.connector, MergerConfig):
+    per_token = vision.num_features * (vision.num_features + width)
+    connector_flops = (1 + len(vision.deepstack_layers)) * per_token // vision.merge_size**2
+  elif isinstance(config.connector, ResamplerConfig):
     per_token, connector_flops = 0, _resampler_flops(config, num_features)
   else:
-    per_token = vision.num_features * width + width**2
+    is_single = isinstance(config.connector, LinearConfig | NormLinearConfig)
+    per_token = vision.num_features * width + (0 if is_single else width**2)
     connector_flops = num_features * per_token
   return ModelSizes(
     num_layers=text.num_hidden_layers,
@@ -24,19 +48,26 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes
     tower_width=vision.hidden_size,
     tower_heads=vision.num_attention_heads,
     num_features=vision.num_features,
-    tower_flops=_tower_flops(vision, num_features),
+    tower_flops=_patch_flops(vision) if is_patch else _tower_flops(vision, vision.num_patches(*image_shape)),
+    tower_flops_per_pair=2 * vision.num_layers_run * vision.hidden_size if is_patch else 0,
     connector_flops=connector_flops,
     connector_flops_per_token=per_token,
   )
 
 
-def _tower_flops(vision: VisionConfig, num_features: int) -> int:
+def _tower_flops(vision: VisionConfig, num_patches: int) -> int:
   """4nw² + 2n²w + 2nwm per layer for n tokens, width w and feed-forward width m, and the patch embedding."""
-  num_tokens = num_features + (vision.select_strategy == "default")
-  num_patches = num_tokens - vision.has_class_token
+  num_tokens = num_patches + vision.has_class_token
   w, m = vision.hidden_size, vision.intermediate_size
   layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
   return vision.num_layers_run * layer + num_patches * 3 * vision.patch_size**2 * w
+
+
+def _patch_flops(vision: PatchVisionConfig) -> int:
+  """As `_tower_flops` for one patch, without attention to others; 3wm if the feed-forward is gated."""
+  w, m = vision.hidden_size, vision.intermediate_size
+  layer = 4 * w**2 + (3 if vision.is_gated else 2) * w * m
+  return vision.num_layers_run * layer + 3 * vision.patch_size**2 * w
 
 
 def _resampler_flops(config: ModelConfig, num_features: int) -> int:

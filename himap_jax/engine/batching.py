@@ -1,128 +1,201 @@
 """Batches of static shape; no other module decides shapes.
 
-Axes: B rows, S slots, P pictures of a row.
+Axes: B rows, S slots, A axes of positions (none for one).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from himap_jax.errors import UserError
-from himap_jax.inputs import IMAGE, PADDING, TEXT, Example, Inputs, Layout
-from himap_jax.model.config import ModelConfig
+from himap_jax.inputs import IMAGE, PADDING, TEXT, Example, Images, ImageSize, Inputs, Layout
 
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048)
+MAX_IMAGE_BUCKETS = 12
+IMAGE_WASTE = 0.05  # of the image slots; more buckets are made until no more is wasted
+
+
+class ImageBucket(NamedTuple):
+  """Tiles (or patches) and image tokens to which rows are padded; if it is not ragged, all rows have that many."""
+
+  num_tiles: int
+  num_image_tokens: int
+  is_ragged: bool = False
 
 
 class Bucket(NamedTuple):
-  """The shape of a batch besides its rows: pictures of every row, and slots for its text."""
+  """The shape of a batch besides its rows: as `ImageBucket`, and slots for the text."""
 
-  num_pictures: int
+  num_tiles: int
+  num_image_tokens: int
   num_text_slots: int
+  is_ragged: bool = False
+
+  def holds(self, size: ImageSize) -> bool:
+    """Whether it holds a row's pictures."""
+    own = ImageSize(self.num_tiles, self.num_image_tokens)
+    return own == size or (self.is_ragged and all(x <= y for x, y in zip(size, own, strict=True)))
+
+
+def image_buckets(sizes: Mapping[ImageSize, int], *, exact: bool = False) -> tuple[ImageBucket, ...]:
+  """As few buckets as waste at most `IMAGE_WASTE`, at most `MAX_IMAGE_BUCKETS`; rows without pictures have their own.
+
+  Args:
+    sizes: how many rows have which.
+    exact: pad nothing.
+  """
+  rows = sorted((size for size in sizes if size.num_tokens), key=lambda size: (size.num_tokens, size.num_tiles))
+  without = (ImageBucket(0, 0),) * (len(rows) < len(sizes))
+  if exact or len(rows) < 2:
+    return without + tuple(ImageBucket(*size) for size in rows)
+  used = sum(size.num_tokens * count for size, count in sizes.items())
+  for count in range(1, MAX_IMAGE_BUCKETS + 1):
+    chosen = _best_groups(rows, sizes, min(count, len(rows)))
+    slots = sum(_largest(group).num_tokens * sum(sizes[size] for size in group) for group in chosen)
+    if slots * (1 - IMAGE_WASTE) <= used:
+      break
+  return without + tuple(ImageBucket(*_largest(group), len(group) > 1) for group in chosen)
+
+
+def _largest(group: Sequence[ImageSize]) -> ImageSize:
+  return ImageSize(*(max(values) for values in zip(*group, strict=True)))
+
+
+def _best_groups(rows: Sequence[ImageSize], counts: Mapping[ImageSize, int], num_groups: int) -> list[list[ImageSize]]:
+  """Splits sorted sizes into consecutive groups with the fewest padded slots, by dynamic programming."""
+  below = np.concatenate([[0], np.cumsum([counts[size] for size in rows])])
+  tokens = np.array([size.num_tokens for size in rows])
+  best = np.full((num_groups + 1, len(rows) + 1), np.inf)
+  start = np.zeros((num_groups + 1, len(rows) + 1), int)
+  best[0, 0] = 0
+  for group in range(1, num_groups + 1):
+    for end in range(group, len(rows) + 1):
+      slots = best[group - 1, :end] + (below[end] - below[:end]) * tokens[end - 1]
+      start[group, end] = int(slots.argmin())
+      best[group, end] = slots[start[group, end]]
+  groups, end = [], len(rows)
+  for group in range(num_groups, 0, -1):
+    first = start[group, end]
+    groups.append(list(rows[first:end]))
+    end = first
+  return groups[::-1]
 
 
 class Batcher:
-  """Packs prepared prompts into batches; rows of a batch have equally many pictures.
+  """Packs prepared prompts into batches.
 
   Attributes:
-    num_image_tokens: of one picture.
-    buckets: all that a batch can have, ascending; a row's is the first that holds it.
+    buckets: all that a batch can have; a row's is the first that holds it.
   """
 
   def __init__(
     self,
-    config: ModelConfig,
-    image_shape: tuple[int, int],
+    context: int,
+    blank: Example,
+    image_buckets: Sequence[ImageBucket],
     *,
     buckets: Sequence[int] = DEFAULT_BUCKETS,
-    pictures: Collection[int] = (1,),
     max_new_tokens: int = 0,
   ):
     """Checks the buckets against the model.
 
     Args:
-      image_shape: `(height, width)` of preprocessed images, in pixels.
+      context: most tokens of a prompt and its answer.
+      blank: any prompt, which gives the shapes of tiles and positions.
+      image_buckets: as the function gives them; those that the context does not hold are left out.
       buckets: padded text lengths, ascending; the longest that fits the model's context is added.
-      pictures: numbers of pictures that rows may have; those that the context does not hold are left out.
       max_new_tokens: tokens to leave room for in the context.
 
     Raises:
-      UserError: the buckets are invalid, or the context is too small for any of the numbers of pictures.
+      UserError: the buckets are invalid, or the context is too small for all of them.
     """
-    self._image_shape = image_shape
-    self.num_image_tokens = config.num_image_tokens(*image_shape)
-    self._context, self._max_new_tokens = config.text.max_position_embeddings, max_new_tokens
+    self._context, self._blank_example, self._max_new_tokens = context, blank, max_new_tokens
     if not buckets or any(b < 1 for b in buckets) or sorted(set(buckets)) != list(buckets):
       raise UserError(f"prompt buckets must be positive and ascending, not {','.join(map(str, buckets))}")
     self.buckets = tuple(
-      Bucket(count, length)
-      for count in sorted(set(pictures))
-      for longest in [self._longest_text(count)]
+      Bucket(own.num_tiles, own.num_image_tokens, length, own.is_ragged)
+      for own in image_buckets
+      for longest in [self._longest_text(own.num_image_tokens)]
       for length in (*(bucket for bucket in buckets if bucket < longest), longest)
       if longest > 0
     )
     if not self.buckets:
-      raise UserError(self._too_many(min(pictures)))
+      raise UserError(self._too_many(min(own.num_image_tokens for own in image_buckets)))
 
   @property
   def most_image_tokens(self) -> int:
-    """Image tokens of a row with the most pictures."""
-    return self.buckets[-1].num_pictures * self.num_image_tokens
+    """Image tokens of the largest bucket."""
+    return max(bucket.num_image_tokens for bucket in self.buckets)
 
   def bucket(self, example: Example) -> Bucket:
-    """The smallest bucket that holds an example; raises `UserError` if the prompt exceeds the context."""
-    count, length = example.num_pictures, example.num_text_tokens
-    longest = self._longest_text(count)
-    if longest < 1:
-      raise UserError(self._too_many(count))
-    fitting = [bucket for bucket in self.buckets if bucket.num_pictures == count and length <= bucket.num_text_slots]
+    """The first bucket that holds an example; raises `UserError` if the prompt exceeds the context."""
+    size, length = example.size, example.num_text_tokens
+    if self._longest_text(size.num_tokens) < 1:
+      raise UserError(self._too_many(size.num_tokens))
+    fitting = [bucket for bucket in self.buckets if bucket.holds(size)]
     if not fitting:
+      raise UserError(f"the pictures have another size than when the run started ({size.num_tokens} image tokens)")
+    long_enough = [bucket for bucket in fitting if length <= bucket.num_text_slots]
+    if not long_enough:
       raise UserError(
-        f"the prompt has {length} text tokens; with {example.num_image_tokens} image tokens the model's context leaves "
-        f"room for {longest}"
+        f"the prompt has {length} text tokens; with {size.num_tokens} image tokens the model's context leaves room for "
+        f"{max(bucket.num_text_slots for bucket in fitting)}"
       )
-    return fitting[0]
+    return long_enough[0]
 
   def pack(self, examples: Sequence[Example], *, bucket: Bucket, batch_size: int) -> Inputs:
     """Packs examples into arrays whose shape depends only on `bucket` and `batch_size`.
 
     Missing rows repeat the last example, or are blank if there is none.
     """
-    filler = examples[-1] if examples else self._blank(bucket.num_pictures)
+    filler = examples[-1] if examples else self._blank(bucket)
     rows = [*examples, *[filler] * (batch_size - len(examples))]
-    num_image_tokens = bucket.num_pictures * self.num_image_tokens
-    shape = (batch_size, bucket.num_text_slots + num_image_tokens)
-    tokens, positions, image_id = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    shape = (batch_size, bucket.num_text_slots + bucket.num_image_tokens)
+    tokens, image_id = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+    positions = np.zeros((*shape, *self._blank_example.positions.shape[1:]), np.int32)
     kind = np.full(shape, PADDING, np.int32)
     for row, example in enumerate(rows):
       used = slice(len(example.tokens))
       tokens[row, used], positions[row, used] = example.tokens, example.positions
       image_id[row, used] = example.image_id
       kind[row, used] = np.where(example.image_id >= 0, IMAGE, TEXT)
+    images = [_padded(example.images, bucket) for example in rows]
     return Inputs(
       tokens=tokens,
-      layout=Layout.of_rows(kind, image_id, num_image_tokens),
+      layout=Layout.of_rows(kind, image_id, bucket.num_image_tokens, is_ragged=bucket.is_ragged),
       positions=positions,
-      pixel_values=np.stack([example.pixel_values for example in rows]),
+      images=jax.tree.map(lambda *leaves: np.stack(leaves), *images),
     )
 
-  def _longest_text(self, num_pictures: int) -> int:
+  def _longest_text(self, num_image_tokens: int) -> int:
     """Text tokens for which the context has room; below one if there is none."""
-    return self._context - num_pictures * self.num_image_tokens - self._max_new_tokens
+    return self._context - num_image_tokens - self._max_new_tokens
 
-  def _too_many(self, num_pictures: int) -> str:
-    images = "an image" if num_pictures == 1 else f"{num_pictures} images"
+  def _too_many(self, num_image_tokens: int) -> str:
     return (
-      f"the model's context of {self._context} tokens does not hold {images} of {self.num_image_tokens} tokens and "
+      f"the model's context of {self._context} tokens does not hold {num_image_tokens} image tokens and "
       f"{self._max_new_tokens} new ones"
     )
 
-  def _blank(self, num_pictures: int) -> Example:
-    """Blank pictures and one token after them."""
-    image_id = np.repeat(np.arange(num_pictures + 1, dtype=np.int32), self.num_image_tokens)
-    image_id = image_id[: num_pictures * self.num_image_tokens + 1]
-    image_id[-1] = -1
-    slots = np.arange(len(image_id), dtype=np.int32)
-    pixels = np.zeros((num_pictures, 3, *self._image_shape), np.float32)
-    return Example(np.zeros_like(slots), image_id, slots, pixels)
+  def _blank(self, bucket: Bucket) -> Example:
+    """Blank pictures that fill a bucket, and one token after them."""
+    image_id = np.append(np.zeros(bucket.num_image_tokens, np.int32), np.int32(-1))
+    tokens, axes = np.zeros_like(image_id), self._blank_example.positions.shape[1:]
+    images = jax.tree.map(lambda leaf: leaf[:0], self._blank_example.images)
+    return Example(tokens, image_id, np.zeros((len(tokens), *axes), np.int32), images)
+
+
+def _padded(images: Images, bucket: Bucket) -> Images:
+  def pad(leaf: np.ndarray | None, length: int, value: int = 0) -> np.ndarray | None:
+    if leaf is None or len(leaf) == length:
+      return leaf
+    return np.pad(leaf, [(0, length - len(leaf)), *[(0, 0)] * (leaf.ndim - 1)], constant_values=value)
+
+  return Images(
+    pixels=pad(images.pixels, bucket.num_tiles),
+    coordinates=pad(images.coordinates, bucket.num_tiles, -1),
+    pack_index=pad(images.pack_index, bucket.num_image_tokens),
+    pack_weight=pad(images.pack_weight, bucket.num_image_tokens),
+  )

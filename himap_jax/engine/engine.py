@@ -96,13 +96,12 @@ class Engine:
     *,
     eos_token_ids: tuple[int, ...] = (),
   ):
-    self._model, self._seed = model, generation.seed
+    self._model, self._schedule, self._seed = model, schedule, generation.seed
     self._mesh = sharding.mesh_of(model.params)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
-    decoding = DecodeConfig(generation.max_new_tokens, generation.sampling, eos_token_ids)
-    key = ProgramKey(model.network, self._mesh, schedule, decoding, jax.tree.structure(model.params))
+    self._decoding = DecodeConfig(generation.max_new_tokens, generation.sampling, eos_token_ids)
+    key = ProgramKey(model.network, self._mesh, schedule, self._decoding, jax.tree.structure(model.params))
     self._compiled = _compiled(key)
-    self._jitted = programs.make_programs(model, self._mesh, schedule, decoding)
     self._parameters = programs.method_parameters(schedule)
     self.num_programs = 0
     self.compile_seconds = 0.0
@@ -126,18 +125,23 @@ class Engine:
     end = time.perf_counter()
     return Generation(
       tokens=[row[:count].tolist() for row, count in zip(tokens, num_tokens, strict=True)],
-      kept=tuple([row[row >= 0].tolist() for row in stage] for stage in kept),
+      kept=tuple([row[row >= 0].tolist() for row in stage] for stage in kept) or self._nothing_kept(len(tokens)),
       logits=logits,
       prefill_seconds=middle - start,
       decode_seconds=end - middle,
     )
+
+  def _nothing_kept(self, num_rows: int) -> tuple[list[list[int]], ...]:
+    return tuple([[] for _ in range(num_rows)] for _ in self._schedule.stages)
 
   def _programs(self, inputs: Inputs, seeds: jax.Array) -> Programs:
     leaves, structure = jax.tree.flatten(inputs)
     shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
     if shapes not in self._compiled:
       start = time.perf_counter()
-      lowered = programs.lower(self._jitted, self._model, inputs, seeds, self._parameters)
+      schedule = self._schedule if inputs.layout.num_image_tokens else Schedule()
+      jitted = programs.make_programs(self._model, self._mesh, schedule, self._decoding)
+      lowered = programs.lower(jitted, self._model, inputs, seeds, self._parameters)
       self._compiled[shapes] = Programs(*(program.compile() for program in lowered))
       self.num_programs += 2
       self.compile_seconds += time.perf_counter() - start

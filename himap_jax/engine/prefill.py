@@ -1,6 +1,6 @@
 """Prefill with pruning between segments, and the KV cache of each segment.
 
-Axes: B batch, S slots, M image tokens, D model dim, V vocabulary.
+Axes: B batch, S slots, A axes of positions (none for one), M image tokens, D model dim, V vocabulary.
 """
 
 import types
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_tokens, pytree, take_slots
@@ -45,7 +45,7 @@ class Sequence(NamedTuple):
   """Hidden states, rotary positions and layout of the prompts between two layers."""
 
   x: Float[Array, "B S D"]
-  positions: Int[Array, "B S"]
+  positions: Int[Array, "B S *A"]
   layout: Layout
 
 
@@ -75,9 +75,9 @@ def prefill(
         x,
         positions,
         range(segment.first, segment.last),
-        order=layout.order,
+        layout=layout,
         partial_layers=frozenset(schedule.frozen_layers),
-        updated_slots=layout.text_slots() if schedule.frozen_layers else None,
+        injections=embedded.injections,
       )
     sequence = sequence._replace(x=x)
     if projections:
@@ -91,7 +91,7 @@ def prefill(
   return PrefillState(
     logits=last_logits(network, sequence),
     caches=tuple(caches),
-    next_position=positions.max(axis=1) + 1,
+    next_position=positions.max(axis=tuple(range(1, positions.ndim))) + 1,
     next_order=take_slots(layout.order, last)[:, 0] + 1,
     kept=tuple(kept),
   )
@@ -113,14 +113,30 @@ def prune(
   """Applies a stage to the sequence that enters its layer; `projections` are the previous layer's, None at layer 0."""
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
     with jax.named_scope("score"):
-      selection = stage.criterion.select(view(network, stage.layer, sequence, projections, context), stage.keep)
+      selection = _select(stage, view(network, stage.layer, sequence, projections, context))
     with jax.named_scope("gather"):
-      pruned = apply(selection, sequence)
+      tower = None if context.embedded is None else context.embedded.tower
+      pruned = apply(selection, sequence, None if tower is None else tower.is_newline)
       if stage.layer == 0:  # the decoder never sees the others, so neither positions nor order have gaps
         slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
         positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
+        if pruned.positions.ndim > 2:  # places in the picture, which stay
+          positions = pruned.positions
         pruned = pruned._replace(positions=positions, layout=layout.replace(order=order))
   return pruned
+
+
+def _select(stage: Stage, view: View) -> Selection:
+  """The stage's selection; in a ragged batch every row keeps the count of its own image tokens before pruning."""
+  whole = view.layout if view.embedded_layout is None else view.embedded_layout
+  if not whole.is_ragged:
+    return stage.criterion.select(view, stage.keep)
+  counts = jnp.array([stage.count(number) for number in range(whole.num_image_tokens + 1)], jnp.int32)
+  own = jnp.minimum(counts[whole.num_present()], view.layout.num_present())
+  kept = stage.criterion.rank(view, stage.keep)
+  present = jnp.arange(stage.keep, dtype=jnp.int32)[None] < own[:, None]
+  ascending = jnp.argsort(kept, axis=1)
+  return Selection(take_slots(kept, ascending), present=take_slots(present, ascending))
 
 
 def view(network: Network, layer: int, sequence: Sequence, projections: Projections | None, context: Context) -> View:
@@ -153,16 +169,26 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     class_attention=None if tower is None else tower.class_attention,
     tower_keys=None if tower is None else tower.keys,
     project=network.multi_modal_projector,
+    is_newline=None if tower is None else tower.is_newline,
     keys=context.keys,
     parameters=context.parameters,
   )
 
 
-def apply(selection: Selection, sequence: Sequence) -> Sequence:
-  """Removes the image tokens that were not kept; the others keep their hidden states, positions and order."""
+def apply(selection: Selection, sequence: Sequence, is_newline: Bool[Array, "B N"] | None = None) -> Sequence:
+  """Removes the image tokens that were not kept; the others keep their hidden states, positions and order.
+
+  Of merged tokens all have new hidden states but newlines, which `is_newline` marks among those before any pruning.
+  """
   source, layout = sequence.layout.keep(selection.kept, selection.present)
   x = take_slots(sequence.x, source)
   if selection.merged is not None:
-    x = put_image_tokens(x, selection.merged.astype(x.dtype), layout)
-  positions = jnp.where(layout.kind == PADDING, 0, take_slots(sequence.positions, source))
+    merged = selection.merged.astype(x.dtype)
+    if is_newline is not None:
+      own = take_slots(x, layout.image_slots())
+      merged = jnp.where(take_slots(is_newline, layout.original())[:, :, None], own, merged)
+    x = put_image_tokens(x, merged, layout)
+  positions = take_slots(sequence.positions, source)
+  is_padding = (layout.kind == PADDING).reshape(*layout.kind.shape, *[1] * (positions.ndim - 2))
+  positions = jnp.where(is_padding, 0, positions)
   return Sequence(x, positions, layout)

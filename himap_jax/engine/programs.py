@@ -15,10 +15,11 @@ from jaxtyping import Array, Float, Int, Key, UInt
 from himap_jax.engine import sharding
 from himap_jax.engine.decoding import DecodeConfig, decode
 from himap_jax.engine.prefill import PrefillState, prefill
-from himap_jax.inputs import Inputs, Layout
+from himap_jax.inputs import Images, ImageSize, Inputs, Layout
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.kernels import is_quantized
 from himap_jax.model.network import Model
+from himap_jax.model.towers import abstract_images
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -64,20 +65,38 @@ def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, paramete
 
 
 def abstract_inputs(
-  config: ModelConfig, mesh: Mesh, *, batch_size: int, num_text_slots: int, image_shape: tuple[int, int]
+  config: ModelConfig,
+  mesh: Mesh,
+  *,
+  batch_size: int,
+  num_text_slots: int,
+  image_shape: tuple[int, int],
+  size: ImageSize | None = None,
 ) -> tuple[Inputs, jax.ShapeDtypeStruct]:
-  """Inputs and seeds of a batch of prompts with one picture, as `jax.ShapeDtypeStruct`s."""
+  """Inputs and seeds of a batch of prompts, as `jax.ShapeDtypeStruct`s.
+
+  Args:
+    image_shape: `(height, width)` of a tile, in pixels.
+    size: of a row's pictures; by default one picture of one tile.
+  """
 
   def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.rows(mesh))
 
-  num_image_tokens = config.num_image_tokens(*image_shape)
-  slots = array((num_text_slots + num_image_tokens,), jnp.int32)
+  images = abstract_images(config.vision, *image_shape)
+  num_tiles, num_image_tokens = size or (len(images.pixels), config.num_image_tokens(*image_shape))
+  slots, taps = array((num_text_slots + num_image_tokens,), jnp.int32), (num_image_tokens, config.num_taps)
+  axes = (len(config.text.rope.sections),) if config.text.rope.sections else ()
   inputs = Inputs(
     tokens=slots,
     layout=Layout(slots, slots, slots, slots, num_image_tokens),
-    positions=slots,
-    pixel_values=array((1, 3, *image_shape), jnp.float32),
+    positions=array((*slots.shape[1:], *axes), jnp.int32),
+    images=Images(
+      array((num_tiles, *images.pixels.shape[1:]), jnp.float32),
+      coordinates=None if images.coordinates is None else array((num_tiles, 3), jnp.int32),
+      pack_index=array(taps, jnp.int32) if config.has_newline else None,
+      pack_weight=array(taps, jnp.float32) if config.num_taps > 1 else None,
+    ),
   )
   return inputs, array((), jnp.uint32)
 

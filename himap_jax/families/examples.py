@@ -4,54 +4,112 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from himap_jax.errors import UserError
-from himap_jax.inputs import Example
+from himap_jax.families.family import Message, Question, View
+from himap_jax.inputs import Example, Images
 
 IMAGE_TAG = "<image>"
 
 
+def messages_of(question: Question, num_pictures: int, tag: str = IMAGE_TAG) -> list[Message]:
+  """The messages of a conversation, with one `<image>` for every picture.
+
+  Without any, all pictures are put before the text of the first message of the user, as `tag`.
+
+  Raises:
+    UserError: another number of `<image>` than of pictures.
+  """
+  messages = [Message("user", question)] if isinstance(question, str) else list(question)
+  count = sum(message.text.count(IMAGE_TAG) for message in messages)
+  if not count and num_pictures:
+    first = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
+    messages[first] = Message(messages[first].role, tag * num_pictures + messages[first].text)
+  elif count != num_pictures:
+    pictures = number_of_pictures(num_pictures)
+    raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")
+  return messages
+
+
+def number_of_pictures(count: int) -> str:
+  """The number in words, for messages."""
+  return "1 picture" if count == 1 else f"{count} pictures"
+
+
+def content_parts(text: str) -> list[dict[str, str]]:
+  """A message's content for chat templates: its text in parts, with a part for each `<image>`."""
+  parts = []
+  for number, piece in enumerate(text.split(IMAGE_TAG)):
+    parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * (piece != "")
+  return parts or [{"type": "text", "text": ""}]
+
+
 def expand(
-  ids: Sequence[int], image_token_id: int, num_image_tokens: int, pixels: Float[np.ndarray, "P 3 h w"]
+  ids: Sequence[int],
+  image_token_id: int,
+  counts: Sequence[int],
+  images: Images,
+  *,
+  runs: Sequence[int] | None = None,
 ) -> Example:
-  """The example of a prompt in which `image_token_id` stands once for each picture of `num_image_tokens` tokens.
+  """The example of a prompt in which `image_token_id` stands once for each run of image tokens.
+
+  Args:
+    counts: image tokens of a run of each picture.
+    runs: of each picture; one if absent.
 
   Raises:
     UserError: the token stands another number of times, or no text follows it.
   """
   ids = np.asarray(ids, np.int32)
   is_image = ids == image_token_id
-  if is_image.sum() != len(pixels):
+  pictures = np.repeat(np.arange(len(counts)), 1 if runs is None else runs)
+  if is_image.sum() != len(pictures):
     raise UserError(
-      f"the tokenizer turns {len(pixels)} {IMAGE_TAG} into {is_image.sum()} image tokens (id {image_token_id}); "
+      f"the tokenizer turns {len(pictures)} {IMAGE_TAG} into {is_image.sum()} image tokens (id {image_token_id}); "
       "the checkpoint's tokenizer and config.json disagree"
     )
-  if is_image[-1]:
+  if is_image[-1:].any():
     raise UserError(f"a prompt needs text after {IMAGE_TAG}: its attention decides which image tokens are kept")
-  repeats = np.where(is_image, num_image_tokens, 1)
-  image_id = np.where(is_image, is_image.cumsum() - 1, -1).astype(np.int32)
+  repeats = np.ones(len(ids), int)
+  repeats[is_image] = np.asarray(counts, int)[pictures]
+  image_id = np.full(len(ids), -1, np.int32)
+  image_id[is_image] = pictures
   tokens = np.repeat(ids, repeats)
-  return Example(tokens, np.repeat(image_id, repeats), np.arange(len(tokens), dtype=np.int32), pixels)
+  return Example(tokens, np.repeat(image_id, repeats), np.arange(len(tokens), dtype=np.int32), images)
 
 
-def check_images(text: str, num_pictures: int) -> None:
-  """Raises `UserError` unless a prompt has one `<image>` for every picture."""
-  count = text.count(IMAGE_TAG)
-  if count != num_pictures:
-    pictures = "1 picture" if num_pictures == 1 else f"{num_pictures} pictures"
-    raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")
+def blank(images: Images, *axes: int) -> Example:
+  """A prompt of one token; `images` holds no tiles, and positions have these axes."""
+  one = np.zeros(1, np.int32)
+  return Example(one, one - 1, np.zeros((1, *axes), np.int32), images)
 
 
-def fill(template: str, question: str, num_pictures: int) -> str:
+def fill(template: str, question: Question, num_pictures: int) -> str:
   """Puts a question into a template whose `<image>`, with the line break after it, is repeated for every picture.
 
-  `<image>` in the question replaces those of the template.
+  `<image>` in the question replaces those of the template. Raises `UserError` for a conversation of several messages,
+  or a number of `<image>` that is not that of the pictures.
   """
+  if not isinstance(question, str):
+    if [message.role for message in question] != ["user"]:
+      raise UserError("a conversation of several messages needs a chat template: --prompt_template=chat")
+    question = question[0].text
   tag = IMAGE_TAG + "\n" if IMAGE_TAG + "\n" in template else IMAGE_TAG
   template = template.replace(tag, "" if IMAGE_TAG in question else tag * num_pictures)
-  return template.replace("{question}", question)
+  text = template.replace("{question}", question)
+  messages_of([Message("user", text)], num_pictures)
+  return text
+
+
+def refuse_limit(max_image_tokens: int | None, num_image_tokens: int) -> None:
+  """Raises `UserError` if a limit is given for a model whose pictures all have equally many image tokens."""
+  if max_image_tokens is not None:
+    raise UserError(
+      f"this model makes {num_image_tokens} image tokens of every picture; --max_image_tokens has no effect"
+    )
 
 
 def literal_template(template: str, *names: str) -> str:
@@ -64,17 +122,47 @@ def literal_template(template: str, *names: str) -> str:
   return template.replace("\\n", "\n")
 
 
-def pixels_of(image_processor: Any, images: Sequence[Image.Image]) -> Float[np.ndarray, "P 3 h w"]:
+def pixels_of(image_processor: Any, images: Sequence[Image.Image]) -> list[Float[np.ndarray, "3 h w"]]:
   """The pictures as an image processor of transformers makes them."""
-  return np.stack([np.asarray(image_processor(x, return_tensors="np")["pixel_values"][0], np.float32) for x in images])
+  return [np.asarray(image_processor(x, return_tensors="np")["pixel_values"][0], np.float32) for x in images]
 
 
-def pictures_of(
-  image_processor: Any, pixels: Float[np.ndarray, "P 3 h w"], height: int, width: int
-) -> list[Image.Image]:
-  """The top left `height` × `width` of preprocessed pictures, with the normalisation undone."""
+def tiles_of(image_processor: Any, images: Sequence[Image.Image], blank: Example) -> Float[np.ndarray, "P 3 h w"]:
+  """The pictures in one array, which has the shape of the tiles of `blank` if there are none."""
+  return np.concatenate([blank.images.pixels, *(pixels[None] for pixels in pixels_of(image_processor, images))])
+
+
+def picture_of(image_processor: Any, pixels: Float[np.ndarray, "3 h w"], height: int, width: int) -> Image.Image:
+  """The top left `height` × `width` of a preprocessed picture, with the normalisation undone."""
   mean, std = (
     np.asarray(values, np.float32)[:, None, None] for values in (image_processor.image_mean, image_processor.image_std)
   )
   shown = np.clip((pixels * std + mean) * 255, 0, 255).round().astype(np.uint8)
-  return [Image.fromarray(picture[:, :height, :width].transpose(1, 2, 0)) for picture in shown]
+  return Image.fromarray(shown[:, :height, :width].transpose(1, 2, 0))
+
+
+def views_of_patches(image_processor: Any, example: Example, grid: tuple[int, int], patch_size: int) -> list[View]:
+  """The views of pictures whose patches are their image tokens; raises `UserError` if they are not."""
+  rows, columns = grid
+  if example.num_image_tokens != len(example.images.pixels) * rows * columns:
+    raise UserError(
+      f"this model's {example.num_image_tokens // example.num_images} image tokens do not form its grid of {rows} x "
+      f"{columns} patches"
+    )
+  numbers = np.arange(example.num_image_tokens).reshape(-1, rows, columns)
+  size = rows * patch_size, columns * patch_size
+  return [
+    View(picture_of(image_processor, pixels, *size), own)
+    for pixels, own in zip(example.images.pixels, numbers, strict=True)
+  ]
+
+
+def places_in(views: Sequence[View], num_image_tokens: int) -> Int[np.ndarray, "N 4"]:
+  """The places of image tokens in pictures of one tile and one view each."""
+  places = np.full((num_image_tokens, 4), -1)
+  for number, view in enumerate(views):
+    rows, columns = np.indices(view.tokens.shape)
+    places[view.tokens.ravel()] = np.stack(
+      [np.full(rows.size, number), 0 * rows.ravel(), rows.ravel(), columns.ravel()], 1
+    )
+  return places

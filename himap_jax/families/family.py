@@ -3,12 +3,36 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
-from himap_jax.inputs import Example
+from himap_jax.inputs import Example, ImageSize
 from himap_jax.model.config import ModelConfig
+
+
+class Message(NamedTuple):
+  """One message of a conversation; `<image>` in its text stands for the next picture."""
+
+  role: str
+  text: str
+
+
+# A question, or the messages of a conversation.
+Question = str | Sequence[Message]
+
+
+class View(NamedTuple):
+  """A picture as the model sees it, on a grid.
+
+  Attributes:
+    tokens: `[rows, columns]` the row's image token of each cell, −1 if it has none.
+  """
+
+  picture: Image.Image
+  tokens: Int[np.ndarray, "rows columns"]
 
 
 @runtime_checkable
@@ -16,32 +40,41 @@ class Processor(Protocol):
   """Prepares prompts for one model.
 
   Attributes:
-    image_shape: `(height, width)` of every preprocessed image, in pixels.
-    patch_grid: `(rows, columns)` of patches in such an image.
+    blank: a prompt without pictures, which gives the shapes of tiles and positions.
+    image_shape: `(height, width)` of every preprocessed picture, in pixels; None if pictures differ, like the next two.
+    patch_grid: `(rows, columns)` of patches in such a picture.
     num_image_tokens: image tokens of a picture.
   """
 
-  image_shape: tuple[int, int]
-  patch_grid: tuple[int, int]
-  num_image_tokens: int
+  blank: Example
+  image_shape: tuple[int, int] | None
+  patch_grid: tuple[int, int] | None
+  num_image_tokens: int | None
 
-  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
+  def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:
+    """Tiles and image tokens of a row's pictures of these sizes, `(width, height)` in pixels."""
+
+  def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
     """Fills the template, tokenises it and preprocesses the pictures.
 
     `<image>` in a question stands for the next picture; without any, all pictures stand where the template has its own.
 
     Raises:
-      UserError: another number of `<image>` than of pictures, no text after the last, or an unusable picture.
+      UserError: another number of `<image>` than of pictures, no text after the last, an unusable picture, or messages
+        that the template cannot hold.
     """
 
-  def prompt(self, question: str, num_pictures: int = 1) -> str:
+  def prompt(self, question: Question, num_pictures: int = 1) -> str:
     """The filled template."""
 
   def decode(self, tokens: Sequence[int]) -> str:
     """The text of an answer, without special tokens and surrounding white space."""
 
-  def pictures(self, example: Example) -> list[Image.Image]:
-    """The pictures as the model sees them: resized, and cropped to whole patches."""
+  def views(self, example: Example) -> list[View]:
+    """The pictures as the model sees them, with their image tokens; raises `UserError` if these form no grid."""
+
+  def places(self, example: Example) -> Int[np.ndarray, "N 4"]:
+    """Picture, tile, row and column of every image token; −1 where it has none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +87,8 @@ class Family:
     complete: adds transformers' current defaults to the fields of `config.json`, which pins them.
     load_processor: loads transformers' processor (or an object with its tokenizer and image processor) from a
       checkpoint's directory; raises `UserError`.
-    processor: makes a `Processor` from transformers' processor, the sizes and a prompt template; raises `UserError`.
+    processor: makes a `Processor` from transformers' processor, the sizes, a prompt template, and the most image tokens
+      of a picture (None for the checkpoint's own limit); raises `UserError`.
     stop_tokens: tokens that end an answer, besides those of generation_config.json, from transformers' processor.
   """
 
@@ -62,5 +96,5 @@ class Family:
   config: Callable[[dict[str, Any], str], ModelConfig]
   complete: Callable[[dict[str, Any]], dict[str, Any]]
   load_processor: Callable[[pathlib.Path], Any]
-  processor: Callable[[Any, ModelConfig, str], Processor]
+  processor: Callable[[Any, ModelConfig, str, int | None], Processor]
   stop_tokens: Callable[[Any], tuple[int, ...]] = lambda processor: ()

@@ -5,22 +5,28 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
-  check_images,
+  blank,
   expand,
   fill,
   literal_template,
-  pictures_of,
+  messages_of,
   pixels_of,
+  places_in,
+  refuse_limit,
+  tiles_of,
+  views_of_patches,
 )
-from himap_jax.families.family import Family
+from himap_jax.families.family import Family, Question, View
 from himap_jax.families.text import check_text_model, text_config
-from himap_jax.inputs import Example
+from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ConnectorConfig, ModelConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 
@@ -33,31 +39,35 @@ MAX_ASPECT_RATIO = 200
 MAX_PIXELS = 178_956_970  # of a picture padded to a square
 
 
-def config(fields: dict[str, Any], where: str) -> ModelConfig:
+def config(
+  fields: dict[str, Any], where: str, class_name: str = "LlavaConfig", towers: Sequence[str] = VISION_MODELS
+) -> ModelConfig:
   """The sizes described by a LLaVA `config.json`; absent fields take transformers' defaults.
+
+  Args:
+    class_name: transformers' configuration of LLaVA or of a model with the same fields.
+    towers: supported model types of the tower.
 
   Raises:
     UserError: the tower, decoder, activation or RoPE scaling is not supported; the message names those that are.
   """
-  vision_type = (fields.get("vision_config") or {}).get("model_type", "clip_vision_model")
-  check_supported(vision_type, VISION_MODELS, where=where, what="vision tower")
+  vision_type = (fields.get("vision_config") or {}).get("model_type", towers[0])
+  check_supported(vision_type, towers, where=where, what="vision tower")
   check_text_model(fields.get("text_config") or {}, where)
-
-  from transformers import LlavaConfig  # slow to import
-
   try:
-    complete = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
+    complete = _read(fields, class_name)
   except Exception as error:  # transformers raises types of its own for invalid fields
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
   connector = ConnectorConfig(complete.projector_hidden_act, complete.multimodal_projector_bias)
-  vision = _vision(complete, where)
+  vision = vision_config(complete, where)
   text = text_config(complete.text_config, where, tied=fields.get("tie_word_embeddings"))
   for name in (vision.hidden_act, connector.hidden_act):
     check_supported(name, ACTIVATIONS, where=where, what="activation")
   return ModelConfig(vision, connector, text, complete.image_token_id)
 
 
-def _vision(llava: Any, where: str) -> VisionConfig:
+def vision_config(llava: Any, where: str) -> VisionConfig:
+  """The tower of a config of transformers with LLaVA's fields; raises `UserError` if it is not supported."""
   hf, layers = llava.vision_config, llava.vision_feature_layer
   layers = [layers] if isinstance(layers, int) else list(layers)
   depth = hf.num_hidden_layers
@@ -99,12 +109,15 @@ def _side(size: int | Sequence[int], where: str) -> int:
   return sides.pop()
 
 
-def complete(fields: dict[str, Any]) -> dict[str, Any]:
+def complete(fields: dict[str, Any], class_name: str = "LlavaConfig") -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  from transformers import LlavaConfig
+  return json.loads(_read(fields, class_name).to_json_string(use_diff=False))
 
-  full = LlavaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
-  return json.loads(full.to_json_string(use_diff=False))
+
+def _read(fields: dict[str, Any], class_name: str) -> Any:
+  import transformers  # slow to import
+
+  return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
 
 
 def load_processor(directory: pathlib.Path) -> Any:
@@ -117,53 +130,75 @@ def load_processor(directory: pathlib.Path) -> Any:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
 
 
-class LlavaProcessor:
-  """Prepares prompts for one model; see `family.Processor`."""
+class LlavaPrompts:
+  """Texts of prompts and answers, and their token ids."""
 
-  def __init__(self, processor: Any, config: ModelConfig, template: str = "chat"):
-    """Checks the template and the image processor.
+  def __init__(self, processor: Any, template: str):
+    """Checks the template.
 
     Args:
+      processor: its tokenizer and `apply_chat_template` are used.
       template: `vicuna_v1`, `chat` (the checkpoint's own), or a text with `<image>` and `{question}`.
 
     Raises:
-      UserError: the template is unusable, or the image processor's pictures differ in size.
+      UserError: the template is unusable.
     """
     self._processor = processor
-    self._config = config
     self._template = _check_template(template, processor)
-    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)]) for size in ((64, 48), (48, 64)))
-    self.image_shape = wide.shape[2:]
-    if tall.shape != wide.shape:
-      raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
-    self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
-    self.num_image_tokens = config.num_image_tokens(*self.image_shape)
 
-  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
-    text = self.prompt(question, len(images))
-    check_images(text, len(images))
-    tokenizer = self._processor.tokenizer
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-    for image in images:
-      self._check_size(image)
-    pixels = pixels_of(self._processor.image_processor, images)
-    return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
-
-  def prompt(self, question: str, num_pictures: int = 1) -> str:
+  def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
       return fill(self._template, question, num_pictures)
-    content = [{"type": "text", "text": question}]
-    if IMAGE_TAG not in question:
-      content = [{"type": "image"}] * num_pictures + content
-    return self._processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    conversation = [
+      {"role": message.role, "content": [{"type": "text", "text": message.text}]}
+      for message in messages_of(question, num_pictures, tag="")
+    ]
+    if not any(IMAGE_TAG in message["content"][0]["text"] for message in conversation):
+      first = next(message for message in conversation if message["role"] == "user")
+      first["content"][:0] = [{"type": "image"}] * num_pictures
+    return self._processor.apply_chat_template(conversation, add_generation_prompt=True)
+
+  def ids(self, text: str) -> list[int]:
+    """Token ids of a prompt, with one beginning of sequence if the tokenizer has one."""
+    tokenizer = self._processor.tokenizer
+    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
-  def pictures(self, example: Example) -> list[Image.Image]:
-    height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
-    return pictures_of(self._processor.image_processor, example.pixel_values, height, width)
+
+class LlavaProcessor(LlavaPrompts):
+  """Prepares prompts for one model; see `family.Processor`."""
+
+  def __init__(self, processor: Any, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None):
+    """Checks the template and the image processor; raises `UserError` if its pictures differ in size, too."""
+    super().__init__(processor, template)
+    self._config = config
+    wide, tall = (pixels_of(processor.image_processor, [Image.new("RGB", size)])[0] for size in ((64, 48), (48, 64)))
+    if tall.shape != wide.shape:
+      raise UserError("the checkpoint's image processor returns pictures of different sizes; a batch needs one size")
+    self.image_shape = wide.shape[1:]
+    self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
+    self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+    refuse_limit(max_image_tokens, self.num_image_tokens)
+    self.blank = blank(Images(np.zeros((0, *wide.shape), np.float32)))
+
+  def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:
+    return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
+
+  def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
+    ids = self.ids(self.prompt(question, len(images)))
+    for image in images:
+      self._check_size(image)
+    pixels = tiles_of(self._processor.image_processor, images, self.blank)
+    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
+
+  def views(self, example: Example) -> list[View]:
+    return views_of_patches(self._processor.image_processor, example, self.patch_grid, self._config.vision.patch_size)
+
+  def places(self, example: Example) -> Int[np.ndarray, "N 4"]:
+    return places_in(self.views(example), example.num_image_tokens)
 
   def _check_size(self, image: Image.Image) -> None:
     """Refuses pictures that would exhaust memory when resized or padded to a square."""
@@ -173,11 +208,17 @@ class LlavaProcessor:
         f"the picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} "
         "times the other"
       )
-    if getattr(self._processor.image_processor, "do_pad", False) and longest**2 > MAX_PIXELS:
-      raise UserError(
-        f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
-        f"{MAX_PIXELS:,}"
-      )
+    if getattr(self._processor.image_processor, "do_pad", False):
+      check_square(image)
+
+
+def check_square(image: Image.Image) -> None:
+  """Refuses pictures that would exhaust memory when padded to a square."""
+  if max(image.size) ** 2 > MAX_PIXELS:
+    raise UserError(
+      f"the picture has {image.width} x {image.height} pixels; padded to a square it is above the limit of "
+      f"{MAX_PIXELS:,}"
+    )
 
 
 def _check_template(template: str, processor: Any) -> str:
@@ -190,4 +231,4 @@ def _check_template(template: str, processor: Any) -> str:
   return literal_template(template, "vicuna_v1", "chat")
 
 
-FAMILY = Family("llava", config, complete, load_processor, LlavaProcessor)
+FAMILIES = (Family("llava", config, complete, load_processor, LlavaProcessor),)

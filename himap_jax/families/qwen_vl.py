@@ -11,6 +11,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from checkpoints_convert.source import read_json
@@ -18,15 +20,18 @@ from himap_jax.errors import UserError
 from himap_jax.families import tiktoken
 from himap_jax.families.examples import (
   IMAGE_TAG,
-  check_images,
+  blank,
   expand,
   fill,
   literal_template,
-  pictures_of,
-  pixels_of,
+  messages_of,
+  places_in,
+  refuse_limit,
+  tiles_of,
+  views_of_patches,
 )
-from himap_jax.families.family import Family
-from himap_jax.inputs import Example
+from himap_jax.families.family import Family, Message, Question, View
+from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig, ResamplerConfig, RopeConfig, TextConfig, VisionConfig
 
 # Fields of the authors' configuration classes, with their defaults.
@@ -55,9 +60,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 END, CHAT_START, CHAT_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTENT_TOKENS = ("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>")
 SPECIAL_TOKENS = (END, CHAT_START, CHAT_END, *(f"<|extra_{number}|>" for number in range(205)), *CONTENT_TOKENS)
-# What stands before and after a user's text in a chat.
-HEAD = f"{CHAT_START}system\nYou are a helpful assistant.{CHAT_END}\n{CHAT_START}user\n"
-TAIL = f"{CHAT_END}\n{CHAT_START}assistant\n"
+SYSTEM = "You are a helpful assistant."
 TEMPLATES = {"vqa": "<image>{question} Answer:", "caption": "<image>{question}", "mme": "<image>\n{question}"}
 
 
@@ -161,43 +164,57 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
 class QwenProcessor:
   """Prepares prompts for one model; see `family.Processor`."""
 
-  def __init__(self, files: QwenFiles, config: ModelConfig, template: str = "chat"):
+  def __init__(
+    self, files: QwenFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+  ):
     """Checks the template: `chat`, a name in `TEMPLATES`, or a text with `<image>` and `{question}`."""
     self._files, self._config = files, config
     self._is_chat = template == "chat"
-    given = "<image>{question}" if self._is_chat else TEMPLATES.get(template, template)
-    self._template = literal_template(given, "chat", *TEMPLATES)
-    self._head, self._tail = (HEAD, TAIL) if self._is_chat else ("", "")
+    self._template = "" if self._is_chat else literal_template(TEMPLATES.get(template, template), "chat", *TEMPLATES)
     size = files.image_processor.size
     self.image_shape = (size["height"], size["width"])
     self.patch_grid = tuple(side // config.vision.patch_size for side in self.image_shape)
     self.num_image_tokens = config.num_image_tokens(*self.image_shape)
+    refuse_limit(max_image_tokens, self.num_image_tokens)
+    self.blank = blank(Images(np.zeros((0, 3, *self.image_shape), np.float32)))
 
-  def prepare(self, images: Sequence[Image.Image], question: str) -> Example:
-    if any(token in question for token in ("<img>", "</img>", "<imgpad>")):
+  def image_size(self, sizes: Sequence[tuple[int, int]]) -> ImageSize:
+    return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
+
+  def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
+    texts = [question] if isinstance(question, str) else [message.text for message in question]
+    if any(token in text for token in ("<img>", "</img>", "<imgpad>") for text in texts):
       raise UserError(f"a question may not hold <img>, </img> or <imgpad>; {IMAGE_TAG} stands for the picture")
-    content = fill(self._template, question, len(images))
-    check_images(content, len(images))
-    ids = self._ids(self._head, (CHAT_START, CHAT_END)) + self._ids(self._with_image_tokens(content), CONTENT_TOKENS)
-    ids += self._ids(self._tail, (CHAT_START, CHAT_END))
-    pixels = pixels_of(self._files.image_processor, images)
-    return expand(ids, self._config.image_token_id, self.num_image_tokens, pixels)
+    ids = []
+    for text, is_content in self._pieces(question, len(images)):
+      ids += self._ids(text, CONTENT_TOKENS if is_content else (CHAT_START, CHAT_END))
+    pixels = tiles_of(self._files.image_processor, images, self.blank)
+    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
-  def prompt(self, question: str, num_pictures: int = 1) -> str:
-    return self._head + self._with_image_tokens(fill(self._template, question, num_pictures)) + self._tail
+  def prompt(self, question: Question, num_pictures: int = 1) -> str:
+    return "".join(text for text, _ in self._pieces(question, num_pictures))
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
 
-  def pictures(self, example: Example) -> list[Image.Image]:
-    height, width = (count * self._config.vision.patch_size for count in self.patch_grid)
-    return pictures_of(self._files.image_processor, example.pixel_values, height, width)
+  def views(self, example: Example) -> list[View]:
+    return views_of_patches(self._files.image_processor, example, self.patch_grid, self._config.vision.patch_size)
 
-  def _with_image_tokens(self, content: str) -> str:
-    """Replaces `<image>` as the authors' `from_list_format` does in a chat, and as their evaluation does otherwise."""
-    number = itertools.count(1)
-    label = (lambda _: f"Picture {next(number)}: <img><imgpad></img>\n") if self._is_chat else "<img><imgpad></img>"
-    return re.sub(IMAGE_TAG, label, content)
+  def places(self, example: Example) -> Int[np.ndarray, "N 4"]:
+    return places_in(self.views(example), example.num_image_tokens)
+
+  def _pieces(self, question: Question, num_pictures: int) -> list[tuple[str, bool]]:
+    """The prompt in pieces, each with whether it is a user's text."""
+    if not self._is_chat:
+      return [(fill(self._template, question, num_pictures).replace(IMAGE_TAG, "<img><imgpad></img>"), True)]
+    messages, number = messages_of(question, num_pictures), itertools.count(1)
+    if messages[0].role != "system":
+      messages.insert(0, Message("system", SYSTEM))
+    pieces = []
+    for role, text in messages:  # as the authors' make_context and from_list_format
+      text = re.sub(IMAGE_TAG, lambda _: f"Picture {next(number)}: <img><imgpad></img>\n", text)
+      pieces += [(f"{CHAT_START}{role}\n", False), (text, True), (f"{CHAT_END}\n", False)]
+    return [*pieces, (f"{CHAT_START}assistant\n", False)]
 
   def _ids(self, text: str, special: Sequence[str]) -> list[int]:
     """Token ids of a text in which only the given special tokens are special: a user could write the others."""
@@ -215,4 +232,4 @@ def stop_tokens(files: QwenFiles) -> tuple[int, ...]:
   return tuple(files.tokenizer.convert_tokens_to_ids([END, CHAT_START, CHAT_END]))
 
 
-FAMILY = Family("qwen", config, complete, load_processor, QwenProcessor, stop_tokens)
+FAMILIES = (Family("qwen", config, complete, load_processor, QwenProcessor, stop_tokens),)

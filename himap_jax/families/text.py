@@ -27,8 +27,29 @@ def _qwen3(hf: Any) -> dict[str, Any]:
   return _same_bias(hf) | _windows(hf, hf.layer_types) | dict(qk_norm=True)
 
 
+def _qwen3_vl(hf: Any) -> dict[str, Any]:
+  return _same_bias(hf) | dict(qk_norm=True)
+
+
 def _gemma(hf: Any) -> dict[str, Any]:
   return _same_bias(hf) | dict(norm_offset=True, embedding_scale=hf.hidden_size**0.5)
+
+
+def _gemma3(hf: Any) -> dict[str, Any]:
+  local = [layer for layer, kind in enumerate(hf.layer_types) if kind == "sliding_attention"]
+  return (
+    _same_bias(hf)
+    | _windows(hf, hf.layer_types)
+    | dict(
+      qk_norm=True,
+      query_scale=(hf.head_dim / hf.query_pre_attn_scalar) ** 0.5,
+      output_norms=True,
+      norm_offset=True,
+      embedding_scale=hf.hidden_size**0.5,
+      local_rope=_rope(hf.rope_parameters["sliding_attention"]),
+      local_layers=tuple(local),
+    )
+  )
 
 
 def _phi3(hf: Any) -> dict[str, Any]:
@@ -44,6 +65,11 @@ def _windows(hf: Any, layer_types: list[str]) -> dict[str, Any]:
   return dict(sliding_window=hf.sliding_window, sliding_layers=tuple(sliding))
 
 
+def _rope(parameters: Mapping[str, Any]) -> RopeConfig:
+  scaling = {field.name for field in dataclasses.fields(RopeConfig)} & parameters.keys()
+  return RopeConfig(theta=parameters["rope_theta"], **{name: parameters[name] for name in scaling})
+
+
 def _head_dim(hf: Any) -> int:
   return getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
 
@@ -55,7 +81,11 @@ TEXT_MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {
   "qwen2": _qwen2,
   "qwen3": _qwen3,
   "gemma": _gemma,
+  "gemma3_text": _gemma3,
   "phi3": _phi3,
+  "qwen2_vl_text": _qwen2,
+  "qwen2_5_vl_text": _qwen2,
+  "qwen3_vl_text": _qwen3_vl,
 }
 
 
@@ -75,12 +105,16 @@ def text_config(hf: Any, where: str, *, tied: bool | None = None) -> TextConfig:
   Raises:
     UserError: the activation, RoPE scaling or attention is not supported; the message names what is.
   """
-  rope = dict(hf.rope_parameters)
-  check_supported(rope.get("rope_type", "default"), ROPE_TYPES, where=where, what="RoPE scaling")
-  check_supported(hf.hidden_act, ACTIVATIONS, where=where, what="activation")
+  ropes = [dict(own) for own in hf.rope_parameters.values() if isinstance(own, Mapping)] or [dict(hf.rope_parameters)]
+  for own in ropes:
+    check_supported(own.get("rope_type", "default"), ROPE_TYPES, where=where, what="RoPE scaling")
+  hidden_act = getattr(hf, "hidden_act", None) or hf.hidden_activation
+  check_supported(hidden_act, ACTIVATIONS, where=where, what="activation")
   if getattr(hf, "use_bidirectional_attention", None):
     raise UserError(f"{where}: bidirectional attention (use_bidirectional_attention) is not supported; causal is")
-  scaling = {field.name for field in dataclasses.fields(RopeConfig)} & rope.keys()
+  for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+    if getattr(hf, name, None):
+      raise UserError(f"{where}: soft caps of logits ({name}) are not supported")
   common = dict(
     vocab_size=hf.vocab_size,
     hidden_size=hf.hidden_size,
@@ -91,9 +125,9 @@ def text_config(hf: Any, where: str, *, tied: bool | None = None) -> TextConfig:
     head_dim=_head_dim(hf),
     rms_norm_eps=hf.rms_norm_eps,
     max_position_embeddings=hf.max_position_embeddings,
-    tie_word_embeddings=bool(hf.tie_word_embeddings or tied),
-    hidden_act=hf.hidden_act,
-    rope=RopeConfig(theta=rope["rope_theta"], **{name: rope[name] for name in scaling}),
+    tie_word_embeddings=bool(getattr(hf, "tie_word_embeddings", False) or tied),
+    hidden_act=hidden_act,
+    rope=_rope(hf.rope_parameters.get("full_attention", hf.rope_parameters)),
     rotary_dim=_head_dim(hf),
   )
   return TextConfig(**common | TEXT_MODELS[hf.model_type](hf)).within(hf.max_position_embeddings)

@@ -18,6 +18,10 @@ class VisionConfig:
     has_class_token: whether a class token precedes the patches.
     patch_bias: whether the patch embedding has a bias.
     qk_norm: whether queries and keys are normalised, over all heads together.
+    final_norm: whether the tower's last norm is applied to the features.
+    merge_size: side of the squares of patches whose features are concatenated, row by row, to those of one image token.
+    pool: side, in patches, of the squares whose features are averaged.
+    deepstack_layers: layers whose outputs are also connected, and added in the first layers of the decoder.
   """
 
   model_type: str
@@ -36,6 +40,10 @@ class VisionConfig:
   qkv_bias: bool = True
   norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
   qk_norm: bool = False
+  final_norm: bool = False
+  merge_size: int = 1
+  pool: int = 1
+  deepstack_layers: tuple[int, ...] = ()
 
   @property
   def num_layers_run(self) -> int:
@@ -44,15 +52,46 @@ class VisionConfig:
 
   @property
   def num_features(self) -> int:
-    """Width of the concatenated features."""
-    return len(self.feature_layers) * self.hidden_size
+    """Width of the concatenated features of an image token."""
+    return len(self.feature_layers) * self.hidden_size * self.merge_size**2
+
+  def num_patches(self, height: int, width: int) -> int:
+    """Patches of a picture of `height` × `width` pixels."""
+    return (height // self.patch_size) * (width // self.patch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchVisionConfig(VisionConfig):
+  """A vision tower for the patches of pictures of any size.
+
+  Attributes:
+    rope_theta: base of the rotary position embedding along rows and columns.
+    window_size: side, in patches, of the windows that attention is confined to; None for whole pictures.
+    full_attention_layers: layers whose attention is confined to pictures alone.
+    is_gated: whether the feed-forward is gated.
+    has_position_embedding: whether a learned grid of positions is interpolated, of the size `image_size`.
+  """
+
+  rope_theta: float = 10_000.0
+  window_size: int | None = None
+  full_attention_layers: tuple[int, ...] = ()
+  is_gated: bool = False
+  has_position_embedding: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
-  """The two linear layers between tower and decoder."""
+  """The two linear layers between tower and decoder, and the epsilon of the layer norm before them, if there is one."""
 
   hidden_act: str
+  use_bias: bool
+  layer_norm_eps: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+  """One linear layer between tower and decoder."""
+
   use_bias: bool
 
 
@@ -66,8 +105,29 @@ class ResamplerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MergerConfig:
+  """A norm of each of `num_parts` equal parts of the features, then two linear layers."""
+
+  num_parts: int
+  norm_type: Literal["layer_norm", "rms_norm"]
+  layer_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
+class NormLinearConfig:
+  """An RMSNorm and a linear map."""
+
+  rms_norm_eps: float
+
+
+@dataclasses.dataclass(frozen=True)
 class RopeConfig:
-  """Rotary position embedding; scaling types and their parameters as in `config.json`."""
+  """Rotary position embedding; scaling types and their parameters as in `config.json`.
+
+  Attributes:
+    sections: frequencies of every axis of positions, if they have several; see `rope.axis_of_frequency`.
+    interleaved: whether the axes take turns.
+  """
 
   theta: float
   rope_type: str = "default"
@@ -75,6 +135,8 @@ class RopeConfig:
   low_freq_factor: float = 1.0
   high_freq_factor: float = 4.0
   original_max_position_embeddings: int = 8192
+  sections: tuple[int, ...] = ()
+  interleaved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +148,13 @@ class TextConfig:
     output_bias: whether the output projection of the attention has one.
     rotary_dim: leading features of a head that are rotated.
     qk_norm: whether queries and keys of every head are normalised before they are rotated.
+    query_scale: factor of rotated queries, besides the head_dim^-½ of the attention.
+    output_norms: whether the outputs of attention and feed-forward are normalised, too, before they are added.
     norm_offset: whether norms multiply by 1 + weight, in float32.
     embedding_scale: factor of text embeddings; image tokens are not scaled.
+    local_rope: rotary embedding of `local_layers`, if it differs from that of the others.
     sliding_window: tokens that a query sees in `sliding_layers`, its own included.
+    is_bidirectional: whether image tokens see the later tokens of their image, too.
   """
 
   vocab_size: int
@@ -108,10 +174,19 @@ class TextConfig:
   output_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  query_scale: float = 1.0
+  output_norms: bool = False
   norm_offset: bool = False
   embedding_scale: float = 1.0
+  local_rope: RopeConfig | None = None
+  local_layers: tuple[int, ...] = ()
   sliding_window: int | None = None
   sliding_layers: tuple[int, ...] = ()
+  is_bidirectional: bool = False
+
+  def rope_of(self, layer: int) -> RopeConfig:
+    """The rotary embedding of a layer."""
+    return self.local_rope if layer in self.local_layers else self.rope
 
   def window(self, layer: int) -> int | None:
     """The window of a layer; None if queries see all earlier tokens."""
@@ -125,12 +200,25 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A vision-language model; `image_token_id` fills the image slots of `Inputs.tokens`."""
+  """A vision-language model.
+
+  Attributes:
+    image_token_id: fills the image slots of `Inputs.tokens`.
+    has_newline: whether there is a learned image token that ends a row of patches.
+    num_taps: outputs of the connector that an image token is a weighted sum of; see `inputs.Images`.
+  """
 
   vision: VisionConfig
-  connector: ConnectorConfig | ResamplerConfig
+  connector: ConnectorConfig | LinearConfig | NormLinearConfig | ResamplerConfig | MergerConfig
   text: TextConfig
   image_token_id: int
+  has_newline: bool = False
+  num_taps: int = 1
+
+  @property
+  def has_feature_per_token(self) -> bool:
+    """Whether an image token other than a newline is the connector's image of one feature."""
+    return self.num_taps == 1 and not isinstance(self.connector, ResamplerConfig)
 
   def num_image_tokens(self, height: int, width: int) -> int:
     """Image tokens of a picture of `height` × `width` pixels."""
@@ -141,5 +229,5 @@ class ModelConfig:
   def num_features(self, height: int, width: int) -> int:
     """Tokens that enter the connector for a picture of `height` × `width` pixels."""
     vision = self.vision
-    tokens = (height // vision.patch_size) * (width // vision.patch_size) + vision.has_class_token
-    return tokens - (vision.select_strategy == "default")
+    tokens = vision.num_patches(height, width) + vision.has_class_token - (vision.select_strategy == "default")
+    return tokens // (vision.merge_size * vision.pool) ** 2

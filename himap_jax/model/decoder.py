@@ -1,12 +1,13 @@
 """A decoder of the LLaMA line: runs ranges of layers over a sequence, or all layers on one new token over a cache.
 
-Axes: B batch, S query slots, T cache slots, M slots of new tokens, N query heads, K key heads, H head dim, F rotated
-features of a head, D model dim, R updated slots.
+Axes: B batch, S query slots, A axes of positions (none for one), T cache slots, M slots of new tokens, N query heads, K
+key heads, H head dim, F rotated features of a head, D model dim, R updated slots, I image tokens before pruning.
 
-It is independent of images and pruning.
+It is independent of pruning.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import pytree, take_slots, visible
+from himap_jax.inputs import IMAGE, Layout, pytree, take_slots
 from himap_jax.model import cache, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
-from himap_jax.model.config import TextConfig
+from himap_jax.model.config import RopeConfig, TextConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
 from himap_jax.model.tracing import traced_once
@@ -58,8 +59,9 @@ class Attention(DecoderModule):
       self.q_norm, self.k_norm = _norm(c), _norm(c)
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
-    query = self._heads(self.q_proj(x))
-    return rope.rotate(self.q_norm(query) if self.config.qk_norm else query, *rotation)
+    query, scale = self._heads(self.q_proj(x)), self.config.query_scale
+    query = rope.rotate(self.q_norm(query) if self.config.qk_norm else query, *rotation)
+    return query if scale == 1 else (query.astype(jnp.float32) * scale).astype(query.dtype)
 
   def key_value(
     self, x: Float[Array, "B S D"], rotation: Rotation
@@ -100,12 +102,15 @@ class DecoderLayer(DecoderModule):
     self.self_attn = Attention(self.config, self.kernels)
     self.post_attention_layernorm = _norm(self.config)
     self.mlp = FeedForward(self.config, self.kernels)
+    if self.config.output_norms:
+      self.pre_feedforward_layernorm, self.post_feedforward_layernorm = _norm(self.config), _norm(self.config)
 
   def __call__(
     self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
   ) -> tuple[Float[Array, "B S D"], Projections]:
     projections = self.self_attn.project(self.input_layernorm(x), rotation)
-    context = self.kernels.attention(projections.query, projections.key, projections.value, mask, is_causal=True)
+    is_causal = mask is None or not self.config.is_bidirectional
+    context = self.kernels.attention(projections.query, projections.key, projections.value, mask, is_causal=is_causal)
     return self._finish(x, context), projections
 
   def project(self, x: Float[Array, "B S D"], rotation: Rotation, slots: Int[Array, "B R"]) -> Projections:
@@ -148,7 +153,11 @@ class DecoderLayer(DecoderModule):
     return self._finish(x, self.kernels.cache_attention(own.query, prompt, (keys, values, mask))), keys, values
 
   def _finish(self, x: Float[Array, "B S D"], context: Float[Array, "B S N H"]) -> Float[Array, "B S D"]:
-    x = x + self.self_attn.output(context)
+    y = self.self_attn.output(context)
+    if self.config.output_norms:
+      x = x + self.post_attention_layernorm(y)
+      return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+    x = x + y
     return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -170,55 +179,61 @@ class Decoder(DecoderModule):
   def __call__(
     self,
     x: Float[Array, "B S D"],
-    positions: Int[Array, "B S"],
+    positions: Int[Array, "B S *A"],
     layers: range,
     *,
-    order: Int[Array, "B S"] | None = None,
+    layout: Layout,
     mask: Bool[Array, "B 1 S S"] | None = None,
     partial_layers: frozenset[int] = frozenset(),
-    updated_slots: Int[Array, "B R"] | None = None,
+    injections: tuple[Float[Array, "B I D"], ...] = (),
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
     """Runs a range of layers.
 
     Args:
-      order: see `Layout.order`; absent for rows that were not pruned, where it is the slot's index.
-      mask: true where a query slot (row) may attend to a key slot; attention is causal in any case.
-      partial_layers: layers that update only `updated_slots`, to which `mask` does not apply.
+      mask: true where a query slot (row) may attend to a key slot, of those that it sees by the layout.
+      partial_layers: layers that do not update image tokens, to which `mask` does not apply.
+      injections: what is added to the image tokens after the first layers, one each (DeepStack, arXiv 2406.04334).
 
     Returns:
       The hidden states, and the projections of each layer.
     """
-    rotation = rope.rotation(self.config.rope, self.config.rotary_dim, positions)
-    if order is None:
-      order = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2])
+    rotation_of = self._rotations(positions)
+    updated_slots = layout.text_slots() if partial_layers else None
 
     @functools.cache
     def mask_of(window: int | None) -> Bool[Array, "B 1 S S"] | None:
-      if window is None:
-        return mask
-      in_window = visible(order, order, window)[:, None]
-      return in_window if mask is None else in_window & mask
+      if window is None and not layout.is_bidirectional:
+        return mask  # the attention is causal
+      seen = layout.replace(window=window).visible()[:, None]
+      return seen if mask is None else seen & mask
 
     @functools.cache
     def partial_mask_of(window: int | None) -> Bool[Array, "B 1 R S"]:
-      return visible(order, take_slots(order, updated_slots), window)[:, None]
+      return layout.replace(window=window).visible(updated_slots)[:, None]
 
     projections = []
     for index in layers:
       layer, window = self.layers[index], self.config.window(index)
+      rotation = rotation_of(self.config.rope_of(index))
       with jax.named_scope(f"layer_{index}"):
         if index in partial_layers:
           x, layer_projections = layer.update(x, rotation, updated_slots, partial_mask_of(window))
         else:
           x, layer_projections = layer(x, rotation, mask_of(window))
+        if index < len(injections):
+          x = x + _at_image_slots(injections[index], layout)
       projections.append(layer_projections)
     return x, projections
 
   def project(
-    self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
+    self, x: Float[Array, "B S D"], positions: Int[Array, "B S *A"], layer: int, slots: Int[Array, "B R"]
   ) -> Projections:
     """Projections of `x` in a layer's attention: keys and values of all slots, queries of `slots`."""
-    return self.layers[layer].project(x, rope.rotation(self.config.rope, self.config.rotary_dim, positions), slots)
+    return self.layers[layer].project(x, self._rotations(positions)(self.config.rope_of(layer)), slots)
+
+  def _rotations(self, positions: Int[Array, "B S *A"]) -> Callable[[RopeConfig], Rotation]:
+    """The rotation of every position by a rotary embedding, computed once for each."""
+    return functools.cache(lambda config: rope.rotation(config, self.config.rotary_dim, positions))
 
   def extend(
     self,
@@ -241,7 +256,7 @@ class Decoder(DecoderModule):
       The hidden states before the final norm, and `new` including this token.
     """
     x = self.embed(tokens, dtype)
-    rotation = rope.rotation(self.config.rope, self.config.rotary_dim, positions)
+    rotation_of = self._rotations(positions)
     new = new.append_order(order)
     windows = {self.config.window(index) for index in range(self.config.num_hidden_layers)}
     new_masks = {window: cache.visible(new.order, order, window) for window in windows}
@@ -253,7 +268,14 @@ class Decoder(DecoderModule):
         index = len(keys)
         window = self.config.window(index)
         own = (new.keys[index], new.values[index], new_masks[window])
+        rotation = rotation_of(self.config.rope_of(index))
         x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, masks[window]), own, slot)
         keys.append(new_keys)
         values.append(new_values)
     return x, new.replace(keys=tuple(keys), values=tuple(values))
+
+
+def _at_image_slots(injection: Float[Array, "B I D"], layout: Layout) -> Float[Array, "B S D"]:
+  """Each remaining image token's injection in its slot, and zero elsewhere."""
+  own = take_slots(injection, jnp.maximum(layout.image_token, 0))
+  return jnp.where((layout.kind == IMAGE)[:, :, None], own, 0)

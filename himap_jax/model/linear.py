@@ -132,3 +132,6 @@ class LayerNorm(nn.Module):
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
     return (jnp.broadcast_to(weight, y.shape) * y + jnp.broadcast_to(bias, y.shape)).astype(x.dtype)
+
+
+NORMS = {"layer_norm": LayerNorm, "rms_norm": RMSNorm}

@@ -1,6 +1,6 @@
 """A vision-language model: tower → connector → merge with the text → decoder.
 
-Axes: B batch, P pictures of a row, S slots, N image tokens of a row, D model dim, V vocabulary.
+Axes: B batch, S slots, A axes of positions (none for one), N image tokens of a row, D model dim, V vocabulary.
 """
 
 import dataclasses
@@ -14,23 +14,48 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from himap_jax.inputs import Inputs, Layout, put_image_tokens, pytree
+from himap_jax.inputs import Images, Inputs, Layout, put_image_tokens, pytree, take_slots
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.connectors import CONNECTORS
 from himap_jax.model.decoder import Decoder
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.linear import Embedding, cast
-from himap_jax.model.towers import VisionTower
+from himap_jax.model.towers import abstract_images, vision_tower
 from himap_jax.model.towers.common import TowerOutput
 
 
+def pack(outputs: Float[Array, "B F *D"], images: Images, newline: Float[Array, "*D"] | None) -> Float[Array, "B N *D"]:
+  """What belongs to each image token, from what belongs to each output of the connector: see `Images`.
+
+  Without `newline`, newlines are zeros.
+  """
+  if images.pack_index is None:
+    return outputs
+  batch, num_tokens, taps = images.pack_index.shape
+  newline = jnp.zeros(outputs.shape[2:], outputs.dtype) if newline is None else newline.astype(outputs.dtype)
+  newlines = jnp.broadcast_to(newline, (batch, 1, *outputs.shape[2:]))
+  index = jnp.where(images.pack_index < 0, outputs.shape[1], images.pack_index).reshape(batch, -1)
+  taken = take_slots(jnp.concatenate([outputs, newlines], axis=1), index)
+  taken = taken.reshape(batch, num_tokens, taps, *outputs.shape[2:])
+  if images.pack_weight is None:
+    return taken.sum(axis=2)
+  return jnp.einsum("BNt...,BNt->BN...", taken, images.pack_weight.astype(taken.dtype))
+
+
 class Embedded(NamedTuple):
-  """Prompts before the decoder: hidden states, rotary positions, layout and tower output."""
+  """Prompts before the decoder.
+
+  Attributes:
+    x: hidden states.
+    tower: output of the vision tower, by image token; None without pictures.
+    injections: what is added to the image tokens after the first layers of the decoder.
+  """
 
   x: Float[Array, "B S D"]
-  positions: Int[Array, "B S"]
+  positions: Int[Array, "B S *A"]
   layout: Layout
-  tower: TowerOutput
+  tower: TowerOutput | None
+  injections: tuple[Float[Array, "B N D"], ...] = ()
 
 
 class Network(nn.Module):
@@ -42,27 +67,46 @@ class Network(nn.Module):
 
   def setup(self) -> None:
     config, text = self.config, self.config.text
-    self.vision_tower = VisionTower(config.vision, self.kernels)
+    self.vision_tower = vision_tower(config.vision, self.kernels)
     connector = CONNECTORS[type(config.connector)]
     self.multi_modal_projector = connector(config.connector, text.hidden_size, self.kernels)
+    self.deepstack_mergers = [  # which normalise the features of a square together
+      connector(dataclasses.replace(config.connector, num_parts=1), text.hidden_size, self.kernels)
+      for _ in config.vision.deepstack_layers
+    ]
     self.language_model = Decoder(text, self.kernels)
+    if config.has_newline:
+      self.image_newline = self.param("image_newline", nn.initializers.normal(0.02), (text.hidden_size,))
     if not text.tie_word_embeddings:
       self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))
 
-  def encode_images(self, pixel_values: Float[Array, "B P 3 h w"]) -> tuple[Float[Array, "B N D"], TowerOutput]:
-    """Image tokens in the decoder's width, and the tower output, both of all pictures of a row."""
-    batch, pictures = pixel_values.shape[:2]
+  def encode_images(self, images: Images) -> tuple[Float[Array, "B N D"], TowerOutput]:
+    """Image tokens in the decoder's width, and the tower output by image token, both of all pictures of a row."""
+    batch = images.pixels.shape[0]
     with jax.named_scope("vision_tower"):
-      tower = self.vision_tower(pixel_values.reshape(-1, *pixel_values.shape[2:]).astype(self.dtype))
+      tower = self.vision_tower(images.replace(pixels=images.pixels.astype(self.dtype)))
     with jax.named_scope("connector"):
-      image_tokens = self.multi_modal_projector(tower.features)
-    return jax.tree.map(lambda x: x.reshape(batch, pictures * x.shape[1], *x.shape[2:]), (image_tokens, tower))
+      outputs = self.multi_modal_projector(tower.features), tower
+      image_tokens, tower = jax.tree.map(
+        lambda x: x.reshape(batch, x.shape[0] // batch * x.shape[1], *x.shape[2:]), outputs
+      )
+      newline = self.image_newline if self.config.has_newline else None
+      tower = jax.tree.map(lambda x: pack(x, images, None), tower)
+      if newline is not None and images.pack_index is not None:
+        tower = tower.replace(is_newline=images.pack_index[..., 0] < 0)
+      return pack(image_tokens, images, newline), tower
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
-    image_tokens, tower = self.encode_images(inputs.pixel_values)
+    layout = inputs.layout.replace(is_bidirectional=self.config.text.is_bidirectional)
     x = self.language_model.embed(inputs.tokens, self.dtype)
-    return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
+    if not layout.num_image_tokens:
+      return Embedded(x, inputs.positions, layout, None)
+    image_tokens, tower = self.encode_images(inputs.images)
+    x = put_image_tokens(x, image_tokens, layout)
+    pairs = zip(self.deepstack_mergers, tower.deepstack, strict=True)
+    injections = tuple(merger(features) for merger, features in pairs)
+    return Embedded(x, inputs.positions, layout, tower, injections)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""
@@ -73,7 +117,10 @@ class Network(nn.Module):
   def __call__(self, inputs: Inputs) -> Float[Array, "B S V"]:
     """Logits of every slot, without pruning; undefined in padding."""
     embedded = self.embed(inputs)
-    x, _ = self.language_model(embedded.x, embedded.positions, range(self.config.text.num_hidden_layers))
+    layers = range(self.config.text.num_hidden_layers)
+    x, _ = self.language_model(
+      embedded.x, embedded.positions, layers, layout=embedded.layout, injections=embedded.injections
+    )
     return self.logits(x)
 
 
@@ -123,5 +170,6 @@ def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
   image_id = np.zeros((1, num_image_tokens + 1), np.int32)
   image_id[0, -1] = -1
   layout = Layout.of_rows((image_id >= 0).astype(np.int32), image_id, num_image_tokens)
-  inputs = Inputs(image_id, layout, image_id, np.zeros((1, 1, 3, side, side), np.float32))
+  images = jax.tree.map(lambda x: x.update(shape=(1, *x.shape)), abstract_images(config.vision, side, side))
+  inputs = Inputs(image_id, layout, image_id, images)
   return jax.eval_shape(lambda inputs: Network(config).init(jax.random.key(0), inputs), inputs)

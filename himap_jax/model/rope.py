@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., arXiv 2104.09864) with the scalings that LLaMA checkpoints use.
 
-Axes: B batch, S sequence, N heads, H head dim, R rotated features of a head.
+Axes: B batch, S sequence, A axes of positions (none for one), N heads, H head dim, R rotated features of a head.
 """
 
 import math
@@ -32,12 +32,31 @@ def frequencies(config: RopeConfig, rotary_dim: int) -> np.ndarray:
 
 
 def rotation(
-  config: RopeConfig, rotary_dim: int, positions: Int[Array, "B S"]
+  config: RopeConfig, rotary_dim: int, positions: Int[Array, "B S *A"]
 ) -> tuple[Float[Array, "B S 1 R"], Float[Array, "B S 1 R"]]:
   """Cosine and sine of every position in float32; computed once and shared by all layers."""
-  angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), jnp.asarray(frequencies(config, rotary_dim)))
+  frequency = jnp.asarray(frequencies(config, rotary_dim))
+  if positions.ndim == 2:
+    angle = jnp.einsum("BS,F->BSF", positions.astype(jnp.float32), frequency)
+  else:
+    axis = axis_of_frequency(config.sections, interleaved=config.interleaved)
+    angle = jnp.einsum("BSF,F->BSF", positions[:, :, axis].astype(jnp.float32), frequency)
   angle = jnp.concatenate([angle, angle], axis=-1)[:, :, None, :]
   return jnp.cos(angle), jnp.sin(angle)
+
+
+def axis_of_frequency(sections: tuple[int, ...], *, interleaved: bool) -> np.ndarray:
+  """The axis of the position that each frequency turns by, `[R/2]`; `sections` counts the frequencies of every axis.
+
+  Axes have consecutive frequencies (Qwen2-VL, arXiv 2409.12191), or take turns until their sections are used up, and the
+  rest goes to the first (Qwen3-VL).
+  """
+  axis = np.repeat(np.arange(len(sections)), sections)
+  if interleaved:
+    axis = np.zeros(sum(sections), np.int64)
+    for number, count in enumerate(sections[1:], start=1):
+      axis[number : count * len(sections) : len(sections)] = number
+  return axis
 
 
 def rotate(

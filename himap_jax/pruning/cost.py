@@ -56,7 +56,9 @@ def costs(
 ) -> Costs:
   """Costs of one prompt, from its image tokens before pruning and its text tokens.
 
-  All text tokens count as instruction; `bytes_per_value` is that of the cache.
+  All text tokens count as instruction; `bytes_per_value` is that of the cache. `num_pictures` counts the tiles of the
+  pictures, or the patches in towers for patches, whose attention counts all pairs of a row's patches: those of other
+  pictures or windows are computed and masked.
 
   A decoder layer takes 2udq for queries and outputs, 2ndk for keys and values, 2unq for attention and 3udm for the
   gated feed-forward. Of its n tokens u are updated: all, or only the text if image tokens are frozen; q and k are the
@@ -83,7 +85,7 @@ def costs(
       scoring += segment.stage.criterion.cost(own)
   return Costs(
     image_tokens=image_tokens,
-    tower=num_pictures * sizes.tower_flops,
+    tower=num_pictures * sizes.tower_flops + num_pictures**2 * sizes.tower_flops_per_pair,
     projector=num_pictures * sizes.connector_flops,
     decoder=decoder,
     scoring=scoring,

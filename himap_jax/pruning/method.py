@@ -39,6 +39,7 @@ class View:
     project: the connector, from features to the decoder's width.
     keys: `[B]` a random key per row, independent of the batch.
     parameters: the method's parameters by name; traced, so new values need no compilation.
+    is_newline: `[B, P]` which image tokens are learned newlines, without a feature; None if none are.
   """
 
   layer: int
@@ -56,11 +57,17 @@ class View:
   project: Callable[[Float[Array, "B K F"]], Float[Array, "B K D"]]
   keys: Key[Array, "B"]
   parameters: Mapping[str, Float[Array, ""]]
+  is_newline: Bool[Array, "B P"] | None = None
 
   def attention_from(self, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None) -> Float[Array, "B M"]:
     """Attention that image tokens receive from `rows` in the previous layer, summed over rows, averaged over heads."""
     query = take_slots(self.query, rows)
     return scoring.received_attention(query, self.key, self.layout, rows, scale=self.scale, valid=valid)
+
+  def has_feature(self) -> Bool[Array, "B P"]:
+    """Before the decoder: the image tokens that the row has, without newlines."""
+    present = self.layout.image_present()
+    return present if self.is_newline is None else present & ~self.is_newline
 
   def image_tokens(self) -> Float[Array, "B M D"]:
     return take_slots(self.x, self.layout.image_slots())
@@ -82,11 +89,25 @@ class Selection(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-  """The selection rule of a stage, and its multiplications for one row, in matrix products only."""
+  """The selection rule of a stage.
+
+  Attributes:
+    cost: its multiplications for one row, in matrix products only.
+    rank: if the tokens that it keeps at a count are the first of those that it keeps at a higher one: `[B, K]` indices
+      of these, best first.
+  """
 
   select: Callable[[View, int], Selection]
   cost: Callable[[Sizes], int]
+  rank: Callable[[View, int], Int[Array, "B K"]] | None = None
 
+
+# What a method may need of a model's tower, and what it means that a model lacks it.
+Need = Literal["class_attention", "features"]
+NEEDS: dict[Need, str] = {
+  "class_attention": "reads the attention of the tower's class token, and this model's tower has none",
+  "features": "reads the tower's feature of every image token, and this model's image tokens are made of several each",
+}
 
 PerDepth = Callable[[int], tuple[int, ...]]
 
@@ -104,6 +125,7 @@ class Method:
     acts: where its stages may be: `before` the decoder (layer 0), `inside` it, since they read the attention of the
       previous layer, or `anywhere`.
     freezes: whether `prune_layers` are layers in which image tokens are not updated, instead of stages.
+    needs: what it reads of the tower.
     parameters: parameters that can change without recompilation, with their defaults.
     check: raises `UserError` for invalid values of the parameters.
   """
@@ -114,7 +136,7 @@ class Method:
   keep: tuple[float, ...] | Callable[[int], tuple[float, ...]] = ()
   acts: Literal["before", "inside", "anywhere"] = "inside"
   freezes: bool = False
-  needs_class_attention: bool = False
+  needs: frozenset[Need] = frozenset()
   parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
   check: Callable[[Mapping[str, float]], None] = lambda parameters: None
 
@@ -122,11 +144,15 @@ class Method:
 def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes], int]) -> Criterion:
   """The criterion that keeps the highest scores; of equal scores the earlier token."""
 
-  def select(view: View, keep: int) -> Selection:
-    scores = jnp.where(view.layout.image_present(), score(view), -jnp.inf)
-    return Selection(jnp.sort(stable_top_k(scores, keep), axis=1))
+  def rank(view: View, keep: int) -> Int[Array, "B K"]:
+    return stable_top_k(jnp.where(view.layout.image_present(), score(view), -jnp.inf), keep)
 
-  return Criterion(select, cost)
+  return ranking(rank, cost)
+
+
+def ranking(rank: Callable[[View, int], Int[Array, "B K"]], cost: Callable[[Sizes], int]) -> Criterion:
+  """The criterion that keeps the first tokens of a ranking."""
+  return Criterion(lambda view, keep: Selection(jnp.sort(rank(view, keep), axis=1)), cost, rank)
 
 
 def stable_top_k(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]:

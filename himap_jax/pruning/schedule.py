@@ -14,15 +14,18 @@ class Stage:
   Attributes:
     layer: the stage is before it; counted from 0, 0 is before the decoder.
     keep: image tokens that it leaves: a count, or a share of those of the prompt before pruning.
+    share: the share that a count was made of, if it was: in a ragged batch every row has its own count.
   """
 
   layer: int
   keep: int | float
   criterion: Criterion
+  share: float | None = None
 
   def count(self, num_image_tokens: int) -> int:
     """Image tokens that it leaves of a prompt's: at least one of a share; a count may be above `num_image_tokens`."""
-    return self.keep if isinstance(self.keep, int) else max(1, round(self.keep * num_image_tokens))
+    share = self.keep if self.share is None else self.share
+    return share if isinstance(share, int) else max(1, round(share * num_image_tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,11 @@ class Schedule:
       count = own
     return self.with_counts([s.stage.keep for s in self.segments(num_layers, num_image_tokens) if s.stage is not None])
 
+  @property
+  def is_ranking(self) -> bool:
+    """Whether rows of a batch may have different numbers of image tokens; see `Criterion.rank`."""
+    return all(stage.criterion.rank is not None for stage in self.stages)
+
   def with_counts(self, counts: Sequence[int]) -> "Schedule":
     """The same stages with other keep counts, such as those of one row if rows keep different counts."""
     stages = (dataclasses.replace(stage, keep=keep) for stage, keep in zip(self.stages, counts, strict=True))
@@ -92,7 +100,8 @@ class Schedule:
         raise UserError(f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}")
       if segments and stage.layer <= first:
         raise UserError(f"pruning layers must ascend, but {stage.layer} follows {first}")
-      own = dataclasses.replace(stage, keep=min(count, stage.count(num_image_tokens)))
+      share = stage.keep if isinstance(stage.keep, float) else None
+      own = dataclasses.replace(stage, keep=min(count, stage.count(num_image_tokens)), share=share)
       segments.append(Segment(first, stage.layer, count, own))
       first, count = stage.layer, own.keep
     segments.append(Segment(first, num_layers, count, None))

@@ -9,8 +9,9 @@ class ModelSizes:
 
   Attributes:
     num_features: width of the connector's input.
-    tower_flops: multiplications of the vision tower for one picture.
-    connector_flops: multiplications of the connector for one picture.
+    tower_flops: multiplications of the vision tower for one tile or patch.
+    tower_flops_per_pair: those for every pair of a row's patches, which attention adds in towers for patches; else 0.
+    connector_flops: multiplications of the connector for one tile or patch.
     connector_flops_per_token: those per image token, where each is connected by itself; else 0.
   """
 
@@ -25,6 +26,7 @@ class ModelSizes:
   tower_heads: int
   num_features: int
   tower_flops: int
+  tower_flops_per_pair: int
   connector_flops: int
   connector_flops_per_token: int
 

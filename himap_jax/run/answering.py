@@ -23,7 +23,6 @@ from himap_jax.inputs import Example
 from himap_jax.run.command import out_of_memory_is_user_error, user_error
 from himap_jax.run.drawing import draw_kept
 from himap_jax.run.output import Output
-from himap_jax.run.pictures import load_with_digest
 from himap_jax.run.progress import Progress
 from himap_jax.run.prompts import Prompt
 from himap_jax.run.summary import Result, Summary
@@ -82,7 +81,7 @@ class Answerer:
 
   Attributes:
     batch_size: rows of a batch over all processes; a multiple of the mesh's `data` axis.
-    emit: extra fields of a row: `tokens`, `kept`, `logits`, `timing`.
+    emit: extra fields of a row: `tokens`, `kept`, `patches`, `logits`, `timing`.
     pictures: directory for pictures of kept patches, if any.
   """
 
@@ -108,7 +107,7 @@ class Answerer:
     num_rows = self.batch_size // share.count
 
     def prepare(prompt: Prompt) -> tuple[Bucket, Prepared]:
-      loaded = [load_with_digest(contract.image_dir / image) for image in prompt.images]
+      loaded = [contract.files.load(image) for image in prompt.images]
       example = self.processor.prepare([image for image, _ in loaded], prompt.question)
       digest = contract.row_digest(prompt, [digest for _, digest in loaded])
       return self.batcher.bucket(example), Prepared(prompt, example, digest)
@@ -130,7 +129,7 @@ class Answerer:
           summary.prefill_seconds += generation.prefill_seconds
           summary.decode_seconds += generation.decode_seconds
           if share.is_written_here:
-            results += self._results(group, generation)
+            results += self._results(group, generation, buckets[index])
         results = _gather_results(results if share.is_written_here else [])
         output.write([result.row for result in results])
         if results:
@@ -143,10 +142,11 @@ class Answerer:
 
   def _generate(self, group: Sequence[Prepared], bucket: Bucket, num_rows: int) -> Generation:
     inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
-    with out_of_memory_is_user_error():
+    what = f"{num_rows} rows of {bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
+    with out_of_memory_is_user_error(what):
       return self.engine(inputs, [row.prompt.key for row in group])
 
-  def _results(self, group: Sequence[Prepared], generation: Generation) -> list[Result]:
+  def _results(self, group: Sequence[Prepared], generation: Generation, bucket: Bucket) -> list[Result]:
     results = []
     seconds = {name: getattr(generation, name) / max(1, len(group)) for name in ("prefill_seconds", "decode_seconds")}
     for index, (prompt, example, digest) in enumerate(group):
@@ -160,17 +160,23 @@ class Answerer:
       more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}
       if "kept" in self.emit:
         more["kept"] = kept
+      if "patches" in self.emit:
+        places = self.processor.places(example)
+        more["kept_patches"] = [places[stage].tolist() for stage in kept]
       if "logits" in self.emit:
         more["first_logits"] = logits.tolist()
       if "timing" in self.emit:
         more["timing"] = seconds | {"rows_in_batch": len(group)}
       row = prompt.row(digest, answer=self.processor.decode(tokens), **more)
-      counts = (example.num_pictures, example.num_image_tokens, example.num_text_tokens)
-      results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept]))
+      counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
+      num_slots = bucket.num_image_tokens + bucket.num_text_slots
+      results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots))
     return results
 
   def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:
-    picture = draw_kept(self.processor.pictures(example), kept, self.processor.patch_grid)
+    if not example.num_images:
+      return
+    picture = draw_kept(self.processor.views(example), kept)
     path = self.pictures / f"{prompt.file_name}.png"
     with user_error(f"--pictures: cannot write {path}"):
       picture.save(path, format="PNG")

@@ -16,8 +16,9 @@ from typing import Any
 
 from checkpoints_convert.source import read_json, write_json
 from himap_jax.errors import UserError
+from himap_jax.run import sources
 from himap_jax.run.command import differences, user_error
-from himap_jax.run.pictures import file_digest
+from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt
 
 _DIGITS = 16
@@ -35,14 +36,14 @@ class Contract:
   Attributes:
     settings: everything that answers depend on besides the prompts, as JSON values.
     prompts: all prompts, the same in every process.
-    image_dir: base of relative image paths.
+    files: reads the pictures.
     advice: what to do about rows made with other settings.
   """
 
   output: pathlib.Path
   settings: Mapping[str, Any]
   prompts: Sequence[Prompt]
-  image_dir: pathlib.Path = pathlib.Path()
+  files: PictureFiles = PictureFiles()
   advice: str = "use another --output, or --noresume to replace it"
   _pictures: dict[str, str | None] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -52,12 +53,13 @@ class Contract:
 
   def row_digest(self, prompt: Prompt, pictures: Sequence[str] | None = None) -> str:
     """A row's digest; `pictures` are the SHA-256 of the pictures' files, None if they were not read."""
-    return f"{self.digest}-{_hex(prompt.question)}-{_joint(pictures)}"
+    return f"{self.digest}-{_hex(prompt.question_text)}-{_joint(pictures)}"
 
   def is_stale(self, row: Mapping[str, Any]) -> bool:
     """Whether a row's prompt must be answered again: the row is an error, or its question or a picture has changed.
 
-    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `unreadable`.
+    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `unreadable`. So does
+    one on the web.
 
     Raises:
       UserError: the row would be kept, but was made with other settings.
@@ -68,18 +70,18 @@ class Contract:
     settings, question, pictures = (row["digest"].split("-") + [""] * 3)[:3]
     if settings != self.digest:
       raise UserError(f"{self.output}: made with other settings{self._differences(settings)}; {self.advice}")
-    if prompt is None or question != _hex(prompt.question):
+    if prompt is None or question != _hex(prompt.question_text):
       return prompt is not None
     for image in prompt.images:
       if image not in self._pictures:
-        self._pictures[image] = file_digest(self.image_dir / image)
+        self._pictures[image] = None if sources.is_url(image) else self.files.digest(image)
     now = [self._pictures[image] for image in prompt.images]
     return None not in now and pictures != _joint(now)
 
   @property
   def unreadable(self) -> int:
     """Number of answered rows' pictures that could not be read for comparison."""
-    return sum(digest is None for digest in self._pictures.values())
+    return sum(digest is None and not sources.is_url(image) for image, digest in self._pictures.items())
 
   def write_settings(self) -> None:
     """Writes the settings beside the output; raises UserError if that fails."""

@@ -6,41 +6,29 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
+from himap_jax.families.family import View
+
 MARGIN, CAPTION = 8, 16
 
 
-def kept_mask(kept: Sequence[int], grid: tuple[int, int]) -> Bool[np.ndarray, "N"]:
-  """Mask of the kept image tokens on a (rows, columns) grid; raises `ValueError` if one is outside."""
-  rows, columns = grid
-  if any(not 0 <= index < rows * columns for index in kept):
-    raise ValueError(f"a kept image token is outside the {rows} × {columns} grid of patches")
-  mask = np.zeros(rows * columns, bool)
-  mask[list(kept)] = True
-  return mask
-
-
-def fade(picture: Image.Image, kept: Sequence[int], grid: tuple[int, int]) -> Image.Image:
-  """Fades every patch that is not kept; see `kept_mask`."""
-  mask = kept_mask(kept, grid).astype(np.uint8) * 255
-  patches = Image.fromarray(mask.reshape(grid)).resize(picture.size, Image.Resampling.NEAREST)
+def fade(picture: Image.Image, kept: Bool[np.ndarray, "rows columns"]) -> Image.Image:
+  """Fades every cell of a picture that is not kept."""
+  cells = Image.fromarray(kept.astype(np.uint8) * 255).resize(picture.size, Image.Resampling.NEAREST)
   faded = Image.blend(picture, Image.new("RGB", picture.size, "white"), 0.85)
-  return Image.composite(picture, faded, patches)
+  return Image.composite(picture, faded, cells)
 
 
-def draw_kept(pictures: Sequence[Image.Image], kept: Sequence[Sequence[int]], grid: tuple[int, int]) -> Image.Image:
-  """Draws each picture of a row and, beside it, what every stage keeps of it.
-
-  `kept` has indices over the (rows, columns) grids of the pictures, one after the other; see `kept_mask`.
-  """
-  size, (width, height) = grid[0] * grid[1], pictures[0].size
+def draw_kept(views: Sequence[View], kept: Sequence[Sequence[int]]) -> Image.Image:
+  """Draws each view of a row's pictures and, beside it, what every stage keeps of it."""
+  width, height = (max(view.picture.size[axis] for view in views) for axis in (0, 1))
   across, down = width + MARGIN, height + CAPTION + MARGIN
-  sheet = Image.new("RGB", ((len(kept) + 1) * across + MARGIN, len(pictures) * down + MARGIN), "white")
+  sheet = Image.new("RGB", ((len(kept) + 1) * across + MARGIN, len(views) * down + MARGIN), "white")
   draw = ImageDraw.Draw(sheet)
-  for number, picture in enumerate(pictures):
-    panels = [(f"{size} image tokens", picture)]
+  for number, view in enumerate(views):
+    panels = [(f"{(view.tokens >= 0).sum()} image tokens", view.picture)]
     for stage, indices in enumerate(kept, start=1):
-      own = [index - number * size for index in indices if len(pictures) == 1 or index // size == number]
-      panels.append((f"stage {stage}: {len(own)} kept", fade(picture, own, grid)))
+      own = np.isin(view.tokens, list(indices))
+      panels.append((f"stage {stage}: {own.sum()} kept", fade(view.picture, own)))
     for column, (caption, panel) in enumerate(panels):
       left, top = MARGIN + column * across, number * down
       draw.text((left, top + MARGIN // 2), caption, fill="black")

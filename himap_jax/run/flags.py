@@ -16,7 +16,7 @@ from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 
-EMIT = ("tokens", "kept", "logits", "timing")
+EMIT = ("tokens", "kept", "patches", "logits", "timing")
 
 flags.DEFINE_string(
   "checkpoint",
@@ -33,8 +33,8 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
   "prompts",
   None,
-  'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}; image is a path or a list '
-  "of paths.",
+  'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}, or "messages" instead of image '
+  "and question; image is a path, URL or base64, or a list of these.",
 )
 flags.DEFINE_string("image_dir", ".", "Directory that relative image paths start from.")
 flags.DEFINE_string("output", None, "JSONL file to write: id, answer, error and digest of every prompt, in any order.")
@@ -71,6 +71,12 @@ _PROMPT_BUCKETS = flags.DEFINE_list(
   [str(bucket) for bucket in InputConfig().prompt_buckets],
   "Padded text lengths, in tokens; each is compiled once, when needed. The longest that fits the context is added.",
 )
+_MAX_IMAGE_TOKENS = flags.DEFINE_integer(
+  "max_image_tokens",
+  None,
+  "Most image tokens of a picture, for models that choose them by its size. The checkpoint's own limit by default.",
+  lower_bound=1,
+)
 _PROMPT_TEMPLATE = flags.DEFINE_string(
   "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
 )
@@ -79,7 +85,7 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
 _EMIT = flags.DEFINE_list(
-  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, first_logits, timing to every row."
+  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, kept_patches, first_logits, timing to every row."
 )
 flags.DEFINE_bool(
   "resume",
@@ -107,7 +113,8 @@ flags.DEFINE_string(
 _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
 )
-_VALUES = ("checkpoint", "allow_pickle", "dtype", "int8_weights", "resume", "strict")
+flags.DEFINE_bool("allow_urls", False, "Download pictures whose image is an http or https URL.")
+_VALUES = ("checkpoint", "allow_pickle", "allow_urls", "dtype", "int8_weights", "resume", "strict")
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
 
 
@@ -132,6 +139,7 @@ class RunConfig:
   profile_dir: pathlib.Path | None = None
   compilation_cache_dir: str = ""
   allow_pickle: bool = False
+  allow_urls: bool = False
 
 
 def config_from_flags() -> RunConfig:
@@ -155,7 +163,9 @@ def config_from_flags() -> RunConfig:
     **{name: pathlib.Path(path) for name, path in paths.items() if path},
     pruning=_pruning(),
     generation=GenerationConfig(_MAX_NEW_TOKENS.value, sampling, _SEED.value, _IGNORE_EOS.value),
-    inputs=InputConfig(_PROMPT_TEMPLATE.value, command.numbers(_PROMPT_BUCKETS, int) or (), _BATCH_SIZE.value),
+    inputs=InputConfig(
+      _PROMPT_TEMPLATE.value, command.numbers(_PROMPT_BUCKETS, int) or (), _BATCH_SIZE.value, _MAX_IMAGE_TOKENS.value
+    ),
     mesh=sharding.parse_mesh(_MESH.value) if _MESH.value else None,
     emit=frozenset(_EMIT.value),
     compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),

@@ -1,27 +1,35 @@
 """One run, from its configuration to its exit status."""
 
+import collections
 import contextlib
 import dataclasses
-import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
+from PIL import Image
 
 from himap_jax import checkpoint
 from himap_jax.engine import processes, sharding
-from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.accounting import model_sizes, provides
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine
 from himap_jax.errors import UserError
+from himap_jax.families.family import Processor
+from himap_jax.generation import make_batcher
+from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.answering import Answerer
 from himap_jax.run.contract import Contract
 from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
-from himap_jax.run.prompts import read_prompts
+from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.progress import Progress
+from himap_jax.run.prompts import Prompt, read_prompts
 from himap_jax.run.summary import Report
 
 
@@ -39,25 +47,22 @@ def run(config: RunConfig) -> int:
   logging.info("ready: devices")
   opened = checkpoint.open_checkpoint(config.checkpoint, allow_pickle=config.allow_pickle)
   logging.info("ready: checkpoint")
-  processor = opened.prompts(config.inputs.prompt_template)
+  processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
+  if config.pictures is not None or "patches" in config.emit:
+    processor.views(processor.prepare([Image.new("RGB", (64, 64))], "?"))
+  schedule = config.pruning.schedule(opened.config.text.num_hidden_layers, provides=provides(opened.config))
+  files = PictureFiles(config.image_dir, config.allow_urls)
+  sizes = image_sizes(prompts, files, processor)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
-  pictures = {len(prompt.images) for prompt in prompts if prompt.error is None} or {1}
-  lengths = {"buckets": buckets, "pictures": pictures, "max_new_tokens": max_new_tokens}
-  batcher = Batcher(opened.config, processor.image_shape, **lengths)
-  if config.pictures is not None and processor.num_image_tokens != math.prod(processor.patch_grid):
-    grid = " x ".join(map(str, processor.patch_grid))
-    raise UserError(
-      f"--pictures: this model's {processor.num_image_tokens} image tokens do not form its grid of {grid} patches"
-    )
-  num_layers, has_class_token = opened.config.text.num_hidden_layers, opened.config.vision.has_class_token
-  schedule = config.pruning.schedule(num_layers, has_class_token=has_class_token)
-  schedule.at(num_layers, batcher.most_image_tokens)
+  batcher = make_batcher(opened, processor, sizes, buckets, max_new_tokens, schedule)
+  if processes.is_leader() and len(sizes) > 1:
+    print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   dtype = command.DTYPES[config.dtype]
   num_bytes = opened.num_bytes(dtype, int8_weights=config.int8_weights)
   batch_size = config.inputs.batch_size
   mesh = sharding.make_mesh(**(config.mesh or sharding.choose_mesh(opened.config, num_bytes, batch_size)))
   share = processes.share(mesh)
-  contract = Contract(config.output, settings(config, schedule, opened.digest()), prompts, config.image_dir)
+  contract = Contract(config.output, settings(config, schedule, opened.digest()), prompts, files)
   with Output(contract, resume=config.resume) as output:
     if processes.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
@@ -70,10 +75,36 @@ def run(config: RunConfig) -> int:
     with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
       summary = answerer.answer_all(output, share)
   if processes.is_leader():
-    sizes = model_sizes(opened.config, processor.image_shape)
+    sizes = model_sizes(opened.config, processor.blank.images.pixels.shape[2:])
     report = Report(config.pruning.method, schedule, sizes, mesh.size)
     report.show(summary, engine)
   return 1 if config.strict and summary.num_errors else 0
+
+
+def image_sizes(prompts: Sequence[Prompt], files: PictureFiles, processor: Processor) -> collections.Counter[ImageSize]:
+  """How many prompts have pictures of which size, the same in every process; without those that cannot be read."""
+  found = np.zeros((len(prompts), 3), int)
+  if processor.num_image_tokens is not None:
+    found[:] = [(1, *processor.image_size([(1, 1)] * len(prompt.images))) for prompt in prompts]
+  elif processes.is_leader():
+    with Progress(len(prompts), "prompt", "sizes of pictures") as progress:
+      for number, prompt in enumerate(prompts):
+        with contextlib.suppress(UserError):
+          found[number] = (1, *processor.image_size([files.size(image) for image in prompt.images]))
+        progress.update()
+  if processor.num_image_tokens is None:
+    found = processes.sum_over_processes(found.ravel().tolist()).reshape(found.shape)
+  return collections.Counter(
+    ImageSize(*own)
+    for (is_known, *own), prompt in zip(found.tolist(), prompts, strict=True)
+    if is_known and prompt.error is None
+  )
+
+
+def describe_buckets(batcher: Batcher) -> str:
+  """The numbers of image tokens to which prompts are padded."""
+  counts = dict.fromkeys((bucket.num_image_tokens, bucket.is_ragged) for bucket in batcher.buckets)
+  return ", ".join(f"up to {count}" if is_ragged else str(count) for count, is_ragged in counts)
 
 
 def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, Any]:
@@ -86,6 +117,7 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
     "method_parameters": dict(schedule.parameters),
     **dataclasses.asdict(config.generation),
     "prompt_template": config.inputs.prompt_template,
+    "max_image_tokens": config.inputs.max_image_tokens,
     "dtype": config.dtype,
     "int8_weights": config.int8_weights,
     "emit": sorted(config.emit),

@@ -1,19 +1,21 @@
 """Reads image files as RGB pictures."""
 
 import contextlib
-import errno
+import dataclasses
 import hashlib
+import io
 import os
-import stat
+import pathlib
 import threading
 import warnings
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from himap_jax.errors import UserError
+from himap_jax.run import sources
 
 MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -41,47 +43,66 @@ def load_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) ->
     ImageError: the file is missing, unreadable, empty, truncated, damaged or too large, has another format or 32-bit
       samples.
   """
-  return load_with_digest(path, max_pixels=max_pixels)[0]
+  return PictureFiles().load(os.fspath(path), max_pixels=max_pixels)[0]
 
 
-def load_with_digest(path: str | os.PathLike[str], *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
-  """As `load_image`, with the SHA-256 in hex of the bytes that were read."""
-  with _open_file(path) as file:
-    try:
+@dataclasses.dataclass(frozen=True)
+class PictureFiles:
+  """Reads the pictures of prompts; for what may name one see `sources.open_source`."""
+
+  image_dir: pathlib.Path = pathlib.Path()
+  allow_urls: bool = False
+
+  def load(self, image: str, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+    """As `load_image`, with the SHA-256 in hex of the bytes that were read."""
+
+    def read(file: io.BufferedIOBase) -> tuple[Image.Image, str]:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
-      image = _open_image(file)
-      _limit_size(image, max_pixels)
-      image.load()
-      _turn_upright(image)
-      return _to_rgb(image), digest
-    except ImageError as error:
-      raise ImageError(f"{path}: {error}") from error
-    except Exception as error:  # Pillow's readers raise any type on damaged data.
-      reason = str(error) or type(error).__name__
-      raise ImageError(f"{path}: damaged image: {reason}") from error
+      picture = _open_image(file)
+      _limit_size(picture, max_pixels)
+      picture.load()
+      _turn_upright(picture)
+      return _to_rgb(picture), digest
+
+    return self._read(image, read)
+
+  def size(self, image: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """`(width, height)` of what `load` returns, from the file's header; errors as in `load`."""
+
+    def read(file: io.BufferedIOBase) -> tuple[int, int]:
+      picture = _open_image(file)
+      _limit_size(picture, max_pixels)
+      is_turned = False
+      with contextlib.suppress(Exception), _without_warnings():
+        is_turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+      return picture.size[::-1] if is_turned else picture.size
+
+    return self._read(image, read)
+
+  def digest(self, image: str) -> str | None:
+    """SHA-256 of a picture's bytes in hex; None if they cannot be read."""
+    try:
+      with sources.open_source(image, self.image_dir, allow_urls=self.allow_urls) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    except (UserError, OSError):
+      return None
+
+  def _read(self, image: str, read: Callable[[io.BufferedIOBase], Any]) -> Any:
+    name = sources.short_name(image)
+    try:
+      file = sources.open_source(image, self.image_dir, allow_urls=self.allow_urls)
+    except UserError as error:
+      raise ImageError(str(error)) from error
+    with file:
+      try:
+        return read(file)
+      except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+      except Exception as error:  # Pillow's readers raise any type on damaged data.
+        raise ImageError(f"{name}: damaged image: {str(error) or type(error).__name__}") from error
 
 
-def file_digest(path: str | os.PathLike[str]) -> str | None:
-  """SHA-256 of a file in hex; None if it cannot be read."""
-  try:
-    with _open_file(path) as file:
-      return hashlib.file_digest(file, "sha256").hexdigest()
-  except (ImageError, OSError):
-    return None
-
-
-def _open_file(path: str | os.PathLike[str]) -> BinaryIO:
-  try:
-    if not stat.S_ISREG(os.stat(path).st_mode):
-      raise OSError(errno.EINVAL, "not a regular file")
-    return open(path, "rb")
-  except OSError as error:
-    raise ImageError(f"{path}: {error.strerror}") from error
-  except ValueError as error:
-    raise ImageError(f"{path!r}: {error}") from error
-
-
-def _open_image(file: BinaryIO) -> Image.Image:
+def _open_image(file: io.BufferedIOBase) -> Image.Image:
   """`Image.open` without its size limit, which a JPEG may exceed here."""
   file.seek(0)
   signature = file.read(_SIGNATURE_BYTES)

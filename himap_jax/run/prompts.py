@@ -9,6 +9,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from himap_jax.errors import UserError
+from himap_jax.families.examples import IMAGE_TAG
+from himap_jax.families.family import Message
+
+ROLES = ("system", "user", "assistant")
+IMAGE_FIELDS = ("image", "url", "path", "base64")
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -19,19 +24,25 @@ class Prompt:
 
   Attributes:
     id: the row's own id, or `line:<n>` if it is missing or repeated. Ids are compared as text: 1 is "1".
-    images: paths as given in the row.
+    images: as given in the row; see `run.sources`.
+    question: a text, or the messages of a conversation.
     error: why the row cannot be answered, with its line number; None if it can.
   """
 
   id: str | int
   images: tuple[str, ...] = ()
-  question: str = ""
+  question: str | tuple[Message, ...] = ""
   error: str | None = None
 
   @property
   def key(self) -> str:
     """The id as text, unique in its file."""
     return str(self.id)
+
+  @property
+  def question_text(self) -> str:
+    """The question, as one text."""
+    return self.question if isinstance(self.question, str) else json.dumps(self.question)
 
   @property
   def file_name(self) -> str:
@@ -52,7 +63,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
   """Reads a prompt file, one JSON object per line.
 
   A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`; `image` is
-  a path or a list of paths. Other fields and blank lines are ignored. Of rows that share an id, the first keeps it and the others become errors.
+  one or a list, or absent. Instead of both, `"messages"` is a conversation in the form of OpenAI or transformers. Other
+  fields and blank lines are ignored. Of rows that share an id, the first keeps it and the others become errors.
 
   Raises:
     UserError: the file cannot be read or has no rows.
@@ -75,7 +87,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     try:
       record = _record(line)
       row_id = _claim(record, owner, number)
-      prompts[number] = Prompt(row_id, _images(record), _text(record, "question", "text"))
+      prompts[number] = Prompt(row_id, *_content(record))
     except _BadRow as error:
       prompts[number] = Prompt(row_id, error=f"line {number}: {error}")
   return [p if p.key else dataclasses.replace(p, id=_line_id(n, owner)) for n, p in prompts.items()]
@@ -105,30 +117,76 @@ def _claim(record: Mapping[str, Any], owner: dict[str, int], number: int) -> str
   return row_id
 
 
+def _content(record: Mapping[str, Any]) -> tuple[tuple[str, ...], str | tuple[Message, ...]]:
+  """Images and question of a row."""
+  if record.get("messages") is None:
+    return _images(record), _text(record, "question", "text")
+  for name in ("question", "text", "image"):
+    if record.get(name) is not None:
+      raise _BadRow(f'"{name}" and "messages" together')
+  return read_messages(record["messages"])
+
+
 def _images(record: Mapping[str, Any]) -> tuple[str, ...]:
-  if not isinstance(record.get("image"), list):
+  given = record.get("image")
+  if given is None:
+    return ()
+  if not isinstance(given, list):
     return (_text(record, "image", expected="a string or a list of strings"),)
-  if not record["image"]:
-    raise _BadRow('"image" is an empty list')
-  return tuple(_text({"image": path}, "image", expected="a list of strings") for path in record["image"])
+  return tuple(_text({"image": image}, "image", expected="a list of strings") for image in given)
 
 
-def _text(record: Mapping[str, Any], *names: str, expected: str = "a string") -> str:
-  name, value = _field(record, *names)
+def read_messages(messages: Any) -> tuple[tuple[str, ...], tuple[Message, ...]]:
+  """Images and messages of a conversation in the form of OpenAI or transformers; raises `UserError` if malformed."""
+  if not isinstance(messages, list) or not messages:
+    raise _BadRow('"messages" must be a list of messages')
+  images: list[str] = []
+  read = []
+  for number, message in enumerate(messages, start=1):
+    where = f"message {number}"
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+      raise _BadRow(f"{where} must be an object whose role is {', '.join(ROLES)}")
+    content = message.get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
+      raise _BadRow(f"{where}: its content must be a text or a list of parts")
+    texts = []
+    for part in parts:
+      if part.get("type") == "text":
+        texts.append(_text(part, "text", expected="a string", where=f"{where}: ", may_be_empty=True))
+      elif part.get("type") in ("image", "image_url"):
+        named = part["image_url"] if isinstance(part.get("image_url"), dict) else part
+        images.append(_text(named, *IMAGE_FIELDS, where=f"{where}: "))
+        texts.append(IMAGE_TAG)
+      else:
+        raise _BadRow(f"{where}: a part's type must be text, image or image_url, not {part.get('type')!r}")
+    read.append(Message(message["role"], "".join(texts)))
+  if read[-1].role != "user":
+    raise _BadRow("the last message must be the user's")
+  if any(message.role == "system" for message in read[1:]):
+    raise _BadRow("only the first message may be the system's")
+  return tuple(images), tuple(read)
+
+
+def _text(
+  record: Mapping[str, Any], *names: str, expected: str = "a string", where: str = "", may_be_empty: bool = False
+) -> str:
+  """The text of the first of these fields that is there; `where` begins the messages about it."""
+  name, value = _field(record, *names, where=where)
   if not isinstance(value, str):
-    raise _BadRow(f'"{name}" must be {expected}, not {_kind(value)}')
-  if not value.strip():
-    raise _BadRow(f'"{name}" is empty')
+    raise _BadRow(f'{where}"{name}" must be {expected}, not {_kind(value)}')
+  if not value.strip() and not may_be_empty:
+    raise _BadRow(f'{where}"{name}" is empty')
   if any("\ud800" <= character <= "\udfff" for character in value):
-    raise _BadRow(f'"{name}" has an unpaired surrogate, which is not text')
+    raise _BadRow(f'{where}"{name}" has an unpaired surrogate, which is not text')
   return value
 
 
-def _field(record: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+def _field(record: Mapping[str, Any], *names: str, where: str = "") -> tuple[str, Any]:
   for name in names:
     if record.get(name) is not None:
       return name, record[name]
-  raise _BadRow(f"{' or '.join(json.dumps(name) for name in names)} is missing")
+  raise _BadRow(f"{where}{' or '.join(json.dumps(name) for name in names)} is missing")
 
 
 def _kind(value: Any) -> str:

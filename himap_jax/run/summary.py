@@ -16,7 +16,13 @@ _COSTS = ("image_tokens", "decoder", "scoring", "prefill", "cache_bytes")
 
 
 class Result(NamedTuple):
-  """The outcome of a prompt: its output row and token counts; `kept` counts the image tokens after each stage."""
+  """The outcome of a prompt: its output row and token counts.
+
+  Attributes:
+    num_pictures: pictures, or tiles of them.
+    kept: image tokens after each stage.
+    num_slots: slots of its prompt, padding included.
+  """
 
   row: dict[str, Any]
   num_new_tokens: int = 0
@@ -24,6 +30,7 @@ class Result(NamedTuple):
   num_image_tokens: int = 0
   num_text_tokens: int = 0
   kept: Sequence[int] = ()
+  num_slots: int = 0
 
 
 @dataclasses.dataclass
@@ -39,6 +46,7 @@ class Summary:
   num_errors: int = 0
   num_skipped: int = 0
   num_new_tokens: int = 0
+  num_slots: int = 0
   answered: collections.Counter[tuple] = dataclasses.field(default_factory=collections.Counter)
   prefill_seconds: float = 0.0
   decode_seconds: float = 0.0
@@ -54,6 +62,7 @@ class Summary:
         self.num_errors += 1
         continue
       self.num_new_tokens += result.num_new_tokens
+      self.num_slots += result.num_slots
       counts = (result.num_pictures, result.num_image_tokens, result.num_text_tokens)
       self.answered[*counts, tuple(result.kept)] += 1
 
@@ -85,6 +94,8 @@ class Report:
     table.add_row("method", self.method)
     if answered:
       table.add_row("image tokens", self._image_tokens(summary))
+      used = sum(count * (image + text) for (_, image, text, _), count in summary.answered.items())
+      table.add_row("padding", f"{1 - used / summary.num_slots:.1%} of the prompts' slots")
       self._add_costs(table, summary)
     Console().print(table)
 

@@ -272,7 +272,7 @@ class TestRefusals:
   @pytest.mark.parametrize(
     "fields, reason",
     [
-      ({"model_type": "qwen2_vl"}, "model_type is 'qwen2_vl'"),
+      ({"model_type": "paligemma"}, "model_type is 'paligemma'"),
       ({"text_config": {"model_type": "mamba"}}, "'mamba' is not supported; supported: llama, mistral, qwen2"),
       ({"vision_feature_layer": 0}, "names no layer of the tower"),
       ({"vision_feature_layer": []}, "names no layer of the tower"),

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import original
 from himap_jax import checkpoint
+from himap_jax.inputs import Images
 
 pytestmark = pytest.mark.usefixtures("cache")
 SIDE = 42
@@ -110,7 +111,7 @@ def test_pictures_are_padded_with_the_mean_and_normalised_as_imagenet(tiny, tmp_
     square = Image.new("RGB", (side, side), tuple(int(mean * 255) for mean in IMAGENET_MEAN))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     expected = reference(square, return_tensors="np")["pixel_values"][0]
-    np.testing.assert_allclose(processor.prepare([image], "Why?").pixel_values[0], expected, atol=1e-6)
+    np.testing.assert_allclose(processor.prepare([image], "Why?").images.pixels[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["./pretrained/intern_vit_6b_224px/", "/mnt/InternViT-6B-224px"])
@@ -131,8 +132,8 @@ def test_the_class_token_s_attention_is_that_of_the_tower(tiny, loaded, images):
   attentions = tiny.model.model.vision_tower(pixels, output_attentions=True).attentions
   expected = attentions[1][0, :, 0, 1:].mean(dim=0).detach().numpy()  # the layer that makes hidden state -4 of 5
   model = loaded("internvit").model
-  _, tower = jax.jit(lambda model, pixels: model.bind().encode_images(pixels))(
-    model, jnp.asarray(pixels.numpy())[:, None]
+  _, tower = jax.jit(lambda model, images: model.bind().encode_images(images))(
+    model, Images(jnp.asarray(pixels.numpy())[:, None])
   )
   np.testing.assert_allclose(tower.class_attention[0], expected, atol=1e-6)
 

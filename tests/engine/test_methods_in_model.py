@@ -13,6 +13,7 @@ from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 from himap_jax.errors import UserError
+from himap_jax.inputs import Images
 from himap_jax.pruning.methods import METHODS
 
 NUM_SLOTS = 112
@@ -65,7 +66,7 @@ def test_class_attention_and_keys_are_those_of_transformers(name, checkpoints, l
     hook.remove()
   last = max(model.config.vision.feature_layers) - 1
   first = 0 if model.config.vision.select_strategy == "full" else 1
-  _, actual = model.model.bind().encode_images(jnp.asarray(pixels.numpy())[:, None])
+  _, actual = model.model.bind().encode_images(Images(jnp.asarray(pixels.numpy())[:, None]))
   expected = attentions[last][:, :, 0].mean(1)[:, first:]
   np.testing.assert_allclose(actual.class_attention, expected, atol=1e-5, rtol=0)
   np.testing.assert_allclose(actual.keys.reshape(*actual.keys.shape[:2], -1), keys[last][:, first:], atol=1e-4, rtol=0)
@@ -74,7 +75,7 @@ def test_class_attention_and_keys_are_those_of_transformers(name, checkpoints, l
 def test_a_tower_without_class_token_has_no_class_attention(loaded):
   model = loaded("siglip")
   side = model.config.vision.image_size
-  _, tower = model.model.bind().encode_images(jnp.zeros((1, 1, 3, side, side)))
+  _, tower = model.model.bind().encode_images(Images(jnp.zeros((1, 1, 3, side, side))))
   assert tower.class_attention is None
 
 

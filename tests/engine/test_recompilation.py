@@ -3,13 +3,16 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny_checkpoints
 
 from himap_jax import GenerationConfig, InputConfig, build_schedule, generate
-from himap_jax.engine.batching import Batcher, Bucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
+from himap_jax.families import examples
+from himap_jax.inputs import Images
 
 NAME = "siglip"
 QUESTIONS = ("What is it?", "Why?", "A rather longer question?", "")
@@ -49,12 +52,12 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   model = loaded(NAME, batch_size=2)
   schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(10, 5))
   processor = model.prompts("<image>{question}:")
-  batcher = Batcher(model.config, processor.image_shape, buckets=(32,), max_new_tokens=3)
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, 25)], buckets=(32,), max_new_tokens=3)
   engine = Engine(model.model, schedule, GenerationConfig(3))
 
   def run(pictures, questions):
     examples = [processor.prepare([own], question) for own, question in zip(pictures, questions, strict=True)]
-    return engine(batcher.pack(examples, bucket=Bucket(1, 32), batch_size=2), range(2))
+    return engine(batcher.pack(examples, bucket=Bucket(1, 25, 32), batch_size=2), range(2))
 
   run(images[:2], QUESTIONS[:2])
   assert engine.num_programs == 2
@@ -83,9 +86,10 @@ def test_the_library_call_compiles_once(loaded, images, compilations):
 def test_another_picture_size_is_another_program(loaded, images):
   """The same number of slots, but pictures of another shape."""
   model = loaded("dinov2").model
-  wide = [jnp.zeros((1, 3, *shape)) for shape in ((14, 28), (28, 14))]
+  wide = [np.zeros((1, 3, *shape), np.float32) for shape in ((14, 28), (28, 14))]
   engine = Engine(model, build_schedule("none", num_layers=6, num_image_tokens=8), GenerationConfig(2))
   for pixels in wide:
-    batcher = Batcher(model.config, pixels.shape[2:], buckets=(32,), max_new_tokens=2)
-    engine(batcher.pack([], bucket=Bucket(1, 32), batch_size=1), [0])
+    blank = examples.blank(Images(pixels[:0]))
+    batcher = Batcher(512, blank, [ImageBucket(1, 8)], buckets=(32,), max_new_tokens=2)
+    engine(batcher.pack([], bucket=Bucket(1, 8, 32), batch_size=1), [0])
   assert engine.num_programs == 4

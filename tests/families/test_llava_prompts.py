@@ -6,7 +6,7 @@ import tiny_checkpoints
 import transformers
 from PIL import Image
 
-from himap_jax.engine.batching import Batcher, Bucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.families.llava import LlavaProcessor
 from himap_jax.inputs import IMAGE as IMAGE_KIND
 from himap_jax.inputs import PADDING, TEXT, UNUSED_ORDER
@@ -36,7 +36,7 @@ def make(loaded):
 @pytest.fixture
 def batcher(loaded):
   """Returns `batcher(buckets=…, max_new_tokens=0)` for the pictures of `NAME`."""
-  return lambda **options: Batcher(loaded(NAME).config, (28, 28), **options)
+  return lambda **options: Batcher(CONTEXT, loaded(NAME).prompts().blank, [ImageBucket(1, N)], **options)
 
 
 def text_of(example):
@@ -134,14 +134,14 @@ class TestPrepare:
     tiny = checkpoints(NAME)
     for image in images:
       _, expected = tiny.encode(image, "<image>")
-      np.testing.assert_array_equal(make().prepare([image], "?").pixel_values, expected.numpy())
+      np.testing.assert_array_equal(make().prepare([image], "?").images.pixels, expected.numpy())
 
   def test_longest_prompt(self, make, batcher, images):
     processor, batches = make(template="<image>{question}"), batcher(buckets=(8, 64, 10_000), max_new_tokens=10)
     longest = CONTEXT - N - 10
-    assert batches.buckets == ((1, 8), (1, 64), (1, longest))
+    assert batches.buckets == tuple(Bucket(1, N, text) for text in (8, 64, longest))
     example = processor.prepare([images[0]], "?" * (longest - 1))
-    assert (example.num_text_tokens, batches.bucket(example)) == (longest, (1, longest))
+    assert (example.num_text_tokens, batches.bucket(example)) == (longest, Bucket(1, N, longest))
     with pytest.raises(ValueError, match=f"has {longest + 1} text tokens; with 16 image .* room for {longest}"):
       batches.bucket(processor.prepare([images[0]], "?" * longest))
 
@@ -156,13 +156,13 @@ class TestSizes:
   @pytest.mark.parametrize("size", [(1, 1), (3, 600), (1, 200), (2000, 1000)])
   def test_other_sizes(self, make, size):
     example = make().prepare([Image.new("RGB", size, "red")], "?")
-    assert example.pixel_values.shape == (1, 3, 28, 28)
-    assert np.isfinite(example.pixel_values).all()
+    assert example.images.pixels.shape == (1, 3, 28, 28)
+    assert np.isfinite(example.images.pixels).all()
 
   def test_padded_to_a_square(self, make):
     sizes = dict(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     processor = make(image_processor=transformers.LlavaImageProcessorPil(do_pad=True, **sizes))
-    assert processor.prepare([Image.new("RGB", (30, 300))], "?").pixel_values.shape == (1, 3, 28, 28)
+    assert processor.prepare([Image.new("RGB", (30, 300))], "?").images.pixels.shape == (1, 3, 28, 28)
     with pytest.raises(ValueError, match="has 100 x 14000 pixels; padded to a square it is above the limit"):
       processor.prepare([Image.new("RGB", (100, 14_000))], "?")
 
@@ -181,14 +181,14 @@ class TestSizes:
     processor = make(name)
     height, width = processor.image_shape
     image = tiny_checkpoints.noise_image((width, height), seed=3)
-    (picture,) = processor.pictures(processor.prepare([image], "?"))
+    ((picture, _),) = processor.views(processor.prepare([image], "?"))
     np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int), atol=1)
 
   def test_the_picture_ends_with_the_last_patch(self, make):
     sizes = dict(size={"height": 31, "width": 31}, crop_size={"height": 31, "width": 31})
     processor = make(image_processor=transformers.CLIPImageProcessorPil(**sizes))
     image = tiny_checkpoints.noise_image((31, 31), seed=3)
-    (picture,) = processor.pictures(processor.prepare([image], "?"))
+    ((picture, _),) = processor.views(processor.prepare([image], "?"))
     assert processor.patch_grid == (4, 4)
     np.testing.assert_allclose(np.asarray(picture, int), np.asarray(image, int)[:28, :28], atol=1)
 
@@ -201,20 +201,20 @@ class TestBatches:
 
   def test_a_context_that_holds_no_prompt(self, batcher):
     batcher(max_new_tokens=CONTEXT - N - 1)
-    with pytest.raises(ValueError, match="context of 512 tokens does not hold an image of 16 tokens and 496 new"):
+    with pytest.raises(ValueError, match="context of 512 tokens does not hold 16 image tokens and 496 new"):
       batcher(max_new_tokens=CONTEXT - N)
 
   def test_smallest_bucket_that_fits(self, make, batcher, images):
     processor, batches = make(template="<image>{question}"), batcher(buckets=(4, 8))
     for length, bucket in ((3, 4), (4, 8), (7, 8), (8, CONTEXT - N)):
-      assert batches.bucket(processor.prepare([images[0]], "?" * length)) == (1, bucket)
+      assert batches.bucket(processor.prepare([images[0]], "?" * length)) == Bucket(1, N, bucket)
 
   def test_what_a_batch_holds(self, make, batcher, images):
     processor = make(template="<image>{question}")
     examples = [processor.prepare([images[0]], "ab<image>c"), processor.prepare([images[1]], "<image>d")]
-    batch = batcher(buckets=(8,)).pack(examples, bucket=Bucket(1, 8), batch_size=4)
+    batch = batcher(buckets=(8,)).pack(examples, bucket=Bucket(1, N, 8), batch_size=4)
     assert batch.tokens.shape == (4, 8 + N)
-    assert batch.pixel_values.shape == (4, 1, 3, 28, 28)
+    assert batch.images.pixels.shape == (4, 1, 3, 28, 28)
     text, image, padding = TEXT, [IMAGE_KIND] * N, PADDING
     assert batch.layout.kind[0].tolist() == [text] * 3 + image + [text] + [padding] * 4
     assert batch.layout.kind[1:].tolist() == [[text] + image + [text] + [padding] * 6] * 3
@@ -225,7 +225,7 @@ class TestBatches:
     assert batch.positions[0].tolist() == [*range(4 + N), 0, 0, 0, 0]
     assert batch.tokens[0].tolist() == [BOS, *ids("ab"), *[IMAGE] * N, *ids("c"), 0, 0, 0, 0]
     np.testing.assert_array_equal(batch.tokens[1:], [[BOS, *[IMAGE] * N, *ids("d"), *[0] * 6]] * 3)
-    np.testing.assert_array_equal(batch.pixel_values[3], examples[1].pixel_values)
+    np.testing.assert_array_equal(batch.images.pixels[3], examples[1].images.pixels)
 
   def test_decoding_leaves_out_special_tokens(self, make):
     assert make().decode([BOS, *ids(" yes\n"), 1]) == "yes"

@@ -14,6 +14,8 @@ from safetensors.numpy import load_file, save_file
 from checkpoints_convert.errors import CheckpointError
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
 from himap_jax.engine import sharding
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.inputs import Images
 
 QUESTIONS = ("What is it?", "Why <image> so?", "A <ref>dog</ref> or <|im_end|>?", "And a question that is longer, no?")
 TOLERANCE = 1e-4
@@ -110,7 +112,7 @@ class TestPrompts:
     for image in images:
       square = np.asarray(image.resize((tiny_qwen.SIDE,) * 2, Image.Resampling.BICUBIC), np.float64) / 255
       expected = ((square - mean) / std).transpose(2, 0, 1)
-      np.testing.assert_allclose(loaded.prompts().prepare([image], "Why?").pixel_values[0], expected, atol=1e-5)
+      np.testing.assert_allclose(loaded.prompts().prepare([image], "Why?").images.pixels[0], expected, atol=1e-5)
 
   def test_answers_end_with_a_message_or_the_text(self, loaded):
     end = 256 + len(tiny_qwen.MERGES)
@@ -134,30 +136,30 @@ class TestPrompts:
 
 
 def test_image_features(tiny, loaded, examples):
-  pixels = np.concatenate([example.pixel_values for example in examples])
+  pixels = np.concatenate([example.images.pixels for example in examples])
   with torch.no_grad():
     expected = tiny.visual(torch.from_numpy(pixels)).numpy()
-  actual, tower = jax.jit(lambda model, x: model.bind().encode_images(x))(loaded.model, jnp.asarray(pixels)[:, None])
+  actual, tower = jax.jit(lambda model, x: model.bind().encode_images(x))(
+    loaded.model, Images(jnp.asarray(pixels)[:, None])
+  )
   assert actual.shape == (4, tiny_qwen.NUM_QUERIES, tiny_qwen.HIDDEN) and tower.class_attention is None
   np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=0)
 
 
 def test_logits_at_every_position(tiny, loaded, examples):
-  from himap_jax.engine.batching import Batcher, Bucket
-
   processor = loaded.prompts()
-  batcher = Batcher(loaded.config, processor.image_shape, buckets=(160,))
-  batch = jax.tree.map(jnp.asarray, batcher.pack(examples, bucket=Bucket(1, 160), batch_size=4))
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, 16)], buckets=(160,))
+  batch = jax.tree.map(jnp.asarray, batcher.pack(examples, bucket=Bucket(1, 16, 160), batch_size=4))
   actual = jax.jit(lambda model, inputs: model.bind()(inputs))(loaded.model, batch)
   for row, example in zip(actual, examples, strict=True):
-    expected = tiny.logits(torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values))
+    expected = tiny.logits(torch.from_numpy(example.tokens).long(), torch.from_numpy(example.images.pixels))
     np.testing.assert_allclose(row[: len(example.tokens)], expected, atol=TOLERANCE, rtol=0)
 
 
 def test_greedy_tokens(tiny, loaded, examples, images):
   answers = generate(loaded, images, QUESTIONS, generation=GENERATION, inputs=INPUTS)
   for example, answer in zip(examples, answers, strict=True):
-    ids, pixels = torch.from_numpy(example.tokens).long(), torch.from_numpy(example.pixel_values)
+    ids, pixels = torch.from_numpy(example.tokens).long(), torch.from_numpy(example.images.pixels)
     expected = []
     while len(expected) < 8 and not (expected and expected[-1] in loaded.eos_token_ids):
       expected.append(int(tiny.logits(torch.cat([ids, torch.tensor(expected, dtype=torch.long)]), pixels)[-1].argmax()))
@@ -213,7 +215,7 @@ def slow_himap(tiny, example, prune_layers, keep, answered):
   Gives the kept image tokens after each stage, and the last token's logits.
   """
   ids = torch.cat([torch.from_numpy(example.tokens).long(), torch.tensor(answered, dtype=torch.long)])
-  pixels, num_prompt = torch.from_numpy(example.pixel_values), len(example.tokens)
+  pixels, num_prompt = torch.from_numpy(example.images.pixels), len(example.tokens)
   x, positions = tiny.embed(ids, pixels)[None], torch.arange(len(ids))
   image = torch.from_numpy(np.flatnonzero(example.tokens == tiny.image_id))
   model, kept, attention, whole = tiny.language_model.model, [], None, image

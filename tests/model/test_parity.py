@@ -8,6 +8,7 @@ import tiny_checkpoints
 import torch
 
 from himap_jax import GenerationConfig, InputConfig, generate
+from himap_jax.inputs import Images
 
 PROMPTS = (
   "<s>USER: <image>\nWhat is it? ASSISTANT:",
@@ -30,8 +31,8 @@ def test_image_features(pair, images):
   pixels = torch.cat([tiny.encode(image, "<image>")[1] for image in images])
   with torch.no_grad():
     expected = torch.stack(list(tiny.model.get_image_features(pixels).pooler_output)).numpy()
-  encode = jax.jit(lambda model, pixels: model.bind().encode_images(pixels))
-  actual, _ = encode(loaded.model, jnp.asarray(pixels.numpy())[:, None])
+  encode = jax.jit(lambda model, images: model.bind().encode_images(images))
+  actual, _ = encode(loaded.model, Images(jnp.asarray(pixels.numpy())[:, None]))
   assert actual.shape == (len(images), tiny.num_image_tokens, loaded.config.text.hidden_size)
   np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=0)
 

@@ -14,6 +14,7 @@ from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
+from himap_jax.inputs import ImageSize
 from himap_jax.model.network import Model, Network, abstract_params
 from himap_jax.pruning.cost import costs
 from himap_jax.pruning.methods import METHODS
@@ -144,25 +145,41 @@ def test_prefill_is_what_xla_counts(method):
   assert costs(SIZES, schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
 
 
-@pytest.mark.parametrize("name, side, num_image_tokens", [("internvl_7b", 336, 576), ("qwen_vl_7b", 448, 256)])
-def test_prefill_of_other_models_is_what_xla_counts(name, side, num_image_tokens):
-  """With fewer layers; the tower of InternVL and the tower and resampler of Qwen-VL count most."""
+@pytest.mark.parametrize(
+  "name, side, size, tolerance",
+  [
+    ("internvl_7b", 336, ImageSize(1, 576), 0.005),
+    ("qwen_vl_7b", 448, ImageSize(1, 256), 0.005),
+    ("llava_next_7b", 336, ImageSize(5, 2340), 0.01),
+    ("llava_onevision_0.5b", 384, ImageSize(5, 2929), 0.01),
+    ("internvl3_1b", 448, ImageSize(1, 256), 0.015),
+    ("smolvlm_256m", 512, ImageSize(1, 64), 0.015),
+    ("gemma3_4b", 896, ImageSize(1, 256), 0.01),
+    ("qwen2_vl_2b", 448, ImageSize(1024, 256), 0.005),
+    ("qwen2_5_vl_3b", 448, ImageSize(1024, 256), 0.005),
+    ("qwen3_vl_2b", 512, ImageSize(1024, 256), 0.005),
+  ],
+)
+def test_prefill_of_other_models_is_what_xla_counts(name, side, size, tolerance):
+  """With fewer layers, so that the towers count. The narrower a model, the more XLA counts besides products."""
   config = geometries.model_of(name)
+  layers = config.vision.deepstack_layers and (0, 1, 2)
   config = dataclasses.replace(
     config,
-    vision=dataclasses.replace(config.vision, feature_layers=(3,)),
+    vision=dataclasses.replace(config.vision, feature_layers=(3,), deepstack_layers=layers),
     text=dataclasses.replace(config.text, num_hidden_layers=3),
   )
-  actual = costs(model_sizes(config, (side, side)), Schedule(), num_image_tokens, 60)
-  assert actual.tower + actual.projector > actual.decoder / 5
-  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60), rel=0.005)
+  assert geometries.image_size(config) == size
+  actual = costs(model_sizes(config, (side, side)), Schedule(), size.num_tokens, 60, num_pictures=size.num_tiles)
+  assert actual.tower + actual.projector > actual.decoder / 10
+  assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60, size), rel=tolerance)
 
 
-def counted_by_xla(config, schedule, image_shape, num_text_tokens):
+def counted_by_xla(config, schedule, image_shape, num_text_tokens, size=None):
   """Multiplications of one row's prefill."""
   model = Model(abstract_params(config, jnp.bfloat16), Network(config, jnp.bfloat16))
   inputs, _ = programs.abstract_inputs(
-    config, sharding.make_mesh(), batch_size=1, num_text_slots=num_text_tokens, image_shape=image_shape
+    config, sharding.make_mesh(), batch_size=1, num_text_slots=num_text_tokens, image_shape=image_shape, size=size
   )
   inputs = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))

@@ -60,8 +60,12 @@ def test_default_schedule_of_shortv():
   "settings, message",
   [
     (dict(method="fasttv"), "unknown method 'fasttv'; known: "),
-    (dict(method="visionzip", has_class_token=False), "tower has none; methods that work: .*divprune"),
-    (dict(method="fastervlm+himap", has_class_token=False), "tower has none"),
+    (dict(method="visionzip", provides={"features"}), "tower has none; methods that work: .*divprune"),
+    (dict(method="fastervlm+himap", provides=()), "tower has none"),
+    (
+      dict(method="visionzip", provides={"class_attention"}),
+      "made of several each; methods that work: .*fastervlm, .*himap",
+    ),
     (dict(method="himap+divprune"), "two methods combine"),
     (dict(method="random+fastervlm"), "two methods combine"),
     (dict(method="divprune+shortv"), "two methods combine"),
@@ -104,7 +108,7 @@ def test_a_choice_for_any_model():
   assert config.schedule(32, 576).parameters == (("threshold", 0.5),)
   assert PruningConfig().schedule(32, 576) == schedule("himap")
   with pytest.raises(UserError, match="tower has none"):
-    PruningConfig("fastervlm").schedule(32, 576, has_class_token=False)
+    PruningConfig("fastervlm").schedule(32, 576, provides=())
 
 
 def test_shares_are_of_each_prompt_s_own_tokens():

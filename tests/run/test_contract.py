@@ -15,6 +15,7 @@ from himap_jax.engine.engine import Engine
 from himap_jax.run import job
 from himap_jax.run.contract import Contract, digest_of
 from himap_jax.run.output import Output, OutputWriter
+from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt
 
 
@@ -136,7 +137,7 @@ class TestSettings:
     for changes in (
       {"method": "himap_swapped"}, {"prune_layers": (2, 5)}, {"keep": (8, 4)}, {"max_new_tokens": 7}, {"seed": 1},
       {"sampling": Sampling(0.5)}, {"sampling": Sampling(0.5, 0.9)}, {"ignore_eos": True}, {"dtype": "bfloat16"},
-      {"prompt_template": "chat"}, {"int8_weights": True}, {"emit": frozenset({"kept"})},
+      {"prompt_template": "chat"}, {"max_image_tokens": 9}, {"int8_weights": True}, {"emit": frozenset({"kept"})},
       {"method": "himap_adaptive", "parameters": (("threshold", 0.5),)},
       {"method": "himap_adaptive", "parameters": (("threshold", 0.6),)},
     ):  # fmt: skip
@@ -205,7 +206,7 @@ class TestContract:
     for name in "ab":
       (tmp_path / name).write_text(name)
     prompts = [Prompt(1, ("a",), "What?"), Prompt("2", ("a",), "Why?"), Prompt("line:3", error="line 3: bad")]
-    return Contract(tmp_path / "output.jsonl", {"method": "himap", "keep": (8, 3)}, prompts, tmp_path)
+    return Contract(tmp_path / "output.jsonl", {"method": "himap", "keep": (8, 3)}, prompts, PictureFiles(tmp_path))
 
   def row(self, contract, number=0, **changes):
     digest = contract.row_digest(
@@ -235,7 +236,7 @@ class TestContract:
 
   def test_every_picture_is_read_once(self, contract, monkeypatch):
     calls = []
-    monkeypatch.setattr("himap_jax.run.contract.file_digest", lambda path: calls.append(path))
+    monkeypatch.setattr(PictureFiles, "digest", lambda self, path: calls.append(path))
     assert not any(contract.is_stale(self.row(contract, number)) for number in (0, 1, 0))
     assert len(calls) == 1
 

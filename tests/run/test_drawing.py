@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from himap_jax.families.family import View
 from himap_jax.run.drawing import CAPTION, MARGIN, draw_kept
 
 SIDE = 10  # of a patch in pixels
@@ -14,6 +15,10 @@ GRID = (2, 3)
 def picture():
   pixels = np.random.default_rng(0).integers(0, 200, (GRID[0] * SIDE, GRID[1] * SIDE, 3), dtype=np.uint8)
   return Image.fromarray(pixels)
+
+
+def view(picture):
+  return View(picture, np.arange(6).reshape(GRID))
 
 
 def panels(sheet, picture, count):
@@ -32,7 +37,7 @@ def patch(pixels, index):
 def test_kept_patches_stay_and_the_others_fade(picture):
   original = np.asarray(picture)
   kept = [[0, 2, 4], [2]]
-  whole, *stages = panels(draw_kept([picture], kept, GRID), picture, 3)
+  whole, *stages = panels(draw_kept([view(picture)], kept), picture, 3)
   np.testing.assert_array_equal(whole, original)
   for panel, stage in zip(stages, kept, strict=True):
     for index in range(GRID[0] * GRID[1]):
@@ -44,17 +49,11 @@ def test_kept_patches_stay_and_the_others_fade(picture):
 
 
 def test_captions_count_what_is_kept(picture):
-  one, two = (np.asarray(draw_kept([picture], [kept], GRID)) for kept in ([0], [0, 1]))
+  one, two = (np.asarray(draw_kept([view(picture)], [kept])) for kept in ([0], [0, 1]))
   assert (one[: MARGIN + CAPTION] < 128).any()
   assert not np.array_equal(one[: MARGIN + CAPTION], two[: MARGIN + CAPTION])
 
 
 def test_no_stages(picture):
-  (whole,) = panels(draw_kept([picture], [], GRID), picture, 1)
+  (whole,) = panels(draw_kept([view(picture)], []), picture, 1)
   np.testing.assert_array_equal(whole, picture)
-
-
-@pytest.mark.parametrize("index", [6, -1])
-def test_outside_the_grid(picture, index):
-  with pytest.raises(ValueError, match="outside the 2 × 3 grid"):
-    draw_kept([picture], [[0, index]], GRID)

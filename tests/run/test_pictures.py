@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from himap_jax.errors import UserError
-from himap_jax.run.pictures import ImageError, file_digest, load_image, load_with_digest
+from himap_jax.run.pictures import ImageError, PictureFiles, load_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -93,7 +93,7 @@ def test_unusable_files(tmp_path, make, expected):
   assert_error(path, expected)
 
 
-@pytest.mark.parametrize("name", ["a\0b.png", "x" * 5000])
+@pytest.mark.parametrize("name", ["a\0b.png", "x" * 900])
 def test_impossible_path(tmp_path, name):
   assert_error(f"{tmp_path}/{name}")
 
@@ -316,17 +316,30 @@ def test_orientation_in_every_mode(tmp_path, mode):
 
 
 def test_digests_are_those_of_the_bytes_that_were_read(tmp_path):
-  path = tmp_path / "a.png"
+  path, files = tmp_path / "a.png", PictureFiles(tmp_path)
   photo().save(path)
-  image, digest = load_with_digest(path)
+  image, digest = files.load("a.png")
   np.testing.assert_array_equal(image, photo())
-  assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == file_digest(path)
+  assert digest == hashlib.sha256(path.read_bytes()).hexdigest() == files.digest("a.png")
   path.write_bytes(path.read_bytes() + b"x")
-  assert load_with_digest(path)[1] == file_digest(path) != digest
-  for absent in (tmp_path / "b.png", tmp_path, f"{tmp_path}/a\0b"):
-    assert file_digest(absent) is None
-    with pytest.raises(ImageError):
-      load_with_digest(absent)
+  assert files.load(str(path))[1] == files.digest("a.png") != digest
+  for absent in ("b.png", str(tmp_path), f"{tmp_path}/a\0b"):
+    assert files.digest(absent) is None
+    for read in (files.load, files.size):
+      with pytest.raises(ImageError):
+        read(absent)
+
+
+def test_the_size_is_that_of_the_loaded_picture(tmp_path):
+  files = PictureFiles(tmp_path)
+  for orientation in range(1, 9):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    photo().save(tmp_path / "a.jpg", exif=exif)
+    assert files.size("a.jpg") == files.load("a.jpg")[0].size == ((64, 48) if orientation < 5 else (48, 64))
+  photo((101, 99)).save(tmp_path / "large.jpg")  # above the limit, so that it is decoded at half its size
+  small = files.load("large.jpg", max_pixels=3000)[0].size
+  assert files.size("large.jpg", max_pixels=3000) == small and small[0] < 60
 
 
 @pytest.fixture(scope="module")

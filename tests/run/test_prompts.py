@@ -30,6 +30,74 @@ def test_several_images(tmp_path):
   assert read_prompts(path) == [Prompt(1, ("a.png", "b.png"), "Which?"), Prompt(2, ("a",), "?")]
 
 
+@pytest.mark.parametrize("fields", [{}, {"image": None}, {"image": []}])
+def test_a_row_without_images(tmp_path, fields):
+  assert read_prompts(write(tmp_path, line(id=1, question="Why?", **fields))) == [Prompt(1, (), "Why?")]
+
+
+class TestMessages:
+  def read(self, tmp_path, messages, **more):
+    (prompt,) = read_prompts(write(tmp_path, line(id=1, messages=messages, **more)))
+    return prompt
+
+  def test_the_forms_of_openai_and_transformers(self, tmp_path):
+    data = "data:image/png;base64,AAAA"
+    prompt = self.read(
+      tmp_path,
+      [
+        {"role": "system", "content": "Be brief."},
+        {
+          "role": "user",
+          "content": [
+            {"type": "text", "text": "Is "},
+            {"type": "image", "image": "a.png"},
+            {"type": "text", "text": " like "},
+            {"type": "image_url", "image_url": {"url": data}},
+          ],
+        },
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+        {
+          "role": "user",
+          "content": [{"type": "image", "path": "c.png"}, {"type": "image_url", "image_url": {"url": "d"}}],
+        },
+      ],
+    )
+    assert prompt.error is None and prompt.images == ("a.png", data, "c.png", "d")
+    assert prompt.question == (
+      ("system", "Be brief."),
+      ("user", "Is <image> like <image>"),
+      ("assistant", "No."),
+      ("user", "<image><image>"),
+    )
+    assert json.loads(prompt.question_text) == [list(message) for message in prompt.question]
+
+  @pytest.mark.parametrize(
+    ("messages", "error"),
+    [
+      ([], '"messages" must be a list of messages'),
+      ("hello", '"messages" must be a list of messages'),
+      (["hello"], "message 1 must be an object whose role is system, user, assistant"),
+      ([{"role": "tool", "content": "x"}], "message 1 must be an object whose role is"),
+      ([{"role": "user"}], "message 1: its content must be a text or a list of parts"),
+      ([{"role": "user", "content": ["x"]}], "message 1: its content must be a text or a list of parts"),
+      ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "type must be text, image or image_url, not 'video'"),
+      ([{"role": "user", "content": [{"type": "image"}]}], 'message 1: "image" or "url" or "path" or "base64" is missing'),
+      ([{"role": "user", "content": [{"type": "image", "image": 3}]}], 'message 1: "image" must be a string, not a number'),
+      ([{"role": "user", "content": [{"type": "text", "text": 3}]}], 'message 1: "text" must be a string, not a number'),
+      ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "the last message must be the user's"),
+      ([{"role": "user", "content": "a"}, {"role": "system", "content": "b"}, {"role": "user", "content": "c"}],
+       "only the first message may be the system's"),
+    ],
+  )  # fmt: skip
+  def test_malformed(self, tmp_path, messages, error):
+    assert error in self.read(tmp_path, messages).error
+
+  def test_beside_a_question_or_an_image(self, tmp_path):
+    for name in ("question", "image"):
+      prompt = self.read(tmp_path, [{"role": "user", "content": "a"}], **{name: "x"})
+      assert prompt.error == f'line 1: "{name}" and "messages" together'
+
+
 def test_text_is_kept_as_it_is(tmp_path):
   question = " Que voit-on\u2028ici ?\n\x85 \U0001f600 "
   data = json.dumps({"id": "é", "image": "ü.png", "question": question})
@@ -80,11 +148,8 @@ def test_row_without_a_usable_id(tmp_path, row, expected):
 @pytest.mark.parametrize(
   ("fields", "expected"),
   [
-    ({"question": "q"}, '"image" is missing'),
-    ({"image": None, "question": "q"}, '"image" is missing'),
     ({"image": "", "question": "q"}, '"image" is empty'),
     ({"image": 3, "question": "q"}, '"image" must be a string or a list of strings, not a number'),
-    ({"image": [], "question": "q"}, '"image" is an empty list'),
     ({"image": ["a", 3], "question": "q"}, '"image" must be a list of strings, not a number'),
     ({"image": ["a", [3]], "question": "q"}, '"image" must be a list of strings, not a list'),
     ({"image": ["a", " "], "question": "q"}, '"image" is empty'),

@@ -263,7 +263,7 @@ class TestBadRows:
       row(row_id, question=question)
       errors[row_id] = error
     row("many", image=["0.png"] * 32)
-    errors["many"] = "context of 512 tokens does not hold 32 images of 16 tokens and 6 new ones"
+    errors["many"] = "context of 512 tokens does not hold 512 image tokens and 6 new ones"
     row("three", image=["0.png"] * 3, question="<image> and <image>?")
     errors["three"] = "this one has 2 for 3 pictures"
     row("one is missing", image=["0.png", "nowhere.png"])
@@ -318,9 +318,12 @@ class TestBadRows:
       (["0.png", "1.png"], "Same?"),
       ("2.png", "Why?"),
       (["1.png", "3.png", "0.png"], "<image>a<image>b<image>?"),
+      ([], "No picture?"),
     ]
     write_rows(config.prompts, [{"id": n, "image": own, "question": text} for n, (own, text) in enumerate(asked)])
-    config = changed(config, keep=(0.5, 0.125), emit=frozenset({"tokens", "kept"}), pictures=tmp_path / "pictures")
+    config = changed(
+      config, keep=(0.5, 0.125), emit=frozenset({"tokens", "kept", "patches"}), pictures=tmp_path / "pictures"
+    )
     assert job.run(config) == 0
     rows, table = read(config.output), capsys.readouterr().out
     expected = himap_jax.generate(
@@ -333,15 +336,19 @@ class TestBadRows:
     )
     for number, answer in enumerate(expected):
       assert (rows[number]["token_ids"], rows[number]["kept"]) == (answer.token_ids, answer.kept)
-    assert [list(map(len, rows[n]["kept"])) for n in range(3)] == [[16, 4], [8, 2], [24, 6]]
-    assert "32, 16 from layer 2 on, 4 from layer 4 on" in table and "6 programs" in table
+    assert [list(map(len, rows[n]["kept"])) for n in range(4)] == [[16, 4], [8, 2], [24, 6], [0, 0]]
+    for number in range(3):
+      places = [[place // 16, 0, place % 16 // 4, place % 4] for place in rows[number]["kept"][1]]
+      assert rows[number]["kept_patches"][1] == places
+    assert "24, 12 from layer 2 on, 3 from layer 4 on" in table and "8 programs" in table
+    assert sorted(path.name for path in config.pictures.iterdir()) == ["0.png", "1.png", "2.png"]
     width, height = 3 * (28 + 8) + 8, 28 + 16 + 8
     sizes = [load_image(config.pictures / f"{number}.png").size for number in range(3)]
     assert sizes == [(width, count * height + 8) for count in (2, 1, 3)]
 
     load_image(tmp_path / "2.png").save(tmp_path / "3.png")
     assert job.run(config) == 0
-    assert "1 answered, 0 errors, 2 answered before" in capsys.readouterr().out
+    assert "1 answered, 0 errors, 3 answered before" in capsys.readouterr().out
     again = read(config.output)
     assert again[0] == rows[0] and again[1] == rows[1] and again[2]["digest"] != rows[2]["digest"]
     write_rows(config.prompts, [{"id": 0, "image": ["1.png", "0.png"], "question": "Same?"}])
@@ -364,11 +371,11 @@ class TestReader:
   def prepare(prompt):
     if prompt.question == "bad":
       raise UserError("bad")
-    return Bucket(1, len(prompt.question)), Prepared(prompt, prompt.question, "")
+    return Bucket(1, 16, len(prompt.question)), Prepared(prompt, prompt.question, "")
 
   def make(self, questions, batch_size=2):
     prompts = [Prompt(index, ("image",), question) for index, question in enumerate(questions)]
-    return Reader(prompts, self.prepare, buckets=[Bucket(1, length) for length in (1, 2, 3)], batch_size=batch_size)
+    return Reader(prompts, self.prepare, buckets=[Bucket(1, 16, length) for length in (1, 2, 3)], batch_size=batch_size)
 
   def test_reads_until_a_bucket_fills_a_batch(self):
     reader = self.make(["a", "bb", "bad", "ccc", "d", "e", "f"])
@@ -376,22 +383,22 @@ class TestReader:
     assert reader.counts() == [2, 1, 1]
     reader.read()
     assert reader.counts() == [2, 1, 1]
-    assert [row.prompt.id for row in reader.take(Bucket(1, 1))] == [0, 4]
+    assert [row.prompt.id for row in reader.take(Bucket(1, 16, 1))] == [0, 4]
     assert [(prompt.id, error) for prompt, error in reader.take_errors()] == [(2, "bad")]
     assert reader.take_errors() == []
     reader.read()
     assert reader.counts() == [2, 1, 1]
-    assert [row.prompt.id for row in reader.take(Bucket(1, 1))] == [5, 6]
+    assert [row.prompt.id for row in reader.take(Bucket(1, 16, 1))] == [5, 6]
 
   def test_what_is_left_comes_in_smaller_batches(self):
     reader = self.make(["a", "bb", "c", "d"])
     for expected in ([2, 1, 0], [1, 1, 0]):
       reader.read()
       assert reader.counts() == expected
-      reader.take(Bucket(1, 1))
-    assert [row.example for row in reader.take(Bucket(1, 2))] == ["bb"]
+      reader.take(Bucket(1, 16, 1))
+    assert [row.example for row in reader.take(Bucket(1, 16, 2))] == ["bb"]
     reader.read()
-    assert reader.counts() == [0, 0, 0] and reader.take(Bucket(1, 1)) == []
+    assert reader.counts() == [0, 0, 0] and reader.take(Bucket(1, 16, 1)) == []
 
 
 def refuses(config, message):
@@ -459,7 +466,7 @@ class TestBadConfiguration:
 
   def test_pictures_of_tokens_that_are_no_grid(self, config, loaded, tmp_path):
     config = changed(config, checkpoint=str(loaded("clip_gqa_tied").directory), pictures=tmp_path / "pictures")
-    refuses(config, "--pictures: this model's 17 image tokens do not form its grid of 4 x 4 patches")
+    refuses(config, "this model's 17 image tokens do not form its grid of 4 x 4 patches")
 
   def test_checkpoints(self, config, checkpoints, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("HIMAP_JAX_CACHE", str(cache))
@@ -468,7 +475,7 @@ class TestBadConfiguration:
       ("missing", lambda path: split(path)[1].unlink(), "1 of 2 shards are missing"),
       ("truncated", lambda path: os.truncate(split(path)[1], 5000), "truncated"),
       ("shapes", narrow, "multi_modal_projector"),
-      ("type", lambda path: edit(path, model_type="qwen2_vl"), "model_type is 'qwen2_vl'"),
+      ("type", lambda path: edit(path, model_type="paligemma"), "model_type is 'paligemma'"),
       ("text", lambda path: edit(path, text_config={"model_type": "mamba"}), "language model 'mamba'"),
       ("config", lambda path: (path / "config.json").write_text("{"), "cannot be read"),
       ("nothing", lambda path: (path / "config.json").unlink(), "cannot be read"),
@@ -562,18 +569,23 @@ class TestFlags:
     assert config.checkpoint.startswith("gs://") and is_distributed == (devices > 8)
 
   @pytest.mark.parametrize(
-    "name, checkpoint, template, kept",
+    "name, checkpoint, template, kept, is_pickled",
     [
-      ("llava_7b", "liuhaotian/llava-v1.5-7b", "vicuna_v1", (288, 72)),
-      ("internvl_7b", "OpenGVLab/InternVL-Chat-ViT-6B-Vicuna-7B", "vicuna_v1", (288, 72)),
-      ("qwen_vl_7b", "Qwen/Qwen-VL-Chat", "chat", (128, 32)),
+      ("llava_7b", "liuhaotian/llava-v1.5-7b", "vicuna_v1", (288, 72), True),
+      ("internvl_7b", "OpenGVLab/InternVL-Chat-ViT-6B-Vicuna-7B", "vicuna_v1", (288, 72), True),
+      ("qwen_vl_7b", "Qwen/Qwen-VL-Chat", "chat", (128, 32), True),
+      ("qwen2_vl", "Qwen/Qwen2-VL-2B-Instruct", "chat", (128, 32), False),
+      ("qwen2_5_vl", "Qwen/Qwen2.5-VL-3B-Instruct", "chat", (128, 32), False),
+      ("qwen3_vl", "Qwen/Qwen3-VL-2B-Instruct", "chat", (128, 32), False),
+      ("gemma3_4b", "google/gemma-3-4b-it", "chat", (128, 32), False),
     ],
   )
-  def test_flagfiles_of_the_paper_s_models(self, name, checkpoint, template, kept, monkeypatch):
+  def test_flagfiles_of_models(self, name, checkpoint, template, kept, is_pickled, monkeypatch):
     monkeypatch.chdir(ROOT)
     with parsed(f"--flagfile=experiments/flags/{name}.flags"):
       config = config_from_flags()
-    assert (config.checkpoint, config.inputs.prompt_template) == (checkpoint, template) and config.allow_pickle
+    assert (config.checkpoint, config.inputs.prompt_template) == (checkpoint, template)
+    assert config.allow_pickle == is_pickled
     stages = config.pruning.schedule(32, kept[0] * 2).stages
     assert [(stage.layer, stage.keep) for stage in stages] == [(2, kept[0]), (8, kept[1])]
 
@@ -584,7 +596,7 @@ class TestFlags:
       (("--prompts=p",), "--output is required"),
       ((*NEEDED, "--batch_size=0"), "--batch_size must be at least 1, but is 0"),
       ((*NEEDED, "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
-      ((*NEEDED, "--emit=tokens,thoughts"), "--emit: unknown thoughts; known: tokens, kept, logits, timing"),
+      ((*NEEDED, "--emit=tokens,thoughts"), "--emit: unknown thoughts; known: tokens, kept, patches, logits, timing"),
       ((*NEEDED, "--method=fasttv"), "unknown method 'fasttv'; known: cdpruner, dart, divprune, fastervlm,"),
       ((*NEEDED, "--method=divprune+fasttv"), "unknown method 'fasttv'"),
       ((*NEEDED, "--method_parameters=0.7"), "--method_parameters=0.7: not a list such as threshold:0.8"),

@@ -10,12 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
 from himap_jax.model.kernels import Kernels
-from himap_jax.model.linear import ACTIVATIONS, LayerNorm, Linear, RMSNorm
+from himap_jax.model.linear import ACTIVATIONS, NORMS, Linear
 
 
 @pytree
@@ -23,15 +23,19 @@ class TowerOutput:
   """Tower output for a batch of images.
 
   Attributes:
-    features: input of the connector, one vector per image token.
+    features: input of the connector, one vector per image token; zeros for newlines, like the next two.
     class_attention: float32 attention of the class token to every image token in the last layer run, averaged over
-      heads; None without a class token.
-    keys: that layer's keys of the image tokens, by head.
+      heads and over the patches of the token; None without a class token.
+    keys: that layer's keys of the image tokens, by head, averaged over the patches of the token.
+    is_newline: which image tokens are learned newlines; None if none are.
+    deepstack: features of the layers in `VisionConfig.deepstack_layers`.
   """
 
   features: Float[Array, "B P F"]
   class_attention: Float[Array, "B P"] | None
   keys: Float[Array, "B P N H"]
+  is_newline: Bool[Array, "B P"] | None = None
+  deepstack: tuple[Float[Array, "B P F"], ...] = ()
 
 
 class TowerModule(nn.Module):
@@ -39,6 +43,24 @@ class TowerModule(nn.Module):
 
   config: VisionConfig
   kernels: Kernels
+
+
+def group(output: TowerOutput, columns: int, size: int) -> TowerOutput:
+  """Makes one token of every `size` × `size` patches of pictures with `columns` of them in a row.
+
+  The features of the patches are concatenated, row by row; attention and keys are averaged.
+  """
+
+  def by_token(x: Shaped[Array, "B P *D"]) -> Shaped[Array, "B Q p *D"]:
+    x = x.reshape(x.shape[0], -1, size, columns // size, size, *x.shape[2:])
+    return jnp.moveaxis(x, 2, 3).reshape(x.shape[0], -1, size**2, *x.shape[5:])
+
+  features = by_token(output.features)
+  return TowerOutput(
+    features=features.reshape(*features.shape[:2], -1),
+    class_attention=None if output.class_attention is None else by_token(output.class_attention).mean(axis=2),
+    keys=by_token(output.keys).mean(axis=2),
+  )
 
 
 # Queries and keys of a layer.
@@ -107,12 +129,13 @@ def query_key_value(
 ) -> tuple[Float[Array, "B S N H"], ...]:
   """Queries, keys and values by head, from linear layers with these names in the calling module."""
   linear = functools.partial(Linear, config.hidden_size, kernels, use_bias=config.qkv_bias, axes=("tower_heads", None))
-  return tuple(linear(name=name)(x).reshape(*x.shape[:2], config.num_attention_heads, -1) for name in names)
+  heads = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+  return tuple(linear(name=name)(x).reshape(*x.shape[:2], *heads) for name in names)
 
 
 def norm(config: VisionConfig, name: str) -> nn.Module:
   """The normalisation before a layer's attention or feed-forward."""
-  return {"layer_norm": LayerNorm, "rms_norm": RMSNorm}[config.norm_type](config.layer_norm_eps, name=name)
+  return NORMS[config.norm_type](config.layer_norm_eps, name=name)
 
 
 class FeedForward(TowerModule):
@@ -130,6 +153,12 @@ def prepend(token: Float[Array, "D"], x: Float[Array, "B P D"]) -> Float[Array, 
   """Prepends a token to the patches."""
   first = jnp.broadcast_to(token, (x.shape[0], 1, x.shape[2]))
   return jnp.concatenate([first, x], axis=1)
+
+
+def pooled(x: Float[Array, "B P *D"], columns: int, side: int) -> Float[Array, "B Q *D"]:
+  """The mean over every square of `side` × `side` patches of a grid with so many columns, in float32."""
+  squares = x.astype(jnp.float32).reshape(x.shape[0], -1, side, columns // side, side, *x.shape[2:])
+  return squares.mean(axis=(2, 4)).reshape(x.shape[0], -1, *x.shape[2:]).astype(x.dtype)
 
 
 def class_attention(query: Float[Array, "B S N H"], key: Float[Array, "B S N H"]) -> Float[Array, "B S"]:

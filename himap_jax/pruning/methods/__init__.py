@@ -3,11 +3,11 @@
 import dataclasses
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from himap_jax.errors import UserError
-from himap_jax.pruning.method import Criterion, Method
+from himap_jax.pruning.method import NEEDS, Criterion, Method, Need
 from himap_jax.pruning.schedule import Schedule, Stage
 
 _MODULES = [importlib.import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
@@ -30,7 +30,7 @@ def build_schedule(
   *,
   num_layers: int,
   num_image_tokens: int | None = None,
-  has_class_token: bool = True,
+  provides: Collection[Need] = frozenset(NEEDS),
   prune_layers: tuple[int, ...] | None = None,
   keep: tuple[int | float, ...] | None = None,
   parameters: Mapping[str, float] | None = None,
@@ -42,6 +42,7 @@ def build_schedule(
     num_layers: of the decoder.
     num_image_tokens: of a prompt before pruning. If absent, the schedule is for prompts with any number of them: its
       shares stay shares, and counts are not checked; see `Schedule.at`.
+    provides: what methods can read of the model's tower, everything by default.
     prune_layers: layers to prune before, one per stage, 0 being before the decoder; for a method that freezes, layers
       in which image tokens are not updated. By default the method's own.
     keep: image tokens to keep at each stage: a count (int) or a share of the prompt's image tokens (float in (0, 1],
@@ -52,7 +53,7 @@ def build_schedule(
   Raises:
     UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
   """
-  entries = _entries(method, has_class_token)
+  entries = _entries(method, provides)
   values = _parameters(method, entries, parameters or {})
   if prune_layers is None:
     prune_layers = sum((_of_depth(entry.prune_layers, num_layers) for entry in entries), ())
@@ -83,23 +84,23 @@ class PruningConfig:
   keep: tuple[int | float, ...] | None = None
   parameters: tuple[tuple[str, float], ...] = ()
 
-  def schedule(self, num_layers: int, num_image_tokens: int | None = None, has_class_token: bool = True) -> Schedule:
+  def schedule(
+    self, num_layers: int, num_image_tokens: int | None = None, provides: Collection[Need] = frozenset(NEEDS)
+  ) -> Schedule:
     """The schedule for a model; arguments and errors as in `build_schedule`."""
-    model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, has_class_token=has_class_token)
+    model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, provides=provides)
     own = dict(prune_layers=self.prune_layers, keep=self.keep, parameters=dict(self.parameters))
     return build_schedule(self.method, **model, **own)
 
 
-def _entries(method: str, has_class_token: bool) -> list[Method]:
+def _entries(method: str, provides: Collection[Need]) -> list[Method]:
   """The method, or the two that combine."""
   names = parse(method)
   for name in names:
-    if METHODS[name].needs_class_attention and not has_class_token:
-      others = [known for known, entry in METHODS.items() if not entry.needs_class_attention]
-      raise UserError(
-        f"method {name!r} reads the attention of the tower's class token, and this model's tower has none; "
-        f"methods that work: {', '.join(others)}"
-      )
+    lacking = [need for need in NEEDS if need in METHODS[name].needs and need not in provides]
+    if lacking:
+      others = [known for known, entry in METHODS.items() if entry.needs <= set(provides)]
+      raise UserError(f"method {name!r} {NEEDS[lacking[0]]}; methods that work: {', '.join(others)}")
   first, *rest = entries = [METHODS[name] for name in names]
   can_be = first.criteria and first.acts != "inside" and all(e.criteria and e.acts != "before" for e in rest)
   if len(rest) > 1 or (rest and not can_be):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, mark
+from himap_jax.pruning.method import Method, View, cosine_similarity, mark, ranking
 from himap_jax.pruning.sizes import Sizes
 
 EPSILON = 1e-6
@@ -28,7 +28,7 @@ def relevance(view: View) -> Float[Array, "B M"]:
   return (mean - low + EPSILON) / jnp.maximum(high - low, EPSILON)
 
 
-def determinantal(view: View, keep: int) -> Selection:
+def determinantal(view: View, keep: int) -> Int[Array, "B K"]:
   """Greedy MAP inference for the process with kernel r_i · cos(v_i, v_j) · r_j (arXiv 1709.05135)."""
   tokens, weight, present = view.image_tokens(), relevance(view), view.layout.image_present()
   kernel = weight[:, :, None] * cosine_similarity(tokens, tokens) * weight[:, None]
@@ -53,7 +53,7 @@ def determinantal(view: View, keep: int) -> Selection:
     jnp.zeros((batch, keep, num_tokens), jnp.float32),
     jnp.zeros((batch, keep), jnp.int32),
   )
-  return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[3], axis=1))
+  return jax.lax.fori_loop(0, keep, choose, start)[3]
 
 
 def _take_token(x: Float[Array, "B ..."], token: Int[Array, "B"], axis: int) -> Float[Array, "B ..."]:
@@ -68,5 +68,5 @@ def cost(sizes: Sizes) -> int:
   return pairs * sizes.model.hidden_size + sizes.keep**2 * sizes.num_present
 
 
-CRITERION = Criterion(determinantal, cost)
+CRITERION = ranking(determinantal, cost)
 METHODS = {"cdpruner": Method("arXiv 2506.10967, 64 tokens", (CRITERION,), (0,), (64 / 576,), acts="before")}

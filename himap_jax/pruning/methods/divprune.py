@@ -2,12 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
-from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, mark
+from himap_jax.pruning.method import Method, View, cosine_similarity, mark, ranking
 from himap_jax.pruning.sizes import Sizes
 
 
-def max_min_distance(view: View, keep: int) -> Selection:
+def max_min_distance(view: View, keep: int) -> Int[Array, "B K"]:
   """Greedy: starts with the token farthest from its nearest neighbour, then adds the one farthest from all chosen.
 
   The distance is one minus the cosine of projected image tokens.
@@ -27,7 +28,7 @@ def max_min_distance(view: View, keep: int) -> Selection:
     return reach, reach, kept.at[:, index].set(token)
 
   start = jnp.minimum(nearest, reach), reach, jnp.zeros((batch, keep), jnp.int32)
-  return Selection(jnp.sort(jax.lax.fori_loop(0, keep, choose, start)[2], axis=1))
+  return jax.lax.fori_loop(0, keep, choose, start)[2]
 
 
 def cost(sizes: Sizes) -> int:
@@ -35,5 +36,5 @@ def cost(sizes: Sizes) -> int:
   return sizes.num_present**2 * sizes.model.hidden_size
 
 
-CRITERION = Criterion(max_min_distance, cost)
+CRITERION = ranking(max_min_distance, cost)
 METHODS = {"divprune": Method("arXiv 2503.02175, 9.8% of the tokens", (CRITERION,), (0,), (0.098,), acts="before")}

@@ -13,4 +13,6 @@ def class_attention(view: View) -> Float[Array, "B M"]:
 
 SOURCE = "arXiv 2412.01818, 75% fewer tokens"
 CRITERION = highest(class_attention, lambda sizes: sizes.class_attention())
-METHODS = {"fastervlm": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs_class_attention=True)}
+METHODS = {
+  "fastervlm": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs=frozenset({"class_attention"}))
+}

@@ -7,7 +7,17 @@ Its extra token, the sum of all dropped tokens, has no place in the picture and 
 import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, filled, mark, stable_top_k
+from himap_jax.pruning.method import (
+  NEEDS,
+  Criterion,
+  Method,
+  Selection,
+  View,
+  cosine_similarity,
+  filled,
+  mark,
+  stable_top_k,
+)
 from himap_jax.pruning.sizes import Sizes
 
 OUTLIER_SHARE = 0.25
@@ -16,7 +26,7 @@ CLUSTER = 32
 
 def merged_outliers(view: View, keep: int) -> Selection:
   """Adds to each kept token the 32 others with the most similar keys, weighted by their class attention."""
-  features, attention, present = view.features, view.class_attention, view.layout.image_present()
+  features, attention, present = view.features, view.class_attention, view.has_feature()
   batch, num_tokens, _ = features.shape
   num_outliers = round(keep * OUTLIER_SHARE)
   outliers = stable_top_k(jnp.where(present, attention, -jnp.inf), num_outliers)
@@ -44,4 +54,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2403.15388 (PruMerge+), 25% of the tokens"
 CRITERION = Criterion(merged_outliers, cost)
-METHODS = {"prumerge": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs_class_attention=True)}
+METHODS = {"prumerge": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs=frozenset(NEEDS))}

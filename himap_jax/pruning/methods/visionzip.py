@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, filled, mark, stable_top_k
+from himap_jax.pruning.method import (
+  NEEDS,
+  Criterion,
+  Method,
+  Selection,
+  View,
+  cosine_similarity,
+  filled,
+  mark,
+  stable_top_k,
+)
 from himap_jax.pruning.sizes import Sizes
 
 CONTEXTUAL_SHARE = 10 / 64
@@ -20,7 +30,7 @@ def dominant_and_contextual(view: View, keep: int) -> Selection:
   """
   num_contextual = round(CONTEXTUAL_SHARE * keep)
   num_dominant = keep - num_contextual
-  features, present = view.features, view.layout.image_present()
+  features, present = view.features, view.has_feature()
   attention = jnp.where(present, view.class_attention, -jnp.inf)
   num_tokens = features.shape[1]
   if num_contextual == 0 or keep == num_tokens:
@@ -51,4 +61,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2412.04467, 54 + 10 tokens"
 CRITERION = Criterion(dominant_and_contextual, cost)
-METHODS = {"visionzip": Method(SOURCE, (CRITERION,), (0,), (64 / 576,), acts="before", needs_class_attention=True)}
+METHODS = {"visionzip": Method(SOURCE, (CRITERION,), (0,), (64 / 576,), acts="before", needs=frozenset(NEEDS))}

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, filled
+from himap_jax.pruning.method import NEEDS, Criterion, Method, Selection, View, cosine_similarity, filled
 from himap_jax.pruning.sizes import Sizes
 
 IMPORTANT_SHARE = 0.5
@@ -15,7 +15,7 @@ def important_and_diverse(view: View, keep: int) -> Selection:
 
   Each round compares the tokens at even places with those at odd places, and removes the eight most similar even ones.
   """
-  num_important, present = int(keep * IMPORTANT_SHARE), view.layout.image_present()
+  num_important, present = int(keep * IMPORTANT_SHARE), view.has_feature()
   order = jnp.argsort(jnp.where(present, -view.class_attention, jnp.inf), axis=1, stable=True)
   important, residual = order[:, :num_important], order[:, num_important:]
   num_diverse = keep - num_important
@@ -41,4 +41,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2412.01818v2, 128 tokens"
 CRITERION = Criterion(important_and_diverse, cost)
-METHODS = {"vispruner": Method(SOURCE, (CRITERION,), (0,), (128 / 576,), acts="before", needs_class_attention=True)}
+METHODS = {"vispruner": Method(SOURCE, (CRITERION,), (0,), (128 / 576,), acts="before", needs=frozenset(NEEDS))}

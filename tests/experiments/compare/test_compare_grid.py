@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.compare.grid import Shape, make_cells, schedule_for_budget
-from himap_jax.engine.batching import Batcher, Bucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.prefill import Context, prune, start
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
@@ -19,8 +19,10 @@ BUDGETS = (288.0, 192.0, 128.0, 64.0, 32.0, 7.5)
 def prompt(loaded, images):
   """A batch of one prompt."""
   processor = loaded(NAME).prompts()
-  batcher = Batcher(loaded(NAME).config, processor.image_shape)
-  return batcher.pack([processor.prepare([images[0]], "What?")], bucket=Bucket(1, 64), batch_size=1)
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, processor.num_image_tokens)])
+  return batcher.pack(
+    [processor.prepare([images[0]], "What?")], bucket=Bucket(1, processor.num_image_tokens, 64), batch_size=1
+  )
 
 
 def scaled(method, budget, shape, *, prune_layers=None, ranking=None):
@@ -78,7 +80,7 @@ def test_budget_of_own_layers():
     with pytest.raises(ValueError, match="above 0 and at most the image's 576 tokens"):
       scaled("random", budget, shape)
   with pytest.raises(ValueError, match="class token"):
-    scaled("fastervlm", 64, shape._replace(has_class_token=False))
+    scaled("fastervlm", 64, shape._replace(provides=frozenset()))
 
 
 @pytest.mark.parametrize("num_layers", [30, 32])

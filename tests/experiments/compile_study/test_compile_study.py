@@ -13,7 +13,7 @@ from experiments.compile_study.variants import VARIANTS
 from experiments.shared.subject import Subject
 from himap_jax.engine import sharding
 from himap_jax.generation import InputConfig
-from himap_jax.inputs import Inputs, Layout
+from himap_jax.inputs import Images, Inputs, Layout
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.pruning.methods import build_schedule
 
@@ -71,7 +71,7 @@ def test_compiles_from_shapes_alone(name, loaded):
   schedule = build_schedule("himap", num_layers=6, num_image_tokens=16, prune_layers=(2, 4), keep=(8, 3))
   slots = jax.ShapeDtypeStruct((2, 72), jnp.int32)
   layout = Layout(slots, slots, slots, slots, 16)
-  inputs = Inputs(slots, layout, slots, jax.ShapeDtypeStruct((2, 1, 3, 28, 28), jnp.float32))
+  inputs = Inputs(slots, layout, slots, Images(jax.ShapeDtypeStruct((2, 1, 3, 28, 28), jnp.float32)))
   mesh = sharding.make_mesh(4, 2)
   params = sharding.placed(abstract_params(config, jnp.float32), logical_axes(config), config, mesh)
   logits = VARIANTS[name].build(recorder, schedule)(Model(params, Network(config, jnp.float32)), inputs)
@@ -97,7 +97,7 @@ def test_the_workload_s_batches(is_bucketed, loaded, monkeypatch):
     assert tokens.shape[0] == 3
     assert own == [examples[row].num_text_tokens for row in batch.row_ids]
     if is_bucketed:
-      assert {subject.batcher.bucket(examples[i]) for i in batch.row_ids} == {(1, slots)}
+      assert {subject.batcher.bucket(examples[i]) for i in batch.row_ids} == {(1, 16, slots, False)}
     else:
       assert slots == max(own)
     found += own

@@ -12,7 +12,7 @@ from experiments.demo_model import adapter
 from experiments.demo_model.adapter import Adapter, Whitening
 from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import UNUSED, Batch, Packer
-from himap_jax.engine.batching import Batcher, Bucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.errors import UserError
 
 
@@ -87,7 +87,7 @@ def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
   logits = np.asarray(answer_logits(tiny.model, {}, batch))
   processor, tokenizer = tiny.prompts(), tiny.processor.tokenizer
   forward = jax.jit(lambda model, inputs: model.bind()(inputs))
-  batcher = Batcher(tiny.config, processor.image_shape, buckets=(160,))
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, 16)], buckets=(160,))
   for row, sample in enumerate(samples):
     for number, (question, answer) in enumerate(sample.questions):
       example = processor.prepare([sample.picture], question)
@@ -100,7 +100,7 @@ def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
         image_id=np.pad(example.image_id, (0, count), constant_values=-1),
         positions=np.arange(len(tokens), dtype=np.int32),
       )
-      inputs = jax.tree.map(jnp.asarray, batcher.pack([answered], bucket=Bucket(1, 160), batch_size=1))
+      inputs = jax.tree.map(jnp.asarray, batcher.pack([answered], bucket=Bucket(1, 16, 160), batch_size=1))
       alone = np.asarray(forward(tiny.model, inputs))[0, last - 1 : last + count - 1]
       mine = np.asarray(batch.answer_valid[row] & (batch.answer_question[row] == number))
       assert np.asarray(batch.answers)[row][mine].tolist() == expected_answer

@@ -139,7 +139,7 @@ def two_rows():
 
 def test_random_pairs():
   layout = two_rows()
-  every, block = tokens.earlier(layout), tokens.block(layout, "image→instruction")
+  every, block = tokens.visible(layout), tokens.block(layout, "image→instruction")
   as_much = jax.jit(interventions._as_much)
   for seed in range(20):
     keys = jax.random.split(jax.random.key(seed), 2)

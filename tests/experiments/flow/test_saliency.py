@@ -96,7 +96,7 @@ def test_kinds_where_images_are_apart():
   assert kinds["system"] == [[1, 0, 0, 0, 0, 0, 0, 0, 0], [0] * 9]
   assert kinds["image"] == [[0, 1, 1, 0, 1, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0, 0, 0, 0]]
   assert kinds["instruction"] == [[0, 0, 0, 0, 0, 0, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1, 0, 0]]
-  earlier = np.asarray(tokens.earlier(layout))
+  earlier = np.asarray(tokens.visible(layout))
   for row, count in enumerate((8, 7)):
     expected = np.zeros((9, 9), bool)
     expected[:count, :count] = np.tri(count, k=-1, dtype=bool)

@@ -1,0 +1,47 @@
+"""The tokenizer and the image processor of a checkpoint, loaded without transformers' processor, which may need torch."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from checkpoints_convert.source import first_line, read_json
+from himap_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles:
+  """What prompts need of a checkpoint besides its sizes.
+
+  Attributes:
+    tokenizer: of transformers.
+    image_processor: of transformers, on Pillow.
+    chat_template: None if the checkpoint has none.
+    fields: of config.json.
+  """
+
+  tokenizer: Any
+  image_processor: Any
+  chat_template: str | None
+  fields: Mapping[str, Any]
+
+  def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+    """The text of a conversation, whose messages have a `role` and a `content` of parts."""
+    options = dict(chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
+    return self.tokenizer.apply_chat_template(list(conversation), **options)
+
+
+def load(directory: pathlib.Path, image_processor: str) -> ModelFiles:
+  """Loads a checkpoint's files; `image_processor` names a class of transformers. Raises `UserError` if that fails."""
+  import transformers  # slow to import
+
+  options = dict(local_files_only=True)
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+    pictures = getattr(transformers, image_processor).from_pretrained(directory, **options)
+  except (ValueError, OSError, KeyError, TypeError) as error:
+    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
+  template, older = tokenizer.chat_template, directory / "chat_template.json"
+  if older.exists() and not (directory / "chat_template.jinja").exists():
+    template = read_json(older).get("chat_template", template)
+  return ModelFiles(tokenizer, pictures, template, read_json(directory / "config.json"))

@@ -1,0 +1,95 @@
+"""Where a picture's bytes come from: a file, a `data:` URL, base64, or an address on the web."""
+
+import base64
+import binascii
+import errno
+import functools
+import io
+import os
+import pathlib
+import re
+import shutil
+import stat
+import tempfile
+import urllib.error
+import urllib.request
+
+from himap_jax.errors import UserError
+
+URL_TIMEOUT = 30  # seconds
+MAX_URL_BYTES = 1 << 28
+
+_DATA_URL = re.compile(r"data:[\w./+-]*(;[\w=.+-]+)*;base64,", re.ASCII)
+_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{64,}={0,2}\s*", re.ASCII)
+_LONGEST_PATH = 1000  # longer ones are data, of which messages show the start
+_SHOWN = 100
+
+
+def is_url(image: str) -> bool:
+  return image.startswith(("http://", "https://"))
+
+
+def short_name(image: str) -> str:
+  """A picture's name for messages."""
+  return image if len(image) <= _LONGEST_PATH else f"{image[:_SHOWN]}…"
+
+
+def open_source(image: str, image_dir: pathlib.Path, *, allow_urls: bool = False) -> io.BufferedIOBase:
+  """Opens a picture's bytes.
+
+  Args:
+    image: a path, relative to `image_dir`; a `data:` URL; base64 of a file; or with `allow_urls` an http or https URL,
+      which is downloaded once.
+
+  Raises:
+    UserError: it cannot be read.
+  """
+  if image.startswith("data:"):
+    match = _DATA_URL.match(image)
+    if match is None:
+      raise UserError(f"{short_name(image)}: only data: URLs in base64 are supported")
+    return _decoded(image[match.end() :], image)
+  if is_url(image):
+    if not allow_urls:
+      raise UserError(f"{short_name(image)}: pictures are read from the web with --allow_urls only")
+    return open(_downloaded(image), "rb")
+  try:
+    path = image_dir / image
+    if not stat.S_ISREG(os.stat(path).st_mode):
+      raise OSError(errno.EINVAL, "not a regular file")
+    return open(path, "rb")
+  except OSError as error:
+    if _BASE64.fullmatch(image):
+      return _decoded(image, image)
+    raise UserError(f"{short_name(image)}: {error.strerror}") from error
+  except ValueError as error:
+    raise UserError(f"{short_name(image)!r}: {error}") from error
+
+
+def _decoded(text: str, image: str) -> io.BufferedIOBase:
+  try:
+    return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
+  except binascii.Error as error:
+    raise UserError(f"{short_name(image)}: not base64: {error}") from error
+
+
+@functools.cache
+def _downloads() -> tempfile.TemporaryDirectory:
+  return tempfile.TemporaryDirectory(prefix="himap_jax_pictures_")
+
+
+@functools.cache
+def _downloaded(url: str) -> pathlib.Path:
+  """A local copy of a file on the web, until the process ends; raises `UserError` if it cannot be downloaded."""
+  request = urllib.request.Request(url, headers={"User-Agent": "himap_jax"})
+  try:
+    with (
+      urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response,
+      tempfile.NamedTemporaryFile(dir=_downloads().name, delete=False) as file,
+    ):
+      shutil.copyfileobj(io.BytesIO(response.read(MAX_URL_BYTES + 1)), file)
+      if file.tell() > MAX_URL_BYTES:
+        raise UserError(f"{short_name(url)}: larger than {MAX_URL_BYTES:,} bytes")
+      return pathlib.Path(file.name)
+  except (OSError, ValueError, urllib.error.URLError) as error:
+    raise UserError(f"{short_name(url)}: cannot be downloaded ({error})") from error

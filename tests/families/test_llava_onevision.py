@@ -1,0 +1,144 @@
+"""LLaVA-OneVision on pictures against transformers: tiles, shrunk grids, features, logits, and HiMAP."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_himap
+import tiny_anyres
+import tiny_checkpoints
+import torch
+from PIL import Image
+from test_llava_next import changed
+
+from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
+from himap_jax.engine.batching import Batcher, ImageBucket
+from himap_jax.families.llava_onevision import LlavaOnevisionProcessor
+
+# The third and the last have more than 1.1² times the image tokens of two tiles.
+SIZES = [(40, 40), (64, 37), (62, 60), (28, 28), (1, 1), (200, 3), (57, 113), (1, 10_000), (10_000, 1), (93, 31)]
+QUESTIONS = ("No picture here.", "<image>What is it?", "<image><image> or <image>, which is it?", "Why <image> so?")
+TEMPLATE = "<image>{question}"
+SHARES = ((2, 3), (0.5, 0.125))
+NUM_NEW = 5
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+  return tiny_anyres.make(tiny_anyres.ONEVISION, tmp_path_factory.mktemp("llava_onevision"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny, tmp_path_factory):
+  return checkpoint.load(str(tiny.directory), dtype=jnp.float32, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def noise():
+  return [tiny_checkpoints.noise_image(size, seed) for seed, size in enumerate(SIZES)]
+
+
+@torch.no_grad()
+def reference_features(tiny, images):
+  return torch.cat(list(tiny.model.get_image_features(**tiny.pictures(images)).pooler_output))
+
+
+class TestPictures:
+  def test_tiles_and_counts_are_transformers_own(self, tiny, loaded, noise):
+    processor = loaded.prompts(TEMPLATE)
+    for own in [*([image] for image in noise), noise[:2], noise[4:7]]:
+      example = processor.prepare(own, "Why?")
+      expected = tiny.pictures(own)["pixel_values"].flatten(0, 1).numpy().astype(np.float32)
+      np.testing.assert_array_equal(example.images.pixels, expected)
+      assert processor.image_size([image.size for image in own]) == example.size
+      assert example.num_image_tokens == len(reference_features(tiny, own))
+
+  def test_views_and_places(self, loaded, noise):
+    processor = loaded.prompts(TEMPLATE)
+    for own, shapes in (([noise[2]], [(5, 5), (7, 7)]), ([noise[1]], [(5, 5), (6, 10)]), (noise[:2], [(5, 5)] * 2)):
+      example = processor.prepare(own, "Why?")
+      views, places = processor.views(example), processor.places(example)
+      assert [view.tokens.shape for view in views] == shapes
+      shown = np.concatenate([view.tokens.ravel() for view in views])
+      assert sorted(shown) == np.flatnonzero(places[:, 2] >= 0).tolist()
+      weights, index = example.images.pack_weight, example.images.pack_index
+      np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-6)
+      assert np.array_equal(np.flatnonzero(places[:, 2] < 0), np.flatnonzero((index < 0).all(axis=1)))
+    assert places[25].tolist() == [0, 0, -1, -1] and places[26].tolist() == [1, 0, 0, 0]
+
+  def test_a_bound_leaves_out_large_grids(self, loaded):
+    random = np.random.default_rng(0)
+    sizes = [tuple(size) for size in random.integers(1, 400, (60, 2)).tolist()]
+    counts = set()
+    for bound in (80, 85, 95, None):
+      limited = LlavaOnevisionProcessor(loaded.processor, loaded.config, max_image_tokens=bound)
+      found = [limited.image_size([size]).num_tokens for size in sizes]
+      assert bound is None or max(found) <= bound
+      counts.add(sum(found))
+    assert len(counts) > 1
+
+  def test_a_square_that_would_exhaust_memory(self, loaded):
+    pictures = [Image.new("RGB", (14_000, 1)), Image.new("RGB", (2, 2))]
+    with pytest.raises(UserError, match="has 14000 x 1 pixels; padded to a square it is above the limit"):
+      loaded.prompts(TEMPLATE).prepare(pictures, "Why?")
+
+
+def test_image_features_and_logits_at_every_position(tiny, loaded, noise):
+  processor = loaded.prompts(TEMPLATE)
+  pictures = [[noise[2]], [noise[1]], noise[:3]]
+  run = jax.jit(lambda model, inputs: (model.bind().encode_images(inputs.images), model.bind()(inputs)))
+  for own in pictures:
+    example = processor.prepare(own, "Why?")
+    batcher = Batcher(512, processor.blank, [ImageBucket(*example.size)], buckets=(60,))
+    batch = batcher.pack([example], bucket=batcher.bucket(example), batch_size=1)
+    (features, _), logits = run(loaded.model, jax.tree.map(jnp.asarray, batch))
+    np.testing.assert_allclose(features[0], reference_features(tiny, own), atol=TOLERANCE, rtol=0)
+    ids = torch.from_numpy(example.tokens).long()[None]
+    with torch.no_grad():
+      whole = tiny.model(input_ids=ids, **tiny.pictures(own)).logits[0]
+    np.testing.assert_allclose(logits[0, : len(example.tokens)], whole, atol=TOLERANCE, rtol=0)
+
+
+class TestPruning:
+  def test_himap_and_decoding_are_the_reference(self, tiny, loaded, noise):
+    """Rows of no, one and three pictures in one call; each is as the reference has it alone."""
+    rows = [[], [noise[2]], [noise[0], noise[1], noise[5]], [noise[1]]]
+    generation, inputs = GenerationConfig(NUM_NEW, ignore_eos=True), InputConfig(TEMPLATE, (60,), 2)
+    schedule = loaded.schedule("himap", *SHARES)
+    answers = generate(loaded, rows, QUESTIONS, schedule=schedule, generation=generation, inputs=inputs)
+    assert answers[0].kept == [[], []]
+    for own, question, found in [*zip(rows, QUESTIONS, answers, strict=True)][1:]:
+      example = loaded.prompts(TEMPLATE).prepare(own, question)
+      keep = tuple(round(share * example.num_image_tokens) for share in SHARES[1])
+      prompt, tokens, lead = reference_himap.generate(
+        tiny.model,
+        torch.from_numpy(example.tokens).long(),
+        tiny.pictures(own),
+        prune_layers=SHARES[0],
+        keep=keep,
+        max_new_tokens=NUM_NEW,
+      )
+      assert min(prompt.margin, 0.1 * lead) > 1e-6, "so close that rounding decides; draw other weights"
+      assert [tuple(stage) for stage in found.kept] == list(prompt.kept)
+      np.testing.assert_allclose(found.first_logits, prompt.logits[-1], atol=TOLERANCE, rtol=0)
+      assert found.token_ids == tokens
+
+  @pytest.mark.parametrize("method", ["fastervlm", "visionzip", "vispruner", "prumerge+himap"])
+  def test_methods_that_read_the_tower_list_those_that_do_not(self, loaded, method):
+    with pytest.raises(UserError, match="methods that work: cdpruner, .*himap"):
+      loaded.schedule(method)
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"vision_aspect_ratio": "pad"}, "vision_aspect_ratio is 'pad'; supported: anyres_max_ and a number"),
+    ({"vision_feature_select_strategy": "default"}, "'default' leaves no grid of patches with this tower; use full"),
+    ({"image_grid_pinpoints": [[31, 30]]}, "holds 30, which is no multiple of the tower's image_size 31"),
+  ],
+)
+def test_bad_checkpoints(tiny, tmp_path, fields, message):
+  with pytest.raises(UserError, match=message) as error:
+    checkpoint.open_checkpoint(str(changed(tiny, tmp_path / "onevision", **fields)), cache_dir=tmp_path)
+  assert "\n" not in str(error.value)
