@@ -110,6 +110,9 @@ class Method:
     keep: the authors' default share of the image's tokens that remains after each stage, or such a function.
     acts: where its stages may be: `before` the decoder (layer 0), `inside` it, since they read the attention of the
       previous layer, or `anywhere`.
+    needs_sequence: whether it reads what a decoder has of image tokens only if they are part of its sequence: attention
+      from them, or hidden states that compare with the text's.
+    reads_next_layer: whether stages inside the decoder read the attention of the layer after them, not before.
     freezes: whether `prune_layers` are layers in which image tokens are not updated, instead of stages.
     parameters: parameters that can change without recompilation, with their defaults.
     check: raises `UserError` for invalid values of the parameters.
@@ -122,6 +125,8 @@ class Method:
   acts: Literal["before", "inside", "anywhere"] = "inside"
   freezes: bool = False
   needs_class_attention: bool = False
+  needs_sequence: bool = False
+  reads_next_layer: bool = False
   parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
   check: Callable[[Mapping[str, float]], None] = lambda parameters: None
 

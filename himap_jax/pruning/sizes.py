@@ -11,6 +11,7 @@ class ModelSizes:
     num_features: width of the connector's input.
     tower_flops: multiplications of the vision tower for one picture.
     connector_flops: multiplications of the connector for one picture.
+    cross_layers: layers in which the text reads image tokens, if these are no part of the sequence.
     connector_flops_per_token: those per image token, where each is connected by itself; else 0.
   """
 
@@ -27,6 +28,7 @@ class ModelSizes:
   tower_flops: int
   connector_flops: int
   connector_flops_per_token: int
+  cross_layers: tuple[int, ...] = ()
 
   @property
   def query_width(self) -> int:

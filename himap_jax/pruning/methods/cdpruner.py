@@ -69,4 +69,6 @@ def cost(sizes: Sizes) -> int:
 
 
 CRITERION = ranking(determinantal, cost)
-METHODS = {"cdpruner": Method("arXiv 2506.10967, 64 tokens", (CRITERION,), (0,), (64 / 576,), acts="before")}
+METHODS = {
+  "cdpruner": Method("arXiv 2506.10967, 64 tokens", (CRITERION,), (0,), (64 / 576,), acts="before", needs_sequence=True)
+}

@@ -42,4 +42,4 @@ def cost(sizes: Sizes) -> int:
 
 
 CRITERION = Criterion(unlike_pivots, cost)
-METHODS = {"dart": Method("arXiv 2502.11494, 128 tokens", (CRITERION,), (2,), (128 / 576,))}
+METHODS = {"dart": Method("arXiv 2502.11494, 128 tokens", (CRITERION,), (2,), (128 / 576,), needs_sequence=True)}

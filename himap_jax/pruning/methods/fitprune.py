@@ -44,4 +44,6 @@ def attention_product(view: View) -> Float[Array, "B M"]:
 
 
 CRITERION = highest(attention_product, lambda sizes: sizes.attention(sizes.num_slots))
-METHODS = {"fitprune": Method("arXiv 2409.10197, 60% fewer FLOPs", (CRITERION,), prune_layers=prune_layers, keep=keep)}
+METHODS = {
+  "fitprune": Method("arXiv 2409.10197, 60% fewer FLOPs", (CRITERION,), prune_layers, keep, needs_sequence=True)
+}

@@ -73,4 +73,5 @@ def _check(parameters: Mapping[str, float]) -> None:
 SOURCE = "arXiv 2503.13108, keep counts by the attention that they hold"
 CRITERIA = (Criterion(by_instruction, INSTRUCTION.cost), Criterion(by_image, IMAGE.cost))
 LAYERS, KEEP, PARAMETERS = (2, 8), (0.75, 0.375), {"threshold": 0.8}
-METHODS = {"himap_adaptive": Method(SOURCE, CRITERIA, LAYERS, KEEP, parameters=PARAMETERS, check=_check)}
+_METHOD = Method(SOURCE, CRITERIA, LAYERS, KEEP, parameters=PARAMETERS, check=_check, needs_sequence=True)
+METHODS = {"himap_adaptive": _METHOD}

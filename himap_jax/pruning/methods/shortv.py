@@ -20,4 +20,4 @@ def frozen_layers(num_layers: int) -> tuple[int, ...]:
   return FROZEN[num_layers]
 
 
-METHODS = {"shortv": Method("arXiv 2504.00502", prune_layers=frozen_layers, freezes=True)}
+METHODS = {"shortv": Method("arXiv 2504.00502", prune_layers=frozen_layers, freezes=True, needs_sequence=True)}
