@@ -55,9 +55,10 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   timing = {name: values[f"timing_{name}"].value for name in ("batch_size", "new_tokens", "repeats")}
   num_rows = math.gcd(values.batch_size, timing["batch_size"])
   max_new_tokens = max(values.max_new_tokens, timing["new_tokens"])
-  subject = study.load_subject(needs_answers=True, max_new_tokens=max_new_tokens, num_rows=num_rows)
+  batches = {"max_new_tokens": max_new_tokens, "num_rows": num_rows}
+  subject = study.load_subject(needs_answers=True, needs_sequence=False, **batches)
   opened, questions, num_image_tokens = subject.opened, subject.questions, subject.processor.num_image_tokens
-  shape = Shape(subject.num_layers, num_image_tokens, opened.config.vision.has_class_token)
+  shape = Shape(num_image_tokens=num_image_tokens, **opened.config.method_inputs)
   cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
   settings = {
     **{name: values[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")},

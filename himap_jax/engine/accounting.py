@@ -1,6 +1,7 @@
 """Model sizes for the accounting of pruning costs; FLOPs are multiplications in matrix products."""
 
-from himap_jax.model.config import ModelConfig, ResamplerConfig, VisionConfig
+from himap_jax.model.config import LinearConfig, ModelConfig, ResamplerConfig, VisionConfig
+from himap_jax.model.towers.mllama import MULTIPLE
 from himap_jax.pruning.cost import ModelSizes
 
 
@@ -11,7 +12,8 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes
   if isinstance(config.connector, ResamplerConfig):
     per_token, connector_flops = 0, _resampler_flops(config, num_features)
   else:
-    per_token = vision.num_features * width + width**2
+    per_token = vision.num_features * width
+    per_token += 0 if isinstance(config.connector, LinearConfig) else width**2
     connector_flops = num_features * per_token
   return ModelSizes(
     num_layers=text.num_hidden_layers,
@@ -27,13 +29,17 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, int]) -> ModelSizes
     tower_flops=_tower_flops(vision, num_features),
     connector_flops=connector_flops,
     connector_flops_per_token=per_token,
+    cross_layers=text.cross_attention_layers,
   )
 
 
 def _tower_flops(vision: VisionConfig, num_features: int) -> int:
   """4nw² + 2n²w + 2nwm per layer for n tokens, width w and feed-forward width m, and the patch embedding."""
+  tiles = vision.tiles_per_picture
   num_tokens = num_features + (vision.select_strategy == "default")
-  num_patches = num_tokens - vision.has_class_token
+  num_patches = num_tokens - vision.has_class_token * tiles
+  if vision.tiling is not None:
+    num_tokens += -(num_features // tiles) % MULTIPLE * tiles
   w, m = vision.hidden_size, vision.intermediate_size
   layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
   return vision.num_layers_run * layer + num_patches * 3 * vision.patch_size**2 * w

@@ -71,13 +71,14 @@ def abstract_inputs(
   def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.rows(mesh))
 
-  num_image_tokens = config.num_image_tokens(*image_shape)
+  num_image_tokens, tiles = config.num_image_tokens(*image_shape), config.vision.tiles_per_picture
+  places = array((tiles, 3), jnp.int32) if config.vision.tiling else None
   slots = array((num_text_slots + num_image_tokens,), jnp.int32)
   inputs = Inputs(
     tokens=slots,
     layout=Layout(slots, slots, slots, slots, num_image_tokens),
     positions=slots,
-    images=Images(array((1, 3, *image_shape), jnp.float32)),
+    images=Images(array((tiles, 3, *image_shape), jnp.float32), places),
   )
   return inputs, array((), jnp.uint32)
 

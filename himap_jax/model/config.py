@@ -1,7 +1,22 @@
 """Sizes of a model of any family; a family builds them from a checkpoint's `config.json`."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class TilingConfig:
+  """Pictures that enter the tower as several tiles, each with its own class token, which see each other.
+
+  Attributes:
+    max_num_tiles: tiles of every picture, those of padding included.
+    arrangements: rows and columns of tiles, in the order of their embeddings; the first embedding is that of none.
+    num_global_layers: the last layers, whose output is a feature; they follow a second embedding of the tiles.
+  """
+
+  max_num_tiles: int
+  arrangements: tuple[tuple[int, int], ...]
+  num_global_layers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +33,7 @@ class VisionConfig:
     has_class_token: whether a class token precedes the patches.
     patch_bias: whether the patch embedding has a bias.
     qk_norm: whether queries and keys are normalised, over all heads together.
+    tiling: how pictures are cut into tiles; None if each is one tile.
   """
 
   model_type: str
@@ -36,6 +52,16 @@ class VisionConfig:
   qkv_bias: bool = True
   norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
   qk_norm: bool = False
+  tiling: TilingConfig | None = None
+
+  @property
+  def tiles_per_picture(self) -> int:
+    return 1 if self.tiling is None else self.tiling.max_num_tiles
+
+  @property
+  def has_class_attention(self) -> bool:
+    """Whether there is one class token, which sees the whole picture."""
+    return self.has_class_token and self.tiling is None
 
   @property
   def num_layers_run(self) -> int:
@@ -54,6 +80,11 @@ class ConnectorConfig:
 
   hidden_act: str
   use_bias: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+  """A linear layer with a bias between tower and decoder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +127,8 @@ class TextConfig:
     norm_offset: whether norms multiply by 1 + weight, in float32.
     embedding_scale: factor of text embeddings; image tokens are not scaled.
     sliding_window: tokens that a query sees in `sliding_layers`, its own included.
+    cross_attention_layers: layers in which the text reads image tokens, which then are no part of the sequence.
+    num_extra_embeddings: embeddings of tokens after those of the head.
   """
 
   vocab_size: int
@@ -119,6 +152,8 @@ class TextConfig:
   embedding_scale: float = 1.0
   sliding_window: int | None = None
   sliding_layers: tuple[int, ...] = ()
+  cross_attention_layers: tuple[int, ...] = ()
+  num_extra_embeddings: int = 0
 
   def window(self, layer: int) -> int | None:
     """The window of a layer; None if queries see all earlier tokens."""
@@ -140,19 +175,28 @@ class ModelConfig:
   """
 
   vision: VisionConfig
-  connector: ConnectorConfig | ResamplerConfig
+  connector: ConnectorConfig | LinearConfig | ResamplerConfig
   text: TextConfig
   image_token_id: int
   has_newline: bool = False
 
+  @property
+  def method_inputs(self) -> dict[str, Any]:
+    """What a pruning method must know of the model; see `pruning.methods.PruningConfig.schedule`."""
+    return dict(
+      num_layers=self.text.num_hidden_layers,
+      has_class_token=self.vision.has_class_attention,
+      cross_layers=self.text.cross_attention_layers,
+    )
+
   def num_image_tokens(self, height: int, width: int) -> int:
-    """Image tokens of a picture of `height` × `width` pixels."""
+    """Image tokens of a picture of `height` × `width` pixels, or of one whose tiles are of that size."""
     if isinstance(self.connector, ResamplerConfig):
       return self.connector.num_queries
     return self.num_features(height, width)
 
   def num_features(self, height: int, width: int) -> int:
-    """Tokens that enter the connector for a picture of `height` × `width` pixels."""
+    """Tokens that enter the connector for such a picture."""
     vision = self.vision
     tokens = (height // vision.patch_size) * (width // vision.patch_size) + vision.has_class_token
-    return tokens - (vision.select_strategy == "default")
+    return (tokens - (vision.select_strategy == "default")) * vision.tiles_per_picture

@@ -17,10 +17,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from himap_jax.inputs import Images, Inputs, Layout, put_image_tokens, pytree, take_slots
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.connectors import CONNECTORS
+from himap_jax.model.cross_attention import CrossDecoder
 from himap_jax.model.decoder import Decoder
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.linear import Embedding, cast
-from himap_jax.model.towers import VisionTower
+from himap_jax.model.towers import vision_tower
 from himap_jax.model.towers.common import TowerOutput
 
 
@@ -67,10 +68,10 @@ class Network(nn.Module):
 
   def setup(self) -> None:
     config, text = self.config, self.config.text
-    self.vision_tower = VisionTower(config.vision, self.kernels)
+    self.vision_tower = vision_tower(config.vision, self.kernels)
     connector = CONNECTORS[type(config.connector)]
     self.multi_modal_projector = connector(config.connector, text.hidden_size, self.kernels)
-    self.language_model = Decoder(text, self.kernels)
+    self.language_model = (CrossDecoder if text.cross_attention_layers else Decoder)(text, self.kernels)
     if config.has_newline:
       self.image_newline = self.param("image_newline", nn.initializers.normal(0.02), (text.hidden_size,))
     if not text.tie_word_embeddings:
@@ -92,10 +93,11 @@ class Network(nn.Module):
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""
     x = self.language_model.embed(inputs.tokens, self.dtype)
-    if not inputs.layout.num_image_tokens:
-      return Embedded(x, inputs.positions, inputs.layout, None)
+    layout = self.language_model.layout(inputs.layout, inputs.images)
+    if not layout.num_image_tokens:
+      return Embedded(x, inputs.positions, layout, None)
     image_tokens, tower = self.encode_images(inputs.images)
-    return Embedded(put_image_tokens(x, image_tokens, inputs.layout), inputs.positions, inputs.layout, tower)
+    return Embedded(put_image_tokens(x, image_tokens, layout), inputs.positions, layout, tower)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""
@@ -159,5 +161,7 @@ def _abstract_variables(config: ModelConfig) -> dict[str, Any]:
   image_id = np.zeros((1, num_image_tokens + 1), np.int32)
   image_id[0, -1] = -1
   layout = Layout.of_rows((image_id >= 0).astype(np.int32), image_id, num_image_tokens)
-  inputs = Inputs(image_id, layout, image_id, Images(np.zeros((1, 1, 3, side, side), np.float32)))
+  tiles = config.vision.tiles_per_picture
+  places = np.zeros((1, tiles, 3), np.int32) if config.vision.tiling else None
+  inputs = Inputs(image_id, layout, image_id, Images(np.zeros((1, tiles, 3, side, side), np.float32), places))
   return jax.eval_shape(lambda inputs: Network(config).init(jax.random.key(0), inputs), inputs)

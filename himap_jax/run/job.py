@@ -50,8 +50,7 @@ def run(config: RunConfig) -> int:
   processor = opened.prompts(config.inputs.prompt_template)
   if config.pictures is not None or "patches" in config.emit:
     processor.views(processor.prepare([Image.new("RGB", (64, 64))], "?"))
-  num_layers, has_class_token = opened.config.text.num_hidden_layers, opened.config.vision.has_class_token
-  schedule = config.pruning.schedule(num_layers, has_class_token=has_class_token)
+  schedule = config.pruning.schedule(**opened.config.method_inputs)
   files = PictureFiles(config.image_dir, config.allow_urls)
   sizes = image_sizes(prompts, files, processor)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens

@@ -1,4 +1,7 @@
-"""Vision towers: pixels to features, up to the last feature layer. A tower is one module and one entry of `TOWERS`."""
+"""Vision towers: pixels to features, up to the last feature layer.
+
+A tower is one module and one entry of `TOWERS`, or of `OTHER_TOWERS` if it is no plain stack of layers.
+"""
 
 import dataclasses
 
@@ -8,8 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from himap_jax.inputs import Images
+from himap_jax.model.config import VisionConfig
+from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm
-from himap_jax.model.towers import clip, dinov2, internvit
+from himap_jax.model.towers import clip, dinov2, internvit, mllama
 from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention
 from himap_jax.model.tracing import traced_once
 
@@ -31,6 +36,15 @@ TOWERS = {
   "dinov2": Tower(dinov2.DinoEmbeddings, dinov2.DinoLayer, layer_name="layer"),
   "internvl_vision": Tower(dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer"),
 }
+
+
+# Towers of another structure, each a whole module.
+OTHER_TOWERS: dict[str, type[TowerModule]] = {"mllama_vision_model": mllama.MllamaTower}
+
+
+def vision_tower(config: VisionConfig, kernels: Kernels) -> TowerModule:
+  """The tower that a model's `vision_tower` is."""
+  return OTHER_TOWERS.get(config.model_type, VisionTower)(config, kernels)
 
 
 class Encoder(TowerModule):
