@@ -4,7 +4,7 @@ from typing import Any
 
 from himap_jax.families import from_hf
 from himap_jax.model.config import ModelConfig
-from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.methods import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -39,9 +39,24 @@ _INTERNVIT_6B = {
   **_sizes(3200, 12_800, 48, 25),
   **{"image_size": 224, "patch_size": 14, "use_qk_norm": True, "norm_type": "rms_norm"},
 }
+_MLLAMA = {
+  "vision_config": {"image_size": 560, "vision_output_dim": 7680},
+  "text_config": {
+    "rope_parameters": {
+      **{
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+      },
+      "original_max_position_embeddings": 8192,
+    }
+  },
+}
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
 
-# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL.
+# 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL and the 4 x 1601 of Llama-3.2-Vision.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -50,6 +65,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
   "internvl_7b": _llava(_INTERNVIT_6B, _VICUNA, 4096, 11_008, 32, 32, 32)  # InternVL-Chat-V1.0-7B
   | {"vision_feature_layer": -4},
   "qwen_vl_7b": {"model_type": "qwen", "visual": _VIT_BIGG | {"image_start_id": 151_857}},  # Qwen-VL-Chat-7B
+  "mllama_11b": {"model_type": "mllama", **_MLLAMA},  # Llama-3.2-11B-Vision; the other sizes are transformers' defaults
 }
 # Sides of pictures, in pixels, for towers that were trained on others.
 _SIDES = {"internvl_vision": 336, "qwen_vl_vision": 448}
@@ -70,9 +86,4 @@ def num_image_tokens(config: ModelConfig) -> int:
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:
-  return build_schedule(
-    method,
-    num_layers=config.text.num_hidden_layers,
-    num_image_tokens=num_image_tokens(config),
-    has_class_token=config.vision.has_class_token,
-  )
+  return PruningConfig(method).schedule(num_image_tokens=num_image_tokens(config), **config.method_inputs)

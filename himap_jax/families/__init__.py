@@ -3,11 +3,11 @@
 from typing import Any
 
 from himap_jax.errors import UserError
-from himap_jax.families import llava, qwen_vl
+from himap_jax.families import llava, mllama, qwen_vl
 from himap_jax.families.family import Family
 from himap_jax.model.config import ModelConfig
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FAMILY, qwen_vl.FAMILY)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (llava.FAMILY, mllama.FAMILY, qwen_vl.FAMILY)}
 
 
 def family_of(fields: dict[str, Any], *, where: str = "config.json") -> Family:

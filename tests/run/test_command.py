@@ -103,12 +103,16 @@ class TestRuns:
     monkeypatch.setattr(Engine, "__call__", call)
     assert execute(lambda: job.run(small)) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("tool: the devices have too little memory for the weights (RESOURCE_EXHAUSTED: Out of memory while trying")
+    assert line.startswith(
+      "tool: the devices have too little memory for the weights (RESOURCE_EXHAUSTED: Out of memory while trying"
+    )
     assert all(flag in line for flag in ("--batch_size", "--int8_weights", "--mesh"))
     assert not small.output.exists()
 
   def test_a_real_allocation_that_is_too_large(self):
-    with pytest.raises(UserError, match="too little memory for the weights .RESOURCE_EXHAUSTED: Out of memory allocating"):
+    with pytest.raises(
+      UserError, match="too little memory for the weights .RESOURCE_EXHAUSTED: Out of memory allocating"
+    ):
       with command.out_of_memory_is_user_error():
         jax.block_until_ready(jnp.zeros(1 << 50, jnp.int8))
 
