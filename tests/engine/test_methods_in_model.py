@@ -13,6 +13,7 @@ from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 from himap_jax.errors import UserError
+from himap_jax.inputs import Images
 from himap_jax.pruning.methods import METHODS
 
 NUM_SLOTS = 112

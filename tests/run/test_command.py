@@ -104,7 +104,8 @@ class TestRuns:
     assert execute(lambda: job.run(small)) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(
-      "tool: the devices have too little memory for the weights (RESOURCE_EXHAUSTED: Out of memory while trying"
+      "tool: the devices have too little memory for 4 rows of 16 image tokens and 64 text tokens (RESOURCE_EXHAUSTED: "
+      "Out of memory while trying"
     )
     assert all(flag in line for flag in ("--batch_size", "--int8_weights", "--mesh"))
     assert not small.output.exists()
