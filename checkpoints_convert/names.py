@@ -191,6 +191,17 @@ TABLES = {
   ),
   "idefics3": _IDEFICS3,
   "smolvlm": _IDEFICS3,
+  "mllama": Table(
+    entries=(
+      Entry(r"(model\.)?vision_model\.", "vision_tower."),
+      Entry(r"(model\.)?multi_modal_projector\.", "multi_modal_projector.linear."),
+      Entry(r"language_model\.lm_head\.", "lm_head."),
+      Entry(r"language_model\.model\.", "language_model."),
+      Entry(r"model\.language_model\.", "language_model."),
+    ),
+    unused=r".*(^|/)inv_freq$",
+    tower_layer=r"(?!)",
+  ),
   "qwen": Table(
     entries=(
       *_renamed(_QWEN_LAYER, _QWEN_PLACE, _QWEN_LAYER_NAMES),

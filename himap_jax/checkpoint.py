@@ -23,12 +23,12 @@ from checkpoints_convert.transforms import abstract_int8, quantize
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
 from himap_jax.engine import sharding
-from himap_jax.engine.accounting import provides
+from himap_jax.engine.accounting import method_inputs
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.model.quantization import can_be_int8, map_int8
-from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.methods import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -62,10 +62,10 @@ class OpenCheckpoint:
   ) -> Schedule:
     """The schedule of a pruning method for this model, for prompts with any number of image tokens.
 
-    Arguments and errors as in `build_schedule`.
+    Arguments and errors as in `pruning.methods.build_schedule`.
     """
-    sizes = dict(num_layers=self.config.text.num_hidden_layers, provides=provides(self.config))
-    return build_schedule(method, **sizes, prune_layers=prune_layers, keep=keep, parameters=parameters)
+    choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()))
+    return choice.schedule(**method_inputs(self.config))
 
   def digest(self) -> str:
     """Digest of the contents of all files; the first call may read them all."""

@@ -199,7 +199,8 @@ class Images:
   Attributes:
     pixels: `[B, P, 3, height, width]` preprocessed pictures, or tiles of them, all of one size; or `[B, P, F]` flattened
       patches of pictures of any size.
-    coordinates: `[B, P, 3]` of patches: the picture's index in the row, row and column; −1 in padding. None for tiles.
+    coordinates: `[B, P, 3]` of patches, or of tiles of pictures cut into several: the picture's index in the row, row
+      and column; −1 in padding. None for other tiles.
     pack_index: `[B, N, taps]` or None.
     pack_weight: `[B, N, taps]`; None if all are one.
   """

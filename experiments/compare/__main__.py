@@ -19,7 +19,7 @@ from experiments.compare import measure, plots, report, tables
 from experiments.compare.comparison import Comparison, PromptSizes
 from experiments.compare.grid import Shape, make_cells
 from experiments.shared import study, tabular
-from himap_jax.engine.accounting import model_sizes, provides
+from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import DEFAULT_BUCKETS
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.pruning import methods
@@ -55,9 +55,10 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   timing = {name: values[f"timing_{name}"].value for name in ("batch_size", "new_tokens", "repeats")}
   num_rows = math.gcd(values.batch_size, timing["batch_size"])
   max_new_tokens = max(values.max_new_tokens, timing["new_tokens"])
-  subject = study.load_subject(needs_answers=True, max_new_tokens=max_new_tokens, num_rows=num_rows)
+  batches = {"max_new_tokens": max_new_tokens, "num_rows": num_rows}
+  subject = study.load_subject(needs_answers=True, needs_sequence=False, **batches)
   opened, questions, num_image_tokens = subject.opened, subject.questions, subject.processor.num_image_tokens
-  shape = Shape(subject.num_layers, num_image_tokens, provides(opened.config))
+  shape = Shape(num_image_tokens=num_image_tokens, **method_inputs(opened.config))
   cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
   settings = {
     **{name: values[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")},
@@ -78,7 +79,8 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
       answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
   bytes_per_value, num_text_tokens = jnp.dtype(command.DTYPES[values.dtype]).itemsize, measure.mean_text_length(subject)
   sizes = model_sizes(opened.config, subject.processor.image_shape)
-  sizes = PromptSizes(sizes, num_image_tokens, num_text_tokens, bytes_per_value)
+  num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes
+  sizes = PromptSizes(sizes, num_image_tokens, num_text_tokens, bytes_per_value, num_tiles)
   comparison = Comparison(questions, cells, answers, timings, sizes)
   return comparison, report.collect(report.choose(questions, values.num_examples), comparison, subject)
 

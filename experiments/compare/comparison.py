@@ -21,15 +21,16 @@ Row = dict[str, Any]
 
 
 class PromptSizes(NamedTuple):
-  """What the costs of a prompt depend on: the model, its tokens before pruning, and the bytes of a cached value."""
+  """What the costs of a prompt depend on: the model, its tokens before pruning, bytes of a cached value, and tiles."""
 
   model: ModelSizes
   num_image_tokens: int
   num_text_tokens: int
   bytes_per_value: int = 2
+  num_tiles: int = 1
 
   def costs(self, schedule: Schedule) -> Costs:
-    return costs(self.model, schedule, *self[1:])
+    return costs(self.model, schedule, *self[1:4], num_pictures=self.num_tiles)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Shape(NamedTuple):
   num_layers: int
   num_image_tokens: int
   provides: frozenset[Need] = frozenset(NEEDS)
+  cross_layers: tuple[int, ...] = ()
 
 
 def schedule_for_budget(pruning: PruningConfig, budget: float, shape: Shape, ranking: Sequence[int] | None) -> Schedule:
@@ -62,7 +63,7 @@ def schedule_for_budget(pruning: PruningConfig, budget: float, shape: Shape, ran
 
 def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shape) -> tuple[int, ...]:
   """Scales non-increasing keep counts to a mean: all by a factor, then the last one alone."""
-  num_layers, num_image_tokens, _ = shape
+  num_layers, num_image_tokens = shape.num_layers, shape.num_image_tokens
   spans = np.diff([0, *layers, num_layers])
 
   def counts(factor: float) -> np.ndarray:

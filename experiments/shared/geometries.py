@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from himap_jax.engine.accounting import provides
+from himap_jax.engine.accounting import method_inputs
 from himap_jax.families import from_hf
 from himap_jax.inputs import ImageSize
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.towers import abstract_images
-from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.methods import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -52,7 +52,23 @@ _GEMMA_3 = {
   **_sizes(2560, 10_240, 34, 8, 4),
   **{"head_dim": 256, "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
 }
+_MLLAMA = {
+  "vision_config": {"image_size": 560, "vision_output_dim": 7680},
+  "text_config": {
+    "rope_parameters": {
+      **{
+        "rope_type": "llama3",
+        "rope_theta": 500_000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+      },
+      "original_max_position_embeddings": 8192,
+    }
+  },
+}
 _VIT_BIGG = {"width": 1664, "layers": 48, "heads": 16, "mlp_ratio": 4.9231, "patch_size": 14, "image_size": 448}
+
 
 _INTERNVIT_300M = {
   "model_type": "internvl_vision",
@@ -88,7 +104,7 @@ def _qwen(model_type: str, vision: dict[str, Any], *sizes: int, rope_theta: floa
 
 
 # 24 x 24 = 576 image tokens, but the 256 queries of Qwen-VL, 16 x 16 in its successors, one tile of InternVL3 (256) and
-# SmolVLM (64), the 16 x 16 averages of Gemma 3, and `_TILED`.
+# SmolVLM (64), the 16 x 16 averages of Gemma 3, the 4 x 1601 of Llama-3.2-Vision, and `_TILED`.
 GEOMETRIES: dict[str, dict[str, Any]] = {
   "demo": _llava(_DINOV2_SMALL, _SMOLLM2, 576, 1536, 30, 9, 3, rope_theta=100_000.0),  # DINOv2-S and SmolLM2-135M
   "1b": _llava(_CLIP_LARGE, _VICUNA, 2048, 5632, 22, 32, 4),  # CLIP ViT-L/14 and TinyLlama-1.1B
@@ -119,6 +135,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "vision_config": _SIGLIP_SO400M | {"num_hidden_layers": 27, "image_size": 896},
     "text_config": _GEMMA_3,
   },
+  "mllama_11b": {"model_type": "mllama", **_MLLAMA},  # Llama-3.2-11B-Vision; the other sizes are transformers' defaults
 }
 # Sides of pictures, in pixels, for towers that were trained on others, or on any; by tower and the side of its training.
 _SIDES = {("internvl_vision", 224): 336, ("qwen_vl_vision", 224): 448}
@@ -151,9 +168,4 @@ def num_image_tokens(config: ModelConfig) -> int:
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:
-  return build_schedule(
-    method,
-    num_layers=config.text.num_hidden_layers,
-    num_image_tokens=num_image_tokens(config),
-    provides=provides(config),
-  )
+  return PruningConfig(method).schedule(num_image_tokens=num_image_tokens(config), **method_inputs(config))

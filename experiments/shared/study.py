@@ -117,14 +117,23 @@ def inputs() -> InputConfig:
   return InputConfig(flags.FLAGS.prompt_template, buckets, flags.FLAGS.batch_size)
 
 
-def load_subject(*, needs_answers: bool = False, **batches: int) -> Subject:
-  """The subject of the flags and of `Subject.load`'s arguments `batches`; raises `UserError` at an invalid flag."""
+def load_subject(*, needs_answers: bool = False, needs_sequence: bool = True, **batches: int) -> Subject:
+  """The subject of the flags and of `Subject.load`'s arguments `batches`.
+
+  Raises:
+    UserError: an invalid flag; or the study needs image tokens in the decoder's sequence, and the model has none there.
+  """
   values = flags.FLAGS
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
   questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
   settings = {"dtype": command.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
   opened = checkpoint.open_checkpoint(values.checkpoint, allow_pickle=values.allow_pickle)
+  if needs_sequence and opened.config.text.cross_attention_layers:
+    raise UserError(
+      f"{values.checkpoint}: this study needs image tokens in the decoder's sequence, and this model's text reads them by "
+      "cross-attention alone"
+    )
   return Subject.load(opened, questions, **settings, **batches)
 
 

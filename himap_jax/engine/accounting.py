@@ -1,4 +1,6 @@
-"""What pruning knows of a model: what its tower provides, and sizes; FLOPs are multiplications in matrix products."""
+"""What pruning knows of a model: what it provides, and sizes; FLOPs are multiplications in matrix products."""
+
+from typing import Any
 
 from himap_jax.model.config import (
   LinearConfig,
@@ -9,14 +11,25 @@ from himap_jax.model.config import (
   ResamplerConfig,
   VisionConfig,
 )
+from himap_jax.model.towers.mllama import MULTIPLE
 from himap_jax.pruning.cost import ModelSizes
 from himap_jax.pruning.method import Need
 
 
 def provides(config: ModelConfig) -> frozenset[Need]:
-  """What methods can read of a model's tower."""
-  found = {"class_attention": config.vision.has_class_token, "features": config.has_feature_per_token}
+  """What methods can read of a model."""
+  found = {
+    "class_attention": config.vision.has_class_attention,
+    "features": config.has_feature_per_token,
+    "sequence": not config.text.cross_attention_layers,
+  }
   return frozenset(name for name, is_provided in found.items() if is_provided)
+
+
+def method_inputs(config: ModelConfig) -> dict[str, Any]:
+  """A model's arguments of `pruning.methods.PruningConfig.schedule`."""
+  text = config.text
+  return dict(num_layers=text.num_hidden_layers, provides=provides(config), cross_layers=text.cross_attention_layers)
 
 
 def model_sizes(config: ModelConfig, image_shape: tuple[int, ...]) -> ModelSizes:
@@ -52,14 +65,21 @@ def model_sizes(config: ModelConfig, image_shape: tuple[int, ...]) -> ModelSizes
     tower_flops_per_pair=2 * vision.num_layers_run * vision.hidden_size if is_patch else 0,
     connector_flops=connector_flops,
     connector_flops_per_token=per_token,
+    cross_layers=text.cross_attention_layers,
   )
 
 
 def _tower_flops(vision: VisionConfig, num_patches: int) -> int:
-  """4nw² + 2n²w + 2nwm per layer for n tokens, width w and feed-forward width m, and the patch embedding."""
+  """4nw² + 2n²tw + 2nwm per layer for n tokens, width w and feed-forward width m, and the patch embedding.
+
+  The tokens attend to those of all t tiles of a picture that see each other.
+  """
   num_tokens = num_patches + vision.has_class_token
+  if vision.tiling is not None:
+    num_tokens += -num_tokens % MULTIPLE
   w, m = vision.hidden_size, vision.intermediate_size
-  layer = 4 * num_tokens * w**2 + 2 * num_tokens**2 * w + 2 * num_tokens * w * m
+  attention = 2 * num_tokens**2 * vision.tiles_per_picture * w
+  layer = 4 * num_tokens * w**2 + attention + 2 * num_tokens * w * m
   return vision.num_layers_run * layer + num_patches * 3 * vision.patch_size**2 * w
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_tokens, pytree, take_slots
-from himap_jax.model import cache
+from himap_jax.model.cache import SegmentCache
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
 from himap_jax.pruning.method import Selection, View
@@ -35,7 +35,7 @@ class PrefillState:
   """
 
   logits: Float[Array, "B V"]
-  caches: tuple[cache.SegmentCache, ...]
+  caches: tuple[SegmentCache, ...]
   next_position: Int[Array, "B"]
   next_order: Int[Array, "B"]
   kept: tuple[Int[Array, "B M"], ...]
@@ -81,10 +81,10 @@ def prefill(
       )
     sequence = sequence._replace(x=x)
     if projections:
-      own = (tuple(getattr(p, name) for p in projections) for name in ("key", "value"))
-      caches.append(cache.from_prefill(*own, layout.order))
+      caches.append(network.language_model.cache(projections, layout))
     if segment.stage is not None:
-      sequence = prune(network, segment.stage, sequence, projections[-1] if projections else None, context)
+      scored = network.language_model.scored(projections, layout)
+      sequence = prune(network, segment.stage, sequence, scored, context)
       kept.append(sequence.layout.original())
   _, positions, layout = sequence
   last = layout.last_slot()[:, None]
@@ -110,14 +110,18 @@ def start(embedded: Embedded) -> Sequence:
 def prune(
   network: Network, stage: Stage, sequence: Sequence, projections: Projections | None, context: Context
 ) -> Sequence:
-  """Applies a stage to the sequence that enters its layer; `projections` are the previous layer's, None at layer 0."""
+  """Applies a stage to the sequence that enters its layer.
+
+  `projections` are those of the previous layer in which image tokens are read; None at layer 0.
+  """
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
     with jax.named_scope("score"):
       selection = _select(stage, view(network, stage.layer, sequence, projections, context))
     with jax.named_scope("gather"):
       tower = None if context.embedded is None else context.embedded.tower
       pruned = apply(selection, sequence, None if tower is None else tower.is_newline)
-      if stage.layer == 0:  # the decoder never sees the others, so neither positions nor order have gaps
+      in_sequence = not network.config.text.cross_attention_layers
+      if stage.layer == 0 and in_sequence:  # the decoder never sees the others: neither positions nor order have gaps
         slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
         positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
         if pruned.positions.ndim > 2:  # places in the picture, which stay

@@ -100,7 +100,7 @@ def rules(config: ModelConfig, mesh: Mesh) -> dict[str, str | None]:
     "heads": text.num_attention_heads,
     "key_heads": text.num_key_value_heads,
     "feed_forward": text.intermediate_size,
-    "vocabulary": text.vocab_size,
+    "vocabulary": math.gcd(text.vocab_size, text.vocab_size + text.num_extra_embeddings),
     "tower_heads": vision.num_attention_heads,
     "tower_feed_forward": vision.intermediate_size,
   }
@@ -126,7 +126,8 @@ def rows(mesh: Mesh) -> NamedSharding:
 def cache(config: ModelConfig, mesh: Mesh) -> SegmentCache:
   """The shardings of a segment's cache."""
   entries = NamedSharding(mesh, PartitionSpec(RULES["batch"], rules(config, mesh)["key_heads"]))
-  return SegmentCache(keys=entries, values=entries, order=rows(mesh))
+  images = rows(mesh) if config.text.cross_attention_layers else None
+  return SegmentCache(keys=entries, values=entries, order=rows(mesh), images=images)
 
 
 def heads(mesh: Mesh, num_heads: int, num_key_heads: int) -> PartitionSpec:

@@ -3,11 +3,21 @@
 from typing import Any
 
 from himap_jax.errors import UserError
-from himap_jax.families import gemma3, idefics3, internvl, llava, llava_next, llava_onevision, qwen2_vl, qwen_vl
+from himap_jax.families import (
+  gemma3,
+  idefics3,
+  internvl,
+  llava,
+  llava_next,
+  llava_onevision,
+  mllama,
+  qwen2_vl,
+  qwen_vl,
+)
 from himap_jax.families.family import Family
 from himap_jax.model.config import ModelConfig
 
-_ALL = (llava, llava_next, llava_onevision, internvl, idefics3, gemma3, qwen_vl, qwen2_vl)
+_ALL = (llava, llava_next, llava_onevision, internvl, idefics3, gemma3, mllama, qwen_vl, qwen2_vl)
 FAMILIES: dict[str, Family] = {family.model_type: family for module in _ALL for family in module.FAMILIES}
 
 

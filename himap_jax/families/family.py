@@ -41,8 +41,9 @@ class Processor(Protocol):
 
   Attributes:
     blank: a prompt without pictures, which gives the shapes of tiles and positions.
-    image_shape: `(height, width)` of every preprocessed picture, in pixels; None if pictures differ, like the next two.
-    patch_grid: `(rows, columns)` of patches in such a picture.
+    image_shape: `(height, width)` of every preprocessed picture or tile, in pixels; None if pictures differ, like the
+      next two.
+    patch_grid: `(rows, columns)` of patches in such a picture or tile.
     num_image_tokens: image tokens of a picture.
   """
 

@@ -94,13 +94,16 @@ def check_text_model(fields: Mapping[str, Any], where: str) -> None:
   check_supported(fields.get("model_type", "llama"), TEXT_MODELS, where=where, what="language model")
 
 
-def text_config(hf: Any, where: str, *, tied: bool | None = None) -> TextConfig:
+def text_config(
+  hf: Any, where: str, *, tied: bool | None = None, options: Mapping[str, Any] | None = None
+) -> TextConfig:
   """The sizes described by transformers' config of a model in `TEXT_MODELS`.
 
   Args:
     hf: the config.
     where: its file, for messages.
     tied: `tie_word_embeddings` of the whole model; either config can tie the head.
+    options: what another model than those computes besides what all have in common.
 
   Raises:
     UserError: the activation, RoPE scaling or attention is not supported; the message names what is.
@@ -130,4 +133,5 @@ def text_config(hf: Any, where: str, *, tied: bool | None = None) -> TextConfig:
     rope=_rope(hf.rope_parameters.get("full_attention", hf.rope_parameters)),
     rotary_dim=_head_dim(hf),
   )
-  return TextConfig(**common | TEXT_MODELS[hf.model_type](hf)).within(hf.max_position_embeddings)
+  options = TEXT_MODELS[hf.model_type](hf) if options is None else options
+  return TextConfig(**common | options).within(hf.max_position_embeddings)

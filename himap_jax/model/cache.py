@@ -16,6 +16,19 @@ from himap_jax.inputs import UNUSED_ORDER, pytree
 
 
 @pytree
+class ImageMask:
+  """Which image tokens the queries of a cross layer see.
+
+  Attributes:
+    visible: `[B, 1, Q, M]`.
+    reads: `[B, Q, 1]` whether the query reads a picture; one that reads none sees all, for its attention alone.
+  """
+
+  visible: Bool[Array, "B 1 Q M"]
+  reads: Bool[Array, "B Q 1"]
+
+
+@pytree
 class SegmentCache:
   """The KV cache of the prompts in the layers between two pruning stages, which all see the same tokens.
 
@@ -23,11 +36,13 @@ class SegmentCache:
     keys: rotated keys of each layer, `[B, K, T, H]`.
     values: values of each layer, `[B, K, H, T]`.
     order: `[B, T]`, see `Layout.order`.
+    images: of a decoder with cross layers, whose keys and values are those of image tokens, what new tokens see there.
   """
 
   keys: tuple[Float[Array, "B K T H"], ...]
   values: tuple[Float[Array, "B K H T"], ...]
   order: Int[Array, "B T"]
+  images: ImageMask | None = None
 
 
 @pytree
@@ -52,7 +67,7 @@ class NewTokens:
 
 
 def from_prefill(
-  keys: tuple[Float[Array, "B S K H"], ...], values: tuple[Float[Array, "B S K H"], ...], order: Int[Array, "B S"]
+  keys: tuple[Float[Array, "B _ K H"], ...], values: tuple[Float[Array, "B _ K H"], ...], order: Int[Array, "B S"]
 ) -> SegmentCache:
   """The cache of a prefilled segment."""
   return SegmentCache(

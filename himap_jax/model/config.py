@@ -5,6 +5,21 @@ from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True)
+class TilingConfig:
+  """Pictures that enter the tower as several tiles, each with its own class token, which see each other.
+
+  Attributes:
+    max_num_tiles: tiles of every picture, those of padding included.
+    arrangements: rows and columns of tiles, in the order of their embeddings; the first embedding is that of none.
+    num_global_layers: the last layers, whose output is a feature; they follow a second embedding of the tiles.
+  """
+
+  max_num_tiles: int
+  arrangements: tuple[tuple[int, int], ...]
+  num_global_layers: int
+
+
+@dataclasses.dataclass(frozen=True)
 class VisionConfig:
   """A vision tower.
 
@@ -22,6 +37,7 @@ class VisionConfig:
     merge_size: side of the squares of patches whose features are concatenated, row by row, to those of one image token.
     pool: side, in patches, of the squares whose features are averaged.
     deepstack_layers: layers whose outputs are also connected, and added in the first layers of the decoder.
+    tiling: how pictures are cut into tiles; None if each is one tile.
   """
 
   model_type: str
@@ -44,6 +60,16 @@ class VisionConfig:
   merge_size: int = 1
   pool: int = 1
   deepstack_layers: tuple[int, ...] = ()
+  tiling: TilingConfig | None = None
+
+  @property
+  def tiles_per_picture(self) -> int:
+    return 1 if self.tiling is None else self.tiling.max_num_tiles
+
+  @property
+  def has_class_attention(self) -> bool:
+    """Whether there is one class token, which sees the whole picture."""
+    return self.has_class_token and self.tiling is None
 
   @property
   def num_layers_run(self) -> int:
@@ -155,6 +181,8 @@ class TextConfig:
     local_rope: rotary embedding of `local_layers`, if it differs from that of the others.
     sliding_window: tokens that a query sees in `sliding_layers`, its own included.
     is_bidirectional: whether image tokens see the later tokens of their image, too.
+    cross_attention_layers: layers in which the text reads image tokens, which then are no part of the sequence.
+    num_extra_embeddings: embeddings of tokens after those of the head.
   """
 
   vocab_size: int
@@ -183,6 +211,8 @@ class TextConfig:
   sliding_window: int | None = None
   sliding_layers: tuple[int, ...] = ()
   is_bidirectional: bool = False
+  cross_attention_layers: tuple[int, ...] = ()
+  num_extra_embeddings: int = 0
 
   def rope_of(self, layer: int) -> RopeConfig:
     """The rotary embedding of a layer."""
@@ -221,13 +251,13 @@ class ModelConfig:
     return self.num_taps == 1 and not isinstance(self.connector, ResamplerConfig)
 
   def num_image_tokens(self, height: int, width: int) -> int:
-    """Image tokens of a picture of `height` × `width` pixels."""
+    """Image tokens of a picture of `height` × `width` pixels, or of one whose tiles are of that size."""
     if isinstance(self.connector, ResamplerConfig):
       return self.connector.num_queries
-    return self.num_features(height, width)
+    return self.num_features(height, width) * self.vision.tiles_per_picture
 
   def num_features(self, height: int, width: int) -> int:
-    """Tokens that enter the connector for a picture of `height` × `width` pixels."""
+    """Tokens that enter the connector for such a picture, or for one of its tiles."""
     vision = self.vision
     tokens = vision.num_patches(height, width) + vision.has_class_token - (vision.select_strategy == "default")
     return tokens // (vision.merge_size * vision.pool) ** 2

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import IMAGE, Layout, pytree, take_slots
+from himap_jax.inputs import IMAGE, Images, Layout, pytree, take_slots
 from himap_jax.model import cache, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import RopeConfig, TextConfig
@@ -42,7 +42,8 @@ class DecoderModule(nn.Module):
   kernels: Kernels
 
 
-def _norm(config: TextConfig) -> RMSNorm:
+def decoder_norm(config: TextConfig) -> RMSNorm:
+  """Any norm of the decoder."""
   return RMSNorm(config.rms_norm_eps, config.norm_offset)
 
 
@@ -56,7 +57,7 @@ class Attention(DecoderModule):
     self.v_proj = linear(c.num_key_value_heads * c.head_dim, use_bias=c.qkv_bias, axes=("key_heads", None))
     self.o_proj = linear(c.hidden_size, use_bias=c.output_bias, axes=(None, "heads"))
     if c.qk_norm:
-      self.q_norm, self.k_norm = _norm(c), _norm(c)
+      self.q_norm, self.k_norm = decoder_norm(c), decoder_norm(c)
 
   def query(self, x: Float[Array, "B S D"], rotation: Rotation) -> Float[Array, "B S N H"]:
     query, scale = self._heads(self.q_proj(x)), self.config.query_scale
@@ -98,12 +99,12 @@ class DecoderLayer(DecoderModule):
   """One layer: over a whole sequence when called, over a cache in `extend`."""
 
   def setup(self) -> None:
-    self.input_layernorm = _norm(self.config)
+    self.input_layernorm = decoder_norm(self.config)
     self.self_attn = Attention(self.config, self.kernels)
-    self.post_attention_layernorm = _norm(self.config)
+    self.post_attention_layernorm = decoder_norm(self.config)
     self.mlp = FeedForward(self.config, self.kernels)
     if self.config.output_norms:
-      self.pre_feedforward_layernorm, self.post_feedforward_layernorm = _norm(self.config), _norm(self.config)
+      self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (decoder_norm(self.config) for _ in range(2))
 
   def __call__(
     self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
@@ -166,10 +167,20 @@ class Decoder(DecoderModule):
 
   def setup(self) -> None:
     c = self.config
-    self.embed_tokens = Embedding(c.vocab_size, c.hidden_size, self.kernels, axes=("vocabulary", None))
+    rows = c.vocab_size + c.num_extra_embeddings
+    self.embed_tokens = Embedding(rows, c.hidden_size, self.kernels, axes=("vocabulary", None))
+    self.layers = self.make_layers()
+    self.norm = decoder_norm(c)
+
+  def make_layers(self) -> list[nn.Module]:
+    """The layers, for `setup`."""
     layer = traced_once(DecoderLayer, "__call__", "project", "update", "extend")
-    self.layers = [layer(c, self.kernels) for _ in range(c.num_hidden_layers)]
-    self.norm = _norm(c)
+    return [layer(self.config, self.kernels) for _ in range(self.config.num_hidden_layers)]
+
+  def layout(self, layout: Layout, images: Images) -> Layout:
+    """The layout of unpruned rows as the decoder sees them, from fields of `Inputs`."""
+    del images
+    return layout
 
   def embed(self, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:
     """Embeddings of text."""
@@ -234,6 +245,16 @@ class Decoder(DecoderModule):
   def _rotations(self, positions: Int[Array, "B S *A"]) -> Callable[[RopeConfig], Rotation]:
     """The rotation of every position by a rotary embedding, computed once for each."""
     return functools.cache(lambda config: rope.rotation(config, self.config.rotary_dim, positions))
+
+  def scored(self, projections: list[Projections], layout: Layout) -> Projections | None:
+    """Of those of a range of layers, the last in which image tokens are read; None if there are none."""
+    del layout
+    return projections[-1] if projections else None
+
+  def cache(self, projections: list[Projections], layout: Layout) -> SegmentCache:
+    """The cache of a range of layers."""
+    keys, values = (tuple(getattr(own, name) for own in projections) for name in ("key", "value"))
+    return cache.from_prefill(keys, values, layout.order)
 
   def extend(
     self,

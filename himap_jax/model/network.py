@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from himap_jax.inputs import Images, Inputs, Layout, put_image_tokens, pytree, take_slots
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.connectors import CONNECTORS
+from himap_jax.model.cross_attention import CrossDecoder
 from himap_jax.model.decoder import Decoder
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.linear import Embedding, cast
@@ -74,7 +75,7 @@ class Network(nn.Module):
       connector(dataclasses.replace(config.connector, num_parts=1), text.hidden_size, self.kernels)
       for _ in config.vision.deepstack_layers
     ]
-    self.language_model = Decoder(text, self.kernels)
+    self.language_model = (CrossDecoder if text.cross_attention_layers else Decoder)(text, self.kernels)
     if config.has_newline:
       self.image_newline = self.param("image_newline", nn.initializers.normal(0.02), (text.hidden_size,))
     if not text.tie_word_embeddings:
@@ -100,6 +101,7 @@ class Network(nn.Module):
     """Embeds tokens and images, with the image tokens in their slots."""
     layout = inputs.layout.replace(is_bidirectional=self.config.text.is_bidirectional)
     x = self.language_model.embed(inputs.tokens, self.dtype)
+    layout = self.language_model.layout(layout, inputs.images)
     if not layout.num_image_tokens:
       return Embedded(x, inputs.positions, layout, None)
     image_tokens, tower = self.encode_images(inputs.images)

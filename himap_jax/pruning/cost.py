@@ -64,6 +64,9 @@ def costs(
   gated feed-forward. Of its n tokens u are updated: all, or only the text if image tokens are frozen; q and k are the
   total widths of query and key heads. On image tokens alone HiMAP's Eq. 10 counts 4nd² + 2n²d + 2ndm; a layer that does
   not update them still computes their keys and values: 2nd².
+
+  Image tokens that are no part of the sequence cost nothing but in cross layers: there 2ndk for keys and values (2nd² on
+  image tokens alone) and 2unq for attention from the u text tokens.
   """
   d, m, q, k = sizes.hidden_size, sizes.intermediate_size, sizes.query_width, sizes.key_width
   head = d * sizes.vocab_size
@@ -73,12 +76,14 @@ def costs(
     image = segment.num_image_tokens
     n = image + num_text_tokens
     for layer in range(segment.first, segment.last):
-      frozen = layer in schedule.frozen_layers
-      u = num_text_tokens if frozen else n
-      image_tokens += 2 * image * d**2 if frozen else 4 * image * d**2 + 2 * image**2 * d + 2 * image * d * m
-      decoder += 2 * u * d * q + 2 * n * d * k + 2 * u * n * q + 3 * u * d * m
-      decode += 2 * d * q + 2 * d * k + 2 * (n + 1) * q + 3 * d * m
-      slots += n
+      is_cross, frozen = layer in sizes.cross_layers, bool(sizes.cross_layers) or layer in schedule.frozen_layers
+      own = (image if is_cross else num_text_tokens) if sizes.cross_layers else n
+      u = num_text_tokens if frozen else own
+      if is_cross or not sizes.cross_layers:
+        image_tokens += 2 * image * d**2 if frozen else 4 * image * d**2 + 2 * image**2 * d + 2 * image * d * m
+      decoder += 2 * u * d * q + 2 * own * d * k + 2 * u * own * q + 3 * u * d * m
+      decode += 2 * d * q + (2 * image * q if is_cross else 2 * d * k + 2 * (own + 1) * q) + 3 * d * m
+      slots += own
       entering.append(image)
     if segment.stage is not None:
       own = Sizes(sizes, num_image_tokens, image, num_text_tokens, segment.stage.keep)

@@ -102,12 +102,18 @@ class Criterion:
   rank: Callable[[View, int], Int[Array, "B K"]] | None = None
 
 
-# What a method may need of a model's tower, and what it means that a model lacks it.
-Need = Literal["class_attention", "features"]
+# What a method may need of a model, and what it means that a model lacks it.
+Need = Literal["class_attention", "features", "sequence"]
 NEEDS: dict[Need, str] = {
   "class_attention": "reads the attention of the tower's class token, and this model's tower has none",
   "features": "reads the tower's feature of every image token, and this model's image tokens are made of several each",
+  "sequence": (
+    "reads attention from image tokens or their hidden states in the decoder, and this model's text reads image tokens "
+    "by cross-attention alone"
+  ),
 }
+SEQUENCE: frozenset[Need] = frozenset({"sequence"})
+TOWER: frozenset[Need] = frozenset({"class_attention", "features"})
 
 PerDepth = Callable[[int], tuple[int, ...]]
 
@@ -125,7 +131,9 @@ class Method:
     acts: where its stages may be: `before` the decoder (layer 0), `inside` it, since they read the attention of the
       previous layer, or `anywhere`.
     freezes: whether `prune_layers` are layers in which image tokens are not updated, instead of stages.
-    needs: what it reads of the tower.
+    needs: what it reads of a model that not every one has; `sequence` is what a decoder has of image tokens only if they
+      are part of its sequence: attention from them, or hidden states that compare with the text's.
+    reads_next_layer: whether stages inside the decoder read the attention of the layer after them, not before.
     parameters: parameters that can change without recompilation, with their defaults.
     check: raises `UserError` for invalid values of the parameters.
   """
@@ -137,6 +145,7 @@ class Method:
   acts: Literal["before", "inside", "anywhere"] = "inside"
   freezes: bool = False
   needs: frozenset[Need] = frozenset()
+  reads_next_layer: bool = False
   parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
   check: Callable[[Mapping[str, float]], None] = lambda parameters: None
 

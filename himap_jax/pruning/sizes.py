@@ -12,6 +12,7 @@ class ModelSizes:
     tower_flops: multiplications of the vision tower for one tile or patch.
     tower_flops_per_pair: those for every pair of a row's patches, which attention adds in towers for patches; else 0.
     connector_flops: multiplications of the connector for one tile or patch.
+    cross_layers: layers in which the text reads image tokens, if these are no part of the sequence.
     connector_flops_per_token: those per image token, where each is connected by itself; else 0.
   """
 
@@ -29,6 +30,7 @@ class ModelSizes:
   tower_flops_per_pair: int
   connector_flops: int
   connector_flops_per_token: int
+  cross_layers: tuple[int, ...] = ()
 
   @property
   def query_width(self) -> int:

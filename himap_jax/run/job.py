@@ -14,7 +14,7 @@ from PIL import Image
 
 from himap_jax import checkpoint
 from himap_jax.engine import processes, sharding
-from himap_jax.engine.accounting import model_sizes, provides
+from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine
 from himap_jax.errors import UserError
@@ -50,7 +50,7 @@ def run(config: RunConfig) -> int:
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   if config.pictures is not None or "patches" in config.emit:
     processor.views(processor.prepare([Image.new("RGB", (64, 64))], "?"))
-  schedule = config.pruning.schedule(opened.config.text.num_hidden_layers, provides=provides(opened.config))
+  schedule = config.pruning.schedule(**method_inputs(opened.config))
   files = PictureFiles(config.image_dir, config.allow_urls)
   sizes = image_sizes(prompts, files, processor)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens

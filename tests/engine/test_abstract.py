@@ -130,13 +130,15 @@ def count(shapes):
   [
     ("internvl_7b", 5.534, 0.030, 6.739),
     ("qwen_vl_7b", 1.843, 0.093, 7.721),
+    ("mllama_11b", 0.864, 0.031, 9.775),
     ("internvl3_1b", 0.304, 0.004, 0.630),
     ("gemma3_4b", 0.417, 0.003, 3.880),
     ("smolvlm_256m", 0.086, 0.007, 0.163),
   ],
 )
 def test_other_models_have_their_published_sizes(name, tower, connector, decoder):
-  """In billions: InternViT-6B without its last three layers and Vicuna-7B; Qwen-VL-Chat, of 9.6 in all."""
+  """In billions: InternViT-6B without its last three layers and Vicuna-7B; Qwen-VL-Chat, of 9.6 in all;
+  Llama-3.2-11B-Vision, of 10.67."""
   params = abstract_params(geometries.model_of(name), jnp.bfloat16)
   count = {part: sum(math.prod(x.shape) for x in jax.tree.leaves(tree)) / 1e9 for part, tree in params.items()}
   assert count["vision_tower"] == pytest.approx(tower, abs=1e-3)

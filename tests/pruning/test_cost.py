@@ -9,9 +9,9 @@ import pytest
 import reference_himap
 
 from experiments.shared import geometries
-from himap_jax import Schedule, build_schedule
+from himap_jax import PruningConfig, Schedule, build_schedule
 from himap_jax.engine import programs, sharding
-from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 from himap_jax.inputs import ImageSize
@@ -173,6 +173,29 @@ def test_prefill_of_other_models_is_what_xla_counts(name, side, size, tolerance)
   actual = costs(model_sizes(config, (side, side)), Schedule(), size.num_tokens, 60, num_pictures=size.num_tiles)
   assert actual.tower + actual.projector > actual.decoder / 10
   assert actual.prefill == pytest.approx(counted_by_xla(config, Schedule(), (side, side), 60, size), rel=tolerance)
+
+
+@pytest.mark.parametrize("method, layers, keep", [("none", None, None), ("fastv", (3,), (1601,))])
+def test_prefill_with_cross_attention_is_what_xla_counts(method, layers, keep):
+  """Llama-3.2-Vision's, with fewer layers; all four tiles of a picture with the padding of each."""
+  config = geometries.model_of("mllama_11b")
+  assert (config.num_image_tokens(560, 560), config.vision.num_features) == (6404, 7680)
+  tiling = dataclasses.replace(config.vision.tiling, num_global_layers=1)
+  config = dataclasses.replace(
+    config,
+    vision=dataclasses.replace(config.vision, tiling=tiling, num_hidden_layers=3, feature_layers=(1, 1, 1, 1, 1, 3)),
+    text=dataclasses.replace(config.text, num_hidden_layers=5, cross_attention_layers=(1, 4)),
+  )
+  schedule = PruningConfig(method, layers, keep).schedule(num_image_tokens=6404, **method_inputs(config))
+  sizes = model_sizes(config, (560, 560))
+  actual = costs(sizes, schedule, 6404, 60, num_pictures=4)
+  assert actual.prefill == pytest.approx(counted_by_xla(config, schedule, (560, 560), 60), rel=0.015)  # 3e9 softmaxes
+  last = 6404 if keep is None else keep[0]
+  assert actual.image_tokens == (6404 + last) * 2 * 4096**2
+  assert actual.cache_bytes == (3 * 60 + 6404 + last) * 2 * 1024 * 2
+  layer = 2 * 4096 * 4096 + 3 * 4096 * 14_336
+  text = 3 * (layer + 2 * 4096 * 1024 + 2 * 61 * 4096)
+  assert actual.decode == text + 2 * layer + 2 * (6404 + last) * 4096 + actual.head
 
 
 def counted_by_xla(config, schedule, image_shape, num_text_tokens, size=None):

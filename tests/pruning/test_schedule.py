@@ -60,10 +60,13 @@ def test_default_schedule_of_shortv():
   "settings, message",
   [
     (dict(method="fasttv"), "unknown method 'fasttv'; known: "),
-    (dict(method="visionzip", provides={"features"}), "tower has none; methods that work: .*divprune"),
+    (
+      dict(method="visionzip", provides={"features", "sequence"}),
+      "tower has none; methods that work: .*divprune, .*himap",
+    ),
     (dict(method="fastervlm+himap", provides=()), "tower has none"),
     (
-      dict(method="visionzip", provides={"class_attention"}),
+      dict(method="visionzip", provides={"class_attention", "sequence"}),
       "made of several each; methods that work: .*fastervlm, .*himap",
     ),
     (dict(method="himap+divprune"), "two methods combine"),
@@ -131,3 +134,24 @@ def test_shares_are_of_each_prompt_s_own_tokens():
 def test_methods_are_listed_by_name():
   assert list(methods.METHODS) == sorted(methods.METHODS)
   assert methods.parse("divprune+himap") == ["divprune", "himap"]
+
+
+@pytest.mark.parametrize(
+  "config, message",
+  [
+    (
+      PruningConfig("himap"),
+      "'himap' reads .* by cross-attention alone; methods that work: divprune, fastv, .*uniform$",
+    ),
+    (PruningConfig("divprune+shortv"), "'shortv' reads .* by cross-attention alone"),
+    (PruningConfig("fastv"), "before layer 2: it reads the attention of layers 0 to 1, and .* in layers 3, 8"),
+    (PruningConfig("fastv", (5, 8), (9, 8)), "before layer 8: it reads the attention of layers 5 to 7"),
+    (PruningConfig("pyramiddrop"), "before layer 16: it reads the attention of layers 16 to 16"),
+    (PruningConfig("divprune+fastv", (0, 3)), "before layer 3: it reads the attention of layers 0 to 2"),
+  ],
+)
+def test_image_tokens_that_are_no_part_of_the_sequence(config, message):
+  with pytest.raises(UserError, match=message):
+    config.schedule(32, 576, {"features"}, (3, 8))
+  assert PruningConfig("fastv", (4, 9), (9, 8)).schedule(32, 576, {"features"}, (3, 8)).num_caches == 3
+  assert PruningConfig("random", (2,)).schedule(32, 576, {"features"}, (3, 8)).stages[0].keep == 144

@@ -589,6 +589,17 @@ class TestFlags:
     stages = config.pruning.schedule(32, kept[0] * 2).stages
     assert [(stage.layer, stage.keep) for stage in stages] == [(2, kept[0]), (8, kept[1])]
 
+  def test_flagfile_of_llama_3_2_vision(self, monkeypatch):
+    from experiments.shared import geometries
+    from himap_jax.engine.accounting import method_inputs
+
+    monkeypatch.chdir(ROOT)
+    with parsed("--flagfile=experiments/flags/mllama_11b.flags"):
+      config = config_from_flags()
+    model = geometries.model_of("mllama_11b")
+    stages = config.pruning.schedule(num_image_tokens=model.num_image_tokens(560, 560), **method_inputs(model)).stages
+    assert [(stage.layer, stage.keep) for stage in stages] == [(4, 3202), (9, 800)]
+
   @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -12,7 +12,7 @@ from himap_jax.model.linear import Linear
 
 
 class LinearConnector(nn.Module):
-  """The projector of Idefics3."""
+  """The projector of Idefics3 and of Llama-3.2-Vision."""
 
   config: LinearConfig
   width: int

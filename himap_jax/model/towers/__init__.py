@@ -11,7 +11,7 @@ from himap_jax.inputs import Images
 from himap_jax.model.config import PatchVisionConfig, VisionConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm
-from himap_jax.model.towers import clip, dinov2, internvit, qwen_vl
+from himap_jax.model.towers import clip, dinov2, internvit, mllama, qwen_vl
 from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention, group, pooled
 from himap_jax.model.tracing import traced_once
 
@@ -36,6 +36,7 @@ TOWERS: dict[str, Tower | type[TowerModule]] = {
   "internvl_vision": Tower(
     dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer", final_norm_name="layernorm"
   ),
+  "mllama_vision_model": mllama.MllamaTower,
   "qwen2_vl_vision": qwen_vl.PatchTower,
   "qwen2_5_vl_vision": qwen_vl.PatchTower,
   "qwen3_vl_vision": qwen_vl.PatchTower,
@@ -52,7 +53,9 @@ def abstract_images(config: VisionConfig, height: int, width: int) -> Images:
   """A picture of a size in pixels, as `jax.ShapeDtypeStruct`s without the axis B."""
   patch = config.patch_size
   if not isinstance(config, PatchVisionConfig):
-    return Images(jax.ShapeDtypeStruct((1, 3, height, width), jnp.float32))
+    tiles = config.tiles_per_picture
+    places = None if config.tiling is None else jax.ShapeDtypeStruct((tiles, 3), jnp.int32)
+    return Images(jax.ShapeDtypeStruct((tiles, 3, height, width), jnp.float32), places)
   count = (height // patch) * (width // patch)
   pixels = jax.ShapeDtypeStruct((count, 3 * patch**2), jnp.float32)
   return Images(pixels, jax.ShapeDtypeStruct((count, 3), jnp.int32))

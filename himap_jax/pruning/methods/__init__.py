@@ -42,7 +42,7 @@ def build_schedule(
     num_layers: of the decoder.
     num_image_tokens: of a prompt before pruning. If absent, the schedule is for prompts with any number of them: its
       shares stay shares, and counts are not checked; see `Schedule.at`.
-    provides: what methods can read of the model's tower, everything by default.
+    provides: what methods can read of the model, everything by default.
     prune_layers: layers to prune before, one per stage, 0 being before the decoder; for a method that freezes, layers
       in which image tokens are not updated. By default the method's own.
     keep: image tokens to keep at each stage: a count (int) or a share of the prompt's image tokens (float in (0, 1],
@@ -53,7 +53,8 @@ def build_schedule(
   Raises:
     UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
   """
-  entries = _entries(method, provides)
+  _check_provided(method, provides)
+  entries = _entries(method)
   values = _parameters(method, entries, parameters or {})
   if prune_layers is None:
     prune_layers = sum((_of_depth(entry.prune_layers, num_layers) for entry in entries), ())
@@ -85,23 +86,37 @@ class PruningConfig:
   parameters: tuple[tuple[str, float], ...] = ()
 
   def schedule(
-    self, num_layers: int, num_image_tokens: int | None = None, provides: Collection[Need] = frozenset(NEEDS)
+    self,
+    num_layers: int,
+    num_image_tokens: int | None = None,
+    provides: Collection[Need] = frozenset(NEEDS),
+    cross_layers: tuple[int, ...] = (),
   ) -> Schedule:
-    """The schedule for a model; arguments and errors as in `build_schedule`."""
+    """The schedule for a model; other arguments and errors as in `build_schedule`.
+
+    Args:
+      cross_layers: layers in which the text reads image tokens, if these are no part of the decoder's sequence.
+    """
     model = dict(num_layers=num_layers, num_image_tokens=num_image_tokens, provides=provides)
     own = dict(prune_layers=self.prune_layers, keep=self.keep, parameters=dict(self.parameters))
-    return build_schedule(self.method, **model, **own)
+    schedule = build_schedule(self.method, **model, **own)
+    if cross_layers:
+      _check_cross_layers(self.method, schedule, cross_layers)
+    return schedule
 
 
-def _entries(method: str, provides: Collection[Need]) -> list[Method]:
-  """The method, or the two that combine."""
-  names = parse(method)
-  for name in names:
+def _check_provided(method: str, provides: Collection[Need]) -> None:
+  """Raises `UserError`, which lists the methods that work, if the model has not what a method reads."""
+  for name in parse(method):
     lacking = [need for need in NEEDS if need in METHODS[name].needs and need not in provides]
     if lacking:
       others = [known for known, entry in METHODS.items() if entry.needs <= set(provides)]
       raise UserError(f"method {name!r} {NEEDS[lacking[0]]}; methods that work: {', '.join(others)}")
-  first, *rest = entries = [METHODS[name] for name in names]
+
+
+def _entries(method: str) -> list[Method]:
+  """The method, or the two that combine."""
+  first, *rest = entries = [METHODS[name] for name in parse(method)]
   can_be = first.criteria and first.acts != "inside" and all(e.criteria and e.acts != "before" for e in rest)
   if len(rest) > 1 or (rest and not can_be):
     before = [name for name, entry in METHODS.items() if entry.criteria and entry.acts != "inside"]
@@ -138,6 +153,25 @@ def _criteria(method: str, entries: list[Method], prune_layers: tuple[int, ...])
     if acts == "inside" and layer == 0:
       raise UserError(f"method {method!r} cannot prune before layer 0: it needs the attention of the previous layer")
   return first + (own if len(own) == num_own else own * num_own)
+
+
+def _check_cross_layers(method: str, schedule: Schedule, cross_layers: tuple[int, ...]) -> None:
+  """Raises `UserError` if a stage reads attention of layers that do not read image tokens.
+
+  It reads that of the last cross layer between the stage before and itself, or of the next layer.
+  """
+  entries, first = _entries(method), 0
+  for index, stage in enumerate(schedule.stages):
+    entry = entries[0 if index == 0 else -1]
+    last = stage.layer - 1
+    if entry.reads_next_layer:
+      first = last = stage.layer
+    if entry.acts == "inside" and not any(first <= layer <= last for layer in cross_layers):
+      raise UserError(
+        f"method {method!r} cannot prune before layer {stage.layer}: it reads the attention of layers {first} to {last}, "
+        f"and this model reads image tokens in layers {', '.join(map(str, cross_layers))}"
+      )
+    first = stage.layer
 
 
 def _shares(entries: list[Method], num_layers: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Method, View, cosine_similarity, mark, ranking
+from himap_jax.pruning.method import SEQUENCE, Method, View, cosine_similarity, mark, ranking
 from himap_jax.pruning.sizes import Sizes
 
 EPSILON = 1e-6
@@ -69,4 +69,6 @@ def cost(sizes: Sizes) -> int:
 
 
 CRITERION = ranking(determinantal, cost)
-METHODS = {"cdpruner": Method("arXiv 2506.10967, 64 tokens", (CRITERION,), (0,), (64 / 576,), acts="before")}
+METHODS = {
+  "cdpruner": Method("arXiv 2506.10967, 64 tokens", (CRITERION,), (0,), (64 / 576,), acts="before", needs=SEQUENCE)
+}

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Criterion, Method, Selection, View, cosine_similarity, mark, stable_top_k
+from himap_jax.pruning.method import SEQUENCE, Criterion, Method, Selection, View, cosine_similarity, mark, stable_top_k
 from himap_jax.pruning.sizes import Sizes
 
 NUM_PIVOTS = 4  # image tokens, and as many text tokens
@@ -42,4 +42,4 @@ def cost(sizes: Sizes) -> int:
 
 
 CRITERION = Criterion(unlike_pivots, cost)
-METHODS = {"dart": Method("arXiv 2502.11494, 128 tokens", (CRITERION,), (2,), (128 / 576,))}
+METHODS = {"dart": Method("arXiv 2502.11494, 128 tokens", (CRITERION,), (2,), (128 / 576,), needs=SEQUENCE)}

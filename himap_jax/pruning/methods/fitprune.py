@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Method, View, highest
+from himap_jax.pruning.method import SEQUENCE, Method, View, highest
 from himap_jax.pruning.scoring import attention_of_rows
 
 # Tokens that the authors drop after each layer of LLaVA-1.5-7B (32 layers, 576 image tokens) to save 60% of its FLOPs.
@@ -44,4 +44,4 @@ def attention_product(view: View) -> Float[Array, "B M"]:
 
 
 CRITERION = highest(attention_product, lambda sizes: sizes.attention(sizes.num_slots))
-METHODS = {"fitprune": Method("arXiv 2409.10197, 60% fewer FLOPs", (CRITERION,), prune_layers=prune_layers, keep=keep)}
+METHODS = {"fitprune": Method("arXiv 2409.10197, 60% fewer FLOPs", (CRITERION,), prune_layers, keep, needs=SEQUENCE)}

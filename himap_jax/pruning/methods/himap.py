@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float
 
-from himap_jax.pruning.method import Method, View, highest
+from himap_jax.pruning.method import SEQUENCE, Method, View, highest
 
 
 def instruction_attention(view: View) -> Float[Array, "B M"]:
@@ -20,8 +20,8 @@ IMAGE = highest(image_attention, lambda sizes: sizes.attention(sizes.num_present
 ABLATION = "arXiv 2503.13108, ablation"
 
 METHODS = {
-  "himap": Method("arXiv 2503.13108, question answering", (INSTRUCTION, IMAGE), (2, 8), (0.5, 0.125)),
-  "himap_swapped": Method(ABLATION, (IMAGE, INSTRUCTION), (2, 8), (0.5, 0.125)),
+  "himap": Method("arXiv 2503.13108, question answering", (INSTRUCTION, IMAGE), (2, 8), (0.5, 0.125), needs=SEQUENCE),
+  "himap_swapped": Method(ABLATION, (IMAGE, INSTRUCTION), (2, 8), (0.5, 0.125), needs=SEQUENCE),
   "instruction_attention": Method(ABLATION, (INSTRUCTION,), (2,), (0.5,)),
-  "image_attention": Method(ABLATION, (IMAGE,), (8,), (0.25,)),
+  "image_attention": Method(ABLATION, (IMAGE,), (8,), (0.25,), needs=SEQUENCE),
 }

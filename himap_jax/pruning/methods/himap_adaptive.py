@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Criterion, Method, Selection, View, stable_top_k
+from himap_jax.pruning.method import SEQUENCE, Criterion, Method, Selection, View, stable_top_k
 from himap_jax.pruning.methods.himap import IMAGE, INSTRUCTION, image_attention, instruction_attention
 
 # Keep counts of the rungs at each stage, as shares of the largest rung's. If that keeps 75% and 37.5% of the image's
@@ -73,4 +73,5 @@ def _check(parameters: Mapping[str, float]) -> None:
 SOURCE = "arXiv 2503.13108, keep counts by the attention that they hold"
 CRITERIA = (Criterion(by_instruction, INSTRUCTION.cost), Criterion(by_image, IMAGE.cost))
 LAYERS, KEEP, PARAMETERS = (2, 8), (0.75, 0.375), {"threshold": 0.8}
-METHODS = {"himap_adaptive": Method(SOURCE, CRITERIA, LAYERS, KEEP, parameters=PARAMETERS, check=_check)}
+_METHOD = Method(SOURCE, CRITERIA, LAYERS, KEEP, parameters=PARAMETERS, check=_check, needs=SEQUENCE)
+METHODS = {"himap_adaptive": _METHOD}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import (
-  NEEDS,
+  TOWER,
   Criterion,
   Method,
   Selection,
@@ -54,4 +54,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2403.15388 (PruMerge+), 25% of the tokens"
 CRITERION = Criterion(merged_outliers, cost)
-METHODS = {"prumerge": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs=frozenset(NEEDS))}
+METHODS = {"prumerge": Method(SOURCE, (CRITERION,), (0,), (0.25,), acts="before", needs=TOWER)}

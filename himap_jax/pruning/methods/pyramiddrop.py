@@ -21,4 +21,5 @@ def cost(sizes: Sizes) -> int:
 
 
 CRITERION = highest(next_layer_attention, cost)
-METHODS = {"pyramiddrop": Method("arXiv 2410.17247", (CRITERION,), prune_layers=(8, 16, 24), keep=(0.5, 0.25, 0.125))}
+LAYERS, KEEP = (8, 16, 24), (0.5, 0.25, 0.125)
+METHODS = {"pyramiddrop": Method("arXiv 2410.17247", (CRITERION,), LAYERS, KEEP, reads_next_layer=True)}

@@ -1,7 +1,7 @@
 """ShortV: all image tokens are kept, but layers that change them little do not update them."""
 
 from himap_jax.errors import UserError
-from himap_jax.pruning.method import Method
+from himap_jax.pruning.method import SEQUENCE, Method
 
 # The authors' layers for LLaVA-1.5-7B (32 layers) and -13B (40 layers), least useful first.
 FROZEN = {
@@ -20,4 +20,4 @@ def frozen_layers(num_layers: int) -> tuple[int, ...]:
   return FROZEN[num_layers]
 
 
-METHODS = {"shortv": Method("arXiv 2504.00502", prune_layers=frozen_layers, freezes=True)}
+METHODS = {"shortv": Method("arXiv 2504.00502", prune_layers=frozen_layers, freezes=True, needs=SEQUENCE)}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import Method, View, highest
+from himap_jax.pruning.method import SEQUENCE, Method, View, highest
 from himap_jax.pruning.sizes import Sizes
 
 
@@ -42,4 +42,5 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2410.04417, 192 tokens on average"
 KEEP = (300 / 576, 200 / 576, 110 / 576)
-METHODS = {"sparsevlm": Method(SOURCE, (highest(rated_attention, cost),), prune_layers=(2, 6, 15), keep=KEEP)}
+CRITERION = highest(rated_attention, cost)
+METHODS = {"sparsevlm": Method(SOURCE, (CRITERION,), prune_layers=(2, 6, 15), keep=KEEP, needs=SEQUENCE)}

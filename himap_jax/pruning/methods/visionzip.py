@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import (
-  NEEDS,
+  TOWER,
   Criterion,
   Method,
   Selection,
@@ -61,4 +61,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2412.04467, 54 + 10 tokens"
 CRITERION = Criterion(dominant_and_contextual, cost)
-METHODS = {"visionzip": Method(SOURCE, (CRITERION,), (0,), (64 / 576,), acts="before", needs=frozenset(NEEDS))}
+METHODS = {"visionzip": Method(SOURCE, (CRITERION,), (0,), (64 / 576,), acts="before", needs=TOWER)}

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import NEEDS, Criterion, Method, Selection, View, cosine_similarity, filled
+from himap_jax.pruning.method import TOWER, Criterion, Method, Selection, View, cosine_similarity, filled
 from himap_jax.pruning.sizes import Sizes
 
 IMPORTANT_SHARE = 0.5
@@ -41,4 +41,4 @@ def cost(sizes: Sizes) -> int:
 
 SOURCE = "arXiv 2412.01818v2, 128 tokens"
 CRITERION = Criterion(important_and_diverse, cost)
-METHODS = {"vispruner": Method(SOURCE, (CRITERION,), (0,), (128 / 576,), acts="before", needs=frozenset(NEEDS))}
+METHODS = {"vispruner": Method(SOURCE, (CRITERION,), (0,), (128 / 576,), acts="before", needs=TOWER)}

@@ -196,7 +196,7 @@ def test_rows_equal_what_the_answers_say(config, rows):
 
 
 def test_methods_are_held_against_random_at_their_budget(loaded):
-  shape = Shape(NUM_LAYERS, N)._asdict()
+  shape = dict(num_layers=NUM_LAYERS, num_image_tokens=N)
   names = (("random", 8), ("himap", 8), ("fastv", 8), ("himap", 2), ("random", 2), ("fastv", 2))
   cells = [Cell("none", "none", schedule=Schedule())]
   for name, budget in names:
@@ -228,7 +228,7 @@ def test_methods_are_held_against_random_at_their_budget(loaded):
 
 
 def test_figures_of_a_cell(loaded):
-  shape = Shape(NUM_LAYERS, N)._asdict()
+  shape = dict(num_layers=NUM_LAYERS, num_image_tokens=N)
   cells = [
     Cell("none", "none", schedule=Schedule()),
     Cell("himap@2/4", "himap", schedule=methods.build_schedule("himap", **shape, prune_layers=(2, 4), keep=(8, 3))),
