@@ -55,10 +55,11 @@ def test_rows_of_many_sizes(config, capsys):
   printed, rows = capsys.readouterr(), read(config.output)
   files = PictureFiles(config.image_dir)
   pictures = [[files.load(f"{row}-{place}.png")[0] for place in range(len(own))] for row, own in enumerate(SIZES)]
-  expected = alone(config, pictures, [f"What is number {number}?" for number in range(len(SIZES))])
-  for number, answer in enumerate(expected):
-    assert (rows[number]["token_ids"], rows[number]["kept"]) == (answer.token_ids, answer.kept)
-    assert rows[number]["error"] is None
+  compared = (0, 2, 5)
+  expected = alone(config, [pictures[row] for row in compared], [f"What is number {row}?" for row in compared])
+  for row, answer in zip(compared, expected, strict=True):
+    assert (rows[row]["token_ids"], rows[row]["kept"]) == (answer.token_ids, answer.kept)
+  assert all(row["error"] is None for row in rows.values()) and len(rows) == len(SIZES)
   kept = rows[2]["kept_patches"][0]
   assert len(kept) == len(rows[2]["kept"][0]) and {place[0] for place in kept} <= {0, 1, 2}
   counts = next(line for line in printed.err.splitlines() if line.startswith("image tokens: 0, ")).split(", ")
