@@ -1,12 +1,13 @@
 """Examples from token ids and pixels, for all families."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
+from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 from himap_jax.families.family import Message, Question, View
 from himap_jax.inputs import Example, Images
@@ -44,6 +45,18 @@ def content_parts(text: str) -> list[dict[str, str]]:
   for number, piece in enumerate(text.split(IMAGE_TAG)):
     parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * (piece != "")
   return parts or [{"type": "text", "text": ""}]
+
+
+def chat_prompt(apply_chat_template: Callable[..., str], question: Question, num_pictures: int) -> str:
+  """The prompt by a chat template, with a part for each picture; raises `UserError` if it cannot hold the messages."""
+  from jinja2 import TemplateError
+
+  messages = messages_of(question, num_pictures)
+  conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
+  try:
+    return apply_chat_template(conversation, add_generation_prompt=True)
+  except TemplateError as error:
+    raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error
 
 
 def expand(

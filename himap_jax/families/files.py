@@ -1,4 +1,4 @@
-"""The tokenizer and the image processor of a checkpoint, loaded without transformers' processor, which may need torch."""
+"""The configuration, tokenizer and image processor of a checkpoint, read without transformers' processor, which may need torch."""
 
 import dataclasses
 import pathlib
@@ -29,6 +29,16 @@ class ModelFiles:
     """The text of a conversation, whose messages have a `role` and a `content` of parts."""
     options = dict(chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
     return self.tokenizer.apply_chat_template(list(conversation), **options)
+
+
+def read_config(class_name: str, fields: Mapping[str, Any], where: str = "config.json") -> Any:
+  """The fields of a `config.json` as a configuration of transformers, which completes them; raises `UserError`."""
+  import transformers  # slow to import
+
+  try:
+    return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
+  except Exception as error:  # transformers raises types of its own for invalid fields
+    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
 
 
 def load(directory: pathlib.Path, image_processor: str) -> ModelFiles:

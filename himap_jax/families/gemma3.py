@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import pathlib
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
+  content_parts,
   expand,
   fill,
   literal_template,
@@ -29,6 +29,7 @@ from himap_jax.families.examples import (
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View
+from himap_jax.families.files import read_config
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig, NormLinearConfig, VisionConfig
@@ -51,10 +52,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   text_fields = fields.get("text_config") or {}
   check_supported(text_fields.get("model_type", "gemma3_text"), ("gemma3_text",), where=where, what="language model")
   _check_layers(text_fields, where)
-  try:
-    full = _read(fields)
-  except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
+  full = read_config("Gemma3Config", fields, where)
   text = text_config(full.text_config, where, tied=full.tie_word_embeddings)
   vision = _vision(full.vision_config, fields.get("mm_tokens_per_image"), where)
   connector = NormLinearConfig(vision.layer_norm_eps)
@@ -105,13 +103,7 @@ def _vision(hf: Any, num_tokens: Any, where: str) -> VisionConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' current defaults for absent ones."""
-  return json.loads(_read(fields).to_json_string(use_diff=False))
-
-
-def _read(fields: dict[str, Any]) -> Any:
-  from transformers import Gemma3Config  # slow to import
-
-  return Gemma3Config(**{key: value for key, value in fields.items() if key != "model_type"})
+  return json.loads(read_config("Gemma3Config", fields).to_json_string(use_diff=False))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,9 +185,8 @@ class GemmaProcessor:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if not self._is_chat:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, self._special["boi_token"])
-    conversation = [
-      {"role": message.role, "content": _parts(message.text)} for message in messages_of(question, num_pictures)
-    ]
+    messages = messages_of(question, num_pictures)
+    conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
     try:
       return self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError as error:
@@ -209,12 +200,6 @@ class GemmaProcessor:
 
   def places(self, example: Example) -> Int[np.ndarray, "N 4"]:
     return places_in(self.views(example), example.num_image_tokens)
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-  """A message's text and pictures as chat templates take them."""
-  pieces = [piece for piece in re.split(f"({IMAGE_TAG})", text) if piece]
-  return [{"type": "image"} if piece == IMAGE_TAG else {"type": "text", "text": piece} for piece in pieces]
 
 
 FAMILIES = (Family("gemma3", config, complete, load_processor, GemmaProcessor),)

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files
 from himap_jax.families.family import Family
@@ -78,13 +77,8 @@ def complete(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _complete(fields: dict[str, Any], where: str) -> Any:
   """transformers' config, in which the whole model decides whether the head is tied."""
-  import transformers  # slow to import
-
   kind, _ = CLASSES[fields["model_type"]]
-  try:
-    hf = getattr(transformers, kind)(**{key: value for key, value in fields.items() if key != "model_type"})
-  except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
+  hf = files.read_config(kind, fields, where)
   hf.text_config.tie_word_embeddings = hf.tie_word_embeddings
   return hf
 

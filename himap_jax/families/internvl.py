@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files
 from himap_jax.families.family import Family
@@ -40,7 +39,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   check_supported(text_type, TEXT_MODELS, where=where, what="language model")
   vision_type = (fields.get("vision_config") or {}).get("model_type", "internvl_vision")
   check_supported(vision_type, ("internvl_vision",), where=where, what="vision tower")
-  hf = _complete(fields, where)
+  hf = files.read_config("InternVLConfig", fields, where)
   layer, strategy, merge_size = hf.vision_feature_layer, hf.vision_feature_select_strategy, 1 / hf.downsample_ratio
   check_supported(strategy, ("default",), where=where, what="vision_feature_select_strategy")
   if not isinstance(layer, int):
@@ -61,17 +60,8 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  full = json.loads(_complete(fields, "config.json").to_json_string(use_diff=False))
+  full = json.loads(files.read_config("InternVLConfig", fields).to_json_string(use_diff=False))
   return full | {"tie_word_embeddings": config(fields, "config.json").text.tie_word_embeddings}
-
-
-def _complete(fields: dict[str, Any], where: str) -> Any:
-  from transformers import InternVLConfig  # slow to import
-
-  try:
-    return InternVLConfig(**{key: value for key, value in fields.items() if key != "model_type"})
-  except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
 
 
 def load_processor(directory: pathlib.Path) -> files.ModelFiles:

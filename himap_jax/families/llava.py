@@ -11,6 +11,7 @@ from PIL import Image
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
+from himap_jax.families import files
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
@@ -54,10 +55,7 @@ def config(
   vision_type = (fields.get("vision_config") or {}).get("model_type", towers[0])
   check_supported(vision_type, towers, where=where, what="vision tower")
   check_text_model(fields.get("text_config") or {}, where)
-  try:
-    complete = _read(fields, class_name)
-  except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
+  complete = files.read_config(class_name, fields, where)
   connector = ConnectorConfig(complete.projector_hidden_act, complete.multimodal_projector_bias)
   vision = vision_config(complete, where)
   text = text_config(complete.text_config, where, tied=fields.get("tie_word_embeddings"))
@@ -111,13 +109,7 @@ def _side(size: int | Sequence[int], where: str) -> int:
 
 def complete(fields: dict[str, Any], class_name: str = "LlavaConfig") -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  return json.loads(_read(fields, class_name).to_json_string(use_diff=False))
-
-
-def _read(fields: dict[str, Any], class_name: str) -> Any:
-  import transformers  # slow to import
-
-  return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
+  return json.loads(files.read_config(class_name, fields).to_json_string(use_diff=False))
 
 
 def load_processor(directory: pathlib.Path) -> Any:

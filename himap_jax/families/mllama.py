@@ -10,17 +10,15 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
-  content_parts,
+  chat_prompt,
   expand,
   fill,
   literal_template,
-  messages_of,
   picture_of,
   refuse_limit,
 )
@@ -48,15 +46,10 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _read(fields: dict[str, Any], where: str) -> Any:
-  from transformers import MllamaConfig  # slow to import
-
   layers = (fields.get("text_config") or {}).get("cross_attention_layers", [0])
   if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
     raise UserError(f"{where}: cross_attention_layers must be a list of layers, not {layers!r}")
-  try:
-    return MllamaConfig(**{key: value for key, value in fields.items() if key != "model_type"})
-  except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
+  return files.read_config("MllamaConfig", fields, where)
 
 
 def _text(hf: Any, where: str) -> TextConfig:
@@ -182,15 +175,7 @@ class MllamaProcessor:
       raise UserError(f"a question may not hold {IMAGE_TOKEN}; {IMAGE_TAG} stands for the picture")
     if not self._is_chat:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, IMAGE_TOKEN)
-    from jinja2 import TemplateError
-
-    conversation = [
-      {"role": message.role, "content": content_parts(message.text)} for message in messages_of(question, num_pictures)
-    ]
-    try:
-      return self._files.apply_chat_template(conversation, add_generation_prompt=True)
-    except TemplateError as error:
-      raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error
+    return chat_prompt(self._files.apply_chat_template, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()

@@ -5,6 +5,7 @@ A picture keeps its aspect ratio: it is resized to whole squares of patches, and
 
 import copy
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -19,15 +20,15 @@ from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
-  content_parts,
+  chat_prompt,
   expand,
   fill,
   literal_template,
-  messages_of,
   picture_of,
   places_in,
 )
 from himap_jax.families.family import Family, Question, View
+from himap_jax.families.files import read_config
 from himap_jax.families.qwen_vl import QwenFiles
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
@@ -49,7 +50,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   Raises:
     UserError: the activation, RoPE scaling, windows or sections are not supported; the message says what is.
   """
-  hf = _hf_config(fields, where)
+  hf = read_config(CONFIGS[fields["model_type"]], fields, where)
   family, given = fields["model_type"], (fields.get("vision_config") or {}).get("model_type")
   check_supported(given or family, (family, f"{family}_vision"), where=where, what="vision tower")
   vision, text = _vision(hf.vision_config, f"{family}_vision", where), _text(hf, where)
@@ -58,16 +59,6 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     raise UserError(f"{where}: the vision tower's output has width {width}, but the decoder has {text.hidden_size}")
   connector = MergerConfig(vision.merge_size**2, vision.norm_type, EPSILON)
   return ModelConfig(vision, connector, text, hf.image_token_id)
-
-
-def _hf_config(fields: dict[str, Any], where: str) -> Any:
-  import transformers  # slow to import
-
-  try:
-    kind = getattr(transformers, CONFIGS[fields["model_type"]])
-    return kind(**{key: value for key, value in fields.items() if key != "model_type"})
-  except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
 
 
 def _vision(hf: Any, kind: str, where: str) -> PatchVisionConfig:
@@ -121,7 +112,7 @@ def _text(hf: Any, where: str) -> TextConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  return json.loads(_hf_config(fields, "config.json").to_json_string(use_diff=False))
+  return json.loads(read_config(CONFIGS[fields["model_type"]], fields).to_json_string(use_diff=False))
 
 
 def load_processor(directory: pathlib.Path) -> QwenFiles:
@@ -220,9 +211,8 @@ class Qwen2VLProcessor:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if not self._is_chat:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, PICTURE)
-    messages = messages_of(question, num_pictures)
-    conversation = [{"role": role, "content": content_parts(text)} for role, text in messages]
-    return self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    render = functools.partial(self._tokenizer.apply_chat_template, tokenize=False)
+    return chat_prompt(render, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()

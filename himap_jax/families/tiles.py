@@ -8,21 +8,18 @@ Axes: T tiles, N image tokens of a row.
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jinja2
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
-  content_parts,
+  chat_prompt,
   expand,
   fill,
   literal_template,
-  messages_of,
   number_of_pictures,
   picture_of,
 )
@@ -133,13 +130,7 @@ class TiledProcessor:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, self._image_token)
-    conversation = [
-      {"role": message.role, "content": content_parts(message.text)} for message in messages_of(question, num_pictures)
-    ]
-    try:
-      return self._files.apply_chat_template(conversation, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-      raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error
+    return chat_prompt(self._files.apply_chat_template, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()

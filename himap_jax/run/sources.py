@@ -26,6 +26,7 @@ _SHOWN = 100
 
 
 def is_url(image: str) -> bool:
+  """Whether a picture's name is an address on the web."""
   return image.startswith(("http://", "https://"))
 
 
