@@ -182,6 +182,7 @@ def _qwen_vl(width: str) -> Table:
 # By `model_type` of config.json.
 TABLES = {
   "llava": _LLAVA,
+  "llava_cross": _LLAVA,
   "llava_next": _LLAVA,
   "llava_onevision": _LLAVA,
   "internvl": Table(

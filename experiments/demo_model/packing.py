@@ -5,6 +5,9 @@ Axes: B images, S slots, A answer tokens.
     slot      [ system, image ][ question 1, answer 1 ][ question 2, answer 2 ] … padding
     segment     0               1                       2                         UNUSED
     position    0 … P − 1       P, P + 1, …             P, P + 1, …               0
+
+Where the text reads pictures by cross-attention, `<image>` is a text token before the image tokens, which have its
+position.
 """
 
 import functools
@@ -20,6 +23,7 @@ from PIL import Image
 from experiments.demo_model.data import Asked, Sample
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.errors import UserError
+from himap_jax.families.examples import positions_across
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Images, Inputs, Layout, pytree
 
 UNUSED = -1
@@ -54,6 +58,7 @@ class Packer:
     self._processor, self._image_token = loaded.processor, loaded.config.image_token_id
     self._image_size, self._question_slots = image_size, question_slots
     self._num_image_tokens = loaded.config.num_image_tokens(image_size, image_size)
+    self._is_cross = bool(loaded.config.text.cross_attention_layers)
     self.grid = math.isqrt(self._num_image_tokens)
     self._tokenize = functools.cache(self._tokenize)
 
@@ -74,10 +79,9 @@ class Packer:
   def pack(self, samples: Sequence[Sample]) -> Batch:
     """Packs one sequence per sample, with as many of its questions as fit; raises `UserError` if none does."""
     rows = [self._row(self.split(sample.questions)[0]) for sample in samples]
-    tokens, positions, segments, *answers = map(np.stack, zip(*rows, strict=True))
-    is_image = tokens == self._image_token
-    kind = np.where(is_image, IMAGE, np.where(segments == UNUSED, PADDING, TEXT))
-    layout = Layout.of_rows(kind, np.where(is_image, 0, -1), self._num_image_tokens)
+    tokens, image_id, positions, segments, *answers = map(np.stack, zip(*rows, strict=True))
+    kind = np.where(image_id >= 0, IMAGE, np.where(segments == UNUSED, PADDING, TEXT))
+    layout = Layout.of_rows(kind, image_id, self._num_image_tokens)
     images = Images(self.pixel_values([sample.picture for sample in samples])[:, None])
     inputs = Inputs(tokens, layout, positions, images)
     return jax.tree.map(jnp.asarray, Batch(inputs, segments, *answers))
@@ -88,21 +92,24 @@ class Packer:
     return self._processor.image_processor(list(pictures), **sizes, return_tensors="np")["pixel_values"]
 
   def _row(self, questions: Sequence[Asked]) -> list[np.ndarray]:
-    """Tokens, positions and segments of all slots; then slots, tokens, validity and questions of the answers."""
-    tokens = self._tokenize(*questions[0])[0] + [self._image_token] * self._num_image_tokens
-    prefix = len(tokens)
-    positions, segments, is_answer = list(range(prefix)), [0] * prefix, [False] * prefix
+    """Tokens, images, positions and segments of all slots; then slots, tokens, validity, questions of the answers."""
+    system = self._tokenize(*questions[0])[0] + [self._image_token] * self._is_cross
+    image_id = np.repeat(np.array([-1, 0], np.int32), [len(system), self._num_image_tokens])
+    tokens, prefix = system + [self._image_token] * self._num_image_tokens, len(image_id)
+    positions = list(positions_across(image_id)) if self._is_cross else list(range(prefix))
+    first, segments, is_answer = positions[-1] + 1, [0] * prefix, [False] * prefix
     for index, asked in enumerate(questions, start=1):
       _, question, answer = self._tokenize(*asked)
       length = len(question) + len(answer)
       tokens += question + answer
-      positions += range(prefix, prefix + length)
+      positions += range(first, first + length)
       segments += [index] * length
       is_answer += [False] * len(question) + [True] * len(answer)
     answers = np.flatnonzero(is_answer)
     num_slots, num_answers = prefix + self._question_slots, self._question_slots // ANSWER_SLOTS_SHARE
     return [
       _pad(tokens, num_slots),
+      _pad(image_id, num_slots, -1),
       _pad(positions, num_slots),
       _pad(segments, num_slots, UNUSED),
       _pad(answers - 1, num_answers),

@@ -1,8 +1,8 @@
-"""Trains the demo model: a projector and low-rank updates of the language model, on composed scenes and easy-VQA.
+"""Trains a demo model: a projector and low-rank updates of the language model, on composed scenes and easy-VQA.
 
     python -m experiments.demo_model.train --workdir=… --adapter=checkpoints_convert/demo/adapter.safetensors
 
-The DINOv2 tower and SmolLM2 stay frozen. A training sequence holds one image and several independent questions about
+In `--model=demo_cross`, cross-attention layers are trained, too (`checkpoints_convert.demo.cross`). The DINOv2 tower and SmolLM2 stay frozen. A training sequence holds one image and several independent questions about
 it:
 
     [ system, image ][ question 1, answer 1 ][ question 2, answer 2 ] … padding
@@ -26,8 +26,10 @@ from absl import app, flags
 from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
-from checkpoints_convert.demo.assemble import assemble
-from experiments.demo_model.adapter import PROJECTOR, Adapter, Whitening, answer_logits, init_lora
+from checkpoints_convert.demo.assemble import ADAPTERS, assemble
+from checkpoints_convert.demo.cross import trained
+from checkpoints_convert.source import read_json
+from experiments.demo_model.adapter import Adapter, Whitening, answer_logits, init_cross, init_lora
 from experiments.demo_model.align import aligned
 from experiments.demo_model.data import Mixture
 from experiments.demo_model.packing import Batch, Packer
@@ -38,9 +40,8 @@ from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
 flags.DEFINE_string("workdir", None, "Directory of checkpoints, to resume from.", required=True)
-_ADAPTER = flags.DEFINE_string(
-  "adapter", None, "Where to write the trained projector and LoRA (safetensors).", required=True
-)
+_MODEL = flags.DEFINE_enum("model", "demo", list(ADAPTERS), "Which demo model to train.")
+_ADAPTER = flags.DEFINE_string("adapter", None, "Where to write the trained parameters (safetensors).", required=True)
 _INIT_ADAPTER = flags.DEFINE_string("init_adapter", None, "An adapter to start from; from scratch if absent.")
 _STAGES = flags.DEFINE_list(
   "stages",
@@ -51,6 +52,7 @@ _SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that a
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
+_CROSS_RATE = flags.DEFINE_float("cross_rate", 5e-4, "Peak learning rate of what is trained whole in cross-attention.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of the model; trained parameters are float32."
@@ -75,7 +77,7 @@ def make_step(
   """A training step, with the whitening folded in: returns the new state, the loss and the share of right tokens."""
 
   def loss_fn(adapter: Adapter, model: Model, batch: Batch) -> tuple[Array, Array]:
-    params = {**model.params, PROJECTOR: whitening.fold(adapter.projector)}
+    params = adapter.replace(projector=whitening.fold(adapter.projector)).params(model.params)
     logits = answer_logits(model.replace(params=params), adapter.lora, batch)
     weight = batch.answer_valid.astype(jnp.float32)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.answers)
@@ -93,19 +95,20 @@ def make_step(
 
 
 def make_optimizer(num_steps: int) -> optax.GradientTransformation:
-  """AdamW with warm-up and cosine decay; the projector has its own rate."""
+  """AdamW with warm-up and cosine decay; every part of the adapter has its own rate."""
 
   def adamw(peak: float) -> optax.GradientTransformation:
     return optax.adamw(optax.warmup_cosine_decay_schedule(0.0, peak, min(20, num_steps // 2), num_steps, 0.02 * peak))
 
-  parts = {"projector": adamw(_PROJECTOR_RATE.value), "lora": adamw(_LORA_RATE.value)}
-  return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(parts, Adapter("projector", "lora")))
+  rates = {"projector": _PROJECTOR_RATE, "lora": _LORA_RATE, "cross": _CROSS_RATE}
+  parts = {name: adamw(rate.value) for name, rate in rates.items()}
+  return optax.chain(optax.clip_by_global_norm(1.0), optax.multi_transform(parts, Adapter(*parts)))
 
 
 def run() -> int:
   stages, seed = command.numbers(_STAGES, _stage, "such as 168:840:3:208"), _SEED.value
   workdir = study.directory("workdir").absolute()
-  base = assemble(workdir / "base", cache_dir=checkpoint.default_cache_dir(), adapter=None)
+  base = assemble(workdir / "base", _MODEL.value, cache_dir=checkpoint.default_cache_dir(), adapter=None)
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
   packers = {stage: Packer(loaded, stage.image_size, stage.question_slots) for stage in stages}
   mixture, directory = Mixture(scene_share=_SCENE_SHARE.value), workdir / "checkpoints"
@@ -114,7 +117,9 @@ def run() -> int:
     adapter = Adapter.read(_INIT_ADAPTER.value)
     adapter = adapter.replace(projector=whitening.unfold(adapter.projector))
   else:
-    adapter = Adapter(projector, init_lora(jax.random.key(seed), loaded.model.params["language_model"], _RANK.value))
+    decoder = loaded.model.params["language_model"]
+    cross = init_cross(decoder, trained(read_json(base / "config.json")["text_config"]))
+    adapter = Adapter(projector, init_lora(jax.random.key(seed), decoder, _RANK.value, without=cross), cross)
   plan = [stage for stage in stages for _ in range(stage.steps)]
   optimizer, dtype = make_optimizer(len(plan)), command.DTYPES[_DTYPE.value]
   state = {"trainable": adapter, "optimizer": optimizer.init(adapter), "step": jnp.int32(0)}

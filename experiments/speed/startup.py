@@ -19,13 +19,15 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from checkpoints_convert.demo.assemble import assemble
+from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from experiments.shared import tabular
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.run import command
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "`demo`, or a directory in the Hugging Face layout.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "demo", "`demo`, `demo_cross`, or a directory in the Hugging Face layout."
+)
 _STARTS = flags.DEFINE_integer("starts", 5, "Number of starts after the first.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
 _PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose first prompt is asked.")
@@ -65,9 +67,9 @@ def start(arguments: Sequence[str], environment: dict[str, str]) -> dict[str, fl
 
 def run() -> int:
   source = _CHECKPOINT.value
-  if source == "demo":
+  if source in ADAPTERS:
     cache = checkpoint.default_cache_dir()
-    source = assemble(cache / "demo", cache_dir=cache)
+    source = assemble(cache / source, source, cache_dir=cache, adapter=ADAPTERS[source])
   with tempfile.TemporaryDirectory() as scratch:
     prompts = pathlib.Path(scratch, "prompts.jsonl")
     prompts.write_text(pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()[0], encoding="utf-8")

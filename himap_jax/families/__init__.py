@@ -8,6 +8,7 @@ from himap_jax.families import (
   idefics3,
   internvl,
   llava,
+  llava_cross,
   llava_next,
   llava_onevision,
   mllama,
@@ -17,7 +18,7 @@ from himap_jax.families import (
 from himap_jax.families.family import Family
 from himap_jax.model.config import ModelConfig
 
-_ALL = (llava, llava_next, llava_onevision, internvl, idefics3, gemma3, mllama, qwen_vl, qwen2_vl)
+_ALL = (llava, llava_cross, llava_next, llava_onevision, internvl, idefics3, gemma3, mllama, qwen_vl, qwen2_vl)
 FAMILIES: dict[str, Family] = {family.model_type: family for module in _ALL for family in module.FAMILIES}
 
 

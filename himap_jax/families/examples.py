@@ -1,5 +1,6 @@
 """Examples from token ids and pixels, for all families."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,6 +93,22 @@ def expand(
   image_id[is_image] = pictures
   tokens = np.repeat(ids, repeats)
   return Example(tokens, np.repeat(image_id, repeats), np.arange(len(tokens), dtype=np.int32), images)
+
+
+def expand_across(ids: Sequence[int], image_token_id: int, count: int, images: Images, num_pictures: int) -> Example:
+  """The example of a prompt whose pictures are read by cross-attention: each has `count` image tokens.
+
+  These follow the `image_token_id` of their picture, which is text here, and have its position. Errors as in `expand`.
+  """
+  example = expand(ids, image_token_id, [1 + count] * num_pictures, images)
+  is_first = (example.image_id >= 0) & (np.diff(example.image_id, prepend=-1) != 0)
+  image_id = np.where(is_first, -1, example.image_id).astype(np.int32)
+  return dataclasses.replace(example, image_id=image_id, positions=positions_across(image_id))
+
+
+def positions_across(image_id: Int[np.ndarray, "S"]) -> Int[np.ndarray, "S"]:
+  """Rotary positions that count text alone: of image tokens, that of the text before them."""
+  return (np.cumsum(image_id < 0) - 1).astype(np.int32)
 
 
 def blank(images: Images, *axes: int) -> Example:

@@ -41,17 +41,17 @@ def read_config(class_name: str, fields: Mapping[str, Any], where: str = "config
     raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
 
 
-def load(directory: pathlib.Path, image_processor: str) -> ModelFiles:
-  """Loads a checkpoint's files; `image_processor` names a class of transformers. Raises `UserError` if that fails."""
+def load(directory: pathlib.Path, image_processor: str, tokenizer: str = "AutoTokenizer") -> ModelFiles:
+  """Loads a checkpoint's files by the named classes of transformers; raises `UserError` if that fails."""
   import transformers  # slow to import
 
   options = dict(local_files_only=True)
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
+    text = getattr(transformers, tokenizer).from_pretrained(directory, **options)
     pictures = getattr(transformers, image_processor).from_pretrained(directory, **options)
   except (ValueError, OSError, KeyError, TypeError) as error:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
-  template, older = tokenizer.chat_template, directory / "chat_template.json"
+  template, older = text.chat_template, directory / "chat_template.json"
   if older.exists() and not (directory / "chat_template.jinja").exists():
     template = read_json(older).get("chat_template", template)
-  return ModelFiles(tokenizer, pictures, template, read_json(directory / "config.json"))
+  return ModelFiles(text, pictures, template, read_json(directory / "config.json"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 
 from checkpoints_convert.source import first_line
@@ -181,10 +181,14 @@ class LlavaProcessor(LlavaPrompts):
 
   def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
     ids = self.ids(self.prompt(question, len(images)))
+    tiles = Images(self.pixels(images))
+    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), tiles)
+
+  def pixels(self, images: Sequence[Image.Image]) -> Float[np.ndarray, "P 3 h w"]:
+    """The preprocessed pictures; raises `UserError` for one that would exhaust memory."""
     for image in images:
       self._check_size(image)
-    pixels = tiles_of(self._processor.image_processor, images, self.blank)
-    return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
+    return tiles_of(self._processor.image_processor, images, self.blank)
 
   def views(self, example: Example) -> list[View]:
     return views_of_patches(self._processor.image_processor, example, self.patch_grid, self._config.vision.patch_size)

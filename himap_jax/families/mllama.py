@@ -1,6 +1,5 @@
 """Llama-3.2-Vision: pictures of up to four tiles, read by cross-attention layers of a LLaMA 3.1 decoder."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,16 +15,16 @@ from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
   chat_prompt,
-  expand,
+  expand_across,
   fill,
   literal_template,
   picture_of,
   refuse_limit,
 )
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.text import text_config
+from himap_jax.families.text import check_cross_layers, cross_text_config
 from himap_jax.inputs import Example, Images, ImageSize
-from himap_jax.model.config import LinearConfig, ModelConfig, TextConfig, TilingConfig, VisionConfig
+from himap_jax.model.config import LinearConfig, ModelConfig, TilingConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 
 IMAGE_TOKEN = "<|image|>"
@@ -40,27 +39,14 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   """
   hf = _read(fields, where)
   check_supported(hf.vision_config.hidden_act, ACTIVATIONS, where=where, what="activation")
-  return ModelConfig(
-    _vision(hf.vision_config, where), LinearConfig(use_bias=True), _text(hf.text_config, where), hf.image_token_id
-  )
+  # transformers never ties the head
+  text = cross_text_config(hf.text_config, where, tied=False, num_extra_embeddings=NUM_EXTRA_EMBEDDINGS)
+  return ModelConfig(_vision(hf.vision_config, where), LinearConfig(use_bias=True), text, hf.image_token_id)
 
 
 def _read(fields: dict[str, Any], where: str) -> Any:
-  layers = (fields.get("text_config") or {}).get("cross_attention_layers", [0])
-  if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-    raise UserError(f"{where}: cross_attention_layers must be a list of layers, not {layers!r}")
+  check_cross_layers(fields.get("text_config") or {}, where)
   return files.read_config("MllamaConfig", fields, where)
-
-
-def _text(hf: Any, where: str) -> TextConfig:
-  layers, depth = hf.cross_attention_layers, hf.num_hidden_layers
-  if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
-    raise UserError(
-      f"{where}: cross_attention_layers must ascend and be some of the decoder's layers 0 to {depth - 1}, not {layers}"
-    )
-  more = dict(cross_attention_layers=tuple(layers), num_extra_embeddings=NUM_EXTRA_EMBEDDINGS)
-  text = text_config(hf, where, options=more)
-  return dataclasses.replace(text, tie_word_embeddings=False)  # transformers never ties it
 
 
 def _vision(hf: Any, where: str) -> VisionConfig:
@@ -163,11 +149,7 @@ class MllamaProcessor:
       pixels.append(np.asarray(made["pixel_values"][0, 0], np.float32))
       places.append(own)
     tiles = Images(np.concatenate(pixels), np.concatenate(places))
-    example = expand(ids, self._config.image_token_id, [1 + self.num_image_tokens] * len(images), tiles)
-    is_first = (example.image_id >= 0) & (np.diff(example.image_id, prepend=-1) != 0)
-    image_id = np.where(is_first, -1, example.image_id).astype(np.int32)
-    positions = (np.cumsum(image_id < 0) - 1).astype(np.int32)
-    return dataclasses.replace(example, image_id=image_id, positions=positions)
+    return expand_across(ids, self._config.image_token_id, self.num_image_tokens, tiles, len(images))
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     texts = [question] if isinstance(question, str) else [message.text for message in question]

@@ -135,3 +135,29 @@ def text_config(
   )
   options = TEXT_MODELS[hf.model_type](hf) if options is None else options
   return TextConfig(**common | options).within(hf.max_position_embeddings)
+
+
+def cross_text_config(hf: Any, where: str, *, tied: bool, num_extra_embeddings: int = 0) -> TextConfig:
+  """The sizes described by transformers' `MllamaTextConfig`: a LLaMA decoder with cross-attention layers.
+
+  Args:
+    tied: whether the head is tied.
+    num_extra_embeddings: embeddings of tokens after those of the head.
+
+  Raises:
+    UserError: as `text_config`; or the cross-attention layers are not some of the decoder's.
+  """
+  layers, depth = hf.cross_attention_layers, hf.num_hidden_layers
+  if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
+    raise UserError(
+      f"{where}: cross_attention_layers must ascend and be some of the decoder's layers 0 to {depth - 1}, not {layers}"
+    )
+  more = dict(cross_attention_layers=tuple(layers), num_extra_embeddings=num_extra_embeddings)
+  return dataclasses.replace(text_config(hf, where, options=more), tie_word_embeddings=tied)
+
+
+def check_cross_layers(fields: Mapping[str, Any], where: str) -> None:
+  """Raises `UserError` unless `cross_attention_layers` in the fields of a text config, if any, is a list of layers."""
+  layers = fields.get("cross_attention_layers", [0])
+  if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+    raise UserError(f"{where}: cross_attention_layers must be a list of layers, not {layers!r}")

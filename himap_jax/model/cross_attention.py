@@ -172,7 +172,9 @@ class CrossDecoder(Decoder):
   def layout(self, layout: Layout, images: Images) -> Layout:
     if not layout.num_image_tokens:
       return CrossLayout(**vars(layout), group=layout.image_id)
-    is_padding = images.coordinates[:, :, 0] < 0
+    is_padding = jnp.zeros(images.pixels.shape[:2], bool)
+    if images.coordinates is not None:
+      is_padding = images.coordinates[:, :, 0] < 0
     return CrossLayout.of(layout, jnp.repeat(is_padding, layout.num_image_tokens // is_padding.shape[1], axis=1))
 
   def __call__(
@@ -182,20 +184,23 @@ class CrossDecoder(Decoder):
     layers: range,
     *,
     layout: CrossLayout,
+    mask: Bool[Array, "B 1 S S"] | None = None,
     partial_layers: frozenset[int] = frozenset(),
     injections: tuple[()] = (),
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
-    """As `Decoder`; `partial_layers` and `injections` must be empty, since no layer changes image tokens."""
+    """As `Decoder`; `mask` applies to text alone, and no layer is partial or has injections: image tokens never change."""
     if partial_layers or injections:
       raise ValueError("no layer of this decoder changes image tokens")
     text = layout.text_slots()
     own, states = take_slots(x, text), take_slots(x, layout.image_slots())
     rotation = rope.rotation(self.config.rope, self.config.rotary_dim, take_slots(positions, text))
-    mask = layout.image_mask(text)
+    reads = layout.image_mask(text)
+    if mask is not None:
+      mask = jax.vmap(lambda own, at: own[:, at[:, None], at[None]])(mask, text)
     projections = []
     for index in layers:
       with jax.named_scope(f"layer_{index}"):
-        arguments = (states, mask) if index in self.config.cross_attention_layers else (rotation, None)
+        arguments = (states, reads) if index in self.config.cross_attention_layers else (rotation, mask)
         own, layer_projections = self.layers[index](own, *arguments)
       projections.append(layer_projections)
     return _put(own, text, x), projections

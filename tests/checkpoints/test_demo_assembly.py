@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_convert.demo import assemble, dinov2, easyvqa, packages, smollm2
+from checkpoints_convert.demo import assemble, cross, dinov2, easyvqa, packages, smollm2
 from checkpoints_convert.errors import CheckpointError
 
 SMOLLM_SYSTEM = {"role": "system", "content": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
@@ -205,7 +205,7 @@ def adapter_tensors(rng):
 
 def test_merge_adapter(language_model, adapter_tensors):
   before = {name: value.copy() for name, value in language_model.items()}
-  merged, projector = assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4, model_dim=6)
+  merged, projector = assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4)
   a = adapter_tensors["language_model.layers.0.mlp.up_proj.lora_a"]
   b = adapter_tensors["language_model.layers.0.mlp.up_proj.lora_b"]
   expected = before["layers.0.mlp.up_proj.weight"].astype(np.float64)
@@ -246,13 +246,13 @@ def test_adapter_that_does_not_fit(language_model, adapter_tensors, change, mess
     else:
       adapter_tensors[name] = np.zeros(shape, np.float32)
   with pytest.raises(ValueError, match=message):
-    assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4, model_dim=6)
+    assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4)
 
 
 def test_adapter_with_nan(language_model, adapter_tensors):
   adapter_tensors["multi_modal_projector.linear_1.bias"][0] = np.nan
   with pytest.raises(ValueError, match="not finite"):
-    assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4, model_dim=6)
+    assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4)
 
 
 def test_read_adapter(tmp_path, adapter_tensors):
@@ -288,6 +288,76 @@ def test_truncated_adapter(tmp_path):
     assemble.read_adapter(path)
 
 
+@pytest.mark.parametrize("shape", [(6,), (7,), None])
+def test_tensors_that_are_trained_whole(language_model, adapter_tensors, shape):
+  name = "layers.0.input_layernorm.weight"
+  if shape is not None:
+    adapter_tensors[f"language_model.{name}"] = np.full(shape, 3, np.float32)
+  merge = lambda: assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4, trained=[name])  # noqa: E731
+  if shape == (6,):
+    np.testing.assert_array_equal(merge()[0][name], [3] * 6)
+    assert (language_model[name] == 1).all()
+  else:
+    with pytest.raises(ValueError, match=f"{name} is .7., not .6." if shape else f"missing language_model.{name}"):
+      merge()
+
+
+# Cross-attention layers
+
+
+@pytest.fixture(scope="module")
+def inserted():
+  """A random decoder of transformers, and the one with cross-attention layers that is made of it."""
+  import torch
+  import transformers
+  from tiny_checkpoints import LLAMA, randomize
+
+  config = transformers.LlamaConfig(**LLAMA, head_dim=12, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+  llama = transformers.LlamaForCausalLM(config).eval()
+  randomize(llama, seed=0)
+  tensors = {name: value.numpy() for name, value in llama.model.state_dict().items()}
+  tensors, fields = cross.insert(tensors, config.to_dict())
+  config = transformers.MllamaTextConfig(**{key: value for key, value in fields.items() if key != "model_type"})
+  config._attn_implementation = "eager"
+  model = transformers.models.mllama.modeling_mllama.MllamaTextModel(config).eval()
+  extra = model.state_dict()["embed_tokens.weight"][config.vocab_size :]
+  tensors["embed_tokens.weight"] = np.concatenate([tensors["embed_tokens.weight"], extra.numpy()])
+  model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
+  return llama, model, fields
+
+
+def test_closed_gates_leave_the_decoder_as_it_was(inserted):
+  import torch
+
+  llama, model, fields = inserted
+  assert fields["num_hidden_layers"] == 8 and fields["cross_attention_layers"] == [1, 5]
+  states = torch.randn(1, 7, 48, generator=torch.Generator().manual_seed(0))
+  ids = torch.arange(10)[None] + 20
+  with torch.no_grad():
+    expected = llama.model(ids).last_hidden_state
+    opened = model(ids, cross_attention_states=states).last_hidden_state
+    for name, parameter in model.named_parameters():
+      if "gate" in name and parameter.shape == (1,):
+        assert parameter.item() == np.float32(0.5 if "attn_gate" in name else 0.1)
+        parameter.zero_()
+    closed = model(ids, cross_attention_states=states).last_hidden_state
+  torch.testing.assert_close(closed, expected, atol=1e-5, rtol=0)
+  assert (opened - expected).abs().max() > 0.1
+
+
+def test_image_tokens_are_read_as_words_are(inserted):
+  """The values of a cross-attention layer are those that the layer after it makes of embeddings of the usual size."""
+  import torch
+
+  llama, model, _ = inserted
+  table = llama.model.embed_tokens.weight
+  words = table[20:40] * (table.square().mean() / table[20:40].square().mean(dim=1, keepdim=True)).sqrt()
+  own, source = model.layers[5], llama.model.layers[4]
+  with torch.no_grad():
+    expected = source.self_attn.v_proj(source.input_layernorm(words))
+    torch.testing.assert_close(own.cross_attn.v_proj(words), expected, atol=1e-4, rtol=1e-4)
+
+
 # Cache
 
 
@@ -296,7 +366,7 @@ def cheap_parts(monkeypatch):
   """Replaces the download and the weights; returns the list of assembled adapters."""
   calls = []
 
-  def write(folder, parts, adapter):
+  def write(folder, name, parts, adapter):
     calls.append(adapter)
     (folder / "model.safetensors").write_text(str(len(calls)))
 
@@ -309,28 +379,29 @@ def test_stale_checkpoint_is_rebuilt(tmp_path, cheap_parts):
   target, adapter = tmp_path / "demo", tmp_path / "adapter.safetensors"
   adapter.write_text("first")
   for _ in range(2):
-    assert assemble.assemble(target, cache_dir=tmp_path, adapter=adapter) == target
+    assert assemble.assemble(target, "demo", cache_dir=tmp_path, adapter=adapter) == target
   assert len(cheap_parts) == 1
   adapter.write_text("second")
-  assemble.assemble(target, cache_dir=tmp_path, adapter=adapter)
+  assemble.assemble(target, "demo", cache_dir=tmp_path, adapter=adapter)
   assert len(cheap_parts) == 2
-  assemble.assemble(target, cache_dir=tmp_path, adapter=None)
-  assert len(cheap_parts) == 3
-  assert (target / "model.safetensors").read_text() == "3"
+  for count, name in enumerate(("demo", "demo_cross"), start=3):
+    assemble.assemble(target, name, cache_dir=tmp_path, adapter=None)
+    assert len(cheap_parts) == count
+    assert (target / "model.safetensors").read_text() == str(count)
   assert sorted(os.listdir(tmp_path)) == ["adapter.safetensors", "demo"]
 
 
 def test_failed_assembly_leaves_nothing(tmp_path, cheap_parts, monkeypatch):
-  assemble.assemble(tmp_path / "demo", cache_dir=tmp_path, adapter=None)
-  monkeypatch.setattr(assemble, "_marker", lambda adapter: {})
+  assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=None)
+  monkeypatch.setattr(assemble, "_marker", lambda name, adapter: {})
 
-  def fail(folder, parts, adapter):
+  def fail(folder, name, parts, adapter):
     (folder / "model.safetensors").write_text("half")
     raise OSError("disk full")
 
   monkeypatch.setattr(assemble, "_write_checkpoint", fail)
   with pytest.raises(OSError, match="disk full"):
-    assemble.assemble(tmp_path / "demo", cache_dir=tmp_path, adapter=None)
+    assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=None)
   assert os.listdir(tmp_path) == ["demo"]
   assert (tmp_path / "demo/model.safetensors").read_text() == "1"
 
@@ -339,13 +410,13 @@ def test_foreign_folder_is_kept(tmp_path, cheap_parts):
   (tmp_path / "demo").mkdir()
   (tmp_path / "demo/thesis.tex").write_text("")
   with pytest.raises(ValueError, match="not a demo checkpoint"):
-    assemble.assemble(tmp_path / "demo", cache_dir=tmp_path, adapter=None)
+    assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=None)
   assert os.listdir(tmp_path / "demo") == ["thesis.tex"]
 
 
 def test_missing_adapter(tmp_path):
   with pytest.raises(ValueError, match="no adapter at"):
-    assemble.assemble(tmp_path / "demo", cache_dir=tmp_path, adapter=tmp_path / "adapter.safetensors")
+    assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=tmp_path / "adapter.safetensors")
 
 
 # Chat template
@@ -384,7 +455,7 @@ def cache_dir():
 @pytest.fixture(scope="module")
 def demo(cache_dir, tmp_path_factory):
   """The demo checkpoint without our adapter."""
-  target = assemble.assemble(tmp_path_factory.mktemp("demo") / "base", cache_dir=cache_dir, adapter=None)
+  target = assemble.assemble(tmp_path_factory.mktemp("demo") / "base", "demo", cache_dir=cache_dir, adapter=None)
   yield target
   shutil.rmtree(target)
 

@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_cross
 
+from checkpoints_convert.demo.cross import trained
 from experiments.demo_model import adapter
 from experiments.demo_model.adapter import Adapter, Whitening
 from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import UNUSED, Batch, Packer
+from himap_jax import checkpoint
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.errors import UserError
 
@@ -37,9 +40,11 @@ def test_adapter_round_trip(tmp_path):
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)  # noqa: E731
   projector = {f"linear_{i}": {"weight": draw(4, 6), "bias": draw(4)} for i in (1, 2)}
   lora = {f"language_model/layers_{i}/mlp/up_proj": {"a": draw(2, 4), "b": draw(8, 2)} for i in (0, 11)}
-  Adapter(projector, lora).save(tmp_path / "adapter.safetensors")
-  read = Adapter.read(str(tmp_path / "adapter.safetensors"))
-  jax.tree.map(np.testing.assert_array_equal, (read.projector, read.lora), (projector, lora))
+  cross = {"language_model/layers_1": {"cross_attn_attn_gate": draw(1)}}
+  cross |= {f"language_model/layers_1/cross_attn/{name}_proj": {"weight": draw(4, 4)} for name in ("k", "v")}
+  own = Adapter(projector, lora, cross)
+  own.save(tmp_path / "adapter.safetensors")
+  jax.tree.map(np.testing.assert_array_equal, Adapter.read(str(tmp_path / "adapter.safetensors")), own)
 
 
 def test_adapters_average():
@@ -74,20 +79,35 @@ def samples(images):
   ]
 
 
+@pytest.fixture(scope="module")
+def load(loaded, checkpoints, tmp_path_factory):
+  """Loads a tiny model whose text holds the image tokens, or reads them by cross-attention."""
+
+  def load(name):
+    if name != "cross":
+      return loaded(name)
+    directory = tiny_cross.make(checkpoints("dinov2"), tmp_path_factory.mktemp("cross")).directory
+    return checkpoint.load(str(directory), dtype=jnp.float32, cache_dir=tmp_path_factory.mktemp("cache"))
+
+  return functools.cache(load)
+
+
 def packer_of(tiny, question_slots):
-  return Packer(tiny, tiny.config.vision.image_size, question_slots)
+  return Packer(tiny, tiny.prompts().image_shape[0], question_slots)
 
 
 answer_logits = jax.jit(adapter.answer_logits)
 
 
-def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
-  tiny = loaded("clip_mha")
+@pytest.mark.parametrize("name", ["clip_mha", "cross"])
+def test_packed_answers_are_predicted_as_one_by_one(load, samples, name):
+  tiny = load(name)
   batch = packer_of(tiny, 160).pack(samples)
   logits = np.asarray(answer_logits(tiny.model, {}, batch))
   processor, tokenizer = tiny.prompts(), tiny.processor.tokenizer
   forward = jax.jit(lambda model, inputs: model.bind()(inputs))
-  batcher = Batcher(512, processor.blank, [ImageBucket(1, 16)], buckets=(160,))
+
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, processor.num_image_tokens)], buckets=(160,))
   for row, sample in enumerate(samples):
     for number, (question, answer) in enumerate(sample.questions):
       example = processor.prepare([sample.picture], question)
@@ -98,9 +118,11 @@ def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
         example,
         tokens=tokens,
         image_id=np.pad(example.image_id, (0, count), constant_values=-1),
-        positions=np.arange(len(tokens), dtype=np.int32),
+        positions=np.append(example.positions, example.positions[-1] + 1 + np.arange(count, dtype=np.int32)),
       )
-      inputs = jax.tree.map(jnp.asarray, batcher.pack([answered], bucket=Bucket(1, 16, 160), batch_size=1))
+      inputs = jax.tree.map(
+        jnp.asarray, batcher.pack([answered], bucket=Bucket(1, processor.num_image_tokens, 160), batch_size=1)
+      )
       alone = np.asarray(forward(tiny.model, inputs))[0, last - 1 : last + count - 1]
       mine = np.asarray(batch.answer_valid[row] & (batch.answer_question[row] == number))
       assert np.asarray(batch.answers)[row][mine].tolist() == expected_answer
@@ -108,17 +130,24 @@ def test_packed_answers_are_predicted_as_one_by_one(loaded, samples):
   assert int(batch.answer_valid.sum()) == sum(len(answer) + 1 for sample in samples for _, answer in sample.questions)
 
 
-def test_updates_are_those_of_merged_weights(loaded, samples):
-  tiny = loaded("clip_mha")
+@pytest.mark.parametrize("name", ["clip_mha", "cross"])
+def test_updates_are_those_of_merged_weights(load, samples, name):
+  tiny = load(name)
   batch = packer_of(tiny, 160).pack(samples)
-  lora = adapter.init_lora(jax.random.key(0), tiny.model.params["language_model"], rank=2)
-  assert len(lora) == 7 * tiny.config.text.num_hidden_layers
+  decoder = tiny.model.params["language_model"]
+  cross_layers = tiny.config.text.cross_attention_layers
+  cross = adapter.init_cross(decoder, trained({"cross_attention_layers": cross_layers}))
+  assert len(cross) == 7 * len(cross_layers)
+  lora = adapter.init_lora(jax.random.key(0), decoder, rank=2, without=cross)
+  assert len(lora) == 7 * tiny.config.text.num_hidden_layers - 2 * len(cross_layers)
   lora = jax.tree.map(lambda x: x + 0.1, lora)
   merged = jax.tree.map(lambda x: x, tiny.model.params)
   for path, update in lora.items():
     layer = functools.reduce(dict.__getitem__, path.split("/"), merged)
     layer["weight"] = layer["weight"] + adapter.LORA_SCALE * update["b"] @ update["a"]
   expected = answer_logits(tiny.model.replace(params=merged), {}, batch)
+  same = Adapter(tiny.model.params["multi_modal_projector"], lora, cross).params(tiny.model.params)
+  jax.tree.map(np.testing.assert_array_equal, same, tiny.model.params)
   np.testing.assert_allclose(answer_logits(tiny.model, lora, batch), expected, atol=2e-3)
 
 
