@@ -24,7 +24,7 @@ from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.families import from_hf
 from himap_jax.families.qwen2_vl import grid_coordinates
 from himap_jax.model.network import abstract_params
-from himap_jax.model.towers.qwen_vl import same
+from himap_jax.model.towers.qwen_vl import window_of
 
 TOLERANCE = 1e-4
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -322,8 +322,9 @@ def test_windows_are_those_of_transformers():
     for number, (start, end) in enumerate(zip(ends[:-1] // 4, ends[1:] // 4, strict=True)):
       window[index[start:end]] = number
     window = window.repeat(4)
-    actual = same(jnp.asarray(grid_coordinates(rows, columns, 2))[None] // 8)[0]
-    np.testing.assert_array_equal(actual, window[:, None] == window[None])
+    coordinates = np.pad(grid_coordinates(rows, columns, 2), ((0, 0), (1, 0)))  # of the first picture
+    actual = np.asarray(window_of(jnp.asarray(coordinates)[None], 8)[0])
+    np.testing.assert_array_equal(actual[:, None] == actual[None], window[:, None] == window[None])
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl_2b", "qwen2_5_vl_3b", "qwen3_vl_2b"])
