@@ -154,11 +154,11 @@ def test_a_command_on_a_model_with_cross_attention(name, mllama, images, compile
   assert said in output
   assert {path.name for path in (tmp_path / "out").iterdir()} == written
   if name == "saliency":
-    rows = list(csv.DictReader((tmp_path / "out" / "saliency.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "saliency.csv").read_text().splitlines()))
     found = [(row["layer"], row["block"]) for row in rows if row["by_pair"] and row["block"].startswith("image")]
     assert found == [(layer, "image→instruction") for layer in "135"]
   else:
-    rows = list(csv.DictReader((tmp_path / "out" / "disruption.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "disruption.csv").read_text().splitlines()))
     assert [(row["intervention"], row["mode"]) for row in rows] == [
       ("image→instruction, mask", mode) for mode in ("single", "onward")
     ]
