@@ -23,3 +23,11 @@ def tiny_subject(loaded, images, tmp_path_factory):
     return Subject(model, lambda: model, processor, batcher, questions, batch_size=2)
 
   return make
+
+
+@pytest.fixture(scope="session")
+def mllama(tmp_path_factory):
+  """A tiny model whose text reads the image by cross-attention, in both frameworks."""
+  import tiny_mllama
+
+  return tiny_mllama.make(tmp_path_factory.mktemp("mllama"))
