@@ -22,7 +22,6 @@ from himap_jax.engine import sharding
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.engine.sampling import Sampling
-from himap_jax.engine.scoring import Score
 from himap_jax.errors import UserError
 from himap_jax.harness.settings import Settings
 from himap_jax.inputs import Example, Inputs
@@ -78,13 +77,16 @@ class HimapJax(lmms):
           self.cache_hook.add_partial("generate_until", requests[request.place].args[:2], text)
     return results
 
-  def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+  def loglikelihood(self, requests: Sequence[Any]) -> list[GenerationResult]:
     """The mean negative log-likelihood of a token of every continuation, and whether the model would say it.
 
     lmms-eval takes the lowest of several choices, since most of its models return a loss. One that cannot be prepared is
     infinite, with a warning.
+
+    Returns:
+      The pairs as results of generation, since lmms-eval makes text of all others.
     """
-    results = [(float("inf"), False)] * len(requests)
+    results = [GenerationResult((float("inf"), False))] * len(requests)
     places = collections.defaultdict(list)  # of the requests with a prompt in common
     for place, request in enumerate(requests):
       context, _, *more = request.args
@@ -100,7 +102,7 @@ class HimapJax(lmms):
       scores = engine.score(inputs, [request.place for request, _ in batch], wanted)
       for (request, _), given, own in zip(batch, wanted, scores, strict=True):
         for place, tokens, score in zip(first[request.place], given, own, strict=True):
-          results[place] = _loss(score, len(tokens))
+          results[place] = GenerationResult((-score.log_probability / len(tokens), score.is_greedy))
     return results
 
   def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -190,7 +192,3 @@ class HimapJax(lmms):
 def _cut(text: str, stops: Sequence[str]) -> str:
   """The text up to the first of these texts."""
   return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
-
-
-def _loss(score: Score, num_tokens: int) -> tuple[float, bool]:
-  return -score.log_probability / num_tokens, score.is_greedy
