@@ -115,14 +115,14 @@ def likeliest_choices(loaded, images, schedule):
 
 def test_answers_are_generate_s(results):
   scores, samples, texts = results
-  assert [sample["filtered_resps"][0] for sample in samples["textvqa_val"]] == texts
+  assert [sample["filtered_resps"] for sample in samples["textvqa_val"]] == texts
   assert scores["textvqa_val"]["exact_match,none"] == 0.5
 
 
 def test_choices_are_the_likeliest(results):
   scores, samples, _ = results
   assert scores["tiny_choices"]["acc,none"] == 0.75
-  losses = np.array([[loss for loss, _ in sample["filtered_resps"]] for sample in samples["tiny_choices"]])
+  losses = np.array([[float(loss) for loss, _ in sample["filtered_resps"]] for sample in samples["tiny_choices"]])
   assert losses.shape == (4, 4) and (losses > 0).all()
 
 

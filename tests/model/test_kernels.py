@@ -106,8 +106,8 @@ def test_gradients_of_blocks():
     np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
 
 
-def on_devices(mesh):
-  return mesh, functools.partial(sharding.heads, mesh)
+def devices(mesh, **options):
+  return tpu.Devices(mesh, functools.partial(sharding.heads, mesh), **options)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=["rows", "rows and heads"])
@@ -123,7 +123,7 @@ def test_splash_is_torch_s(heads, head_dim, is_causal, sizes):
   mask = None if is_causal else (segments[:, :, None] == segments[:, None])[:, None]
   mesh = sharding.make_mesh(**sizes)
   arrays = jax.device_put(arrays, sharding.rows(mesh))
-  splash = functools.partial(tpu.attention, is_causal=is_causal, on_devices=on_devices(mesh), interpret=True)
+  splash = functools.partial(tpu.attention, is_causal=is_causal, devices=devices(mesh, interpret=True))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own
     actual = jax.jit(splash)(*arrays, segments=segments)
   expected = PartitionSpec("data", None, "tensor" if "tensor" in sizes else None)
@@ -133,7 +133,7 @@ def test_splash_is_torch_s(heads, head_dim, is_causal, sizes):
 
 def test_splash_lowers_for_tpu():
   arrays = [jax.ShapeDtypeStruct((2, 640, heads, 80), jnp.bfloat16) for heads in (8, 2, 2)]
-  splash = functools.partial(tpu.attention, on_devices=on_devices(sharding.make_mesh(data=2)))
+  splash = functools.partial(tpu.attention, devices=devices(sharding.make_mesh(data=2)))
 
   def lowered(**arguments):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

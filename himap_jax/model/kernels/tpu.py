@@ -6,6 +6,7 @@ Axes: as in `xla`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,19 @@ HEAD_DIM = 64  # splash attention needs a multiple
 UNUSED = -2  # segment of slots that fill a block
 
 
+class Devices(NamedTuple):
+  """Where splash attention runs.
+
+  Attributes:
+    spec_of: from the numbers of query and key heads to the sharding of `[B, heads, S, H]`.
+    interpret: whether it runs in Pallas' interpreter.
+  """
+
+  mesh: Mesh
+  spec_of: Callable[[int, int], PartitionSpec]
+  interpret: bool = False
+
+
 def attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
@@ -27,22 +41,16 @@ def attention(
   *,
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
-  on_devices: tuple[Mesh, Callable[[int, int], PartitionSpec]],
-  interpret: bool = False,
+  devices: Devices,
 ) -> Float[Array, "B S N H"]:
-  """Splash attention, if it is causal or in segments; JAX's own attention for masks and all else.
-
-  Args:
-    on_devices: the mesh, and a function from the numbers of query and key heads to the sharding of `[B, heads, S, H]`.
-    interpret: run in Pallas' interpreter.
-  """
+  """Splash attention, if it is causal or in segments; JAX's own attention for masks and all else."""
   if mask is not None or not (is_causal or segments is not None):
     return xla.attention(query, key, value, mask, is_causal=is_causal, segments=segments)
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
   _, slots, _, head_dim = query.shape
   unused, unused_dim = -slots % BLOCK, -head_dim % HEAD_DIM
-  mesh, spec_of = on_devices
+  mesh, spec_of, interpret = devices
   spec = spec_of(query.shape[2], key.shape[2])
   num_heads = query.shape[2] // (mesh.shape[spec[1]] if spec[1] else 1)
   mask_class = splash_attention_mask.CausalMask if is_causal else splash_attention_mask.FullMask
@@ -71,4 +79,4 @@ def attention(
 @functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
   """The kernels for a mesh; see `attention`."""
-  return dataclasses.replace(xla.KERNELS, attention=functools.partial(attention, on_devices=(mesh, spec_of)))
+  return dataclasses.replace(xla.KERNELS, attention=functools.partial(attention, devices=Devices(mesh, spec_of)))
