@@ -5,12 +5,12 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_subject(loaded, images, tmp_path_factory):
-  """Returns `make(texts)`: the tiny model `clip_mha` with one question for each text, about four pictures in turn."""
+  """Returns `make(texts)`: the tiny model `dinov2_shrunk` with one question for each text, about four pictures in turn."""
   from experiments.question_sets import Question
   from experiments.shared.subject import Subject
   from himap_jax.engine.batching import Batcher, ImageBucket
 
-  model, directory = loaded("clip_mha"), tmp_path_factory.mktemp("pictures")
+  model, directory = loaded("dinov2_shrunk"), tmp_path_factory.mktemp("pictures")
   for number, image in enumerate(images):
     image.save(directory / f"{number}.png")
   processor = model.prompts("<image>{question}")
