@@ -183,7 +183,7 @@ def test_every_platform_has_one(platform, capability, expected, monkeypatch):
   attend = sharding.kernels_for.__wrapped__(mesh).attention
   assert getattr(attend, "func", attend) is expected
   if platform == "tpu":
-    own, spec_of = attend.keywords["on_devices"]
+    own, spec_of, _ = attend.keywords["devices"]
     assert own is mesh and spec_of(4, 2) == "spec"
 
 

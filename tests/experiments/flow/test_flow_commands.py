@@ -29,7 +29,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "saliency": Command(
-    ("--layers_at_a_time=6",),
+    ("--layers_at_a_time=4",),
     "3 questions",
     "flow-*.npz",
     2,
@@ -37,7 +37,7 @@ COMMANDS = {
     | {"maps_to_instruction.png", "maps_to_image.png"},
   ),
   "disruption": Command(
-    ("--layers=1,4", "--how=mask,mean", "--chosen=block"),
+    ("--layers=1,3", "--how=mask,mean", "--chosen=block"),
     "3 questions",
     "outcome-*.npz",
     2,
@@ -51,7 +51,7 @@ COMMANDS = {
     {"importance.csv", "correlations.csv", "importance.md"},
   ),
   "calibrate": Command(
-    ("--budget=60%", "--num_tried=1", "--layers_at_a_time=6", "--disrupted_layers=0,5", "--max_new_tokens=2"),
+    ("--budget=60%", "--num_tried=1", "--layers_at_a_time=4", "--disrupted_layers=0,3", "--max_new_tokens=2"),
     "3 questions",
     "scores-*.npz",
     2,
@@ -84,7 +84,7 @@ def test_a_command(name, checkpoints, images, compiled, tmp_path):
   rows.append({"id": "broken", "image": "none.png", "question": "Why?", "answer": "yes", "type": "why"})
   (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   common = (
-    f"--checkpoint={checkpoints('clip_mha').directory}", "--batch_size=2", "--prompt_buckets=40",
+    f"--checkpoint={checkpoints('dinov2_shrunk').directory}", "--batch_size=2", "--prompt_buckets=40",
     "--prompt_template=<image>{question}", f"--compilation_cache_dir={compiled}",
   )  # fmt: skip
 
