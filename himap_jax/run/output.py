@@ -8,6 +8,7 @@ import numpy as np
 
 from himap_jax.engine import processes
 from himap_jax.errors import UserError
+from himap_jax.run import table
 from himap_jax.run.contract import Comparison, Contract
 from himap_jax.run.writer import OutputWriter, Row
 
@@ -20,7 +21,7 @@ class Output(contextlib.AbstractContextManager):
   """
 
   def __init__(self, contract: Contract, *, resume: bool):
-    """Opens the file and finds the answered prompts; see `OutputWriter`.
+    """Opens the file and finds the answered prompts; see `OutputWriter`, and `TableWriter` for `.parquet`.
 
     Raises:
       UserError: in all processes, if the first cannot use the file or its rows were made with other settings.
@@ -56,7 +57,8 @@ class Output(contextlib.AbstractContextManager):
 
 def _open_writer(contract: Contract, resume: bool) -> OutputWriter:
   comparison, path = Comparison(contract), contract.output
-  writer = OutputWriter(path, resume=resume, is_stale=comparison.is_failed)
+  kind = table.TableWriter if path.suffix == table.SUFFIX else OutputWriter
+  writer = kind(path, resume=resume, is_stale=comparison.is_failed)
   try:
     writer.forget(comparison.changed())
   except BaseException:
