@@ -45,7 +45,7 @@ _COLUMNS = flags.DEFINE_list(
   "columns",
   [],
   "Names that the rows have for our fields id, image, question and messages, such as image:img,question:q,id:qid; "
-  "`image:` for a table without pictures.",
+  "`image:` if there are no pictures, `id:` to number the rows.",
 )
 flags.DEFINE_string("image_dir", ".", "Directory that relative image paths start from.")
 flags.DEFINE_string(

@@ -83,7 +83,10 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-  """For each of our fields the names that a row may have for it; the first that is there counts."""
+  """For each of our fields the names that a row may have for it; the first that is there counts.
+
+  Without a name there are no pictures or messages, and ids are the rows' labels.
+  """
 
   id: tuple[str, ...] = ("id", "question_id")
   image: tuple[str, ...] = ("image",)
@@ -92,7 +95,7 @@ class Columns:
 
   @classmethod
   def parse(cls, texts: Sequence[str]) -> "Columns":
-    """From `ours:theirs`; `image:` alone stands for no pictures, `messages:` for none. Raises `UserError` for anything else."""
+    """From `ours:theirs`; `image:` alone stands for no pictures, `id:` for the numbers of the rows. Raises `UserError` for anything else."""
     known, own = [field.name for field in dataclasses.fields(cls)], {}
     for text in texts:
       ours, colon, theirs = (part.strip() for part in text.partition(":"))
@@ -100,7 +103,7 @@ class Columns:
         raise UserError(
           f"--columns: unknown field {ours!r} in {text!r}; known: {', '.join(known)}, as in id:question_id"
         )
-      if not colon or ours in own or not (theirs or ours in ("image", "messages")):
+      if not colon or ours in own or not (theirs or ours != "question"):
         raise UserError(f"--columns: {text!r} does not name one column for {ours}, as in {ours}:theirs")
       own[ours] = (theirs,) if theirs else ()
     return cls(**own)
@@ -111,7 +114,8 @@ class Columns:
     for field in ("id", "messages") if is_chat else ("id", "question", "image"):
       names = getattr(self, field)
       if names and set(names).isdisjoint(there):
-        more = ", or --columns=image: if there are no pictures" if field == "image" else ""
+        none = {"id": "to number the rows", "image": "if there are no pictures"}
+        more = f", or --columns={field}: {none[field]}" if field in none else ""
         raise UserError(
           f"{source} has no column {' or '.join(names)}; it has {', '.join(there)}; name the one to use with "
           f"--columns={field}:NAME{more}"
@@ -131,18 +135,20 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
   Raises:
     UserError: the rows cannot be read, there are none, or a table lacks a column.
   """
-  ids, fields = columns.names("id"), columns.names("id", "image", "question", "messages")
+  fields = columns.names("id", "question", "messages", "image")
   if records.columns is not None:
     columns.check(records.columns, records.name)
-    ids, fields = ([name for name in records.columns if name in own] for own in (ids, fields))
+    fields = [name for name in fields if name in records.columns]
+  ids = [name for name in fields if name in columns.id] or fields[:1]
   keys: list[str] = []
   owner: dict[str, str] = {}
   bad: dict[int, tuple[str, str]] = {}  # labels and errors of rows without an id of their own
   for position, (place, label, own) in enumerate(records.read(ids)):
     try:
-      key = str(_id(own, columns))
+      row_id = _id(own, columns, label)
+      key = str(row_id)
       if key in owner:
-        raise BadRow(f"the id {json.dumps(_id(own, columns))} was already used on {owner[key]}")
+        raise BadRow(f"the id {json.dumps(row_id)} was already used on {owner[key]}")
       owner[key] = place
     except BadRow as error:
       key, bad[position] = "", (label, f"{place}: {error}")
@@ -157,12 +163,12 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
   def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
     rows = records.read(fields, wanted)
     for position in np.flatnonzero(wanted).tolist():
-      place, _, own = next(rows, ("", "", None))
+      place, label, own = next(rows, ("", "", None))
       if position in bad:
         yield Prompt(keys[position], error=bad[position][1])
         continue
       try:
-        row_id = _id(own, columns)
+        row_id = _id(own, columns, label)
       except BadRow:
         row_id = None
       if own is None or str(row_id) != keys[position]:
@@ -175,9 +181,11 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
   return Prompts(keys, where)
 
 
-def _id(record: Mapping[str, Any] | BadRow | None, columns: Columns) -> str | int:
+def _id(record: Mapping[str, Any] | BadRow | None, columns: Columns, label: str) -> str | int:
   if not isinstance(record, dict):
     raise record or BadRow("is missing")
+  if not columns.id:
+    return label
   _, row_id = _field(record, *columns.id)
   return row_id if type(row_id) is int else _text(record, *columns.id, expected="a string or an integer")
 

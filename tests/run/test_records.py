@@ -236,7 +236,7 @@ class TestBad:
   @pytest.mark.parametrize(
     ("columns", "message"),
     [
-      ([], "a.parquet has no column id or question_id; it has qid, img, q, more; name the one to use with --columns=id:NAME"),
+      ([], "a.parquet has no column id or question_id; it has qid, img, q, more; name the one to use with --columns=id:NAME, or --columns=id: to number the rows"),
       (["id:qid"], "has no column question or text; it has"),
       (["id:qid", "question:q"], "has no column image; .*--columns=image:NAME, or --columns=image: if there are no pict"),
       ([*COLUMNS[:2], "question:prompt"], "has no column prompt; it has qid, img, q, more"),
@@ -255,6 +255,19 @@ class TestBad:
   def test_no_pictures(self, tmp_path):
     path = write_parquet(tmp_path / "a.parquet", rows([1]))
     assert list(read(path, columns=["id:qid", "question:q", "image:"])) == [Prompt(1, (), "What is 1?")]
+
+  def test_rows_that_are_numbered(self, tmp_path):
+    for number in range(2):
+      write_parquet(tmp_path / f"test-{number}.parquet", rows([number, number]))
+    columns = ["id:", *COLUMNS[1:]]
+    assert list(read(tmp_path / "test-1.parquet", columns=columns)) == [
+      Prompt(f"row:{number}", (png(1),), "What is 1?") for number in (1, 2)
+    ]
+    found = read(tmp_path, columns=columns)
+    assert found.keys == [prompt.id for prompt in found] == [f"test-{a}.parquet:{b}" for a in (0, 1) for b in (1, 2)]
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"id": 3, "question": "?"}\n{\n')
+    assert next(iter(read(path, columns=["id:"]))) == Prompt("line:2", (), "?")
 
   def test_a_column_of_a_line(self, tmp_path):
     path = tmp_path / "a.jsonl"
