@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from himap_jax.errors import UserError
 from himap_jax.families.examples import IMAGE_TAG
 from himap_jax.families.family import Message
-from himap_jax.run.records import BadRow, Records, kind_of
+from himap_jax.run.records import BadRow, Record, Records, kind_of
 
 ROLES = ("system", "user", "assistant")
 IMAGE_FIELDS = ("image", "url", "path", "base64")
@@ -95,7 +95,7 @@ class Columns:
 
   @classmethod
   def parse(cls, texts: Sequence[str]) -> "Columns":
-    """From `ours:theirs`; `image:` alone stands for no pictures, `id:` for the numbers of the rows. Raises `UserError` for anything else."""
+    """From `ours:theirs`, or `image:` and `id:` alone, for no name; raises `UserError` for anything else."""
     known, own = [field.name for field in dataclasses.fields(cls)], {}
     for text in texts:
       ours, colon, theirs = (part.strip() for part in text.partition(":"))
@@ -103,7 +103,7 @@ class Columns:
         raise UserError(
           f"--columns: unknown field {ours!r} in {text!r}; known: {', '.join(known)}, as in id:question_id"
         )
-      if not colon or ours in own or not (theirs or ours != "question"):
+      if not colon or ours in own or (ours == "question" and not theirs):
         raise UserError(f"--columns: {text!r} does not name one column for {ours}, as in {ours}:theirs")
       own[ours] = (theirs,) if theirs else ()
     return cls(**own)
@@ -140,32 +140,16 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
     columns.check(records.columns, records.name)
     fields = [name for name in fields if name in records.columns]
   ids = [name for name in fields if name in columns.id] or fields[:1]
-  keys: list[str] = []
-  owner: dict[str, str] = {}
-  bad: dict[int, tuple[str, str]] = {}  # labels and errors of rows without an id of their own
-  for position, (place, label, own) in enumerate(records.read(ids)):
-    try:
-      row_id = _id(own, columns, label)
-      key = str(row_id)
-      if key in owner:
-        raise BadRow(f"the id {json.dumps(row_id)} was already used on {owner[key]}")
-      owner[key] = place
-    except BadRow as error:
-      key, bad[position] = "", (label, f"{place}: {error}")
-    keys.append(key)
+  keys, bad = _keys(records.read(ids), columns)
   if not keys:
     raise UserError(f"the prompt file {records.name} is empty")
-  for position, (label, _) in bad.items():
-    while label in owner:
-      label += "'"
-    keys[position] = label
 
   def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
     rows = records.read(fields, wanted)
     for position in np.flatnonzero(wanted).tolist():
       place, label, own = next(rows, ("", "", None))
       if position in bad:
-        yield Prompt(keys[position], error=bad[position][1])
+        yield Prompt(keys[position], error=bad[position])
         continue
       try:
         row_id = _id(own, columns, label)
@@ -179,6 +163,27 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
         yield Prompt(row_id, error=f"{place}: {error}")
 
   return Prompts(keys, where)
+
+
+def _keys(rows: Iterator[Record], columns: Columns) -> tuple[list[str], dict[int, str]]:
+  """The ids of rows as text, and the errors, by position, of rows without an id of their own: their label is the id."""
+  keys: list[str] = []
+  owner: dict[str, str] = {}
+  bad: dict[int, str] = {}
+  for position, (place, label, own) in enumerate(rows):
+    try:
+      row_id = _id(own, columns, label)
+      if str(row_id) in owner:
+        raise BadRow(f"the id {json.dumps(row_id)} was already used on {owner[str(row_id)]}")
+      owner[str(row_id)] = place
+      keys.append(str(row_id))
+    except BadRow as error:
+      bad[position] = f"{place}: {error}"
+      keys.append(label)
+  for position in bad:
+    while keys[position] in owner:
+      keys[position] += "'"
+  return keys, bad
 
 
 def _id(record: Mapping[str, Any] | BadRow | None, columns: Columns, label: str) -> str | int:

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import itertools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -78,12 +79,14 @@ class Records:
       wanted: for every row whether to yield it; all if absent.
     """
     flags = itertools.repeat(True) if wanted is None else itertools.chain(wanted.tolist(), itertools.repeat(False))
+    common = os.path.commonpath([path.parent for path in self.files])
     for path in self.files:
+      file = path.relative_to(common)
       for number, fields in self.read_file(path, columns, flags):
         if len(self.files) == 1:
           yield Record(f"{self.unit} {number}", f"{self.unit}:{number}", fields)
         else:
-          yield Record(f"{self.unit} {number} of {path.name}", f"{path.name}:{number}", fields)
+          yield Record(f"{self.unit} {number} of {file}", f"{file}:{number}", fields)
 
 
 def open_records(path: pathlib.Path, split: str | None = None) -> Records:

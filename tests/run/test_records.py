@@ -258,13 +258,13 @@ class TestBad:
 
   def test_rows_that_are_numbered(self, tmp_path):
     for number in range(2):
-      write_parquet(tmp_path / f"test-{number}.parquet", rows([number, number]))
+      write_parquet(tmp_path / "test" / str(number) / "a.parquet", rows([number, number]))
     columns = ["id:", *COLUMNS[1:]]
-    assert list(read(tmp_path / "test-1.parquet", columns=columns)) == [
+    assert list(read(tmp_path / "test" / "1" / "a.parquet", columns=columns)) == [
       Prompt(f"row:{number}", (png(1),), "What is 1?") for number in (1, 2)
     ]
     found = read(tmp_path, columns=columns)
-    assert found.keys == [prompt.id for prompt in found] == [f"test-{a}.parquet:{b}" for a in (0, 1) for b in (1, 2)]
+    assert found.keys == [prompt.id for prompt in found] == [f"{a}/a.parquet:{b}" for a in (0, 1) for b in (1, 2)]
     path = tmp_path / "a.jsonl"
     path.write_text('\n{"id": 3, "question": "?"}\n{\n')
     assert next(iter(read(path, columns=["id:"]))) == Prompt("line:2", (), "?")
