@@ -27,6 +27,7 @@ BATCH_ROWS = 16  # that are in memory at a time, of a file with columns
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BUFFER_BYTES = 1 << 20  # of each column of a parquet file, whose row groups may be larger than memory
 _MAX_CSV_FIELD = 1 << 28  # a quote that is not closed takes no more
 _KINDS = {kind: (f".{kind}",) for kind in ("parquet", "csv", "arrow")} | {"json": (".jsonl", ".json")}
 
@@ -247,7 +248,7 @@ def _parquet(path: pathlib.Path) -> Iterator[Any]:
   with _needs_extra(path):
     from pyarrow import parquet  # slow to import
 
-  with _unreadable(path), parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+  with _unreadable(path), parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
     yield file
 
 

@@ -80,7 +80,7 @@ def read_table(path: pathlib.Path) -> Iterator[dict[str, Any]]:
   from pyarrow import parquet
 
   try:
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
       if not set(REQUIRED) <= set(file.schema_arrow.names):
         raise UserError(f"{path} is not an output: it has no columns {', '.join(REQUIRED)}")
       for batch in file.iter_batches(GROUP_ROWS):

@@ -175,6 +175,15 @@ class TestReading:
       list(found)
     assert "\n" not in str(error.value)
 
+  def test_a_row_group_is_not_held(self, tmp_path):
+    """One row group of sixteen pages: some bytes for each column and a few pages are in memory."""
+    bytes_of = np.random.default_rng(0).bytes
+    own = [{"qid": n, "img": bytes_of(1000), "q": "?"} for n in range(16384)]
+    path = write_parquet(tmp_path / "a.parquet", own, group=16384, image=pa.binary())
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read(path)]
+    assert len(held) == 16384 and max(held) < path.stat().st_size / 2
+
   def test_a_file_that_changes_meanwhile(self, tmp_path):
     path = tmp_path / "a.jsonl"
     lines = [json.dumps({"id": n, "question": "?"}) + "\n" for n in range(3)]
