@@ -303,12 +303,12 @@ def _rows(batches: Iterable[Any], flags: Sequence[bool], number: int) -> Iterato
 
 @contextlib.contextmanager
 def _unreadable(path: pathlib.Path) -> Iterator[None]:
-  """Turns errors of the file system and of pyarrow's, which are among them and ValueErrors, into a UserError."""
+  """Turns errors of the file system and of pyarrow, which are of these types, into a UserError."""
   try:
     yield
   except UserError:
     raise
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, NotImplementedError) as error:
     reason = getattr(error, "strerror", None) or first_line(error)
     raise UserError(f"cannot read the prompt file {path}: {reason}") from error
 

@@ -190,12 +190,12 @@ with TableWriter(pathlib.Path(sys.argv[1]), resume=True) as writer:
 def test_killed_anywhere(path):
   """Also while it takes over the rows of the table, and while it makes the new one."""
   kills = 0
-  for attempt in range(3):
+  for attempt in range(2):
     count = 100 * (attempt + 1)
     command = [sys.executable, "-c", WORKER, str(path), str(count)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
     process.stdout.readline()
-    time.sleep(0.05 * attempt)
+    time.sleep(0.1 * attempt)
     process.send_signal(signal.SIGKILL)
     process.stdout.close()
     kills += process.wait() == -signal.SIGKILL
