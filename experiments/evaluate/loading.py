@@ -1,0 +1,156 @@
+"""The samples of a task: from the hub, from a directory of its parquet files, or from its authors' own files."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import pathlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from PIL import Image
+
+from checkpoints_convert.source import first_line, some
+from experiments.evaluate.libraries import library
+from experiments.evaluate.tasks.task import Record, Sample, Task
+from himap_jax.errors import UserError
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PARQUET = ("{config}/{split}-*", "{config}/{split}/*", "{split}-*", "{split}/*", "{split}")
+
+
+def load(
+  task: Task, source: str | None = None, *, split: str | None = None, limit: int | None = None
+) -> Iterator[Sample]:
+  """Yields a task's samples in their order; none but the pictures of GQA are held.
+
+  Args:
+    source: a directory with the parquet files as the hub lays them out or with the official files, or another hub id.
+      By default the task's own id: a directory of that name in the current one, else the hub.
+    split: instead of the task's own.
+    limit: the number of samples, all if None.
+
+  A record that is not as it should be is a sample with an error.
+
+  Raises:
+    UserError: `datasets` is missing; the data, its split or a column does not exist; or the data cannot be read.
+  """
+  split = split or task.split
+  records, place = _open(task, source, split)
+  numbered = ((n, record) for n, record in enumerate(records) if _belongs(task, record))
+  first = next(numbered, None)
+  if first is None:
+    raise UserError(f"{place} has no records of {task.title}")
+  missing = [column for column in task.columns if column not in first[1]]
+  if missing:
+    raise UserError(f"{place} lacks the column {some(missing)}, which {task.name} needs; it has {', '.join(first[1])}")
+  seen: dict[str, int] = {}
+  for number, record in itertools.islice(itertools.chain([first], numbered), limit):
+    sample = _sample(task, record, number)
+    seen[sample.id] = count = seen.get(sample.id, 0) + 1
+    yield sample if count == 1 else dataclasses.replace(sample, id=f"{sample.id}#{count}")
+
+
+def _belongs(task: Task, record: Record) -> bool:
+  try:
+    return task.keeps(record)
+  except KeyError:  # `load` names the columns that are missing.
+    return True
+
+
+def _sample(task: Task, record: Record, number: int) -> Sample:
+  sample = Sample(f"row {number + 1}")
+  try:
+    made = task.sample(record)
+    sample = dataclasses.replace(made, id=made.id or str(number))
+    return dataclasses.replace(sample, images=tuple(_picture(image) for image in sample.images))
+  except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+    reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+    return dataclasses.replace(sample, images=(), error=f"row {number + 1}: {reason}")
+
+
+def _picture(image: Any) -> bytes | pathlib.Path:
+  """The bytes or the path of an image file; raises `UserError` if it is none."""
+  if isinstance(image, dict):
+    image = image.get("bytes") or image.get("path")
+  if isinstance(image, str):
+    image = pathlib.Path(image)
+  if image is None:
+    raise UserError("the picture is missing")
+  if not isinstance(image, bytes | pathlib.Path):
+    raise UserError(f"the picture is neither bytes nor a path but of type {type(image).__name__}")
+  name = image if isinstance(image, pathlib.Path) else "the picture"
+  try:
+    with warnings.catch_warnings(action="ignore"):
+      Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).close()
+  except FileNotFoundError as error:
+    raise UserError(f"{name} does not exist") from error
+  except Exception as error:  # Pillow's readers raise any type on damaged data.
+    raise UserError(f"{name} is not an image") from error
+  return image
+
+
+def _open(task: Task, source: str | None, split: str) -> tuple[Iterator[Record], str]:
+  """Records, and where they are, for messages."""
+  if source is None:
+    source = next((name for name in task.repositories if pathlib.Path(name).is_dir()), task.repository)
+  directory = pathlib.Path(source)
+  if directory.is_dir():
+    if task.official and all(any(directory.glob(pattern)) for pattern in task.official.files):
+      return _checked(task.official.read(directory, split), f"{source} ({split})"), f"{source} ({split})"
+  elif not _HUB_ID.fullmatch(source):
+    raise UserError(f"{source} is neither a directory nor an id on the hub, such as {task.repository}")
+  place = "/".join(filter(None, (source, task.config, split)))
+  records = _rows(task, source, task.config, split)
+  if task.pictures:
+    pictures = {row.get("id"): row.get("image") for row in _rows(task, source, task.pictures, split)}
+    records = (record | {"image": pictures.get(record.get("imageId"))} for record in records)
+  return records, place
+
+
+def _checked(records: Iterable[Record], place: str) -> Iterator[Record]:
+  """Turns what goes wrong in reading into errors of a line."""
+  try:
+    yield from records
+  except UserError:
+    raise
+  except KeyError as error:
+    raise UserError(f"{place}: the official files lack {error}") from error
+  except Exception as error:  # `datasets`, pyarrow and the hub's client raise many types.
+    raise UserError(f"{place} cannot be read: {first_line(error)}") from error
+
+
+def _rows(task: Task, source: str, config: str | None, split: str) -> Iterator[Record]:
+  datasets = library("datasets", task.title)
+  place = "/".join(filter(None, (source, config, split)))
+  if pathlib.Path(source).is_dir():
+    files = _parquet_files(task, pathlib.Path(source), config, split)
+    arguments = {"path": "parquet", "data_files": {split: [str(path) for path in files]}}
+  else:
+    arguments = {"path": source, "name": config}
+
+  def rows() -> Iterator[Record]:
+    stream = datasets.load_dataset(**arguments, split=split, streaming=True)
+    # Pictures stay as the bytes of their files.
+    for name, feature in (stream.features or {}).items():
+      if isinstance(feature, datasets.Image):
+        stream = stream.cast_column(name, datasets.Image(decode=False))
+      elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
+        stream = stream.cast_column(name, datasets.List(datasets.Image(decode=False)))
+    yield from stream
+
+  return _checked(rows(), place)
+
+
+def _parquet_files(task: Task, directory: pathlib.Path, config: str | None, split: str) -> list[pathlib.Path]:
+  for pattern in _PARQUET:
+    files = sorted(directory.glob(f"{pattern.format(config=config or 'data', split=split)}.parquet"))
+    if files:
+      return files
+  with contextlib.suppress(OSError):
+    found = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.parquet"))
+  wanted = f"{config or 'data'}/{split}-*.parquet"
+  own = f" or the official files ({', '.join(task.official.files)})" if task.official else ""
+  raise UserError(f"{directory} has no {wanted}{own}; it has {some(found) or 'no parquet files'}")

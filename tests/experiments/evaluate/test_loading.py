@@ -1,0 +1,210 @@
+"""Samples of every task in the layouts in which its data is published, and data that is not as it should be."""
+
+import pathlib
+
+import published
+import pytest
+
+from experiments.evaluate import loading
+from experiments.evaluate.tasks import TASKS, find_task
+from himap_jax.errors import UserError
+
+
+def load(name, source, **arguments):
+  return list(loading.load(TASKS[name], source and str(source), **arguments))
+
+
+COUNTS = {
+  "vqav2": 2, "vqav2_testdev": 1, "textvqa": 1, "textvqa_ocr": 1, "gqa": 1, "scienceqa_img": 2, "aokvqa": 2,
+  "aokvqa_direct": 1, "mme": 6, "mme_perception": 4, "mme_cognition": 2, "mme_count": 2, "pope": 3, "chartqa": 2,
+  "docvqa": 1, "docvqa_test": 1, "nocaps": 2, "flickr30k": 1, "mmbench_en": 3, "seed_image": 1, "mmmu": 2,
+}  # fmt: skip
+UNANSWERED = ("vqav2_testdev", "docvqa_test")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_reads_the_layout_of_the_hub(name, tmp_path, monkeypatch):
+  directory = published.write_hub(name, tmp_path)
+  samples = load(name, directory)
+  assert len(samples) == COUNTS[name] and len({sample.id for sample in samples}) == len(samples)
+  for sample in samples:
+    assert sample.error is None and sample.question and "<image>" not in sample.question
+    assert all(image.startswith(b"\x89PNG") for image in sample.images) and sample.images
+    assert bool(sample.references) == (name not in UNANSWERED)
+  monkeypatch.chdir(tmp_path)
+  assert load(name, None) == samples
+
+
+@pytest.mark.parametrize("name", published.OFFICIAL)
+def test_official_files_give_the_same_questions(name, tmp_path):
+  expected = {(own.question, own.references, own.category) for own in load(name, published.write_hub(name, tmp_path))}
+  files = tmp_path / "files"
+  files.mkdir()
+  published.OFFICIAL[name](files)
+  samples = load(name, files)
+  assert not [sample.error for sample in samples if sample.error]
+  assert {(sample.question, sample.references, sample.category) for sample in samples} == expected
+  assert len(samples) == COUNTS[name]
+  if name == "scienceqa_img":
+    assert [sample.id for sample in samples] == ["5", "4"]
+  if name == "mmbench_en":
+    assert samples[0].images == samples[1].images == (published.picture(2),)
+  elif name != "scienceqa_img":
+    assert all(isinstance(image, pathlib.Path) and image.is_file() for image in samples[0].images)
+
+
+def test_other_owners_and_flat_directories(tmp_path, monkeypatch):
+  published.write_parquet(
+    tmp_path / "lmms-lab-encoder/textvqa/data/validation-00000-of-00001.parquet", published.TEXTVQA
+  )
+  published.write_parquet(tmp_path / "flat/validation-00000-of-00001.parquet", published.TEXTVQA)
+  monkeypatch.chdir(tmp_path)
+  assert load("textvqa", None) == load("textvqa", "flat") != []
+
+
+def test_a_data_set_of_the_hub_is_streamed_by_its_id_configuration_and_split(tmp_path, monkeypatch):
+  import datasets
+
+  directory, asked, original = published.write_hub("docvqa", tmp_path), [], datasets.load_dataset
+
+  def load_dataset(path, name, **arguments):
+    asked.append((path, name, arguments))
+    return original(str(directory / "DocVQA"), **arguments)
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+  monkeypatch.chdir(tmp_path / "lmms-lab")
+  for source in (None, "someone/DocVQA"):
+    (sample,) = load("docvqa", source)
+    assert sample.images == (published.picture(3),)
+  streamed = {"split": "validation", "streaming": True}
+  assert asked == [("lmms-lab/DocVQA", "DocVQA", streamed), ("someone/DocVQA", "DocVQA", streamed)]
+
+
+def test_ids_tell_two_questions_of_a_picture_apart(tmp_path):
+  samples = load("mme_count", published.write_hub("mme_count", tmp_path))
+  assert [sample.id for sample in samples] == ["count/0020.png", "count/0020.png#2"]
+  assert samples[0].group == samples[1].group
+
+
+def test_a_limit_reads_no_more(tmp_path):
+  directory = published.write_hub("mme", tmp_path)
+  assert load("mme", directory, limit=3) == load("mme", directory)[:3]
+
+
+def test_records_are_streamed(tmp_path, monkeypatch):
+  """Whoever takes one sample reads the beginning of the first of several files."""
+  for n in range(2):
+    published.write_parquet(tmp_path / f"data/test-0000{n}-of-00002.parquet", published.CHARTQA)
+  assert len(load("chartqa", tmp_path)) == 4
+  (tmp_path / "data/test-00001-of-00002.parquet").write_bytes(b"PAR1 no table")
+  samples = loading.load(TASKS["chartqa"], str(tmp_path))
+  assert next(samples).error is None
+
+
+@pytest.fixture
+def textvqa(tmp_path):
+  """Returns `write(**changes)`: the directory of one record, with other values; a feature and value is another type."""
+
+  def write(drop=(), **changes):
+    features = {name: own for name, own in published.TEXTVQA["features"].items() if name not in drop}
+    features |= {name: own[0] for name, own in changes.items() if isinstance(own, tuple)}
+    values = {name: own[1] if isinstance(own, tuple) else own for name, own in changes.items()}
+    row = {name: value for name, value in (published.TEXTVQA["rows"][0] | values).items() if name not in drop}
+    rows = {"features": features, "rows": [row, row]}
+    published.write_parquet(tmp_path / "data/validation-00000-of-00001.parquet", rows)
+    return tmp_path
+
+  return write
+
+
+def test_a_column_that_is_missing(textvqa):
+  with pytest.raises(
+    UserError, match="lacks the column ocr_tokens, which textvqa_ocr needs; it has image_id, question,"
+  ):
+    load("textvqa_ocr", textvqa(drop=("ocr_tokens",)))
+  with pytest.raises(UserError, match="lacks the column category, which mme_count needs; it has image_id"):
+    load("mme_count", textvqa(), split="validation")
+
+
+@pytest.mark.parametrize(
+  ("change", "error"),
+  [
+    ({"image": {"bytes": b"not a picture", "path": "a.png"}}, "row 1: the picture is not an image"),
+    ({"image": {"bytes": published.picture(1)[:12], "path": "a.png"}}, "row 1: the picture is not an image"),
+    ({"image": None}, "row 1: the picture is missing"),
+    ({"image": (published.NUMBER, 7)}, "row 1: the picture is neither bytes nor a path but of type int"),
+    ({"image": (published.TEXT, "absent.png")}, "row 1: absent.png does not exist"),
+    ({"question": None}, "row 1: AttributeError: "),
+    ({"question_id": None}, "row 1: TypeError: "),
+  ],
+)
+def test_a_bad_row_is_an_error_of_its_sample(textvqa, change, error):
+  first, second = load("textvqa", textvqa(**change))
+  assert first.error.startswith(error) and first.images == () and second.error is not None
+  assert first.id != second.id
+
+
+def test_pictures_may_be_bytes_without_a_feature(textvqa):
+  import datasets
+
+  (sample, _) = load("textvqa", textvqa(image=(datasets.Value("binary"), published.picture(2))))
+  assert sample.images == (published.picture(2),)
+
+
+def test_a_split_without_answers_is_submitted(tmp_path):
+  for name, submission in (
+    ("vqav2_testdev", [{"question_id": 1000, "answer": "2 dogs"}]),
+    ("docvqa_test", [{"questionId": 49153, "answer": "Two dogs."}]),
+  ):
+    samples = load(name, published.write_hub(name, tmp_path))
+    scored = TASKS[name].scored(samples, ["Two dogs."])
+    assert [own.score for own in scored] == [None] and TASKS[name].values(scored) == {}
+    assert TASKS[name].submission(scored) == submission
+
+
+def test_a_truncated_file(tmp_path):
+  path = published.write_hub("pope", tmp_path) / "data/test-00000-of-00001.parquet"
+  path.write_bytes(path.read_bytes()[:-100])
+  with pytest.raises(UserError, match="lmms-lab/POPE/test cannot be read: .*[Pp]arquet") as error:
+    load("pope", path.parent.parent)
+  assert "\n" not in str(error.value)
+
+
+def test_what_is_not_there(tmp_path, monkeypatch):
+  with pytest.raises(UserError, match="no task 'vqa'; tasks: vqav2, vqav2_testdev, textvqa"):
+    find_task("vqa")
+  directory = published.write_hub("docvqa", tmp_path)
+  with pytest.raises(
+    UserError, match="has no DocVQA/test-\\*.parquet; it has DocVQA/validation-00000-of-00001.parquet"
+  ):
+    load("docvqa_test", directory)
+  with pytest.raises(UserError, match="is neither a directory nor an id on the hub, such as lmms-lab/DocVQA"):
+    load("docvqa", tmp_path / "absent")
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match="some/dataset/DocVQA/validation cannot be read: "):
+    load("docvqa", "some/dataset")
+
+
+def test_official_files_that_are_not_as_expected(tmp_path):
+  published.official_scienceqa(tmp_path)
+  with pytest.raises(UserError, match="files lack 'validation'"):
+    load("scienceqa_img", tmp_path, split="validation")
+  (tmp_path / "problems.json").write_text("{")
+  with pytest.raises(UserError, match="problems.json cannot be read: Expecting property name"):
+    load("scienceqa_img", tmp_path)
+  (tmp_path / "pid_splits.json").unlink()
+  with pytest.raises(UserError, match="or the official files \\(problems.json, pid_splits.json\\); it has no parquet"):
+    load("scienceqa_img", tmp_path)
+
+
+def test_an_official_picture_that_is_missing(tmp_path):
+  published.official_pope(tmp_path)
+  (tmp_path / "val2014/COCO_val2014_000000310196.jpg").unlink()
+  samples = load("pope", tmp_path)
+  assert all(sample.error.endswith("val2014/COCO_val2014_000000310196.jpg does not exist") for sample in samples)
+
+
+def test_no_records(tmp_path):
+  published.write_parquet(tmp_path / "data/test-0.parquet", {"features": published.CHARTQA["features"], "rows": []})
+  with pytest.raises(UserError, match="has no records of ChartQA test"):
+    load("chartqa", tmp_path)
