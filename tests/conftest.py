@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.machinery
 import os
 import pathlib
 import sys
@@ -19,8 +20,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent / "without_torch")  # for the commands that tests start
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
 sys.dont_write_bytecode = False
-if sys.modules.get("torch", "") is None:  # a worker of the tests themselves
-  del sys.modules["torch"]
+for place, finder in enumerate(sys.meta_path):
+  if getattr(finder, "__name__", "") == "WithoutTorch":  # a worker of the tests themselves
+    sys.meta_path[place] = importlib.machinery.PathFinder
 
 from jaxtyping import install_import_hook
 

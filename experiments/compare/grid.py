@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from experiments.shared import kept
 from himap_jax.errors import UserError
 from himap_jax.pruning.method import NEEDS, Need
 from himap_jax.pruning.methods import METHODS, PruningConfig, parse
@@ -105,7 +106,7 @@ class Cell:
     """A file name that changes with the schedule."""
     base_method, stages = self.method.partition("@")[0], [(stage.layer, stage.keep) for stage in self.schedule.stages]
     checksum = zlib.crc32(repr((base_method, stages, self.schedule.frozen_layers)).encode())
-    return f"{re.sub(r'[^-+@%.=0-9a-z]', '-', self.label.replace(':', '='))}.{checksum:08x}"
+    return f"{kept.file_name(self.label)}.{checksum:08x}"
 
 
 def make_cells(
@@ -119,7 +120,7 @@ def make_cells(
   for name in methods:
     if ":" in name:
       raise UserError(f"{name!r} is not a method or method@layers, such as himap@1/4")
-    pruning = _parse(name)
+    pruning = parse_setting(name)
     for budget in budgets if pruning.method != REFERENCE else ():
       schedule = note = None
       try:
@@ -127,11 +128,12 @@ def make_cells(
       except UserError as error:
         note = str(error)
       cells.append(Cell(name, f"{name} {budget:g}", budget, schedule, note))
-  cells += [Cell(text.partition(":")[0], text, schedule=_parse(text).schedule(*shape)) for text in settings]
+  cells += [Cell(text.partition(":")[0], text, schedule=parse_setting(text).schedule(*shape)) for text in settings]
   return list({cell.label: cell for cell in cells}.values())
 
 
-def _parse(text: str) -> PruningConfig:
+def parse_setting(text: str) -> PruningConfig:
+  """A method, `method@layers` or `method@layers:keep`; raises `UserError` for anything else."""
   match = _SETTING.fullmatch(text)
   if not match:
     raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, such as himap@2/8:288/72")

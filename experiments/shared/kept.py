@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,3 +26,8 @@ def arrays_of(path: pathlib.Path, make: Callable[..., Mapping[str, np.ndarray]],
     unfinished.replace(path)
   with np.load(path) as file:
     return dict(file)
+
+
+def file_name(label: str) -> str:
+  """A label as a file name."""
+  return re.sub(r"[^-+@%.=0-9a-z]", "-", label.replace(":", "="))

@@ -26,6 +26,7 @@ from himap_jax.run.output import Output
 from himap_jax.run.progress import Progress
 from himap_jax.run.prompts import Prompt
 from himap_jax.run.summary import Result, Summary
+from himap_jax.run.writer import COUNTS
 
 
 class Prepared(NamedTuple):
@@ -81,7 +82,7 @@ class Answerer:
 
   Attributes:
     batch_size: rows of a batch over all processes; a multiple of the mesh's `data` axis.
-    emit: extra fields of a row: `tokens`, `kept`, `patches`, `logits`, `timing`.
+    emit: extra fields of a row: `tokens`, `kept`, `patches`, `counts`, `logits`, `timing`.
     pictures: directory for pictures of kept patches, if any.
   """
 
@@ -167,10 +168,12 @@ class Answerer:
         more["kept_patches"] = [places[stage].tolist() for stage in kept]
       if "logits" in self.emit:
         more["first_logits"] = logits.tolist()
+      counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
+      if "counts" in self.emit:
+        more["counts"] = dict(zip(COUNTS, (*counts, list(map(len, kept))), strict=True))
       if "timing" in self.emit:
         more["timing"] = seconds | {"rows_in_batch": len(group)}
       row = prompt.row(digest, answer=self.processor.decode(tokens), **more)
-      counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
       num_slots = bucket.num_image_tokens + bucket.num_text_slots
       results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots))
     return results

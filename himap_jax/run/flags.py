@@ -17,7 +17,7 @@ from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 from himap_jax.run.prompts import Columns
 
-EMIT = ("tokens", "kept", "patches", "logits", "timing")
+EMIT = ("tokens", "kept", "patches", "counts", "logits", "timing")
 
 flags.DEFINE_string(
   "checkpoint",
@@ -98,7 +98,9 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
 _EMIT = flags.DEFINE_list(
-  "emit", [], f"Any of {', '.join(EMIT)}: adds token_ids, kept, kept_patches, first_logits, timing to every row."
+  "emit",
+  [],
+  f"Any of {', '.join(EMIT)}: adds token_ids, kept, kept_patches, counts, first_logits, timing to every row.",
 )
 flags.DEFINE_bool(
   "resume",

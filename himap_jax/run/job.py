@@ -1,13 +1,11 @@
 """One run, from its configuration to its exit status."""
 
-import collections
 import contextlib
 import dataclasses
 import sys
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from PIL import Image
 
@@ -17,9 +15,7 @@ from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine
 from himap_jax.errors import UserError
-from himap_jax.families.family import Processor
 from himap_jax.generation import make_batcher
-from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.answering import Answerer
@@ -27,9 +23,9 @@ from himap_jax.run.contract import Contract
 from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
-from himap_jax.run.progress import Progress
-from himap_jax.run.prompts import Prompts, read_prompts
+from himap_jax.run.prompts import read_prompts
 from himap_jax.run.records import open_records
+from himap_jax.run.sizes import image_sizes
 from himap_jax.run.summary import Report
 
 
@@ -79,22 +75,6 @@ def run(config: RunConfig) -> int:
     report = Report(config.pruning.method, schedule, sizes, mesh.size)
     report.show(summary, engine)
   return 1 if config.strict and summary.num_errors else 0
-
-
-def image_sizes(prompts: Prompts, files: PictureFiles, processor: Processor) -> collections.Counter[ImageSize]:
-  """How many prompts have pictures of which size, the same in every process; without those that cannot be read."""
-  found, is_fixed = np.zeros((len(prompts), 3), np.int32), processor.num_image_tokens is not None
-  if processes.is_leader():
-    with Progress(len(prompts), "prompt", "sizes of pictures") as progress:
-      for number, prompt in enumerate(prompts):
-        with contextlib.suppress(UserError):
-          if prompt.error is None:
-            sizes = [(1, 1) if is_fixed else files.size(image) for image in prompt.images]
-            found[number] = (1, *processor.image_size(sizes))
-        progress.update()
-  found = processes.sum_over_processes(found)
-  own, counts = np.unique(found[found[:, 0] > 0, 1:], axis=0, return_counts=True)
-  return collections.Counter({ImageSize(*size): n for size, n in zip(own.tolist(), counts.tolist(), strict=True)})
 
 
 def describe_buckets(batcher: Batcher) -> str:

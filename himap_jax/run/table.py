@@ -12,7 +12,7 @@ from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 from himap_jax.run.command import user_error
 from himap_jax.run.records import EXTRA
-from himap_jax.run.writer import REQUIRED, OutputWriter, Row
+from himap_jax.run.writer import COUNTS, REQUIRED, OutputWriter, Row
 
 SUFFIX = ".parquet"
 GROUP_ROWS = 1000  # that are in memory at a time
@@ -104,6 +104,7 @@ def _schema(lines: pathlib.Path) -> Any:
     names.update(row)
     ids_are_integers &= type(row["id"]) is int and -(1 << 63) <= row["id"] < 1 << 63
   seconds = {"prefill_seconds": pa.float64(), "decode_seconds": pa.float64(), "rows_in_batch": pa.int32()}
+  counts = {name: pa.list_(pa.int32()) if name == "kept" else pa.int32() for name in COUNTS}
   types = {
     "id": pa.int64() if ids_are_integers else pa.string(),
     "answer": pa.string(),
@@ -112,6 +113,7 @@ def _schema(lines: pathlib.Path) -> Any:
     "token_ids": pa.list_(pa.int32()),
     "kept": pa.list_(pa.list_(pa.int32())),
     "kept_patches": pa.list_(pa.list_(pa.list_(pa.int32()))),
+    "counts": pa.struct(list(counts.items())),
     "first_logits": pa.list_(pa.float32()),
     "timing": pa.struct(list(seconds.items())),
   }

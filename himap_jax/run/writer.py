@@ -13,6 +13,7 @@ from himap_jax.run.command import user_error
 
 Row = Mapping[str, Any]
 REQUIRED = ("id", "answer", "error", "digest")
+COUNTS = ("tiles", "image_tokens", "text_tokens", "kept")  # of a row, with --emit=counts
 
 
 class OutputWriter(contextlib.AbstractContextManager):

@@ -17,6 +17,7 @@ from himap_jax.inputs import ImageSize
 from himap_jax.run import job
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Columns, Prompt, Prompts
+from himap_jax.run.sizes import image_sizes
 
 
 @pytest.fixture
@@ -126,7 +127,7 @@ def test_sizes_of_pictures_in_rows(table):
     Prompt(4, error="bad"),
   ]
   prompts.append(Prompt(5, (data,)))
-  sizes = job.image_sizes(Prompts.of(prompts), PictureFiles(config.image_dir), processor)
+  sizes = image_sizes(Prompts.of(prompts), PictureFiles(config.image_dir), processor)
   assert sizes == {ImageSize(1, 1600): 2, ImageSize(2, 1635): 1, ImageSize(0, 0): 1}
 
 

@@ -67,7 +67,7 @@ def answers_of(config, **changes):
 class TestAnswers:
   def test_rows_are_those_of_the_library(self, config, loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # so that the table is not wrapped
-    emit = frozenset({"tokens", "kept", "logits", "timing"})
+    emit = frozenset({"tokens", "kept", "counts", "logits", "timing"})
     pictures = tmp_path / "deep" / "pictures"
     assert job.run(changed(config, emit=emit, pictures=pictures, strict=True)) == 0
     rows = read(config.output)
@@ -81,7 +81,9 @@ class TestAnswers:
     )
     assert rows.keys() == QUESTIONS.keys()
     for row, answer in zip((rows[row_id] for row_id in QUESTIONS), expected, strict=True):
-      assert list(row) == ["id", "answer", "error", "digest", "token_ids", "kept", "first_logits", "timing"]
+      assert list(row) == ["id", "answer", "error", "digest", "token_ids", "kept", "counts", "first_logits", "timing"]
+      text = len(loaded(NAME).prompts("<image>{question}").ids("<image>" + QUESTIONS[row["id"]])) - 1
+      assert row["counts"] == {"tiles": 1, "image_tokens": N, "text_tokens": text, "kept": list(KEEP)}
       assert (row["answer"], row["error"]) == (answer.text, None)
       assert row["token_ids"] == answer.token_ids
       assert 1 <= len(row["token_ids"]) <= MAX_NEW

@@ -1,0 +1,90 @@
+"""Answers to the samples of tasks, one file of rows for each task and setting; those in the work directory are kept."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+
+from experiments.evaluate.tasks.task import Sample, Task
+from experiments.shared import kept
+from himap_jax.checkpoint import LoadedModel
+from himap_jax.engine import sharding
+from himap_jax.engine.accounting import method_inputs
+from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.generation import InputConfig, make_batcher
+from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run.answering import Answerer
+from himap_jax.run.contract import Contract
+from himap_jax.run.output import Output
+from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.prompts import Prompt, Prompts
+from himap_jax.run.sizes import image_sizes
+
+Row = Mapping[str, Any]
+
+
+def prompts_of(samples: Callable[[], Iterator[Sample]]) -> Prompts:
+  """The prompts of samples, which are read anew each time."""
+
+  def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
+    for sample in itertools.compress(samples(), wanted):
+      images = tuple(str(image.absolute()) if isinstance(image, pathlib.Path) else image for image in sample.images)
+      yield Prompt(sample.id, images, sample.question, sample.error)
+
+  return Prompts([sample.id for sample in samples()], where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Runs one model on tasks.
+
+  Attributes:
+    settings: all that answers depend on besides the task and the pruning.
+  """
+
+  loaded: LoadedModel
+  inputs: InputConfig
+  workdir: pathlib.Path
+  settings: Mapping[str, Any]
+  seed: int = 0
+
+  def schedule(self, pruning: PruningConfig) -> Schedule:
+    return pruning.schedule(**method_inputs(self.loaded.config))
+
+  def answer(self, task: Task, prompts: Prompts, label: str, pruning: PruningConfig) -> dict[str, Row]:
+    """Answers the samples that have no answer yet, and returns all rows by the sample's id."""
+    path = rows_path(self.workdir, task, label)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = {**self.settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
+    contract = Contract(path, settings, prompts, PictureFiles(), advice="use another --workdir")
+    with Output(contract, resume=True) as output:
+      if not output.answered.all():
+        self._answerer(task, prompts, self.schedule(pruning)).answer_all(output)
+    return read_rows(path)
+
+  def _answerer(self, task: Task, prompts: Prompts, schedule: Schedule) -> Answerer:
+    loaded, generation = self.loaded, GenerationConfig(task.max_new_tokens, seed=self.seed)
+    processor = loaded.prompts(self.inputs.prompt_template, self.inputs.max_image_tokens)
+    sizes = image_sizes(prompts, PictureFiles(), processor)
+    buckets = self.inputs.prompt_buckets
+    batcher = make_batcher(loaded, processor, sizes, buckets, task.max_new_tokens, schedule)
+    engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)
+    batch_size = sharding.padded_batch_size(self.inputs.batch_size, sharding.mesh_of(loaded.model.params))
+    return Answerer(processor, batcher, engine, batch_size, frozenset({"timing", "counts"}))
+
+
+def rows_path(workdir: pathlib.Path, task: Task, label: str) -> pathlib.Path:
+  """The file of a setting's answers to a task."""
+  return workdir / task.name / f"{kept.file_name(label)}.jsonl"
+
+
+def read_rows(path: pathlib.Path) -> dict[str, Row]:
+  """The rows of a file by id; none if it does not exist."""
+  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  return {str(row["id"]): row for row in map(json.loads, lines)}

@@ -1,0 +1,93 @@
+"""The table of an evaluation: scores of every task and setting, with intervals, costs and times relative to no pruning.
+
+Axes: Q questions.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from experiments.evaluate.answers import Row
+from experiments.evaluate.tasks.task import Sample, Scored, Task
+from experiments.shared import tabular
+from experiments.shared.statistics import interval, names, with_interval
+from himap_jax.pruning.cost import ModelSizes, costs
+from himap_jax.pruning.schedule import Schedule
+
+REFERENCE = "none"
+RESAMPLES = 1000  # each is scored anew, since not all scores are means over questions
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+  """The answers of some settings to a task; those of no pruning are the first.
+
+  Attributes:
+    answers: rows by the setting's label and the sample's id.
+    schedules: by label.
+  """
+
+  task: Task
+  samples: Sequence[Sample]
+  answers: Mapping[str, Mapping[str, Row]]
+  schedules: Mapping[str, Schedule]
+  sizes: ModelSizes
+
+  def scored(self, label: str) -> list[Scored]:
+    rows = self.answers[label]
+    return self.task.scored(self.samples, [rows.get(sample.id, {}).get("answer") for sample in self.samples])
+
+  def rows(self, *, seed: int = 0) -> list[tabular.Row]:
+    """Every figure of every setting."""
+    scored = {label: self.scored(label) for label in self.answers}
+    resampled = {label: self._resampled(own, seed) for label, own in scored.items()}
+    rows = []
+    for label, own in scored.items():
+      row: tabular.Row = {"task": self.task.name, "setting": label, "questions": len(own)}
+      row["errors"] = sum(one.answer is None for one in own)
+      values = self.task.values(own)
+      if values:
+        row |= with_interval("score", values[self.task.metric], resampled[label])
+        if REFERENCE in scored:
+          difference = values[self.task.metric] - self.task.values(scored[REFERENCE])[self.task.metric]
+          ends = interval(resampled[label] - resampled[REFERENCE])
+          row |= dict(zip(names("difference"), map(float, (difference, *ends)), strict=True))
+      row |= self._costs(label)
+      if REFERENCE in scored:
+        same = [a.answer == b.answer for a, b in zip(own, scored[REFERENCE], strict=True)]
+        row["agreement"] = float(np.mean(same))
+      rows.append(row | {f"{self.task.name}: {name}": value for name, value in values.items()})
+    return rows
+
+  def _resampled(self, scored: Sequence[Scored], seed: int) -> np.ndarray:
+    """The score of as many groups of questions drawn with replacement, the same draws for every setting.
+
+    Questions that are scored together are drawn together.
+    """
+    own = [one for one in scored if one.score is not None]
+    groups: dict[str, list[Scored]] = {}
+    for number, one in enumerate(own):
+      groups.setdefault(one.sample.group or f"#{number}", []).append(one)
+    parts, rng = list(groups.values()), np.random.default_rng(seed)
+    if not parts:
+      return np.zeros(0)
+    draws = rng.integers(len(parts), size=(RESAMPLES, len(parts)))
+    return np.array([self._value([one for index in draw for one in parts[index]]) for draw in draws])
+
+  def _value(self, scored: Sequence[Scored]) -> float:
+    return self.task.aggregate(scored)[self.task.metric]
+
+  def _costs(self, label: str) -> tabular.Row:
+    """FLOPs of the prefill and seconds of a row, in all and relative to no pruning of the same rows."""
+    own, plain, seconds = 0, 0, []
+    for row in self.answers[label].values():
+      if row.get("counts"):
+        counts = row["counts"]
+        for schedule, add in ((self.schedules[label].with_counts(counts["kept"]), 1), (Schedule(), 0)):
+          cost = costs(
+            self.sizes, schedule, counts["image_tokens"], counts["text_tokens"], num_pictures=counts["tiles"]
+          )
+          own, plain = own + add * cost.prefill, plain + (1 - add) * cost.prefill
+        seconds.append(row["timing"]["prefill_seconds"] + row["timing"]["decode_seconds"])
+    return {"flops": own / plain if plain else None, "seconds": float(np.median(seconds)) if seconds else None}

@@ -1,0 +1,77 @@
+"""The command on data sets in their published layout: scores, preview, resuming, scoring apart, submissions."""
+
+import csv
+import json
+
+import commands
+import published
+import pytest
+
+from experiments.evaluate import scores
+from experiments.evaluate.scores import Results
+from experiments.evaluate.tasks import TASKS
+from experiments.evaluate.tasks.task import Sample
+from experiments.shared import geometries
+from himap_jax.engine.accounting import model_sizes
+from himap_jax.pruning.schedule import Schedule
+
+SETTINGS = ("none", "himap@1/3:8/4")
+
+
+@pytest.fixture(scope="module")
+def evaluate(checkpoints, tmp_path_factory):
+  """Returns `evaluate(task, *arguments)`: the exit status, what is printed, and the folder of all results."""
+  work = tmp_path_factory.mktemp("evaluate")
+
+  def evaluate(task, *arguments):
+    data = published.write_hub(task, work / "data")
+    command = commands.Command(
+      "experiments.evaluate", f"--tasks={task}", f"--settings={','.join(SETTINGS)}", f"--data={data}",
+      f"--checkpoint={checkpoints('dinov2_shrunk').directory}", "--prompt_template=<image>{question}", "--dtype=float32",
+      f"--workdir={work / 'work'}", f"--output={work / 'out'}", f"--compilation_cache_dir={work / 'compiled'}",
+      "--batch_size=2", *arguments,
+    )  # fmt: skip
+    printed, errors = command.communicate()
+    return command.process.exitcode, printed + errors, work
+
+  return evaluate
+
+
+def samples_of(folder, task, setting):
+  return [json.loads(line) for line in (folder / "out" / f"{task}-{setting}.jsonl").read_text().splitlines()]
+
+
+def test_a_task_is_scored(evaluate):
+  status, printed, work = evaluate("pope")
+  assert status == 0, printed
+  with open(work / "out/evaluate.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert [row["setting"] for row in rows] == list(SETTINGS)
+  assert float(rows[0]["flops"]) == 1 and 0 < float(rows[1]["flops"]) < 1
+  assert float(rows[0]["agreement"]) == 1 and float(rows[0]["difference"]) == 0
+  own = samples_of(work, "pope", "none")
+  assert int(rows[0]["questions"]) == len(own) and "POPE, none: the first" in printed
+  for sample in own:  # a random model says neither yes nor no, which counts as yes
+    assert sample["score"] == float(sample["references"] == ["yes"]) and repr(sample["question"]) in printed
+  rows_before = (work / "work/pope/none.jsonl").read_text()
+  status, again, _ = evaluate("pope", "--score_only")
+  assert status == 0 and (work / "work/pope/none.jsonl").read_text() == rows_before
+  assert again.splitlines()[-6:] == printed.splitlines()[-6:]
+
+
+def test_scores_need_answers(evaluate):
+  status, printed, _ = evaluate("gqa", "--score_only")
+  assert status == 2 and "has no answers to gqa with none" in printed
+
+
+def test_intervals_are_paired():
+  """The difference between two settings that answer alike is exactly zero, whatever is drawn."""
+  task = TASKS["gqa"]
+  samples = [Sample(str(n), question="?", references=("yes",)) for n in range(20)]
+  answers = {str(n): {"answer": "yes" if n % 3 else "no"} for n in range(20)}
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  results = Results(task, samples, {scores.REFERENCE: answers, "other": answers}, {}, sizes)
+  first, second = results.rows()
+  assert first["score"] == pytest.approx(65) and first["score_low"] < 65 < first["score_high"]
+  assert second["difference"] == second["difference_low"] == second["difference_high"] == 0
+  assert Results(task, samples, {"none": {}}, {"none": Schedule()}, sizes).rows()[0]["score"] == 0
