@@ -25,6 +25,7 @@ from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weig
 from himap_jax import families
 from himap_jax.engine import sharding
 from himap_jax.engine.accounting import method_inputs
+from himap_jax.errors import UserError
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
@@ -53,6 +54,12 @@ class OpenCheckpoint:
   def prompts(self, template: str = "chat", max_image_tokens: int | None = None) -> Processor:
     """The processor for a prompt template; arguments and errors as in `Family.processor`."""
     return self.family.processor(self.processor, self.config, template, max_image_tokens)
+
+  def with_square_pictures(self) -> "OpenCheckpoint":
+    """The same checkpoint with pictures padded to squares; raises `UserError` if its family has no such pictures."""
+    if self.family.pad is None:
+      raise UserError(f"pictures of {self.family.model_type} are not padded to squares; those of llava are")
+    return dataclasses.replace(self, processor=self.family.pad(self.processor))
 
   def schedule(
     self,

@@ -12,6 +12,7 @@ if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longe
   FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # operations are named by scopes; tracing takes less time
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -38,10 +39,12 @@ torch.set_num_threads(1)  # tiny products lose far more time to torch's thread p
 
 # Files that compile many programs or start processes, the slowest first; `-m "not slow"` leaves them out.
 SLOW = """
-  test_several_processes test_answers_on_meshes test_speed test_run test_flow_commands test_optimized test_demo
-  test_notebook test_golden test_convert test_pickled test_sharding test_compile_study test_methods_in_model
-  test_int8_weights test_int8 test_calibrate test_adaptive test_direct_loading test_compare_study test_demo_assembly
-  test_saliency test_disruption test_adaptive_study test_abstract test_demo_training
+  test_several_processes test_answers_on_meshes test_run test_speed test_flow_commands test_qwen2_vl test_mllama
+  test_several_pictures test_tiled test_parity test_demo test_notebook test_himap test_pickled test_golden test_optimized
+  test_compile_study test_gemma3 test_llava_next test_convert test_calibrate test_int8_weights test_sharding test_int8
+  test_compare_study test_qwen_vl test_disruption test_saliency test_methods_in_model test_direct_loading test_dynamic
+  test_adaptive test_adaptive_study test_demo_assembly test_importance test_llava_onevision test_abstract
+  test_demo_training
 """.split()
 
 

@@ -7,7 +7,10 @@ import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ("tests/model/test_parity.py", "tests/engine/test_int8.py", "tests/engine/test_himap.py")
-CHOSEN = "clip_mha or siglip or int8 or does_not_matter or row_alone"
+CHOSEN = (
+  "(greedy and (clip_mha or siglip)) or (rerunning and clip_mha) or does_not_matter or row_alone"
+  " or (rounded and himap) or beside or converted"
+)
 
 
 def test_parity_int8_and_decoding_with_optimizations():

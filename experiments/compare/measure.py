@@ -41,7 +41,7 @@ class Runner:
     subject, path = self.subject, self.workdir / "answers" / f"{cell.file_name}.jsonl"
     if not path.exists() or path.read_bytes().count(b"\n") < len(subject.questions):
       asked = [prompts.Prompt(q.id, (str(q.image.absolute()),), q.question) for q in subject.questions]
-      wanted = contract.Contract(path, self.settings, asked, advice="use another --workdir")
+      wanted = contract.Contract(path, self.settings, prompts.Prompts.of(asked), advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
         engine, emit = subject.engine(cell.schedule, self.generation), frozenset({"tokens", "kept"})
         Answerer(subject.processor, subject.batcher, engine, subject.batch_size, emit).answer_all(rows)

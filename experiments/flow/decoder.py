@@ -1,25 +1,67 @@
 """The library's decoder layer by layer, with edited attention or with the scores of HiMAP's stages.
 
-Axes: L layers, B batch, S query slots, T key slots, I image tokens, N query heads, K key heads, H head dim, D model
-dim, V vocabulary.
+Axes: L layers, B batch, S slots or query slots, T key slots, I image tokens, N query heads, K key heads, H head dim, D
+model dim, V vocabulary.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Shaped
 
 from himap_jax.engine import prefill
-from himap_jax.inputs import Inputs
+from himap_jax.inputs import Inputs, Layout, take_slots
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Model
 from himap_jax.pruning.methods.himap import image_attention, instruction_attention
 
 # Maps probabilities and the values of every query head to the context of every query.
 Edit = Callable[[Float[Array, "B N S T"], Float[Array, "B T N H"]], Float[Array, "B S N H"]]
+
+
+class Attended(NamedTuple):
+  """The slots between which a layer's attention carries information; None for all slots in their order.
+
+  Attributes:
+    queries: of tokens that receive.
+    keys: of tokens that are read; past the last slot where a row has fewer.
+  """
+
+  queries: Int[Array, "B Q"] | None = None
+  keys: Int[Array, "B T"] | None = None
+
+  def pairs(self, values: Shaped[Array, "B S S"]) -> Shaped[Array, "B Q T"]:
+    """What belongs to each pair (query, key) of the attention, from what belongs to all pairs of slots."""
+    return self.at_keys(self.at_queries(values))
+
+  def at_keys(self, values: Shaped[Array, "B Q S"]) -> Shaped[Array, "B Q T"]:
+    if self.keys is None:
+      return values
+    return jnp.take_along_axis(values, self.keys[:, None], axis=2, mode="fill", fill_value=0)
+
+  def at_queries(self, values: Shaped[Array, "B S *D"]) -> Shaped[Array, "B Q *D"]:
+    return values if self.queries is None else take_slots(values, self.queries)
+
+  def at_slots(self, values: Shaped[Array, "B Q *D"], num_slots: int) -> Shaped[Array, "B S *D"]:
+    """What belongs to each slot, from what belongs to the queries; zero elsewhere."""
+    if self.queries is None:
+      return values
+    zeros = jnp.zeros((len(values), num_slots, *values.shape[2:]), values.dtype)
+    return jax.vmap(lambda zeros, at, new: zeros.at[at].set(new))(zeros, self.queries, values)
+
+
+def attended(model: Model, layout: Layout, layer: int) -> Attended:
+  """All slots to all; with cross-attention, the text to the text in self layers and to image tokens in cross layers."""
+  cross = model.config.text.cross_attention_layers
+  if not cross:
+    return Attended()
+  text = layout.text_slots()
+  image = jnp.where(layout.image_present(), layout.image_slots(), layout.num_slots)
+  return Attended(text, image if layer in cross else text)
 
 
 def weigh(probabilities: Float[Array, "B N S T"], values: Float[Array, "B T N H"]) -> Float[Array, "B S N H"]:

@@ -4,7 +4,8 @@
 
 Removes the flow from image to instruction, or within the image, from one layer or from that layer and all later ones.
 Controls: as many random pairs, random pairs of the same probability, the flow from the image to as many random tokens,
-and the flow replaced by its mean over the other questions.
+and the flow replaced by its mean over the other questions. Where text reads the image by cross-attention, nothing flows
+within the image, and layers are cross layers.
 
 Axes: C cells, D disruptions, L layers, B batch, A aligned tokens, Q questions, V vocabulary, N query heads, H head dim.
 """
@@ -22,7 +23,7 @@ from absl import flags
 from jaxtyping import Bool, Float, Int, Shaped
 from matplotlib.figure import Figure
 
-from experiments.flow import interventions
+from experiments.flow import interventions, tokens
 from experiments.flow.interventions import BLOCKS, CHOSEN, HOW, Intervention
 from experiments.question_sets import Question
 from experiments.shared import figures, kept, statistics, study, tabular
@@ -154,12 +155,19 @@ def bias_rows(outcome: Outcome, disruptions: Sequence[Disruption], *, seed: int)
   return result
 
 
-def summary(measured: Sequence[tabular.Row], bias: Sequence[tabular.Row]) -> list[str]:
+def summary(measured: Sequence[tabular.Row], bias: Sequence[tabular.Row] | None) -> list[str]:
+  """The tables of a report; `bias` is None where nothing flows within the image."""
   same, overlap = (tabular.with_interval(name, ".0%", "{} ({}–{})") for name in ("is_same", "overlap"))
   lines = ["## Label consistency: how often the most likely first token stays the same", ""]
   lines += [*_by_layer(measured, ("intervention", "mode"), same), ""]
   lines += ["## Score consistency: overlap of the five most likely tokens", ""]
-  lines += [*_by_layer(measured, ("intervention", "mode"), overlap), "", "## Bias ratio D = log(E_vv / E_vt)", ""]
+  lines += [*_by_layer(measured, ("intervention", "mode"), overlap), ""]
+  if bias is None:
+    text = (
+      "No layer changes image tokens, so nothing flows within the image and there is no bias ratio. A token from which "
+    )
+    return [*lines, text + "the whole image is hidden receives nothing: for the block, `mask` is `zero`."]
+  lines += ["## Bias ratio D = log(E_vv / E_vt)", ""]
   return [*lines, *_by_layer(bias, ("chosen", "how", "mode"), "{bias:.2f} ({low:.2f} to {high:.2f})")]
 
 
@@ -205,7 +213,7 @@ def plot_bias(rows: Sequence[tabular.Row]) -> Figure:
 def define_flags() -> None:
   for name, known in (("how", HOW), ("chosen", CHOSEN)):
     flags.DEFINE_list(name, list(known), "; ".join(f"{value}: {meaning}" for value, meaning in known.items()))
-  flags.DEFINE_list("layers", None, "Layers to disrupt; every layer by default.")
+  flags.DEFINE_list("layers", None, "Layers to disrupt, of those in which the image is read; all by default.")
 
 
 def run(values: Any) -> study.Report:
@@ -214,15 +222,17 @@ def run(values: Any) -> study.Report:
   made = [intervention for intervention in every if intervention.is_defined]
   if not made:
     raise UserError("--how=mean needs --chosen=block: other pairs have no mean")
-  subject = study.load_subject()
+  subject = study.load_subject(needs_sequence=False)
   layers = study.layers(values["layers"], subject)
+  text = subject.opened.config.text
+  made = [intervention for intervention in made if tokens.layers_of(text, intervention.block)]
   disruptions = [Disruption(*each) for each in itertools.product(made, MODES, layers)]
   questions, outcome = measure(subject, disruptions, study.workdir_for(subject, "how", "chosen", "layers"))
-  rows, bias = (make(outcome, disruptions, seed=subject.seed) for make in (consistency_rows, bias_rows))
-  tables, plots = (
-    {"disruption": rows, "bias": bias},
-    {"disruption": plot_consistency(rows, made), "bias": plot_bias(bias)},
-  )
+  rows = consistency_rows(outcome, disruptions, seed=subject.seed)
+  tables, plots, bias = {"disruption": rows}, {"disruption": plot_consistency(rows, made)}, None
+  if tokens.layers_of(text, BLOCKS[1]):
+    bias = bias_rows(outcome, disruptions, seed=subject.seed)
+    tables["bias"], plots["bias"] = bias, plot_bias(bias)
   return study.Report(f"{len(questions)} questions", summary(rows, bias), tables, plots)
 
 

@@ -3,7 +3,8 @@
     python -m experiments.flow.saliency --flagfile=experiments/flags/saliency.flags
 
 For every layer: the saliency from the image into the instruction (S_vt), within the image (S_vv) and of the other
-blocks, the contribution of each kind of token to the last token, and heat maps on pictures.
+blocks, the contribution of each kind of token to the last token, and heat maps on pictures. For the image's flows: at
+which depth they are concentrated. Where text reads the image by cross-attention, a layer has some of the blocks alone.
 
 The saliency of a pair of tokens is I = |Σ over heads of A ⊙ ∂L/∂A| (Eq. 1), with L the cross-entropy of the answer's
 first token. Each probability is multiplied by a one that all heads share; the gradient with respect to these ones is
@@ -28,7 +29,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from experiments.flow import tokens
-from experiments.flow.decoder import first_logits, weigh
+from experiments.flow.decoder import attended, first_logits, weigh
 from experiments.question_sets import Question
 from experiments.shared import figures, statistics, study, tabular
 from experiments.shared.subject import Batch, Subject
@@ -42,7 +43,7 @@ KIND_COLOURS = ("#2e8b3d", "#2f8fe0", "#d1221b")
 class Flow(NamedTuple):
   """Saliency by layer, summed over blocks and kinds of tokens."""
 
-  sums: Float[Array, "L B P"]  # over the pairs of each of `tokens.BLOCKS`
+  sums: Float[Array, "L B P"]  # over the pairs of each of `tokens.BLOCKS`; NaN where the layer does not attend so
   pairs: Int[Array, "L B P"]  # the number of these pairs
   contributions: Float[Array, "L B 3"]  # from all tokens of each of `tokens.KINDS` into the last token
   num_tokens: Int[Array, "L B 3"]  # tokens of each kind
@@ -74,18 +75,27 @@ def flow_of(
   if answers is None:
     answers = first_logits(model, embedded, {}).argmax(axis=-1)
   values = saliency(model, embedded, answers, layers)
-  return jax.vmap(flow, in_axes=(0, None))(values, embedded.layout), answers
+  result = jax.vmap(flow, in_axes=(0, None))(values, embedded.layout)
+  attends = [[layer in tokens.layers_of(model.config.text, name) for name in tokens.BLOCKS] for layer in layers]
+  attends = jnp.array(attends)[:, None]
+  sums, pairs = jnp.where(attends, result.sums, jnp.nan), jnp.where(attends, result.pairs, 0)
+  return result._replace(sums=sums, pairs=pairs), answers
 
 
 def saliency(
   model: Model, embedded: Embedded, answers: Int[Array, "B"], layers: tuple[int, ...]
 ) -> Float[Array, "L B S S"]:
-  """Saliency of every pair (query, key) in some layers, given the first token of each answer."""
+  """Saliency of every pair (query, key) in some layers, given the first token of each answer.
+
+  It is zero between tokens that the layer's attention does not connect.
+  """
   batch, slots = embedded.x.shape[:2]
 
   def loss(ones: Float[Array, "L B S S"]) -> Float[Array, ""]:
     edits = {
-      layer: lambda probabilities, values, one=one: weigh(probabilities * one[:, None], values)
+      layer: lambda probabilities, values, one=attended(model, embedded.layout, layer).pairs(one): weigh(
+        probabilities * one[:, None], values
+      )
       for layer, one in zip(layers, ones, strict=True)
     }
     logits = first_logits(model, embedded, edits)
@@ -111,7 +121,7 @@ def flow(values: Float[Array, "B S S"], layout: Layout) -> Flow:
 
 
 def blocks(flow: Flow, num_heads: int) -> dict[str, Float[np.ndarray, "L Q P"]]:
-  """Saliency of every block by question, in two normalisations.
+  """Saliency of every block by question, in two normalisations; NaN where the layer does not attend so.
 
   `by_pair` is the mean over a block's pairs of |Σ over heads| (the paper's S, Eq. 2), `summed` the sum over its pairs
   of |mean over heads| (the authors' code).
@@ -119,14 +129,35 @@ def blocks(flow: Flow, num_heads: int) -> dict[str, Float[np.ndarray, "L Q P"]]:
   return {"by_pair": flow.sums / np.maximum(flow.pairs, 1), "summed": flow.sums / num_heads}
 
 
-def contributions(flow: Flow) -> dict[str, Float[np.ndarray, "L Q 3"]]:
+def contributions(flow: Flow, *, of_all_layers: bool = False) -> dict[str, Float[np.ndarray, "L Q 3"]]:
   """Shares of each kind of token in the saliency into the last token, by question, in two normalisations.
 
   `whole` is the share of all saliency; `by_token` uses the mean over a kind's tokens in place of the sum (the authors'
-  code).
+  code). They are shares of a layer, or of the sum over all layers: with cross-attention a layer's saliency comes from
+  the image alone or from text alone, so its own shares say nothing.
   """
+  axes = (0, 2) if of_all_layers else (2,)
   parts = {"whole": flow.contributions, "by_token": flow.contributions / np.maximum(flow.num_tokens, 1)}
-  return {name: part / part.sum(axis=-1, keepdims=True) for name, part in parts.items()}
+  return {name: part / part.sum(axis=axes, keepdims=True) for name, part in parts.items()}
+
+
+def depths(flow: Flow, layers: Sequence[int]) -> list[tabular.Row]:
+  """Where in the decoder the image's flows are concentrated: means over questions with 95% intervals.
+
+  `first_half` is the share of a flow's saliency, summed over pairs, in the first half of the decoder's layers (of an odd
+  number, without the middle one), and `depth` its mean place from 0, the first layer, to 1, the last. `even_…` are those
+  of a flow spread evenly over `layers`, in which image tokens are read.
+  """
+  number = np.arange(len(flow.sums))
+  places = {"first_half": (number < len(number) // 2).astype(float), "depth": number / max(len(number) - 1, 1)}
+  even = {f"even_{name}": float(place[list(layers)].mean()) for name, place in places.items()}
+  flows = {"image→instruction": np.nan_to_num(flow.sums[..., 0]), "image→last token": flow.contributions[..., 1]}
+  rows = []
+  for name, values in flows.items():
+    total = values.sum(axis=0)
+    own = {measure: (place @ values / total)[None] for measure, place in places.items()}
+    rows.append({"flow": name, **statistics.mean_rows(own)[0], **even})
+  return rows
 
 
 def turning_layer(ratio: Float[np.ndarray, "L"]) -> int | None:
@@ -141,7 +172,9 @@ def rows_of_blocks(result: dict[str, np.ndarray]) -> list[tabular.Row]:
   for number, name in enumerate(tokens.BLOCKS):
     by_pair, summed = (values[..., number] for values in result.values())
     for layer, row in enumerate(statistics.mean_rows({"by_pair": by_pair})):
-      rows.append({"layer": layer, "block": name, **row, "summed": summed[layer].mean()})
+      row |= {"summed": summed[layer].mean()}
+      missing = dict.fromkeys(row) if np.isnan(row["summed"]) else {}  # an empty cell
+      rows.append({"layer": layer, "block": name, **row, **missing})
   return rows
 
 
@@ -176,6 +209,45 @@ def summary(result: dict[str, np.ndarray], shares: dict[str, np.ndarray], flow: 
   ]
 
 
+def summary_of_cross_layers(
+  result: dict[str, np.ndarray], shares: dict[str, np.ndarray], layers: Sequence[int]
+) -> list[str]:
+  """As `summary`, for a model whose text reads the image by cross-attention in `layers`."""
+  into_instruction = [values[..., 0].mean(axis=1) for values in result.values()]
+  by_kind = shares["whole"].mean(axis=1)
+  cells = [
+    [str(layer), *(f"{values[layer]:.2e}" for values in into_instruction), f"{by_kind[layer, 1]:.1%}"]
+    for layer in layers
+  ]
+  kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in zip(tokens.KINDS, by_kind.sum(axis=0), strict=True))
+  return [
+    "S_vt is the saliency from image to instruction, in the layers in which the text reads the image; the last column is "
+    "the image's part in these layers of the saliency into the last token, summed over all layers.",
+    "",
+    *tabular.markdown(["layer", "S_vt a pair", "S_vt summed", "image into the last token"], cells),
+    "",
+    "- No layer changes image tokens, so S_vv and its ratio to S_vt do not exist.",
+    f"- Shares of the saliency into the last token, summed over all layers: {kinds}.",
+  ]
+
+
+def summary_of_depths(rows: Sequence[tabular.Row]) -> list[str]:
+  first_half, depth = tabular.with_interval("first_half", ".0%"), tabular.with_interval("depth", ".2f")
+  columns = {
+    "flow": "{flow}",
+    "in the first half of the layers": first_half,
+    "mean depth": depth,
+    "spread evenly": "{even_first_half:.0%}, {even_depth:.2f}",
+  }
+  return [
+    "",
+    "Where the image's flows are concentrated, with 95% intervals over questions. Depth 0 is the first layer, 1 the last; "
+    "the last column is of a flow spread evenly over the layers in which image tokens are read.",
+    "",
+    *tabular.formatted(rows, columns),
+  ]
+
+
 def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
   """Plots block saliency by layer, in both normalisations: S_vt and S_vv with intervals, and all blocks."""
   figure = Figure(figsize=(11, 7), layout="constrained")
@@ -183,11 +255,15 @@ def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
   for (main, every), values, label in zip(panels, result.values(), ("mean over pairs", "sum over pairs"), strict=True):
     for number, (name, colour) in enumerate(COLOURS.items()):
       rows = [{"layer": layer} | row for layer, row in enumerate(statistics.mean_rows({"mean": values[..., number]}))]
-      for row in rows:
+      present = [row for row in rows if not np.isnan(row["mean"])]
+      if not present:
+        continue
+      style = {"color": colour, "label": name, "marker": "." if len(present) < len(rows) else ""}
+      for row in present:
         row["mean"] = row["mean"] or np.nan  # S_vv of the last layer is 0 and has no logarithm
-      every.plot([row["mean"] for row in rows], color=colour, label=name, linewidth=1.4)
+      every.plot(*([row[key] for row in present] for key in ("layer", "mean")), linewidth=1.4, **style)
       if number < 2:  # S_vt and S_vv
-        figures.line_with_interval(main, rows, "layer", statistics.names("mean"), color=colour, label=name)
+        figures.line_with_interval(main, present, "layer", statistics.names("mean"), **style)
     for axes in (main, every):
       figures.finish(axes, legend=8, yscale="log", ylabel=f"saliency, {label}")
   for axes in panels[1]:
@@ -195,16 +271,24 @@ def plot_blocks(result: dict[str, np.ndarray]) -> Figure:
   return figure
 
 
-def plot_contributions(result: dict[str, np.ndarray]) -> Figure:
+def plot_contributions(result: dict[str, np.ndarray], *, of_all_layers: bool = False) -> Figure:
   """Plots contributions to the last token by layer: of all tokens of a kind, and of its average token."""
   figure = Figure(figsize=(11, 3.6), layout="constrained")
   titles = ("share of all saliency into the last token", "share of the kinds' mean a token")
   for axes, values, title in zip(figure.subplots(1, 2), result.values(), titles, strict=True):
     means = values.mean(axis=1).T
-    axes.stackplot(np.arange(means.shape[1]), means, labels=tokens.KINDS, colors=KIND_COLOURS, alpha=0.8)
-    axes.set_title(title, fontsize=10)
-    axes.set(xlabel="layer", xmargin=0, ylim=(0, 1))
-  axes.legend(fontsize=8, loc="lower right")
+    layers = np.arange(means.shape[1])
+    if of_all_layers:
+      for mean, bottom, kind, colour in zip(
+        means, np.cumsum(means, axis=0) - means, tokens.KINDS, KIND_COLOURS, strict=True
+      ):
+        axes.bar(layers, mean, bottom=bottom, label=kind, color=colour, alpha=0.8)
+    else:
+      axes.stackplot(layers, means, labels=tokens.KINDS, colors=KIND_COLOURS, alpha=0.8)
+      axes.set(xmargin=0, ylim=(0, 1))
+    axes.set_title(title + ", of all layers" * of_all_layers, fontsize=10)
+    axes.set(xlabel="layer")
+  axes.legend(fontsize=8, loc="upper left" if of_all_layers else "lower right")
   return figure
 
 
@@ -234,18 +318,25 @@ def define_flags() -> None:
   at_once = "Layers whose saliency is in memory at once, 4 bytes × rows × slots² each."
   flags.DEFINE_integer("layers_at_a_time", 10, at_once, lower_bound=1)
   flags.DEFINE_integer("num_maps", 4, "Number of pictures with heat maps.", lower_bound=0)
-  flags.DEFINE_list("map_layers", None, "Layers with heat maps; eight evenly spaced layers by default.")
+  flags.DEFINE_list(
+    "map_layers", None, "Layers with heat maps, of those in which the image is read; eight evenly spaced by default."
+  )
 
 
 def run(values: Any) -> study.Report:
-  subject = study.load_subject()
+  subject = study.load_subject(needs_sequence=False)
+  text = subject.opened.config.text
+  has_cross_layers, read = bool(text.cross_attention_layers), tokens.layers_of(text, "image→instruction")
   layers = study.layers(values["map_layers"], subject)
   if not values.map_layers:
-    layers = sorted({len(layers) * step // 8 for step in range(8)})
+    layers = sorted({layers[len(layers) * step // 8] for step in range(8)})
   questions, flow = measure(subject, study.workdir_for(subject), layers_at_a_time=values.layers_at_a_time)
-  by_block = blocks(flow, subject.loaded.config.text.num_attention_heads)
-  shares = contributions(flow)
-  plots = {"saliency": plot_blocks(by_block), "contributions": plot_contributions(shares)}
+  by_block, depth = blocks(flow, text.num_attention_heads), depths(flow, read)
+  shares = contributions(flow, of_all_layers=has_cross_layers)
+  plots = {
+    "saliency": plot_blocks(by_block),
+    "contributions": plot_contributions(shares, of_all_layers=has_cross_layers),
+  }
   first_of_image: dict[pathlib.Path, int] = {}
   for index, question in enumerate(questions):
     first_of_image.setdefault(question.image, index)
@@ -253,11 +344,12 @@ def run(values: Any) -> study.Report:
   if chosen and subject.processor.num_image_tokens == math.prod(subject.processor.patch_grid):
     asked = [questions[index] for index in chosen]
     shown = [(textwrap.fill(q.question, 24), subject.processor.views(subject.example(q))[0].picture) for q in asked]
-    for name in ("to_instruction", "to_image"):
+    for name in ("to_instruction",) if has_cross_layers else ("to_instruction", "to_image"):
       maps = getattr(flow, name)[:, chosen]
       plots[f"maps_{name}"] = plot_maps(shown, maps, subject.processor.patch_grid, layers)
-  tables = {"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares)}
-  return study.Report(f"{len(questions)} questions", summary(by_block, shares, flow), tables, plots)
+  tables = {"saliency": rows_of_blocks(by_block), "contributions": rows_of_contributions(shares), "depth": depth}
+  own = summary_of_cross_layers(by_block, shares, read) if has_cross_layers else summary(by_block, shares, flow)
+  return study.Report(f"{len(questions)} questions", own + summary_of_depths(depth), tables, plots)
 
 
 if __name__ == "__main__":

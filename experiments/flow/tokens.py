@@ -3,13 +3,17 @@
 Axes: B batch, S slots.
 """
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
+from himap_jax.model.config import TextConfig
+from himap_jax.model.cross_attention import CrossLayout
 
 KINDS = ("system", "image", "instruction")
 
-# Name → (kind of the query, kind of the key): information flows from the key to the query.
+# Name → (kind of the query, kind of the key): information flows from the key to the query. These are the paper's. Pairs
+# of other kinds are in no block: text between pictures, and a system prompt that reads the image by cross-attention.
 BLOCKS = {
   "image→instruction": ("instruction", "image"),
   "image→image": ("image", "image"),
@@ -37,8 +41,29 @@ def block(layout: Layout, name: str) -> Bool[Array, "B S S"]:
   return query[:, :, None] & key[:, None] & visible(layout)
 
 
+def layers_of(text: TextConfig, name: str) -> tuple[int, ...]:
+  """The layers whose attention carries information in a block: with cross-attention some or none, otherwise all."""
+  query, key = BLOCKS[name]
+  every, cross = tuple(range(text.num_hidden_layers)), text.cross_attention_layers
+  if not cross:
+    return every
+  if query == "image":
+    return ()
+  return tuple(layer for layer in every if (layer in cross) == (key == "image"))
+
+
 def visible(layout: Layout) -> Bool[Array, "B S S"]:
-  """All pairs (query, key) of two tokens in which the query sees the key: mostly those with the key before the query."""
+  """All pairs (query, key) of two tokens in which the query sees the key: mostly those with the key before the query.
+
+  Where the text reads image tokens by cross-attention, it sees earlier text in self layers, and in cross layers the
+  image tokens to which it attends. Text before all pictures attends to all of them there: information flows, although
+  no block holds these pairs.
+  """
+  if isinstance(layout, CrossLayout):
+    is_text = layout.kind == TEXT
+    earlier = is_text[:, None] & (layout.order[:, None] < layout.order[:, :, None])
+    every_slot = jnp.broadcast_to(jnp.arange(layout.num_slots, dtype=jnp.int32), layout.kind.shape)
+    return is_text[:, :, None] & (earlier | layout.visible(every_slot))
   order = layout.order
   pairs = layout.visible() & (order[:, None] != order[:, :, None])
   return pairs & (layout.kind != PADDING)[:, :, None]

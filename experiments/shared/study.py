@@ -152,10 +152,17 @@ def workdir_for(subject: Subject, *names: str) -> pathlib.Path:
 
 
 def layers(flag: Any, subject: Subject) -> tuple[int, ...]:
-  """The layers in a list flag, all if it is empty; `UserError` if the model has no such layer."""
-  numbers = command.numbers(flag, int) or tuple(range(subject.num_layers))
+  """The layers in a list flag, by default all in which image tokens are read.
+
+  Raises:
+    UserError: the model has no such layer, or reads no image tokens there.
+  """
+  cross = subject.opened.config.text.cross_attention_layers
+  numbers = command.numbers(flag, int) or cross or tuple(range(subject.num_layers))
   if not all(0 <= layer < subject.num_layers for layer in numbers):
     raise UserError(f"--{flag.name}: the model has layers 0 to {subject.num_layers - 1}")
+  if cross and not set(numbers) <= set(cross):
+    raise UserError(f"--{flag.name}: the model reads image tokens in layers {', '.join(map(str, cross))} alone")
   return numbers
 
 

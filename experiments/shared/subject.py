@@ -75,7 +75,7 @@ class Subject:
     if processor.num_image_tokens is None:
       raise UserError("studies need a model that turns every picture into equally many image tokens")
     lengths = {"buckets": inputs.prompt_buckets, "max_new_tokens": max_new_tokens}
-    sizes = [ImageBucket(1, processor.num_image_tokens)]
+    sizes = [ImageBucket(*processor.image_size([(1, 1)]))]  # of a picture of any size
     batcher = Batcher(opened.config.text.max_position_embeddings, processor.blank, sizes, **lengths)
 
     @functools.cache

@@ -7,8 +7,8 @@ import dataclasses
 import functools
 import time
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,11 @@ from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Float, UInt
 
-from himap_jax.engine import programs, sharding
+from himap_jax.engine import programs, scoring, sharding
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.programs import Programs
 from himap_jax.engine.sampling import Sampling
+from himap_jax.engine.scoring import Score
 from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model, Network
@@ -69,17 +70,24 @@ def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
 
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
-  """What compiled programs depend on besides the shapes of their inputs."""
+  """What compiled programs depend on besides the shapes of their inputs; `decoding` is None but for decode programs."""
 
   network: Network
   mesh: Mesh
   schedule: Schedule
-  decoding: DecodeConfig
+  decoding: DecodeConfig | None
   param_types: Any
 
 
-@functools.lru_cache(maxsize=32)
-def _compiled(key: ProgramKey) -> dict[Any, Programs]:
+class Compiled(NamedTuple):
+  """A compiled program, and the shapes of its results."""
+
+  program: Any
+  results: Any
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(key: ProgramKey) -> dict[Any, Compiled]:
   """Compiled programs by input shapes, shared by all engines."""
   del key
   return {}
@@ -100,8 +108,8 @@ class Engine:
     self._mesh = sharding.mesh_of(model.params)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
     self._decoding = DecodeConfig(generation.max_new_tokens, generation.sampling, eos_token_ids)
-    key = ProgramKey(model.network, self._mesh, schedule, self._decoding, jax.tree.structure(model.params))
-    self._compiled = _compiled(key)
+    key = ProgramKey(model.network, self._mesh, schedule, None, jax.tree.structure(model.params))
+    self._shared, self._decodes = _compiled(key), _compiled(dataclasses.replace(key, decoding=self._decoding))
     self._parameters = programs.method_parameters(schedule)
     self.num_programs = 0
     self.compile_seconds = 0.0
@@ -113,15 +121,19 @@ class Engine:
       inputs: this process's rows of the batch.
       row_ids: with the seed they determine the rows' random keys; rows without one repeat the last, as in `Batcher`.
     """
-    missing = len(inputs.tokens) - len(row_ids)
-    seeds = row_seeds(self._seed, [*row_ids, *(list(row_ids[-1:]) or [""]) * missing])
-    inputs, seeds = sharding.from_local_rows((inputs, seeds), self._mesh)
-    prefill, decode = self._programs(inputs, seeds)
+    inputs, seeds = self._on_devices(inputs, row_ids)
+    before = self.num_programs
+    prefill = self._prefill(inputs, seeds)
+    decode = self._once(
+      self._decodes, inputs, lambda: self._jitted(inputs).decode.lower(self._model, prefill.results, seeds)
+    )
+    if self.num_programs > before:
+      logging.info("ready: programs of shape %s", inputs.tokens.shape)
     start = time.perf_counter()
-    state = jax.block_until_ready(prefill(self._model, inputs, seeds, self._parameters))
+    state = jax.block_until_ready(prefill.program(self._model, inputs, seeds, self._parameters))
     middle = time.perf_counter()
     kept, logits = sharding.to_local_rows((state.kept, state.logits))
-    tokens, num_tokens = sharding.to_local_rows(decode(self._model, state, seeds))
+    tokens, num_tokens = sharding.to_local_rows(decode.program(self._model, state, seeds))
     end = time.perf_counter()
     return Generation(
       tokens=[row[:count].tolist() for row, count in zip(tokens, num_tokens, strict=True)],
@@ -134,16 +146,55 @@ class Engine:
   def _nothing_kept(self, num_rows: int) -> tuple[list[list[int]], ...]:
     return tuple([[] for _ in range(num_rows)] for _ in self._schedule.stages)
 
-  def _programs(self, inputs: Inputs, seeds: jax.Array) -> Programs:
+  def score(
+    self, inputs: Inputs, row_ids: Sequence[int | str], continuations: Sequence[Sequence[Sequence[int]]]
+  ) -> list[list[Score]]:
+    """Scores any number of continuations of each row, none of them empty, after one prefill.
+
+    Args:
+      inputs: as in a call, like `row_ids`.
+      continuations: token ids, for each row with an id.
+    """
+    num_rows = len(inputs.tokens)
+    inputs, seeds = self._on_devices(inputs, row_ids)
+    prefill = self._prefill(inputs, seeds)
+    state = prefill.program(self._model, inputs, seeds, self._parameters)
+    scores: list[list[Score]] = [[] for _ in continuations]
+    for number, packed in enumerate(scoring.pack(continuations, num_rows)):
+      (tokens,) = sharding.from_local_rows((packed,), self._mesh)
+      lower = functools.partial(
+        programs.make_score(self._model, self._mesh).lower, self._model, prefill.results, tokens
+      )
+      program = self._once(self._shared, (inputs, tokens), lower).program
+      log_probabilities, is_likeliest = sharding.to_local_rows(program(self._model, state, tokens))
+      for row, own in enumerate(continuations):
+        if number < len(own):
+          scored = row, slice(len(own[number]))
+          scores[row].append(Score(float(log_probabilities[scored].sum()), bool(is_likeliest[scored].all())))
+    return scores
+
+  def _on_devices(self, inputs: Inputs, row_ids: Sequence[int | str]) -> tuple[Inputs, jax.Array]:
+    """The global inputs and the seeds of all rows."""
+    missing = len(inputs.tokens) - len(row_ids)
+    seeds = row_seeds(self._seed, [*row_ids, *(list(row_ids[-1:]) or [""]) * missing])
+    return sharding.from_local_rows((inputs, seeds), self._mesh)
+
+  def _jitted(self, inputs: Inputs) -> Programs:
+    schedule = self._schedule if inputs.layout.num_image_tokens else Schedule()
+    return programs.make_programs(self._model, self._mesh, schedule, self._decoding)
+
+  def _prefill(self, inputs: Inputs, seeds: jax.Array) -> Compiled:
+    arguments = self._model, inputs, seeds, self._parameters
+    return self._once(self._shared, inputs, lambda: self._jitted(inputs).prefill.lower(*arguments))
+
+  def _once(self, compiled: dict[Any, Compiled], inputs: Any, lower: Callable[[], Any]) -> Compiled:
+    """The program in `compiled` for the shapes of some inputs; lowered and compiled if it is not there."""
     leaves, structure = jax.tree.flatten(inputs)
     shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-    if shapes not in self._compiled:
+    if shapes not in compiled:
       start = time.perf_counter()
-      schedule = self._schedule if inputs.layout.num_image_tokens else Schedule()
-      jitted = programs.make_programs(self._model, self._mesh, schedule, self._decoding)
-      lowered = programs.lower(jitted, self._model, inputs, seeds, self._parameters)
-      self._compiled[shapes] = Programs(*(program.compile() for program in lowered))
-      self.num_programs += 2
+      lowered = lower()
+      compiled[shapes] = Compiled(lowered.compile(), lowered.out_info)
+      self.num_programs += 1
       self.compile_seconds += time.perf_counter() - start
-      logging.info("ready: programs of shape %s", inputs.tokens.shape)
-    return self._compiled[shapes]
+    return compiled[shapes]

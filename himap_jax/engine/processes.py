@@ -99,7 +99,7 @@ def fullest(counts: Sequence[int]) -> int | None:
   return int(total.argmax()) if total.any() else None
 
 
-def sum_over_processes(values: Sequence[float | int]) -> np.ndarray:
+def sum_over_processes(values: Sequence[float | int] | np.ndarray) -> np.ndarray:
   """Element-wise sum over all processes."""
   values = np.asarray(values)
   return multihost_utils.process_allgather(values).sum(axis=0) if jax.process_count() > 1 else values

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from himap_jax.engine import sharding
 from himap_jax.engine.decoding import DecodeConfig, decode
 from himap_jax.engine.prefill import PrefillState, prefill
+from himap_jax.engine.scoring import score
 from himap_jax.inputs import Images, ImageSize, Inputs, Layout
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.kernels import is_quantized
@@ -56,6 +57,18 @@ def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeCo
     prefill=jax.jit(prefill_program, out_shardings=state, compiler_options=options),
     decode=jax.jit(decode_program, out_shardings=(rows, rows), compiler_options=options),
   )
+
+
+def make_score(model: Model, mesh: Mesh) -> Any:
+  """The jitted program `(model, state, tokens [B, C])` to the results of `scoring.score`."""
+  rows = sharding.rows(mesh)
+
+  def score_program(
+    model: Model, state: PrefillState, tokens: Int[Array, "B C"]
+  ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
+    return score(model.bind(), state, tokens)
+
+  return jax.jit(score_program, out_shardings=(rows, rows), compiler_options=_compiler_options(model))
 
 
 def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any]) -> Programs:

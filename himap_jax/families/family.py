@@ -90,6 +90,7 @@ class Family:
       checkpoint's directory; raises `UserError`.
     processor: makes a `Processor` from transformers' processor, the sizes, a prompt template, and the most image tokens
       of a picture (None for the checkpoint's own limit); raises `UserError`.
+    pad: makes transformers' processor pad pictures to squares; None if this family's pictures are not padded.
     stop_tokens: tokens that end an answer, besides those of generation_config.json, from transformers' processor.
   """
 
@@ -98,4 +99,5 @@ class Family:
   complete: Callable[[dict[str, Any]], dict[str, Any]]
   load_processor: Callable[[pathlib.Path], Any]
   processor: Callable[[Any, ModelConfig, str, int | None], Processor]
+  pad: Callable[[Any], Any] | None = None
   stop_tokens: Callable[[Any], tuple[int, ...]] = lambda processor: ()

@@ -1,5 +1,6 @@
 """LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a decoder."""
 
+import copy
 import json
 import pathlib
 from collections.abc import Sequence
@@ -36,6 +37,8 @@ VICUNA_V1 = (
   "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
   "and polite answers to the user's questions. USER: <image>\n{question} ASSISTANT:"
 )
+PIXEL_SETTINGS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_convert_rgb")
+PIXEL_SETTINGS += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 MAX_ASPECT_RATIO = 200
 MAX_PIXELS = 178_956_970  # of a picture padded to a square
 
@@ -120,6 +123,16 @@ def load_processor(directory: pathlib.Path) -> Any:
     return transformers.AutoProcessor.from_pretrained(directory, local_files_only=True)
   except (ValueError, OSError, KeyError, TypeError) as error:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
+
+
+def pad_to_squares(processor: Any) -> Any:
+  """Transformers' processor, but with pictures padded to squares with their mean colour, as LLaVA-1.5 was trained."""
+  import transformers  # slow to import
+
+  own, images = copy.copy(processor), processor.image_processor
+  settings = {name: value for name, value in images.to_dict().items() if name in PIXEL_SETTINGS}
+  own.image_processor = transformers.LlavaImageProcessorPil(**settings, do_pad=True)
+  return own
 
 
 class LlavaPrompts:
@@ -227,4 +240,4 @@ def _check_template(template: str, processor: Any) -> str:
   return literal_template(template, "vicuna_v1", "chat")
 
 
-FAMILIES = (Family("llava", config, complete, load_processor, LlavaProcessor),)
+FAMILIES = (Family("llava", config, complete, load_processor, LlavaProcessor, pad=pad_to_squares),)

@@ -102,7 +102,9 @@ class Answerer:
       UserError: a file cannot be written, or device memory is exhausted; rows written before are complete.
     """
     contract, buckets = output.contract, self.batcher.buckets
-    todo = [prompt for prompt in contract.prompts if prompt.key not in output.answered]
+    todo = np.flatnonzero(~output.answered)
+    is_own = np.zeros(len(contract.prompts), bool)
+    is_own[todo[share.index :: share.count]] = True
     summary = Summary(num_skipped=len(contract.prompts) - len(todo))
     num_rows = self.batch_size // share.count
 
@@ -112,7 +114,7 @@ class Answerer:
       digest = contract.row_digest(prompt, [digest for _, digest in loaded])
       return self.batcher.bucket(example), Prepared(prompt, example, digest)
 
-    reader = Reader(todo[share.index :: share.count], prepare, buckets=buckets, batch_size=num_rows)
+    reader = Reader(contract.prompts.where(is_own), prepare, buckets=buckets, batch_size=num_rows)
     progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
     start = time.perf_counter()
     with progress, ThreadPoolExecutor(max_workers=1) as thread:

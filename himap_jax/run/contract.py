@@ -2,8 +2,8 @@
 
 A row's `digest` is `<settings>-<question>-<pictures>`, each the first 16 hexadecimal digits of a SHA-256: of everything
 that answers depend on besides the prompts, of the question's text, and of the picture's file or, of several, of their
-digests. `<output>.settings.json`
-lists the settings for people; only the digests in the rows decide whether a run may resume.
+digests. `<output>.settings.json` lists the settings for people; only the digests in the rows decide whether a run may
+resume.
 """
 
 import dataclasses
@@ -14,14 +14,17 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from checkpoints_convert.source import read_json, write_json
 from himap_jax.errors import UserError
 from himap_jax.run import sources
 from himap_jax.run.command import differences, user_error
 from himap_jax.run.pictures import PictureFiles
-from himap_jax.run.prompts import Prompt
+from himap_jax.run.prompts import Prompt, Prompts
 
 _DIGITS = 16
+_REMEMBERED = 1 << 16  # digests of pictures that have names, which several rows may share
 
 
 def digest_of(settings: Mapping[str, Any]) -> str:
@@ -42,10 +45,9 @@ class Contract:
 
   output: pathlib.Path
   settings: Mapping[str, Any]
-  prompts: Sequence[Prompt]
+  prompts: Prompts
   files: PictureFiles = PictureFiles()
   advice: str = "use another --output, or --noresume to replace it"
-  _pictures: dict[str, str | None] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
   @functools.cached_property
   def digest(self) -> str:
@@ -55,48 +57,12 @@ class Contract:
     """A row's digest; `pictures` are the SHA-256 of the pictures' files, None if they were not read."""
     return f"{self.digest}-{_hex(prompt.question_text)}-{_joint(pictures)}"
 
-  def is_stale(self, row: Mapping[str, Any]) -> bool:
-    """Whether a row's prompt must be answered again: the row is an error, or its question or a picture has changed.
-
-    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `unreadable`. So does
-    one on the web.
-
-    Raises:
-      UserError: the row would be kept, but was made with other settings.
-    """
-    prompt = self._by_key.get(str(row["id"]))
-    if prompt is not None and row["error"] is not None:
-      return True
-    settings, question, pictures = (row["digest"].split("-") + [""] * 3)[:3]
-    if settings != self.digest:
-      raise UserError(f"{self.output}: made with other settings{self._differences(settings)}; {self.advice}")
-    if prompt is None or question != _hex(prompt.question_text):
-      return prompt is not None
-    for image in prompt.images:
-      if image not in self._pictures:
-        self._pictures[image] = None if sources.is_url(image) else self.files.digest(image)
-    now = [self._pictures[image] for image in prompt.images]
-    return None not in now and pictures != _joint(now)
-
-  @property
-  def unreadable(self) -> int:
-    """Number of answered rows' pictures that could not be read for comparison."""
-    return sum(digest is None and not sources.is_url(image) for image, digest in self._pictures.items())
-
   def write_settings(self) -> None:
     """Writes the settings beside the output; raises UserError if that fails."""
     with user_error(f"cannot write {self._settings_path}"):
       write_json(self._settings_path, {"digest": self.digest, **self.settings})
 
-  @property
-  def _settings_path(self) -> pathlib.Path:
-    return self.output.with_name(f"{self.output.name}.settings.json")
-
-  @functools.cached_property
-  def _by_key(self) -> dict[str, Prompt]:
-    return {prompt.key: prompt for prompt in self.prompts}
-
-  def _differences(self, digest: str) -> str:
+  def differences(self, digest: str) -> str:
     """Settings that have changed since a digest, in parentheses; empty if the earlier settings are unknown."""
     try:
       before = read_json(self._settings_path)
@@ -104,6 +70,78 @@ class Contract:
       return ""
     before.pop("digest", None)
     return f" ({differences(before, self.settings)})" if digest_of(before) == digest else ""
+
+  @property
+  def _settings_path(self) -> pathlib.Path:
+    return self.output.with_name(f"{self.output.name}.settings.json")
+
+
+class Comparison:
+  """Compares the rows of an output with a contract: each row as it is read, then their questions and pictures.
+
+  Holds some fifty bytes for every prompt; no question and no picture stays.
+  """
+
+  def __init__(self, contract: Contract):
+    self._contract = contract
+    self._position = {key: position for position, key in enumerate(contract.prompts.keys)}
+    self._digests = np.zeros(len(contract.prompts), f"S{2 * _DIGITS + 1}")  # of question and pictures
+    self._has_row = np.zeros(len(contract.prompts), bool)
+    self._unreadable: set[str | bytes] = set()
+    self._digest_of_name = functools.lru_cache(_REMEMBERED)(self._digest)
+
+  def is_failed(self, row: Mapping[str, Any]) -> bool:
+    """Whether a row is the error of a prompt, which is answered again.
+
+    Raises:
+      UserError: the row would be kept, but was made with other settings.
+    """
+    position, contract = self._position.get(str(row["id"])), self._contract
+    if position is not None and row["error"] is not None:
+      return True
+    settings, _, rest = row["digest"].partition("-")
+    if settings != contract.digest:
+      changed = contract.differences(settings)
+      raise UserError(f"{contract.output}: made with other settings{changed}; {contract.advice}")
+    if position is not None:
+      self._digests[position], self._has_row[position] = rest.encode(), True
+    return False
+
+  def changed(self) -> set[str]:
+    """Ids of the rows so far whose question or a picture has changed; reads the prompts of rows once.
+
+    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `num_unreadable`. So
+    does one on the web.
+    """
+    prompts = self._contract.prompts
+    positions = np.flatnonzero(self._has_row).tolist()
+    return {
+      prompts.keys[position]
+      for position, prompt in zip(positions, prompts.where(self._has_row), strict=True)
+      if self._is_changed(prompt, self._digests[position].decode(errors="replace"))
+    }
+
+  @property
+  def num_unreadable(self) -> int:
+    """Number of answered rows' pictures that could not be read for comparison."""
+    return len(self._unreadable)
+
+  def _is_changed(self, prompt: Prompt, digests: str) -> bool:
+    question, _, pictures = digests.partition("-")
+    if question != _hex(prompt.question_text):
+      return True
+    now = [
+      self._digest_of_name(image) if sources.is_name(image) else self._digest(image)
+      for image in prompt.images
+      if not sources.is_url(image)
+    ]
+    return len(now) == len(prompt.images) and None not in now and pictures != _joint(now)
+
+  def _digest(self, image: str | bytes) -> str | None:
+    digest = self._contract.files.digest(image)
+    if digest is None:
+      self._unreadable.add(image)
+    return digest
 
 
 def _joint(pictures: Sequence[str] | None) -> str:

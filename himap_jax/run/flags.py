@@ -15,6 +15,7 @@ from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
+from himap_jax.run.prompts import Columns
 
 EMIT = ("tokens", "kept", "patches", "logits", "timing")
 
@@ -34,10 +35,22 @@ flags.DEFINE_string(
   "prompts",
   None,
   'JSONL with {"id", "image", "question"} a line, or LLaVA\'s {"question_id", "image", "text"}, or "messages" instead of image '
-  "and question; image is a path, URL or base64, or a list of these.",
+  "and question; image is a path, URL or base64, or a list of these. Or the same as .csv or .parquet, a directory of "
+  "such files or that `datasets` saved, or a data set of the hub; an image may be its bytes there.",
+)
+flags.DEFINE_string(
+  "split", None, "The split of a directory or data set, such as test, or configuration/test where it has several."
+)
+_COLUMNS = flags.DEFINE_list(
+  "columns",
+  [],
+  "Names that the rows have for our fields id, image, question and messages, such as image:img,question:q,id:qid; "
+  "`image:` if there are no pictures, `id:` to number the rows.",
 )
 flags.DEFINE_string("image_dir", ".", "Directory that relative image paths start from.")
-flags.DEFINE_string("output", None, "JSONL file to write: id, answer, error and digest of every prompt, in any order.")
+flags.DEFINE_string(
+  "output", None, "JSONL or .parquet file to write: id, answer, error and digest of every prompt, in any order."
+)
 flags.DEFINE_string("pictures", None, "Directory for one picture per prompt, with the patches kept at each stage.")
 _METHOD = flags.DEFINE_string(
   "method",
@@ -114,7 +127,7 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
 )
 flags.DEFINE_bool("allow_urls", False, "Download pictures whose image is an http or https URL.")
-_VALUES = ("checkpoint", "allow_pickle", "allow_urls", "dtype", "int8_weights", "resume", "strict")
+_VALUES = ("checkpoint", "split", "allow_pickle", "allow_urls", "dtype", "int8_weights", "resume", "strict")
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
 
 
@@ -125,6 +138,8 @@ class RunConfig:
   checkpoint: str
   prompts: pathlib.Path
   output: pathlib.Path
+  split: str | None = None
+  columns: Columns = Columns()
   image_dir: pathlib.Path = pathlib.Path()
   pruning: PruningConfig = PruningConfig()
   generation: GenerationConfig = GenerationConfig()
@@ -167,6 +182,7 @@ def config_from_flags() -> RunConfig:
       _PROMPT_TEMPLATE.value, command.numbers(_PROMPT_BUCKETS, int) or (), _BATCH_SIZE.value, _MAX_IMAGE_TOKENS.value
     ),
     mesh=sharding.parse_mesh(_MESH.value) if _MESH.value else None,
+    columns=Columns.parse(_COLUMNS.value),
     emit=frozenset(_EMIT.value),
     compilation_cache_dir=command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   )

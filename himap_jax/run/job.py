@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +28,8 @@ from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.progress import Progress
-from himap_jax.run.prompts import Prompt, read_prompts
+from himap_jax.run.prompts import Prompts, read_prompts
+from himap_jax.run.records import open_records
 from himap_jax.run.summary import Report
 
 
@@ -40,7 +40,7 @@ def run(config: RunConfig) -> int:
     UserError, CheckpointError: the run cannot start or continue; rows written before are complete.
     JaxRuntimeError: another process of the run ended; rows written before are complete.
   """
-  prompts = read_prompts(config.prompts)
+  prompts = read_prompts(open_records(config.prompts, config.split), config.columns)
   _check_paths(config)
   command.use_compilation_cache(config.compilation_cache_dir)
   jax.devices()
@@ -81,24 +81,20 @@ def run(config: RunConfig) -> int:
   return 1 if config.strict and summary.num_errors else 0
 
 
-def image_sizes(prompts: Sequence[Prompt], files: PictureFiles, processor: Processor) -> collections.Counter[ImageSize]:
+def image_sizes(prompts: Prompts, files: PictureFiles, processor: Processor) -> collections.Counter[ImageSize]:
   """How many prompts have pictures of which size, the same in every process; without those that cannot be read."""
-  found = np.zeros((len(prompts), 3), int)
-  if processor.num_image_tokens is not None:
-    found[:] = [(1, *processor.image_size([(1, 1)] * len(prompt.images))) for prompt in prompts]
-  elif processes.is_leader():
+  found, is_fixed = np.zeros((len(prompts), 3), np.int32), processor.num_image_tokens is not None
+  if processes.is_leader():
     with Progress(len(prompts), "prompt", "sizes of pictures") as progress:
       for number, prompt in enumerate(prompts):
         with contextlib.suppress(UserError):
-          found[number] = (1, *processor.image_size([files.size(image) for image in prompt.images]))
+          if prompt.error is None:
+            sizes = [(1, 1) if is_fixed else files.size(image) for image in prompt.images]
+            found[number] = (1, *processor.image_size(sizes))
         progress.update()
-  if processor.num_image_tokens is None:
-    found = processes.sum_over_processes(found.ravel().tolist()).reshape(found.shape)
-  return collections.Counter(
-    ImageSize(*own)
-    for (is_known, *own), prompt in zip(found.tolist(), prompts, strict=True)
-    if is_known and prompt.error is None
-  )
+  found = processes.sum_over_processes(found)
+  own, counts = np.unique(found[found[:, 0] > 0, 1:], axis=0, return_counts=True)
+  return collections.Counter({ImageSize(*size): n for size, n in zip(own.tolist(), counts.tolist(), strict=True)})
 
 
 def describe_buckets(batcher: Batcher) -> str:
@@ -126,8 +122,10 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
 
 def _check_paths(config: RunConfig) -> None:
   with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
-    if config.output.exists() and config.output.samefile(config.prompts):
+    if config.prompts.is_file() and config.output.exists() and config.output.samefile(config.prompts):
       raise UserError("--output is the same file as --prompts")
+    if config.prompts.is_dir() and config.output.resolve().is_relative_to(config.prompts.resolve()):
+      raise UserError(f"--output={config.output} is in the data set {config.prompts}")
     if not config.image_dir.is_dir():
       raise UserError(f"--image_dir={config.image_dir}: no such directory")
   directories = {"output": config.output.parent, "pictures": config.pictures, "profile_dir": config.profile_dir}

@@ -53,7 +53,7 @@ class PictureFiles:
   image_dir: pathlib.Path = pathlib.Path()
   allow_urls: bool = False
 
-  def load(self, image: str, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+  def load(self, image: str | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
     """As `load_image`, with the SHA-256 in hex of the bytes that were read."""
 
     def read(file: io.BufferedIOBase) -> tuple[Image.Image, str]:
@@ -66,7 +66,7 @@ class PictureFiles:
 
     return self._read(image, read)
 
-  def size(self, image: str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+  def size(self, image: str | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """`(width, height)` of what `load` returns, from the file's header; errors as in `load`."""
 
     def read(file: io.BufferedIOBase) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class PictureFiles:
 
     return self._read(image, read)
 
-  def digest(self, image: str) -> str | None:
+  def digest(self, image: str | bytes) -> str | None:
     """SHA-256 of a picture's bytes in hex; None if they cannot be read."""
     try:
       with sources.open_source(image, self.image_dir, allow_urls=self.allow_urls) as file:
@@ -87,7 +87,7 @@ class PictureFiles:
     except (UserError, OSError):
       return None
 
-  def _read(self, image: str, read: Callable[[io.BufferedIOBase], Any]) -> Any:
+  def _read(self, image: str | bytes, read: Callable[[io.BufferedIOBase], Any]) -> Any:
     name = sources.short_name(image)
     try:
       file = sources.open_source(image, self.image_dir, allow_urls=self.allow_urls)

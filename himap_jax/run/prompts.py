@@ -1,36 +1,38 @@
-"""Prompts from JSONL files, and their output rows."""
+"""Prompts from the rows of a source, and their output rows."""
 
 import dataclasses
 import hashlib
+import itertools
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
 
 from himap_jax.errors import UserError
 from himap_jax.families.examples import IMAGE_TAG
 from himap_jax.families.family import Message
+from himap_jax.run.records import BadRow, Record, Records, kind_of
 
 ROLES = ("system", "user", "assistant")
 IMAGE_FIELDS = ("image", "url", "path", "base64")
 
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """One row of a prompt file: a question about images, or an error.
+  """One row of a source: a question about images, or an error.
 
   Attributes:
-    id: the row's own id, or `line:<n>` if it is missing or repeated. Ids are compared as text: 1 is "1".
+    id: the row's own id, or its label (`line:<n>`) if it is missing or repeated. Ids are compared as text: 1 is "1".
     images: as given in the row; see `run.sources`.
     question: a text, or the messages of a conversation.
-    error: why the row cannot be answered, with its line number; None if it can.
+    error: why the row cannot be answered, with its place; None if it can.
   """
 
   id: str | int
-  images: tuple[str, ...] = ()
+  images: tuple[str | bytes, ...] = ()
   question: str | tuple[Message, ...] = ""
   error: str | None = None
 
@@ -55,116 +57,204 @@ class Prompt:
     return {"id": self.id, "answer": answer, "error": error, "digest": digest, **more}
 
 
-class _BadRow(UserError):
-  """An error in one row."""
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+  """Prompts that are read each time they are asked for, and never held.
+
+  Attributes:
+    keys: the ids of all as text, in their order.
+    where: reads those for which a flag is true, of a flag for each; raises `UserError` if they cannot be read any more.
+  """
+
+  keys: Sequence[str]
+  where: Callable[[Bool[np.ndarray, "N"]], Iterator[Prompt]]
+
+  def __len__(self) -> int:
+    return len(self.keys)
+
+  def __iter__(self) -> Iterator[Prompt]:
+    return self.where(np.ones(len(self), bool))
+
+  @classmethod
+  def of(cls, prompts: Sequence[Prompt]) -> "Prompts":
+    """Prompts that are held, with different ids."""
+    return cls([prompt.key for prompt in prompts], lambda wanted: itertools.compress(prompts, wanted))
 
 
-def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
-  """Reads a prompt file, one JSON object per line.
+@dataclasses.dataclass(frozen=True)
+class Columns:
+  """For each of our fields the names that a row may have for it; the first that is there counts.
+
+  Without a name there are no pictures or messages, and ids are the rows' labels.
+  """
+
+  id: tuple[str, ...] = ("id", "question_id")
+  image: tuple[str, ...] = ("image",)
+  question: tuple[str, ...] = ("question", "text")
+  messages: tuple[str, ...] = ("messages",)
+
+  @classmethod
+  def parse(cls, texts: Sequence[str]) -> "Columns":
+    """From `ours:theirs`, or `image:` and `id:` alone, for no name; raises `UserError` for anything else."""
+    known, own = [field.name for field in dataclasses.fields(cls)], {}
+    for text in texts:
+      ours, colon, theirs = (part.strip() for part in text.partition(":"))
+      if ours not in known:
+        raise UserError(
+          f"--columns: unknown field {ours!r} in {text!r}; known: {', '.join(known)}, as in id:question_id"
+        )
+      if not colon or ours in own or (ours == "question" and not theirs):
+        raise UserError(f"--columns: {text!r} does not name one column for {ours}, as in {ours}:theirs")
+      own[ours] = (theirs,) if theirs else ()
+    return cls(**own)
+
+  def check(self, there: Collection[str], source: str) -> None:
+    """Raises `UserError` if a table lacks a column."""
+    is_chat = bool(self.messages) and (self.messages != Columns.messages or not set(self.messages).isdisjoint(there))
+    for field in ("id", "messages") if is_chat else ("id", "question", "image"):
+      names = getattr(self, field)
+      if names and set(names).isdisjoint(there):
+        none = {"id": "to number the rows", "image": "if there are no pictures"}
+        more = f", or --columns={field}: {none[field]}" if field in none else ""
+        raise UserError(
+          f"{source} has no column {' or '.join(names)}; it has {', '.join(there)}; name the one to use with "
+          f"--columns={field}:NAME{more}"
+        )
+
+  def names(self, *fields: str) -> list[str]:
+    return [name for field in fields for name in getattr(self, field)]
+
+
+def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
+  """The prompts of rows, which are read once for their ids.
 
   A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`; `image` is
   one or a list, or absent. Instead of both, `"messages"` is a conversation in the form of OpenAI or transformers. Other
-  fields and blank lines are ignored. Of rows that share an id, the first keeps it and the others become errors.
+  fields are ignored. Of rows that share an id, the first keeps it and the others become errors.
 
   Raises:
-    UserError: the file cannot be read or has no rows.
+    UserError: the rows cannot be read, there are none, or a table lacks a column.
   """
-  try:
-    with open(path, "rb") as file:
-      data = file.read()
-  except (OSError, ValueError) as error:
-    reason = getattr(error, "strerror", None) or error
-    raise UserError(f"cannot read the prompt file {path}: {reason}") from error
-  lines = data.removeprefix(_BYTE_ORDER_MARK).split(b"\n")
-  numbered = [(n, line) for n, line in enumerate(lines, start=1) if line.strip()]
-  if not numbered:
-    raise UserError(f"the prompt file {path} is empty")
+  fields = columns.names("id", "question", "messages", "image")
+  if records.columns is not None:
+    columns.check(records.columns, records.name)
+    fields = [name for name in fields if name in records.columns]
+  ids = [name for name in fields if name in columns.id] or fields[:1]
+  keys, bad = _keys(records.read(ids), columns)
+  if not keys:
+    raise UserError(f"the prompt file {records.name} is empty")
 
-  owner: dict[str, int] = {}
-  prompts: dict[int, Prompt] = {}  # by line
-  for number, line in numbered:
-    row_id = ""
+  def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
+    rows = records.read(fields, wanted)
+    for position in np.flatnonzero(wanted).tolist():
+      place, label, own = next(rows, ("", "", None))
+      if position in bad:
+        yield Prompt(keys[position], error=bad[position])
+        continue
+      try:
+        row_id = _id(own, columns, label)
+      except BadRow:
+        row_id = None
+      if own is None or str(row_id) != keys[position]:
+        raise UserError(f"{records.name} was changed while it was read; start again")
+      try:
+        yield Prompt(row_id, *_content(own, columns))
+      except BadRow as error:
+        yield Prompt(row_id, error=f"{place}: {error}")
+
+  return Prompts(keys, where)
+
+
+def _keys(rows: Iterator[Record], columns: Columns) -> tuple[list[str], dict[int, str]]:
+  """The ids of rows as text, and the errors, by position, of rows without an id of their own: their label is the id."""
+  keys: list[str] = []
+  owner: dict[str, str] = {}
+  bad: dict[int, str] = {}
+  for position, (place, label, own) in enumerate(rows):
     try:
-      record = _record(line)
-      row_id = _claim(record, owner, number)
-      prompts[number] = Prompt(row_id, *_content(record))
-    except _BadRow as error:
-      prompts[number] = Prompt(row_id, error=f"line {number}: {error}")
-  return [p if p.key else dataclasses.replace(p, id=_line_id(n, owner)) for n, p in prompts.items()]
+      row_id = _id(own, columns, label)
+      if str(row_id) in owner:
+        raise BadRow(f"the id {json.dumps(row_id)} was already used on {owner[str(row_id)]}")
+      owner[str(row_id)] = place
+      keys.append(str(row_id))
+    except BadRow as error:
+      bad[position] = f"{place}: {error}"
+      keys.append(label)
+  for position in bad:
+    while keys[position] in owner:
+      keys[position] += "'"
+  return keys, bad
 
 
-def _record(line: bytes) -> Mapping[str, Any]:
-  try:
-    record = json.loads(line.decode("utf-8"))
-  except UnicodeDecodeError as error:
-    raise _BadRow(f"not UTF-8: {error.reason} at byte {error.start + 1}") from error
-  except json.JSONDecodeError as error:
-    raise _BadRow(f"not valid JSON: {error.msg} at column {error.colno}") from error
-  except (ValueError, RecursionError) as error:
-    raise _BadRow(f"not valid JSON: {error}") from error
+def _id(record: Mapping[str, Any] | BadRow | None, columns: Columns, label: str) -> str | int:
   if not isinstance(record, dict):
-    raise _BadRow(f"not a JSON object but {_kind(record)}")
-  return record
+    raise record or BadRow("is missing")
+  if not columns.id:
+    return label
+  _, row_id = _field(record, *columns.id)
+  return row_id if type(row_id) is int else _text(record, *columns.id, expected="a string or an integer")
 
 
-def _claim(record: Mapping[str, Any], owner: dict[str, int], number: int) -> str | int:
-  _, row_id = _field(record, "id", "question_id")
-  if type(row_id) is not int:
-    row_id = _text(record, "id", "question_id", expected="a string or an integer")
-  if str(row_id) in owner:
-    raise _BadRow(f"the id {json.dumps(row_id)} was already used on line {owner[str(row_id)]}")
-  owner[str(row_id)] = number
-  return row_id
-
-
-def _content(record: Mapping[str, Any]) -> tuple[tuple[str, ...], str | tuple[Message, ...]]:
+def _content(record: Mapping[str, Any], columns: Columns) -> tuple[tuple[str | bytes, ...], str | tuple[Message, ...]]:
   """Images and question of a row."""
-  if record.get("messages") is None:
-    return _images(record), _text(record, "question", "text")
-  for name in ("question", "text", "image"):
+  messages = next((record[name] for name in columns.messages if record.get(name) is not None), None)
+  if messages is None:
+    return _images(record, columns), _text(record, *columns.question)
+  for name in columns.names("question", "image"):
     if record.get(name) is not None:
-      raise _BadRow(f'"{name}" and "messages" together')
-  return read_messages(record["messages"])
+      raise BadRow(f'"{name}" and "messages" together')
+  return read_messages(messages)
 
 
-def _images(record: Mapping[str, Any]) -> tuple[str, ...]:
-  given = record.get("image")
-  if given is None:
+def _images(record: Mapping[str, Any], columns: Columns) -> tuple[str | bytes, ...]:
+  name = next((name for name in columns.image if record.get(name) is not None), None)
+  if name is None:
     return ()
+  given = record[name]
   if not isinstance(given, list):
-    return (_text(record, "image", expected="a string or a list of strings"),)
-  return tuple(_text({"image": image}, "image", expected="a list of strings") for image in given)
+    return (_picture({name: given}, name, expected="a string or a list of strings"),)
+  return tuple(_picture({name: image}, name, expected="a list of strings") for image in given)
 
 
-def read_messages(messages: Any) -> tuple[tuple[str, ...], tuple[Message, ...]]:
+def _picture(record: Mapping[str, Any], *names: str, expected: str = "a string", where: str = "") -> str | bytes:
+  """A picture's name or bytes, also in the form of `datasets`: `{"bytes", "path"}`."""
+  name, value = _field(record, *names, where=where)
+  if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
+    return _picture(value, "bytes", "path", where=f'{where}"{name}": ')
+  if isinstance(value, bytes):
+    return value
+  return _text({name: value}, name, expected=expected, where=where)
+
+
+def read_messages(messages: Any) -> tuple[tuple[str | bytes, ...], tuple[Message, ...]]:
   """Images and messages of a conversation in the form of OpenAI or transformers; raises `UserError` if malformed."""
   if not isinstance(messages, list) or not messages:
-    raise _BadRow('"messages" must be a list of messages')
-  images: list[str] = []
+    raise BadRow('"messages" must be a list of messages')
+  images: list[str | bytes] = []
   read = []
   for number, message in enumerate(messages, start=1):
     where = f"message {number}"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
-      raise _BadRow(f"{where} must be an object whose role is {', '.join(ROLES)}")
+      raise BadRow(f"{where} must be an object whose role is {', '.join(ROLES)}")
     content = message.get("content")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     if not isinstance(parts, list) or not all(isinstance(part, dict) for part in parts):
-      raise _BadRow(f"{where}: its content must be a text or a list of parts")
+      raise BadRow(f"{where}: its content must be a text or a list of parts")
     texts = []
     for part in parts:
       if part.get("type") == "text":
         texts.append(_text(part, "text", expected="a string", where=f"{where}: ", may_be_empty=True))
       elif part.get("type") in ("image", "image_url"):
         named = part["image_url"] if isinstance(part.get("image_url"), dict) else part
-        images.append(_text(named, *IMAGE_FIELDS, where=f"{where}: "))
+        images.append(_picture(named, *IMAGE_FIELDS, where=f"{where}: "))
         texts.append(IMAGE_TAG)
       else:
-        raise _BadRow(f"{where}: a part's type must be text, image or image_url, not {part.get('type')!r}")
+        raise BadRow(f"{where}: a part's type must be text, image or image_url, not {part.get('type')!r}")
     read.append(Message(message["role"], "".join(texts)))
   if read[-1].role != "user":
-    raise _BadRow("the last message must be the user's")
+    raise BadRow("the last message must be the user's")
   if any(message.role == "system" for message in read[1:]):
-    raise _BadRow("only the first message may be the system's")
+    raise BadRow("only the first message may be the system's")
   return tuple(images), tuple(read)
 
 
@@ -174,11 +264,11 @@ def _text(
   """The text of the first of these fields that is there; `where` begins the messages about it."""
   name, value = _field(record, *names, where=where)
   if not isinstance(value, str):
-    raise _BadRow(f'{where}"{name}" must be {expected}, not {_kind(value)}')
+    raise BadRow(f'{where}"{name}" must be {expected}, not {kind_of(value)}')
   if not value.strip() and not may_be_empty:
-    raise _BadRow(f'{where}"{name}" is empty')
+    raise BadRow(f'{where}"{name}" is empty')
   if any("\ud800" <= character <= "\udfff" for character in value):
-    raise _BadRow(f'{where}"{name}" has an unpaired surrogate, which is not text')
+    raise BadRow(f'{where}"{name}" has an unpaired surrogate, which is not text')
   return value
 
 
@@ -186,16 +276,4 @@ def _field(record: Mapping[str, Any], *names: str, where: str = "") -> tuple[str
   for name in names:
     if record.get(name) is not None:
       return name, record[name]
-  raise _BadRow(f"{where}{' or '.join(json.dumps(name) for name in names)} is missing")
-
-
-def _kind(value: Any) -> str:
-  kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-  return kinds.get(type(value), "null")
-
-
-def _line_id(number: int, owner: Mapping[str, int]) -> str:
-  name = f"line:{number}"
-  while name in owner:
-    name += "'"
-  return name
+  raise BadRow(f"{where}{' or '.join(json.dumps(name) for name in names)} is missing")

@@ -1,4 +1,4 @@
-"""Where a picture's bytes come from: a file, a `data:` URL, base64, or an address on the web."""
+"""Where a picture's bytes come from: the row itself, a file, a `data:` URL, base64, or an address on the web."""
 
 import base64
 import binascii
@@ -25,26 +25,35 @@ _LONGEST_PATH = 1000  # longer ones are data, of which messages show the start
 _SHOWN = 100
 
 
-def is_url(image: str) -> bool:
+def is_url(image: str | bytes) -> bool:
   """Whether a picture's name is an address on the web."""
-  return image.startswith(("http://", "https://"))
+  return isinstance(image, str) and image.startswith(("http://", "https://"))
 
 
-def short_name(image: str) -> str:
+def is_name(image: str | bytes) -> bool:
+  """Whether it names a picture and does not hold it."""
+  return isinstance(image, str) and len(image) <= _LONGEST_PATH
+
+
+def short_name(image: str | bytes) -> str:
   """A picture's name for messages."""
+  if isinstance(image, bytes):
+    return f"the picture of {len(image):,} bytes in the row"
   return image if len(image) <= _LONGEST_PATH else f"{image[:_SHOWN]}…"
 
 
-def open_source(image: str, image_dir: pathlib.Path, *, allow_urls: bool = False) -> io.BufferedIOBase:
+def open_source(image: str | bytes, image_dir: pathlib.Path, *, allow_urls: bool = False) -> io.BufferedIOBase:
   """Opens a picture's bytes.
 
   Args:
-    image: a path, relative to `image_dir`; a `data:` URL; base64 of a file; or with `allow_urls` an http or https URL,
+    image: the bytes themselves; a path, relative to `image_dir`; a `data:` URL; base64 of a file; or with `allow_urls` an http or https URL,
       which is downloaded once.
 
   Raises:
     UserError: it cannot be read.
   """
+  if isinstance(image, bytes):
+    return io.BytesIO(image)
   if image.startswith("data:"):
     match = _DATA_URL.match(image)
     if match is None:

@@ -38,6 +38,11 @@ def test_every_number_is_at_the_nearest_step():
   assert (np.abs(integers * scale - weight) <= 0.5001 * scale).all()
 
 
+@jax.jit
+def quantize(weight):
+  return qwix.quantize(weight.astype(jnp.float32), jnp.int8, channelwise_axes=(0,))
+
+
 class TestStreaming:
   @pytest.mark.parametrize("name", ["clip_mha", "clip_gqa_tied"])
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -49,7 +54,6 @@ class TestStreaming:
       directory = convert_to(directory, tmp_path / "target")
     opened, mesh = checkpoint.open_checkpoint(str(directory)), sharding.make_mesh(**axes)
     whole, eight = (opened.restore(dtype=dtype, mesh=mesh, int8_weights=int8).model.params for int8 in (False, True))
-    quantize = jax.jit(lambda weight: qwix.quantize(weight.astype(jnp.float32), jnp.int8, channelwise_axes=(0,)))
     expected = map_int8(quantize, whole)
     assert jax.tree.structure(eight) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, eight, expected)

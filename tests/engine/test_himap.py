@@ -43,7 +43,7 @@ def assert_close(actual, expected, share):
 
 
 @pytest.mark.parametrize(
-  "name, prune_layers, keep", [MHA, FIRST_TO_LAST, CONSECUTIVE, WINDOW_FROM_LAYER_3, QWEN3, GEMMA, INTERNVL]
+  "name, prune_layers, keep", [MHA, FIRST_TO_LAST, CONSECUTIVE, WINDOW_FROM_LAYER_3, QWEN3, GEMMA]
 )
 def test_prefill_is_the_reference(name, prune_layers, keep, checkpoints, loaded, images):
   tiny = checkpoints(name)

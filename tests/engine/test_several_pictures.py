@@ -10,6 +10,8 @@ import torch
 from himap_jax import GenerationConfig, InputConfig, UserError, generate
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.engine import Engine
+from himap_jax.engine.prefill import prefill
+from himap_jax.engine.programs import method_parameters
 from himap_jax.families.family import Message
 from himap_jax.inputs import Example, Images
 
@@ -36,25 +38,35 @@ def encoded(checkpoints, pictures):
   return [checkpoints(NAME).encode(own, "<s>" + text) for own, text in zip(pictures, QUESTIONS, strict=True)]
 
 
-def answer(loaded, pictures, questions, schedule, batch_size=2):
+def examples_of(model, pictures):
+  processor = model.prompts("<image>{question}")
+  return [processor.prepare(own, text) for own, text in zip(pictures, QUESTIONS, strict=True)]
+
+
+def answer(loaded, pictures, questions, schedule):
   generation = GenerationConfig(NUM_NEW, ignore_eos=True)
-  inputs = InputConfig("<image>{question}", (80,), batch_size)
+  inputs = InputConfig("<image>{question}", (80,), batch_size=2)
   return generate(loaded, pictures, questions, schedule=schedule, generation=generation, inputs=inputs)
+
+
+def packed(model, examples, num_pictures=3):
+  """A batch of rows, padded to the image tokens of `num_pictures`."""
+  bucket = Bucket(num_pictures, num_pictures * N, 80, any(example.num_images < num_pictures for example in examples))
+  batcher = Batcher(512, model.prompts().blank, [ImageBucket(num_pictures, num_pictures * N)], buckets=(80,))
+  return jax.tree.map(jnp.asarray, batcher.pack(examples, bucket=bucket, batch_size=len(examples)))
 
 
 def test_logits_at_every_position(checkpoints, loaded, pictures, encoded):
   tiny, model = checkpoints(NAME), loaded(NAME)
-  processor = model.prompts("<image>{question}")
-  batcher = Batcher(512, processor.blank, [ImageBucket(n, n * N) for n in (1, 2, 3)], buckets=(80,))
-  for own, question, (ids, pixels) in zip(pictures, QUESTIONS, encoded, strict=True):
-    example = processor.prepare(own, question)
+  examples = examples_of(model, pictures)
+  batch = packed(model, examples)
+  actual = jax.jit(lambda model, inputs: model.bind()(inputs))(model.model, batch)
+  for own, example, logits, (ids, pixels) in zip(pictures, examples, actual, encoded, strict=True):
     assert example.tokens.tolist() == ids.tolist()
     assert np.unique(example.image_id, return_counts=True)[1][1:].tolist() == [N] * len(own)
-    batch = batcher.pack([example], bucket=batcher.bucket(example), batch_size=1)
-    actual = jax.jit(lambda model, inputs: model.bind()(inputs))(model.model, jax.tree.map(jnp.asarray, batch))[0]
     with torch.no_grad():
       expected = tiny.model(input_ids=ids[None], pixel_values=pixels).logits[0]
-    np.testing.assert_allclose(actual[: len(ids)], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits[: len(ids)], expected, atol=1e-4, rtol=0)
 
 
 def test_shares_are_of_each_row_s_own_tokens(checkpoints, loaded, pictures, encoded):
@@ -74,39 +86,51 @@ def test_shares_are_of_each_row_s_own_tokens(checkpoints, loaded, pictures, enco
 
 def test_a_count_above_a_row_s_tokens_keeps_all(loaded, pictures):
   model = loaded(NAME)
-  answers = answer(model, pictures, QUESTIONS, model.schedule("himap", (2, 4), (20, 3)))
-  assert [list(map(len, found.kept)) for found in answers] == [[20, 3], [16, 3], [20, 3], [20, 3]]
+  answers = answer(model, pictures[:2], QUESTIONS[:2], model.schedule("himap", (2, 4), (20, 3)))
+  assert [list(map(len, found.kept)) for found in answers] == [[20, 3], [16, 3]]
   with pytest.raises(UserError, match="cannot keep 49 image tokens before layer 2: there are 48"):
     answer(model, pictures, QUESTIONS, model.schedule("himap", (2, 4), (49, 3)))
 
 
 @pytest.mark.parametrize("method", ["visionzip", "prumerge"])
 def test_a_row_is_as_alone(method, loaded, pictures):
-  model = loaded(NAME)
+  model, rows = loaded(NAME), (0, 1, 3)  # two of two pictures, which share a batch, and one of one
   schedule = model.schedule(method)
-  together = answer(model, pictures, QUESTIONS, schedule)
-  for own, question, found in zip(pictures, QUESTIONS, together, strict=True):
-    (alone,) = answer(model, [own], [question], schedule, batch_size=1)
+  pictures, questions = ([own[row] for row in rows] for own in (pictures, QUESTIONS))
+  together = answer(model, pictures, questions, schedule)
+  for own, question, found in zip(pictures, questions, together, strict=True):
+    (alone,) = answer(model, [own], [question], schedule)
     assert (alone.kept, alone.token_ids) == (found.kept, found.token_ids)
     assert all(0 <= index < len(own) * N for stage in found.kept for index in stage)
 
 
-@pytest.mark.parametrize("method", ["himap", "sparsevlm", "divprune", "cdpruner", "random"])
-def test_rows_padded_to_more_image_tokens(method, loaded, pictures):
+def test_rows_padded_to_more_image_tokens(loaded, pictures):
   """Rows of one to three pictures in one batch keep and answer what each does alone, their shares included."""
-  layers = {"himap": (2, 4), "sparsevlm": (2, 3, 4)}
-  model, layers = loaded(NAME), layers.get(method)
-  schedule = model.schedule(method, layers)
-  assert schedule.is_ranking
+  model = loaded(NAME)
+  schedule = model.schedule("himap", *SHARES)
   expected = answer(model, pictures, QUESTIONS, schedule)
-  processor = model.prompts("<image>{question}")
-  examples = [processor.prepare(own, text) for own, text in zip(pictures, QUESTIONS, strict=True)]
-  batcher = Batcher(512, processor.blank, [ImageBucket(3, 3 * N, True)], buckets=(80,))
-  batch = batcher.pack(examples, bucket=Bucket(3, 3 * N, 80, True), batch_size=4)
+  batch = packed(model, examples_of(model, pictures))
   result = Engine(model.model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))(batch, range(4))
   for row, alone in enumerate(expected):
     assert [stage[row] for stage in result.kept] == alone.kept and result.tokens[row] == alone.token_ids
     np.testing.assert_allclose(result.logits[row], alone.first_logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["sparsevlm", "divprune", "cdpruner", "random"])
+def test_methods_on_rows_padded_to_more_image_tokens(method, loaded, pictures):
+  """Their prefill; decoding is the same after all methods."""
+  model = loaded(NAME)
+  schedule = model.schedule(method, (2, 3, 4) if method == "sparsevlm" else None)
+  assert schedule.is_ranking
+  examples, keys = examples_of(model, pictures), jax.random.split(jax.random.key(0), len(pictures))
+  run = jax.jit(lambda model, inputs, keys: prefill(model.bind(), inputs, keys, schedule, method_parameters(schedule)))
+  together = run(model.model, packed(model, examples), keys)
+  for rows, num_pictures in (([0, 3], 2), ([1], 1)):
+    alone = run(model.model, packed(model, [examples[row] for row in rows], num_pictures), keys[jnp.array(rows)])
+    for place, row in enumerate(rows):
+      for padded, own in zip(together.kept, alone.kept, strict=True):
+        assert [index for index in padded[row].tolist() if index >= 0] == own[place].tolist()
+      np.testing.assert_allclose(together.logits[row], alone.logits[place], atol=1e-4, rtol=0)
 
 
 def test_other_methods_have_batches_of_equal_rows(loaded, pictures):
@@ -114,16 +138,17 @@ def test_other_methods_have_batches_of_equal_rows(loaded, pictures):
   for method in ("dart", "visionzip", "vispruner", "prumerge", "uniform", "himap_adaptive"):
     schedule = model.schedule(method, (2, 4) if method == "himap_adaptive" else None)
     assert not schedule.is_ranking
-  answers = answer(model, [*pictures, pictures[0]], [*QUESTIONS, QUESTIONS[0]], schedule)
+  answers = answer(model, [*pictures[:2], pictures[0]], [*QUESTIONS[:2], QUESTIONS[0]], schedule)
   assert answers[0].token_ids == answers[-1].token_ids
 
 
 @pytest.mark.parametrize("method", ["none", "himap", "divprune", "shortv"])
-def test_rows_without_pictures(method, checkpoints, loaded, images):
+def test_rows_without_pictures(method, checkpoints, loaded):
   tiny, model = checkpoints(NAME), loaded(NAME)
   schedule = model.schedule(method, (1, 3) if method in ("shortv", "himap") else None)
-  answers = answer(model, [[], images[:1], []], ["Why?", "What?", "Where is it?"], schedule)
-  for text, found in (("Why?", answers[0]), ("Where is it?", answers[2])):
+  questions = ("Why?", "Where is it?")
+  answers = answer(model, [[], []], questions, schedule)
+  for text, found in zip(questions, answers, strict=True):
     ids = tiny.processor.tokenizer(f"<s>{text}", return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():
       expected = tiny.model.generate(input_ids=ids, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False)

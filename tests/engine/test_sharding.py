@@ -83,7 +83,7 @@ BATCH, TEXT_SLOTS, NUM_IMAGE_TOKENS = 8, 24, 16
 
 
 @functools.cache
-def compiled(method, sizes):
+def lowered(method, sizes):
   """The programs of CONFIG on a mesh, from shapes alone."""
   mesh = sharding.make_mesh(*sizes)
   config = sharding.with_divisible_key_heads(CONFIG, mesh)
@@ -95,27 +95,34 @@ def compiled(method, sizes):
   model = Model(params, Network(config, jnp.float32, sharding.kernels_for(mesh)))
   inputs = programs.abstract_inputs(config, mesh, batch_size=BATCH, num_text_slots=TEXT_SLOTS, image_shape=(28, 28))
   jitted = programs.make_programs(model, mesh, schedule, DecodeConfig(4))
-  lowered = programs.lower(jitted, model, *inputs, programs.method_parameters(schedule))
-  return programs.Programs(*(program.compile() for program in lowered))
+  return programs.lower(jitted, model, *inputs, programs.method_parameters(schedule))
+
+
+@functools.cache
+def exchanged(program, method, sizes):
+  """The collectives of one of the programs."""
+  return collectives(getattr(lowered(method, sizes), program).compile())
 
 
 class TestCollectives:
   @pytest.mark.parametrize("method", [name for name in METHODS if name not in reference_himap.ABLATIONS])
-  def test_rows_need_none_but_to_know_that_all_have_ended(self, method):
-    prefill, decode = compiled(method, (8, 1))
-    assert collectives(prefill) == []
-    found = collectives(decode)
+  def test_rows_need_none(self, method):
+    assert exchanged("prefill", method, (8, 1)) == []
+
+  @pytest.mark.parametrize("method", ["none", "himap", "himap_adaptive"])
+  def test_decoding_rows_need_only_know_that_all_have_ended(self, method):
+    found = exchanged("decode", method, (8, 1))
     assert all(one.kind == "all-reduce" and one.num_bytes == 1 for one in found) and len(found) <= 2
 
   def test_a_layer_adds_up_twice(self):
-    prefill, _ = compiled("none", (4, 2))
+    everywhere = exchanged("prefill", "none", (4, 2))
     hidden = BATCH // 4 * (TEXT_SLOTS + NUM_IMAGE_TOKENS) * TEXT["hidden_size"] * 4
     for layer in range(TEXT["num_hidden_layers"]):
-      found = [one for one in collectives(prefill) if f"/layer_{layer}/" in one.scope]
+      found = [one for one in everywhere if f"/layer_{layer}/" in one.scope]
       assert [(one.kind, one.num_bytes) for one in found] == [("all-reduce", hidden)] * 2
 
   def test_a_stage_adds_at_most_the_heads_average(self):
-    plain, pruned = (collectives(compiled(method, (4, 2)).prefill) for method in ("none", "himap"))
+    plain, pruned = (exchanged("prefill", method, (4, 2)) for method in ("none", "himap"))
     stages = [one for one in pruned if "/prune_before_layer_" in one.scope]
     slots = TEXT_SLOTS + NUM_IMAGE_TOKENS
     assert len(stages) <= 2 and all(one.kind == "all-reduce" for one in stages)
@@ -125,7 +132,7 @@ class TestCollectives:
 
   def test_decoding_adds_up_twice_a_layer(self):
     for method in ("none", "himap"):
-      found = [one for one in collectives(compiled(method, (4, 2)).decode) if "layers_" in one.scope]
+      found = [one for one in exchanged("decode", method, (4, 2)) if "layers_" in one.scope]
       assert len(found) == 2 * TEXT["num_hidden_layers"] and {one.kind for one in found} == {"all-reduce"}
       assert {one.num_bytes for one in found} == {BATCH // 4 * TEXT["hidden_size"] * 4}
 

@@ -1,12 +1,16 @@
 """LLaVA's prompts into tokens and pixels, and examples into batches: templates, where the image stands, buckets, sizes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import tiny_checkpoints
 import transformers
 from PIL import Image
 
+from himap_jax import UserError
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.families import FAMILIES
 from himap_jax.families.llava import LlavaProcessor
 from himap_jax.inputs import IMAGE as IMAGE_KIND
 from himap_jax.inputs import PADDING, TEXT, UNUSED_ORDER
@@ -165,6 +169,23 @@ class TestSizes:
     assert processor.prepare([Image.new("RGB", (30, 300))], "?").images.pixels.shape == (1, 3, 28, 28)
     with pytest.raises(ValueError, match="has 100 x 14000 pixels; padded to a square it is above the limit"):
       processor.prepare([Image.new("RGB", (100, 14_000))], "?")
+
+  @pytest.mark.parametrize("size", [(40, 25), (25, 40), (30, 30)])
+  def test_with_square_pictures(self, loaded, size):
+    """As LLaVA's `expand2square`: the picture in the middle of a square of its processor's mean colour."""
+    opened, picture = loaded(NAME), tiny_checkpoints.noise_image(size, seed=3)
+    mean = tuple(int(value * 255) for value in opened.processor.image_processor.image_mean)
+    square = Image.new("RGB", (max(size),) * 2, mean)
+    square.paste(picture, tuple((max(size) - side) // 2 for side in size))
+    expected = opened.prompts().prepare([square], "?").images.pixels
+    padded = opened.with_square_pictures()
+    np.testing.assert_allclose(padded.prompts().prepare([picture], "?").images.pixels, expected, atol=1e-5)
+    assert not getattr(opened.processor.image_processor, "do_pad", False)
+
+  def test_a_family_whose_pictures_are_not_padded(self, loaded):
+    opened = dataclasses.replace(loaded(NAME), family=FAMILIES["gemma3"])
+    with pytest.raises(UserError, match="pictures of gemma3 are not padded to squares"):
+      opened.with_square_pictures()
 
   def test_pictures_of_different_sizes(self, make):
     image_processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, do_center_crop=False)

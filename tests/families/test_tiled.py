@@ -48,7 +48,8 @@ def rows():
 
 @pytest.fixture(scope="module")
 def answers(loaded, rows):
-  return answer(loaded, rows, QUESTIONS)
+  """Of the rows of no and three pictures."""
+  return answer(loaded, rows[::2], QUESTIONS[::2])
 
 
 def answer(loaded, rows, questions, batch_size=3):
@@ -183,8 +184,8 @@ def test_logits_at_every_position(tiny, loaded, rows):
 
 @pytest.mark.parametrize("tiny", ["internvl", "idefics3"], indirect=True, scope="module")
 class TestHimap:
-  def test_rows_of_none_one_and_three_pictures_are_the_reference_s(self, tiny, loaded, rows, answers):
-    for own, question, found in zip(rows, QUESTIONS, answers, strict=True):
+  def test_rows_of_no_and_three_pictures_are_the_reference_s(self, tiny, loaded, rows, answers):
+    for own, question, found in zip(rows[::2], QUESTIONS[::2], answers, strict=True):
       example = loaded.prompts().prepare(own, question)
       ids = torch.from_numpy(example.tokens).long()
       if not own:
@@ -211,10 +212,11 @@ class TestHimap:
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)
     spread = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(data=4, tensor=2))
     (alone,) = answer(spread, rows[2:], QUESTIONS[2:], batch_size=4)
-    assert (alone.token_ids, alone.kept) == (answers[2].token_ids, answers[2].kept)
-    np.testing.assert_allclose(alone.first_logits, answers[2].first_logits, atol=TOLERANCE, rtol=0)
+    assert (alone.token_ids, alone.kept) == (answers[1].token_ids, answers[1].kept)
+    np.testing.assert_allclose(alone.first_logits, answers[1].first_logits, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("tiny", ["internvl", "smolvlm"], indirect=True, scope="module")
 def test_methods_that_merge_features(loaded, rows):
   """They put merged features through the connector, so that it must act on each image token by itself."""
   method = "visionzip" if loaded.config.vision.has_class_token else "divprune"

@@ -59,6 +59,18 @@ def test_is_torch_s(attend, shape, masked):
     np.testing.assert_allclose(actual, by_torch(*arrays, mask, is_causal=is_causal), atol=5e-5, rtol=0)
 
 
+def random_segments(batch, slots):
+  return jnp.asarray(np.random.default_rng(3).integers(-1, 4, (batch, slots)), jnp.int32)
+
+
+@pytest.mark.parametrize("attend", [xla.attention, cpu.attention, gpu.attention])
+def test_in_segments(attend):
+  arrays, segments = draw(SHAPES["blocks and a rest"]), random_segments(2, cpu.BLOCK + 44)
+  actual = jax.jit(functools.partial(attend, segments=segments))(*arrays)
+  mask = (segments[:, :, None] == segments[:, None])[:, None]
+  np.testing.assert_allclose(actual, by_torch(*arrays, mask), atol=5e-5, rtol=0)
+
+
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["one query head a key head", "three"])
 @pytest.mark.parametrize("num_new", [1, 9])
 @pytest.mark.parametrize("kernels", [xla, cpu], ids=["xla", "cpu"])
@@ -94,28 +106,34 @@ def test_gradients_of_blocks():
     np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
 
 
-def on_devices(mesh):
-  return mesh, functools.partial(sharding.heads, mesh)
+def devices(mesh, **options):
+  return tpu.Devices(mesh, functools.partial(sharding.heads, mesh), **options)
 
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=["rows", "rows and heads"])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["one query head a key head", "two"])
-def test_splash_is_torch_s(heads, sizes):
+@pytest.mark.parametrize(
+  ("heads", "head_dim", "is_causal"),
+  [((2, 2), 64, True), ((4, 2), 64, True), ((2, 2), 80, False)],
+  ids=["one query head a key head", "two", "segments"],
+)
+def test_splash_is_torch_s(heads, head_dim, is_causal, sizes):
   rng = np.random.default_rng(0)
-  arrays = [jnp.asarray(rng.normal(size=(8, 150, n, 64)), jnp.float32) for n in (heads[0], heads[1], heads[1])]
+  arrays = [jnp.asarray(rng.normal(size=(8, 150, n, head_dim)), jnp.float32) for n in (heads[0], heads[1], heads[1])]
+  segments = None if is_causal else random_segments(8, 150)
+  mask = None if is_causal else (segments[:, :, None] == segments[:, None])[:, None]
   mesh = sharding.make_mesh(**sizes)
   arrays = jax.device_put(arrays, sharding.rows(mesh))
-  splash = functools.partial(tpu.attention, is_causal=True, on_devices=on_devices(mesh), interpret=True)
+  splash = functools.partial(tpu.attention, is_causal=is_causal, devices=devices(mesh, interpret=True))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own
-    actual = jax.jit(splash)(*arrays)
+    actual = jax.jit(splash)(*arrays, segments=segments)
   expected = PartitionSpec("data", None, "tensor" if "tensor" in sizes else None)
   assert actual.sharding.is_equivalent_to(NamedSharding(mesh, expected), 4)
-  np.testing.assert_allclose(actual, by_torch(*arrays, is_causal=True), atol=2e-5, rtol=0)
+  np.testing.assert_allclose(actual, by_torch(*arrays, mask, is_causal=is_causal), atol=2e-5, rtol=0)
 
 
 def test_splash_lowers_for_tpu():
-  arrays = [jax.ShapeDtypeStruct((2, 640, heads, 128), jnp.bfloat16) for heads in (8, 2, 2)]
-  splash = functools.partial(tpu.attention, on_devices=on_devices(sharding.make_mesh(data=2)))
+  arrays = [jax.ShapeDtypeStruct((2, 640, heads, 80), jnp.bfloat16) for heads in (8, 2, 2)]
+  splash = functools.partial(tpu.attention, devices=devices(sharding.make_mesh(data=2)))
 
   def lowered(**arguments):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -123,6 +141,7 @@ def test_splash_lowers_for_tpu():
     return traced.lower(lowering_platforms=("tpu",)).as_text()
 
   assert "tpu_custom_call" in lowered(is_causal=True)
+  assert "tpu_custom_call" in lowered(segments=jnp.zeros((2, 640), jnp.int32))
   assert "tpu_custom_call" not in lowered(is_causal=False)
 
 
@@ -164,7 +183,7 @@ def test_every_platform_has_one(platform, capability, expected, monkeypatch):
   attend = sharding.kernels_for.__wrapped__(mesh).attention
   assert getattr(attend, "func", attend) is expected
   if platform == "tpu":
-    own, spec_of = attend.keywords["on_devices"]
+    own, spec_of, _ = attend.keywords["devices"]
     assert own is mesh and spec_of(4, 2) == "spec"
 
 

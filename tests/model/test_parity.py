@@ -17,7 +17,8 @@ PROMPTS = (
   "<s>USER: <image>\nAnd a question that is a good deal longer than the other three. ASSISTANT:",
 )
 TOLERANCE = 1e-4  # logits reach 14; in float32 transformers and we are each up to 0.5e-4 from float64
-DECODERS = [name for name in tiny_checkpoints.SPECS if name not in ("dinov2_shrunk", "internvit_small")]
+TOWERS = ("dinov2_shrunk", "internvit_small")  # whose decoders others have, too
+DECODERS = [name for name in tiny_checkpoints.SPECS if name not in TOWERS]
 
 
 @pytest.fixture(scope="module")
@@ -25,26 +26,32 @@ def pair(request, checkpoints, loaded):
   return checkpoints(request.param), loaded(request.param, batch_size=len(PROMPTS))
 
 
-@pytest.mark.parametrize("pair", tiny_checkpoints.SPECS, indirect=True)
-def test_image_features(pair, images):
-  tiny, loaded = pair
-  pixels = torch.cat([tiny.encode(image, "<image>")[1] for image in images])
+def assert_features(actual, tiny, loaded, pixels):
   with torch.no_grad():
     expected = torch.stack(list(tiny.model.get_image_features(pixels).pooler_output)).numpy()
-  encode = jax.jit(lambda model, images: model.bind().encode_images(images))
-  actual, _ = encode(loaded.model, Images(jnp.asarray(pixels.numpy())[:, None]))
-  assert actual.shape == (len(images), tiny.num_image_tokens, loaded.config.text.hidden_size)
+  assert actual.shape == (len(pixels), tiny.num_image_tokens, loaded.config.text.hidden_size)
   np.testing.assert_allclose(actual, expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.parametrize("pair", TOWERS, indirect=True)
+def test_image_features(pair, images):
+  tiny, loaded = pair
+  pixels = torch.cat([tiny.encode(image, "<image>")[1] for image in images])
+  encode = jax.jit(lambda model, images: model.bind().encode_images(images))
+  actual, _ = encode(loaded.model, Images(jnp.asarray(pixels.numpy())[:, None]))
+  assert_features(actual, tiny, loaded, pixels)
+
+
 @pytest.mark.parametrize("pair", DECODERS, indirect=True)
-def test_logits_at_every_position(pair, images):
+def test_image_features_and_logits_at_every_position(pair, images):
   tiny, loaded = pair
   rows = [tiny.encode(image, prompt) for image, prompt in zip(images, PROMPTS, strict=True)]
   batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, num_slots=128))
-  actual = jax.jit(lambda model, inputs: model.bind()(inputs))(loaded.model, batch)
-  assert actual.dtype == jnp.float32
-  for row, (input_ids, pixels) in zip(actual, rows, strict=True):
+  run = jax.jit(lambda model, inputs: (model.bind().encode_images(inputs.images)[0], model.bind()(inputs)))
+  features, logits = run(loaded.model, batch)
+  assert_features(features, tiny, loaded, torch.cat([pixels for _, pixels in rows]))
+  assert logits.dtype == jnp.float32
+  for row, (input_ids, pixels) in zip(logits, rows, strict=True):
     with torch.no_grad():
       expected = tiny.model(input_ids=input_ids[None], pixel_values=pixels).logits[0].numpy()
     np.testing.assert_allclose(row[: len(input_ids)], expected, atol=TOLERANCE, rtol=0)

@@ -17,20 +17,19 @@ from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 
-LAYERS = (2, 4)
+NAME, LAYERS = "dinov2_shrunk", (1, 3)  # of four layers, with 16 image tokens
 KEEPS = ((4, 1), (8, 2), (12, 6))  # the rungs below 12 and 6
-NUM_IMAGE_TOKENS = {"dinov2": 25, "clip_mha": 16}
 BATCH, SLOTS, NEW = 6, 80, 5
 QUESTIONS = ("Where?", "What is it?", "Why?", "Is there anything else to see?", "How many?", "Which one is blue?")
 
 
-def schedule_of(name, method, keep, parameters=None):
-  own = {"num_image_tokens": NUM_IMAGE_TOKENS[name], "keep": keep, "parameters": parameters}
-  return build_schedule(method, num_layers=6, prune_layers=LAYERS, **own)
+def schedule_of(method, keep, parameters=None):
+  own = {"num_image_tokens": 16, "keep": keep, "parameters": parameters}
+  return build_schedule(method, num_layers=4, prune_layers=LAYERS, **own)
 
 
-def adaptive(name, threshold):
-  return schedule_of(name, "himap_adaptive", KEEPS[-1], {"threshold": threshold})
+def adaptive(threshold):
+  return schedule_of("himap_adaptive", KEEPS[-1], {"threshold": threshold})
 
 
 def rows_of(tiny, images):
@@ -46,10 +45,10 @@ def generate(model, schedule, inputs):
 
 @pytest.fixture(scope="module")
 def subject(checkpoints, loaded, images):
-  tiny, model = checkpoints("dinov2"), loaded("dinov2").model
+  tiny, model = checkpoints(NAME), loaded(NAME).model
   rows = rows_of(tiny, images)
   inputs = tiny_checkpoints.pad_batch(rows, SLOTS)
-  fixed = functools.cache(lambda keep: generate(model, schedule_of("dinov2", "himap", keep), inputs)[0])
+  fixed = functools.cache(lambda keep: generate(model, schedule_of("himap", keep), inputs)[0])
   return tiny, rows, inputs, model, fixed
 
 
@@ -62,7 +61,7 @@ def assert_same_row(ours, row, theirs):
 @pytest.mark.parametrize("threshold, rung", [(1e-6, 0), (1.0, 2)])
 def test_all_rows_on_one_rung_are_its_schedule(subject, threshold, rung):
   _, _, inputs, model, fixed = subject
-  ours, _ = generate(model, adaptive("dinov2", threshold), inputs)
+  ours, _ = generate(model, adaptive(threshold), inputs)
   for row in range(BATCH):
     assert [len(stage[row]) for stage in ours.kept] == list(KEEPS[rung])
     assert_same_row(ours, row, fixed(KEEPS[rung]))
@@ -88,7 +87,7 @@ def test_each_row_goes_where_its_attention_says(subject):
   threshold = float(np.sort(mass[:, 1])[1:3].mean())  # between two rows' shares on the middle rung
   expected = [int(np.argmax([*(row[:2] >= threshold), True])) for row in mass]
   assert len(set(expected)) > 1
-  ours, _ = generate(model, adaptive("dinov2", threshold), inputs)
+  ours, _ = generate(model, adaptive(threshold), inputs)
   for row, rung in enumerate(expected):
     assert [len(stage[row]) for stage in ours.kept] == list(KEEPS[rung])
     assert_same_row(ours, row, fixed(KEEPS[rung]))
@@ -96,7 +95,7 @@ def test_each_row_goes_where_its_attention_says(subject):
 
 def test_neighbours_do_not_matter_and_nothing_is_compiled_again(subject):
   _, _, inputs, model, _ = subject
-  whole, engine = generate(model, adaptive("dinov2", 0.6), inputs)
+  whole, engine = generate(model, adaptive(0.6), inputs)
   settled = engine.num_programs
   order = [3, 0, 4, 1, 1, 5]
   some = jax.tree.map(lambda x: np.asarray(x)[order], inputs)
@@ -106,14 +105,14 @@ def test_neighbours_do_not_matter_and_nothing_is_compiled_again(subject):
     assert [stage[place] for stage in again.kept] == [stage[row] for stage in whole.kept]
     np.testing.assert_allclose(again.logits[place], whole.logits[row], atol=1e-4)
   assert engine.num_programs == settled
-  other, engine = generate(model, adaptive("dinov2", 0.9), inputs)
+  other, engine = generate(model, adaptive(0.9), inputs)
   assert engine.num_programs == 0
   assert other.kept != whole.kept
 
 
 def test_another_threshold_is_not_traced_again(subject):
   _, _, inputs, model, _ = subject
-  schedule = adaptive("dinov2", 0.5)
+  schedule = adaptive(0.5)
   keys = jax.random.split(jax.random.key(0), BATCH)
 
   @jax.jit
@@ -123,20 +122,20 @@ def test_another_threshold_is_not_traced_again(subject):
 
   counts = []
   for threshold in (0.1, 0.5, 0.7, 0.9, 1.0):
-    first, _ = run(inputs, keys, method_parameters(adaptive("dinov2", threshold)))
+    first, _ = run(inputs, keys, method_parameters(adaptive(threshold)))
     counts.append((np.asarray(first) >= 0).sum(axis=1))
   assert (np.diff(counts, axis=0) >= 0).all()
   assert (counts[0] < counts[-1]).all()
 
 
 def test_on_several_devices(checkpoints, images, tmp_path):
-  tiny = checkpoints("clip_mha")
+  tiny = checkpoints(NAME)
   inputs = tiny_checkpoints.pad_batch(rows_of(tiny, images), SLOTS)
   results = []
   for mesh in ({}, {"data": 2, "tensor": 2}):
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)
     loaded = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(**mesh))
-    results.append(generate(loaded.model, adaptive("clip_mha", 0.7), inputs)[0])
+    results.append(generate(loaded.model, adaptive(0.7), inputs)[0])
   assert results[0].kept == results[1].kept
   assert results[0].tokens == results[1].tokens
   assert len({len(row) for row in results[0].kept[0]}) > 1

@@ -37,7 +37,7 @@ def answers(checkpoints, images, tmp_path_factory):
 
 # Every mesh with every number of key heads (4, 2, 1) and with batches that it divides and does not.
 CASES = [("internvit", sizes, 5) for sizes in MESHES] + [("clip_gqa_tied", sizes, 2) for sizes in MESHES]
-CASES += [("dinov2", sizes, batch_size) for sizes, batch_size in zip(MESHES, (2, 5, 2, 5, 2), strict=True)]
+CASES += [("gemma", sizes, batch_size) for sizes, batch_size in zip(MESHES, (2, 5, 2, 5, 2), strict=True)]
 
 
 @pytest.mark.parametrize(("name", "sizes", "batch_size"), CASES)

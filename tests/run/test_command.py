@@ -130,7 +130,7 @@ class TestRuns:
       raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-      patch.setattr("himap_jax.run.output.os.fsync", full)
+      patch.setattr("himap_jax.run.writer.os.fsync", full)
       with pytest.raises(UserError, match="cannot write .*: No space left on device"):
         job.run(small)
     assert job.run(small) == 0 and len(read(small.output)) == 4

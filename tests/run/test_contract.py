@@ -13,10 +13,11 @@ from himap_jax import Sampling, UserError
 from himap_jax.checkpoint import describe
 from himap_jax.engine.engine import Engine
 from himap_jax.run import job
-from himap_jax.run.contract import Contract, digest_of
-from himap_jax.run.output import Output, OutputWriter
+from himap_jax.run.contract import Comparison, Contract, digest_of
+from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
-from himap_jax.run.prompts import Prompt
+from himap_jax.run.prompts import Prompt, Prompts
+from himap_jax.run.writer import OutputWriter
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ class TestSettings:
       job.run(other(config))
 
     # Killed a little later: the settings are the new run's, the rows are not.
-    contract = Contract(config.output, json.loads(settings_before) | {"keep": [7, 2]}, ())
+    contract = Contract(config.output, json.loads(settings_before) | {"keep": [7, 2]}, Prompts.of(()))
     contract.write_settings()
     for unreadable in (False, True):
       with pytest.raises(
@@ -206,45 +207,51 @@ class TestContract:
     for name in "ab":
       (tmp_path / name).write_text(name)
     prompts = [Prompt(1, ("a",), "What?"), Prompt("2", ("a",), "Why?"), Prompt("line:3", error="line 3: bad")]
-    return Contract(tmp_path / "output.jsonl", {"method": "himap", "keep": (8, 3)}, prompts, PictureFiles(tmp_path))
+    settings = {"method": "himap", "keep": (8, 3)}
+    return Contract(tmp_path / "output.jsonl", settings, Prompts.of(prompts), PictureFiles(tmp_path))
 
   def row(self, contract, number=0, **changes):
-    digest = contract.row_digest(
-      contract.prompts[number], ["ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"]
-    )
-    return contract.prompts[number].row(digest, answer="yes") | changes
+    prompt = list(contract.prompts)[number]
+    digest = contract.row_digest(prompt, ["ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"])
+    return prompt.row(digest, answer="yes") | changes
+
+  def is_stale(self, contract, row):
+    comparison = Comparison(contract)
+    return comparison.is_failed(row) or comparison.changed() == {str(row["id"])}
 
   def test_a_digest(self, contract):
     digest = self.row(contract)["digest"]
     assert digest == f"{digest_of({'method': 'himap', 'keep': [8, 3]})}-{digest[17:33]}-ca978112ca1bbdca"
     assert self.row(contract, 1)["digest"][17:33] != digest[17:33]
-    assert contract.row_digest(contract.prompts[0]) == digest[:34] + "0" * 16
+    assert contract.row_digest(next(iter(contract.prompts))) == digest[:34] + "0" * 16
 
   def test_what_is_stale(self, contract, tmp_path):
-    assert not contract.is_stale(self.row(contract)) and not contract.is_stale(self.row(contract, id="1"))
-    assert not contract.is_stale(self.row(contract, id="not asked", error="failed"))
-    assert contract.is_stale(self.row(contract, error="failed"))
-    assert contract.is_stale(self.row(contract, 1, id=1))
+    assert not self.is_stale(contract, self.row(contract)) and not self.is_stale(contract, self.row(contract, id="1"))
+    assert not self.is_stale(contract, self.row(contract, id="not asked", error="failed"))
+    assert self.is_stale(contract, self.row(contract, error="failed"))
+    assert self.is_stale(contract, self.row(contract, 1, id=1))
     digest = self.row(contract)["digest"]
-    assert contract.is_stale(self.row(contract, digest=digest[:-1] + "0"))
-    assert contract.is_stale(self.row(contract, id="line:3"))
+    assert self.is_stale(contract, self.row(contract, digest=digest[:-1] + "0"))
+    assert self.is_stale(contract, self.row(contract, id="line:3"))
     for refused in ("", "0" * 16 + digest[16:]):
       for row_id in (1, "not asked"):
         with pytest.raises(UserError, match="output.jsonl: made with other settings; use another"):
-          contract.is_stale(self.row(contract, id=row_id, digest=refused))
-      assert contract.is_stale(self.row(contract, digest=refused, error="failed"))
+          self.is_stale(contract, self.row(contract, id=row_id, digest=refused))
+      assert self.is_stale(contract, self.row(contract, digest=refused, error="failed"))
 
   def test_every_picture_is_read_once(self, contract, monkeypatch):
     calls = []
     monkeypatch.setattr(PictureFiles, "digest", lambda self, path: calls.append(path))
-    assert not any(contract.is_stale(self.row(contract, number)) for number in (0, 1, 0))
+    comparison = Comparison(contract)
+    assert not any(comparison.is_failed(self.row(contract, number)) for number in (0, 1, 0))
+    assert comparison.changed() == set() and comparison.num_unreadable == 1
     assert len(calls) == 1
 
   def test_settings_are_written_whole_and_before_the_rows(self, contract, monkeypatch):
     path = contract.output.with_name("output.jsonl.settings.json")
     with Output(contract, resume=True) as output:
       output.write([])
-      assert not path.exists() and output.answered == frozenset()
+      assert not path.exists() and not output.answered.any()
       with monkeypatch.context() as patch:
         patch.setattr(OutputWriter, "write", lambda *_: pytest.fail("rows first") if not path.exists() else None)
         output.write([self.row(contract)])
@@ -263,13 +270,13 @@ class TestContract:
       )
       with pytest.raises(UserError, match="line 1 is not an output row"):
         Output(contract, resume=True)
-    assert sums == [[1, 0, 0, 0]]
+    assert [total.tolist() for total in sums] == [[0, 0, 0, 1]]
     monkeypatch.setattr("himap_jax.engine.processes.is_leader", lambda: False)
     monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array(sums[0]) + values)
     with pytest.raises(UserError, match="the first process of this run cannot start"):
       Output(contract, resume=True)
-    monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array([0, 0, 1, 0]) + values)
+    monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array([0, 1, 0, 0]) + values)
     with Output(contract, resume=True) as output:
-      assert output.answered == {"2"}
+      assert output.answered.tolist() == [False, True, False]
       output.write([self.row(contract)])
     assert contract.output.read_text() == "notes\n"

@@ -1,8 +1,15 @@
 import json
+import pathlib
 
 import pytest
 
-from himap_jax.run.prompts import Prompt, read_prompts
+from himap_jax.run import prompts
+from himap_jax.run.prompts import Prompt
+from himap_jax.run.records import open_records
+
+
+def read_prompts(path):
+  return list(prompts.read_prompts(open_records(pathlib.Path(path))))
 
 
 def write(tmp_path, data):
@@ -212,7 +219,7 @@ def test_empty_file(tmp_path, data):
     read_prompts(write(tmp_path, data))
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "", "absent/prompts.jsonl", "a\0b"])
+@pytest.mark.parametrize("name", ["absent.jsonl", "absent/prompts.jsonl", "a\0b"])
 def test_unreadable_file(tmp_path, name):
   with pytest.raises(ValueError, match="cannot read the prompt file") as caught:
     read_prompts(f"{tmp_path}/{name}")

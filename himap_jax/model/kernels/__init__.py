@@ -13,8 +13,9 @@ class Kernels:
   """Implementations for one platform.
 
   Attributes:
-    attention: `(query [B,S,N,H], key [B,T,K,H], value [B,T,K,H], mask [B,1,S,T] or None, is_causal=)` to the context
-      `[B,S,N,H]`. K divides N; the softmax is in float32; `is_causal` hides later keys.
+    attention: `(query [B,S,N,H], key [B,T,K,H], value [B,T,K,H], mask [B,1,S,T] or None, is_causal=, segments=)` to the
+      context `[B,S,N,H]`. K divides N; the softmax is in float32; `is_causal` hides later keys, and `segments` `[B,S]`,
+      of queries and keys alike, hide those of other segments.
     cache_attention: attention of one new token per row; as `xla.cache_attention`.
     product: `(x [B,S,D], weight [F,D])` to `x · weightᵀ` `[B,S,F]` in float32; the weight may be int8.
     take_rows: `(table [V,D], ids)` to rows of the table.

@@ -27,8 +27,10 @@ def attention(
   mask: Bool[Array, "#B 1 S T"] | None = None,
   *,
   is_causal: bool = False,
+  segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
   """Attention in blocks of queries whose logits fit the processor's cache; skips keys hidden by causality."""
+  mask = xla.in_segments(mask, segments)
   batch, slots, num_heads, head_dim = query.shape
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   query = query.reshape(batch, key.shape[1], -1, slots, head_dim)

@@ -6,7 +6,7 @@ Axes: as in `xla`.
 import dataclasses
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.model.kernels import xla
 
@@ -18,9 +18,10 @@ def attention(
   mask: Bool[Array, "#B 1 S T"] | None = None,
   *,
   is_causal: bool = False,
+  segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
-  """cuDNN's flash attention; JAX's own attention for masks, other dtypes and other head dims."""
-  head_dim = query.shape[-1]
+  """cuDNN's flash attention; JAX's own attention for masks, segments, other dtypes and other head dims."""
+  head_dim, mask = query.shape[-1], xla.in_segments(mask, segments)
   if mask is not None or query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
     return xla.attention(query, key, value, mask, is_causal=is_causal)
   return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")

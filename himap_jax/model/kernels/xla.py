@@ -20,10 +20,22 @@ def attention(
   mask: Bool[Array, "#B 1 S T"] | None = None,
   *,
   is_causal: bool = False,
+  segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
   """JAX's own attention."""
+  mask = in_segments(mask, segments)
   with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+
+
+def in_segments(
+  mask: Bool[Array, "#B 1 S T"] | None, segments: Int[Array, "B S"] | None
+) -> Bool[Array, "#B 1 S T"] | None:
+  """A mask that is true only between slots of the same segment."""
+  if segments is None:
+    return mask
+  same = (segments[:, :, None] == segments[:, None])[:, None]
+  return same if mask is None else mask & same
 
 
 def cache_attention(

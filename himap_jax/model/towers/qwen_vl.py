@@ -1,7 +1,7 @@
 """The towers of Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (arXiv 2502.13923) and Qwen3-VL, for pictures of any size.
 
 Axes: B batch, P patches of a row's pictures, S squares of patches, F features of a square, D width, N heads, H head dim,
-R rotated features of a head, A numbers that name a group.
+R rotated features of a head, A row and column.
 
 The patches of a square that becomes an image token follow each other. All else is decided by coordinates (picture, row,
 column), so that a row's pictures may have any sizes; padding, whose coordinates are −1, sees only itself.
@@ -11,7 +11,7 @@ import itertools
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from himap_jax.inputs import Images
 from himap_jax.model import rope
@@ -23,9 +23,11 @@ from himap_jax.model.tracing import traced_once
 Rotation = tuple[Float[Array, "B P 1 R"], Float[Array, "B P 1 R"]]
 
 
-def same(groups: Int[Array, "B P A"]) -> Bool[Array, "B P P"]:
-  """Whether two patches are of the same group."""
-  return (groups[:, :, None] == groups[:, None]).all(axis=-1)
+def window_of(coordinates: Int[Array, "B P 3"], size: int) -> Int[Array, "B P"]:
+  """A number for every window of `size` × `size` patches of a row's pictures; −1 for padding."""
+  picture, row, column = (coordinates[:, :, axis] for axis in range(3))
+  most = coordinates.shape[1] // size + 1  # windows along a side of a picture
+  return jnp.where(picture < 0, -1, (picture * most + row // size) * most + column // size)
 
 
 def axial_rotation(config: PatchVisionConfig, coordinates: Int[Array, "B P 3"]) -> Rotation:
@@ -45,7 +47,8 @@ class PositionEmbedding(common.TowerModule):
   def __call__(self, coordinates: Int[Array, "B P 3"]) -> Float[Array, "B P D"]:
     side = self.config.image_size // self.config.patch_size
     table = Embedding(side**2, self.config.hidden_size, self.kernels, name="pos_embed")
-    places, in_picture = coordinates[:, :, 1:], same(coordinates[:, :, :1])
+    picture, places = coordinates[:, :, 0], coordinates[:, :, 1:]
+    in_picture = picture[:, :, None] == picture[:, None]
     last = jnp.where(in_picture[..., None], places[:, None], 0).max(axis=2, initial=0)
     place = jnp.maximum(places, 0).astype(jnp.float32) * (side - 1) / jnp.maximum(last, 1).astype(jnp.float32)
     first = jnp.floor(place)
@@ -64,11 +67,11 @@ class QwenAttention(common.TowerModule):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B P D"], rotation: Rotation, mask: Bool[Array, "B 1 P P"]
+    self, x: Float[Array, "B P D"], rotation: Rotation, segments: Int[Array, "B P"]
   ) -> tuple[Float[Array, "B P D"], Float[Array, "B P N H"]]:
     query, key, value = common.query_key_value(x, self.config, self.kernels, ("q_proj", "k_proj", "v_proj"))
     query, key = (rope.rotate(y.astype(jnp.float32), *rotation).astype(x.dtype) for y in (query, key))
-    y = self.kernels.attention(query, key, value, mask) if x.shape[1] else value
+    y = self.kernels.attention(query, key, value, segments=segments) if x.shape[1] else value
     output = Linear(self.config.hidden_size, self.kernels, use_bias=True, axes=(None, "tower_heads"), name="proj")
     return output(y.reshape(x.shape)), key
 
@@ -92,11 +95,11 @@ class QwenLayer(common.TowerModule):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "B P D"], rotation: Rotation, mask: Bool[Array, "B 1 P P"]
+    self, x: Float[Array, "B P D"], rotation: Rotation, segments: Int[Array, "B P"]
   ) -> tuple[Float[Array, "B P D"], Float[Array, "B P N H"]]:
     c, k = self.config, self.kernels
     feed_forward = GatedFeedForward if c.is_gated else common.FeedForward
-    y, key = QwenAttention(c, k, name="attn")(common.norm(c, "norm1")(x), rotation, mask)
+    y, key = QwenAttention(c, k, name="attn")(common.norm(c, "norm1")(x), rotation, segments)
     x = x + y
     return x + feed_forward(c, k, name="mlp")(common.norm(c, "norm2")(x)), key
 
@@ -114,19 +117,16 @@ class PatchTower(common.TowerModule):
     x = x.reshape(batch, num_patches, c.hidden_size)
     if c.has_position_embedding:
       x = x + PositionEmbedding(c, k, name="embeddings")(coordinates).astype(x.dtype)
-    rotation, in_picture = axial_rotation(c, coordinates), same(coordinates[:, :, :1])[:, None]
-    in_window = in_picture
-    if c.window_size is not None:
-      window = coordinates[:, :, 1:] // c.window_size
-      in_window = in_window & same(window)[:, None]
+    rotation, picture = axial_rotation(c, coordinates), coordinates[:, :, 0]
+    window = picture if c.window_size is None else window_of(coordinates, c.window_size)
 
     def merge(x: Float[Array, "B P D"]) -> Float[Array, "B S F"]:
       return x.reshape(batch, num_patches // c.merge_size**2, c.num_features)
 
     layer, deepstack = traced_once(QwenLayer), []
     for index in range(c.num_layers_run):
-      mask = in_picture if index in c.full_attention_layers else in_window
-      x, key = layer(c, k, name=f"layers_{index}")(x, rotation, mask)
+      segments = picture if index in c.full_attention_layers else window
+      x, key = layer(c, k, name=f"layers_{index}")(x, rotation, segments)
       if index in c.deepstack_layers:
         deepstack.append(merge(x))
     keys = key.reshape(batch, -1, c.merge_size**2, *key.shape[2:]).mean(axis=2)

@@ -32,7 +32,7 @@ from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.pruning.cost import costs
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run.output import OutputWriter
+from himap_jax.run.writer import OutputWriter
 
 ROOT = pathlib.Path(__file__).parents[3]
 NAME, N, NUM_LAYERS = "clip_mha", 16, 6

@@ -19,13 +19,13 @@ from himap_jax.pruning.schedule import Schedule
 
 KEEPS = tuple(zip(rung_counts(0, 12), rung_counts(1, 6), strict=True))
 TEXTS = ("Why?", "Where is it?", "What?", "How many?", "Why?")
-SIZES = dict(num_layers=6, num_image_tokens=16, prune_layers=(2, 4))
+SIZES = dict(num_layers=4, num_image_tokens=16, prune_layers=(1, 3))
 RUNGS = tuple(build_schedule("himap", **SIZES, keep=keep) for keep in KEEPS)
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_subject, tmp_path_factory):
-  workdir, subject = tmp_path_factory.mktemp("adaptive"), tiny_subject(TEXTS)
+  workdir, subject = tmp_path_factory.mktemp("adaptive"), tiny_subject(TEXTS, "dinov2_shrunk")
   yield subject, adaptive.measure(subject, RUNGS, workdir, max_new_tokens=3), workdir
   jax.clear_caches()
 

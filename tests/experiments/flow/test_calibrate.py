@@ -105,7 +105,7 @@ def first_kept(model, inputs, schedule):
 
 
 def test_a_calibration(tiny_subject, tmp_path, monkeypatch):
-  subject = tiny_subject(["Why?"] * 4)
+  subject = tiny_subject(["Why?"] * 4, "clip_mha")
   found = calibrate.measure(subject, tmp_path, layers_at_a_time=6, disrupted_layers=(0, 2, 5))
   assert found.to_image.shape == found.instruction_scores.shape == (6, 4, 16)
   assert found.image_weight[1] == pytest.approx((found.image_weight[0] + found.image_weight[2]) / 2)

@@ -1,5 +1,6 @@
 """The studies of a model's flow as commands: what they write, what they leave out, and that they resume."""
 
+import csv
 import json
 from typing import NamedTuple
 
@@ -28,15 +29,15 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "saliency": Command(
-    ("--layers_at_a_time=6",),
+    ("--layers_at_a_time=4",),
     "3 questions",
     "flow-*.npz",
     2,
-    {"saliency.csv", "contributions.csv", "saliency.md", "saliency.png", "contributions.png"}
+    {"saliency.csv", "contributions.csv", "depth.csv", "saliency.md", "saliency.png", "contributions.png"}
     | {"maps_to_instruction.png", "maps_to_image.png"},
   ),
   "disruption": Command(
-    ("--layers=1,4", "--how=mask,mean", "--chosen=block"),
+    ("--layers=1,3", "--how=mask,mean", "--chosen=block"),
     "3 questions",
     "outcome-*.npz",
     2,
@@ -50,7 +51,7 @@ COMMANDS = {
     {"importance.csv", "correlations.csv", "importance.md"},
   ),
   "calibrate": Command(
-    ("--budget=60%", "--num_tried=1", "--layers_at_a_time=6", "--disrupted_layers=0,5", "--max_new_tokens=2"),
+    ("--budget=60%", "--num_tried=1", "--layers_at_a_time=4", "--disrupted_layers=0,3", "--max_new_tokens=2"),
     "3 questions",
     "scores-*.npz",
     2,
@@ -83,7 +84,7 @@ def test_a_command(name, checkpoints, images, compiled, tmp_path):
   rows.append({"id": "broken", "image": "none.png", "question": "Why?", "answer": "yes", "type": "why"})
   (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
   common = (
-    f"--checkpoint={checkpoints('clip_mha').directory}", "--batch_size=2", "--prompt_buckets=40",
+    f"--checkpoint={checkpoints('dinov2_shrunk').directory}", "--batch_size=2", "--prompt_buckets=40",
     "--prompt_template=<image>{question}", f"--compilation_cache_dir={compiled}",
   )  # fmt: skip
 
@@ -121,3 +122,43 @@ def test_a_command(name, checkpoints, images, compiled, tmp_path):
     kept = {row["id"]: [len(stage) for stage in row.get("kept", ())] for row in answers}
     keep = json.loads(path.read_text())["keep"]
     assert kept == {"q0": keep, "q1": keep, "q2": keep, "broken": []}
+
+
+CROSS_COMMANDS = {
+  "saliency": (
+    ("--layers_at_a_time=7", "--map_layers=3"),
+    "S_vv and its ratio to S_vt do not exist",
+    {"saliency.csv", "contributions.csv", "depth.csv", "saliency.md", "saliency.png", "contributions.png"},
+  ),
+  "disruption": (
+    ("--layers=3", "--how=mask", "--chosen=block"),
+    "there is no bias ratio",
+    {"disruption.csv", "disruption.md", "disruption.png"},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CROSS_COMMANDS)
+def test_a_command_on_a_model_with_cross_attention(name, mllama, images, compiled, tmp_path):
+  arguments, said, written = CROSS_COMMANDS[name]
+  images[0].save(tmp_path / "0.png")
+  row = {"id": "q", "image": "0.png", "question": "Why?", "answer": "0", "type": "why"}
+  (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+  command = commands.Command(
+    f"experiments.flow.{name}", f"--checkpoint={mllama.directory}", "--prompt_buckets=40",
+    "--prompt_template=<image>{question}", f"--question_set={tmp_path / 'questions.jsonl'}",
+    f"--workdir={tmp_path / 'work'}", f"--output={tmp_path / 'out'}", f"--compilation_cache_dir={compiled}", *arguments,
+  )  # fmt: skip
+  output, errors = command.communicate()
+  assert command.process.exitcode == 0, errors
+  assert said in output
+  assert {path.name for path in (tmp_path / "out").iterdir()} == written
+  if name == "saliency":
+    rows = list(csv.DictReader((tmp_path / "out" / "saliency.csv").read_text().splitlines()))
+    found = [(row["layer"], row["block"]) for row in rows if row["by_pair"] and row["block"].startswith("image")]
+    assert found == [(layer, "image→instruction") for layer in "135"]
+  else:
+    rows = list(csv.DictReader((tmp_path / "out" / "disruption.csv").read_text().splitlines()))
+    assert [(row["intervention"], row["mode"]) for row in rows] == [
+      ("image→instruction, mask", mode) for mode in ("single", "onward")
+    ]

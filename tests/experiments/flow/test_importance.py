@@ -23,7 +23,7 @@ PROMPTS = ("<s>USER: <image>\nWhat is it? ASSISTANT:", "<s>USER: <image>\nWhat i
 @pytest.fixture(scope="module")
 def run(checkpoints, loaded, images):
   """Returns `run(schedule, images)`: the prefill of a pair."""
-  tiny, model = checkpoints("clip_mha"), loaded("clip_mha").model
+  tiny, model = checkpoints("dinov2_shrunk"), loaded("dinov2_shrunk").model
   keys = jax.random.split(jax.random.key(1), 2)
   compiled = jax.jit(
     lambda model, inputs, schedule: prefill(model.bind(), inputs, keys, schedule), static_argnames="schedule"
@@ -39,7 +39,7 @@ def run(checkpoints, loaded, images):
 
 @pytest.fixture(scope="module")
 def own():
-  return build_schedule("himap", num_layers=6, num_image_tokens=N, prune_layers=(2, 4), keep=KEEP)
+  return build_schedule("himap", num_layers=4, num_image_tokens=N, prune_layers=(1, 3), keep=KEEP)
 
 
 def test_own_scores_are_himap_s(run, own):
@@ -52,7 +52,7 @@ def test_own_scores_are_himap_s(run, own):
 def test_manipulated_scores(run, own):
   first = np.asarray(run(own).kept[0])
   np.testing.assert_array_equal(run(importance.with_scores(own, "partner's")).kept[0], first[::-1])
-  wide = build_schedule("himap", num_layers=6, num_image_tokens=N, prune_layers=(2, 4), keep=(N - KEEP[0], 3))
+  wide = build_schedule("himap", num_layers=4, num_image_tokens=N, prune_layers=(1, 3), keep=(N - KEEP[0], 3))
   rest = np.asarray(run(importance.with_scores(wide, "reversed")).kept[0])
   for row in range(2):
     assert sorted([*first[row], *rest[row]]) == list(range(N))

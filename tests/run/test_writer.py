@@ -9,7 +9,7 @@ import time
 import pytest
 
 from himap_jax.errors import UserError
-from himap_jax.run.output import OutputWriter
+from himap_jax.run.writer import OutputWriter
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -234,7 +234,7 @@ def test_full_disk_takes_back_what_was_written(path):
   code = """
 import resource, signal, sys
 from himap_jax.errors import UserError
-from himap_jax.run.output import OutputWriter
+from himap_jax.run.writer import OutputWriter
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 with OutputWriter(sys.argv[1], resume=True) as writer:
@@ -267,7 +267,7 @@ def test_two_writers(path):
 
 WORKER = """
 import sys
-from himap_jax.run.output import OutputWriter
+from himap_jax.run.writer import OutputWriter
 with OutputWriter(sys.argv[1], resume=True) as writer:
     left = [n for n in range(200) if str(n) not in writer.answered]
     print("ready", flush=True)

@@ -1,0 +1,321 @@
+"""Rows of prompts from a file, a directory or the Hugging Face hub, read one after another and never held.
+
+x.parquet  x.csv  any other file: JSONL
+a directory that `datasets` saved, or of such files as the hub lays them out: one of its splits
+owner/name: downloaded, then such a directory
+"""
+
+import contextlib
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool
+
+from checkpoints_convert.source import first_line, some
+from himap_jax.errors import UserError
+
+EXTRA = "pip install 'himap_jax[data]'"
+BATCH_ROWS = 16  # that are in memory at a time, of a file with columns
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BUFFER_BYTES = 1 << 20  # of each column of a parquet file, whose row groups may be larger than memory
+_MAX_CSV_FIELD = 1 << 28  # a quote that is not closed takes no more
+_KINDS = {kind: (f".{kind}",) for kind in ("parquet", "csv", "arrow")} | {"json": (".jsonl", ".json")}
+
+
+class BadRow(UserError):
+  """An error in one row."""
+
+
+class Record(NamedTuple):
+  """One row.
+
+  Attributes:
+    place: where it is, for messages: `line 3`, `row 3`, or `row 3 of b.parquet` of several files.
+    label: the same as an id: `line:3`, `row:3`, `b.parquet:3`.
+    fields: its values by name, or why there are none.
+  """
+
+  place: str
+  label: str
+  fields: dict[str, Any] | BadRow
+
+
+# Yields the numbers and fields of a file's rows. Takes the file, the columns to read (None for all), and an iterator that
+# tells of each row whether it is wanted.
+_Read = Callable[[pathlib.Path, Collection[str] | None, Iterator[bool]], Iterator[tuple[int, dict[str, Any] | BadRow]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Rows that are read anew each time; raises `UserError` whenever a file cannot be read.
+
+  Attributes:
+    name: of all, for messages.
+    columns: of all rows; None if each has its own.
+  """
+
+  name: str
+  files: Sequence[pathlib.Path]
+  columns: tuple[str, ...] | None
+  unit: str
+  read_file: _Read
+
+  def read(
+    self, columns: Collection[str] | None = None, wanted: Bool[np.ndarray, "N"] | None = None
+  ) -> Iterator[Record]:
+    """Yields rows in their order.
+
+    Args:
+      columns: those to read, where the rows have columns; all if absent.
+      wanted: for every row whether to yield it; all if absent.
+    """
+    flags = itertools.repeat(True) if wanted is None else itertools.chain(wanted.tolist(), itertools.repeat(False))
+    common = os.path.commonpath([path.parent for path in self.files])
+    for path in self.files:
+      file = path.relative_to(common)
+      for number, fields in self.read_file(path, columns, flags):
+        if len(self.files) == 1:
+          yield Record(f"{self.unit} {number}", f"{self.unit}:{number}", fields)
+        else:
+          yield Record(f"{self.unit} {number} of {file}", f"{file}:{number}", fields)
+
+
+def open_records(path: pathlib.Path, split: str | None = None) -> Records:
+  """The rows of a file, a directory or a hub id.
+
+  Args:
+    split: of a directory or hub id; `configuration/split` where it has several configurations. Not needed if there is
+      only one.
+
+  Raises:
+    UserError: there is no such thing, it cannot be read, or it has no such split.
+  """
+  if path.is_dir():
+    return _of_directory(path, path, split)
+  if not path.exists() and _HUB_ID.fullmatch(str(path)) and path.suffix not in itertools.chain(*_KINDS.values()):
+    return _of_directory(path, _downloaded(str(path)), split)
+  if split is not None:
+    raise UserError(f"--split={split}: {path} is a file; only directories and data sets of the hub have splits")
+  kind = next((kind for kind, suffixes in _KINDS.items() if path.suffix in suffixes), "json")
+  return _of_files(path, [path], kind)
+
+
+def _of_files(name: pathlib.Path, files: Sequence[pathlib.Path], kind: str) -> Records:
+  if kind == "json":
+    return Records(str(name), files, None, "line", _read_lines)
+  columns_of, read, unit = {
+    "csv": (_csv_columns, _read_csv, "line"),
+    "parquet": (_parquet_columns, _read_parquet, "row"),
+    "arrow": (_arrow_columns, _read_arrow, "row"),
+  }[kind]
+  columns = [columns_of(path) for path in files]
+  return Records(
+    str(name), files, tuple(name for name in columns[0] if all(name in own for own in columns)), unit, read
+  )
+
+
+def _of_directory(name: pathlib.Path, directory: pathlib.Path, split: str | None) -> Records:
+  """The rows of one split of a directory."""
+  with _needs_extra(name):
+    import datasets  # slow to import
+
+  if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
+    with _unreadable(name):
+      saved = datasets.load_from_disk(str(directory))
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
+    chosen = splits[_choose(name, splits, split)]
+    return _of_files(name, [pathlib.Path(file["filename"]) for file in chosen.cache_files], "arrow")
+  configuration, _, own = (split or "").rpartition("/")
+  try:
+    builder = datasets.load_dataset_builder(str(directory.resolve()), configuration or None)
+  except Exception as error:  # of many types
+    found = re.search(r"(?:configs|Available): \[(.*)\]", str(error))
+    if found:
+      known = found[1].replace("'", "")
+      raise UserError(
+        f"{name} has the configurations {known}; choose one and its split with --split, such as "
+        f"--split={known.split(',')[0]}/test"
+      ) from error
+    raise UserError(f"{name} is no data set: {first_line(error)}") from error
+  kind, splits = builder.name, {str(key): files for key, files in (builder.config.data_files or {}).items()}
+  files = [pathlib.Path(file) for file in splits[_choose(name, splits, own or None)]]
+  other = [file.name for file in files if file.suffix not in _KINDS.get(kind, ())]
+  if kind not in _KINDS or other:
+    raise UserError(f"{name} has files of another kind ({some(other)}); supported are parquet, csv, jsonl and arrow")
+  return _of_files(name, files, kind)
+
+
+def _choose(name: pathlib.Path, splits: Iterable[str], split: str | None) -> str:
+  known = list(splits)
+  if split is None and len(known) == 1:
+    return known[0]
+  if split not in known:
+    asked = "choose one with --split" if split is None else f"not --split={split}"
+    raise UserError(f"{name} has the splits {', '.join(known)}; {asked}")
+  return split
+
+
+def _downloaded(name: str) -> pathlib.Path:
+  import huggingface_hub  # slow to import
+
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(name, repo_type="dataset"))
+  except Exception as error:  # the client also raises errors of its HTTP library
+    raise UserError(
+      f"{name}: no such file or directory, and it cannot be downloaded from the Hugging Face hub ({first_line(error)})"
+    ) from error
+
+
+def _read_lines(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
+  del columns
+  with _unreadable(path), open(path, "rb") as file:
+    for number, line in enumerate(file, start=1):
+      line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
+      if line.strip() and next(wanted):
+        yield number, _parsed(line)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | BadRow:
+  try:
+    fields = json.loads(line.decode("utf-8"))
+  except UnicodeDecodeError as error:
+    return BadRow(f"not UTF-8: {error.reason} at byte {error.start + 1}")
+  except json.JSONDecodeError as error:
+    return BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
+  except (ValueError, RecursionError) as error:
+    return BadRow(f"not valid JSON: {error}")
+  return fields if isinstance(fields, dict) else BadRow(f"not a JSON object but {kind_of(fields)}")
+
+
+def kind_of(value: Any) -> str:
+  """The type of a value, for messages."""
+  kinds = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+  return (kinds | {bytes: "bytes", type(None): "null"}).get(type(value), f"a {type(value).__name__}")
+
+
+@contextlib.contextmanager
+def _csv_rows(path: pathlib.Path) -> Iterator[Any]:
+  csv.field_size_limit(_MAX_CSV_FIELD)
+  with _unreadable(path), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    yield csv.reader(file, strict=True)
+
+
+def _csv_columns(path: pathlib.Path) -> list[str]:
+  with _csv_rows(path) as rows:
+    try:
+      return next(rows, [])
+    except csv.Error as error:
+      raise UserError(f"{path}: the line of column names is not valid CSV: {error}") from error
+
+
+def _read_csv(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
+  """An empty field is none."""
+  del columns
+  with _csv_rows(path) as rows:
+    names = next(rows, [])
+    while True:
+      number = rows.line_num + 1
+      try:
+        values = next(rows)
+      except StopIteration:
+        return
+      except csv.Error as error:
+        values, bad = None, BadRow(f"not valid CSV: {error}")
+      if values != [] and next(wanted):
+        yield number, bad if values is None else _named(names, values)
+
+
+def _named(names: Sequence[str], values: Sequence[str]) -> dict[str, str | None] | BadRow:
+  if len(values) != len(names):
+    return BadRow(f"not valid CSV: {len(values)} fields, but the first line names {len(names)}")
+  if any("\udc80" <= character <= "\udcff" for value in values for character in value):
+    return BadRow("not UTF-8")
+  return {name: value or None for name, value in zip(names, values, strict=True)}
+
+
+@contextlib.contextmanager
+def _parquet(path: pathlib.Path) -> Iterator[Any]:
+  with _needs_extra(path):
+    from pyarrow import parquet  # slow to import
+
+  with _unreadable(path), parquet.ParquetFile(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+    yield file
+
+
+def _parquet_columns(path: pathlib.Path) -> list[str]:
+  with _parquet(path) as file:
+    return file.schema_arrow.names
+
+
+def _read_parquet(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
+  with _parquet(path) as file:
+    number = 1
+    for group in range(file.num_row_groups):
+      flags = list(itertools.islice(wanted, file.metadata.row_group(group).num_rows))
+      if any(flags):  # or nothing of it is read
+        yield from _rows(file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns), flags, number)
+      number += len(flags)
+
+
+@contextlib.contextmanager
+def _arrow(path: pathlib.Path) -> Iterator[Any]:
+  with _needs_extra(path):
+    import pyarrow  # slow to import
+
+  with _unreadable(path), pyarrow.memory_map(str(path)) as source, pyarrow.ipc.open_stream(source) as stream:
+    yield stream
+
+
+def _arrow_columns(path: pathlib.Path) -> list[str]:
+  with _arrow(path) as stream:
+    return stream.schema.names
+
+
+def _read_arrow(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
+  with _arrow(path) as stream:
+    number = 1
+    for batch in stream:
+      flags = list(itertools.islice(wanted, batch.num_rows))
+      own = batch if columns is None else batch.select(list(columns))
+      yield from _rows((own.slice(n, BATCH_ROWS) for n in range(0, len(flags), BATCH_ROWS)), flags, number)
+      number += len(flags)
+
+
+def _rows(batches: Iterable[Any], flags: Sequence[bool], number: int) -> Iterator[tuple[int, dict[str, Any]]]:
+  """The wanted rows of consecutive batches, the first of which has a number."""
+  start = 0
+  for batch in batches:
+    own = flags[start : start + batch.num_rows]
+    if any(own):
+      yield from itertools.compress(enumerate(batch.to_pylist(), number + start), own)
+    start += batch.num_rows
+
+
+@contextlib.contextmanager
+def _unreadable(path: pathlib.Path) -> Iterator[None]:
+  """Turns errors of the file system and of pyarrow, which are of these types, into a UserError."""
+  try:
+    yield
+  except UserError:
+    raise
+  except (OSError, ValueError, NotImplementedError) as error:
+    reason = getattr(error, "strerror", None) or first_line(error)
+    raise UserError(f"cannot read the prompt file {path}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _needs_extra(path: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except ImportError as error:
+    raise UserError(f"{path}: this needs the extra `data`: {EXTRA}") from error

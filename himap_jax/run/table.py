@@ -1,0 +1,118 @@
+"""Parquet outputs: JSON lines while a run writes, which become the table at its end."""
+
+import functools
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from checkpoints_convert.source import first_line
+from himap_jax.errors import UserError
+from himap_jax.run.command import user_error
+from himap_jax.run.records import EXTRA
+from himap_jax.run.writer import REQUIRED, OutputWriter, Row
+
+SUFFIX = ".parquet"
+GROUP_ROWS = 1000  # that are in memory at a time
+
+
+class TableWriter(OutputWriter):
+  """As `OutputWriter`, for a parquet file.
+
+  Rows are appended to `<path>.jsonl`, which begins with those of the table. When the context ends without an exception,
+  it becomes the table; else it stays, and is what the next run resumes from.
+  """
+
+  def __init__(self, path: pathlib.Path, *, resume: bool, is_stale: Callable[[Row], bool] = lambda row: False):
+    """As `OutputWriter`; raises `UserError` also if pyarrow is missing."""
+    try:
+      import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+      raise UserError(f"--output={path}: parquet needs the extra `data`: {EXTRA}") from error
+    with user_error(f"cannot write the output {path}"):
+      if path.exists() and not path.is_file():
+        raise UserError(f"cannot write the output {path}: not a regular file")
+      before = functools.partial(read_table, path) if path.exists() else None
+    self._table, self._lines = path, path.with_name(f"{path.name}.jsonl")
+    super().__init__(self._lines, resume=resume, is_stale=is_stale, before=before)
+
+  def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    try:
+      if kind is None and self.has_more:
+        with user_error(f"cannot write the output {self._table}"):
+          write_table(self._table, self._lines)
+          os.unlink(self._lines)
+    finally:
+      self.close()
+
+
+def write_table(path: pathlib.Path, lines: pathlib.Path) -> None:
+  """Writes a parquet file of a file of JSON lines, whole or not at all; its ids are integers if all are.
+
+  Raises:
+    OSError: the file cannot be written.
+  """
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  schema = _schema(lines)
+  unfinished = path.with_name(f"{path.name}.partial")
+  try:
+    with open(unfinished, "wb") as file:
+      with parquet.ParquetWriter(file, schema) as writer:
+        rows = _rows(lines)
+        while group := list(itertools.islice(rows, GROUP_ROWS)):
+          if schema.field("id").type == pa.string():
+            group = [row | {"id": str(row["id"])} for row in group]
+          writer.write_table(pa.Table.from_pylist(group, schema))
+      os.fsync(file.fileno())
+    os.replace(unfinished, path)
+  except BaseException:
+    unfinished.unlink(missing_ok=True)
+    raise
+
+
+def read_table(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """The rows that `write_table` wrote; raises `UserError` if the file holds anything else."""
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  try:
+    with parquet.ParquetFile(path, pre_buffer=False) as file:
+      if not set(REQUIRED) <= set(file.schema_arrow.names):
+        raise UserError(f"{path} is not an output: it has no columns {', '.join(REQUIRED)}")
+      for batch in file.iter_batches(GROUP_ROWS):
+        for row in batch.to_pylist():
+          yield {name: value for name, value in row.items() if value is not None or name in REQUIRED}
+  except (OSError, pa.ArrowException) as error:
+    raise UserError(f"cannot read the output {path}: {first_line(error)}") from error
+
+
+def _rows(lines: pathlib.Path) -> Iterator[dict[str, Any]]:
+  with open(lines, "rb") as file:
+    yield from (json.loads(line) for line in file if line.strip())
+
+
+def _schema(lines: pathlib.Path) -> Any:
+  """The columns of the rows, with those of `--emit` that any of them has."""
+  import pyarrow as pa
+
+  names, ids_are_integers = set(), True
+  for row in _rows(lines):
+    names.update(row)
+    ids_are_integers &= type(row["id"]) is int and -(1 << 63) <= row["id"] < 1 << 63
+  seconds = {"prefill_seconds": pa.float64(), "decode_seconds": pa.float64(), "rows_in_batch": pa.int32()}
+  types = {
+    "id": pa.int64() if ids_are_integers else pa.string(),
+    "answer": pa.string(),
+    "error": pa.string(),
+    "digest": pa.string(),
+    "token_ids": pa.list_(pa.int32()),
+    "kept": pa.list_(pa.list_(pa.int32())),
+    "kept_patches": pa.list_(pa.list_(pa.list_(pa.int32()))),
+    "first_logits": pa.list_(pa.float32()),
+    "timing": pa.struct(list(seconds.items())),
+  }
+  return pa.schema([(name, own) for name, own in types.items() if name in names])

@@ -1,0 +1,147 @@
+"""lmms-eval's own command on built-in and local tasks, without a network, against our own count of right answers."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import datasets
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
+from himap_jax.engine.batching import Batcher, ImageBucket
+from himap_jax.engine.engine import Engine
+from himap_jax.harness.settings import Settings
+
+QUESTIONS = ("what is it?", "which colour has it?", "where is the dog?", "who wrote this?")
+AFTER = "\nAnswer the question using a single word or phrase."
+CHOICES = ("cat", "a dog", "green", "no")
+SCHEDULE = ("himap", (2, 4), (8, 4))
+ARGUMENTS = "method=himap,prune_layers=2:4,keep=8:4,dtype=float32,max_new_tokens=16"
+CHOICE_TASK = """
+task: tiny_choices
+dataset_path: parquet
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_visual: !function utils.doc_to_visual
+doc_to_text: question
+doc_to_target: answer
+doc_to_choice: choices
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+CHOICE_UTILS = "def doc_to_visual(doc):\n  return [doc['image'].convert('RGB')]\n"
+
+
+@pytest.fixture(scope="module")
+def directory(checkpoints):
+  return checkpoints("clip_mha").directory
+
+
+@pytest.fixture(scope="module")
+def loaded(directory, tmp_path_factory):
+  return checkpoint.load(str(directory), dtype=jnp.float32, cache_dir=tmp_path_factory.mktemp("cache"))
+
+
+def write_set(path, rows, images, **features):
+  """A parquet file as the hub has it, with pictures in the rows."""
+  columns = {name: [row[name] for row in rows] for name in rows[0]}
+  kinds = {name: datasets.Value("string") for name in columns} | {"image": datasets.Image()} | features
+  own = datasets.Dataset.from_dict(columns | {"image": list(images)}, datasets.Features(kinds))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  own.to_parquet(path)
+
+
+@pytest.fixture(scope="module")
+def results(directory, loaded, images, tmp_path_factory):
+  """The results and samples of one command, and what they should be."""
+  work = tmp_path_factory.mktemp("lmms_eval")
+  schedule = loaded.schedule(*SCHEDULE)
+  asked = [question.capitalize() + AFTER for question in QUESTIONS]
+  answers = generate(
+    loaded, images, asked, schedule=schedule, generation=GenerationConfig(16), inputs=InputConfig(batch_size=2)
+  )
+  texts = [answer.text.strip() for answer in answers]
+  said = [text if place % 2 else "nothing of the kind" for place, text in enumerate(texts)]
+  rows = [
+    {"question_id": place, "question": question, "answers": [own] * 10, "ocr_tokens": []}
+    for place, (question, own) in enumerate(zip(QUESTIONS, said, strict=True))
+  ]
+  kinds = {"question_id": datasets.Value("int32")}
+  kinds |= {name: datasets.List(datasets.Value("string")) for name in ("answers", "ocr_tokens")}
+  textvqa = work / "lmms-lab-encoder/textvqa"
+  write_set(textvqa / "data/validation-00000-of-00001.parquet", rows, images, **kinds)
+  (textvqa / "README.md").write_text(
+    "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: validation\n    path: data/validation-*\n---\n"
+  )
+  best = likeliest_choices(loaded, images, schedule)
+  targets = [own if place else (own + 1) % len(CHOICES) for place, own in enumerate(best)]
+  rows = [{"question": q, "choices": CHOICES, "answer": own} for q, own in zip(QUESTIONS, targets, strict=True)]
+  kinds = {"choices": datasets.List(datasets.Value("string")), "answer": datasets.Value("int32")}
+  write_set(work / "choices.parquet", rows, images, **kinds)
+  (work / "tasks").mkdir()
+  (work / "tasks/tiny_choices.yaml").write_text(CHOICE_TASK.format(file=work / "choices.parquet"))
+  (work / "tasks/utils.py").write_text(CHOICE_UTILS)
+  command = [sys.executable, "-m", "lmms_eval", "--model", "himap_jax", "--tasks", "textvqa_val,tiny_choices"]
+  command += ["--model_args", f"checkpoint={directory},{ARGUMENTS}", "--batch_size", "2", "--include_path", "tasks"]
+  command += ["--output_path", "results", "--log_samples"]
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "HF_HOME": str(work / "hf")}
+  run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr[-3000:]
+  (file,) = (work / "results").rglob("*_results.json")
+  samples = {
+    task: [json.loads(line) for line in next(file.parent.glob(f"*_samples_{task}.jsonl")).read_text().splitlines()]
+    for task in ("textvqa_val", "tiny_choices")
+  }
+  return json.loads(file.read_text())["results"], samples, texts
+
+
+def likeliest_choices(loaded, images, schedule):
+  """By the logits of every token of a choice after the pruned prompt, whose kept tokens are those of the prompt alone."""
+  processor, tokenizer = loaded.prompts(), loaded.processor.tokenizer
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, 16)], buckets=(128,))
+  examples = [processor.prepare([image], question) for image, question in zip(images, QUESTIONS, strict=True)]
+  bucket = batcher.bucket(examples[-1])
+  inputs = batcher.pack(examples, bucket=bucket, batch_size=4)
+  tokens = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in CHOICES]
+  scores = Engine(loaded.model, schedule).score(inputs, range(4), [tokens] * 4)
+  means = np.array([[s.log_probability / len(t) for s, t in zip(own, tokens, strict=True)] for own in scores])
+  assert np.diff(np.sort(means, axis=1)[:, -2:]).min() > 1e-3
+  return means.argmax(axis=1).tolist()
+
+
+def test_answers_are_generate_s(results):
+  scores, samples, texts = results
+  assert [sample["filtered_resps"] for sample in samples["textvqa_val"]] == texts
+  assert scores["textvqa_val"]["exact_match,none"] == 0.5
+
+
+def test_choices_are_the_likeliest(results):
+  scores, samples, _ = results
+  assert scores["tiny_choices"]["acc,none"] == 0.75
+  losses = np.array([[float(loss) for loss, _ in sample["filtered_resps"]] for sample in samples["tiny_choices"]])
+  assert losses.shape == (4, 4) and (losses > 0).all()
+
+
+@pytest.mark.parametrize(
+  ("given", "message"),
+  [
+    ({"methd": "himap"}, "unknown methd; known: checkpoint, method"),
+    ({"keep": "many"}, "keep=many cannot be read"),
+    ({"dtype": "float8"}, "dtype=float8; known: bfloat16, float32"),
+    ({"method": "magic"}, "magic"),
+  ],
+)
+def test_unusable_settings(given, message):
+  with pytest.raises(UserError, match=message):
+    Settings.of(given)
+
+
+def test_settings_are_read_from_text():
+  settings = Settings.of({"keep": "50%:12.5%", "prune_layers": "2:8", "batch_size": "4", "max_image_tokens": "256"})
+  assert settings.keep == (0.5, 0.125) and settings.prune_layers == (2, 8)
+  assert (settings.batch_size, settings.max_image_tokens) == (4, 256)
+  assert Settings.of({"keep": 72, "prune_layers": 2}).keep == (72,)

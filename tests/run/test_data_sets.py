@@ -1,0 +1,145 @@
+"""Whole runs on tables: the answers of the same prompts in lines, kept, resumed and refused as these are."""
+
+import json
+from unittest import mock
+
+import pyarrow as pa
+import pytest
+import running
+from pyarrow import parquet
+from running import changed, read
+from tiny_checkpoints import noise_image
+
+from himap_jax import UserError
+from himap_jax.engine.engine import Engine
+from himap_jax.families.family import Processor
+from himap_jax.inputs import ImageSize
+from himap_jax.run import job
+from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.prompts import Columns, Prompt, Prompts
+
+
+@pytest.fixture
+def table(small):
+  """The job on a table of its prompts, twice, that holds their pictures; and what it is made of."""
+  lines = list(map(json.loads, small.prompts.read_text().splitlines()))
+  rows = [
+    {
+      "qid": f"{row['id']}-{turn}",
+      "img": {"bytes": (small.image_dir / row["image"]).read_bytes(), "path": None},
+      "q": row["question"],
+    }
+    for turn in range(2)
+    for row in lines
+  ]
+  config = changed(
+    small,
+    prompts=small.prompts.with_name("table.parquet"),
+    output=small.output.with_name("output.parquet"),
+    columns=Columns(("qid",), ("img",), ("q",)),
+    image_dir=small.image_dir / "none",
+  )
+  config.image_dir.mkdir()
+  write(config, rows)
+  return config, rows
+
+
+def write(config, rows):
+  picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+  schema = pa.schema([("qid", pa.string()), ("img", picture), ("q", pa.string())])
+  parquet.write_table(pa.Table.from_pylist(rows, schema), config.prompts, row_group_size=3)
+
+
+def read_table(config):
+  assert not config.output.with_name("output.parquet.jsonl").exists()
+  return {row["id"]: row for row in parquet.read_table(config.output).to_pylist()}
+
+
+def test_a_table_is_answered_as_its_lines(small, table, capsys, monkeypatch):
+  config, rows = table
+  assert job.run(small) == 0
+  expected = {str(row_id): row for row_id, row in read(small.output).items()}
+  rows.append({"qid": "bad", "img": {"bytes": b"no picture", "path": None}, "q": "?"})
+  write(config, rows)
+  assert job.run(config) == 0
+  found = read_table(config)
+  assert found.pop("bad")["error"].startswith("the picture of 10 bytes in the row: not an image of a supported format")
+  assert found.keys() == {row["qid"] for row in rows[:-1]}
+  for row_id, row in found.items():
+    assert row == expected[row_id.split("-")[0]] | {"id": row_id}
+
+  capsys.readouterr()
+  loads, load = [], PictureFiles.load
+  monkeypatch.setattr(PictureFiles, "load", lambda self, image: loads.append(image) or load(self, image))
+  rows[2]["img"], rows[-1]["img"] = rows[0]["img"], None
+  write(config, rows)
+  assert job.run(config) == 0
+  assert loads == [rows[0]["img"]["bytes"]] and "2 answered, 0 errors, 7 answered before" in capsys.readouterr().out
+  again = read_table(config)
+  assert again["bad"]["error"] is None and again["3-0"]["digest"] != found["3-0"]["digest"]
+  assert {row_id for row_id in found if found[row_id] != again[row_id]} == {"3-0"}
+
+  before = config.output.read_bytes()
+  with pytest.raises(
+    UserError, match="output.parquet: made with other settings .keep was .8, 3., now .7, 2.*--noresume"
+  ):
+    job.run(changed(config, keep=(7, 2)))
+  assert config.output.read_bytes() == before and read_table(config) == again
+
+
+def test_interrupted_between_batches(table, capsys, monkeypatch):
+  config, rows = table
+  calls, call = [], Engine.__call__
+
+  def second_call_fails(*arguments):
+    calls.append(1)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return call(*arguments)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Engine, "__call__", second_call_fails)
+    with pytest.raises(KeyboardInterrupt):
+      job.run(config)
+  first = running.read(config.output.with_name("output.parquet.jsonl"))
+  assert len(first) == 4 and not config.output.exists()
+  assert job.run(config) == 0
+  assert "4 answered, 0 errors, 4 answered before" in capsys.readouterr().out
+  assert read_table(config).keys() == {row["qid"] for row in rows}
+  assert first.items() <= read_table(config).items()
+
+
+def test_sizes_of_pictures_in_rows(table):
+  config, rows = table
+
+  def image_size(sizes):
+    return ImageSize(len(sizes), sum(width * height for width, height in sizes))
+
+  processor = mock.Mock(spec=Processor, num_image_tokens=None, image_size=image_size)
+  data = rows[0]["img"]["bytes"]
+  noise_image((7, 5), 0).save(config.image_dir / "a.png")
+  prompts = [
+    Prompt(0, (data,)),
+    Prompt(1, (data, "a.png")),
+    Prompt(2),
+    Prompt(3, ("none.png",)),
+    Prompt(4, error="bad"),
+  ]
+  prompts.append(Prompt(5, (data,)))
+  sizes = job.image_sizes(Prompts.of(prompts), PictureFiles(config.image_dir), processor)
+  assert sizes == {ImageSize(1, 1600): 2, ImageSize(2, 1635): 1, ImageSize(0, 0): 1}
+
+
+def test_outputs_among_prompts(table, tmp_path):
+  config, rows = table
+  directory = tmp_path / "set"
+  directory.mkdir()
+  config.prompts.rename(directory / "test.parquet")
+  config = changed(config, prompts=directory)
+  for name in ("output.parquet", "deep/output.jsonl"):
+    with pytest.raises(UserError, match=f"--output=.*{name} is in the data set .*set"):
+      job.run(changed(config, output=directory / name))
+  with pytest.raises(UserError, match="--output is the same file as --prompts"):
+    job.run(changed(config, prompts=directory / "test.parquet", output=directory / "test.parquet"))
+  assert [path.name for path in directory.iterdir()] == ["test.parquet"]
+  assert len(job.read_prompts(job.open_records(directory), config.columns)) == len(rows)

@@ -1,0 +1,332 @@
+"""Rows of tables and directories: the same prompts whatever they are kept in, and one clear line where they are not."""
+
+import base64
+import io
+import json
+import pathlib
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from himap_jax import UserError
+from himap_jax.families.family import Message
+from himap_jax.run import prompts, records
+from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.prompts import Columns, Prompt
+
+ROOT = pathlib.Path(__file__).parents[2]
+COLUMNS = ["id:qid", "image:img", "question:q"]
+EMBEDDED = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def png(number):
+  file = io.BytesIO()
+  Image.new("RGB", (5 + number, 5), (number, 0, 0)).save(file, "PNG")
+  return file.getvalue()
+
+
+def rows(numbers):
+  return [{"qid": n, "img": {"bytes": png(n), "path": f"{n}.png"}, "q": f"What is {n}?", "more": 1.5} for n in numbers]
+
+
+def expected(numbers):
+  return [Prompt(n, (png(n),), f"What is {n}?") for n in numbers]
+
+
+def write_parquet(path, own, *, group=2, image=EMBEDDED, **types):
+  types = {"qid": pa.int64(), "img": image, "q": pa.string(), "more": pa.float64()} | types
+  path.parent.mkdir(parents=True, exist_ok=True)
+  parquet.write_table(pa.Table.from_pylist(own, pa.schema(list(types.items()))), path, row_group_size=group)
+  return path
+
+
+def read(path, split=None, columns=COLUMNS):
+  return prompts.read_prompts(records.open_records(path, split), Columns.parse(columns))
+
+
+class TestLayouts:
+  def test_a_file(self, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", rows(range(5)))
+    assert list(read(path)) == expected(range(5))
+    assert read(path).keys == list("01234")
+
+  def test_where(self, tmp_path):
+    found = read(write_parquet(tmp_path / "a.parquet", rows(range(40)), group=7))
+    for seed in range(4):
+      wanted = np.random.default_rng(seed).random(40) < 0.3
+      assert list(found.where(wanted)) == expected(np.flatnonzero(wanted).tolist())
+    assert list(found.where(np.zeros(40, bool))) == []
+
+  def test_a_hub_s_directory(self, tmp_path):
+    for number, name in enumerate(("test-00000-of-00002", "test-00001-of-00002", "validation-00000-of-00001")):
+      write_parquet(tmp_path / "data" / f"{name}.parquet", rows(range(3 * number, 3 * number + 3)))
+    assert list(read(tmp_path, "test")) == expected(range(6))
+    assert list(read(tmp_path, "validation")) == expected(range(6, 9))
+    found = read(tmp_path, "test")
+    assert list(found.where(np.arange(6) % 3 == 2)) == expected([2, 5])
+
+  def test_configurations(self, tmp_path):
+    names = ("A", "B")
+    card = "".join(
+      f"- config_name: {n}\n  data_files:\n  - split: test\n    path: {n.lower()}/*.parquet\n" for n in names
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{card}---\n")
+    for number, name in enumerate("ab"):
+      write_parquet(tmp_path / name / "x.parquet", rows([number]))
+    assert list(read(tmp_path, "B/test")) == expected([1])
+    for split in (None, "test", "C/test"):
+      with pytest.raises(UserError, match="has the configurations A, B; choose one .* such as --split=A/test"):
+        read(tmp_path, split)
+
+  def test_what_datasets_saved(self, tmp_path):
+    types = {"qid": datasets.Value("int64"), "img": datasets.Image(), "q": datasets.Value("string")}
+    own = [{name: row[name] for name in types} for row in rows(range(40))]
+    saved = datasets.Dataset.from_list(own, features=datasets.Features(types))
+    saved.save_to_disk(tmp_path / "one")
+    assert list(read(tmp_path / "one")) == expected(range(40))
+    (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"left by datasets.map")
+    wanted = np.arange(40) % 19 == 3
+    assert list(read(tmp_path / "one").where(wanted)) == expected([3, 22])
+    datasets.DatasetDict({"train": saved, "test": saved.select([7, 2])}).save_to_disk(tmp_path / "two")
+    assert list(read(tmp_path / "two", "test")) == expected([7, 2])
+    with pytest.raises(UserError, match="two has the splits train, test; choose one with --split"):
+      read(tmp_path / "two")
+
+  @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+  def test_text(self, tmp_path, suffix):
+    text = {"csv": "qid,img,q\n1,a.png,Why?\n2,,Who?\n", "jsonl": '{"qid": "1", "img": "a.png", "q": "Why?"}\n'}
+    for path in (tmp_path / f"a.{suffix}", tmp_path / "own" / f"test.{suffix}"):
+      path.parent.mkdir(exist_ok=True)
+      path.write_text(text[suffix])
+    first = [Prompt("1", ("a.png",), "Why?"), Prompt("2", (), "Who?")][: 2 if suffix == "csv" else 1]
+    assert list(read(tmp_path / f"a.{suffix}")) == list(read(tmp_path / "own")) == first
+
+  def test_a_conversation(self, tmp_path):
+    part = pa.struct([("type", pa.string()), ("text", pa.string()), ("image", EMBEDDED)])
+    messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(part))]))
+    content = [{"type": "image", "image": {"bytes": png(1), "path": None}}, {"type": "text", "text": "What?"}]
+    own = [{"qid": 1, "messages": [{"role": "user", "content": content}]}]
+    path = write_parquet(tmp_path / "a.parquet", own, messages=messages)
+    assert list(read(path, columns=["id:qid"])) == [Prompt(1, (png(1),), (Message("user", "<image>What?"),))]
+
+
+class TestPictures:
+  def test_forms(self, tmp_path):
+    """Bytes, base64, data: URLs, paths and datasets' own form, one or a list."""
+    (tmp_path / "a.png").write_bytes(png(1))
+    text = base64.b64encode(png(1)).decode()
+    own = [
+      {"qid": n, "q": "?", "img": image} for n, image in enumerate((text, f"data:image/png;base64,{text}", "a.png"))
+    ]
+    found = list(read(write_parquet(tmp_path / "text.parquet", own, image=pa.string())))
+    found += read(write_parquet(tmp_path / "bytes.parquet", [own[0] | {"img": png(1)}], image=pa.binary()))
+    lists = [{"bytes": png(1), "path": None}, {"bytes": None, "path": "a.png"}]
+    found += read(write_parquet(tmp_path / "list.parquet", [own[0] | {"img": lists}], image=pa.list_(EMBEDDED)))
+    files = PictureFiles(tmp_path)
+    digests = [files.load(image)[1] for prompt in found for image in prompt.images]
+    assert len(digests) == 6 and len(set(digests)) == 1
+    assert {files.size(image) for prompt in found for image in prompt.images} == {(6, 5)}
+
+  def test_none_and_what_is_none(self, tmp_path):
+    own = [
+      row | {"img": image} for row, image in zip(rows([1, 2, 3]), (None, {"path": None}, {"bytes": b"x"}), strict=True)
+    ]
+    none, absent, damaged = read(write_parquet(tmp_path / "a.parquet", own))
+    assert none == Prompt(1, (), "What is 1?")
+    assert absent == Prompt(2, error='row 2: "img": "bytes" or "path" is missing')
+    with pytest.raises(UserError, match="the picture of 1 bytes in the row: not an image of a supported format"):
+      PictureFiles().load(damaged.images[0])
+    numbers = write_parquet(tmp_path / "b.parquet", [row | {"img": 3} for row in rows([1])], image=pa.int64())
+    assert [prompt.error for prompt in read(numbers)] == [
+      'row 1: "img" must be a string or a list of strings, not a number'
+    ]
+
+
+class TestReading:
+  """Only what is needed is read, so damage elsewhere does not show."""
+
+  @pytest.fixture
+  def damaged(self, tmp_path):
+    """Ten rows in five groups; of the second the pictures are damaged."""
+    own = [
+      row | {"img": {"bytes": np.random.default_rng(row["qid"]).bytes(5000), "path": None}} for row in rows(range(10))
+    ]
+    path = write_parquet(tmp_path / "a.parquet", own)
+    data = path.read_bytes()
+    at = data.index(own[3]["img"]["bytes"][:100])
+    column = parquet.ParquetFile(path).metadata.row_group(1).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    assert start < at < start + column.total_compressed_size
+    path.write_bytes(data[:start] + b"\xff" * 40 + data[start + 40 :])
+    return path
+
+  def test_ids_without_pictures_and_groups_without_wanted_rows(self, damaged):
+    found = read(damaged)
+    assert len(found) == 10
+    wanted = np.array([True] * 2 + [False] * 2 + [True] * 6)
+    assert [prompt.id for prompt in found.where(wanted)] == [0, 1, *range(4, 10)]
+    with pytest.raises(UserError, match="cannot read the prompt file .*a.parquet: ") as error:
+      list(found)
+    assert "\n" not in str(error.value)
+
+  def test_a_row_group_is_not_held(self, tmp_path):
+    """One row group of sixteen pages: some bytes for each column and a few pages are in memory."""
+    bytes_of = np.random.default_rng(0).bytes
+    own = [{"qid": n, "img": bytes_of(1000), "q": "?"} for n in range(16384)]
+    path = write_parquet(tmp_path / "a.parquet", own, group=16384, image=pa.binary())
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read(path)]
+    assert len(held) == 16384 and max(held) < path.stat().st_size / 2
+
+  def test_a_file_that_changes_meanwhile(self, tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"id": n, "question": "?"}) + "\n" for n in range(3)]
+    path.write_text("".join(lines))
+    found = read(path, columns=[])
+    path.write_text("".join([*lines, lines[0], "more"]))
+    assert len(list(found)) == 3
+    for others in (lines[:2], [lines[1], *lines[1:]], ["{\n", *lines[1:]]):
+      path.write_text("".join(others))
+      with pytest.raises(UserError, match="a.jsonl was changed while it was read; start again"):
+        list(found)
+
+  def test_torch_and_the_network_are_left_alone(self, tmp_path):
+    directory = write_parquet(tmp_path / "set" / "test.parquet", rows(range(3))).parent
+    code = f"""
+import pathlib, socket, sys
+def refuse(*_, **__):
+  raise AssertionError("network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from himap_jax.run import prompts, records
+found = prompts.read_prompts(records.open_records(pathlib.Path({str(directory)!r})), prompts.Columns.parse({COLUMNS}))
+assert len(list(found)) == 3 and "datasets" in sys.modules and "torch" not in sys.modules
+"""
+    environment = {"PATH": "", "HF_HOME": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+    kept = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not kept  # `datasets` would copy the rows
+
+
+class TestBad:
+  def test_csv(self, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(
+      b'\xef\xbb\xbfid,image,question\r\na,a.png,"What, ""then""\nnow?"\n\nb,b.png\nc,c.png,x,y\n'
+      b'd,d.png,"x"y"\ne,e.png,\xff\nf,,z\nf,,z\n,g.png,z\nh,h.png,\ni,i.png,"open\nj,j.png,z\n'
+    )
+    found = list(read(path, columns=[]))
+    assert found[0] == Prompt("a", ("a.png",), 'What, "then"\nnow?') and found[5] == Prompt("f", (), "z")
+    errors = {prompt.id: prompt.error for prompt in found if prompt.error}
+    assert errors == {
+      "line:5": "line 5: not valid CSV: 2 fields, but the first line names 3",
+      "line:6": "line 6: not valid CSV: 4 fields, but the first line names 3",
+      "line:7": "line 7: not valid CSV: ',' expected after '\"'",
+      "line:8": "line 8: not UTF-8",
+      "line:10": 'line 10: the id "f" was already used on line 9',
+      "line:11": 'line 11: "id" or "question_id" is missing',
+      "h": 'line 12: "question" or "text" is missing',
+      "line:13": "line 13: not valid CSV: unexpected end of data",
+    }
+
+  def test_ids_that_repeat(self, tmp_path):
+    for number in range(2):
+      write_parquet(tmp_path / f"test-{number}.parquet", [*rows([5, 6]), rows([5])[0] | {"qid": None}])
+    found = list(read(tmp_path))
+    assert [prompt.id for prompt in found] == [5, 6, "test-0.parquet:3", *(f"test-1.parquet:{n}" for n in (1, 2, 3))]
+    assert found[3].error == "row 1 of test-1.parquet: the id 5 was already used on row 1 of test-0.parquet"
+    assert found[2].error == 'row 3 of test-0.parquet: "qid" is missing'
+
+  @pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+      ([], "a.parquet has no column id or question_id; it has qid, img, q, more; name the one to use with --columns=id:NAME, or --columns=id: to number the rows"),
+      (["id:qid"], "has no column question or text; it has"),
+      (["id:qid", "question:q"], "has no column image; .*--columns=image:NAME, or --columns=image: if there are no pict"),
+      ([*COLUMNS[:2], "question:prompt"], "has no column prompt; it has qid, img, q, more"),
+      ([*COLUMNS, "messages:chat"], "has no column chat; it has"),
+      (["img:image"], "--columns: unknown field 'img' in 'img:image'; known: id, image, question, messages"),
+      (["id:qid", "id:q"], "--columns: 'id:q' does not name one column for id"),
+      (["id"], "--columns: 'id' does not name one column for id, as in id:theirs"),
+      (["question:"], "--columns: 'question:' does not name one column for question"),
+    ],
+  )  # fmt: skip
+  def test_columns(self, tmp_path, columns, message):
+    path = write_parquet(tmp_path / "a.parquet", rows([1]))
+    with pytest.raises(UserError, match=message):
+      read(path, columns=columns)
+
+  def test_no_pictures(self, tmp_path):
+    path = write_parquet(tmp_path / "a.parquet", rows([1]))
+    assert list(read(path, columns=["id:qid", "question:q", "image:"])) == [Prompt(1, (), "What is 1?")]
+
+  def test_rows_that_are_numbered(self, tmp_path):
+    for number in range(2):
+      write_parquet(tmp_path / "test" / str(number) / "a.parquet", rows([number, number]))
+    columns = ["id:", *COLUMNS[1:]]
+    assert list(read(tmp_path / "test" / "1" / "a.parquet", columns=columns)) == [
+      Prompt(f"row:{number}", (png(1),), "What is 1?") for number in (1, 2)
+    ]
+    found = read(tmp_path, columns=columns)
+    assert found.keys == [prompt.id for prompt in found] == [f"{a}/a.parquet:{b}" for a in (0, 1) for b in (1, 2)]
+    path = tmp_path / "a.jsonl"
+    path.write_text('\n{"id": 3, "question": "?"}\n{\n')
+    assert next(iter(read(path, columns=["id:"]))) == Prompt("line:2", (), "?")
+
+  def test_a_column_of_a_line(self, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"qid": 1, "id": 2, "q": "?", "text": "!"}\n{"id": 3, "text": "?"}\n{"qid": 4, "text": "?"}\n')
+    assert list(read(path)) == [
+      Prompt(1, (), "?"),
+      Prompt("line:2", error='line 2: "qid" is missing'),
+      Prompt(4, error='line 3: "q" is missing'),
+    ]
+
+  @pytest.mark.parametrize(
+    "spoil", [lambda data: data[:-100], lambda data: data[:50], lambda data: b"", lambda data: b"{}\n"]
+  )
+  def test_a_damaged_table(self, tmp_path, spoil):
+    path = write_parquet(tmp_path / "a.parquet", rows([1]))
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match="cannot read the prompt file .*a.parquet: ") as error:
+      read(path)
+    assert "\n" not in str(error.value)
+
+  def test_splits(self, tmp_path):
+    for name in ("test", "validation"):
+      write_parquet(tmp_path / f"{name}.parquet", rows([1]))
+    for split, message in ((None, "choose one with --split"), ("dev", "not --split=dev")):
+      with pytest.raises(UserError, match=f"has the splits .*; {message}") as error:
+        read(tmp_path, split)
+      assert "test" in str(error.value) and "validation" in str(error.value)
+    with pytest.raises(UserError, match="--split=test: .*test.parquet is a file; only directories"):
+      read(tmp_path / "test.parquet", "test")
+
+  def test_what_is_no_data_set(self, tmp_path):
+    with pytest.raises(UserError, match="is no data set: The directory at .* doesn't contain any data files"):
+      read(tmp_path)
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(
+      UserError, match="has files of another kind .a.txt.; supported are parquet, csv, jsonl and arrow"
+    ):
+      read(tmp_path)
+    with pytest.raises(
+      UserError, match="nobody/nothing: no such file or directory, and it cannot be downloaded"
+    ) as error:
+      read(pathlib.Path("nobody/nothing"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot read the prompt file nobody/nothing.csv: No such file"):
+      read(pathlib.Path("nobody/nothing.csv"))
+
+  def test_without_the_extra(self, tmp_path, monkeypatch):
+    path = write_parquet(tmp_path / "a.parquet", rows([1]))
+    for name, own in (("pyarrow", path), ("datasets", tmp_path)):
+      with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, None)
+        with pytest.raises(UserError, match=r"this needs the extra `data`: pip install 'himap_jax\[data\]'"):
+          read(own)
