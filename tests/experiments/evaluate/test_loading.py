@@ -131,11 +131,17 @@ def test_a_column_that_is_missing(textvqa):
 @pytest.mark.parametrize(
   ("change", "error"),
   [
-    ({"image": {"bytes": b"not a picture", "path": "a.png"}}, "row 1: the picture is not an image"),
-    ({"image": {"bytes": published.picture(1)[:12], "path": "a.png"}}, "row 1: the picture is not an image"),
+    (
+      {"image": {"bytes": b"not a picture", "path": "a.png"}},
+      "row 1: the picture of 13 bytes in the row: not an image of a supported format (JPEG, ",
+    ),
+    (
+      {"image": {"bytes": published.picture(1)[:12], "path": "a.png"}},
+      "row 1: the picture of 12 bytes in the row: damaged image: ",
+    ),
     ({"image": None}, "row 1: the picture is missing"),
     ({"image": (published.NUMBER, 7)}, "row 1: the picture is neither bytes nor a path but of type int"),
-    ({"image": (published.TEXT, "absent.png")}, "row 1: absent.png does not exist"),
+    ({"image": (published.TEXT, "absent.png")}, "row 1: absent.png: No such file or directory"),
     ({"question": None}, "row 1: AttributeError: "),
     ({"question_id": None}, "row 1: TypeError: "),
   ],
@@ -208,7 +214,9 @@ def test_an_official_picture_that_is_missing(tmp_path):
   published.official_pope(tmp_path)
   (tmp_path / "val2014/COCO_val2014_000000310196.jpg").unlink()
   samples = load("pope", tmp_path)
-  assert all(sample.error.endswith("val2014/COCO_val2014_000000310196.jpg does not exist") for sample in samples)
+  assert all(
+    sample.error.endswith("val2014/COCO_val2014_000000310196.jpg: No such file or directory") for sample in samples
+  )
 
 
 def test_no_records(tmp_path):

@@ -24,7 +24,7 @@ QUESTIONS = {
   "pope": "Is there a snowboard in the image?" + SHORT,
   "mmbench_en": "Look twice.\nWhat is right?\nA. up\nB. down\nC. left" + LETTER,
   "seed_image": "How many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER,
-  "mmmu": "Which <image 1> came first?\nA. <image 2>\nB. neither\nC. both\n" + LETTER,
+  "mmmu": "Did <image 2> or <image 1> come first?\nA. <image 2>\nB. neither\nC. both\n" + LETTER,
   "nocaps": "Provide a one-sentence caption for the provided image.",
 }
 
