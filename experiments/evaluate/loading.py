@@ -2,20 +2,17 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
-
-from PIL import Image
 
 from checkpoints_convert.source import first_line, some
 from experiments.evaluate.libraries import library
 from experiments.evaluate.tasks.task import Record, Sample, Task
 from himap_jax.errors import UserError
+from himap_jax.run.pictures import PictureFiles
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PARQUET = ("{config}/{split}-*", "{config}/{split}/*", "{split}-*", "{split}/*", "{split}")
@@ -81,14 +78,7 @@ def _picture(image: Any) -> bytes | pathlib.Path:
     raise UserError("the picture is missing")
   if not isinstance(image, bytes | pathlib.Path):
     raise UserError(f"the picture is neither bytes nor a path but of type {type(image).__name__}")
-  name = image if isinstance(image, pathlib.Path) else "the picture"
-  try:
-    with warnings.catch_warnings(action="ignore"):
-      Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).close()
-  except FileNotFoundError as error:
-    raise UserError(f"{name} does not exist") from error
-  except Exception as error:  # Pillow's readers raise any type on damaged data.
-    raise UserError(f"{name} is not an image") from error
+  PictureFiles().size(image if isinstance(image, bytes) else str(image))
   return image
 
 

@@ -50,8 +50,11 @@ def _candidates(answer: str) -> list[str | float]:
   parts, ends = re.split(r"\.\s(?=[A-Z])|\n", answer), []
   for index, part in enumerate(parts):
     keys = (*_KEYS, "=") if index == len(parts) - 1 else _KEYS
-    tails = [part.split(key)[-1].strip() for key in keys if key in part]
-    shortest = min(filter(None, tails), key=len, default="")
+    shortest = ""
+    for key in keys:
+      tail = part.split(key)[-1].strip()
+      if key in part and (not shortest or len(tail) < len(shortest)):  # An empty one replaces and is replaced.
+        shortest = tail
     if shortest and shortest not in _MARKS:
       ends.append(shortest)
   ends = ends or [answer]

@@ -319,7 +319,7 @@ MMMU = {
     }
     for n, (question, options, answer) in enumerate(
       (
-        ("Which <image 1> came first?", "['<image 2>', 'neither', 'both']", "B"),
+        ("Did <image 2> or <image 1> come first?", "['<image 2>', 'neither', 'both']", "B"),
         ("How many tons are in <image 1>?", "[]", "1,200.5"),
       )
     )

@@ -1,11 +1,13 @@
 """Samples of every task in the layouts in which its data is published, and data that is not as it should be."""
 
+import json
 import pathlib
 
 import published
 import pytest
 
 from experiments.evaluate import loading
+from experiments.evaluate.submission import write
 from experiments.evaluate.tasks import TASKS, find_task
 from himap_jax.errors import UserError
 
@@ -129,11 +131,17 @@ def test_a_column_that_is_missing(textvqa):
 @pytest.mark.parametrize(
   ("change", "error"),
   [
-    ({"image": {"bytes": b"not a picture", "path": "a.png"}}, "row 1: the picture is not an image"),
-    ({"image": {"bytes": published.picture(1)[:12], "path": "a.png"}}, "row 1: the picture is not an image"),
+    (
+      {"image": {"bytes": b"not a picture", "path": "a.png"}},
+      "row 1: the picture of 13 bytes in the row: not an image of a supported format (JPEG, ",
+    ),
+    (
+      {"image": {"bytes": published.picture(1)[:12], "path": "a.png"}},
+      "row 1: the picture of 12 bytes in the row: damaged image: ",
+    ),
     ({"image": None}, "row 1: the picture is missing"),
     ({"image": (published.NUMBER, 7)}, "row 1: the picture is neither bytes nor a path but of type int"),
-    ({"image": (published.TEXT, "absent.png")}, "row 1: absent.png does not exist"),
+    ({"image": (published.TEXT, "absent.png")}, "row 1: absent.png: No such file or directory"),
     ({"question": None}, "row 1: AttributeError: "),
     ({"question_id": None}, "row 1: TypeError: "),
   ],
@@ -159,7 +167,12 @@ def test_a_split_without_answers_is_submitted(tmp_path):
     samples = load(name, published.write_hub(name, tmp_path))
     scored = TASKS[name].scored(samples, ["Two dogs."])
     assert [own.score for own in scored] == [None] and TASKS[name].values(scored) == {}
-    assert TASKS[name].submission(scored) == submission
+    write(TASKS[name], scored, tmp_path / "answers.json")
+    assert json.loads((tmp_path / "answers.json").read_text()) == submission
+  with pytest.raises(UserError, match="cannot write the submission .*answers.json: No such file or directory"):
+    write(TASKS["docvqa_test"], scored, tmp_path / "absent/answers.json")
+  with pytest.raises(UserError, match="MME has no server that scores answers"):
+    write(TASKS["mme"], scored, tmp_path / "answers.json")
 
 
 def test_a_truncated_file(tmp_path):
@@ -201,7 +214,9 @@ def test_an_official_picture_that_is_missing(tmp_path):
   published.official_pope(tmp_path)
   (tmp_path / "val2014/COCO_val2014_000000310196.jpg").unlink()
   samples = load("pope", tmp_path)
-  assert all(sample.error.endswith("val2014/COCO_val2014_000000310196.jpg does not exist") for sample in samples)
+  assert all(
+    sample.error.endswith("val2014/COCO_val2014_000000310196.jpg: No such file or directory") for sample in samples
+  )
 
 
 def test_no_records(tmp_path):

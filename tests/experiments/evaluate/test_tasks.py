@@ -1,5 +1,7 @@
 """Tasks: questions word for word, scores of whole data sets, and submissions."""
 
+import pathlib
+
 import published
 import pytest
 
@@ -22,7 +24,7 @@ QUESTIONS = {
   "pope": "Is there a snowboard in the image?" + SHORT,
   "mmbench_en": "Look twice.\nWhat is right?\nA. up\nB. down\nC. left" + LETTER,
   "seed_image": "How many towels are in the image?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER,
-  "mmmu": "Which <image 1> came first?\nA. <image 2>\nB. neither\nC. both\n" + LETTER,
+  "mmmu": "Did <image 2> or <image 1> come first?\nA. <image 2>\nB. neither\nC. both\n" + LETTER,
   "nocaps": "Provide a one-sentence caption for the provided image.",
 }
 
@@ -125,3 +127,14 @@ def test_the_table_of_tasks():
     assert task.name == name and 0 < task.max_new_tokens <= 128
     assert all(known.source for known in task.known.values())
   assert len({task.title for task in TASKS.values()}) == len(TASKS)
+
+
+def test_the_page_has_every_task_with_its_limit_and_known_score():
+  page = pathlib.Path("docs/evaluation.md").read_text(encoding="utf-8")
+  rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")]
+  table = {row[0].strip("`"): row for row in rows if len(row) == 6}
+  assert list(table) == list(TASKS)
+  for name, (_, _, _, limit, _, known) in table.items():
+    own = TASKS[name].known.get("LLaVA-1.5-7B")
+    assert int(limit) == TASKS[name].max_new_tokens
+    assert known == "unknown" if own is None else float(known.split()[0]) == own.value
