@@ -51,6 +51,8 @@ class HimapJax(lmms):
     del device, max_batch_size
     self.settings = Settings.of(given | {"batch_size": batch_size})
     opened = checkpoint.open_checkpoint(self.settings.checkpoint)
+    if self.settings.image_aspect_ratio == "pad":
+      opened = opened.with_square_pictures()
     self._schedule = opened.schedule(self.settings.method, self.settings.prune_layers, self.settings.keep)
     self._processor = opened.prompts(self.settings.prompt_template, self.settings.max_image_tokens)
     dtype = command.DTYPES[self.settings.dtype]

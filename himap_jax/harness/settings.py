@@ -29,6 +29,7 @@ class Settings:
   prompt_template: str = "chat"
   prompt_buckets: tuple[int, ...] = ()
   max_image_tokens: int | None = None
+  image_aspect_ratio: str = "checkpoint"
   seed: int = 0
 
   @classmethod
@@ -44,8 +45,9 @@ class Settings:
       except ValueError as error:
         raise UserError(f"--model_args: {name}={value} cannot be read") from error
     settings = cls(**values)
-    if settings.dtype not in command.DTYPES:
-      raise UserError(f"--model_args: dtype={settings.dtype}; known: {', '.join(command.DTYPES)}")
+    for name, known in (("dtype", command.DTYPES), ("image_aspect_ratio", ("checkpoint", "pad"))):
+      if getattr(settings, name) not in known:
+        raise UserError(f"--model_args: {name}={getattr(settings, name)}; known: {', '.join(known)}")
     methods.parse(settings.method)
     return settings
 

@@ -17,6 +17,7 @@ from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 from himap_jax.run.prompts import Columns
 
+ASPECT_RATIOS = ("checkpoint", "pad")
 EMIT = ("tokens", "kept", "patches", "counts", "logits", "timing")
 
 flags.DEFINE_string(
@@ -94,6 +95,12 @@ _PROMPT_TEMPLATE = flags.DEFINE_string(
   "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
 )
 flags.DEFINE_enum(
+  "image_aspect_ratio",
+  "checkpoint",
+  ASPECT_RATIOS,
+  "pad: pad pictures to squares, as LLaVA-1.5 was trained and its scores were measured; checkpoint: as its processor does.",
+)
+flags.DEFINE_enum(
   "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of parameters and activations; products accumulate in float32."
 )
 flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
@@ -129,7 +136,17 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
   "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
 )
 flags.DEFINE_bool("allow_urls", False, "Download pictures whose image is an http or https URL.")
-_VALUES = ("checkpoint", "split", "allow_pickle", "allow_urls", "dtype", "int8_weights", "resume", "strict")
+_VALUES = (
+  "checkpoint",
+  "split",
+  "allow_pickle",
+  "allow_urls",
+  "image_aspect_ratio",
+  "dtype",
+  "int8_weights",
+  "resume",
+  "strict",
+)
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
 
 
@@ -157,6 +174,7 @@ class RunConfig:
   compilation_cache_dir: str = ""
   allow_pickle: bool = False
   allow_urls: bool = False
+  image_aspect_ratio: str = "checkpoint"
 
 
 def config_from_flags() -> RunConfig:

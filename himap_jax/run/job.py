@@ -42,6 +42,8 @@ def run(config: RunConfig) -> int:
   jax.devices()
   logging.info("ready: devices")
   opened = checkpoint.open_checkpoint(config.checkpoint, allow_pickle=config.allow_pickle)
+  if config.image_aspect_ratio == "pad":
+    opened = opened.with_square_pictures()
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   if config.pictures is not None or "patches" in config.emit:
@@ -94,6 +96,7 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
     **dataclasses.asdict(config.generation),
     "prompt_template": config.inputs.prompt_template,
     "max_image_tokens": config.inputs.max_image_tokens,
+    "image_aspect_ratio": config.image_aspect_ratio,
     "dtype": config.dtype,
     "int8_weights": config.int8_weights,
     "emit": sorted(config.emit),

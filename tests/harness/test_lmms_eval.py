@@ -132,6 +132,7 @@ def test_choices_are_the_likeliest(results):
     ({"methd": "himap"}, "unknown methd; known: checkpoint, method"),
     ({"keep": "many"}, "keep=many cannot be read"),
     ({"dtype": "float8"}, "dtype=float8; known: bfloat16, float32"),
+    ({"image_aspect_ratio": "wide"}, "image_aspect_ratio=wide; known: checkpoint, pad"),
     ({"method": "magic"}, "magic"),
   ],
 )

@@ -40,7 +40,7 @@ N, NUM_LAYERS, VOCAB = 16, 6, 272
 MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, running.KEEP, running.QUESTIONS
 FLAGS = (
     "checkpoint", "[no]allow_pickle", "prompts", "split", "columns", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
-    "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "dtype", "emit", "[no]resume",
+    "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "image_aspect_ratio", "dtype", "emit", "[no]resume",
     "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "method_parameters", "schedule",
     "[no]int8_weights", "mesh", "[no]distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
@@ -116,6 +116,7 @@ class TestAnswers:
       ({"method": "none", "prune_layers": None, "keep": None}, "method was 'himap', now 'none'"),
       ({"keep": (7, 3)}, "keep was .8, 3., now .7, 3."),
       ({"sampling": Sampling(0.5)}, "sampling was"),
+      ({"image_aspect_ratio": "pad"}, "image_aspect_ratio was 'checkpoint', now 'pad'"),
     ):
       with pytest.raises(UserError, match=f"output.jsonl: made with other settings .*{message}.*--noresume"):
         job.run(changed(config, **changes))
