@@ -166,11 +166,11 @@ class Answerer:
       if "patches" in self.emit:
         places = self.processor.places(example)
         more["kept_patches"] = [places[stage].tolist() for stage in kept]
-      if "logits" in self.emit:
-        more["first_logits"] = logits.tolist()
       counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
       if "counts" in self.emit:
         more["counts"] = dict(zip(COUNTS, (*counts, list(map(len, kept))), strict=True))
+      if "logits" in self.emit:
+        more["first_logits"] = logits.tolist()
       if "timing" in self.emit:
         more["timing"] = seconds | {"rows_in_batch": len(group)}
       row = prompt.row(digest, answer=self.processor.decode(tokens), **more)

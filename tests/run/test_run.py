@@ -616,7 +616,10 @@ class TestFlags:
       (("--prompts=p",), "--output is required"),
       ((*NEEDED, "--batch_size=0"), "--batch_size must be at least 1, but is 0"),
       ((*NEEDED, "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
-      ((*NEEDED, "--emit=tokens,thoughts"), "--emit: unknown thoughts; known: tokens, kept, patches, logits, timing"),
+      (
+        (*NEEDED, "--emit=tokens,thoughts"),
+        "--emit: unknown thoughts; known: tokens, kept, patches, counts, logits, timing",
+      ),
       ((*NEEDED, "--method=fasttv"), "unknown method 'fasttv'; known: cdpruner, dart, divprune, fastervlm,"),
       ((*NEEDED, "--method=divprune+fasttv"), "unknown method 'fasttv'"),
       ((*NEEDED, "--method_parameters=0.7"), "--method_parameters=0.7: not a list such as threshold:0.8"),
