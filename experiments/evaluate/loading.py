@@ -1,17 +1,18 @@
 """The samples of a task: from the hub, from a directory of its parquet files, or from its authors' own files."""
 
-import contextlib
 import dataclasses
+import fnmatch
+import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from checkpoints_convert.source import first_line, some
-from experiments.evaluate.libraries import library
 from experiments.evaluate.tasks.task import Record, Sample, Task
 from himap_jax.errors import UserError
+from himap_jax.run import records
 from himap_jax.run.pictures import PictureFiles
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -32,11 +33,11 @@ def load(
   A record that is not as it should be is a sample with an error.
 
   Raises:
-    UserError: `datasets` is missing; the data, its split or a column does not exist; or the data cannot be read.
+    UserError: pyarrow is missing; the data, its split or a column does not exist; or the data cannot be read.
   """
   split = split or task.split
-  records, place = _open(task, source, split)
-  numbered = ((n, record) for n, record in enumerate(records) if _belongs(task, record))
+  rows, place = _open(task, source, split)
+  numbered = ((n, record) for n, record in enumerate(rows) if _belongs(task, record))
   first = next(numbered, None)
   if first is None:
     raise UserError(f"{place} has no records of {task.title}")
@@ -92,55 +93,56 @@ def _open(task: Task, source: str | None, split: str) -> tuple[Iterator[Record],
       return _checked(task.official.read(directory, split), f"{source} ({split})"), f"{source} ({split})"
   elif not _HUB_ID.fullmatch(source):
     raise UserError(f"{source} is neither a directory nor an id on the hub, such as {task.repository}")
-  place = "/".join(filter(None, (source, task.config, split)))
-  records = _rows(task, source, task.config, split)
+  own = "/".join(filter(None, (source, task.config, split)))
+  rows = _checked(_rows(source, task.config, split), own)
   if task.pictures:
-    pictures = {row.get("id"): row.get("image") for row in _rows(task, source, task.pictures, split)}
-    records = (record | {"image": pictures.get(record.get("imageId"))} for record in records)
-  return records, place
+    place = f"{source}/{task.pictures}/{split}"
+    pictures = {row.get("id"): row.get("image") for row in _checked(_rows(source, task.pictures, split), place)}
+    rows = (row | {"image": pictures.get(row.get("imageId"))} for row in rows)
+  return rows, own
 
 
-def _checked(records: Iterable[Record], place: str) -> Iterator[Record]:
+def _checked(rows: Iterable[Record], place: str) -> Iterator[Record]:
   """Turns what goes wrong in reading into errors of a line."""
   try:
-    yield from records
+    yield from rows
   except UserError:
     raise
   except KeyError as error:
     raise UserError(f"{place}: the official files lack {error}") from error
-  except Exception as error:  # `datasets`, pyarrow and the hub's client raise many types.
+  except Exception as error:  # The hub's client also raises errors of its HTTP library.
     raise UserError(f"{place} cannot be read: {first_line(error)}") from error
 
 
-def _rows(task: Task, source: str, config: str | None, split: str) -> Iterator[Record]:
-  datasets = library("datasets", task.title)
-  place = "/".join(filter(None, (source, config, split)))
-  if pathlib.Path(source).is_dir():
-    files = _parquet_files(task, pathlib.Path(source), config, split)
-    arguments = {"path": "parquet", "data_files": {split: [str(path) for path in files]}}
+def _rows(source: str, config: str | None, split: str) -> Iterator[Record]:
+  """The rows of a split's parquet files, in a directory or on the hub; of the hub each is downloaded when it is reached."""
+  directory = pathlib.Path(source)
+  if directory.is_dir():
+    names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.parquet"))
+    path_of = directory.joinpath
   else:
-    arguments = {"path": source, "name": config}
-
-  def rows() -> Iterator[Record]:
-    stream = datasets.load_dataset(**arguments, split=split, streaming=True)
-    # Pictures stay as the bytes of their files.
-    for name, feature in (stream.features or {}).items():
-      if isinstance(feature, datasets.Image):
-        stream = stream.cast_column(name, datasets.Image(decode=False))
-      elif isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        stream = stream.cast_column(name, datasets.List(datasets.Image(decode=False)))
-    yield from stream
-
-  return _checked(rows(), place)
+    names = sorted(_listed(source))
+    path_of = functools.partial(_downloaded, source)
+  for name in _of_split(names, source, config, split):
+    yield from (record.fields for record in records.open_records(path_of(name)).read())
 
 
-def _parquet_files(task: Task, directory: pathlib.Path, config: str | None, split: str) -> list[pathlib.Path]:
+def _of_split(names: Sequence[str], source: str, config: str | None, split: str) -> list[str]:
   for pattern in _PARQUET:
-    files = sorted(directory.glob(f"{pattern.format(config=config or 'data', split=split)}.parquet"))
-    if files:
-      return files
-  with contextlib.suppress(OSError):
-    found = sorted(str(path.relative_to(directory)) for path in directory.rglob("*.parquet"))
-  wanted = f"{config or 'data'}/{split}-*.parquet"
-  own = f" or the official files ({', '.join(task.official.files)})" if task.official else ""
-  raise UserError(f"{directory} has no {wanted}{own}; it has {some(found) or 'no parquet files'}")
+    own = fnmatch.filter(names, f"{pattern.format(config=config or 'data', split=split)}.parquet")
+    if own:
+      return own
+  has = some([name for name in names if name.endswith(".parquet")]) or "no parquet files"
+  raise UserError(f"{source} has neither {config or 'data'}/{split}-*.parquet nor official files; it has {has}")
+
+
+def _listed(repository: str) -> list[str]:
+  import huggingface_hub  # slow to import
+
+  return huggingface_hub.list_repo_files(repository, repo_type="dataset")
+
+
+def _downloaded(repository: str, name: str) -> pathlib.Path:
+  import huggingface_hub
+
+  return pathlib.Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))

@@ -64,22 +64,29 @@ def test_other_owners_and_flat_directories(tmp_path, monkeypatch):
   assert load("textvqa", None) == load("textvqa", "flat") != []
 
 
-def test_a_data_set_of_the_hub_is_streamed_by_its_id_configuration_and_split(tmp_path, monkeypatch):
-  import datasets
+def test_files_of_the_hub_are_downloaded_when_they_are_reached(tmp_path, monkeypatch):
+  import huggingface_hub
 
-  directory, asked, original = published.write_hub("docvqa", tmp_path), [], datasets.load_dataset
+  for n in range(2):
+    published.write_parquet(tmp_path / f"DocVQA/validation-0000{n}-of-00002-abc.parquet", published.DOCVQA)
+  asked = []
 
-  def load_dataset(path, name, **arguments):
-    asked.append((path, name, arguments))
-    return original(str(directory / "DocVQA"), **arguments)
+  def list_repo_files(repository, repo_type):
+    asked.append((repository, repo_type))
+    names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")]
+    return ["README.md", "InfographicVQA/validation-00000-of-00001.parquet", *names]
 
-  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-  monkeypatch.chdir(tmp_path / "lmms-lab")
-  for source in (None, "someone/DocVQA"):
-    (sample,) = load("docvqa", source)
-    assert sample.images == (published.picture(3),)
-  streamed = {"split": "validation", "streaming": True}
-  assert asked == [("lmms-lab/DocVQA", "DocVQA", streamed), ("someone/DocVQA", "DocVQA", streamed)]
+  def hf_hub_download(repository, name, repo_type):
+    asked.append((repository, name, repo_type))
+    return str(tmp_path / name)
+
+  monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
+  monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+  (sample,) = load("docvqa", None, limit=1)
+  assert sample.images == (published.picture(3),)
+  first = ("DocVQA/validation-00000-of-00002-abc.parquet", "dataset")
+  assert asked == [("lmms-lab/DocVQA", "dataset"), ("lmms-lab/DocVQA", *first)]
+  assert len(load("docvqa", "someone/DocVQA")) == 2 and asked[3] == ("someone/DocVQA", *first)
 
 
 def test_ids_tell_two_questions_of_a_picture_apart(tmp_path):
@@ -99,8 +106,9 @@ def test_records_are_streamed(tmp_path, monkeypatch):
     published.write_parquet(tmp_path / f"data/test-0000{n}-of-00002.parquet", published.CHARTQA)
   assert len(load("chartqa", tmp_path)) == 4
   (tmp_path / "data/test-00001-of-00002.parquet").write_bytes(b"PAR1 no table")
-  samples = loading.load(TASKS["chartqa"], str(tmp_path))
-  assert next(samples).error is None
+  assert len(load("chartqa", tmp_path, limit=2)) == 2
+  with pytest.raises(UserError, match="test-00001-of-00002.parquet: "):
+    load("chartqa", tmp_path)
 
 
 @pytest.fixture
@@ -178,7 +186,7 @@ def test_a_split_without_answers_is_submitted(tmp_path):
 def test_a_truncated_file(tmp_path):
   path = published.write_hub("pope", tmp_path) / "data/test-00000-of-00001.parquet"
   path.write_bytes(path.read_bytes()[:-100])
-  with pytest.raises(UserError, match="lmms-lab/POPE/test cannot be read: .*[Pp]arquet") as error:
+  with pytest.raises(UserError, match="lmms-lab/POPE/data/test-00000-of-00001.parquet: .*[Pp]arquet") as error:
     load("pope", path.parent.parent)
   assert "\n" not in str(error.value)
 
@@ -188,7 +196,8 @@ def test_what_is_not_there(tmp_path, monkeypatch):
     find_task("vqa")
   directory = published.write_hub("docvqa", tmp_path)
   with pytest.raises(
-    UserError, match="has no DocVQA/test-\\*.parquet; it has DocVQA/validation-00000-of-00001.parquet"
+    UserError,
+    match="neither DocVQA/test-\\*.parquet nor official files; it has DocVQA/validation-00000-of-00001.parquet",
   ):
     load("docvqa_test", directory)
   with pytest.raises(UserError, match="is neither a directory nor an id on the hub, such as lmms-lab/DocVQA"):
@@ -206,7 +215,9 @@ def test_official_files_that_are_not_as_expected(tmp_path):
   with pytest.raises(UserError, match="problems.json cannot be read: Expecting property name"):
     load("scienceqa_img", tmp_path)
   (tmp_path / "pid_splits.json").unlink()
-  with pytest.raises(UserError, match="or the official files \\(problems.json, pid_splits.json\\); it has no parquet"):
+  with pytest.raises(
+    UserError, match="neither ScienceQA-IMG/test-\\*.parquet nor official files; it has no parquet files"
+  ):
     load("scienceqa_img", tmp_path)
 
 
