@@ -5,7 +5,7 @@ import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from checkpoints_convert.source import write_json
+from experiments.evaluate import submission
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks.task import Sample, Task
 from experiments.shared import kept, tabular
@@ -60,4 +60,4 @@ def write_samples(output: pathlib.Path, results: Results) -> None:
         row |= {"answer": one.answer, "score": one.score, "category": one.sample.category}
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if results.task.submission is not None and all(one.score is None for one in scored):
-      write_json(output / f"{stem}-submission.json", results.task.submission(scored))
+      submission.write(results.task, scored, output / f"{stem}-submission.json")
