@@ -61,8 +61,8 @@ def some(items: list[str] | tuple[str, ...], limit: int = 4) -> str:
   return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
 
 
-def write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
-  """Writes a JSON object, indented; atomic even if the process is killed."""
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes JSON, indented; atomic even if the process is killed."""
   unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
   try:
     with open(unfinished, "x", encoding="utf-8") as file:

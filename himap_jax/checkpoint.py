@@ -33,6 +33,8 @@ from himap_jax.model.quantization import can_be_int8, map_int8
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
+ASPECT_RATIOS = ("checkpoint", "pad")  # of pictures: as the checkpoint's processor has them, or padded to squares
+
 
 @dataclasses.dataclass(frozen=True)
 class OpenCheckpoint:
@@ -55,8 +57,13 @@ class OpenCheckpoint:
     """The processor for a prompt template; arguments and errors as in `Family.processor`."""
     return self.family.processor(self.processor, self.config, template, max_image_tokens)
 
-  def with_square_pictures(self) -> "OpenCheckpoint":
-    """The same checkpoint with pictures padded to squares; raises `UserError` if its family has no such pictures."""
+  def with_aspect_ratio(self, name: str) -> "OpenCheckpoint":
+    """The same checkpoint, for `pad` with pictures padded to squares; raises `UserError` if its family cannot pad.
+
+    `name` is one of `ASPECT_RATIOS`.
+    """
+    if name == "checkpoint":
+      return self
     if self.family.pad is None:
       raise UserError(f"pictures of {self.family.model_type} are not padded to squares; those of llava are")
     return dataclasses.replace(self, processor=self.family.pad(self.processor))

@@ -82,13 +82,19 @@ class Adapter:
       raise UserError(f"{path}: its lora_scale is {scale}, that of this training {LORA_SCALE}")
     projector, lora, cross = {}, {}, {}
     for name, value in tensors.items():
-      module, _, leaf = name.replace("layers.", "layers_").replace(".", "/").rpartition("/")
+      module, leaf = _module_and_leaf(name)
       if name.startswith(PROJECTOR):
         projector.setdefault(module.removeprefix(f"{PROJECTOR}/"), {})[leaf] = jnp.asarray(value)
       else:
         part, leaf = (lora, leaf.removeprefix("lora_")) if leaf.startswith("lora_") else (cross, leaf)
         part.setdefault(module, {})[leaf] = jnp.asarray(value)
     return cls(projector, lora, cross)
+
+
+def _module_and_leaf(name: str) -> tuple[str, str]:
+  """The path of a module and the name of its parameter, from a name of the checkpoint."""
+  module, _, leaf = name.replace("layers.", "layers_").replace(".", "/").rpartition("/")
+  return module, leaf
 
 
 def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
@@ -100,11 +106,10 @@ def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
 
 def init_cross(language_model: dict[str, Any], names: Sequence[str]) -> Weights:
   """The parameters of the decoder under these names of the checkpoint, in float32."""
-  cross, flat = {}, traverse_util.flatten_dict(language_model, sep="/")
+  cross, flat = {}, traverse_util.flatten_dict({"language_model": language_model}, sep="/")
   for name in names:
-    path = name.replace("layers.", "layers_").replace(".", "/")
-    module, _, leaf = f"language_model/{path}".rpartition("/")
-    cross.setdefault(module, {})[leaf] = flat[path].astype(jnp.float32)
+    module, leaf = _module_and_leaf(f"language_model.{name}")
+    cross.setdefault(module, {})[leaf] = flat[f"{module}/{leaf}"].astype(jnp.float32)
   return cross
 
 

@@ -4,7 +4,7 @@
       --output=…
 
 Every task is answered with every setting, by the prompts and scored by the metrics that its authors use. Repeating the
-command resumes it; `--score_only` scores the answers that are there, on a machine without the model.
+command resumes it; `--score_only` scores the answers that are there and reads no weights.
 """
 
 import functools
@@ -27,8 +27,6 @@ from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.run import command
 
-PADDING = ("checkpoint", "pad")
-
 
 def define_flags() -> None:
   flags.DEFINE_list("tasks", None, f"Any of {', '.join(TASKS)}.", required=True)
@@ -44,8 +42,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("limit", None, "Questions of every task; all by default.", lower_bound=1)
   flags.DEFINE_enum(
     "image_aspect_ratio",
-    PADDING[0],
-    PADDING,
+    "checkpoint",
+    checkpoint.ASPECT_RATIOS,
     "Whether pictures are padded to squares, as LLaVA-1.5's published scores need.",
   )
   flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
@@ -58,25 +56,20 @@ def define_flags() -> None:
 
 def run(values: Any) -> study.Report:
   tasks = list(map(find_task, dict.fromkeys(values.tasks)))
-  settings = {label: parse_setting(label) for label in dict.fromkeys(values.settings)}
-  opened = checkpoint.open_checkpoint(values.checkpoint)
-  if values.image_aspect_ratio == "pad":
-    opened = opened.with_square_pictures()
+  settings = {label: parse_setting(label) for label in values.settings}
+  opened = checkpoint.open_checkpoint(values.checkpoint).with_aspect_ratio(values.image_aspect_ratio)
   workdir, rows = study.directory("workdir"), []
   evaluator = None if values.score_only else evaluator_of(opened, values, workdir)
   sizes = model_sizes(opened.config, opened.prompts(values.prompt_template).blank.images.pixels.shape[2:])
   schedules = {label: pruning.schedule(**method_inputs(opened.config)) for label, pruning in settings.items()}
   for task in tasks:
     samples = functools.partial(loading.load, task, values.data, limit=values.limit)
-    answers = {}
-    for label, pruning in settings.items():
-      if evaluator is None:
-        answers[label] = read_rows(rows_path(workdir, task, label))
-        if not answers[label]:
-          raise UserError(f"--score_only: {workdir} has no answers to {task.name} with {label}")
-      else:
-        print(f"{task.title}, {label}", flush=True)
-        answers[label] = evaluator.answer(task, prompts_of(samples), label, pruning)
+    if evaluator is not None:
+      evaluator.answer(task, prompts_of(samples), schedules)
+    answers = {label: read_rows(rows_path(workdir, task, label)) for label in settings}
+    for label, own in answers.items():
+      if evaluator is None and not own:
+        raise UserError(f"--score_only: {workdir} has no answers to {task.name} with {label}")
     results = Results(task, report.without_pictures(samples()), answers, schedules, sizes)
     print(report.preview(results, next(iter(settings))), flush=True)
     rows += results.rows(seed=values.seed)

@@ -1,6 +1,7 @@
 """Answers to the samples of tasks, one file of rows for each task and setting; those in the work directory are kept."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import pathlib
@@ -14,10 +15,10 @@ from experiments.evaluate.tasks.task import Sample, Task
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine import sharding
-from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig, make_batcher
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.answering import Answerer
 from himap_jax.run.contract import Contract
@@ -54,24 +55,22 @@ class Evaluator:
   settings: Mapping[str, Any]
   seed: int = 0
 
-  def schedule(self, pruning: PruningConfig) -> Schedule:
-    return pruning.schedule(**method_inputs(self.loaded.config))
+  def answer(self, task: Task, prompts: Prompts, schedules: Mapping[str, Schedule]) -> None:
+    """Answers, with the schedule of every label, the samples that have no answer yet."""
+    processor = self.loaded.prompts(self.inputs.prompt_template, self.inputs.max_image_tokens)
+    sizes = functools.cache(lambda: image_sizes(prompts, PictureFiles(), processor))
+    for label, schedule in schedules.items():
+      print(f"{task.title}, {label}", flush=True)
+      path = rows_path(self.workdir, task, label)
+      path.parent.mkdir(parents=True, exist_ok=True)
+      settings = {**self.settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
+      contract = Contract(path, settings, prompts, PictureFiles(), advice="use another --workdir")
+      with Output(contract, resume=True) as output:
+        if not output.answered.all():
+          self._answerer(task, processor, sizes(), schedule).answer_all(output)
 
-  def answer(self, task: Task, prompts: Prompts, label: str, pruning: PruningConfig) -> dict[str, Row]:
-    """Answers the samples that have no answer yet, and returns all rows by the sample's id."""
-    path = rows_path(self.workdir, task, label)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    settings = {**self.settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
-    contract = Contract(path, settings, prompts, PictureFiles(), advice="use another --workdir")
-    with Output(contract, resume=True) as output:
-      if not output.answered.all():
-        self._answerer(task, prompts, self.schedule(pruning)).answer_all(output)
-    return read_rows(path)
-
-  def _answerer(self, task: Task, prompts: Prompts, schedule: Schedule) -> Answerer:
+  def _answerer(self, task: Task, processor: Processor, sizes: Mapping[ImageSize, int], schedule: Schedule) -> Answerer:
     loaded, generation = self.loaded, GenerationConfig(task.max_new_tokens, seed=self.seed)
-    processor = loaded.prompts(self.inputs.prompt_template, self.inputs.max_image_tokens)
-    sizes = image_sizes(prompts, PictureFiles(), processor)
     buckets = self.inputs.prompt_buckets
     batcher = make_batcher(loaded, processor, sizes, buckets, task.max_new_tokens, schedule)
     engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)

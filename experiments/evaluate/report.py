@@ -40,7 +40,7 @@ def preview(results: Results, label: str) -> str:
   """The first samples with question, picture, answer and score, so that a wrong prompt is seen early."""
   number = len(results.samples)
   lines = [f"{results.task.title}, {label}: the first {min(PREVIEWED, number)} of {number}"]
-  for one in results.scored(label)[:PREVIEWED]:
+  for one in results.scored[label][:PREVIEWED]:
     pictures = ", ".join(
       str(image) if isinstance(image, pathlib.Path) else f"{len(image):,} bytes" for image in one.sample.images
     )
@@ -53,7 +53,7 @@ def preview(results: Results, label: str) -> str:
 def write_samples(output: pathlib.Path, results: Results) -> None:
   """Writes a JSONL file of scored samples for every setting, and the submission where a server scores."""
   for label in results.answers:
-    scored, stem = results.scored(label), f"{results.task.name}-{kept.file_name(label)}"
+    scored, stem = results.scored[label], f"{results.task.name}-{kept.file_name(label)}"
     with open(output / f"{stem}.jsonl", "w", encoding="utf-8") as file:
       for one in scored:
         row = {"id": one.sample.id, "question": one.sample.question, "references": one.sample.references}

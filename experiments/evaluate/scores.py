@@ -4,6 +4,7 @@ Axes: Q questions.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -34,13 +35,17 @@ class Results:
   schedules: Mapping[str, Schedule]
   sizes: ModelSizes
 
-  def scored(self, label: str) -> list[Scored]:
-    rows = self.answers[label]
-    return self.task.scored(self.samples, [rows.get(sample.id, {}).get("answer") for sample in self.samples])
+  @functools.cached_property
+  def scored(self) -> dict[str, list[Scored]]:
+    """Every setting's answers with their scores."""
+    return {
+      label: self.task.scored(self.samples, [rows.get(sample.id, {}).get("answer") for sample in self.samples])
+      for label, rows in self.answers.items()
+    }
 
   def rows(self, *, seed: int = 0) -> list[tabular.Row]:
     """Every figure of every setting."""
-    scored = {label: self.scored(label) for label in self.answers}
+    scored = self.scored
     resampled = {label: self._resampled(own, seed) for label, own in scored.items()}
     rows = []
     for label, own in scored.items():

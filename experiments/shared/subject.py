@@ -1,6 +1,5 @@
 """The subject of a study: a model and batches of questions about pictures."""
 
-import collections
 import dataclasses
 import functools
 import pathlib
@@ -16,7 +15,7 @@ from experiments.question_sets import Question
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket, in_batches
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
@@ -157,14 +156,7 @@ class Subject:
 
   def batches(self, label: str) -> Iterator[Batch]:
     """Yields batches of one bucket each from `examples`; they depend only on the questions and the batch size."""
-    waiting: dict[Bucket, list[tuple[Question, Example]]] = collections.defaultdict(list)
-
-    def batch(bucket: Bucket) -> Batch:
-      questions, examples = zip(*waiting.pop(bucket), strict=True)
-      return Batch(questions, self.batcher.pack(examples, bucket=bucket, batch_size=self.batch_size))
-
-    for question, example, bucket in self.examples(label):
-      waiting[bucket].append((question, example))
-      if len(waiting[bucket]) == self.batch_size:
-        yield batch(bucket)
-    yield from map(batch, list(waiting))
+    prepared = ((bucket, (question, example)) for question, example, bucket in self.examples(label))
+    for bucket, rows in in_batches(prepared, self.batch_size):
+      questions, examples = zip(*rows, strict=True)
+      yield Batch(questions, self.batcher.pack(examples, bucket=bucket, batch_size=self.batch_size))

@@ -3,8 +3,9 @@
 Axes: B rows, S slots, A axes of positions (none for one).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import collections
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -81,6 +82,16 @@ def _best_groups(rows: Sequence[ImageSize], counts: Mapping[ImageSize, int], num
     groups.append(list(rows[first:end]))
     end = first
   return groups[::-1]
+
+
+def in_batches(rows: Iterable[tuple[Bucket, Any]], batch_size: int) -> Iterator[tuple[Bucket, list[Any]]]:
+  """Yields batches of rows of one bucket each as soon as they are full, and in the end those that are not."""
+  waiting: dict[Bucket, list[Any]] = collections.defaultdict(list)
+  for bucket, row in rows:
+    waiting[bucket].append(row)
+    if len(waiting[bucket]) == batch_size:
+      yield bucket, waiting.pop(bucket)
+  yield from waiting.items()
 
 
 class Batcher:

@@ -19,7 +19,7 @@ from lmms_eval.api.model import lmms
 
 from himap_jax import checkpoint, generation
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket
+from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batches
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.engine.sampling import Sampling
 from himap_jax.errors import UserError
@@ -51,8 +51,7 @@ class HimapJax(lmms):
     del device, max_batch_size
     self.settings = Settings.of(given | {"batch_size": batch_size})
     opened = checkpoint.open_checkpoint(self.settings.checkpoint)
-    if self.settings.image_aspect_ratio == "pad":
-      opened = opened.with_square_pictures()
+    opened = opened.with_aspect_ratio(self.settings.image_aspect_ratio)
     self._schedule = opened.schedule(self.settings.method, self.settings.prune_layers, self.settings.keep)
     self._processor = opened.prompts(self.settings.prompt_template, self.settings.max_image_tokens)
     dtype = command.DTYPES[self.settings.dtype]
@@ -72,8 +71,8 @@ class HimapJax(lmms):
     for config, group in by_config.items():
       engine = self._engine(config)
       for inputs, batch in self._batches(group, config.max_new_tokens):
-        answers = engine(inputs, [request.place for request, _ in batch]).tokens
-        for (request, _), tokens in zip(batch, answers, strict=False):
+        answers = engine(inputs, [request.place for request in batch]).tokens
+        for request, tokens in zip(batch, answers, strict=False):
           text = _cut(self._processor.decode(tokens), stops[request.place])
           results[request.place] = GenerationResult(text, TokenCounts(output_tokens=len(tokens)))
           self.cache_hook.add_partial("generate_until", requests[request.place].args[:2], text)
@@ -99,10 +98,10 @@ class HimapJax(lmms):
     for inputs, batch in self._batches(prompts, ROOM):
       wanted = [
         [self._continuation(request.text, self._target(requests[place].args)) for place in first[request.place]]
-        for request, _ in batch
+        for request in batch
       ]
-      scores = engine.score(inputs, [request.place for request, _ in batch], wanted)
-      for (request, _), given, own in zip(batch, wanted, scores, strict=True):
+      scores = engine.score(inputs, [request.place for request in batch], wanted)
+      for request, given, own in zip(batch, wanted, scores, strict=True):
         for place, tokens, score in zip(first[request.place], given, own, strict=True):
           results[place] = GenerationResult((-score.log_probability / len(tokens), score.is_greedy))
     return results
@@ -149,9 +148,7 @@ class HimapJax(lmms):
   def _engine(self, config: GenerationConfig) -> Engine:
     return Engine(self._loaded.model, self._schedule, config, eos_token_ids=self._loaded.eos_token_ids)
 
-  def _batches(
-    self, requests: Sequence[Request], max_new_tokens: int
-  ) -> Iterator[tuple[Inputs, list[tuple[Request, Example]]]]:
+  def _batches(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[Inputs, list[Request]]]:
     """Yields batches of requests of one bucket each; sizes of pictures are read first, then pictures are prepared."""
     sizes = collections.Counter()
     for request in requests:
@@ -161,27 +158,24 @@ class HimapJax(lmms):
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self._loaded, self._processor, sizes, buckets, max_new_tokens, self._schedule)
-    waiting: dict[Bucket, list[tuple[Request, Example]]] = collections.defaultdict(list)
+    for bucket, batch in in_batches(self._prepared(requests, batcher), self._batch_size):
+      examples = [example for _, example in batch]
+      yield batcher.pack(examples, bucket=bucket, batch_size=self._batch_size), [request for request, _ in batch]
+
+  def _prepared(
+    self, requests: Sequence[Request], batcher: Batcher
+  ) -> Iterator[tuple[Bucket, tuple[Request, Example]]]:
+    """Yields the requests that can be prepared; the others have a warning."""
     with Progress(len(requests), "request", "answering") as progress:
       for request in requests:
         try:
           example = self._example(request)
-          bucket = batcher.bucket(example)
+          prepared = batcher.bucket(example), (request, example)
         except UserError as error:
           logging.warning("request %d is not answered: %s", request.place, error)
-          continue
-        finally:
-          progress.update()
-        waiting[bucket].append((request, example))
-        if len(waiting[bucket]) == self._batch_size:
-          yield self._packed(batcher, bucket, waiting.pop(bucket))
-      for bucket in list(waiting):
-        yield self._packed(batcher, bucket, waiting.pop(bucket))
-
-  def _packed(
-    self, batcher: Batcher, bucket: Bucket, batch: list[tuple[Request, Example]]
-  ) -> tuple[Inputs, list[tuple[Request, Example]]]:
-    return batcher.pack([example for _, example in batch], bucket=bucket, batch_size=self._batch_size), batch
+        else:
+          yield prepared
+        progress.update()
 
   def _example(self, request: Request) -> Example:
     pictures = request.pictures()

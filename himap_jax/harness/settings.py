@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
@@ -45,7 +46,7 @@ class Settings:
       except ValueError as error:
         raise UserError(f"--model_args: {name}={value} cannot be read") from error
     settings = cls(**values)
-    for name, known in (("dtype", command.DTYPES), ("image_aspect_ratio", ("checkpoint", "pad"))):
+    for name, known in (("dtype", command.DTYPES), ("image_aspect_ratio", checkpoint.ASPECT_RATIOS)):
       if getattr(settings, name) not in known:
         raise UserError(f"--model_args: {name}={getattr(settings, name)}; known: {', '.join(known)}")
     methods.parse(settings.method)

@@ -7,6 +7,7 @@ from absl import flags
 
 from checkpoints_convert import remote
 from checkpoints_convert.source import read_json
+from himap_jax import checkpoint
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.engine.sampling import Sampling
@@ -17,7 +18,6 @@ from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 from himap_jax.run.prompts import Columns
 
-ASPECT_RATIOS = ("checkpoint", "pad")
 EMIT = ("tokens", "kept", "patches", "counts", "logits", "timing")
 
 flags.DEFINE_string(
@@ -97,7 +97,7 @@ _PROMPT_TEMPLATE = flags.DEFINE_string(
 flags.DEFINE_enum(
   "image_aspect_ratio",
   "checkpoint",
-  ASPECT_RATIOS,
+  checkpoint.ASPECT_RATIOS,
   "pad: pad pictures to squares, as LLaVA-1.5 was trained and its scores were measured; checkpoint: as its processor does.",
 )
 flags.DEFINE_enum(

@@ -42,8 +42,7 @@ def run(config: RunConfig) -> int:
   jax.devices()
   logging.info("ready: devices")
   opened = checkpoint.open_checkpoint(config.checkpoint, allow_pickle=config.allow_pickle)
-  if config.image_aspect_ratio == "pad":
-    opened = opened.with_square_pictures()
+  opened = opened.with_aspect_ratio(config.image_aspect_ratio)
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   if config.pictures is not None or "patches" in config.emit:

@@ -178,14 +178,14 @@ class TestSizes:
     square = Image.new("RGB", (max(size),) * 2, mean)
     square.paste(picture, tuple((max(size) - side) // 2 for side in size))
     expected = opened.prompts().prepare([square], "?").images.pixels
-    padded = opened.with_square_pictures()
+    padded = opened.with_aspect_ratio("pad")
     np.testing.assert_allclose(padded.prompts().prepare([picture], "?").images.pixels, expected, atol=1e-5)
     assert not getattr(opened.processor.image_processor, "do_pad", False)
 
   def test_a_family_whose_pictures_are_not_padded(self, loaded):
     opened = dataclasses.replace(loaded(NAME), family=FAMILIES["gemma3"])
     with pytest.raises(UserError, match="pictures of gemma3 are not padded to squares"):
-      opened.with_square_pictures()
+      opened.with_aspect_ratio("pad")
 
   def test_pictures_of_different_sizes(self, make):
     image_processor = transformers.CLIPImageProcessorPil(size={"shortest_edge": 28}, do_center_crop=False)

@@ -12,9 +12,8 @@ from experiments.evaluate.tasks.official import find
 from experiments.evaluate.tasks.prompts import choice_question
 from experiments.evaluate.tasks.task import Known, Official, Record, Sample, Scored, Task
 
-_CIRCULAR = (
-  1_000_000  # A question's copies with other orders of its options have this times 1, 2, 3 added to its index.
-)
+# A question's copies with other orders of its options have this times 1, 2, 3 added to its index.
+_CIRCULAR = 1_000_000
 _LONGEST_INDEX = 64  # characters; a longer `image` is a picture, a shorter one the index of the row that holds it
 
 

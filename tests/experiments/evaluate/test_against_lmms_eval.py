@@ -1,6 +1,5 @@
 """Questions and scores against lmms-eval's own code on the same records, and where the two differ on purpose."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -12,11 +11,7 @@ import published
 import pytest
 from datasets import List
 
-from experiments.evaluate.metrics import captions
 from experiments.evaluate.tasks import TASKS
-
-if importlib.util.find_spec("lmms_eval") is None:
-  pytest.skip("needs lmms-eval", allow_module_level=True)
 
 YAML = {
   "vqav2": "vqav2/vqav2_val",
@@ -103,11 +98,10 @@ SETS = [
   ("mmbench_en", ("A", "A", "C"), {"gpt_eval_score": "accuracy"}),
   ("mmbench_en", ("It is up", "(B)", "A or B"), {"gpt_eval_score": "accuracy"}),
 ]
-if captions.has_java():
-  SETS += [
-    ("nocaps", BABIES, {f"nocaps_{name}": own for name, own in CORPUS.items()}),
-    ("flickr30k", ("two men look at a yard",), {f"flickr_{name}": own for name, own in CORPUS.items()}),
-  ]
+SETS += [
+  ("nocaps", BABIES, {f"nocaps_{name}": own for name, own in CORPUS.items()}),
+  ("flickr30k", ("two men look at a yard",), {f"flickr_{name}": own for name, own in CORPUS.items()}),
+]
 POPE_ANSWERS = {"adversarial": "yynnynyn", "popular": "yyyyyyny", "random": "nnnnynnn"}
 
 

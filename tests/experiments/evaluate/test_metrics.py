@@ -220,7 +220,6 @@ REFERENCES = (
 )
 
 
-@pytest.mark.skipif(not captions.has_java(), reason="needs Java")
 def test_captions_are_scored_as_coco_does():
   from pycocoevalcap.cider.cider import Cider
   from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -245,7 +244,6 @@ def test_captions_without_java(monkeypatch):
   ]  # fmt: skip
 
 
-@pytest.mark.skipif(not captions.has_java(), reason="needs Java")
 def test_the_words_without_java_are_those_of_the_official_tokenizer():
   everything = {0: [*CAPTIONS, *itertools.chain(*REFERENCES), "A 3,000 lb. van"]}
   plain, ptb = captions._plain(everything)[0], captions._ptb(everything)[0]
