@@ -82,7 +82,10 @@ class TestAnswers:
     assert rows.keys() == QUESTIONS.keys()
     for row, answer in zip((rows[row_id] for row_id in QUESTIONS), expected, strict=True):
       assert list(row) == ["id", "answer", "error", "digest", "token_ids", "kept", "counts", "first_logits", "timing"]
-      text = len(loaded(NAME).prompts("<image>{question}").ids("<image>" + QUESTIONS[row["id"]])) - 1
+      example = (
+        loaded(NAME).prompts("<image>{question}").prepare([load_image(tmp_path / "0.png")], QUESTIONS[row["id"]])
+      )
+      text = len(example.tokens) - N
       assert row["counts"] == {"tiles": 1, "image_tokens": N, "text_tokens": text, "kept": list(KEEP)}
       assert (row["answer"], row["error"]) == (answer.text, None)
       assert row["token_ids"] == answer.token_ids
