@@ -42,8 +42,8 @@ def prompts_of(samples: Callable[[], Iterator[Sample]]) -> Prompts:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-  """Runs one model on tasks.
+class TaskAnswerer:
+  """Answers the samples of tasks with one model.
 
   Attributes:
     settings: all that answers depend on besides the task and the pruning.
@@ -61,7 +61,7 @@ class Evaluator:
     sizes = functools.cache(lambda: image_sizes(prompts, PictureFiles(), processor))
     for label, schedule in schedules.items():
       print(f"{task.title}, {label}", flush=True)
-      path = rows_path(self.workdir, task, label)
+      path = rows_path(self.workdir, task.name, label)
       path.parent.mkdir(parents=True, exist_ok=True)
       settings = {**self.settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
       contract = Contract(path, settings, prompts, PictureFiles(), advice="use another --workdir")
@@ -78,9 +78,9 @@ class Evaluator:
     return Answerer(processor, batcher, engine, batch_size, frozenset({"timing", "counts"}))
 
 
-def rows_path(workdir: pathlib.Path, task: Task, label: str) -> pathlib.Path:
+def rows_path(workdir: pathlib.Path, task: str, label: str) -> pathlib.Path:
   """The file of a setting's answers to a task."""
-  return workdir / task.name / f"{kept.file_name(label)}.jsonl"
+  return workdir / task / f"{kept.file_name(label)}.jsonl"
 
 
 def read_rows(path: pathlib.Path) -> dict[str, Row]:

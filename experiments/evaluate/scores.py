@@ -5,7 +5,7 @@ Axes: Q questions.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Results:
           difference = values[self.task.metric] - self.task.values(scored[REFERENCE])[self.task.metric]
           ends = interval(resampled[label] - resampled[REFERENCE])
           row |= dict(zip(names("difference"), map(float, (difference, *ends)), strict=True))
-      row |= self._costs(label)
+      row |= relative_costs(self.answers[label].values(), self.schedules[label], self.sizes)
       if REFERENCE in scored:
         same = [a.answer == b.answer for a, b in zip(own, scored[REFERENCE], strict=True)]
         row["agreement"] = float(np.mean(same))
@@ -83,16 +83,15 @@ class Results:
   def _value(self, scored: Sequence[Scored]) -> float:
     return self.task.aggregate(scored)[self.task.metric]
 
-  def _costs(self, label: str) -> tabular.Row:
-    """FLOPs of the prefill and seconds of a row, in all and relative to no pruning of the same rows."""
-    own, plain, seconds = 0, 0, []
-    for row in self.answers[label].values():
-      if row.get("counts"):
-        counts = row["counts"]
-        for schedule, add in ((self.schedules[label].with_counts(counts["kept"]), 1), (Schedule(), 0)):
-          cost = costs(
-            self.sizes, schedule, counts["image_tokens"], counts["text_tokens"], num_pictures=counts["tiles"]
-          )
-          own, plain = own + add * cost.prefill, plain + (1 - add) * cost.prefill
-        seconds.append(row["timing"]["prefill_seconds"] + row["timing"]["decode_seconds"])
-    return {"flops": own / plain if plain else None, "seconds": float(np.median(seconds)) if seconds else None}
+
+def relative_costs(rows: Iterable[Row], schedule: Schedule, sizes: ModelSizes) -> tabular.Row:
+  """FLOPs of the prefill, relative to no pruning of the same rows, and the median seconds of a row."""
+  own, plain, seconds = 0, 0, []
+  for row in rows:
+    if row.get("counts"):
+      counts = row["counts"]
+      tokens = counts["image_tokens"], counts["text_tokens"]
+      own += costs(sizes, schedule.with_counts(counts["kept"]), *tokens, num_pictures=counts["tiles"]).prefill
+      plain += costs(sizes, Schedule(), *tokens, num_pictures=counts["tiles"]).prefill
+      seconds.append(row["timing"]["prefill_seconds"] + row["timing"]["decode_seconds"])
+  return {"flops": own / plain if plain else None, "seconds": float(np.median(seconds)) if seconds else None}

@@ -1,10 +1,12 @@
-"""lmms-eval's own command on built-in and local tasks, without a network, against our own count of right answers."""
+"""lmms-eval on built-in and local tasks, without a network: its own command, ours, and our own count of right answers."""
 
+import csv
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import NamedTuple
 
 import datasets
 import jax.numpy as jnp
@@ -33,7 +35,26 @@ doc_to_target: answer
 doc_to_choice: choices
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+RUN_MODULES = """
+import json, runpy, sys
+for sys.argv in json.loads(sys.argv[1]):
+  try:
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+  except SystemExit as end:
+    if end.code:
+      raise
+"""
 CHOICE_UTILS = "def doc_to_visual(doc):\n  return [doc['image'].convert('RGB')]\n"
+
+
+class Results(NamedTuple):
+  """Scores and samples of lmms-eval's command, the answers they should have, and the table and text of ours."""
+
+  scores: dict
+  samples: dict
+  texts: list
+  rows: list
+  printed: str
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +78,6 @@ def write_set(path, rows, images, **features):
 
 @pytest.fixture(scope="module")
 def results(directory, loaded, images, tmp_path_factory):
-  """The results and samples of one command, and what they should be."""
   work = tmp_path_factory.mktemp("lmms_eval")
   schedule = loaded.schedule(*SCHEDULE)
   asked = [question.capitalize() + AFTER for question in QUESTIONS]
@@ -85,18 +105,29 @@ def results(directory, loaded, images, tmp_path_factory):
   (work / "tasks").mkdir()
   (work / "tasks/tiny_choices.yaml").write_text(CHOICE_TASK.format(file=work / "choices.parquet"))
   (work / "tasks/utils.py").write_text(CHOICE_UTILS)
-  command = [sys.executable, "-m", "lmms_eval", "--model", "himap_jax", "--tasks", "textvqa_val,tiny_choices"]
-  command += ["--model_args", f"checkpoint={directory},{ARGUMENTS}", "--batch_size", "2", "--include_path", "tasks"]
-  command += ["--output_path", "results", "--log_samples"]
-  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "HF_HOME": str(work / "hf")}
-  run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
-  assert run.returncode == 0, run.stderr[-3000:]
+  harness = ["lmms_eval", "--model", "himap_jax", "--tasks", "textvqa_val,tiny_choices", "--include_path", "tasks"]
+  harness += ["--model_args", f"checkpoint={directory},{ARGUMENTS}", "--batch_size", "2", "--log_samples"]
+  ours = ["experiments.evaluate", "--tasks=lmms:textvqa_val,lmms:tiny_choices", "--settings=himap@2/4:8/4"]
+  ours += [f"--checkpoint={directory}", "--dtype=float32", "--batch_size=2", "--include_path=tasks"]
+  ours += ["--max_new_tokens=16", "--workdir=evaluate_work", "--output=evaluate_output"]
+  printed = run_modules(work, [*harness, "--output_path", "results"], ours)
   (file,) = (work / "results").rglob("*_results.json")
   samples = {
     task: [json.loads(line) for line in next(file.parent.glob(f"*_samples_{task}.jsonl")).read_text().splitlines()]
     for task in ("textvqa_val", "tiny_choices")
   }
-  return json.loads(file.read_text())["results"], samples, texts
+  with open(work / "evaluate_output/evaluate.csv", newline="") as table:
+    rows = list(csv.DictReader(table))
+  return Results(json.loads(file.read_text())["results"], samples, texts, rows, printed)
+
+
+def run_modules(work, *commands):
+  """Runs commands of modules one after another in one process, since lmms-eval takes long to import."""
+  environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[2]), "HF_HOME": str(work / "hf")}
+  command = [sys.executable, "-c", RUN_MODULES, json.dumps([list(map(str, own)) for own in commands])]
+  run = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+  assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-3000:]
+  return run.stdout
 
 
 def likeliest_choices(loaded, images, schedule):
@@ -114,16 +145,25 @@ def likeliest_choices(loaded, images, schedule):
 
 
 def test_answers_are_generate_s(results):
-  scores, samples, texts = results
+  scores, samples, texts, *_ = results
   assert [sample["filtered_resps"] for sample in samples["textvqa_val"]] == texts
   assert scores["textvqa_val"]["exact_match,none"] == 0.5
 
 
 def test_choices_are_the_likeliest(results):
-  scores, samples, _ = results
+  scores, samples, *_ = results
   assert scores["tiny_choices"]["acc,none"] == 0.75
   losses = np.array([[float(loss) for loss, _ in sample["filtered_resps"]] for sample in samples["tiny_choices"]])
   assert losses.shape == (4, 4) and (losses > 0).all()
+
+
+def test_our_command_gives_the_same_scores(results):
+  text, choices = results.rows
+  assert float(text["score"]) == results.scores["textvqa_val"]["exact_match,none"] and text["questions"] == "4"
+  assert float(text["score_low"]) < 0.5 < float(text["score_high"]) and 0 < float(text["flops"]) < 1
+  assert float(choices["score"]) == results.scores["tiny_choices"]["acc,none"] and choices["setting"] == "himap@2/4:8/4"
+  for sample in results.samples["textvqa_val"]:
+    assert repr(sample["filtered_resps"]) in results.printed
 
 
 @pytest.mark.parametrize(

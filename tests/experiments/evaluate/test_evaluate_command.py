@@ -70,7 +70,8 @@ def test_intervals_are_paired():
   samples = [Sample(str(n), question="?", references=("yes",)) for n in range(20)]
   answers = {str(n): {"answer": "yes" if n % 3 else "no"} for n in range(20)}
   sizes = model_sizes(geometries.model_of("demo"), (336, 336))
-  results = Results(task, samples, {scores.REFERENCE: answers, "other": answers}, {}, sizes)
+  settings = dict.fromkeys((scores.REFERENCE, "other"))
+  results = Results(task, samples, dict.fromkeys(settings, answers), dict.fromkeys(settings, Schedule()), sizes)
   first, second = results.rows()
   assert first["score"] == pytest.approx(65) and first["score_low"] < 65 < first["score_high"]
   assert second["difference"] == second["difference_low"] == second["difference_high"] == 0

@@ -1,0 +1,189 @@
+"""Answers and losses for the requests of an evaluation harness, in batches."""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import PIL.Image
+from absl import logging
+
+from himap_jax import checkpoint, generation
+from himap_jax.checkpoint import LoadedModel
+from himap_jax.engine import sharding
+from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batches
+from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.errors import UserError
+from himap_jax.families.family import Processor
+from himap_jax.harness.settings import Settings
+from himap_jax.inputs import Example, Inputs
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run import command
+from himap_jax.run.progress import Progress
+from himap_jax.run.writer import COUNTS
+
+NOT_FINITE = "the model's logits are not finite; try dtype=float32"
+ROOM = 32  # tokens that a continuation to score may have
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """One prompt.
+
+  Attributes:
+    place: among the requests.
+    pictures: loads its pictures.
+  """
+
+  place: int
+  text: str
+  pictures: Callable[[], list[PIL.Image.Image]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question(Request):
+  """A prompt to answer; the answer is cut at the first of the `stops`."""
+
+  generation: GenerationConfig
+  stops: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation(Request):
+  """A text that may follow a prompt.
+
+  Attributes:
+    prompt: equal for continuations of the same prompt.
+  """
+
+  target: str
+  prompt: Any
+
+
+R = TypeVar("R", bound=Request)
+
+
+class Answer(NamedTuple):
+  """An answer, with the counts and the seconds of `--emit=counts,timing`."""
+
+  text: str
+  num_tokens: int
+  counts: Mapping[str, Any]
+  timing: Mapping[str, float]
+
+
+class Loss(NamedTuple):
+  """The mean negative log-likelihood of a continuation's tokens, and whether greedy decoding gives them."""
+
+  value: float
+  is_greedy: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Responder:
+  """Answers requests with one model and schedule; those that cannot be are left out, with a warning."""
+
+  loaded: LoadedModel
+  processor: Processor
+  schedule: Schedule
+  settings: Settings
+
+  @classmethod
+  def load(cls, settings: Settings) -> "Responder":
+    """Loads the checkpoint; JAX chooses the devices. Raises `UserError`."""
+    opened = checkpoint.open_checkpoint(settings.checkpoint).with_aspect_ratio(settings.image_aspect_ratio)
+    schedule = opened.schedule(settings.method, settings.prune_layers, settings.keep)
+    processor = opened.prompts(settings.prompt_template, settings.max_image_tokens)
+    dtype = command.DTYPES[settings.dtype]
+    axes = sharding.choose_mesh(opened.config, opened.num_bytes(dtype), settings.batch_size)
+    loaded = opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
+    return cls(loaded, processor, schedule, settings)
+
+  def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:
+    """Yields answers as they are ready, in batches of questions with one generation config."""
+    by_config = collections.defaultdict(list)
+    for question in questions:
+      by_config[question.generation].append(question)
+    for config, group in by_config.items():
+      engine = self._engine(config)
+      for inputs, batch in self._batches(group, config.max_new_tokens):
+        result = engine(inputs, [question.place for question, _ in batch])
+        timing = {name: getattr(result, name) / len(batch) for name in ("prefill_seconds", "decode_seconds")}
+        for row, (question, example) in enumerate(batch):
+          if not np.isfinite(result.logits[row]).all():
+            logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
+            continue
+          kept = [len(stage[row]) for stage in result.kept]
+          counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, kept)
+          text = _cut(self.processor.decode(result.tokens[row]), question.stops)
+          answer = Answer(text, len(result.tokens[row]), dict(zip(COUNTS, counts, strict=True)), timing)
+          yield question, answer
+
+  def losses(self, continuations: Sequence[Continuation]) -> Iterator[tuple[Continuation, Loss]]:
+    """Yields losses as they are ready; a prompt is prefilled once for all its continuations."""
+    by_prompt = collections.defaultdict(list)
+    for continuation in continuations:
+      by_prompt[continuation.prompt].append(continuation)
+    engine = self._engine(GenerationConfig(seed=self.settings.seed))
+    for inputs, batch in self._batches([own[0] for own in by_prompt.values()], ROOM):
+      groups = [by_prompt[first.prompt] for first, _ in batch]
+      wanted = [[self._tokens(own.text, own.target) for own in group] for group in groups]
+      scores = engine.score(inputs, [first.place for first, _ in batch], wanted)
+      for group, given, own in zip(groups, wanted, scores, strict=True):
+        for continuation, tokens, score in zip(group, given, own, strict=True):
+          if not np.isfinite(score.log_probability):
+            logging.warning("request %d is not answered: %s", continuation.place, NOT_FINITE)
+            continue
+          yield continuation, Loss(-score.log_probability / len(tokens), score.is_greedy)
+
+  def _tokens(self, text: str, target: str) -> list[int]:
+    """The tokens that a continuation adds to the prompt, or its own if the two grow together."""
+    tokenize = functools.partial(self.loaded.processor.tokenizer, add_special_tokens=False)
+    prompt = self.processor.prompt(text, 0)
+    before, both = tokenize(prompt)["input_ids"], tokenize(prompt + target)["input_ids"]
+    added = both[len(before) :] if both[: len(before)] == before else []
+    return added or tokenize(target)["input_ids"]
+
+  def _engine(self, config: GenerationConfig) -> Engine:
+    return Engine(self.loaded.model, self.schedule, config, eos_token_ids=self.loaded.eos_token_ids)
+
+  def _batches(self, requests: Sequence[R], max_new_tokens: int) -> Iterator[tuple[Inputs, list[tuple[R, Example]]]]:
+    """Yields batches of requests of one bucket each; sizes of pictures are read first, then pictures are prepared."""
+    sizes = collections.Counter()
+    for request in requests:
+      try:
+        sizes[self.processor.image_size([picture.size for picture in request.pictures()])] += 1
+      except (UserError, AttributeError):
+        continue  # reported below
+    buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
+    batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
+    batch_size = sharding.padded_batch_size(self.settings.batch_size, sharding.mesh_of(self.loaded.model.params))
+    for bucket, batch in in_batches(self._prepared(requests, batcher), batch_size):
+      yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=batch_size), batch
+
+  def _prepared(self, requests: Sequence[R], batcher: Batcher) -> Iterator[tuple[Bucket, tuple[R, Example]]]:
+    """Yields the requests that can be prepared; the others have a warning."""
+    with Progress(len(requests), "request", "answering") as progress:
+      for request in requests:
+        try:
+          example = self._example(request)
+          prepared = batcher.bucket(example), (request, example)
+        except UserError as error:
+          logging.warning("request %d is not answered: %s", request.place, error)
+        else:
+          yield prepared
+        progress.update()
+
+  def _example(self, request: Request) -> Example:
+    pictures = request.pictures()
+    for picture in pictures:
+      if not isinstance(picture, PIL.Image.Image):
+        raise UserError(f"only pictures are supported, not {type(picture).__name__}")
+    return self.processor.prepare([picture.convert("RGB") for picture in pictures], request.text)
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+  """The text up to the first of these texts."""
+  return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]

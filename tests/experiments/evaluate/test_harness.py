@@ -1,0 +1,104 @@
+"""Responses that are kept for lmms-eval's tasks, and the table that is made of its results; see also tests/harness."""
+
+import PIL.Image
+import pytest
+
+from experiments.evaluate.harness import HarnessResults, HarnessRun, Recorded
+from experiments.evaluate.scores import REFERENCE
+from experiments.shared import geometries
+from himap_jax import GenerationConfig, UserError
+from himap_jax.engine.accounting import model_sizes
+from himap_jax.harness.responder import Answer, Continuation, Loss, Question
+from himap_jax.harness.settings import Settings
+from himap_jax.pruning.schedule import Schedule
+
+
+class Counting:
+  """Answers with the text, and remembers what it was asked."""
+
+  def __init__(self):
+    self.asked = []
+
+  def answers(self, questions):
+    for question in questions:
+      self.asked.append(question.text)
+      yield question, Answer(question.text.upper(), 1, {"kept": []}, {"prefill_seconds": 1.0})
+
+  def losses(self, continuations):
+    for continuation in continuations:
+      self.asked.append(continuation.target)
+      yield continuation, Loss(float(len(continuation.target)), False)
+
+
+def question(place, text, *, colour=0, max_new_tokens=8, stops=()):
+  picture = PIL.Image.new("RGB", (4, 4), (colour, 0, 0))
+  return Question(place, text, lambda: [picture], GenerationConfig(max_new_tokens), stops)
+
+
+def recorded(path, responder, **subject):
+  return Recorded(path / "answers.jsonl", {"checkpoint": "a", **subject}, Settings(), responder)
+
+
+def test_responses_are_kept(tmp_path):
+  first, questions = Counting(), [question(0, "a"), question(1, "b")]
+  given = [(own.place, answer) for own, answer in recorded(tmp_path, first).answers(questions)]
+  assert [answer.text for _, answer in given] == ["A", "B"] and first.asked == ["a", "b"]
+  again = recorded(tmp_path, None)
+  assert [(own.place, answer) for own, answer in again.answers(questions)] == given and len(again.used) == 2
+  more = Counting()
+  answers = recorded(tmp_path, more).answers([*questions, question(2, "c")])
+  assert sorted(answer.text for _, answer in answers) == ["A", "B", "C"] and more.asked == ["c"]
+
+
+@pytest.mark.parametrize("changed", [{"text": "b"}, {"colour": 9}, {"max_new_tokens": 4}, {"stops": (".",)}])
+def test_changed_requests_are_asked_anew(tmp_path, changed):
+  list(recorded(tmp_path, Counting()).answers([question(0, "a")]))
+  responder = Counting()
+  list(recorded(tmp_path, responder).answers([question(0, **{"text": "a"} | changed)]))
+  assert len(responder.asked) == 1
+
+
+def test_another_subject_is_asked_anew(tmp_path):
+  list(recorded(tmp_path, Counting()).answers([question(0, "a")]))
+  responder = Counting()
+  list(recorded(tmp_path, responder, checkpoint="b").answers([question(0, "a")]))
+  assert responder.asked == ["a"]
+
+
+def test_losses_are_kept(tmp_path):
+  choices = [Continuation(place, "q", list, target, "q") for place, target in enumerate(("cat", "a dog"))]
+  given = list(recorded(tmp_path, Counting()).losses(choices))
+  assert [loss for _, loss in given] == [Loss(3.0, False), Loss(5.0, False)]
+  assert list(recorded(tmp_path, None).losses(choices)) == given
+
+
+def test_a_torn_file_is_asked_for_the_rest(tmp_path):
+  questions = [question(0, "a"), question(1, "b")]
+  list(recorded(tmp_path, Counting()).answers(questions))
+  path = tmp_path / "answers.jsonl"
+  path.write_bytes(path.read_bytes()[:-20])
+  responder = Counting()
+  assert len(list(recorded(tmp_path, responder).answers(questions))) == 2 and responder.asked == ["b"]
+
+
+def test_missing_responses_without_a_model(tmp_path):
+  with pytest.raises(UserError, match="--score_only: .* lacks 1 of 1 answers"):
+    list(recorded(tmp_path, None).answers([question(0, "a")]))
+
+
+def test_the_table_is_paired():
+  """Intervals exist where a score is the mean over samples; settings that answer alike differ by exactly zero."""
+  right = [float(n % 3 > 0) for n in range(30)]
+  samples = [{"filtered_resps": [str(n)], "acc": value, "f1": {"tp": n}} for n, value in enumerate(right)]
+  results = {"task": {"alias": "task", "acc,none": sum(right) / 30, "acc_stderr,none": 0.1, "f1,none": 0.7}}
+  run = HarnessRun(results, {"task": samples}, [])
+  worse = HarnessRun({"task": {"acc,none": 0.0, "f1,none": 0.2}}, {"task": [s | {"acc": 0.0} for s in samples]}, [])
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  runs = {REFERENCE: run, "same": run, "worse": worse}
+  plain, same, other = HarnessResults(runs, dict.fromkeys(runs, Schedule()), sizes).rows()
+  assert plain["score"] == pytest.approx(2 / 3) and plain["score_low"] < 2 / 3 < plain["score_high"]
+  assert same["difference"] == same["difference_low"] == same["difference_high"] == 0 and same["agreement"] == 1
+  assert other["difference_high"] < 0 and other["task: f1"] == 0.2 and plain["task"] == "lmms:task"
+  corpus = HarnessRun({"task": {"f1,none": 0.7}}, {"task": samples}, [])  # a score that is not a mean
+  (row,) = HarnessResults({REFERENCE: corpus}, {REFERENCE: Schedule()}, sizes).rows()
+  assert row["score"] == 0.7 and "score_low" not in row
