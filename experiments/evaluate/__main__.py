@@ -19,6 +19,7 @@ from experiments.compare.grid import parse_setting
 from experiments.evaluate import loading, report
 from experiments.evaluate.answers import TaskAnswerer, prompts_of, read_rows, rows_path
 from experiments.evaluate.harness import PREFIX, HarnessResults, HarnessTask, Recorded
+from experiments.evaluate.paper import TABLES, with_paper
 from experiments.evaluate.scores import REFERENCE, Results
 from experiments.evaluate.tasks import TASKS, find_task
 from experiments.evaluate.tasks.task import Task
@@ -46,6 +47,8 @@ def define_flags() -> None:
     "Methods with their own settings, or settings such as himap@2/8:288/72 and fastv@2:50%.",
   )
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+  flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run.")
+  flags.DEFINE_enum("paper_table", None, list(TABLES), "A table of HiMAP's paper, whose numbers are shown beside ours.")
   flags.DEFINE_string(
     "data", None, "A directory with a data set as the hub lays it out or its official files; the hub by default."
   )
@@ -75,12 +78,16 @@ def run(values: Any) -> study.Report:
   for harness_task in harness_tasks:
     harness_task.check()
   settings = {label: parse_setting(label) for label in values.settings}
-  opened = checkpoint.open_checkpoint(values.checkpoint).with_aspect_ratio(values.image_aspect_ratio)
+  opened = checkpoint.open_checkpoint(values.checkpoint, allow_pickle=values.allow_pickle).with_aspect_ratio(
+    values.image_aspect_ratio
+  )
   schedules = {label: pruning.schedule(**method_inputs(opened.config)) for label, pruning in settings.items()}
   sizes = model_sizes(opened.config, opened.prompts(values.prompt_template).blank.images.pixels.shape[2:])
   evaluator = Evaluator(opened, values, schedules, sizes)
   rows = [row for task in tasks for row in evaluator.rows(task)]
   rows += [row for task in harness_tasks for row in evaluator.harness_rows(task)]
+  if values.paper_table:
+    rows = with_paper(rows, values.paper_table)
   return study.Report(f"{values.limit or 'all'} questions of a task", report.summary(rows, tasks), {"evaluate": rows})
 
 

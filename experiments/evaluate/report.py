@@ -17,6 +17,7 @@ def summary(rows: Sequence[tabular.Row], tasks: Iterable[Task]) -> list[str]:
   """A table of all rows, and the scores that models are known to reach."""
   columns = {name: f"{{{name}}}" for name in ("task", "setting", "questions")} | {
     "score": tabular.with_interval("score", ".1f"),
+    **({"paper": "{paper:g}"} if any("paper" in row for row in rows) else {}),
     "to no pruning": tabular.with_interval("difference", "+.1f"),
     "same answers": "{agreement:.1%}",
     "prefill FLOPs": "{flops:.0%}",

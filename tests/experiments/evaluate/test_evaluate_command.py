@@ -7,11 +7,12 @@ import commands
 import published
 import pytest
 
-from experiments.evaluate import scores
+from experiments.compare.grid import Shape, parse_setting
+from experiments.evaluate import paper, report, scores
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks import TASKS
 from experiments.evaluate.tasks.task import Sample
-from experiments.shared import geometries
+from experiments.shared import geometries, tabular
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.pruning.schedule import Schedule
 
@@ -23,10 +24,11 @@ def evaluate(checkpoints, tmp_path_factory):
   """Returns `evaluate(task, *arguments)`: the exit status, what is printed, and the folder of all results."""
   work = tmp_path_factory.mktemp("evaluate")
 
-  def evaluate(task, *arguments):
-    data = published.write_hub(task, work / "data")
+  def evaluate(task, *arguments, flagfile="", tasks=()):
+    data = published.write_hub(task, work / "data") if not tasks else work
     command = commands.Command(
-      "experiments.evaluate", f"--tasks={task}", f"--settings={','.join(SETTINGS)}", f"--data={data}",
+      "experiments.evaluate", f"--flagfile={flagfile}", f"--tasks={','.join(tasks or [task])}",
+      f"--settings={','.join(SETTINGS)}", f"--data={data}",
       f"--checkpoint={checkpoints('dinov2_shrunk').directory}", "--prompt_template=<image>{question}", "--dtype=float32",
       f"--workdir={work / 'work'}", f"--output={work / 'out'}", f"--compilation_cache_dir={work / 'compiled'}",
       "--batch_size=2", *arguments,
@@ -62,6 +64,40 @@ def test_a_task_is_scored(evaluate):
 def test_scores_need_answers(evaluate):
   status, printed, _ = evaluate("gqa", "--score_only")
   assert status == 2 and "has no answers to gqa with none" in printed
+
+
+@pytest.mark.parametrize("name", paper.TABLES)
+def test_flagfiles_of_the_paper(evaluate, name):
+  """Every flag and setting of the flagfile is accepted, and everything of the table is in it."""
+  given = paper.flags_of(name)
+  tasks, settings = given["tasks"].split(","), given["settings"].split(",")
+  assert given["paper_table"] == name and settings[0] == "none"
+  assert {task for task, _ in paper.TABLES[name].reported} <= set(tasks) <= set(TASKS)
+  assert {setting for _, setting in paper.TABLES[name].reported} <= set(settings)
+  flagfile = paper.FLAG_FILES / f"paper_table_{name}.flags"
+  for label in settings:
+    assert bool(parse_setting(label).schedule(*Shape(32, 576)).stages) == (label != "none")
+  status, printed, _ = evaluate(tasks[0], "--score_only", flagfile=flagfile, tasks=tasks)
+  assert status == 2 and f"has no answers to {tasks[0]} with none" in printed
+
+
+def test_tables_of_the_paper(tmp_path):
+  """Numbers of the paper stand beside ours; what was not run says so."""
+  assert sorted(path.stem for path in paper.FLAG_FILES.glob("paper_table_*")) == sorted(
+    f"paper_table_{name}" for name in paper.TABLES
+  )
+  (tmp_path / "paper_table_1_output").mkdir()
+  rows = [
+    {"task": "mme", "setting": "none", "questions": 2374, "score": 1862.04, "score_low": 1830.0, "score_high": 1890}
+  ]
+  rows.append({"task": "vqav2_testdev", "setting": "none", "questions": 7})
+  tabular.write_csv(tmp_path / "paper_table_1_output/evaluate.csv", rows)
+  lines = paper.page(tmp_path)
+  assert "| mme | `none` | 1749.9 | 1862.0 (1830.0 to 1890.0) | 2374 |" in lines
+  assert "| mme | `himap@2/8:50%/12.5%` | 1785.1 | not run | – |" in lines
+  assert "| vqav2_testdev | `none` | 78.3 | answers for the server | 7 |" in lines
+  (row,) = paper.with_paper(rows[:1], "1")
+  assert row["paper"] == 1749.9 and "1749.9" in "\n".join(report.summary([row], []))
 
 
 def test_intervals_are_paired():
