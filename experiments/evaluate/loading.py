@@ -25,8 +25,9 @@ def load(
   """Yields a task's samples in their order; none but the pictures of GQA are held.
 
   Args:
-    source: a directory with the parquet files as the hub lays them out or with the official files, or another hub id.
-      By default the task's own id: a directory of that name in the current one, else the hub.
+    source: a directory with the parquet files as the hub lays them out or with the official files, or with directories
+      of several tasks' data, called as the task or as its id on the hub; or another hub id. By default the task's own
+      id: a directory of that name in the current one, else the hub.
     split: instead of the task's own.
     limit: the number of samples, all if None.
 
@@ -89,6 +90,8 @@ def _open(task: Task, source: str | None, split: str) -> tuple[Iterator[Record],
     source = next((name for name in task.repositories if pathlib.Path(name).is_dir()), task.repository)
   directory = pathlib.Path(source)
   if directory.is_dir():
+    directory = _of_several(directory, task)
+    source = str(directory)
     if task.official and all(any(directory.glob(pattern)) for pattern in task.official.files):
       return _checked(task.official.read(directory, split), f"{source} ({split})"), f"{source} ({split})"
   elif not _HUB_ID.fullmatch(source):
@@ -100,6 +103,15 @@ def _open(task: Task, source: str | None, split: str) -> tuple[Iterator[Record],
     pictures = {row.get("id"): row.get("image") for row in _checked(_rows(source, task.pictures, split), place)}
     rows = (row | {"image": pictures.get(row.get("imageId"))} for row in rows)
   return rows, own
+
+
+def _of_several(directory: pathlib.Path, task: Task) -> pathlib.Path:
+  """The directory of a task's data in one that has several tasks', or else that directory itself."""
+  names = (task.name, *task.repositories, *(name.rpartition("/")[2] for name in task.repositories))
+  for own in filter(pathlib.Path.is_dir, map(directory.joinpath, names)):
+    if own.name != task.config or (own / task.config).is_dir():  # it is not the configuration of the same name
+      return own
+  return directory
 
 
 def _checked(rows: Iterable[Record], place: str) -> Iterator[Record]:

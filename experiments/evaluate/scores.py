@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from experiments.evaluate.answers import Row
-from experiments.evaluate.tasks.task import Sample, Scored, Task
+from experiments.evaluate.tasks.task import Sample, Scored, Task, mean
 from experiments.shared import tabular
-from experiments.shared.statistics import interval, names, with_interval
+from experiments.shared.statistics import interval, names, resample, with_interval
 from himap_jax.pruning.cost import ModelSizes, costs
 from himap_jax.pruning.schedule import Schedule
 
@@ -71,6 +71,8 @@ class Results:
     Questions that are scored together are drawn together.
     """
     own = [one for one in scored if one.score is not None]
+    if own and self.task.aggregate is mean and not any(one.sample.group for one in own):
+      return 100 * resample(np.array([[one.score for one in own]]), seed=seed, resamples=RESAMPLES)[:, 0]
     groups: dict[str, list[Scored]] = {}
     for number, one in enumerate(own):
       groups.setdefault(one.sample.group or f"#{number}", []).append(one)

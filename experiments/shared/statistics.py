@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-AT_ONCE = 500
+AT_ONCE = 5_000_000  # drawn numbers
 
 
 def resample(
@@ -18,8 +18,9 @@ def resample(
 ) -> Float[np.ndarray, "R C"]:
   """Bootstrap over questions: means of samples of as many questions, the same sample for every cell."""
   rng, count, means = np.random.default_rng(seed), values.shape[1], []
-  for first in range(0, resamples, AT_ONCE):
-    times = rng.multinomial(count, np.full(count, 1 / count), size=min(AT_ONCE, resamples - first))
+  at_once = max(1, AT_ONCE // max(1, count))
+  for first in range(0, resamples, at_once):
+    times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, resamples - first))
     means.append(times.astype(np.float64) @ values.T.astype(np.float64) / count)
   return np.concatenate(means)
 

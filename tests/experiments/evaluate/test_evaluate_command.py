@@ -100,6 +100,19 @@ def test_tables_of_the_paper(tmp_path):
   assert row["paper"] == 1749.9 and "1749.9" in "\n".join(report.summary([row], []))
 
 
+@pytest.mark.parametrize("count", [1, 400])
+def test_intervals_of_means(count):
+  """As narrow as the binomial's, and of one question that point alone."""
+  task = TASKS["gqa"]
+  samples = [Sample(str(n), question="?", references=("yes",)) for n in range(count)]
+  answers = {"none": {str(n): {"answer": "yes" if n % 4 else "no"} for n in range(count)}}
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  (row,) = Results(task, samples, answers, {"none": Schedule()}, sizes).rows()
+  half = 196 * (0.75 * 0.25 / count) ** 0.5 if count > 1 else 0
+  assert row["score_high"] - row["score"] == pytest.approx(half, abs=0.8)
+  assert row["score"] - row["score_low"] == pytest.approx(half, abs=0.8)
+
+
 def test_intervals_are_paired():
   """The difference between two settings that answer alike is exactly zero, whatever is drawn."""
   task = TASKS["gqa"]

@@ -64,6 +64,23 @@ def test_other_owners_and_flat_directories(tmp_path, monkeypatch):
   assert load("textvqa", None) == load("textvqa", "flat") != []
 
 
+def test_a_directory_of_several_tasks(tmp_path):
+  """Each task's data is found by the task's name or by that of its repository, with or without the owner."""
+  by_repository = load("pope", published.write_hub("pope", tmp_path))
+  by_name = load("gqa", published.write_hub("gqa", tmp_path))
+  assert load("pope", tmp_path) == by_repository
+  (tmp_path / "lmms-lab/GQA").rename(tmp_path / "gqa")
+  assert load("gqa", tmp_path) == by_name
+  (tmp_path / "lmms-lab/POPE").rename(tmp_path / "POPE")
+  assert load("pope", tmp_path) == by_repository
+  documents = load("docvqa", published.write_hub("docvqa", tmp_path))
+  (tmp_path / "lmms-lab/DocVQA").rename(tmp_path / "DocVQA")  # it has a configuration of the same name
+  assert load("docvqa", tmp_path) == load("docvqa", tmp_path / "DocVQA") == documents
+  (tmp_path / "textvqa").mkdir()
+  with pytest.raises(UserError, match="textvqa has neither"):
+    load("textvqa", tmp_path)
+
+
 def test_files_of_the_hub_are_downloaded_when_they_are_reached(tmp_path, monkeypatch):
   import huggingface_hub
 
