@@ -54,7 +54,7 @@ def right_answers(loaded: LoadedModel, questions: Sequence[Question], results: p
 
 def run(values: Any) -> study.Report:
   del values
-  subject = study.load_subject(needs_answers=True)
+  subject = study.load_subject(needs_answers=True, needs_sequence=False)
   questions = subject.questions
   rows = {
     "question only": {question.id: is_right(question.guess, question.answer) for question in questions},
