@@ -25,7 +25,9 @@ from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.run import command
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "`demo`, or a directory in the Hugging Face layout.")
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", "demo", "`demo` or `demo_cross`, or a directory in the Hugging Face layout."
+)
 _STARTS = flags.DEFINE_integer("starts", 5, "Number of starts after the first.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
 _PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose first prompt is asked.")

@@ -3,10 +3,13 @@
 import dataclasses
 import functools
 import math
+import multiprocessing
 import pathlib
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -28,6 +31,9 @@ DTYPES = ("bfloat16", "int8")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 GIB = 1 << 30
+
+NOTHING = {"memory": None, "limit": None, "collectives": "", "collectives of stages": ""}
+CRASHED = "compiler crashed"  # a field of what is compiled, and of a row
 
 Row = dict[str, Any]
 PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
@@ -77,7 +83,7 @@ def compile_program(lowered: Any) -> dict[str, Any]:
     `limit`, the bytes available on a device if the compiler reports them; and descriptions of all its collectives and
     of those in pruning stages.
   """
-  result = {"memory": None, "limit": None, "collectives": "", "collectives of stages": ""}
+  result: dict[str, Any] = dict(NOTHING)
   start = time.perf_counter()
   try:
     compiled = lowered.compile()
@@ -97,10 +103,30 @@ def compile_program(lowered: Any) -> dict[str, Any]:
   }
 
 
+def compile_cell(cell: Cell, name: str, rows: int) -> dict[str, Any]:
+  """`compile_program` of a cell's `prefill` or `decode` at a number of rows."""
+  return compile_program(getattr(lower(cell, rows), name))
+
+
+@functools.cache
+def compiler() -> ProcessPoolExecutor:
+  """A process that compiles, since the TPU's compiler crashes at some sizes and takes its process along."""
+  return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), planned.without_devices)
+
+
 def compiled(workdir: pathlib.Path, cell: Cell, name: str, rows: int) -> dict[str, Any]:
-  """`compile_program` of a cell's `prefill` or `decode` at a number of rows, cached in a directory."""
-  path = workdir / f"{cell.name}-{name}-{rows}.json"
-  return kept.json_of(path, lambda: compile_program(getattr(lower(cell, rows), name)))
+  """`compile_cell` in the process of `compiler`, cached in a directory; memory is None with `CRASHED` after a crash."""
+
+  def make() -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+      return compiler().submit(compile_cell, cell, name, rows).result()
+    except BrokenProcessPool:
+      compiler.cache_clear()
+      seconds = time.perf_counter() - start
+      return NOTHING | {CRASHED: True, "seconds": seconds}
+
+  return kept.json_of(workdir / f"{cell.name}-{name}-{rows}.json", make)
 
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
@@ -155,12 +181,17 @@ def _affine(sizes: dict[int, int], limit: int) -> int:
 
 def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
   """Plans a cell; `compile_at` is `compiled` in some directory, and earlier rows hold that of no pruning."""
-  limits = []
+  limits: list[int] = []
+  crashes: list[str] = []
 
   def measure(name: str, rows: int) -> int | None:
     print(f"  {name}, {rows} rows", end="", flush=True)
     result = compile_at(cell, name, rows)
-    print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
+    if result.get(CRASHED):
+      crashes.append(f"{name}, {rows} rows")
+      print(": the compiler crashed", flush=True)
+    else:
+      print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
     if result["limit"]:
       limits.append(result["limit"])
     return sum(result["memory"].values()) if result["memory"] else None
@@ -198,12 +229,19 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
     row |= {f"{name} {part} GiB": None if size is None else size / GIB for part, size in memory.items()}
     row |= {f"{name} {field}": program[field] for field in ("collectives", "collectives of stages")}
   row["FLOPs, XLA's count ÷ ours"] = counted / accounted
+  row[CRASHED] = "; ".join(crashes)
   return row
 
 
 def report(rows: Sequence[Row], versions: str) -> Report:
   table = tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))
-  return Report(versions, table, {"tpu_plan": rows})
+  crashes = [
+    f"- {row['model']}, {row['topology']}, {row['method']}: {row[CRASHED]}; the largest batch is one that it compiles."
+    for row in rows
+    if row[CRASHED]
+  ]
+  notes = ["", "Where the compiler crashed, more rows may fit:", "", *crashes] if crashes else []
+  return Report(versions, [*table, *notes], {"tpu_plan": rows})
 
 
 def _text(value: Any) -> str:

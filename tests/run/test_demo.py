@@ -53,17 +53,27 @@ def test_every_prompt_has_an_answer_and_a_picture(demo_run):
   assert "6 answered, 0 errors" in table and "23.5% of no pruning" in table
 
 
-def test_transformers_answers_the_same():
-  loaded = himap_jax.load("demo", dtype=jnp.float32)
-  sample = prompts()[:3]
+def answers_of(name, sample):
+  """The first prompts' pictures, and the answers of a checkpoint."""
   images = [Image.open(DEMO / prompt["image"]).convert("RGB") for prompt in sample]
-  ours = himap_jax.generate(
-    loaded,
+  return images, himap_jax.generate(
+    himap_jax.load(name, dtype=jnp.float32),
     images,
     [prompt["question"] for prompt in sample],
     generation=himap_jax.GenerationConfig(max_new_tokens=6),
     inputs=himap_jax.InputConfig(batch_size=3, prompt_buckets=(64,)),
   )
+
+
+def test_the_second_model_answers_by_cross_attention():
+  _, answers = answers_of("demo_cross", prompts()[:3])
+  assert [answer.text for answer in answers] == ["blue", "circle", "triangle"]
+  assert checkpoint.open_checkpoint("demo_cross").config.text.cross_attention_layers
+
+
+def test_transformers_answers_the_same():
+  sample = prompts()[:3]
+  images, ours = answers_of("demo", sample)
   directory = checkpoint.default_cache_dir() / "demo"
   model = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
   processor = transformers.AutoProcessor.from_pretrained(directory)

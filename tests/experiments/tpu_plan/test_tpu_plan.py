@@ -1,6 +1,9 @@
 """Planning for TPUs: the search for the largest batch, what compilers say, and programs at true sizes by shapes alone."""
 
+import concurrent.futures
+import functools
 import types
+from concurrent.futures.process import BrokenProcessPool
 
 import jax
 import jax.numpy as jnp
@@ -100,23 +103,59 @@ def test_memory_that_does_not_suffice():
     plan.compile_program(lowered("INTERNAL: something else"))
 
 
+class Compiler:
+  """Compiles in the process of the tests, and crashes as often as it is told to."""
+
+  def __init__(self):
+    self.crashes, self.calls = 0, []
+
+  def submit(self, function, *arguments):
+    future = concurrent.futures.Future()
+    self.calls.append(arguments)
+    if self.crashes:
+      self.crashes -= 1
+      future.set_exception(BrokenProcessPool())
+    else:
+      future.set_result(function(*arguments))
+    return future
+
+
 def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
   cell = plan.Cell("7b", "v5e:2x4", 8, "bfloat16", "himap", 128, 32)
-  calls = []
-
-  def lower(cell, rows):
-    calls.append(rows)
-    return plan.programs.Programs("prefill", "decode")
-
   compiled = {
     "prefill": {"memory": {"arguments": 1, "temporaries": 2, "results": 3}, "limit": None},
     "decode": {"memory": None, "limit": 99},
   }
-  monkeypatch.setattr(plan, "lower", lower)
+  compiler = Compiler()
+  monkeypatch.setattr(plan, "lower", lambda cell, rows: plan.programs.Programs("prefill", "decode"))
   monkeypatch.setattr(plan, "compile_program", compiled.get)
+  monkeypatch.setattr(plan, "compiler", functools.cache(lambda: compiler))
   for _ in range(2):
     assert {name: plan.compiled(tmp_path, cell, name, 4) for name in compiled} == compiled
-  assert calls == [4, 4]
+  assert [rows for _, _, rows in compiler.calls] == [4, 4]
+  compiler.crashes = 1
+  for _ in range(2):
+    result = plan.compiled(tmp_path, cell, "prefill", 8)
+    assert result["memory"] is None and result[plan.CRASHED] and result["limit"] is None
+  assert len(compiler.calls) == 3
+
+
+def test_a_crash_is_not_the_end(monkeypatch):
+  """Where the compiler crashes, the largest number of rows below is found, and the report says so."""
+
+  def compiled(cell, name, rows):
+    memory = {"arguments": 100 + rows, "temporaries": 0, "results": 0}
+    if rows > 20:
+      return plan.NOTHING | {"seconds": 1.0, plan.CRASHED: True}
+    return plan.NOTHING | {"seconds": 1.0, "memory": memory}
+
+  monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
+  monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((1, 1))))
+  row = plan.make_row(plan.Cell("7b", "v5e:1x1", 1, "bfloat16", "none", 128, 32), compiled, [])
+  assert row["largest batch"] == 20 and row[plan.CRASHED].startswith("prefill, ")
+  text = "\n".join(plan.report([row], "versions").summary)
+  assert f"- 7b, v5e:1x1, none: {row[plan.CRASHED]}; the largest batch is one that it compiles." in text
+  assert "crashed" not in "\n".join(plan.report([row | {plan.CRASHED: ""}], "versions").summary)
 
 
 @pytest.mark.parametrize("method", ["none", "himap"])
