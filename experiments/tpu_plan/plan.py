@@ -146,22 +146,34 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   return int(counted), costs.prefill
 
 
+class CompilerCrash(Exception):
+  """The compiler ended its process, so that nothing is known about a number of rows."""
+
+
 def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:
   """The largest number of rows that fits, 0 if one does not; memory is nearly affine in it.
 
   `measure` maps rows to bytes, or None where they do not fit; `limit` is a device's bytes, as far as known; `highest` is
-  an upper bound, tried first, or None for no bound.
+  an upper bound, tried first, or None for no bound. After a `CompilerCrash` of `measure` the result is at most an eighth
+  below the least number of rows that crashes.
   """
   sizes: dict[int, int] = {}
+  has_crashed = False
   below, above, rows, step = 0, math.inf, 1, 1
   if highest is not None:
     above, rows = highest + 1, highest
-  while above - below > 1:
-    size = measure(rows)
+  while above - below > (max(1, above // 8) if has_crashed else 1):
+    try:
+      size = measure(rows)
+    except CompilerCrash:
+      size, has_crashed = None, True
     if size is None:
       above = rows
     else:
       below, sizes[rows] = rows, size
+    if has_crashed:
+      rows = (below + int(above)) // 2
+      continue
     guess = _affine(sizes, limit()) if len(sizes) > 1 else 2 * below
     if below < guess < above:
       rows = min(guess, (FARTHEST if below <= FEW else 2) * below)  # a few rows more may take no more memory at all
@@ -190,8 +202,8 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
     if result.get(CRASHED):
       crashes.append(f"{name}, {rows} rows")
       print(": the compiler crashed", flush=True)
-    else:
-      print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
+      raise CompilerCrash
+    print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
     if result["limit"]:
       limits.append(result["limit"])
     return sum(result["memory"].values()) if result["memory"] else None
