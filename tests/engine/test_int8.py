@@ -18,9 +18,9 @@ from himap_jax.model.linear import matmul
 
 @pytest.fixture(scope="module")
 def int8(checkpoints, tmp_path_factory):
-  """Returns `int8(batch_size)`: `clip_mha` with int8 weights on as many devices as divide the rows."""
+  """Returns `int8(batch_size)`: `dinov2_shrunk` with int8 weights on as many devices as divide the rows."""
   opened = checkpoint.open_checkpoint(
-    str(checkpoints("clip_mha").directory), cache_dir=tmp_path_factory.mktemp("cache")
+    str(checkpoints("dinov2_shrunk").directory), cache_dir=tmp_path_factory.mktemp("cache")
   )
 
   def load(batch_size):
@@ -45,7 +45,7 @@ def dequantized(loaded):
 def test_only_the_weights_are_rounded(method, int8, images):
   loaded = int8(2)
   keep = {"himap": (8, 3), "pyramiddrop": (8, 3)}[method]
-  schedule = loaded.schedule(method, (2, 4), keep)
+  schedule = loaded.schedule(method, (1, 3), keep)
   generation, inputs = GenerationConfig(4, ignore_eos=True), InputConfig(prompt_buckets=(64,), batch_size=2)
   options = dict(schedule=schedule, generation=generation, inputs=inputs)
   rounded, exact = (
@@ -60,12 +60,12 @@ def test_only_the_weights_are_rounded(method, int8, images):
 
 def test_a_row_alone_is_a_row_beside_another(int8, checkpoints, images):
   """PyramidDrop reads one slot's queries, which a product of one slot computes."""
-  tiny = checkpoints("clip_mha")
+  tiny = checkpoints("dinov2_shrunk")
   rows = [tiny.encode(image, "<s>USER: <image>\nWhat is it? ASSISTANT:") for image in images[:2]]
   results = []
   for group in (rows, rows[:1]):
     loaded = int8(len(group))
-    engine = Engine(loaded.model, loaded.schedule("pyramiddrop", (2, 4), (8, 3)), GenerationConfig(4, ignore_eos=True))
+    engine = Engine(loaded.model, loaded.schedule("pyramiddrop", (1, 3), (8, 3)), GenerationConfig(4, ignore_eos=True))
     results.append(engine(tiny_checkpoints.pad_batch(group, 64), range(len(group))))
   beside, alone = results
   assert beside.tokens[0] == alone.tokens[0] and beside.kept[0][0] == alone.kept[0][0]
