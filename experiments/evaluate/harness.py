@@ -1,6 +1,7 @@
 """Tasks of lmms-eval, by its own questions and metrics, answered by one loaded model for a whole grid of settings."""
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
@@ -92,6 +93,12 @@ class HarnessRun(NamedTuple):
   rows: Sequence[Row]
 
 
+@functools.cache
+def _task_manager(include_path: str | None) -> Any:
+  """lmms-eval's index of tasks, which takes seconds to build."""
+  return library("lmms_eval.tasks", "a task of lmms-eval").TaskManager("WARNING", include_path=include_path)
+
+
 @dataclasses.dataclass(frozen=True)
 class HarnessTask:
   """A task, or a group of tasks, of lmms-eval.
@@ -104,25 +111,21 @@ class HarnessTask:
   name: str
   include_path: str | None = None
 
-  @functools.cached_property
-  def _manager(self) -> Any:
-    library("lmms_eval.evaluator", f"{PREFIX}{self.name}")
-    manager = library("lmms_eval.tasks", "").TaskManager("WARNING", include_path=self.include_path)
-    if self.name not in manager.all_tasks:
-      near = ", ".join(manager.match_tasks([f"*{self.name.partition('_')[0]}*"])[:10]) or "none of a similar name"
-      raise UserError(f"lmms-eval has no task {self.name!r}; it has {near}")
-    return manager
-
   def check(self) -> None:
     """Raises `UserError` if lmms-eval is missing or has no such task."""
-    _ = self._manager
+    manager = _task_manager(self.include_path)
+    if self.name not in manager.all_tasks:
+      near = ", ".join(difflib.get_close_matches(self.name, manager.all_tasks, 5)) or "none of a similar name"
+      raise UserError(f"lmms-eval has no task {self.name!r}; it has {near}")
 
   def run(self, recorded: Recorded, limit: int | None) -> HarnessRun:
     """Answers and scores the task with one setting."""
     harness_model = library("himap_jax.harness.lmms", self.name).HarnessModel
     evaluate = library("lmms_eval.evaluator", self.name).simple_evaluate
     model = harness_model(recorded)
-    result = evaluate(model, tasks=[self.name], task_manager=self._manager, limit=limit, bootstrap_iters=0)
+    result = evaluate(
+      model, tasks=[self.name], task_manager=_task_manager(self.include_path), limit=limit, bootstrap_iters=0
+    )
     return HarnessRun(result["results"], result["samples"], list(recorded.used.values()))
 
 
