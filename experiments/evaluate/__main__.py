@@ -93,7 +93,7 @@ def run(values: Any) -> study.Report:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Answers and scores tasks with every setting; the weights are loaded once, at the first question without an answer.
+  """Answers and scores tasks with every setting; the weights are loaded once, and not for `--score_only`.
 
   Attributes:
     values: of the flags.

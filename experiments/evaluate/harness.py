@@ -13,9 +13,10 @@ import numpy as np
 
 from experiments.evaluate.answers import Row, read_rows
 from experiments.evaluate.libraries import library
+from experiments.evaluate.report import PREVIEWED
 from experiments.evaluate.scores import REFERENCE, relative_costs
 from experiments.shared import kept, tabular
-from experiments.shared.statistics import interval, names, resample, with_interval
+from experiments.shared.statistics import resample, with_interval
 from himap_jax.errors import UserError
 from himap_jax.harness.responder import Answer, Continuation, Loss, Question, Request, Responder
 from himap_jax.harness.settings import Settings
@@ -24,7 +25,6 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.writer import OutputWriter
 
 PREFIX = "lmms:"  # of the names of these tasks
-PREVIEWED = 10
 
 
 class Recorded:
@@ -156,8 +156,7 @@ class HarnessResults:
         resampled = resample(np.array(values), seed=seed)
         row |= with_interval("score", row["score"], resampled[:, -1])
         if REFERENCE in self.runs:
-          ends = interval(resampled[:, -1] - resampled[:, 0])
-          row |= dict(zip(names("difference"), map(float, (row["difference"], *ends)), strict=True))
+          row |= with_interval("difference", row["difference"], resampled[:, -1] - resampled[:, 0])
     row |= relative_costs(self.runs[label].rows, self.schedules[label], self.sizes)
     if REFERENCE in self.runs and samples:
       pairs = zip(samples, self.runs[REFERENCE].samples[name], strict=True)

@@ -16,9 +16,9 @@ PREVIEWED = 10
 def summary(rows: Sequence[tabular.Row], tasks: Iterable[Task]) -> list[str]:
   """A table of all rows, and the scores that models are known to reach."""
   columns = {name: f"{{{name}}}" for name in ("task", "setting", "questions")} | {
-    "score": tabular.with_interval("score", ".1f"),
+    "score": "{shown_score}",
     **({"paper": "{paper:g}"} if any("paper" in row for row in rows) else {}),
-    "to no pruning": tabular.with_interval("difference", "+.1f"),
+    "to no pruning": "{shown_difference}",
     "same answers": "{agreement:.1%}",
     "prefill FLOPs": "{flops:.0%}",
     "seconds a row": "{seconds:.2f}",
@@ -29,7 +29,18 @@ def summary(rows: Sequence[tabular.Row], tasks: Iterable[Task]) -> list[str]:
   lines = [
     "Intervals are 95% bootstrap intervals over questions; differences are paired. FLOPs are relative to no pruning."
   ]
+  rows = [
+    {**row, "shown_score": _shown(row, "score", ".4g"), "shown_difference": _shown(row, "difference", "+.3g")}
+    for row in rows
+  ]
   return [*tabular.formatted(rows, columns), "", *lines, *([""] if known else []), *known]
+
+
+def _shown(row: tabular.Row, name: str, form: str) -> str | None:
+  """A value in its task's unit, with its interval if it has one."""
+  if row.get(name) is None:
+    return None
+  return (tabular.with_interval(name, form) if f"{name}_low" in row else f"{{{name}:{form}}}").format_map(row)
 
 
 def without_pictures(samples: Iterable[Sample]) -> list[Sample]:

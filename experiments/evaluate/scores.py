@@ -12,7 +12,7 @@ import numpy as np
 from experiments.evaluate.answers import Row
 from experiments.evaluate.tasks.task import Sample, Scored, Task, mean
 from experiments.shared import tabular
-from experiments.shared.statistics import interval, names, resample, with_interval
+from experiments.shared.statistics import resample, with_interval
 from himap_jax.pruning.cost import ModelSizes, costs
 from himap_jax.pruning.schedule import Schedule
 
@@ -56,8 +56,7 @@ class Results:
         row |= with_interval("score", values[self.task.metric], resampled[label])
         if REFERENCE in scored:
           difference = values[self.task.metric] - self.task.values(scored[REFERENCE])[self.task.metric]
-          ends = interval(resampled[label] - resampled[REFERENCE])
-          row |= dict(zip(names("difference"), map(float, (difference, *ends)), strict=True))
+          row |= with_interval("difference", difference, resampled[label] - resampled[REFERENCE])
       row |= relative_costs(self.answers[label].values(), self.schedules[label], self.sizes)
       if REFERENCE in scored:
         same = [a.answer == b.answer for a, b in zip(own, scored[REFERENCE], strict=True)]

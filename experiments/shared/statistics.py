@@ -18,7 +18,7 @@ def resample(
 ) -> Float[np.ndarray, "R C"]:
   """Bootstrap over questions: means of samples of as many questions, the same sample for every cell."""
   rng, count, means = np.random.default_rng(seed), values.shape[1], []
-  at_once = max(1, AT_ONCE // max(1, count))
+  at_once = max(1, AT_ONCE // count)
   for first in range(0, resamples, at_once):
     times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, resamples - first))
     means.append(times.astype(np.float64) @ values.T.astype(np.float64) / count)

@@ -23,8 +23,8 @@ EMIT = ("tokens", "kept", "patches", "counts", "logits", "timing")
 flags.DEFINE_string(
   "checkpoint",
   "demo",
-  "`demo` or `demo_cross`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, or a directory that "
-  "himap_jax.convert wrote, also gs://bucket/name.",
+  "`demo` or `demo_cross`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, or a "
+  "directory that himap_jax.convert wrote, also gs://bucket/name.",
 )
 flags.DEFINE_bool(
   "allow_pickle",

@@ -3,6 +3,7 @@
 import PIL.Image
 import pytest
 
+from experiments.evaluate import report
 from experiments.evaluate.harness import HarnessResults, HarnessRun, Recorded
 from experiments.evaluate.scores import REFERENCE
 from experiments.shared import geometries
@@ -102,3 +103,4 @@ def test_the_table_is_paired():
   corpus = HarnessRun({"task": {"f1,none": 0.7}}, {"task": samples}, [])  # a score that is not a mean
   (row,) = HarnessResults({REFERENCE: corpus}, {REFERENCE: Schedule()}, sizes).rows()
   assert row["score"] == 0.7 and "score_low" not in row
+  assert "| lmms:task | none | 30 | 0.7 | +0 |" in "\n".join(report.summary([row], []))
