@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints_convert.source import first_line, some
 from experiments.evaluate.tasks.task import Record, Sample, Task
 from himap_jax.errors import UserError
-from himap_jax.run import records
+from himap_jax.run import hub, records
 from himap_jax.run.pictures import PictureFiles
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -133,8 +133,8 @@ def _rows(source: str, config: str | None, split: str) -> Iterator[Record]:
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*.parquet"))
     path_of = directory.joinpath
   else:
-    names = sorted(_listed(source))
-    path_of = functools.partial(_downloaded, source)
+    names = sorted(hub.list_files(source))
+    path_of = functools.partial(hub.download, source)
   for name in _of_split(names, source, config, split):
     yield from (record.fields for record in records.open_records(path_of(name)).read())
 
@@ -146,15 +146,3 @@ def _of_split(names: Sequence[str], source: str, config: str | None, split: str)
       return own
   has = some([name for name in names if name.endswith(".parquet")]) or "no parquet files"
   raise UserError(f"{source} has neither {config or 'data'}/{split}-*.parquet nor official files; it has {has}")
-
-
-def _listed(repository: str) -> list[str]:
-  import huggingface_hub  # slow to import
-
-  return huggingface_hub.list_repo_files(repository, repo_type="dataset")
-
-
-def _downloaded(repository: str, name: str) -> pathlib.Path:
-  import huggingface_hub
-
-  return pathlib.Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))

@@ -2,7 +2,7 @@
 
 x.parquet  x.csv  any other file: JSONL
 a directory that `datasets` saved, or of such files as the hub lays them out: one of its splits
-owner/name: downloaded, then such a directory
+owner/name: a data set on the hub, one of its splits, whose files are downloaded
 """
 
 import contextlib
@@ -19,8 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from checkpoints_convert.source import first_line, some
+from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
+from himap_jax.run import splits
+from himap_jax.run.splits import KINDS
 
 EXTRA = "pip install 'himap_jax[data]'"
 BATCH_ROWS = 16  # that are in memory at a time, of a file with columns
@@ -29,7 +31,6 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUFFER_BYTES = 1 << 20  # of each column of a parquet file, whose row groups may be larger than memory
 _MAX_CSV_FIELD = 1 << 28  # a quote that is not closed takes no more
-_KINDS = {kind: (f".{kind}",) for kind in ("parquet", "csv", "arrow")} | {"json": (".jsonl", ".json")}
 
 
 class BadRow(UserError):
@@ -100,13 +101,14 @@ def open_records(path: pathlib.Path, split: str | None = None) -> Records:
   Raises:
     UserError: there is no such thing, it cannot be read, or it has no such split.
   """
-  if path.is_dir():
-    return _of_directory(path, path, split)
-  if not path.exists() and _HUB_ID.fullmatch(str(path)) and path.suffix not in itertools.chain(*_KINDS.values()):
-    return _of_directory(path, _downloaded(str(path)), split)
+  is_id = not path.exists() and _HUB_ID.fullmatch(str(path)) and path.suffix not in itertools.chain(*KINDS.values())
+  if path.is_dir() or is_id:
+    with _needs_extra(path), _unreadable(path):
+      own = splits.of_hub(str(path), split) if is_id else splits.of_directory(path, split)
+    return _of_files(path, own.paths, own.kind)
   if split is not None:
     raise UserError(f"--split={split}: {path} is a file; only directories and data sets of the hub have splits")
-  kind = next((kind for kind, suffixes in _KINDS.items() if path.suffix in suffixes), "json")
+  kind = next((kind for kind, suffixes in KINDS.items() if path.suffix in suffixes), "json")
   return _of_files(path, [path], kind)
 
 
@@ -122,58 +124,6 @@ def _of_files(name: pathlib.Path, files: Sequence[pathlib.Path], kind: str) -> R
   return Records(
     str(name), files, tuple(name for name in columns[0] if all(name in own for own in columns)), unit, read
   )
-
-
-def _of_directory(name: pathlib.Path, directory: pathlib.Path, split: str | None) -> Records:
-  """The rows of one split of a directory."""
-  with _needs_extra(name):
-    import datasets  # slow to import
-
-  if (directory / "dataset_dict.json").exists() or (directory / "state.json").exists():
-    with _unreadable(name):
-      saved = datasets.load_from_disk(str(directory))
-    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
-    chosen = splits[_choose(name, splits, split)]
-    return _of_files(name, [pathlib.Path(file["filename"]) for file in chosen.cache_files], "arrow")
-  configuration, _, own = (split or "").rpartition("/")
-  try:
-    builder = datasets.load_dataset_builder(str(directory.resolve()), configuration or None)
-  except Exception as error:  # of many types
-    found = re.search(r"(?:configs|Available): \[(.*)\]", str(error))
-    if found:
-      known = found[1].replace("'", "")
-      raise UserError(
-        f"{name} has the configurations {known}; choose one and its split with --split, such as "
-        f"--split={known.split(',')[0]}/test"
-      ) from error
-    raise UserError(f"{name} is no data set: {first_line(error)}") from error
-  kind, splits = builder.name, {str(key): files for key, files in (builder.config.data_files or {}).items()}
-  files = [pathlib.Path(file) for file in splits[_choose(name, splits, own or None)]]
-  other = [file.name for file in files if file.suffix not in _KINDS.get(kind, ())]
-  if kind not in _KINDS or other:
-    raise UserError(f"{name} has files of another kind ({some(other)}); supported are parquet, csv, jsonl and arrow")
-  return _of_files(name, files, kind)
-
-
-def _choose(name: pathlib.Path, splits: Iterable[str], split: str | None) -> str:
-  known = list(splits)
-  if split is None and len(known) == 1:
-    return known[0]
-  if split not in known:
-    asked = "choose one with --split" if split is None else f"not --split={split}"
-    raise UserError(f"{name} has the splits {', '.join(known)}; {asked}")
-  return split
-
-
-def _downloaded(name: str) -> pathlib.Path:
-  import huggingface_hub  # slow to import
-
-  try:
-    return pathlib.Path(huggingface_hub.snapshot_download(name, repo_type="dataset"))
-  except Exception as error:  # the client also raises errors of its HTTP library
-    raise UserError(
-      f"{name}: no such file or directory, and it cannot be downloaded from the Hugging Face hub ({first_line(error)})"
-    ) from error
 
 
 def _read_lines(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:

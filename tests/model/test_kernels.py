@@ -110,25 +110,39 @@ def devices(mesh, **options):
   return tpu.Devices(mesh, functools.partial(sharding.heads, mesh), **options)
 
 
+SPLASH = {  # query and key heads, head dim, query slots, whether causal, in segments, masked
+  "one query head a key head": ((2, 2), 64, 150, True, False, False),
+  "two": ((4, 2), 64, 150, True, False, False),
+  "segments": ((2, 2), 80, 150, False, True, False),
+  "a mask": ((4, 2), 64, 40, False, False, True),
+  "all of them": ((4, 2), 64, 150, True, True, True),
+}
+
+
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=["rows", "rows and heads"])
 @pytest.mark.parametrize(
-  ("heads", "head_dim", "is_causal"),
-  [((2, 2), 64, True), ((4, 2), 64, True), ((2, 2), 80, False)],
-  ids=["one query head a key head", "two", "segments"],
+  ("heads", "head_dim", "queries", "is_causal", "in_segments", "masked"), SPLASH.values(), ids=SPLASH
 )
-def test_splash_is_torch_s(heads, head_dim, is_causal, sizes):
+def test_splash_is_torch_s(heads, head_dim, queries, is_causal, in_segments, masked, sizes):
   rng = np.random.default_rng(0)
-  arrays = [jnp.asarray(rng.normal(size=(8, 150, n, head_dim)), jnp.float32) for n in (heads[0], heads[1], heads[1])]
-  segments = None if is_causal else random_segments(8, 150)
-  mask = None if is_causal else (segments[:, :, None] == segments[:, None])[:, None]
+  shapes = (queries, heads[0]), (150, heads[1]), (150, heads[1])
+  arrays = [jnp.asarray(rng.normal(size=(8, *shape, head_dim)), jnp.float32) for shape in shapes]
+  segments = random_segments(8, 150) if in_segments else None
+  mask = (
+    jnp.asarray(rng.random((8, 1, queries, 150)) < 0.4) | jnp.eye(queries, 150, dtype=bool)[None, None]
+    if masked
+    else None
+  )
+  seen = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
+  seen = mask if seen is None else seen if mask is None else seen & mask
   mesh = sharding.make_mesh(**sizes)
   arrays = jax.device_put(arrays, sharding.rows(mesh))
   splash = functools.partial(tpu.attention, is_causal=is_causal, devices=devices(mesh, interpret=True))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # the kernel's own
-    actual = jax.jit(splash)(*arrays, segments=segments)
+    actual = jax.jit(splash)(*arrays, mask, segments=segments)
   expected = PartitionSpec("data", None, "tensor" if "tensor" in sizes else None)
   assert actual.sharding.is_equivalent_to(NamedSharding(mesh, expected), 4)
-  np.testing.assert_allclose(actual, by_torch(*arrays, mask, is_causal=is_causal), atol=2e-5, rtol=0)
+  np.testing.assert_allclose(actual, by_torch(*arrays, seen, is_causal=is_causal), atol=2e-5, rtol=0)
 
 
 def test_splash_lowers_for_tpu():
@@ -142,6 +156,7 @@ def test_splash_lowers_for_tpu():
 
   assert "tpu_custom_call" in lowered(is_causal=True)
   assert "tpu_custom_call" in lowered(segments=jnp.zeros((2, 640), jnp.int32))
+  assert "tpu_custom_call" in lowered(mask=jnp.ones((2, 1, 640, 640), bool))
   assert "tpu_custom_call" not in lowered(is_causal=False)
 
 

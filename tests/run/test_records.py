@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import datasets
+import local_hub
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -83,6 +84,41 @@ class TestLayouts:
     for split in (None, "test", "C/test"):
       with pytest.raises(UserError, match="has the configurations A, B; choose one .* such as --split=A/test"):
         read(tmp_path, split)
+
+  def test_of_the_hub_only_the_split_is_downloaded(self, tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text(
+      "---\nconfigs:\n- config_name: A\n  data_files:\n  - split: test\n    path: a/test-*\n  - split: train\n    "
+      "path: a/train-*\n- config_name: B\n  data_files:\n  - split: test\n    path: b/*\n---\n"
+    )
+    for number, name in enumerate(("a/test-0", "a/test-1", "a/train-0", "b/x")):
+      write_parquet(tmp_path / f"{name}.parquet", rows([number]))
+    asked = local_hub.serve(monkeypatch, tmp_path)
+    assert list(read(pathlib.Path("own/er"), "A/test")) == expected([0, 1])
+    names = ["README.md", "a/test-0.parquet", "a/test-1.parquet"]
+    assert asked == [("own/er", "dataset"), *(("own/er", name, "dataset") for name in names)]
+    with pytest.raises(UserError, match="own/er has the configurations A, B; choose one"):
+      read(pathlib.Path("own/er"))
+
+  def test_what_datasets_saved_on_the_hub(self, tmp_path, monkeypatch):
+    types = {"qid": datasets.Value("int64"), "img": datasets.Image(), "q": datasets.Value("string")}
+    own = [{name: row[name] for name in types} for row in rows(range(3))]
+    datasets.Dataset.from_list(own, features=datasets.Features(types)).save_to_disk(tmp_path)
+    local_hub.serve(monkeypatch, tmp_path)
+    assert list(read(pathlib.Path("own/er"))) == expected(range(3))
+
+  def test_of_an_unreachable_hub_what_was_downloaded_earlier(self, tmp_path, monkeypatch):
+    write_parquet(tmp_path / "test.parquet", rows([4]))
+    local_hub.serve(monkeypatch, tmp_path)
+
+    def fail(*arguments, **settings):
+      raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.list_repo_files", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **settings: str(tmp_path))
+    assert list(read(pathlib.Path("own/er"))) == expected([4])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(UserError, match="own/er: no such file or directory, and it cannot be .* .no route to host"):
+      read(pathlib.Path("own/er"))
 
   def test_what_datasets_saved(self, tmp_path):
     types = {"qid": datasets.Value("int64"), "img": datasets.Image(), "q": datasets.Value("string")}

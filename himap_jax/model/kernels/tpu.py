@@ -43,37 +43,52 @@ def attention(
   segments: Int[Array, "B S"] | None = None,
   devices: Devices,
 ) -> Float[Array, "B S N H"]:
-  """Splash attention, if it is causal or in segments; JAX's own attention for masks and all else."""
-  if mask is not None or not (is_causal or segments is not None):
-    return xla.attention(query, key, value, mask, is_causal=is_causal, segments=segments)
+  """Splash attention; JAX's own attention if nothing is hidden."""
+  if mask is None and segments is None and not is_causal:
+    return xla.attention(query, key, value)
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
-  _, slots, _, head_dim = query.shape
-  unused, unused_dim = -slots % BLOCK, -head_dim % HEAD_DIM
+  slots, head_dim = query.shape[1::2]
   mesh, spec_of, interpret = devices
   spec = spec_of(query.shape[2], key.shape[2])
   num_heads = query.shape[2] // (mesh.shape[spec[1]] if spec[1] else 1)
-  mask_class = splash_attention_mask.CausalMask if is_causal else splash_attention_mask.FullMask
-  kernel = splash_attention_kernel.make_splash_mha(
-    splash_attention_mask.MultiHeadMask([mask_class((slots + unused,) * 2)] * num_heads),
-    head_shards=1,
-    q_seq_shards=1,
-    interpret=interpret,
+  make_kernel = functools.partial(
+    splash_attention_kernel.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret
   )
-  # Unused slots are at the end, where causality hides them, and in a segment of their own.
-  padded = [jnp.pad(own, ((0, 0), (0, unused)), constant_values=UNUSED) for own in (segments,) if own is not None]
+
+  def to_blocks(x: jax.Array, *axes: int, fill: int = 0) -> jax.Array:
+    widths = [(0, -size % BLOCK if axis in axes else 0) for axis, size in enumerate(x.shape)]
+    return jnp.pad(x, widths, constant_values=fill)
+
+  if mask is not None:
+    if is_causal:
+      mask = mask & jnp.tril(jnp.ones(mask.shape[2:], bool))[None, None]
+    mask = jnp.broadcast_to(xla.in_segments(mask, segments), (len(query), *mask.shape[1:]))
+    hidden = (to_blocks(mask[:, 0], 1, 2),)
+  elif segments is not None:  # slots that fill the last block are in a segment of their own
+    hidden = (to_blocks(segments, 1, fill=UNUSED),)
+  else:  # they are at the end, where causality hides them
+    hidden = ()
 
   @jax.vmap
-  def attend(query: jax.Array, key: jax.Array, value: jax.Array, *segments: jax.Array) -> jax.Array:
-    return kernel(query, key, value, *(splash_attention_kernel.SegmentIds(own, own) for own in segments))
+  def attend(query: jax.Array, key: jax.Array, value: jax.Array, *hidden: jax.Array) -> jax.Array:
+    if mask is not None:
+      (seen,) = hidden
+      kernel = make_kernel(jnp.broadcast_to(seen[None], (num_heads, *seen.shape)))
+      kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)  # it was made an array
+      return kernel(query, key, value)
+    shape = (query.shape[1], key.shape[1])
+    seen = splash_attention_mask.CausalMask(shape) if is_causal else splash_attention_mask.FullMask(shape)
+    kernel = make_kernel(splash_attention_mask.MultiHeadMask([seen] * num_heads))
+    return kernel(query, key, value, *(splash_attention_kernel.SegmentIds(own, own) for own in hidden))
 
-  specs = (spec, spec, spec, *(PartitionSpec(spec[0]) for _ in padded))
+  specs = (spec, spec, spec, *(PartitionSpec(spec[0]) for _ in hidden))
   by_device = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
   heads_first = (
-    jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, unused), (0, unused_dim)))
+    jnp.pad(to_blocks(jnp.swapaxes(x, 1, 2), 2), [*[(0, 0)] * 3, (0, -head_dim % HEAD_DIM)])
     for x in (query * head_dim**-0.5, key, value)
   )
-  return jnp.swapaxes(by_device(*heads_first, *padded)[:, :, :slots, :head_dim], 1, 2)
+  return jnp.swapaxes(by_device(*heads_first, *hidden)[:, :, :slots, :head_dim], 1, 2)
 
 
 @functools.lru_cache

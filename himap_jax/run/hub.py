@@ -1,0 +1,44 @@
+"""Data sets on the Hugging Face hub: which files one has, and those of them that are needed."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+
+from checkpoints_convert.source import first_line
+from himap_jax.errors import UserError
+
+
+def list_files(repository: str) -> list[str]:
+  """The names of a data set's files; of those downloaded earlier if the hub cannot be reached."""
+  import huggingface_hub  # slow to import
+
+  with _unreachable(repository):
+    try:
+      return huggingface_hub.list_repo_files(repository, repo_type="dataset")
+    except Exception:
+      try:
+        directory = huggingface_hub.snapshot_download(repository, repo_type="dataset", local_files_only=True)
+      except Exception:
+        directory = None
+      if directory is None:
+        raise
+      return [path.relative_to(directory).as_posix() for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+
+
+def download(repository: str, name: str) -> pathlib.Path:
+  """A file in the hub's cache, downloaded if it is not there."""
+  import huggingface_hub
+
+  with _unreachable(repository):
+    return pathlib.Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))
+
+
+@contextlib.contextmanager
+def _unreachable(repository: str) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # the client also raises errors of its HTTP library
+    raise UserError(
+      f"{repository}: no such file or directory, and it cannot be downloaded from the Hugging Face hub "
+      f"({first_line(error)})"
+    ) from error
