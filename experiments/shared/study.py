@@ -11,19 +11,21 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
-from matplotlib.figure import Figure
 
 from checkpoints_convert.source import write_json
 from experiments import question_sets
-from experiments.shared import figures, tabular
+from experiments.shared import tabular
 from experiments.shared.subject import Subject
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.run import command
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure  # of the extra `study`, which only studies with plots need
 
 SUBJECT_FLAGS = ("checkpoint", "dtype", "question_set", "num_questions", "seed")
 SUBJECT_FLAGS += ("batch_size", "prompt_buckets", "prompt_template")
@@ -36,7 +38,7 @@ class Report:
   count: str  # sample size, such as `50 questions`
   summary: Sequence[str]
   tables: Mapping[str, Sequence[tabular.Row]]
-  plots: Mapping[str, Figure] = dataclasses.field(default_factory=dict)
+  plots: "Mapping[str, Figure]" = dataclasses.field(default_factory=dict)
   documents: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
   def write(self, output: pathlib.Path, name: str, called: str) -> str:
@@ -44,6 +46,8 @@ class Report:
     for table, rows in self.tables.items():
       tabular.write_csv(output / f"{table}.csv", rows)
     for plot, figure in self.plots.items():
+      from experiments.shared import figures
+
       figures.save(output / f"{plot}.png", figure)
     for document, content in self.documents.items():
       write_json(output / f"{document}.json", content)
