@@ -86,3 +86,36 @@ def test_no_function_takes_more_than_seven_arguments():
         arguments = node.args
         names = [a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)]
         assert len(set(names) - {"self", "cls"}) <= 7, f"{path}:{node.lineno} {node.name}({', '.join(names)})"
+
+
+OF_EXTRAS = {"datasets", "gguf", "lmms_eval", "matplotlib", "onnx", "optax", "pyarrow", "qwix", "torch"}
+
+
+def at_import(path):
+  """What a module imports while it is imported itself."""
+  bodies = [ast.parse(path.read_text(encoding="utf-8")).body]
+  while bodies:
+    for node in bodies.pop():
+      if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+      elif isinstance(node, ast.ImportFrom):
+        yield node.module
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+      elif isinstance(node, ast.Try | ast.With | ast.ClassDef):
+        bodies.append(node.body)
+
+
+@pytest.mark.parametrize(
+  "start", ["himap_jax", "himap_jax.run.__main__", "himap_jax.convert", "experiments.evaluate.__main__"]
+)
+def test_packages_of_extras_are_imported_where_they_are_used(start):
+  paths = {name: path for name, path, _ in modules()}
+  reached, waiting = set(), [start]
+  while waiting:
+    name = waiting.pop()
+    for parent in (name.rpartition(".")[0], name):
+      if parent in paths and parent not in reached:
+        reached.add(parent)
+        waiting.extend(at_import(paths[parent]))
+    assert name.partition(".")[0] not in OF_EXTRAS, f"{start} reaches {name} through {sorted(reached)}"
+  assert len(reached) > 20
