@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,7 +11,9 @@ from PIL import Image
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, image_buckets
-from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.engine.engine import Batch, Engine, GenerationConfig
+from himap_jax.engine.pool import Request
+from himap_jax.engine.sharding import BatchSizes
 from himap_jax.families.family import Processor, Question
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
@@ -24,13 +26,16 @@ class InputConfig:
   Attributes:
     prompt_template: `chat` (the checkpoint's own), `vicuna_v1`, or a text with `<image>` and `{question}`.
     prompt_buckets: padded text lengths, in tokens.
+    batch_size: rows that are decoded together.
     max_image_tokens: most image tokens of a picture, for models that choose them by its size; theirs if absent.
+    prefill_batch_size: rows that are prefilled together; a quarter of the batch if absent.
   """
 
   prompt_template: str = "chat"
   prompt_buckets: tuple[int, ...] = DEFAULT_BUCKETS
   batch_size: int = 8
   max_image_tokens: int | None = None
+  prefill_batch_size: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +77,22 @@ def make_batcher(
   return batcher
 
 
+def cut(text: str, stops: Sequence[str]) -> str:
+  """The text up to the first of the texts that end it."""
+  return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
+
+
+def has_any(processor: Processor, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+  """Whether an answer has one of these texts, as `Request.is_complete`; None if there are none."""
+
+  def is_complete(tokens: Sequence[int]) -> bool:
+    text = processor.decode(list(tokens))
+    return any(stop in text for stop in stops)
+
+  stops = tuple(filter(None, stops))
+  return is_complete if stops else None
+
+
 def generate(
   loaded: LoadedModel,
   images: Sequence[Image.Image | Sequence[Image.Image]],
@@ -92,23 +113,22 @@ def generate(
   """
   processor = loaded.prompts(inputs.prompt_template, inputs.max_image_tokens)
   rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
-  sizes = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)
-  batcher = make_batcher(loaded, processor, sizes, inputs.prompt_buckets, generation.max_new_tokens, schedule)
-  engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)
-  batch_size = sharding.padded_batch_size(inputs.batch_size, sharding.mesh_of(loaded.model.params))
+  counts = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)
+  batcher = make_batcher(loaded, processor, counts, inputs.prompt_buckets, generation.max_new_tokens, schedule)
+  sizes = BatchSizes.of(sharding.mesh_of(loaded.model.params), inputs.batch_size, inputs.prefill_batch_size)
+  engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=sizes)
   examples = [processor.prepare(own, question) for own, question in zip(rows, questions, strict=True)]
   bucket_of = [batcher.bucket(example) for example in examples]
-  answers: dict[int, Answer] = {}
-  for bucket in sorted(set(bucket_of)):
-    indices = [index for index, own in enumerate(bucket_of) if own == bucket]
-    for group in (indices[first : first + batch_size] for first in range(0, len(indices), batch_size)):
-      batch = batcher.pack([examples[index] for index in group], bucket=bucket, batch_size=batch_size)
-      result = engine(batch, group)
-      for place, index in enumerate(group):
-        answers[index] = Answer(
-          text=processor.decode(result.tokens[place]),
-          token_ids=result.tokens[place],
-          kept=[stage[place] for stage in result.kept],
-          first_logits=result.logits[place],
-        )
-  return [answers[index] for index in range(len(examples))]
+
+  def batches() -> Iterator[Batch]:
+    for bucket in sorted(set(bucket_of), reverse=True):  # so that the slots hold all that follow
+      indices = [index for index, own in enumerate(bucket_of) if own == bucket]
+      for group in (indices[first : first + sizes.prefill] for first in range(0, len(indices), sizes.prefill)):
+        packed = batcher.pack([examples[index] for index in group], bucket=bucket, batch_size=sizes.prefill)
+        yield Batch(packed, [Request(index, tag=index) for index in group])
+
+  answered = {row.request.tag: row for turn in engine.answer(batches()) for row in turn}
+  return [
+    Answer(processor.decode(row.tokens), row.tokens, row.kept, row.logits)
+    for row in (answered[index] for index in range(len(examples)))
+  ]

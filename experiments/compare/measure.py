@@ -44,7 +44,7 @@ class Runner:
       wanted = contract.Contract(path, self.settings, prompts.Prompts.of(asked), advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
         engine, emit = subject.engine(cell.schedule, self.generation), frozenset({"tokens", "kept"})
-        Answerer(subject.processor, subject.batcher, engine, subject.batch_size, emit).answer_all(rows)
+        Answerer(subject.processor, subject.batcher, engine, emit).answer_all(rows)
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
   def time(self, cell: Cell) -> dict[str, Any]:
@@ -63,7 +63,9 @@ class Runner:
 
   def _timed(self, schedule: Schedule) -> Engine:
     new_tokens = self.settings["timing"]["new_tokens"]
-    return self.subject.engine(schedule, GenerationConfig(new_tokens, seed=self.subject.seed, ignore_eos=True))
+    return Engine(
+      self.subject.loaded.model, schedule, GenerationConfig(new_tokens, seed=self.subject.seed, ignore_eos=True)
+    )
 
   @functools.cached_property
   def _timing_inputs(self) -> Inputs:
@@ -78,10 +80,10 @@ def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats:
   Returns medians over the turns of the ratios and of this engine's seconds, `compile_seconds` of its programs (of
   reading them, if cached), and the device.
   """
-  _, *turns = [[run(inputs, ["timing"]) for run in (reference, engine)] for _ in range(repeats + 1)]
+  _, *turns = [[run(inputs, range(len(inputs.tokens))) for run in (reference, engine)] for _ in range(repeats + 1)]
   times = np.array([[(result.prefill_seconds, result.decode_seconds) for result in turn] for turn in turns])
   ratios, seconds = np.median(times[:, 1] / times[:, 0], axis=0), np.median(times[:, 1], axis=0)
-  names, compiling = ("prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds"), engine.compile_seconds
+  names, compiling = ("prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds"), engine.programs.seconds
   measured = dict(zip(names, [*ratios.tolist(), *seconds.tolist()], strict=True))
   return measured | {"compile_seconds": compiling, "device": jax.devices()[0].device_kind}
 

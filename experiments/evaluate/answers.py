@@ -16,6 +16,7 @@ from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine import sharding
 from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.engine.sharding import BatchSizes
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig, make_batcher
 from himap_jax.inputs import ImageSize
@@ -73,9 +74,9 @@ class TaskAnswerer:
     loaded, generation = self.loaded, GenerationConfig(task.max_new_tokens, seed=self.seed)
     buckets = self.inputs.prompt_buckets
     batcher = make_batcher(loaded, processor, sizes, buckets, task.max_new_tokens, schedule)
-    engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids)
-    batch_size = sharding.padded_batch_size(self.inputs.batch_size, sharding.mesh_of(loaded.model.params))
-    return Answerer(processor, batcher, engine, batch_size, frozenset({"timing", "counts"}))
+    sizes = BatchSizes.of(sharding.mesh_of(loaded.model.params), self.inputs.batch_size)
+    engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=sizes)
+    return Answerer(processor, batcher, engine, frozenset({"timing", "counts"}))
 
 
 def rows_path(workdir: pathlib.Path, task: str, label: str) -> pathlib.Path:

@@ -17,6 +17,7 @@ from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket, in_batches
 from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.engine.sharding import BatchSizes
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig
@@ -97,7 +98,8 @@ class Subject:
     return self.opened.schedule("himap", prune_layers, keep).at(self.num_layers, self.processor.num_image_tokens)
 
   def engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
-    return Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids)
+    sizes = BatchSizes(self.batch_size, self.batch_size)
+    return Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids, batch_sizes=sizes)
 
   def answers(
     self, schedules: Mapping[str, Schedule], prefix: pathlib.Path, *, max_new_tokens: int

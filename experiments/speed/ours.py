@@ -91,10 +91,11 @@ class Ours(Side):
     if scenario.num_new_tokens == 1:
       return known
     # Meant for more than two tokens: XLA counts a loop's body once, but unrolls a loop of one step.
-    jitted = programs.make_programs(self._model, self._mesh, self._schedule, DecodeConfig(scenario.num_new_tokens))
+    jitted = programs.Programs(self._model, self._schedule, DecodeConfig(scenario.num_new_tokens))
     seeds = np.zeros(scenario.batch_size, np.uint32)
     inputs, seeds = sharding.from_local_rows((self._inputs, seeds), self._mesh)
-    account = programs.lower(jitted, self._model, inputs, seeds, self._parameters).decode.compile().cost_analysis()
+    lowered = jitted.lower(inputs, seeds, self._parameters, num_slots=scenario.batch_size)
+    account = lowered.decode.compile().cost_analysis()
     read = dict(params["language_model"])
     if "lm_head" in params:
       read["embed_tokens"] = params["lm_head"]

@@ -39,7 +39,7 @@ PHASES = {
   "devices": "Python, imports and flags",
   "checkpoint": "configuration and tokenizer",
   "weights": "reading the weights",
-  "programs": "compiled programs",
+  "decode": "compiled programs",
   "first": "the first answer",
   "end": "the end",
 }

@@ -28,6 +28,7 @@ FARTHEST, FEW = 8, 16  # the next guess is at most FARTHEST times what fits, whi
 # GiB available to programs, until the compiler reports the limit.
 HBM = {"v4": 31.25, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 DTYPES = ("bfloat16", "int8")
+PROGRAMS = ("prefill", "decode")
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 GIB = 1 << 30
@@ -60,7 +61,7 @@ class Cell:
     return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(self))
 
 
-def lower(cell: Cell, rows: int) -> programs.Programs:
+def lower(cell: Cell, rows: int) -> programs.Lowered:
   """Lowers the programs of `himap_jax.run`, for `rows` rows on every group of devices that share the heads."""
   mesh = planned.mesh_of(cell.topology, cell.tensor)
   model, inputs, seeds = planned.shapes_on(
@@ -71,8 +72,8 @@ def lower(cell: Cell, rows: int) -> programs.Programs:
     int8_weights=cell.weights == "int8",
   )
   schedule = geometries.schedule_of(geometries.model_of(cell.model), cell.method)
-  jitted = programs.make_programs(model, mesh, schedule, DecodeConfig(cell.num_new_tokens))
-  return programs.lower(jitted, model, inputs, seeds, programs.method_parameters(schedule))
+  jitted = programs.Programs(model, schedule, DecodeConfig(cell.num_new_tokens))
+  return jitted.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=rows * mesh.shape["data"])
 
 
 def compile_program(lowered: Any) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
 
   devices = planned.mesh_of(cell.topology, cell.tensor).devices
   rows = None
-  for name in programs.Programs._fields:
+  for name in PROGRAMS:
     rows = largest(functools.partial(measure, name), limit, highest=rows)
   counted, accounted = counted_flops(cell)
   data, tensor = devices.shape
@@ -234,7 +235,7 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
   if plain["largest batch"]:
     row["times none"] = batch / plain["largest batch"]
-  for name in programs.Programs._fields:
+  for name in PROGRAMS:
     program = compile_at(cell, name, max(rows, 1))
     memory = program["memory"] or dict.fromkeys(PARTS)
     row[f"{name} compile s"] = program["seconds"]

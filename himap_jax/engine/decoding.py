@@ -1,6 +1,6 @@
-"""Decoding: one token at a time from prefilled caches, in a single loop on the device.
+"""Decoding: some steps of one token in every slot, in a single loop on the device.
 
-Axes: B rows, M new tokens, V vocabulary.
+Axes: B slots, P rows of a prefilled batch, C steps of one call, V vocabulary.
 """
 
 import dataclasses
@@ -8,81 +8,126 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Key, UInt
 
 from himap_jax.engine.prefill import PrefillState
-from himap_jax.engine.sampling import Sampling, choose
+from himap_jax.engine.sampling import Kind, choose
+from himap_jax.engine.slots import Entered, Rows, Slots, put
 from himap_jax.inputs import pytree
-from himap_jax.model import cache
-from himap_jax.model.cache import NewTokens
 from himap_jax.model.network import Network
+
+STEPS = 32  # most of one call
+STEPS_TOGETHER = 8  # of a call on several devices with rows of their own, which all take as many
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
-  """Static settings of a decode program; `max_new_tokens` is M, and `eos_token_ids` end a row."""
+  """Static settings of the programs that choose tokens.
+
+  Attributes:
+    max_new_tokens: the most of any row.
+    kind: that serves all rows.
+    eos_token_ids: end a row.
+    num_shards: devices of the mesh axis `data`.
+  """
 
   max_new_tokens: int
-  sampling: Sampling = Sampling()
+  kind: Kind = Kind.GREEDY
   eos_token_ids: tuple[int, ...] = ()
+  num_shards: int = 1
+
+  @property
+  def num_new(self) -> int:
+    """The most tokens after a prompt that are read again."""
+    return max(1, self.max_new_tokens - 1)
 
 
 @pytree
-class DecodeState:
-  """State of the decode loop.
+class Decoded:
+  """What a call has generated.
 
   Attributes:
-    step: tokens generated so far.
-    tokens: `[B, M]` generated tokens, 0 after the end of a row.
-    last: `[B]` the newest token.
-    num_tokens: `[B]` tokens of the row, including the end token.
+    tokens: `[B, C]` in each slot, 0 after the end of its row.
+    num_tokens: `[B]` how many of these.
+    active: `[B]` whether the slot's row goes on.
+    num_steps: steps taken.
   """
 
-  step: Int[Array, ""]
-  tokens: Int[Array, "B M"]
-  last: Int[Array, "B"]
-  finished: Bool[Array, "B"]
+  tokens: Int[Array, "B C"]
   num_tokens: Int[Array, "B"]
-  new: NewTokens
+  active: Bool[Array, "B"]
+  num_steps: Int[Array, ""]
+
+
+def enter(
+  slots: Slots, prompts: PrefillState, rows: Rows, restart: Bool[Array, ""], config: DecodeConfig
+) -> tuple[Slots, Entered]:
+  """Chooses the first tokens of prefilled rows and puts those that go on into free slots.
+
+  Args:
+    restart: whether no slot is in use, so that the ring of new tokens begins anew.
+  """
+  before = jnp.zeros_like(prompts.next_order)
+  first = choose(config.kind, rows.sampling, prompts.logits, _keys(rows.seeds), before)
+  slots = slots.replace(new=slots.new.replace(num_written=jnp.where(restart, 0, slots.new.num_written)))
+  return put(slots, prompts, rows, (first, _ended(first, config)), config.num_shards)
 
 
 def decode(
-  network: Network, prompts: PrefillState, keys: Key[Array, "B"], config: DecodeConfig
-) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
-  """Generates until every row has ended or has `max_new_tokens`; returns the tokens and their number per row."""
+  network: Network, slots: Slots, stopped: Bool[Array, "B"], num_wanted: Int[Array, ""], config: DecodeConfig
+) -> tuple[Slots, Decoded]:
+  """Takes steps until enough slots are free, no row is left, or C are taken.
 
-  def ended(token: Int[Array, "B"]) -> Bool[Array, "B"]:
-    matches = [token == eos for eos in config.eos_token_ids]
-    return functools.reduce(jnp.logical_or, matches, jnp.zeros_like(token, dtype=bool))
+  Devices that have rows of their own take C steps without asking each other.
 
-  def step(state: DecodeState) -> DecodeState:
-    age = state.step - 1
-    positions, order = prompts.next_position + age, prompts.next_order + age
+  Args:
+    stopped: rows to end before the first step.
+    num_wanted: free slots that are enough.
+  """
+  keys, is_alone = _keys(slots.rows.seeds), config.num_shards == 1
+  most = min(STEPS if is_alone else STEPS_TOGETHER, config.num_new)
+
+  def goes_on(state: tuple[Slots, Decoded]) -> Bool[Array, ""]:
+    _, decoded = state
+    has_steps = decoded.num_steps < most
+    if not is_alone:
+      return has_steps
+    num_free = (~decoded.active).sum(dtype=jnp.int32)
+    return has_steps & decoded.active.any() & (num_free < num_wanted)
+
+  def step(state: tuple[Slots, Decoded]) -> tuple[Slots, Decoded]:
+    slots, decoded = state
     with jax.named_scope("decode"):
       x, new = network.language_model.extend(
-        state.last[:, None], positions[:, None], order, prompts.caches, state.new, network.dtype
+        slots.last[:, None], slots.position[:, None], slots.order, slots.caches, slots.new, network.dtype
       )
-      token = choose(config.sampling, network.logits(x)[:, 0], keys, state.step)
-    token = jnp.where(state.finished, 0, token)
-    return DecodeState(
-      step=state.step + 1,
-      tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
-      last=token,
-      finished=state.finished | ended(token),
-      num_tokens=state.num_tokens + (~state.finished).astype(jnp.int32),
+      token = choose(config.kind, slots.rows.sampling, network.logits(x)[:, 0], keys, slots.num_tokens)
+    token = jnp.where(slots.active, token, 0)
+    one = slots.active.astype(jnp.int32)
+    num_tokens = slots.num_tokens + one
+    active = slots.active & ~_ended(token, config) & (num_tokens < slots.rows.limits)
+    tokens = jax.lax.dynamic_update_slice_in_dim(decoded.tokens, token[:, None], decoded.num_steps, axis=1)
+    slots = slots.replace(
       new=new,
+      last=token,
+      position=slots.position + one,
+      order=slots.order + one,
+      num_tokens=num_tokens,
+      active=active,
     )
+    return slots, Decoded(tokens, decoded.num_tokens + one, active, decoded.num_steps + 1)
 
-  first = choose(config.sampling, prompts.logits, keys, jnp.int32(0))
-  tokens = jnp.zeros((first.shape[0], config.max_new_tokens), jnp.int32)
-  dtype = network.kernels.new_token_dtype(network.dtype)
-  state = DecodeState(
-    step=jnp.int32(1),
-    tokens=tokens.at[:, 0].set(first),
-    last=first,
-    finished=ended(first),
-    num_tokens=jnp.ones_like(first),
-    new=cache.empty(prompts.caches, max(1, config.max_new_tokens - 1), dtype),
-  )
-  state = jax.lax.while_loop(lambda s: (s.step < config.max_new_tokens) & ~s.finished.all(), step, state)
-  return state.tokens, state.num_tokens
+  active = slots.active & ~stopped
+  zeros = jnp.zeros(active.shape, jnp.int32)
+  none = Decoded(jnp.zeros((len(active), most), jnp.int32), zeros, active, jnp.int32(0))
+  return jax.lax.while_loop(goes_on, step, (slots.replace(active=active), none))
+
+
+def _ended(token: Int[Array, "B"], config: DecodeConfig) -> Bool[Array, "B"]:
+  matches = [token == eos for eos in config.eos_token_ids]
+  return functools.reduce(jnp.logical_or, matches, jnp.zeros_like(token, dtype=bool))
+
+
+def _keys(seeds: UInt[Array, "B"]) -> Key[Array, "B"]:
+  """The random keys of rows for sampling; see `prefill.method_keys` for those of their methods."""
+  return jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[1])(seeds)

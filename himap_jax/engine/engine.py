@@ -1,29 +1,29 @@
-"""The engine: runs batches through a prefill and a decode program, compiled once per input shape.
+"""The engine: prefills batches of rows, puts them into slots, and decodes all slots together.
 
-Axes: B rows, M new tokens, V vocabulary.
+Rows that have ended leave their slots and others enter. No shape depends on which rows are in the slots.
+
+Axes: B rows, V vocabulary.
 """
 
 import dataclasses
-import functools
-import time
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
-from absl import logging
-from jax.sharding import Mesh
 from jaxtyping import Float, UInt
 
-from himap_jax.engine import programs, scoring, sharding
+from himap_jax.engine import scoring, sharding
+from himap_jax.engine.compiled import CompiledPrograms
 from himap_jax.engine.decoding import DecodeConfig
-from himap_jax.engine.programs import Programs
-from himap_jax.engine.sampling import Sampling
+from himap_jax.engine.pool import Answered, Clock, Pool, Prefilled, Request, Usage
+from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.scoring import Score
+from himap_jax.engine.sharding import BatchSizes
+from himap_jax.engine.slots import Rows
 from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
-from himap_jax.model.network import Model, Network
+from himap_jax.model.network import Model
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -32,8 +32,9 @@ class GenerationConfig:
   """Generation of answers; greedy by default.
 
   Attributes:
+    max_new_tokens: the most tokens of an answer.
     seed: of sampling and of methods that choose at random.
-    ignore_eos: always generate `max_new_tokens` tokens.
+    ignore_eos: always generate as many tokens as an answer may have.
   """
 
   max_new_tokens: int = 32
@@ -48,7 +49,7 @@ class GenerationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-  """The result of one batch, on the host.
+  """The answers of one batch, on the host.
 
   Attributes:
     tokens: generated token ids of each row, including the end token.
@@ -63,38 +64,26 @@ class Generation:
   decode_seconds: float
 
 
+class Batch(NamedTuple):
+  """This process's rows of a batch, and the requests of all but those that only fill it."""
+
+  inputs: Inputs
+  requests: Sequence[Request]
+
+
 def row_seeds(seed: int, row_ids: Sequence[int | str]) -> UInt[np.ndarray, "B"]:
   """Seeds of the rows' random keys; a row's seed does not depend on its batch."""
   return np.array([zlib.crc32(f"{seed}/{row_id!r}".encode()) for row_id in row_ids], np.uint32)
 
 
-@dataclasses.dataclass(frozen=True)
-class ProgramKey:
-  """What compiled programs depend on besides the shapes of their inputs; `decoding` is None but for decode programs."""
-
-  network: Network
-  mesh: Mesh
-  schedule: Schedule
-  decoding: DecodeConfig | None
-  param_types: Any
-
-
-class Compiled(NamedTuple):
-  """A compiled program, and the shapes of its results."""
-
-  program: Any
-  results: Any
-
-
-@functools.lru_cache(maxsize=64)
-def _compiled(key: ProgramKey) -> dict[Any, Compiled]:
-  """Compiled programs by input shapes, shared by all engines."""
-  del key
-  return {}
-
-
 class Engine:
-  """Runs batches through the programs of one model, schedule and generation config; counts and times compilations."""
+  """Answers rows with one model, schedule and generation config.
+
+  Attributes:
+    programs: that it runs.
+    usage: of all its calls.
+    generation: as given, like `batch_sizes`.
+  """
 
   def __init__(
     self,
@@ -103,48 +92,53 @@ class Engine:
     generation: GenerationConfig = GenerationConfig(),
     *,
     eos_token_ids: tuple[int, ...] = (),
+    batch_sizes: BatchSizes | None = None,
   ):
-    self._model, self._schedule, self._seed = model, schedule, generation.seed
+    """`batch_sizes` are those of the first batch, for prefill and for decoding, if absent."""
+    self.generation, self.batch_sizes = generation, batch_sizes
     self._mesh = sharding.mesh_of(model.params)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
-    self._decoding = DecodeConfig(generation.max_new_tokens, generation.sampling, eos_token_ids)
-    key = ProgramKey(model.network, self._mesh, schedule, None, jax.tree.structure(model.params))
-    self._shared, self._decodes = _compiled(key), _compiled(dataclasses.replace(key, decoding=self._decoding))
-    self._parameters = programs.method_parameters(schedule)
-    self.num_programs = 0
-    self.compile_seconds = 0.0
+    decoding = DecodeConfig(generation.max_new_tokens, eos_token_ids=eos_token_ids)
+    self.programs, self.usage = CompiledPrograms(model, schedule, decoding), Usage()
+
+  def answer(self, batches: Iterable[Batch]) -> Iterator[list[Answered]]:
+    """Yields at every turn those of this process's answers that are complete.
+
+    All processes take batches of the same shapes at the same turns, and have as many turns.
+    """
+    source, clock, pool = iter(batches), Clock(self.programs), None
+    waiting = self._prefill(next(source, None))
+    following = next(source, None)
+    while waiting is not None or (pool is not None and pool.num_active):
+      if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting.state))):
+        num_slots = self.batch_sizes.decode if self.batch_sizes else len(waiting.state.logits)
+        pool = Pool(self.programs, self._mesh, waiting.state, num_slots)
+      if waiting is not None and pool.has_room(waiting.state):
+        turn = pool.start(waiting, room_for=None if following is None else waiting.state)
+        waiting = self._prefill(following)  # the devices have work until the next turn, whatever the host does
+        following = None if following is None else next(source, None)
+      else:
+        turn = pool.start(None, room_for=None if waiting is None else waiting.state)
+      yield pool.finish(turn, clock, self.usage)
 
   def __call__(self, inputs: Inputs, row_ids: Sequence[int | str]) -> Generation:
-    """Generates for a batch.
+    """Answers one batch.
 
     Args:
       inputs: this process's rows of the batch.
-      row_ids: with the seed they determine the rows' random keys; rows without one repeat the last, as in `Batcher`.
+      row_ids: with the seed they determine the rows' random keys; rows without one only fill the batch.
     """
-    inputs, seeds = self._on_devices(inputs, row_ids)
-    before = self.num_programs
-    prefill = self._prefill(inputs, seeds)
-    decode = self._once(
-      self._decodes, inputs, lambda: self._jitted(inputs).decode.lower(self._model, prefill.results, seeds)
-    )
-    if self.num_programs > before:
-      logging.info("ready: programs of shape %s", inputs.tokens.shape)
-    start = time.perf_counter()
-    state = jax.block_until_ready(prefill.program(self._model, inputs, seeds, self._parameters))
-    middle = time.perf_counter()
-    kept, logits = sharding.to_local_rows((state.kept, state.logits))
-    tokens, num_tokens = sharding.to_local_rows(decode.program(self._model, state, seeds))
-    end = time.perf_counter()
+    before = dataclasses.replace(self.usage)
+    requests = [Request(row_id, tag=index) for index, row_id in enumerate(row_ids)]
+    answered = [row for turn in self.answer([Batch(inputs, requests)]) for row in turn]
+    answered.sort(key=lambda row: row.request.tag)
     return Generation(
-      tokens=[row[:count].tolist() for row, count in zip(tokens, num_tokens, strict=True)],
-      kept=tuple([row[row >= 0].tolist() for row in stage] for stage in kept) or self._nothing_kept(len(tokens)),
-      logits=logits,
-      prefill_seconds=middle - start,
-      decode_seconds=end - middle,
+      tokens=[row.tokens for row in answered],
+      kept=tuple(map(list, zip(*(row.kept for row in answered), strict=True))),
+      logits=np.stack([row.logits for row in answered]),
+      prefill_seconds=self.usage.prefill_seconds - before.prefill_seconds,
+      decode_seconds=self.usage.decode_seconds - before.decode_seconds,
     )
-
-  def _nothing_kept(self, num_rows: int) -> tuple[list[list[int]], ...]:
-    return tuple([[] for _ in range(num_rows)] for _ in self._schedule.stages)
 
   def score(
     self, inputs: Inputs, row_ids: Sequence[int | str], continuations: Sequence[Sequence[Sequence[int]]]
@@ -155,46 +149,32 @@ class Engine:
       inputs: as in a call, like `row_ids`.
       continuations: token ids, for each row with an id.
     """
-    num_rows = len(inputs.tokens)
-    inputs, seeds = self._on_devices(inputs, row_ids)
-    prefill = self._prefill(inputs, seeds)
-    state = prefill.program(self._model, inputs, seeds, self._parameters)
+    state = self._prefill(Batch(inputs, [Request(row_id) for row_id in row_ids])).state
     scores: list[list[Score]] = [[] for _ in continuations]
-    for number, packed in enumerate(scoring.pack(continuations, num_rows)):
+    for number, packed in enumerate(scoring.pack(continuations, len(inputs.tokens))):
       (tokens,) = sharding.from_local_rows((packed,), self._mesh)
-      lower = functools.partial(
-        programs.make_score(self._model, self._mesh).lower, self._model, prefill.results, tokens
-      )
-      program = self._once(self._shared, (inputs, tokens), lower).program
-      log_probabilities, is_likeliest = sharding.to_local_rows(program(self._model, state, tokens))
+      log_probabilities, is_likeliest = sharding.to_local_rows(self.programs.score(state, tokens))
       for row, own in enumerate(continuations):
         if number < len(own):
           scored = row, slice(len(own[number]))
           scores[row].append(Score(float(log_probabilities[scored].sum()), bool(is_likeliest[scored].all())))
     return scores
 
-  def _on_devices(self, inputs: Inputs, row_ids: Sequence[int | str]) -> tuple[Inputs, jax.Array]:
-    """The global inputs and the seeds of all rows."""
-    missing = len(inputs.tokens) - len(row_ids)
-    seeds = row_seeds(self._seed, [*row_ids, *(list(row_ids[-1:]) or [""]) * missing])
-    return sharding.from_local_rows((inputs, seeds), self._mesh)
-
-  def _jitted(self, inputs: Inputs) -> Programs:
-    schedule = self._schedule if inputs.layout.num_image_tokens else Schedule()
-    return programs.make_programs(self._model, self._mesh, schedule, self._decoding)
-
-  def _prefill(self, inputs: Inputs, seeds: jax.Array) -> Compiled:
-    arguments = self._model, inputs, seeds, self._parameters
-    return self._once(self._shared, inputs, lambda: self._jitted(inputs).prefill.lower(*arguments))
-
-  def _once(self, compiled: dict[Any, Compiled], inputs: Any, lower: Callable[[], Any]) -> Compiled:
-    """The program in `compiled` for the shapes of some inputs; lowered and compiled if it is not there."""
-    leaves, structure = jax.tree.flatten(inputs)
-    shapes = (structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-    if shapes not in compiled:
-      start = time.perf_counter()
-      lowered = lower()
-      compiled[shapes] = Compiled(lowered.compile(), lowered.out_info)
-      self.num_programs += 1
-      self.compile_seconds += time.perf_counter() - start
-    return compiled[shapes]
+  def _prefill(self, batch: Batch | None) -> Prefilled | None:
+    """Starts the prefill of a batch, if there is one."""
+    if batch is None:
+      return None
+    inputs, requests = batch
+    missing = len(inputs.tokens) - len(requests)
+    samplings = [request.sampling or self.generation.sampling for request in requests]
+    most = self.generation.max_new_tokens
+    limits = [min(request.max_new_tokens or most, most) for request in requests]
+    keys = [request.key for request in requests]
+    rows = Rows(
+      seeds=row_seeds(self.generation.seed, [*keys, *(keys[-1:] or [""]) * missing]),
+      limits=np.array([*limits, *[0] * missing], np.int32),
+      sampling=RowSampling.of([*samplings, *[Sampling()] * missing]),
+    )
+    inputs, rows = sharding.from_local_rows((inputs, rows), self._mesh)
+    kind = max(map(Kind.of, (*samplings, self.generation.sampling)))
+    return Prefilled(requests, self.programs.prefill(inputs, rows.seeds), rows, kind)

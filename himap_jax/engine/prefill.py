@@ -28,7 +28,7 @@ class PrefillState:
 
   Attributes:
     logits: `[B, V]` float32, after each row's last token.
-    caches: one per segment that has layers.
+    caches: one per segment that has layers, also without image tokens.
     next_position: `[B]` rotary position of the first new token.
     next_order: `[B]` its order, see `Layout.order`.
     kept: for each stage `[B, M]` the indices of the kept image tokens, ascending; then −1 in a row that keeps fewer.
@@ -68,6 +68,8 @@ def prefill(
   embedded = network.embed(prompts) if isinstance(prompts, Inputs) else prompts
   sequence, context = start(embedded), Context(keys, embedded, parameters)
   caches, kept, projections = [], [], []
+  has_images = embedded.layout.num_image_tokens > 0
+  frozen = frozenset(schedule.frozen_layers) if has_images else frozenset()
   for segment in schedule.segments(network.config.text.num_hidden_layers, embedded.layout.num_image_tokens):
     x, positions, layout = sequence
     with jax.named_scope(f"prefill_layers_{segment.first}_to_{segment.last}"):
@@ -76,15 +78,16 @@ def prefill(
         positions,
         range(segment.first, segment.last),
         layout=layout,
-        partial_layers=frozenset(schedule.frozen_layers),
+        partial_layers=frozen,
         injections=embedded.injections,
       )
     sequence = sequence._replace(x=x)
     if projections:
       caches.append(network.language_model.cache(projections, layout))
     if segment.stage is not None:
-      scored = network.language_model.scored(projections, layout)
-      sequence = prune(network, segment.stage, sequence, scored, context)
+      if has_images:
+        scored = network.language_model.scored(projections, layout)
+        sequence = prune(network, segment.stage, sequence, scored, context)
       kept.append(sequence.layout.original())
   _, positions, layout = sequence
   last = layout.last_slot()[:, None]

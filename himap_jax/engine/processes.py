@@ -103,3 +103,11 @@ def sum_over_processes(values: Sequence[float | int] | np.ndarray) -> np.ndarray
   """Element-wise sum over all processes."""
   values = np.asarray(values)
   return multihost_utils.process_allgather(values).sum(axis=0) if jax.process_count() > 1 else values
+
+
+def sum_and_least(added: int, compared: int) -> tuple[int, int]:
+  """The sum of the first number and the least of the second, over all processes."""
+  if jax.process_count() == 1:
+    return added, compared
+  own = multihost_utils.process_allgather(np.array([added, compared]))
+  return int(own[:, 0].sum()), int(own[:, 1].min())

@@ -1,8 +1,9 @@
-"""The prefill and decode programs, with the shardings of their arguments and results.
+"""The programs of prefill, of entering slots, of decoding and of scoring, with the shardings of their results.
 
-Axes: B rows, S slots, M new tokens.
+Axes: B rows or slots, C tokens of a continuation.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,10 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from himap_jax.engine import sharding
-from himap_jax.engine.decoding import DecodeConfig, decode
+from himap_jax.engine.decoding import DecodeConfig, Decoded, decode, enter
 from himap_jax.engine.prefill import PrefillState, prefill
 from himap_jax.engine.scoring import score
+from himap_jax.engine.slots import Entered, Rows, Slots
+from himap_jax.engine.slots import shapes as slot_shapes
 from himap_jax.inputs import Images, ImageSize, Inputs, Layout
+from himap_jax.model.cache import NewTokens
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.kernels import is_quantized
 from himap_jax.model.network import Model
@@ -24,57 +28,79 @@ from himap_jax.model.towers import abstract_images
 from himap_jax.pruning.schedule import Schedule
 
 
-class Programs(NamedTuple):
-  """The two programs: jitted, lowered or compiled.
-
-  Attributes:
-    prefill: `(model, inputs, seeds, parameters)` to `PrefillState`.
-    decode: `(model, state, seeds)` to tokens `[B, M]` and the number of tokens of each row `[B]`.
-  """
+class Lowered(NamedTuple):
+  """The programs for some shapes, as jitted by `Programs`; before or after their compilation."""
 
   prefill: Any
+  enter: Any
   decode: Any
 
 
-def make_programs(model: Model, mesh: Mesh, schedule: Schedule, config: DecodeConfig) -> Programs:
-  """The jitted programs; the mesh must divide the model's key heads, see `sharding.with_divisible_key_heads`."""
-  rows = sharding.rows(mesh)
-  caches = (sharding.cache(model.config, mesh),) * schedule.num_caches
-  options = _compiler_options(model)
+class Programs:
+  """The jitted programs of a model, a schedule and a decode config.
 
-  def prefill_program(
-    model: Model, inputs: Inputs, seeds: UInt[Array, "B"], parameters: Mapping[str, Float[Array, ""]]
-  ) -> PrefillState:
-    return prefill(model.bind(inputs.layout.num_slots), inputs, _keys(seeds)[0], schedule, parameters)
+  Attributes:
+    prefill: `(model, inputs, seeds, parameters)` to `PrefillState`.
+    enter: `(slots, state, rows, restart)` to `Slots`, in place of those given, and `Entered`.
+    decode: `(model, slots, stopped, num_wanted)` to `Slots`, in place of those given, and `Decoded`.
+    score: `(model, state, tokens [B, C])` to the results of `scoring.score`.
+  """
 
-  def decode_program(
-    model: Model, state: PrefillState, seeds: UInt[Array, "B"]
-  ) -> tuple[Int[Array, "B M"], Int[Array, "B"]]:
-    return decode(model.bind(), state, _keys(seeds)[1], config)
+  def __init__(self, model: Model, schedule: Schedule, config: DecodeConfig):
+    """The model's mesh must divide its key heads, see `sharding.with_divisible_key_heads`; its arrays may be abstract."""
+    mesh = sharding.mesh_of(model.params)
+    config = dataclasses.replace(config, num_shards=sharding.num_shards(mesh))
+    self._model, self._config = model, config
+    rows, replicated, cache = sharding.rows(mesh), sharding.replicated(mesh), sharding.cache(model.config, mesh)
+    caches = (cache,) * schedule.num_caches
 
-  state = PrefillState(logits=rows, caches=caches, next_position=rows, next_order=rows, kept=rows)
-  return Programs(
-    prefill=jax.jit(prefill_program, out_shardings=state, compiler_options=options),
-    decode=jax.jit(decode_program, out_shardings=(rows, rows), compiler_options=options),
-  )
+    def prefill_program(
+      model: Model, inputs: Inputs, seeds: UInt[Array, "B"], parameters: Mapping[str, Float[Array, ""]]
+    ) -> PrefillState:
+      return prefill(model.bind(inputs.layout.num_slots), inputs, _method_keys(seeds), schedule, parameters)
 
+    def enter_program(slots: Slots, state: PrefillState, rows: Rows, restart: Bool[Array, ""]) -> tuple[Slots, Entered]:
+      return enter(slots, state, rows, restart, config)
 
-def make_score(model: Model, mesh: Mesh) -> Any:
-  """The jitted program `(model, state, tokens [B, C])` to the results of `scoring.score`."""
-  rows = sharding.rows(mesh)
+    def decode_program(
+      model: Model, slots: Slots, stopped: Bool[Array, "B"], num_wanted: Int[Array, ""]
+    ) -> tuple[Slots, Decoded]:
+      return decode(model.bind(), slots, stopped, num_wanted, config)
 
-  def score_program(
-    model: Model, state: PrefillState, tokens: Int[Array, "B C"]
-  ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
-    return score(model.bind(), state, tokens)
+    def score_program(
+      model: Model, state: PrefillState, tokens: Int[Array, "B C"]
+    ) -> tuple[Float[Array, "B C"], Bool[Array, "B C"]]:
+      return score(model.bind(), state, tokens)
 
-  return jax.jit(score_program, out_shardings=(rows, rows), compiler_options=_compiler_options(model))
+    self._slots = Slots(caches, NewTokens(cache.keys, cache.keys, rows, replicated), *(rows,) * 6)
+    state = PrefillState(logits=rows, caches=caches, next_position=rows, next_order=rows, kept=rows)
+    decoded = Decoded(rows, rows, rows, replicated)
+    options = _compiler_options(model)
+    self.prefill = jax.jit(prefill_program, out_shardings=state, compiler_options=options)
+    self.enter = jax.jit(enter_program, out_shardings=(self._slots, rows), donate_argnums=0)
+    self.decode = jax.jit(
+      decode_program, out_shardings=(self._slots, decoded), donate_argnums=1, compiler_options=options
+    )
+    self.score = jax.jit(score_program, out_shardings=(rows, rows), compiler_options=options)
 
+  def slots(self, state: PrefillState, num_slots: int) -> Slots:
+    """`jax.ShapeDtypeStruct`s of slots for prompts of the shapes of `state`."""
+    network = self._model.network
+    shapes = slot_shapes(state, num_slots, self._config.num_new, network.kernels.new_token_dtype(network.dtype))
+    shardings = jax.tree.broadcast(self._slots, shapes)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
-def lower(programs: Programs, model: Model, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any]) -> Programs:
-  """Lowers both programs for arrays or `jax.ShapeDtypeStruct`s."""
-  lowered = programs.prefill.lower(model, inputs, seeds, parameters)
-  return Programs(lowered, programs.decode.lower(model, lowered.out_info, seeds))
+  def lower(self, inputs: Inputs, seeds: Any, parameters: Mapping[str, Any], num_slots: int) -> Lowered:
+    """Lowers the programs for arrays or `jax.ShapeDtypeStruct`s."""
+    prefill = self.prefill.lower(self._model, inputs, seeds, parameters)
+    slots = self.slots(prefill.out_info, num_slots)
+    rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(seeds.shape, x.dtype, sharding=x.sharding), slots.rows)
+    num_wanted, restart = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, bool))
+    return Lowered(
+      prefill,
+      self.enter.lower(slots, prefill.out_info, rows, restart),
+      self.decode.lower(self._model, slots, slots.active, num_wanted),
+    )
 
 
 def abstract_inputs(
@@ -124,7 +150,6 @@ def _compiler_options(model: Model) -> dict[str, str]:
   return dict(model.network.kernels.int8_compiler_options) if any(map(is_quantized, leaves)) else {}
 
 
-def _keys(seeds: UInt[Array, "B"]) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
-  """Random keys of each row, for its method and for sampling."""
-  both = jax.vmap(jax.random.split)(jax.vmap(jax.random.key)(seeds))
-  return both[:, 0], both[:, 1]
+def _method_keys(seeds: UInt[Array, "B"]) -> Key[Array, "B"]:
+  """The random keys of rows for their methods; see `decoding` for those of sampling."""
+  return jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[0])(seeds)

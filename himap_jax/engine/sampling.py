@@ -4,13 +4,17 @@ Axes: B rows, V vocabulary.
 """
 
 import dataclasses
+import enum
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from himap_jax.errors import UserError
+from himap_jax.inputs import pytree
 
 MIN_TEMPERATURE = 1e-6
 
@@ -36,23 +40,52 @@ class Sampling:
       raise UserError("top_p below 1 needs a temperature above 0: temperature 0 always takes the likeliest token")
 
 
+@pytree
+class RowSampling:
+  """`Sampling` of every row: `[B]` float32 each."""
+
+  temperature: Float[Array, "B"]
+  top_p: Float[Array, "B"]
+
+  @classmethod
+  def of(cls, rows: Sequence[Sampling]) -> "RowSampling":
+    """On the host."""
+    return cls(*(np.array([getattr(row, name) for row in rows], np.float32) for name in ("temperature", "top_p")))
+
+
+class Kind(enum.IntEnum):
+  """What choosing tokens takes: each kind serves rows of those before it, too."""
+
+  GREEDY = 0
+  SAMPLED = 1
+  NUCLEUS = 2
+
+  @classmethod
+  def of(cls, sampling: Sampling) -> "Kind":
+    if sampling.temperature == 0:
+      return cls.GREEDY
+    return cls.SAMPLED if sampling.top_p == 1 else cls.NUCLEUS
+
+
 def choose(
-  sampling: Sampling, logits: Float[Array, "B V"], keys: Key[Array, "B"], step: Int[Array, ""]
+  kind: Kind, sampling: RowSampling, logits: Float[Array, "B V"], keys: Key[Array, "B"], steps: Int[Array, "B"]
 ) -> Int[Array, "B"]:
-  """Chooses a token per row, which depends only on the row's key, the step and the row's logits."""
-  if sampling.temperature == 0:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-  logits = truncate(logits / sampling.temperature, sampling.top_p)
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+  """Chooses a token per row, which depends only on the row's sampling, key, step and logits; `kind` serves all rows."""
+  likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  if kind == Kind.GREEDY:
+    return likeliest
+  keys = jax.vmap(jax.random.fold_in)(keys, steps)
+  is_greedy = sampling.temperature == 0
+  logits = logits / jnp.where(is_greedy, 1, sampling.temperature)[:, None]
+  if kind == Kind.NUCLEUS:
+    logits = truncate(logits, sampling.top_p)
+  return jnp.where(is_greedy, likeliest, jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32))
 
 
-def truncate(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B V"]:
-  """Sets to −∞ the logits outside the smallest set of likeliest tokens whose probabilities reach `top_p`."""
-  if top_p == 1:
-    return logits
+def truncate(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
+  """Sets to −∞ the logits outside the smallest set of likeliest tokens whose probabilities reach the row's `top_p`."""
   descending = -jnp.sort(-logits, axis=-1)
   probabilities = jax.nn.softmax(descending, axis=-1)
-  inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+  inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p[:, None]
   threshold = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
-  return jnp.where(logits < threshold, -jnp.inf, logits)
+  return jnp.where((logits < threshold) & (top_p < 1)[:, None], -jnp.inf, logits)

@@ -48,7 +48,7 @@ def score(
     logits, new = carry
     own = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     scored = own, token == jnp.argmax(logits, axis=-1)
-    age = new.num_slots_used
+    age = new.num_written
     positions, order = prompts.next_position + age, prompts.next_order + age
     with jax.named_scope("score"):
       x, new = network.language_model.extend(

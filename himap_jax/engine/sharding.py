@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -34,6 +34,7 @@ RULES = {
   "tower_feed_forward": "tensor",
 }
 AXES = ("data", "tensor")
+PREFILL_SHARE = 4  # slots for each row of a prefill
 MEMORY_FOR_PARAMETERS = 0.7  # share of device memory; the rest is for caches and temporaries
 
 
@@ -163,10 +164,26 @@ def mesh_of(tree: PyTree) -> Mesh:
   return jax.tree.leaves(tree)[0].sharding.mesh
 
 
-def padded_batch_size(batch_size: int, mesh: Mesh) -> int:
-  """The batch size rounded up to a multiple of `data`."""
-  size = mesh.shape[RULES["batch"]]
-  return -(-batch_size // size) * size
+def num_shards(mesh: Mesh) -> int:
+  """The number of parts into which rows are divided."""
+  return mesh.shape[RULES["batch"]]
+
+
+class BatchSizes(NamedTuple):
+  """Numbers of rows over all processes, multiples of the mesh's `data` axis: of a prefill, and of slots for decoding."""
+
+  prefill: int
+  decode: int
+
+  @classmethod
+  def of(cls, mesh: Mesh, batch_size: int, prefill_batch_size: int | None = None) -> "BatchSizes":
+    """Both rounded up; a prefill has a quarter of the slots if its size is not given, and never more rows than slots."""
+
+    def padded(size: int) -> int:
+      return -(-size // num_shards(mesh)) * num_shards(mesh)
+
+    wanted = -(-batch_size // PREFILL_SHARE) if prefill_batch_size is None else min(prefill_batch_size, batch_size)
+    return cls(padded(wanted), padded(batch_size))
 
 
 def from_local_rows(tree: PyTree, mesh: Mesh) -> PyTree:

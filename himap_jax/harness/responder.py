@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,9 +13,10 @@ from absl import logging
 
 from himap_jax import checkpoint, generation
 from himap_jax.checkpoint import LoadedModel
-from himap_jax.engine import sharding
+from himap_jax.engine import pool, sharding
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batches
-from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.engine.engine import Batch, Engine, GenerationConfig
+from himap_jax.engine.sharding import BatchSizes
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.harness.settings import Settings
@@ -107,19 +109,23 @@ class Responder:
     for question in questions:
       by_config[question.generation].append(question)
     for config, group in by_config.items():
-      engine = self._engine(config)
-      for inputs, batch in self._batches(group, config.max_new_tokens):
-        result = engine(inputs, [question.place for question, _ in batch])
-        timing = {name: getattr(result, name) / len(batch) for name in ("prefill_seconds", "decode_seconds")}
-        for row, (question, example) in enumerate(batch):
-          if not np.isfinite(result.logits[row]).all():
-            logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
-            continue
-          kept = [len(stage[row]) for stage in result.kept]
-          counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, kept)
-          text = _cut(self.processor.decode(result.tokens[row]), question.stops)
-          answer = Answer(text, len(result.tokens[row]), dict(zip(COUNTS, counts, strict=True)), timing)
-          yield question, answer
+      batches = (
+        Batch(inputs, [self._request(*own) for own in batch])
+        for inputs, batch in self._batches(group, config.max_new_tokens)
+      )
+      for row in itertools.chain.from_iterable(self._engine(config).answer(batches)):
+        question, example = row.request.tag
+        if not np.isfinite(row.logits).all():
+          logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
+          continue
+        counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, list(map(len, row.kept)))
+        text = generation.cut(self.processor.decode(row.tokens), question.stops)
+        timing = {name: getattr(row, name) for name in ("prefill_seconds", "decode_seconds")}
+        yield question, Answer(text, len(row.tokens), dict(zip(COUNTS, counts, strict=True)), timing)
+
+  def _request(self, question: Question, example: Example) -> pool.Request:
+    is_complete = generation.has_any(self.processor, question.stops)
+    return pool.Request(question.place, is_complete=is_complete, tag=(question, example))
 
   def losses(self, continuations: Sequence[Continuation]) -> Iterator[tuple[Continuation, Loss]]:
     """Yields losses as they are ready; a prompt is prefilled once for all its continuations."""
@@ -147,7 +153,14 @@ class Responder:
     return added or tokenize(target)["input_ids"]
 
   def _engine(self, config: GenerationConfig) -> Engine:
-    return Engine(self.loaded.model, self.schedule, config, eos_token_ids=self.loaded.eos_token_ids)
+    loaded = self.loaded
+    return Engine(
+      loaded.model, self.schedule, config, eos_token_ids=loaded.eos_token_ids, batch_sizes=self._batch_sizes
+    )
+
+  @property
+  def _batch_sizes(self) -> BatchSizes:
+    return BatchSizes.of(sharding.mesh_of(self.loaded.model.params), self.settings.batch_size)
 
   def _batches(self, requests: Sequence[R], max_new_tokens: int) -> Iterator[tuple[Inputs, list[tuple[R, Example]]]]:
     """Yields batches of requests of one bucket each; sizes of pictures are read first, then pictures are prepared."""
@@ -159,7 +172,7 @@ class Responder:
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
-    batch_size = sharding.padded_batch_size(self.settings.batch_size, sharding.mesh_of(self.loaded.model.params))
+    batch_size = self._batch_sizes.prefill
     for bucket, batch in in_batches(self._prepared(requests, batcher), batch_size):
       yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=batch_size), batch
 
@@ -182,8 +195,3 @@ class Responder:
       if not isinstance(picture, PIL.Image.Image):
         raise UserError(f"only pictures are supported, not {type(picture).__name__}")
     return self.processor.prepare([picture.convert("RGB") for picture in pictures], request.text)
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-  """The text up to the first of these texts."""
-  return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]

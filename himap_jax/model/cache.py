@@ -1,4 +1,4 @@
-"""Key-value caches of static shape: the prefilled prompts, and slots for new tokens.
+"""Key-value caches of static shape: the prefilled prompts, and a ring of slots for new tokens.
 
 Axes: B batch, S query slots, T cache slots, M slots for new tokens, K key heads, H head dim.
 
@@ -52,18 +52,20 @@ class NewTokens:
   Attributes:
     keys: rotated keys of each layer, `[B, K, M, H]`.
     values: values of each layer, `[B, K, M, H]`.
-    num_slots_used: scalar, slots written so far; the same in every row.
+    num_written: scalar, slots written so far, round and round; the same in every row. A row reads those of its own
+      tokens, by their order.
   """
 
   keys: tuple[Float[Array, "B K M H"], ...]
   values: tuple[Float[Array, "B K M H"], ...]
   order: Int[Array, "B M"]
-  num_slots_used: Int[Array, ""]
+  num_written: Int[Array, ""]
 
-  def append_order(self, order: Int[Array, "B"]) -> "NewTokens":
-    """Assigns the next slot to tokens of the given order."""
-    updated = jax.lax.dynamic_update_slice_in_dim(self.order, order[:, None], self.num_slots_used, axis=1)
-    return self.replace(order=updated, num_slots_used=self.num_slots_used + 1)
+  def append_order(self, order: Int[Array, "B"]) -> tuple["NewTokens", Int[Array, ""]]:
+    """Assigns the next slot to tokens of the given order, and returns it."""
+    slot = self.num_written % self.order.shape[1]
+    updated = jax.lax.dynamic_update_slice_in_dim(self.order, order[:, None], slot, axis=1)
+    return self.replace(order=updated, num_written=self.num_written + 1), slot
 
 
 def from_prefill(
@@ -84,7 +86,7 @@ def empty(caches: tuple[SegmentCache, ...], num_slots: int, dtype: Any) -> NewTo
     keys=tuple(jnp.zeros(shape, dtype) for shape in shapes),
     values=tuple(jnp.zeros(shape, dtype) for shape in shapes),
     order=jnp.full((shapes[0][0], num_slots), UNUSED_ORDER, jnp.int32),
-    num_slots_used=jnp.int32(0),
+    num_written=jnp.int32(0),
   )
 
 

@@ -242,8 +242,8 @@ class CrossDecoder(Decoder):
     """As `Decoder`; new tokens read the image tokens that the prompt's last token reads."""
     x = self.embed(tokens, dtype)
     rotation = rope.rotation(self.config.rope, self.config.rotary_dim, positions)
-    new = new.append_order(order)
-    new_mask, slot = cache.visible(new.order, order, None), new.num_slots_used - 1
+    new, slot = new.append_order(order)
+    new_mask = cache.visible(new.order, order, None)
     keys, values = [], []
     for segment in caches:
       mask = cache.visible(segment.order, order, None)

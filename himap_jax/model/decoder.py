@@ -278,10 +278,9 @@ class Decoder(DecoderModule):
     """
     x = self.embed(tokens, dtype)
     rotation_of = self._rotations(positions)
-    new = new.append_order(order)
+    new, slot = new.append_order(order)
     windows = {self.config.window(index) for index in range(self.config.num_hidden_layers)}
     new_masks = {window: cache.visible(new.order, order, window) for window in windows}
-    slot = new.num_slots_used - 1
     keys, values = [], []
     for segment in caches:
       masks = {window: cache.visible(segment.order, order, window) for window in windows}

@@ -1,10 +1,11 @@
 """The main loop: prepares prompts, answers them in batches, writes rows."""
 
+import collections
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -15,10 +16,13 @@ from jax.experimental import multihost_utils
 
 from himap_jax.engine import processes
 from himap_jax.engine.batching import Batcher, Bucket
-from himap_jax.engine.engine import Engine, Generation
+from himap_jax.engine.engine import Batch, Engine
+from himap_jax.engine.pool import Answered, Request
 from himap_jax.engine.processes import Share
+from himap_jax.engine.sampling import Sampling
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
+from himap_jax.generation import cut, has_any
 from himap_jax.inputs import Example
 from himap_jax.run.command import out_of_memory_is_user_error, user_error
 from himap_jax.run.drawing import draw_kept
@@ -30,21 +34,27 @@ from himap_jax.run.writer import COUNTS
 
 
 class Prepared(NamedTuple):
-  """A prompt that is ready for the model, with the digest of its output row."""
+  """A prompt that is ready for the model, with what it asks of the engine and the digest of its output row."""
 
   prompt: Prompt
   example: Example
+  request: Request
   digest: str
 
 
 class Reader:
-  """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors."""
+  """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors.
+
+  Attributes:
+    last: the bucket that was taken last.
+  """
 
   def __init__(self, prompts: Iterable[Prompt], prepare: Callable, *, buckets: Sequence[Bucket], batch_size: int):
     """`prepare` returns a prompt's bucket and its `Prepared`, or raises UserError."""
     self._prompts, self._prepare, self._batch_size = iter(prompts), prepare, batch_size
     self._waiting: dict[Bucket, list[Prepared]] = {bucket: [] for bucket in buckets}
-    self._errors: list[tuple[Prompt, str]] = []
+    self.last: Bucket | None = None
+    self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
 
   def read(self) -> None:
     """Reads until a bucket fills a batch, or to the end."""
@@ -66,14 +76,13 @@ class Reader:
 
   def take(self, bucket: Bucket) -> list[Prepared]:
     """Removes and returns the rows of the next batch."""
-    group = self._waiting[bucket]
+    group, self.last = self._waiting[bucket], bucket
     self._waiting[bucket] = group[self._batch_size :]
     return group[: self._batch_size]
 
   def take_errors(self) -> list[tuple[Prompt, str]]:
-    """Returns the prompts that failed since the last call, with their messages."""
-    errors, self._errors = self._errors, []
-    return errors
+    """Returns the prompts that failed since the last call, with their messages; also while another thread reads."""
+    return [self._errors.popleft() for _ in range(len(self._errors))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +90,6 @@ class Answerer:
   """Answers prompts with output rows.
 
   Attributes:
-    batch_size: rows of a batch over all processes; a multiple of the mesh's `data` axis.
     emit: extra fields of a row: `tokens`, `kept`, `patches`, `counts`, `logits`, `timing`.
     pictures: directory for pictures of kept patches, if any.
   """
@@ -89,12 +97,11 @@ class Answerer:
   processor: Processor
   batcher: Batcher
   engine: Engine
-  batch_size: int
   emit: frozenset[str] = frozenset()
   pictures: pathlib.Path | None = None
 
   def answer_all(self, output: Output, share: Share = Share()) -> Summary:
-    """Answers every prompt that has no answer yet, batch by batch; a bad row becomes an error row.
+    """Answers every prompt that has no answer yet; a bad row becomes an error row.
 
     Every process of the run calls this and prepares its share of the prompts. All processes receive all rows, and the
     first process writes them.
@@ -107,76 +114,98 @@ class Answerer:
     is_own = np.zeros(len(contract.prompts), bool)
     is_own[todo[share.index :: share.count]] = True
     summary = Summary(num_skipped=len(contract.prompts) - len(todo))
-    num_rows = self.batch_size // share.count
+    num_rows = self.engine.batch_sizes.prefill // share.count
 
     def prepare(prompt: Prompt) -> tuple[Bucket, Prepared]:
       loaded = [contract.files.load(image) for image in prompt.images]
       example = self.processor.prepare([image for image, _ in loaded], prompt.question)
       digest = contract.row_digest(prompt, [digest for _, digest in loaded])
-      return self.batcher.bucket(example), Prepared(prompt, example, digest)
+      return self.batcher.bucket(example), Prepared(prompt, example, self._request(prompt), digest)
 
     reader = Reader(contract.prompts.where(is_own), prepare, buckets=buckets, batch_size=num_rows)
     progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
     start = time.perf_counter()
     with progress, ThreadPoolExecutor(max_workers=1) as thread:
-      reading = thread.submit(reader.read)
-      while True:
-        reading.result()
-        errors = reader.take_errors()
-        results = [Result(prompt.row(contract.row_digest(prompt), error=error)) for prompt, error in errors]
-        index = processes.fullest(reader.counts())
-        group = [] if index is None else reader.take(buckets[index])
-        reading = thread.submit(reader.read)
-        if index is not None:
-          generation = self._generate(group, buckets[index], num_rows)
-          summary.prefill_seconds += generation.prefill_seconds
-          summary.decode_seconds += generation.decode_seconds
-          if share.is_written_here:
-            results += self._results(group, generation, buckets[index])
+      turns = self.engine.answer(self._batches(reader, buckets, num_rows, thread))
+      answered: list[Answered] | None = []
+      while answered is not None:
+        with out_of_memory_is_user_error(lambda: self._what_is_run(reader)):
+          answered = next(turns, None)
+        results = [
+          Result(prompt.row(contract.row_digest(prompt), error=error)) for prompt, error in reader.take_errors()
+        ]
+        if share.is_written_here:
+          results += [self._result(row) for row in answered or ()]
         results = _gather_results(results if share.is_written_here else [])
         output.write([result.row for result in results])
         if results:
           logging.log_first_n(logging.INFO, "ready: first rows", 1)
         summary.count(results)
         progress.update(len(results))
-        if index is None:
-          summary.seconds = time.perf_counter() - start
-          return summary
+    summary.seconds = time.perf_counter() - start
+    return summary
 
-  def _generate(self, group: Sequence[Prepared], bucket: Bucket, num_rows: int) -> Generation:
-    inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
-    what = f"{num_rows} rows of {bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
-    with out_of_memory_is_user_error(what):
-      return self.engine(inputs, [row.prompt.key for row in group])
+  def _batches(
+    self, reader: Reader, buckets: Sequence[Bucket], num_rows: int, thread: ThreadPoolExecutor
+  ) -> Iterator[Batch]:
+    """Yields batches that all processes agree on, each of the bucket with the most waiting rows; reads ahead."""
+    reading = thread.submit(reader.read)
+    while True:
+      reading.result()
+      index = processes.fullest(reader.counts())
+      if index is None:
+        return
+      bucket = buckets[index]
+      group = reader.take(bucket)
+      reading = thread.submit(reader.read)
+      inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
+      yield Batch(inputs, [dataclasses.replace(row.request, tag=(row, bucket)) for row in group])
 
-  def _results(self, group: Sequence[Prepared], generation: Generation, bucket: Bucket) -> list[Result]:
-    results = []
-    seconds = {name: getattr(generation, name) / max(1, len(group)) for name in ("prefill_seconds", "decode_seconds")}
-    for index, (prompt, example, digest) in enumerate(group):
-      logits, tokens = generation.logits[index], generation.tokens[index]
-      if not np.isfinite(logits).all():
-        results.append(Result(prompt.row(digest, error="the model's logits are not finite; try --dtype=float32")))
-        continue
-      kept = [stage[index] for stage in generation.kept]
-      if self.pictures is not None:
-        self._draw(prompt, example, kept)
-      more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}
-      if "kept" in self.emit:
-        more["kept"] = kept
-      if "patches" in self.emit:
-        places = self.processor.places(example)
-        more["kept_patches"] = [places[stage].tolist() for stage in kept]
-      counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
-      if "counts" in self.emit:
-        more["counts"] = dict(zip(COUNTS, (*counts, list(map(len, kept))), strict=True))
-      if "logits" in self.emit:
-        more["first_logits"] = logits.tolist()
-      if "timing" in self.emit:
-        more["timing"] = seconds | {"rows_in_batch": len(group)}
-      row = prompt.row(digest, answer=self.processor.decode(tokens), **more)
-      num_slots = bucket.num_image_tokens + bucket.num_text_slots
-      results.append(Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots))
-    return results
+  def _what_is_run(self, reader: Reader) -> str:
+    """The sizes of what devices hold, for messages."""
+    sizes, bucket = self.engine.batch_sizes, reader.last or self.batcher.buckets[-1]
+    rows = f"{sizes.prefill} row{'' if sizes.prefill == 1 else 's'}"
+    size = f"{bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
+    return f"{sizes.decode} slots and {rows} of {size}"
+
+  def _request(self, prompt: Prompt) -> Request:
+    """What a prompt asks of the engine; raises `UserError` if the engine does not do it."""
+    options, given = prompt.options, self.engine.generation
+    most = given.max_new_tokens
+    if (options.max_new_tokens or 0) > most:
+      raise UserError(f"max_new_tokens is {options.max_new_tokens}, but --max_new_tokens allows {most}")
+    temperature = given.sampling.temperature if options.temperature is None else options.temperature
+    top_p = given.sampling.top_p if options.top_p is None and temperature > 0 else options.top_p
+    return Request(
+      prompt.key,
+      max_new_tokens=options.max_new_tokens,
+      sampling=Sampling(temperature, 1.0 if top_p is None else top_p),
+      is_complete=has_any(self.processor, options.stop),
+    )
+
+  def _result(self, answered: Answered) -> Result:
+    (prompt, example, _, digest), bucket = answered.request.tag
+    logits, tokens, kept = answered.logits, answered.tokens, answered.kept
+    if not np.isfinite(logits).all():
+      return Result(prompt.row(digest, error="the model's logits are not finite; try --dtype=float32"))
+    if self.pictures is not None:
+      self._draw(prompt, example, kept)
+    more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}
+    if "kept" in self.emit:
+      more["kept"] = kept
+    if "patches" in self.emit:
+      places = self.processor.places(example)
+      more["kept_patches"] = [places[stage].tolist() for stage in kept]
+    counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens)
+    if "counts" in self.emit:
+      more["counts"] = dict(zip(COUNTS, (*counts, list(map(len, kept))), strict=True))
+    if "logits" in self.emit:
+      more["first_logits"] = logits.tolist()
+    if "timing" in self.emit:
+      more["timing"] = {name: getattr(answered, name) for name in ("prefill_seconds", "decode_seconds")}
+    row = prompt.row(digest, answer=cut(self.processor.decode(tokens), prompt.options.stop), **more)
+    num_slots = bucket.num_image_tokens + bucket.num_text_slots
+    return Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots)
 
   def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:
     if not example.num_images:

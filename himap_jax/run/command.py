@@ -85,15 +85,15 @@ def user_error(what: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def out_of_memory_is_user_error(what: str = "the weights") -> Iterator[None]:
-  """Turns JAX's out-of-memory error into a UserError that says what did not fit and names remedies."""
+def out_of_memory_is_user_error(what: Callable[[], str] = lambda: "the weights") -> Iterator[None]:
+  """Turns JAX's out-of-memory error into a UserError that says what did not fit, then, and names remedies."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
     raise UserError(
-      f"the devices have too little memory for {what} ({str(error).splitlines()[0]}); use a smaller --batch_size or "
+      f"the devices have too little memory for {what()} ({str(error).splitlines()[0]}); use a smaller --batch_size or "
       "--max_image_tokens, --int8_weights, or a --mesh that shards the weights over more devices, such as "
       "--mesh=data:1,tensor:4"
     ) from error

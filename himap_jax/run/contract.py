@@ -1,7 +1,8 @@
 """The contract of a row: digests that identify the settings, the question and the pictures of its answer.
 
 A row's `digest` is `<settings>-<question>-<pictures>`, each the first 16 hexadecimal digits of a SHA-256: of everything
-that answers depend on besides the prompts, of the question's text, and of the picture's file or, of several, of their
+that answers depend on besides the prompts, of the question's text (with the row's own options, if
+it has any), and of the picture's file or, of several, of their
 digests. `<output>.settings.json` lists the settings for people; only the digests in the rows decide whether a run may
 resume.
 """
@@ -55,7 +56,7 @@ class Contract:
 
   def row_digest(self, prompt: Prompt, pictures: Sequence[str] | None = None) -> str:
     """A row's digest; `pictures` are the SHA-256 of the pictures' files, None if they were not read."""
-    return f"{self.digest}-{_hex(prompt.question_text)}-{_joint(pictures)}"
+    return f"{self.digest}-{_hex(prompt.asked)}-{_joint(pictures)}"
 
   def write_settings(self) -> None:
     """Writes the settings beside the output; raises UserError if that fails."""
@@ -128,7 +129,7 @@ class Comparison:
 
   def _is_changed(self, prompt: Prompt, digests: str) -> bool:
     question, _, pictures = digests.partition("-")
-    if question != _hex(prompt.question_text):
+    if question != _hex(prompt.asked):
       return True
     now = [
       self._digest_of_name(image) if sources.is_name(image) else self._digest(image)

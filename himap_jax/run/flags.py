@@ -79,7 +79,10 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 i
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of likeliest tokens with this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling, and of methods that choose at random.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Always generate max_new_tokens tokens.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows per batch.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows that are decoded together.")
+_PREFILL_BATCH_SIZE = flags.DEFINE_integer(
+  "prefill_batch_size", None, "Rows that are prefilled together; a quarter of the batch by default.", lower_bound=1
+)
 _PROMPT_BUCKETS = flags.DEFINE_list(
   "prompt_buckets",
   [str(bucket) for bucket in InputConfig().prompt_buckets],
@@ -199,7 +202,11 @@ def config_from_flags() -> RunConfig:
     pruning=_pruning(),
     generation=GenerationConfig(_MAX_NEW_TOKENS.value, sampling, _SEED.value, _IGNORE_EOS.value),
     inputs=InputConfig(
-      _PROMPT_TEMPLATE.value, command.numbers(_PROMPT_BUCKETS, int) or (), _BATCH_SIZE.value, _MAX_IMAGE_TOKENS.value
+      _PROMPT_TEMPLATE.value,
+      command.numbers(_PROMPT_BUCKETS, int) or (),
+      _BATCH_SIZE.value,
+      _MAX_IMAGE_TOKENS.value,
+      _PREFILL_BATCH_SIZE.value,
     ),
     mesh=sharding.parse_mesh(_MESH.value) if _MESH.value else None,
     columns=Columns.parse(_COLUMNS.value),

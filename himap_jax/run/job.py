@@ -14,6 +14,7 @@ from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import Batcher
 from himap_jax.engine.engine import Engine
+from himap_jax.engine.sharding import BatchSizes
 from himap_jax.errors import UserError
 from himap_jax.generation import make_batcher
 from himap_jax.pruning.schedule import Schedule
@@ -65,10 +66,10 @@ def run(config: RunConfig) -> int:
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
     with command.out_of_memory_is_user_error():
       loaded = opened.restore(dtype=dtype, mesh=mesh, int8_weights=config.int8_weights)
-    engine = Engine(loaded.model, schedule, config.generation, eos_token_ids=loaded.eos_token_ids)
+    sizes = BatchSizes.of(mesh, batch_size, config.inputs.prefill_batch_size)
+    engine = Engine(loaded.model, schedule, config.generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=sizes)
     logging.info("ready: weights")
-    batch_size = sharding.padded_batch_size(batch_size, mesh)
-    answerer = Answerer(processor, batcher, engine, batch_size, config.emit, config.pictures)
+    answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
     with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
       summary = answerer.answer_all(output, share)
   if processes.is_leader():

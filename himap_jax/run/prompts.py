@@ -19,6 +19,23 @@ from himap_jax.run.records import BadRow, Record, Records, kind_of
 ROLES = ("system", "user", "assistant")
 IMAGE_FIELDS = ("image", "url", "path", "base64")
 
+_NUMBERS = {"max_new_tokens": int, "temperature": float, "top_p": float}
+_OPTIONS = (*_NUMBERS, "stop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What a row asks of its answer; where a field is None the flags hold.
+
+  Attributes:
+    stop: the answer ends before the first of these texts.
+  """
+
+  max_new_tokens: int | None = None
+  temperature: float | None = None
+  top_p: float | None = None
+  stop: tuple[str, ...] = ()
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -34,6 +51,7 @@ class Prompt:
   id: str | int
   images: tuple[str | bytes, ...] = ()
   question: str | tuple[Message, ...] = ""
+  options: Options = Options()
   error: str | None = None
 
   @property
@@ -42,9 +60,10 @@ class Prompt:
     return str(self.id)
 
   @property
-  def question_text(self) -> str:
-    """The question, as one text."""
-    return self.question if isinstance(self.question, str) else json.dumps(self.question)
+  def asked(self) -> str:
+    """All that decides the answer besides the pictures, as one text: the question, and the row's own options."""
+    question = self.question if isinstance(self.question, str) else json.dumps(self.question)
+    return question if self.options == Options() else json.dumps([question, *dataclasses.astuple(self.options)])
 
   @property
   def file_name(self) -> str:
@@ -129,13 +148,14 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
   """The prompts of rows, which are read once for their ids.
 
   A row is `{"id", "image", "question"}` or, as in LLaVA's question files, `{"question_id", "image", "text"}`; `image` is
-  one or a list, or absent. Instead of both, `"messages"` is a conversation in the form of OpenAI or transformers. Other
-  fields are ignored. Of rows that share an id, the first keeps it and the others become errors.
+  one or a list, or absent. Instead of both, `"messages"` is a conversation in the form of OpenAI or transformers. A row
+  may have fields of `Options`; others are ignored. Of rows that share an id, the first keeps it and the others become
+  errors.
 
   Raises:
     UserError: the rows cannot be read, there are none, or a table lacks a column.
   """
-  fields = columns.names("id", "question", "messages", "image")
+  fields = [*columns.names("id", "question", "messages", "image"), *_OPTIONS]
   if records.columns is not None:
     columns.check(records.columns, records.name)
     fields = [name for name in fields if name in records.columns]
@@ -158,7 +178,7 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
       if own is None or str(row_id) != keys[position]:
         raise UserError(f"{records.name} was changed while it was read; start again")
       try:
-        yield Prompt(row_id, *_content(own, columns))
+        yield Prompt(row_id, *_content(own, columns), _options(own))
       except BadRow as error:
         yield Prompt(row_id, error=f"{place}: {error}")
 
@@ -204,6 +224,28 @@ def _content(record: Mapping[str, Any], columns: Columns) -> tuple[tuple[str | b
     if record.get(name) is not None:
       raise BadRow(f'"{name}" and "messages" together')
   return read_messages(messages)
+
+
+def _options(record: Mapping[str, Any]) -> Options:
+  """The options of a row; numbers may be text, as in CSV."""
+  numbers: dict[str, Any] = {}
+  for name, kind in _NUMBERS.items():
+    value = record.get(name)
+    if value is None:
+      continue
+    try:
+      if isinstance(value, bool) or not isinstance(value, int | float | str) or kind(value) != float(value):
+        raise ValueError
+    except ValueError:
+      raise BadRow(f'"{name}" must be {"an integer" if kind is int else "a number"}, not {value!r}') from None
+    numbers[name] = kind(value)
+  if numbers.get("max_new_tokens", 1) < 1:
+    raise BadRow(f'"max_new_tokens" must be at least 1, but is {numbers["max_new_tokens"]}')
+  stop = record.get("stop")
+  texts = [] if stop is None else stop if isinstance(stop, list) else [stop]
+  if not all(isinstance(text, str) and text for text in texts):
+    raise BadRow('"stop" must be a text or a list of texts, none of them empty')
+  return Options(**numbers, stop=tuple(texts))
 
 
 def _images(record: Mapping[str, Any], columns: Columns) -> tuple[str | bytes, ...]:

@@ -35,7 +35,7 @@ class Result(NamedTuple):
 
 @dataclasses.dataclass
 class Summary:
-  """Counts over all processes of a run, and times, which are alike in all since they run the same programs together.
+  """Counts over all processes of a run.
 
   Attributes:
     num_skipped: rows that were already in the output.
@@ -48,8 +48,6 @@ class Summary:
   num_new_tokens: int = 0
   num_slots: int = 0
   answered: collections.Counter[tuple] = dataclasses.field(default_factory=collections.Counter)
-  prefill_seconds: float = 0.0
-  decode_seconds: float = 0.0
   seconds: float = 0.0
 
   @property
@@ -82,15 +80,17 @@ class Report:
     answered, new_tokens = summary.num_answered, summary.num_new_tokens
     table.add_row("rows", f"{answered} answered, {summary.num_errors} errors, {summary.num_skipped} answered before")
     if answered:
-      seconds = summary.prefill_seconds
+      seconds = engine.usage.prefill_seconds
       table.add_row("prefill", f"{seconds:.2f} s ({answered / seconds:.2f} rows/s)")
-      seconds = summary.decode_seconds
+      seconds = engine.usage.decode_seconds
       table.add_row("decode", f"{seconds:.2f} s ({new_tokens / seconds:.1f} tokens/s, {new_tokens} tokens)")
-      seconds = summary.seconds - engine.compile_seconds
+      if engine.usage.slot_steps:
+        table.add_row("slots in use", f"{engine.usage.row_steps / engine.usage.slot_steps:.1%} of the decoding steps")
+      seconds = summary.seconds - engine.programs.seconds
       hours = seconds * self.num_devices / answered * 1e6 / 3600
       rates = f"{answered / seconds:.2f} rows/s; {hours:,.1f} device-hours for a million rows"
       table.add_row("in all", f"{seconds:.2f} s without compilation ({rates})")
-    table.add_row("compilation", f"{engine.compile_seconds:.2f} s, {engine.num_programs} programs")
+    table.add_row("compilation", f"{engine.programs.seconds:.2f} s, {engine.programs.num_programs} programs")
     table.add_row("method", self.method)
     if answered:
       table.add_row("image tokens", self._image_tokens(summary))

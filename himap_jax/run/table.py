@@ -103,7 +103,7 @@ def _schema(lines: pathlib.Path) -> Any:
   for row in _rows(lines):
     names.update(row)
     ids_are_integers &= type(row["id"]) is int and -(1 << 63) <= row["id"] < 1 << 63
-  seconds = {"prefill_seconds": pa.float64(), "decode_seconds": pa.float64(), "rows_in_batch": pa.int32()}
+  seconds = {"prefill_seconds": pa.float64(), "decode_seconds": pa.float64()}
   counts = {name: pa.list_(pa.int32()) if name == "kept" else pa.int32() for name in COUNTS}
   types = {
     "id": pa.int64() if ids_are_integers else pa.string(),

@@ -64,7 +64,7 @@ def test_answers_are_those_recorded(case, loaded, images):
   if sampled:
     generation = GenerationConfig(8, Sampling(0.9, 0.8), seed=5, ignore_eos=True)
   schedule = model.schedule(method, prune_layers, keep)
-  inputs = InputConfig(prompt_buckets=(128,), batch_size=4)
+  inputs = InputConfig(prompt_buckets=(128,), batch_size=4, prefill_batch_size=4)
   answers = generate(model, images, QUESTIONS, schedule=schedule, generation=generation, inputs=inputs)
   for row, answer in enumerate(answers):
     assert answer.token_ids == GOLDEN[f"{case}/{row}/tokens"].tolist()
@@ -73,7 +73,7 @@ def test_answers_are_those_recorded(case, loaded, images):
     np.testing.assert_allclose(answer.first_logits, GOLDEN[f"{case}/{row}/logits"], atol=1e-4, rtol=0)
   engine = Engine(model.model, schedule, generation)
   reverse = engine(in_reverse(model, images), range(4)[::-1])
-  assert engine.num_programs == 0
+  assert engine.programs.num_programs == 0
   for row, answer in enumerate(answers):
     assert reverse.tokens[3 - row] == answer.token_ids
     assert [stage[3 - row] for stage in reverse.kept] == answer.kept

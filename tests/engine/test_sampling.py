@@ -5,14 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from himap_jax.engine.sampling import MIN_TEMPERATURE, Sampling, choose, truncate
+from himap_jax.engine.sampling import MIN_TEMPERATURE, Kind, RowSampling, Sampling, choose, truncate
 
-STEP = jnp.int32(0)
 ROUNDING = 2e-7  # of sums of probabilities in float32
 
 
 def keys(count, seed=0):
   return jax.random.split(jax.random.key(seed), count)
+
+
+def pick(sampling, logits, keys, step=0):
+  """`choose` with one sampling and one step for all rows."""
+  count = len(logits)
+  rows = jax.tree.map(jnp.asarray, RowSampling.of([sampling] * count))
+  return choose(Kind.of(sampling), rows, logits, keys, jnp.full(count, step, jnp.int32))
 
 
 def slow_nucleus(logits, top_p):
@@ -31,7 +37,7 @@ def slow_nucleus(logits, top_p):
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_truncation_is_the_slow_one(top_p):
   logits = np.random.default_rng(0).normal(scale=3, size=(16, 50)).astype(np.float32)
-  truncated = np.asarray(truncate(jnp.asarray(logits), top_p))
+  truncated = np.asarray(truncate(jnp.asarray(logits), jnp.full(16, top_p)))
   for row, expected in zip(truncated, logits, strict=True):
     inside = np.isfinite(row)
     nucleus = set(np.flatnonzero(inside).tolist())
@@ -41,12 +47,12 @@ def test_truncation_is_the_slow_one(top_p):
 
 def test_top_p_of_one_truncates_nothing():
   logits = jnp.array([[0.0, -80.0, 3.0]])
-  np.testing.assert_array_equal(truncate(logits, 1.0), logits)
+  np.testing.assert_array_equal(truncate(logits, jnp.ones(1)), logits)
 
 
 def test_greedy_is_the_first_maximum():
   logits = jnp.array([[0.0, 2.0, 2.0], [5.0, 1.0, 4.0]])
-  tokens = choose(Sampling(), logits, keys(2), STEP)
+  tokens = pick(Sampling(), logits, keys(2))
   assert tokens.dtype == jnp.int32
   assert tokens.tolist() == [1, 0]
 
@@ -55,7 +61,7 @@ def test_greedy_is_the_first_maximum():
 def test_frequencies_are_the_softmax(temperature):
   count = 20_000
   logits = jnp.array([0.0, 1.0, -1.0, 2.0, -30.0])
-  tokens = choose(Sampling(temperature), jnp.tile(logits, (count, 1)), keys(count), STEP)
+  tokens = pick(Sampling(temperature), jnp.tile(logits, (count, 1)), keys(count))
   expected = np.asarray(jax.nn.softmax(logits / temperature))
   frequencies = np.bincount(tokens, minlength=5) / count
   deviation = np.sqrt(expected * (1 - expected) / count)
@@ -65,7 +71,7 @@ def test_frequencies_are_the_softmax(temperature):
 def test_frequencies_inside_the_nucleus():
   count = 20_000
   logits = jnp.log(jnp.array([0.1, 0.4, 0.3, 0.2]))
-  tokens = choose(Sampling(1.0, 0.65), jnp.tile(logits, (count, 1)), keys(count), STEP)
+  tokens = pick(Sampling(1.0, 0.65), jnp.tile(logits, (count, 1)), keys(count))
   frequencies = np.bincount(tokens, minlength=4) / count
   np.testing.assert_allclose(frequencies, [0, 4 / 7, 3 / 7, 0], atol=0.02)
 
@@ -74,22 +80,22 @@ def test_a_row_is_its_own():
   """The same key, step and logits choose the same token, whatever the other rows are."""
   logits = jax.random.normal(jax.random.key(1), (6, 40))
   sampling = Sampling(1.5, 0.95)
-  together = choose(sampling, logits, keys(6), STEP)
+  together = pick(sampling, logits, keys(6))
   for row in range(6):
-    assert choose(sampling, logits[row : row + 1], keys(6)[row : row + 1], STEP)[0] == together[row]
+    assert pick(sampling, logits[row : row + 1], keys(6)[row : row + 1])[0] == together[row]
 
 
 def test_steps_and_keys_differ():
   logits = jnp.zeros((1, 1000))
-  tokens = {int(choose(Sampling(1.0), logits, keys(1), jnp.int32(step))[0]) for step in range(8)}
-  tokens |= {int(choose(Sampling(1.0), logits, keys(1, seed), STEP)[0]) for seed in range(1, 8)}
+  tokens = {int(pick(Sampling(1.0), logits, keys(1), step)[0]) for step in range(8)}
+  tokens |= {int(pick(Sampling(1.0), logits, keys(1, seed))[0]) for seed in range(1, 8)}
   assert len(tokens) >= 14
 
 
 def test_lowest_temperature_is_greedy():
   logits = jnp.array([[30.0, -30.0, 29.0]])
   for top_p in (0.5, 1.0):
-    assert choose(Sampling(MIN_TEMPERATURE, top_p), logits, keys(1), STEP).tolist() == [0]
+    assert pick(Sampling(MIN_TEMPERATURE, top_p), logits, keys(1)).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -108,3 +114,15 @@ def test_lowest_temperature_is_greedy():
 def test_settings_that_cannot_be(temperature, top_p, message):
   with pytest.raises(ValueError, match=message):
     Sampling(temperature, top_p)
+
+
+def test_rows_have_their_own_sampling():
+  """A row of a mixed batch is what it is in a batch of its own kind."""
+  samplings = [Sampling(), Sampling(0.7), Sampling(1.3, 0.6), Sampling()]
+  logits, own = jax.random.normal(jax.random.key(2), (4, 60)) * 3, keys(4, 5)
+  steps = jnp.array([0, 3, 1, 2], jnp.int32)
+  rows = jax.tree.map(jnp.asarray, RowSampling.of(samplings))
+  mixed = choose(max(map(Kind.of, samplings)), rows, logits, own, steps)
+  for row, sampling in enumerate(samplings):
+    alone = pick(sampling, logits[row : row + 1], own[row : row + 1], int(steps[row]))
+    assert alone[0] == mixed[row]

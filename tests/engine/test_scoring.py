@@ -27,9 +27,11 @@ def test_scores_are_the_reference_s(checkpoints, loaded, images, name, layers, k
   result = engine(inputs, range(3))
   rng = np.random.default_rng(0)
   continuations = [[result.tokens[row], *rng.integers(4, 250, (row, 9)).tolist()] for row in range(3)]
-  before = engine.num_programs
+  before = engine.programs.num_programs
   found = engine.score(inputs, range(3), continuations)
-  assert engine.num_programs == before + 2, "one program for each padded length; the prefill is that of generation"
+  assert engine.programs.num_programs == before + 2, (
+    "one program for each padded length; the prefill is that of generation"
+  )
   for row, (ids, pixels) in enumerate(rows):
     for given, own in zip(continuations[row], found[row], strict=True):
       frozen = [tuple(stage[row]) for stage in result.kept]

@@ -96,7 +96,7 @@ def test_each_row_goes_where_its_attention_says(subject):
 def test_neighbours_do_not_matter_and_nothing_is_compiled_again(subject):
   _, _, inputs, model, _ = subject
   whole, engine = generate(model, adaptive(0.6), inputs)
-  settled = engine.num_programs
+  settled = engine.programs.num_programs
   order = [3, 0, 4, 1, 1, 5]
   some = jax.tree.map(lambda x: np.asarray(x)[order], inputs)
   again = engine(some, order)
@@ -104,9 +104,9 @@ def test_neighbours_do_not_matter_and_nothing_is_compiled_again(subject):
     assert again.tokens[place] == whole.tokens[row]
     assert [stage[place] for stage in again.kept] == [stage[row] for stage in whole.kept]
     np.testing.assert_allclose(again.logits[place], whole.logits[row], atol=1e-4)
-  assert engine.num_programs == settled
+  assert engine.programs.num_programs == settled
   other, engine = generate(model, adaptive(0.9), inputs)
-  assert engine.num_programs == 0
+  assert engine.programs.num_programs == 0
   assert other.kept != whole.kept
 
 

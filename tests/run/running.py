@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 from himap_jax import GenerationConfig, InputConfig, PruningConfig
 from himap_jax.run.flags import RunConfig
@@ -51,6 +52,11 @@ def read(path):
   answers = {row["id"]: row for row in rows}
   assert len(answers) == len(rows)
   return answers
+
+
+def num_programs(table):
+  """The number of programs that a run compiled, by its table."""
+  return int(re.search(r"(\d+) programs", table)[1])
 
 
 def changed(config, **changes):

@@ -98,13 +98,14 @@ class TestRuns:
 
   def test_a_device_without_memory(self, small, monkeypatch, capsys):
     def call(*_):
+      yield []
       raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
 
-    monkeypatch.setattr(Engine, "__call__", call)
+    monkeypatch.setattr(Engine, "answer", call)
     assert execute(lambda: job.run(small)) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(
-      "tool: the devices have too little memory for 4 rows of 16 image tokens and 64 text tokens (RESOURCE_EXHAUSTED: "
+      "tool: the devices have too little memory for 4 slots and 4 rows of 16 image tokens and 494 text tokens (RESOURCE_EXHAUSTED: "
     )
     assert all(flag in line for flag in ("--batch_size", "--int8_weights", "--mesh"))
     assert not small.output.exists()

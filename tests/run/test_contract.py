@@ -31,7 +31,7 @@ def killed(monkeypatch):
 
   def run(config):
     with monkeypatch.context() as patch:
-      patch.setattr(Engine, "__call__", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+      patch.setattr(Engine, "answer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
       with pytest.raises(KeyboardInterrupt):
         job.run(config)
 

@@ -76,7 +76,7 @@ class TestMessages:
       ("assistant", "No."),
       ("user", "<image><image>"),
     )
-    assert json.loads(prompt.question_text) == [list(message) for message in prompt.question]
+    assert json.loads(prompt.asked) == [list(message) for message in prompt.question]
 
   @pytest.mark.parametrize(
     ("messages", "error"),

@@ -43,7 +43,7 @@ def test_rows_and_types(path):
   more = dict(
     token_ids=[1, 2], kept=[[0, 3], []], kept_patches=[[[0, 0, 1, 2]], []], first_logits=[0.5, -1e-9],
     counts={"tiles": 1, "image_tokens": 4, "text_tokens": 7, "kept": [2, 0]},
-    timing={"prefill_seconds": 0.1, "decode_seconds": 2.0, "rows_in_batch": 3},
+    timing={"prefill_seconds": 0.1, "decode_seconds": 2.0},
   )  # fmt: skip
   own = [row(1, "é\u2028\x00", **more), failed(2)]
   with TableWriter(path, resume=True) as writer:

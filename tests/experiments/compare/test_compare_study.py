@@ -303,7 +303,7 @@ def test_costs_are_means_where_rows_keep_different_counts(loaded):
 class Clock:
   """Stands for a generator whose n-th run takes `seconds[n]` in prefill and twice that in decoding."""
 
-  compile_seconds = 7.0
+  programs = SimpleNamespace(seconds=7.0)
 
   def __init__(self, *seconds):
     self.seconds = iter(seconds)

@@ -127,7 +127,7 @@ def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
     "decode": {"memory": None, "limit": 99},
   }
   compiler = Compiler()
-  monkeypatch.setattr(plan, "lower", lambda cell, rows: plan.programs.Programs("prefill", "decode"))
+  monkeypatch.setattr(plan, "lower", lambda cell, rows: plan.programs.Lowered("prefill", "enter", "decode"))
   monkeypatch.setattr(plan, "compile_program", compiled.get)
   monkeypatch.setattr(plan, "compiler", functools.cache(lambda: compiler))
   for _ in range(2):

@@ -1,0 +1,90 @@
+"""The programs of `programs`, compiled once for each shape of their inputs; counts and times compilations."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, UInt
+
+from himap_jax.engine import programs, sharding
+from himap_jax.engine.decoding import DecodeConfig
+from himap_jax.engine.prefill import PrefillState
+from himap_jax.engine.sampling import Kind
+from himap_jax.engine.slots import Rows, Slots
+from himap_jax.inputs import Inputs
+from himap_jax.model.network import Model, Network
+from himap_jax.pruning.schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramKey:
+  """What compiled programs depend on besides the shapes of their inputs."""
+
+  network: Network
+  mesh: Mesh
+  schedule: Schedule
+  decoding: DecodeConfig
+  param_types: Any
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(key: ProgramKey) -> dict[Any, Any]:
+  """Compiled programs by name, kind of choosing tokens, and input shapes; shared by all engines."""
+  del key
+  return {}
+
+
+class CompiledPrograms:
+  """Runs the programs of one model, schedule and decode config.
+
+  Attributes:
+    num_programs: compiled by this object.
+    seconds: of their compilation.
+  """
+
+  def __init__(self, model: Model, schedule: Schedule, decoding: DecodeConfig):
+    """`decoding` is that of greedy rows."""
+    self._model, self._schedule, self._decoding = model, schedule, decoding
+    self._parameters = programs.method_parameters(schedule)
+    self._jitted = functools.cache(self._make)
+    mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
+    self._compiled = _compiled(ProgramKey(model.network, mesh, schedule, decoding, types))
+    self.num_programs, self.seconds = 0, 0.0
+
+  def _make(self, kind: Kind) -> programs.Programs:
+    return programs.Programs(self._model, self._schedule, dataclasses.replace(self._decoding, kind=kind))
+
+  def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
+    return self._run("prefill", Kind.GREEDY, (inputs,), (self._model, inputs, seeds, self._parameters))
+
+  def score(self, state: PrefillState, tokens: Int[Array, "B C"]) -> tuple[Array, Array]:
+    return self._run("score", Kind.GREEDY, (state, tokens), (self._model, state, tokens))
+
+  def enter(self, kind: Kind, slots: Slots, state: PrefillState, rows: Rows, restart: bool) -> tuple[Slots, Any]:
+    return self._run("enter", kind, (slots.caches, state), (slots, state, rows, np.bool_(restart)))
+
+  def decode(self, kind: Kind, slots: Slots, stopped: Bool[Array, "B"], num_wanted: int) -> tuple[Slots, Any]:
+    return self._run("decode", kind, (slots.caches,), (self._model, slots, stopped, np.int32(num_wanted)))
+
+  def empty_slots(self, state: PrefillState, num_slots: int) -> Slots:
+    """Free slots for prompts of the shapes of `state`."""
+    shapes = self._jitted(Kind.GREEDY).slots(state, num_slots)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+
+  def _run(self, name: str, kind: Kind, shaped: Any, arguments: tuple[Any, ...]) -> Any:
+    """Runs a program; `shaped` are those arguments whose shapes vary."""
+    leaves, structure = jax.tree.flatten(shaped)
+    key = (name, kind, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    if key not in self._compiled:
+      start = time.perf_counter()
+      self._compiled[key] = getattr(self._jitted(kind), name).lower(*arguments).compile()
+      self.num_programs += 1
+      self.seconds += time.perf_counter() - start
+      logging.info("ready: %s, a program", name)
+    return self._compiled[key](*arguments)
