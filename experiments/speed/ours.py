@@ -3,8 +3,10 @@
 Axes: B batch, S slots, N query heads, K key heads, H head dim.
 """
 
+import dataclasses
 import functools
 import pathlib
+import time
 from typing import Any
 
 import jax
@@ -14,13 +16,15 @@ import numpy as np
 from checkpoints_convert.transforms import quantize
 from experiments.shared import geometries
 from experiments.speed import side
-from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side, Weights
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Job, Scenario, Side, Weights
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.decoding import DecodeConfig
-from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.engine.engine import Batch, Engine, GenerationConfig
+from himap_jax.engine.pool import Request
 from himap_jax.engine.prefill import Context, Sequence, prune, start
 from himap_jax.engine.prefill import prefill as run_prefill
+from himap_jax.engine.sharding import BatchSizes
 from himap_jax.families import from_hf
 from himap_jax.inputs import IMAGE, TEXT, Images, Inputs, Layout
 from himap_jax.model.decoder import Projections
@@ -55,7 +59,7 @@ class Ours(Side):
 
   def prepare(self, scenario: Scenario) -> None:
     self._scenario, self.num_new_tokens = scenario, scenario.num_new_tokens
-    self._inputs = self._make_inputs()
+    self._inputs = self._make_inputs(scenario)
     self._engine = Engine(self._model, self._schedule, GenerationConfig(scenario.num_new_tokens, ignore_eos=True))
     model, schedule = self._model, self._schedule
     keys = jax.random.split(jax.random.key(0), scenario.batch_size)
@@ -80,6 +84,30 @@ class Ours(Side):
 
   def example(self) -> float:
     return self._engine(self._inputs, range(self._scenario.batch_size)).decode_seconds
+
+  def job(self, job: Job) -> dict[str, float]:
+    """If as many rows are prefilled as are decoded together, each batch is decoded to its end before the next begins."""
+    sizes = BatchSizes(job.prefill, job.decode)
+    generation = GenerationConfig(max(job.lengths), ignore_eos=True)
+    engine = Engine(self._model, self._schedule, generation, batch_sizes=sizes)
+    inputs = self._make_inputs(dataclasses.replace(job.scenario, batch_size=job.prefill))
+    batches = [
+      Batch(
+        inputs, [Request(first + row, length) for row, length in enumerate(job.lengths[first : first + job.prefill])]
+      )
+      for first in range(0, len(job.lengths), job.prefill)
+    ]
+    is_static = job.prefill == job.decode
+    start, count = time.perf_counter(), 0
+    for group in [[batch] for batch in batches] if is_static else [batches]:
+      count += sum(len(row.tokens) for turn in engine.answer(group) for row in turn)
+    assert count == sum(job.lengths)
+    return {
+      "seconds": time.perf_counter() - start - engine.programs.seconds,
+      "slots in use": engine.usage.row_steps / engine.usage.slot_steps,
+      "prefill seconds": engine.usage.prefill_seconds,
+      "programs": engine.programs.num_programs,
+    }
 
   def accelerator_peak(self) -> int:
     stats = jax.devices()[0].memory_stats()
@@ -107,9 +135,9 @@ class Ours(Side):
       "decode_bytes_needed": sum(x.nbytes for x in jax.tree.leaves(read)) + cache,
     }
 
-  def _make_inputs(self) -> Inputs:
+  def _make_inputs(self, scenario: Scenario) -> Inputs:
     rng, (num_tiles, count) = np.random.default_rng(0), geometries.image_size(self._config)
-    shape = (self._scenario.batch_size, self._scenario.num_text_tokens + count)
+    shape = (scenario.batch_size, scenario.num_text_tokens + count)
     slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     is_image = (slot >= NUM_SYSTEM_TOKENS) & (slot < NUM_SYSTEM_TOKENS + count)
     inputs = Inputs(

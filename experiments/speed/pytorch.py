@@ -9,6 +9,7 @@
 Axes: B batch, S slots, N image tokens, D model dim.
 """
 
+import dataclasses
 import functools
 import pathlib
 import time
@@ -20,7 +21,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
 from experiments.speed import side
-from experiments.speed.side import NUM_SYSTEM_TOKENS, Scenario, Side, Weights
+from experiments.speed.side import NUM_SYSTEM_TOKENS, Job, Scenario, Side, Weights
 
 PRUNE_LAYERS = (2, 8)
 KEEP = (0.5, 0.125)
@@ -58,6 +59,13 @@ class PyTorch(Side):
   @torch.inference_mode()
   def prepare(self, scenario: Scenario) -> None:
     self.num_new_tokens = min(2, scenario.num_new_tokens)
+    self._draw_inputs(scenario)
+    self._embedded = self._embed()
+    self.turn()
+    self.num_new_tokens = scenario.num_new_tokens
+    side.reset_peak_memory()
+
+  def _draw_inputs(self, scenario: Scenario) -> None:
     config = self._model.config
     num_image_tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     generator = torch.Generator().manual_seed(0)
@@ -67,10 +75,6 @@ class PyTorch(Side):
     ids[:, self._image] = config.image_token_id
     pixels = torch.randn(shape[0], 3, *[config.vision_config.image_size] * 2, generator=generator)
     self._ids, self._pixels = ids.to(self._device), pixels.to(self._device, DTYPE)
-    self._embedded = self._embed()
-    self.turn()
-    self.num_new_tokens = scenario.num_new_tokens
-    side.reset_peak_memory()
 
   turn = torch.inference_mode()(Side.turn)
 
@@ -107,16 +111,29 @@ class Transformers(PyTorch):
       times.append(self._now())
       return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
+    self._generate(self.num_new_tokens, stopping_criteria=[note])
+    return times
+
+  def _generate(self, num_new_tokens: int, **more: Any) -> None:
     self._model.generate(
       input_ids=self._ids,
       attention_mask=torch.ones_like(self._ids),
       pixel_values=self._pixels,
-      max_new_tokens=self.num_new_tokens,
-      min_new_tokens=self.num_new_tokens,
+      max_new_tokens=num_new_tokens,
+      min_new_tokens=num_new_tokens,
       do_sample=False,
-      stopping_criteria=[note],
+      **more,
     )
-    return times
+
+  @torch.inference_mode()
+  def job(self, job: Job) -> dict[str, float]:
+    """In batches of `decode` rows, each of which is generated until its longest row ends."""
+    start = self._now()
+    for first in range(0, len(job.lengths), job.decode):
+      lengths = job.lengths[first : first + job.decode]
+      self._draw_inputs(dataclasses.replace(job.scenario, batch_size=len(lengths)))
+      self._generate(max(lengths))
+    return {"seconds": self._now() - start}
 
 
 class Authors(PyTorch):

@@ -37,6 +37,16 @@ class Scenario:
     return NUM_SYSTEM_TOKENS + self.num_instruction_tokens
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """Rows with answers of given lengths, in tokens, and how many of them are prefilled and decoded together."""
+
+  scenario: Scenario  # of every prompt; its numbers of rows and tokens do not count
+  lengths: tuple[int, ...]
+  prefill: int
+  decode: int
+
+
 class Weights:
   """Hands out consecutive arrays from a file of random weights, and starts again at its end."""
 
@@ -73,6 +83,10 @@ class Side(abc.ABC):
   @abc.abstractmethod
   def example(self) -> float:
     """Runs a whole example and returns the seconds after its first token."""
+
+  def job(self, job: Job) -> dict[str, float]:
+    """Answers all rows of a job; returns the `seconds` of it, and what else the side knows."""
+    raise NotImplementedError("runs no jobs")
 
   @abc.abstractmethod
   def accelerator_peak(self) -> int:
