@@ -1,4 +1,4 @@
-"""Compiles the real programs for an absent TPU, and tables the largest batches that fit into its memory."""
+"""Compiles the real programs for an absent TPU, and tables the most slots that fit into its memory."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ FARTHEST, FEW = 8, 16  # the next guess is at most FARTHEST times what fits, whi
 # GiB available to programs, until the compiler reports the limit.
 HBM = {"v4": 31.25, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 DTYPES = ("bfloat16", "int8")
-PROGRAMS = ("prefill", "decode")
+PROGRAMS = programs.Lowered._fields
 _USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 GIB = 1 << 30
@@ -39,8 +39,9 @@ CRASHED = "compiler crashed"  # a field of what is compiled, and of a row
 Row = dict[str, Any]
 PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
 PLACE = ("model", "topology", "mesh", "weights")
-SHOWN = (*PLACE, "method", "largest batch", "rows per device", "times none", "device GiB")
-SHOWN += (*(f"prefill {part} GiB" for part in PARTS), "prefill compile s", "decode compile s", "prefill collectives")
+SHOWN = (*PLACE, "method", "prefill rows", "slots", "slots per device", "times none", "device GiB")
+SHOWN += (*(f"{name} GiB" for name in ("weights", "slots")), *(f"prefill {part} GiB" for part in PARTS))
+SHOWN += ("decode temporaries GiB", *(f"{name} compile s" for name in ("prefill", "decode")), "prefill collectives")
 SHOWN += ("prefill collectives of stages", "decode collectives", "FLOPs, XLA's count ÷ ours")
 
 
@@ -54,26 +55,27 @@ class Cell:
   weights: str  # one of `DTYPES`; activations and caches are in bfloat16
   method: str  # with its default schedule
   num_text_slots: int  # the bucket
-  num_new_tokens: int  # reserved for an answer
+  num_new_tokens: int  # the longest answer
+  num_prefill_rows: int  # prefilled together by the devices that share the heads
 
   @property
   def name(self) -> str:
     return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(self))
 
 
-def lower(cell: Cell, rows: int) -> programs.Lowered:
-  """Lowers the programs of `himap_jax.run`, for `rows` rows on every group of devices that share the heads."""
+def lower(cell: Cell, slots: int) -> programs.Lowered:
+  """Lowers the programs of `himap_jax.run`, for `slots` slots on every group of devices that share the heads."""
   mesh = planned.mesh_of(cell.topology, cell.tensor)
   model, inputs, seeds = planned.shapes_on(
     mesh,
     cell.model,
-    batch_size=rows * mesh.shape["data"],
+    batch_size=cell.num_prefill_rows * mesh.shape["data"],
     num_text_slots=cell.num_text_slots,
     int8_weights=cell.weights == "int8",
   )
   schedule = geometries.schedule_of(geometries.model_of(cell.model), cell.method)
-  jitted = programs.Programs(model, schedule, DecodeConfig(cell.num_new_tokens))
-  return jitted.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=rows * mesh.shape["data"])
+  own = programs.Programs(model, schedule, DecodeConfig(cell.num_new_tokens))
+  return own.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=slots * mesh.shape["data"])
 
 
 def compile_program(lowered: Any) -> dict[str, Any]:
@@ -104,9 +106,9 @@ def compile_program(lowered: Any) -> dict[str, Any]:
   }
 
 
-def compile_cell(cell: Cell, name: str, rows: int) -> dict[str, Any]:
-  """`compile_program` of a cell's `prefill` or `decode` at a number of rows."""
-  return compile_program(getattr(lower(cell, rows), name))
+def compile_cell(cell: Cell, name: str, slots: int) -> dict[str, Any]:
+  """`compile_program` of one of a cell's programs."""
+  return compile_program(getattr(lower(cell, slots), name))
 
 
 @functools.cache
@@ -115,19 +117,19 @@ def compiler() -> ProcessPoolExecutor:
   return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), planned.without_devices)
 
 
-def compiled(workdir: pathlib.Path, cell: Cell, name: str, rows: int) -> dict[str, Any]:
+def compiled(workdir: pathlib.Path, cell: Cell, name: str, slots: int) -> dict[str, Any]:
   """`compile_cell` in the process of `compiler`, cached in a directory; memory is None with `CRASHED` after a crash."""
 
   def make() -> dict[str, Any]:
     start = time.perf_counter()
     try:
-      return compiler().submit(compile_cell, cell, name, rows).result()
+      return compiler().submit(compile_cell, cell, name, slots).result()
     except BrokenProcessPool:
       compiler.cache_clear()
       seconds = time.perf_counter() - start
       return NOTHING | {CRASHED: True, "seconds": seconds}
 
-  return kept.json_of(workdir / f"{cell.name}-{name}-{rows}.json", make)
+  return kept.json_of(workdir / f"{cell.name}-{name}-{slots}.json", make)
 
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
@@ -151,18 +153,15 @@ class CompilerCrash(Exception):
   """The compiler ended its process, so that nothing is known about a number of rows."""
 
 
-def largest(measure: Callable[[int], int | None], limit: Callable[[], int], *, highest: int | None = None) -> int:
-  """The largest number of rows that fits, 0 if one does not; memory is nearly affine in it.
+def largest(measure: Callable[[int], int | None], limit: Callable[[], int]) -> int:
+  """The largest number of slots that fits, 0 if one does not; memory is nearly affine in it.
 
-  `measure` maps rows to bytes, or None where they do not fit; `limit` is a device's bytes, as far as known; `highest` is
-  an upper bound, tried first, or None for no bound. After a `CompilerCrash` of `measure` the result is at most an eighth
-  below the least number of rows that crashes.
+  `measure` maps a number to bytes, or None where it does not fit; `limit` is a device's bytes, as far as known. After a
+  `CompilerCrash` of `measure` the result is at most an eighth below the least number that crashes.
   """
   sizes: dict[int, int] = {}
   has_crashed = False
   below, above, rows, step = 0, math.inf, 1, 1
-  if highest is not None:
-    above, rows = highest + 1, highest
   while above - below > (max(1, above // 8) if has_crashed else 1):
     try:
       size = measure(rows)
@@ -192,33 +191,62 @@ def _affine(sizes: dict[int, int], limit: int) -> int:
   return b + (limit - size_b) * (b - a) // max(1, size_b - size_a)
 
 
+def needed(programs: dict[str, dict[str, int]]) -> dict[str, int]:
+  """Bytes of a device that are taken while each program runs, by program, and those of `weights` and `slots`.
+
+  `programs` are their `compiler_report.Memory`. Beside a prefill there are all slots, and beside the others a batch that
+  waits to enter; results of `enter` and `decode` take the place of their arguments.
+  """
+  prefill, enter, decode = (programs[name] for name in PROGRAMS)
+  slots = enter["arguments"] - prefill["results"]
+  weights = decode["arguments"] - slots
+  return {
+    "prefill": sum(prefill.values()) + slots,
+    "enter": sum(enter.values()) + weights,
+    "decode": sum(decode.values()) + prefill["results"],
+    "weights": weights,
+    "slots": slots,
+  }
+
+
 def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
   """Plans a cell; `compile_at` is `compiled` in some directory, and earlier rows hold that of no pruning."""
   limits: list[int] = []
   crashes: list[str] = []
 
-  def measure(name: str, rows: int) -> int | None:
-    print(f"  {name}, {rows} rows", end="", flush=True)
-    result = compile_at(cell, name, rows)
-    if result.get(CRASHED):
-      crashes.append(f"{name}, {rows} rows")
-      print(": the compiler crashed", flush=True)
-      raise CompilerCrash
-    print(f": {'fits' if result['memory'] else 'does not fit'}", flush=True)
-    if result["limit"]:
-      limits.append(result["limit"])
-    return sum(result["memory"].values()) if result["memory"] else None
+  def compile_all(slots: int) -> dict[str, dict[str, Any]]:
+    """The programs, up to one that does not fit."""
+    found = {}
+    for name in PROGRAMS:
+      found[name] = compile_at(cell, name, cell.num_prefill_rows if name == "prefill" else slots)
+      if found[name]["limit"]:
+        limits.append(found[name]["limit"])
+      if found[name].get(CRASHED):
+        crashes.append(f"{name}, {slots} slots")
+        print(": the compiler crashed", flush=True)
+        raise CompilerCrash
+      if found[name]["memory"] is None:
+        break
+    return found
+
+  def measure(slots: int) -> int | None:
+    slots = max(slots, cell.num_prefill_rows)
+    print(f"  {slots} slots", end="", flush=True)
+    memory = {name: result["memory"] for name, result in compile_all(slots).items()}
+    taken = needed(memory) if all(memory.get(name) for name in PROGRAMS) else None
+    size = None if taken is None else max(taken[name] for name in PROGRAMS)
+    fits = size is not None and size <= limit()
+    print(f": {'fits' if fits else 'does not fit'}", flush=True)
+    return size if fits else None
 
   def limit() -> int:
     return min(limits, default=int(HBM.get(cell.topology.partition(":")[0], 14) * GIB))
 
   devices = planned.mesh_of(cell.topology, cell.tensor).devices
-  rows = None
-  for name in PROGRAMS:
-    rows = largest(functools.partial(measure, name), limit, highest=rows)
+  slots = largest(measure, limit)
+  slots = slots if slots >= cell.num_prefill_rows else 0
   counted, accounted = counted_flops(cell)
   data, tensor = devices.shape
-  batch = rows * data
   row: Row = {
     "model": cell.model,
     "topology": cell.topology,
@@ -227,19 +255,25 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
     "method": cell.method,
     "text slots": cell.num_text_slots,
     "new tokens": cell.num_new_tokens,
-    "largest batch": batch,
-    "rows per device": batch / devices.size,
+    "prefill rows": cell.num_prefill_rows * data,
+    "slots": slots * data,
+    "slots per device": slots * data / devices.size,
     "times none": None,
     "device GiB": limit() / GIB,
   }
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
-  if plain["largest batch"]:
-    row["times none"] = batch / plain["largest batch"]
+  if plain["slots"]:
+    row["times none"] = row["slots"] / plain["slots"]
+  found = compile_all(slots) if slots else {}
+  memory = {name: result["memory"] for name, result in found.items()}
+  taken = needed(memory) if slots else {}
+  row |= {f"{name} GiB": taken[name] / GIB if taken else None for name in ("weights", "slots")}
   for name in PROGRAMS:
-    program = compile_at(cell, name, max(rows, 1))
-    memory = program["memory"] or dict.fromkeys(PARTS)
+    program = found.get(name, NOTHING | {"seconds": None})
+    sizes = program["memory"] or dict.fromkeys(PARTS)
     row[f"{name} compile s"] = program["seconds"]
-    row |= {f"{name} {part} GiB": None if size is None else size / GIB for part, size in memory.items()}
+    row[f"{name} GiB in all"] = taken[name] / GIB if taken else None
+    row |= {f"{name} {part} GiB": None if size is None else size / GIB for part, size in sizes.items()}
     row |= {f"{name} {field}": program[field] for field in ("collectives", "collectives of stages")}
   row["FLOPs, XLA's count ÷ ours"] = counted / accounted
   row[CRASHED] = "; ".join(crashes)
@@ -249,11 +283,11 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
 def report(rows: Sequence[Row], versions: str) -> Report:
   table = tabular.markdown(SHOWN, ([_text(row[name]) for name in SHOWN] for row in rows))
   crashes = [
-    f"- {row['model']}, {row['topology']}, {row['method']}: {row[CRASHED]}; the largest batch is one that it compiles."
+    f"- {row['model']}, {row['topology']}, {row['method']}: {row[CRASHED]}; the slots are those that it compiles."
     for row in rows
     if row[CRASHED]
   ]
-  notes = ["", "Where the compiler crashed, more rows may fit:", "", *crashes] if crashes else []
+  notes = ["", "Where the compiler crashed, more slots may fit:", "", *crashes] if crashes else []
   return Report(versions, [*table, *notes], {"tpu_plan": rows})
 
 

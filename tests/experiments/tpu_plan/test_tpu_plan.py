@@ -1,4 +1,4 @@
-"""Planning for TPUs: the search for the largest batch, what compilers say, and programs at true sizes by shapes alone."""
+"""Planning for TPUs: the search for the most slots, what compilers say, and programs at true sizes by shapes alone."""
 
 import concurrent.futures
 import functools
@@ -17,7 +17,7 @@ from experiments.tpu_plan import plan
 from himap_jax.engine import sharding
 
 
-def largest(size, capacity, limit, **options):
+def largest(size, capacity, limit):
   """The answer of `plan.largest`, where a number of rows up to the capacity takes a size, and the rows it asked about.
 
   The limit may depend on what has been asked.
@@ -28,7 +28,7 @@ def largest(size, capacity, limit, **options):
     asked.append(rows)
     return size(rows) if rows <= capacity else None
 
-  return plan.largest(measure, lambda: limit(asked), **options), asked
+  return plan.largest(measure, lambda: limit(asked)), asked
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2, 3, 17, 64, 250])
@@ -60,33 +60,48 @@ def test_few_rows_may_take_as_much_as_one():
   assert max(asked) < 1000 and len(asked) < 10
 
 
-@pytest.mark.parametrize("capacity, highest", [(0, 0), (0, 9), (173, 173), (170, 173), (3, 173), (500, 173)])
-def test_a_second_program_is_asked_about_what_the_first_can(capacity, highest):
-  found, asked = largest(affine, capacity, lambda _: affine(capacity), highest=highest)
-  assert found == min(capacity, highest)
-  assert asked[:1] == [highest][: highest > 0]
-  assert max(asked, default=0) <= highest and len(asked) == len(set(asked)) <= 12
+def memory(arguments, temporaries=0, results=0):
+  return {"arguments": arguments, "temporaries": temporaries, "results": results}
 
 
-def test_a_row_is_of_the_batch_that_both_programs_can(monkeypatch):
-  """Prefill can 40 rows, decode 25; the latter is asked about 40 first."""
+def test_what_is_in_memory_while_a_program_runs():
+  """Weights of 100, ten slots of 5, a waiting batch of 8 and inputs of 3."""
+  programs = {"prefill": memory(103, 40, 8), "enter": memory(58, 2), "decode": memory(150, 6)}
+  assert plan.needed(programs) == {"weights": 100, "slots": 50, "prefill": 201, "enter": 160, "decode": 164}
+
+
+@pytest.mark.parametrize("bound", plan.PROGRAMS)
+def test_slots_are_those_that_all_programs_can(bound, monkeypatch):
+  """Weights of 100, slots of 10 each, batches of 8; the limit is reached by another program each time."""
   asked = []
 
-  def compiler(cell, name, rows):
-    asked.append((name, rows))
-    fits = rows <= {"prefill": 40, "decode": 25}[name]
-    memory = {"arguments": 1000 + 10 * rows, "temporaries": 5, "results": 7} if fits else None
+  def compiler(cell, name, slots):
+    asked.append((name, slots))
+    own = {
+      "prefill": memory(100, 500 if bound == "prefill" else 0, 8),
+      "enter": memory(8 + 10 * slots, 10 * slots if bound == "enter" else 0),
+      "decode": memory(100 + 10 * slots, 30 * slots if bound == "decode" else 0),
+    }
     found = {"collectives": name, "collectives of stages": "stages"}
-    return {"seconds": 1.0, "memory": memory, "limit": None if fits else 1412, **found}
+    return {"seconds": 1.0, "memory": own[name], "limit": 1412, **found}
 
   monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
   monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((2, 4))))
-  cell = plan.Cell("7b", "v5e:2x4", 4, "bfloat16", "none", 128, 32)
+  cell = plan.Cell("7b", "v5e:2x4", 4, "bfloat16", "none", 128, 32, 4)
   row = plan.make_row(cell, compiler, [])
-  assert (row["largest batch"], row["rows per device"], row["times none"]) == (50, 6.25, 1)
-  assert row["prefill arguments GiB"] == row["decode arguments GiB"] == 1250 / 2**30
+  slots = {"prefill": (1412 - 608) // 10, "enter": (1412 - 108) // 20, "decode": (1412 - 108) // 40}[bound]
+  assert (row["slots"], row["slots per device"], row["times none"]) == (2 * slots, slots / 4, 1)
+  assert row["slots GiB"] == 10 * slots / 2**30 and row["weights GiB"] == 100 / 2**30
   assert row["prefill collectives of stages"] == "stages" and row["FLOPs, XLA's count ÷ ours"] == 1.02
-  assert next(rows for name, rows in asked if name == "decode") == 40
+  assert {rows for name, rows in asked if name == "prefill"} == {4}
+
+
+def test_a_device_that_does_not_hold_a_batch_has_no_slots(monkeypatch):
+  result = {"seconds": 1.0, "memory": None, "limit": 50, "collectives": "", "collectives of stages": ""}
+  monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
+  monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((1, 1))))
+  row = plan.make_row(plan.Cell("7b", "v5e:1x1", 1, "bfloat16", "none", 128, 32, 4), lambda *_: result, [])
+  assert row["slots"] == 0 and row["times none"] is None and row["decode arguments GiB"] is None
 
 
 def test_memory_that_does_not_suffice():
@@ -121,7 +136,7 @@ class Compiler:
 
 
 def test_a_cell_goes_through_its_file(tmp_path, monkeypatch):
-  cell = plan.Cell("7b", "v5e:2x4", 8, "bfloat16", "himap", 128, 32)
+  cell = plan.Cell("7b", "v5e:2x4", 8, "bfloat16", "himap", 128, 32, 4)
   compiled = {
     "prefill": {"memory": {"arguments": 1, "temporaries": 2, "results": 3}, "limit": None},
     "decode": {"memory": None, "limit": 99},
@@ -144,23 +159,22 @@ def test_a_crash_is_not_the_end(monkeypatch):
   """Where the compiler crashes, the largest number of rows below is found, and the report says so."""
 
   def compiled(cell, name, rows):
-    memory = {"arguments": 100 + rows, "temporaries": 0, "results": 0}
     if rows > 20:
       return plan.NOTHING | {"seconds": 1.0, plan.CRASHED: True}
-    return plan.NOTHING | {"seconds": 1.0, "memory": memory}
+    return plan.NOTHING | {"seconds": 1.0, "memory": memory(100 + rows)}
 
   monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
   monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: types.SimpleNamespace(devices=np.empty((1, 1))))
-  row = plan.make_row(plan.Cell("7b", "v5e:1x1", 1, "bfloat16", "none", 128, 32), compiled, [])
-  assert 17 <= row["largest batch"] <= 20 and row[plan.CRASHED].startswith("prefill, ")
+  row = plan.make_row(plan.Cell("7b", "v5e:1x1", 1, "bfloat16", "none", 128, 32, 4), compiled, [])
+  assert 17 <= row["slots"] <= 20 and row[plan.CRASHED].startswith("enter, ")
   text = "\n".join(plan.report([row], "versions").summary)
-  assert f"- 7b, v5e:1x1, none: {row[plan.CRASHED]}; the largest batch is one that it compiles." in text
+  assert f"- 7b, v5e:1x1, none: {row[plan.CRASHED]}; the slots are those that it compiles." in text
   assert "crashed" not in "\n".join(plan.report([row | {plan.CRASHED: ""}], "versions").summary)
 
 
 @pytest.mark.parametrize("method", ["none", "himap"])
 def test_xla_counts_what_we_account_for(method):
-  counted, accounted = plan.counted_flops(plan.Cell("demo", "v5e:2x4", 1, "bfloat16", method, 64, 8))
+  counted, accounted = plan.counted_flops(plan.Cell("demo", "v5e:2x4", 1, "bfloat16", method, 64, 8, 1))
   assert accounted == pytest.approx(counted, rel=0.02)
 
 
