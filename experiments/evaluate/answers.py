@@ -37,7 +37,7 @@ def prompts_of(samples: Callable[[], Iterator[Sample]]) -> Prompts:
   def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
     for sample in itertools.compress(samples(), wanted):
       images = tuple(str(image.absolute()) if isinstance(image, pathlib.Path) else image for image in sample.images)
-      yield Prompt(sample.id, images, sample.question, sample.error)
+      yield Prompt(sample.id, images, sample.question, error=sample.error)
 
   return Prompts([sample.id for sample in samples()], where)
 
