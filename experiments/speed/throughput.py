@@ -4,39 +4,70 @@
 
 A third of the answers is a word, a third a sentence, a third a paragraph, in random order; their lengths are given. The
 sides run in separate processes on the same random weights and take turns. Static batches have as many rows as there are
-slots, and each is decoded until its longest answer ends. Needs PyTorch: `pip install -e '.[test]'`.
+slots, and each is decoded until its longest answer ends. Repeating an interrupted command continues with the turns not
+yet measured. Needs PyTorch: `pip install -e '.[test]'`.
 """
 
 import contextlib
 import dataclasses
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax import tree
 
-from experiments.shared import geometries, machine, tabular
-from experiments.speed import measure
+from experiments.shared import geometries, kept, machine, study, tabular
+from experiments.shared.geometries import GEOMETRIES
+from experiments.speed import measure, side
 from experiments.speed.side import Job, Scenario
 from experiments.speed.worker import Worker
 from himap_jax.model.network import abstract_params
 from himap_jax.pruning.methods import METHODS
 from himap_jax.run import command
 
-_GEOMETRY = flags.DEFINE_enum("geometry", "demo", list(geometries.GEOMETRIES), "Model sizes.")
-_METHOD = flags.DEFINE_enum("method", "himap", list(METHODS), "The pruning method of our sides.")
-_NUM_ROWS = flags.DEFINE_integer("num_rows", 300, "Rows of the job.", lower_bound=3)
-_NUM_INSTRUCTION_TOKENS = flags.DEFINE_integer("num_instruction_tokens", 60, "Text tokens after the image.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Slots, and rows of a static batch.", lower_bound=2)
-_PREFILL_BATCH_SIZE = flags.DEFINE_integer("prefill_batch_size", 4, "Rows prefilled together for slots.", lower_bound=1)
-_PYTORCH = flags.DEFINE_list("pytorch_batch_sizes", ["4", "16"], "Batches of transformers; the fastest size counts.")
-_TURNS = flags.DEFINE_integer("turns", 3, "Turns of each side.", lower_bound=1)
-_WEIGHTS_DIR = flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")
-
 LENGTHS = ((1, 3), (8, 24), (64, 128))  # tokens of a word, a sentence and a paragraph
+
+Result = Mapping[str, float]
+
+
+def define_flags() -> None:
+  flags.DEFINE_enum("geometry", "demo", list(GEOMETRIES), "Model sizes.")
+  flags.DEFINE_enum("method", "himap", list(METHODS), "The pruning method of our sides.")
+  flags.DEFINE_integer("num_rows", 300, "Rows of the job.", lower_bound=3)
+  flags.DEFINE_integer("num_instruction_tokens", 60, "Text tokens after the image.", lower_bound=1)
+  flags.DEFINE_integer("batch_size", 16, "Slots, and rows of a static batch.", lower_bound=2)
+  flags.DEFINE_integer("prefill_batch_size", 4, "Rows that are prefilled together for slots.", lower_bound=1)
+  flags.DEFINE_list("pytorch_batch_sizes", ["4", "16"], "Rows of batches of transformers.")
+  flags.DEFINE_integer("turns", 3, "Turns of each side.", lower_bound=1)
+  flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")
+
+
+def run(values: Any) -> study.Report:
+  scenario = Scenario(values.geometry, values.num_instruction_tokens, batch_size=1, num_new_tokens=1)
+  lengths, slots, method = draw_lengths(values.num_rows), values.batch_size, values["method"].value
+  jobs = {
+    f"{method}, {slots} slots": (method, Job(scenario, lengths, values.prefill_batch_size, slots)),
+    f"{method}, batches of {slots}": (method, Job(scenario, lengths, slots, slots)),
+    **{
+      f"transformers, batches of {size}": ("transformers", Job(scenario, lengths, size, size))
+      for size in command.numbers(values["pytorch_batch_sizes"], int)
+    },
+  }
+  measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
+  workdir = study.open_workdir(
+    jobs={name: dataclasses.asdict(job) for name, (_, job) in jobs.items()},
+    processor=machine.processor(),
+    code=machine.checksum_of_library(measured),
+    **machine.versions("jax", "torch", "transformers"),
+  )
+  results = run_in_turns(jobs, values.turns, workdir, pathlib.Path(values.weights_dir))
+  rows = summarize(results, len(lengths))
+  count = f"{machine.processor()}, {len(lengths)} rows with {sum(lengths)} tokens, medians of {values.turns} turns"
+  return study.Report(count, markdown(rows), {"throughput": rows})
 
 
 def draw_lengths(num_rows: int, *, seed: int = 0) -> tuple[int, ...]:
@@ -46,73 +77,74 @@ def draw_lengths(num_rows: int, *, seed: int = 0) -> tuple[int, ...]:
   return tuple(map(int, rng.permutation(lengths)))
 
 
-def run() -> int:
-  geometry = _GEOMETRY.value
-  scenario = Scenario(geometry, _NUM_INSTRUCTION_TOKENS.value, 1, 1)
-  lengths, slots = draw_lengths(_NUM_ROWS.value), _BATCH_SIZE.value
-  jobs = {
-    f"{_METHOD.value}, {slots} slots": (_METHOD.value, Job(scenario, lengths, _PREFILL_BATCH_SIZE.value, slots)),
-    f"{_METHOD.value}, batches of {slots}": (_METHOD.value, Job(scenario, lengths, slots, slots)),
-    **{
-      f"transformers, batches of {size}": ("transformers", Job(scenario, lengths, size, size))
-      for size in command.numbers(_PYTORCH, int)
-    },
-  }
-  results = run_in_turns(geometry, jobs)
-  print(f"{machine.processor()}: {len(lengths)} rows, {sum(lengths)} tokens; medians of {_TURNS.value} turns.\n")
-  print("\n".join(table(results, len(lengths))))
-  return 0
+def run_in_turns(
+  jobs: Mapping[str, tuple[str, Job]], turns: int, workdir: pathlib.Path, weights_dir: pathlib.Path
+) -> dict[str, list[Result]]:
+  """The results of every job, a side's name and what it runs, turn by turn.
 
-
-def run_in_turns(geometry: str, jobs: dict[str, tuple[str, Job]]) -> dict[str, list[dict[str, float]]]:
-  """The results of every job, turn by turn, after a short job of each that compiles."""
+  Each turn of a side is a file in `workdir`. The first is a shorter job, which compiles.
+  """
+  geometry = next(iter(jobs.values()))[1].scenario.geometry
   leaves = tree.leaves(abstract_params(geometries.model_of(geometry), jnp.bfloat16))
-  num_bytes = 2 * sum(leaf.size for leaf in leaves)
   with contextlib.ExitStack() as stack:
-    with command.user_error(f"cannot write the weights into {_WEIGHTS_DIR.value}; name another directory"):
-      weights = stack.enter_context(measure.random_file(pathlib.Path(_WEIGHTS_DIR.value), num_bytes))
+    with command.user_error(f"cannot write the weights into {weights_dir}; name another directory"):
+      weights = stack.enter_context(measure.random_file(weights_dir, 2 * sum(leaf.size for leaf in leaves)))
     workers: dict[str, Worker] = {}
-    for side, _ in jobs.values():
-      if side not in workers:
-        workers[side] = stack.enter_context(Worker(side, geometries.GEOMETRIES[geometry], weights))
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in jobs}
-    for turn in range(_TURNS.value + 1):
-      for name, (side, job) in jobs.items():
-        results[name].append(workers[side].call("job", job if turn else _shortened(job)))
-        print(f"turn {turn}: {name}: {results[name][-1]['seconds']:.1f} s", flush=True)
+    has_compiled: set[str] = set()
+
+    def call(name: str, turn: int) -> Result:
+      own, job = jobs[name]
+      if own not in workers:
+        workers[own] = stack.enter_context(Worker(own, GEOMETRIES[geometry], weights))
+      if turn and name not in has_compiled:  # in a run that was interrupted
+        workers[own].call("job", shortened(job))
+      has_compiled.add(name)
+      result = workers[own].call("job", job if turn else shortened(job))
+      print(f"turn {turn} of {turns}: {name}: {result['seconds']:.1f} s", flush=True)
+      return result
+
+    results: dict[str, list[Result]] = {name: [] for name in jobs}
+    for turn in range(turns + 1):
+      for name, own in results.items():
+        own.append(kept.json_of(workdir / f"{kept.file_name(name)}-{turn}.json", call, name, turn))
   return results
 
 
-def _shortened(job: Job) -> Job:
+def shortened(job: Job) -> Job:
   """A job of the same programs: two batches, with one answer of the greatest length."""
   longest, *lengths = sorted(job.lengths, reverse=True)[: 2 * job.decode]
   return dataclasses.replace(job, lengths=(longest, *(min(4, length) for length in lengths)))
 
 
-def table(results: dict[str, list[dict[str, float]]], num_rows: int) -> Sequence[str]:
-  """A line for every side; programs are those of the turn that compiles, all else is of the others."""
-  first = next(iter(results))
-  medians = {
-    name: {figure: statistics.median(turn[figure] for turn in turns) for figure in turns[0]}
-    for name, (_, *turns) in results.items()
-  }
+def summarize(results: Mapping[str, Sequence[Result]], num_rows: int) -> list[tabular.Row]:
+  """A row for every side, with medians over the turns but the first, which gives the number of programs."""
   rows = []
-  for name, own in medians.items():
-    seconds, programs = own["seconds"], results[name][0].get("programs")
+  for name, (first, *turns) in results.items():
+    medians = {figure: statistics.median(turn[figure] for turn in turns) for figure in turns[0]}
+    seconds = medians["seconds"]
     rows.append(
-      (
-        name,
-        f"{seconds:.1f}",
-        f"{num_rows / seconds:.2f}",
-        f"{medians[first]['seconds'] / seconds:.2f}",
-        "" if programs is None else f"{own['slots in use']:.1%}",
-        "" if programs is None else f"{own['prefill seconds']:.1f}",
-        "" if programs is None else str(programs),
-      )
+      {
+        "side": name,
+        "seconds": seconds,
+        "rows/s": num_rows / seconds,
+        "time of slots ÷ its time": (rows[0]["seconds"] if rows else seconds) / seconds,
+        "slots in use": medians.get("slots in use"),
+        "prefill, s": medians.get("prefill seconds"),
+        "programs": first.get("programs"),
+      }
     )
-  header = "side", "seconds", "rows/s", "time of slots ÷ its time", "slots in use", "prefill, s", "programs"
-  return tabular.markdown(header, rows)
+  return rows
+
+
+def markdown(rows: Sequence[tabular.Row]) -> list[str]:
+  formats = {"seconds": ".1f", "rows/s": ".2f", "time of slots ÷ its time": ".2f", "slots in use": ".1%"}
+  formats |= {"prefill, s": ".1f", "programs": "d"}
+
+  def cell(row: tabular.Row, name: str) -> str:
+    return "–" if row[name] is None else format(row[name], formats.get(name, ""))
+
+  return tabular.markdown(tuple(rows[0]), ([cell(row, name) for name in row] for row in rows))
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("throughput", argv, run, resumes=False))
+  study.start("speed.throughput", define_flags, run, has_subject=False)

@@ -14,8 +14,8 @@ import tiny_checkpoints
 import torch
 
 from experiments.shared import geometries
-from experiments.speed import measure, pytorch, side, tables
-from experiments.speed.side import Scenario, Weights
+from experiments.speed import measure, pytorch, side, tables, throughput
+from experiments.speed.side import Job, Scenario, Weights
 from experiments.speed.worker import CannotRun, Worker
 
 TINY = {
@@ -50,6 +50,32 @@ def test_weights_lie_in_the_file_and_begin_again_where_it_ends(weights):
   numbers = np.abs(second.astype(np.float32))
   assert 2**-7 <= numbers.min() < numbers.max() < 2**-6
   assert abs((second > 0).mean() - 0.5) < 0.01
+
+
+def test_a_job(weights):
+  """Every row has its length, in slots, in static batches and in PyTorch."""
+  lengths = (3, 1, 6, 2, 4, 2)
+  ours, theirs = (side.make(name, TINY, weights) for name in ("himap", "transformers"))
+  slots, static = (ours.job(Job(SCENARIO, lengths, prefill, 2)) for prefill in (1, 2))
+  assert slots["programs"] == 3 and static["slots in use"] == (2 + 6 + 4) / 2 / (2 + 5 + 3)
+  assert static["slots in use"] < slots["slots in use"] <= 1
+  results = {
+    "slots": [slots] * 2,
+    "static": [static] * 2,
+    "transformers": [theirs.job(Job(SCENARIO, lengths, 2, 2))] * 2,
+  }
+  assert all(result["seconds"] > 0 for (result, _) in results.values())
+  rows = throughput.summarize(results, len(lengths))
+  assert [row["time of slots ÷ its time"] for row in rows[:2]] == [1, slots["seconds"] / static["seconds"]]
+  *_, ours_line, _, their_line = throughput.markdown(rows)
+  assert ours_line.startswith("| slots |") and "| 1.00 |" in ours_line and ours_line.endswith("| 3 |")
+  assert their_line.endswith("| – | – | – |")
+
+
+def test_lengths_of_a_job():
+  lengths = throughput.draw_lengths(300)
+  kinds = [sum(low <= length <= high for length in lengths) for low, high in throughput.LENGTHS]
+  assert kinds == [100, 100, 100] and lengths != tuple(sorted(lengths))
 
 
 @pytest.mark.parametrize("name", SIDES)
