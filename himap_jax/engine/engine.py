@@ -112,6 +112,7 @@ class Engine:
     while waiting is not None or (pool is not None and pool.num_active):
       if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting.state))):
         num_slots = self.batch_sizes.decode if self.batch_sizes else len(waiting.state.logits)
+        pool = None  # its memory is free before there are other slots
         pool = Pool(self.programs, self._mesh, waiting.state, num_slots)
       if waiting is not None and pool.has_room(waiting.state):
         turn = pool.start(waiting, room_for=None if following is None else waiting.state)

@@ -125,7 +125,9 @@ class Pool:
   """
 
   def __init__(self, programs: CompiledPrograms, mesh: Mesh, state: PrefillState, num_slots: int):
-    """Makes slots for prompts of the shapes of `state`; `num_slots` is over all processes."""
+    """Makes slots for prompts of the shapes of `state`; `num_slots` is over all processes, no fewer than its rows."""
+    if num_slots < len(state.logits):
+      raise ValueError(f"{len(state.logits)} rows do not fit into {num_slots} slots")
     self._programs, self._mesh = programs, mesh
     self._slots = programs.empty_slots(state, num_slots)
     self._slots_per_shard = num_slots // sharding.num_shards(mesh)

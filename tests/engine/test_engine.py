@@ -160,6 +160,13 @@ def test_rows_that_only_fill_a_batch_take_no_slots(loaded, images):
   assert list(found) == ["only"] and engine.usage.row_steps == 3
 
 
+def test_fewer_slots_than_rows_of_a_batch(loaded, images):
+  model = loaded("clip_mha")
+  engine = Engine(model.model, model.schedule("none", None, None), GenerationConfig(4), batch_sizes=BatchSizes(4, 2))
+  with pytest.raises(ValueError, match="4 rows do not fit into 2 slots"):
+    answers(engine, Asked(model, images, [Request(0)]).batches(4))
+
+
 @pytest.mark.parametrize("num_shards", [1, 2])
 def test_put_is_the_slow_one(num_shards):
   """Rows that stay enter the first free slots of their device, in order; all else is as it was."""
