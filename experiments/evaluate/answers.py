@@ -74,8 +74,8 @@ class TaskAnswerer:
     loaded, generation = self.loaded, GenerationConfig(task.max_new_tokens, seed=self.seed)
     buckets = self.inputs.prompt_buckets
     batcher = make_batcher(loaded, processor, sizes, buckets, task.max_new_tokens, schedule)
-    sizes = BatchSizes.of(sharding.mesh_of(loaded.model.params), self.inputs.batch_size)
-    engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=sizes)
+    batch_sizes = BatchSizes.of(sharding.mesh_of(loaded.model.params), self.inputs.batch_size)
+    engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=batch_sizes)
     return Answerer(processor, batcher, engine, frozenset({"timing", "counts"}))
 
 

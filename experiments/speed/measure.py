@@ -46,6 +46,16 @@ def random_file(directory: pathlib.Path, num_bytes: int) -> Iterator[pathlib.Pat
     yield pathlib.Path(f"/proc/{os.getpid()}/fd/{file.fileno()}")
 
 
+@contextlib.contextmanager
+def random_weights(geometry: str, directory: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Yields a `random_file` as large as a geometry's weights; raises `UserError` if it cannot be written."""
+  num_weights = sum(leaf.size for leaf in tree.leaves(abstract_params(geometries.model_of(geometry), jnp.bfloat16)))
+  with contextlib.ExitStack() as stack:
+    with command.user_error(f"cannot write the weights into {directory}; name another directory"):
+      path = stack.enter_context(random_file(directory, 2 * num_weights))
+    yield path
+
+
 def run(
   scenarios: Sequence[Scenario],
   sides: Sequence[str],
@@ -66,9 +76,7 @@ def run(
   with contextlib.ExitStack() as stack:
     if todo:
       geometry = todo[0].geometry
-      num_weights = sum(leaf.size for leaf in tree.leaves(abstract_params(geometries.model_of(geometry), jnp.bfloat16)))
-      with command.user_error(f"cannot write the weights into {weights_dir}; name another directory"):
-        weights = stack.enter_context(random_file(weights_dir, 2 * num_weights))
+      weights = stack.enter_context(random_weights(geometry, weights_dir))
       pool = stack.enter_context(ThreadPoolExecutor(at_once))
 
       def start_worker(name: str) -> Worker:

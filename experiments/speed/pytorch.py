@@ -128,10 +128,11 @@ class Transformers(PyTorch):
   @torch.inference_mode()
   def job(self, job: Job) -> dict[str, float]:
     """In batches of `decode` rows, each of which is generated until its longest row ends."""
+    self._draw_inputs(dataclasses.replace(job.scenario, batch_size=job.decode))
     start = self._now()
     for first in range(0, len(job.lengths), job.decode):
       lengths = job.lengths[first : first + job.decode]
-      self._draw_inputs(dataclasses.replace(job.scenario, batch_size=len(lengths)))
+      self._ids, self._pixels = self._ids[: len(lengths)], self._pixels[: len(lengths)]  # fewer in the last batch
       self._generate(max(lengths))
     return {"seconds": self._now() - start}
 

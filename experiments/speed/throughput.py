@@ -15,17 +15,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax import tree
 
-from experiments.shared import geometries, kept, machine, study, tabular
+from experiments.shared import kept, machine, study, tabular
 from experiments.shared.geometries import GEOMETRIES
 from experiments.speed import measure, side
 from experiments.speed.side import Job, Scenario
 from experiments.speed.worker import Worker
-from himap_jax.model.network import abstract_params
 from himap_jax.pruning.methods import METHODS
 from himap_jax.run import command
 
@@ -85,10 +82,8 @@ def run_in_turns(
   Each turn of a side is a file in `workdir`. The first is a shorter job, which compiles.
   """
   geometry = next(iter(jobs.values()))[1].scenario.geometry
-  leaves = tree.leaves(abstract_params(geometries.model_of(geometry), jnp.bfloat16))
   with contextlib.ExitStack() as stack:
-    with command.user_error(f"cannot write the weights into {weights_dir}; name another directory"):
-      weights = stack.enter_context(measure.random_file(weights_dir, 2 * sum(leaf.size for leaf in leaves)))
+    weights = stack.enter_context(measure.random_weights(geometry, weights_dir))
     workers: dict[str, Worker] = {}
     has_compiled: set[str] = set()
 

@@ -29,13 +29,12 @@ class ProgramKey:
   network: Network
   mesh: Mesh
   schedule: Schedule
-  decoding: DecodeConfig
   param_types: Any
 
 
 @functools.lru_cache(maxsize=64)
 def _compiled(key: ProgramKey) -> dict[Any, Any]:
-  """Compiled programs by name, kind of choosing tokens, and input shapes; shared by all engines."""
+  """Compiled programs by name, decode config if they depend on it, and input shapes; shared by all engines."""
   del key
   return {}
 
@@ -52,19 +51,16 @@ class CompiledPrograms:
     """`decoding` is that of greedy rows."""
     self._model, self._schedule, self._decoding = model, schedule, decoding
     self._parameters = programs.method_parameters(schedule)
-    self._jitted = functools.cache(self._make)
+    self._jitted = functools.cache(functools.partial(programs.Programs, model, schedule))
     mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
-    self._compiled = _compiled(ProgramKey(model.network, mesh, schedule, decoding, types))
+    self._compiled = _compiled(ProgramKey(model.network, mesh, schedule, types))
     self.num_programs, self.seconds = 0, 0.0
 
-  def _make(self, kind: Kind) -> programs.Programs:
-    return programs.Programs(self._model, self._schedule, dataclasses.replace(self._decoding, kind=kind))
-
   def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
-    return self._run("prefill", Kind.GREEDY, (inputs,), (self._model, inputs, seeds, self._parameters))
+    return self._run("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters))
 
   def score(self, state: PrefillState, tokens: Int[Array, "B C"]) -> tuple[Array, Array]:
-    return self._run("score", Kind.GREEDY, (state, tokens), (self._model, state, tokens))
+    return self._run("score", None, (state, tokens), (self._model, state, tokens))
 
   def enter(self, kind: Kind, slots: Slots, state: PrefillState, rows: Rows, restart: bool) -> tuple[Slots, Any]:
     return self._run("enter", kind, (slots.caches, state), (slots, state, rows, np.bool_(restart)))
@@ -74,16 +70,17 @@ class CompiledPrograms:
 
   def empty_slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Free slots for prompts of the shapes of `state`."""
-    shapes = self._jitted(Kind.GREEDY).slots(state, num_slots)
+    shapes = self._jitted(self._decoding).slots(state, num_slots)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
-  def _run(self, name: str, kind: Kind, shaped: Any, arguments: tuple[Any, ...]) -> Any:
-    """Runs a program; `shaped` are those arguments whose shapes vary."""
+  def _run(self, name: str, kind: Kind | None, shaped: Any, arguments: tuple[Any, ...]) -> Any:
+    """Runs a program; `kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
+    decoding = None if kind is None else dataclasses.replace(self._decoding, kind=kind)
     leaves, structure = jax.tree.flatten(shaped)
-    key = (name, kind, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    key = (name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
     if key not in self._compiled:
       start = time.perf_counter()
-      self._compiled[key] = getattr(self._jitted(kind), name).lower(*arguments).compile()
+      self._compiled[key] = getattr(self._jitted(decoding or self._decoding), name).lower(*arguments).compile()
       self.num_programs += 1
       self.seconds += time.perf_counter() - start
       logging.info("ready: %s, a program", name)

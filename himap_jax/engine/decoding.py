@@ -8,10 +8,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Key, UInt
+from jaxtyping import Array, Bool, Int
 
 from himap_jax.engine.prefill import PrefillState
-from himap_jax.engine.sampling import Kind, choose
+from himap_jax.engine.sampling import Kind, choose, row_keys
 from himap_jax.engine.slots import Entered, Rows, Slots, put
 from himap_jax.inputs import pytree
 from himap_jax.model.network import Network
@@ -68,7 +68,7 @@ def enter(
     restart: whether no slot is in use, so that the ring of new tokens begins anew.
   """
   before = jnp.zeros_like(prompts.next_order)
-  first = choose(config.kind, rows.sampling, prompts.logits, _keys(rows.seeds), before)
+  first = choose(config.kind, rows.sampling, prompts.logits, row_keys(rows.seeds)[1], before)
   slots = slots.replace(new=slots.new.replace(num_written=jnp.where(restart, 0, slots.new.num_written)))
   return put(slots, prompts, rows, (first, _ended(first, config)), config.num_shards)
 
@@ -84,7 +84,7 @@ def decode(
     stopped: rows to end before the first step.
     num_wanted: free slots that are enough.
   """
-  keys, is_alone = _keys(slots.rows.seeds), config.num_shards == 1
+  keys, is_alone = row_keys(slots.rows.seeds)[1], config.num_shards == 1
   most = min(STEPS if is_alone else STEPS_TOGETHER, config.num_new)
 
   def goes_on(state: tuple[Slots, Decoded]) -> Bool[Array, ""]:
@@ -126,8 +126,3 @@ def decode(
 def _ended(token: Int[Array, "B"], config: DecodeConfig) -> Bool[Array, "B"]:
   matches = [token == eos for eos in config.eos_token_ids]
   return functools.reduce(jnp.logical_or, matches, jnp.zeros_like(token, dtype=bool))
-
-
-def _keys(seeds: UInt[Array, "B"]) -> Key[Array, "B"]:
-  """The random keys of rows for sampling; see `prefill.method_keys` for those of their methods."""
-  return jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[1])(seeds)

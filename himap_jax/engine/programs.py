@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, UInt
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from himap_jax.engine import sharding
 from himap_jax.engine.decoding import DecodeConfig, Decoded, decode, enter
 from himap_jax.engine.prefill import PrefillState, prefill
+from himap_jax.engine.sampling import row_keys
 from himap_jax.engine.scoring import score
 from himap_jax.engine.slots import Entered, Rows, Slots
 from himap_jax.engine.slots import shapes as slot_shapes
@@ -57,7 +58,7 @@ class Programs:
     def prefill_program(
       model: Model, inputs: Inputs, seeds: UInt[Array, "B"], parameters: Mapping[str, Float[Array, ""]]
     ) -> PrefillState:
-      return prefill(model.bind(inputs.layout.num_slots), inputs, _method_keys(seeds), schedule, parameters)
+      return prefill(model.bind(inputs.layout.num_slots), inputs, row_keys(seeds)[0], schedule, parameters)
 
     def enter_program(slots: Slots, state: PrefillState, rows: Rows, restart: Bool[Array, ""]) -> tuple[Slots, Entered]:
       return enter(slots, state, rows, restart, config)
@@ -148,8 +149,3 @@ def method_parameters(schedule: Schedule) -> dict[str, np.float32]:
 def _compiler_options(model: Model) -> dict[str, str]:
   leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
   return dict(model.network.kernels.int8_compiler_options) if any(map(is_quantized, leaves)) else {}
-
-
-def _method_keys(seeds: UInt[Array, "B"]) -> Key[Array, "B"]:
-  """The random keys of rows for their methods; see `decoding` for those of sampling."""
-  return jax.vmap(lambda seed: jax.random.split(jax.random.key(seed))[0])(seeds)

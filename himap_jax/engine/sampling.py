@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import pytree
@@ -65,6 +65,12 @@ class Kind(enum.IntEnum):
     if sampling.temperature == 0:
       return cls.GREEDY
     return cls.SAMPLED if sampling.top_p == 1 else cls.NUCLEUS
+
+
+def row_keys(seeds: UInt[Array, "B"]) -> tuple[Key[Array, "B"], Key[Array, "B"]]:
+  """Random keys of each row, for its method and for sampling."""
+  both = jax.vmap(jax.random.split)(jax.vmap(jax.random.key)(seeds))
+  return both[:, 0], both[:, 1]
 
 
 def choose(

@@ -16,13 +16,10 @@ def list_files(repository: str) -> list[str]:
     try:
       return huggingface_hub.list_repo_files(repository, repo_type="dataset")
     except Exception:
-      try:
+      with contextlib.suppress(Exception):
         directory = huggingface_hub.snapshot_download(repository, repo_type="dataset", local_files_only=True)
-      except Exception:
-        directory = None
-      if directory is None:
-        raise
-      return [path.relative_to(directory).as_posix() for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+        return [path.relative_to(directory).as_posix() for path in pathlib.Path(directory).rglob("*") if path.is_file()]
+      raise
 
 
 def download(repository: str, name: str) -> pathlib.Path:

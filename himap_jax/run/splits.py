@@ -38,9 +38,9 @@ def of_directory(directory: pathlib.Path, split: str | None) -> Files:
 def of_hub(repository: str, split: str | None) -> Files:
   """As `of_directory`; of the hub's files only those of the split are downloaded."""
   names = hub.list_files(repository)
-  if any(name in _SAVED for name in names):
-    paths = [hub.download(repository, name) for name in names]
-    return of_directory(paths[names.index(next(name for name in names if name in _SAVED))].parent, split)
+  if saved := [name for name in names if name in _SAVED]:
+    paths = {name: hub.download(repository, name) for name in names}
+    return of_directory(paths[saved[0]].parent, split)
   with tempfile.TemporaryDirectory() as empty:  # files of the same names, of which only descriptions are read
     for name in names:
       path = pathlib.Path(empty, name)

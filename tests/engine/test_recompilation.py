@@ -69,6 +69,17 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   assert compilations == []
 
 
+def test_another_length_of_answers_shares_the_prefill(loaded):
+  model = loaded(NAME)
+  schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(11, 5))
+  batcher = Batcher(512, model.prompts("<image>{question}:").blank, [ImageBucket(1, 25)], buckets=(32,))
+  batch = batcher.pack([], bucket=Bucket(1, 25, 32), batch_size=1)
+  for max_new_tokens, expected in ((3, 3), (5, 2), (3, 0)):
+    engine = Engine(model.model, schedule, GenerationConfig(max_new_tokens))
+    engine(batch, [0])
+    assert engine.programs.num_programs == expected
+
+
 def test_the_library_call_compiles_once(loaded, images, compilations):
   model = loaded(NAME)
 
