@@ -16,6 +16,7 @@ from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_to
 from himap_jax.model.cache import SegmentCache
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
+from himap_jax.pruning import scoring
 from himap_jax.pruning.method import Selection, View
 from himap_jax.pruning.schedule import Schedule, Stage
 
@@ -179,6 +180,7 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     is_newline=None if tower is None else tower.is_newline,
     keys=context.keys,
     parameters=context.parameters,
+    received=network.kernels.received_attention or scoring.received_by_slots,
   )
 
 

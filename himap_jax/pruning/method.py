@@ -40,6 +40,7 @@ class View:
     keys: `[B]` a random key per row, independent of the batch.
     parameters: the method's parameters by name; traced, so new values need no compilation.
     is_newline: `[B, P]` which image tokens are learned newlines, without a feature; None if none are.
+    received: computes `scoring.received_by_slots`.
   """
 
   layer: int
@@ -58,11 +59,23 @@ class View:
   keys: Key[Array, "B"]
   parameters: Mapping[str, Float[Array, ""]]
   is_newline: Bool[Array, "B P"] | None = None
+  received: Callable[..., Float[Array, "B S"]] = scoring.received_by_slots
 
   def attention_from(self, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None) -> Float[Array, "B M"]:
     """Attention that image tokens receive from `rows` in the previous layer, summed over rows, averaged over heads."""
-    query = take_slots(self.query, rows)
-    return scoring.received_attention(query, self.key, self.layout, rows, scale=self.scale, valid=valid)
+    return self.attention_of(take_slots(self.query, rows), self.key, rows, valid)
+
+  def attention_of(
+    self,
+    query: Float[Array, "B Q N H"],
+    key: Float[Array, "B S K H"],
+    rows: Int[Array, "B Q"],
+    valid: Bool[Array, "B Q"] | None = None,
+  ) -> Float[Array, "B M"]:
+    """The same for queries of `rows` and keys of any layer; all rows are valid if `valid` is absent."""
+    valid = jnp.ones(rows.shape, bool) if valid is None else valid
+    received = self.received(query, key, self.layout.visible(rows), valid, self.scale)
+    return take_slots(received, self.layout.image_slots())
 
   def has_feature(self) -> Bool[Array, "B P"]:
     """Before the decoder: the image tokens that the row has, without newlines."""

@@ -20,6 +20,7 @@ class Kernels:
     product: `(x [B,S,D], weight [F,D])` to `x · weightᵀ` `[B,S,F]` in float32; the weight may be int8.
     take_rows: `(table [V,D], ids)` to rows of the table.
     new_token_dtype: dtype of new tokens' keys and values, given that of the activations.
+    received_attention: in place of `pruning.scoring.received_by_slots`, which is plain JAX; None if that is used.
     int8_compiler_options: XLA options for programs with int8 weights.
   """
 
@@ -28,6 +29,7 @@ class Kernels:
   product: Callable[[jax.Array, Any], jax.Array]
   take_rows: Callable[[jax.Array, jax.Array], jax.Array]
   new_token_dtype: Callable[[Any], jnp.dtype]
+  received_attention: Callable[..., jax.Array] | None = None
   int8_compiler_options: tuple[tuple[str, str], ...] = ()
 
 

@@ -1,4 +1,4 @@
-"""Kernels for TPUs: JAX's splash attention in Pallas, per device.
+"""Kernels for TPUs, in Pallas, per device: JAX's splash attention, and the attention that slots receive.
 
 Axes: as in `xla`.
 """
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.model.kernels import Kernels, xla
+from himap_jax.model.kernels.received import received
 
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
@@ -91,7 +92,35 @@ def attention(
   return jnp.swapaxes(by_device(*heads_first, *hidden)[:, :, :slots, :head_dim], 1, 2)
 
 
+def received_attention(
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B T K H"],
+  visible: Bool[Array, "B Q T"],
+  valid: Bool[Array, "B Q"],
+  scale: float,
+  *,
+  devices: Devices,
+) -> Float[Array, "B T"]:
+  """Attention that slots receive from the valid rows, summed over rows, averaged over heads."""
+  num_heads, (mesh, spec_of, interpret) = query.shape[2], devices
+  batch, heads = spec_of(num_heads, key.shape[2])
+
+  def of_own_heads(*arguments: Array) -> Float[Array, "B T"]:
+    own = received(*arguments, scale, interpret=interpret)
+    return jax.lax.psum(own, heads) if heads else own
+
+  by_head, by_row = PartitionSpec(batch, None, heads), PartitionSpec(batch)
+  program = jax.shard_map(
+    of_own_heads, mesh=mesh, in_specs=(by_head, by_head, by_row, by_row), out_specs=by_row, check_vma=False
+  )
+  return program(query, key, visible, valid) / num_heads
+
+
 @functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
-  """The kernels for a mesh; see `attention`."""
-  return dataclasses.replace(xla.KERNELS, attention=functools.partial(attention, devices=Devices(mesh, spec_of)))
+  """The kernels for a mesh."""
+  devices = Devices(mesh, spec_of)
+  own = {
+    function.__name__: functools.partial(function, devices=devices) for function in (attention, received_attention)
+  }
+  return dataclasses.replace(xla.KERNELS, **own)

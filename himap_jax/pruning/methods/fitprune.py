@@ -1,12 +1,13 @@
 """FitPrune: a few tokens at almost every layer, by a table fitted to attention statistics."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import SEQUENCE, Method, View, highest
-from himap_jax.pruning.scoring import attention_of_rows
+from himap_jax.pruning.scoring import attention_of_rows, sum_over_blocks
 
 # Tokens that the authors drop after each layer of LLaVA-1.5-7B (32 layers, 576 image tokens) to save 60% of its FLOPs.
 DROPPED = (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4, 26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0)
@@ -30,17 +31,27 @@ def keep(num_layers: int) -> tuple[float, ...]:
   return tuple(kept_shares(num_layers)[list(prune_layers(num_layers))].tolist())
 
 
+def highest_by_slots(
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B S K H"],
+  visible: Bool[Array, "B Q S"],
+  valid: Bool[Array, "B Q"],
+  scale: float,
+) -> Float[Array, "B S"]:
+  """Attention that all slots receive from the valid rows, each the maximum over heads, summed over rows."""
+
+  def received(query: Array, visible: Array, valid: Array) -> Float[Array, "B S"]:
+    attention = attention_of_rows(query, key, visible | ~valid[:, :, None], scale)
+    return jnp.where(valid[:, :, None], attention.max(axis=(1, 2)), 0).sum(axis=1)
+
+  return sum_over_blocks(received, query, visible, valid)
+
+
 def attention_product(view: View) -> Float[Array, "B M"]:
   """Attention received from the image × attention received from the text after it, each the maximum over heads."""
-  slots, valid = view.layout.instruction_slots()
-  image_slots, present = view.layout.image_slots(), view.layout.image_present()
-
-  def received(rows, weight):
-    attention = attention_of_rows(take_slots(view.query, rows), view.key, view.layout.visible(rows), view.scale)
-    return take_slots(jnp.einsum("BQS,BQ->BS", attention.max(axis=(1, 2)), weight), image_slots)
-
-  from_image = received(image_slots, jnp.where(present, 1.0 / present.shape[1], 0.0).astype(jnp.float32))
-  return from_image * received(slots, valid.astype(jnp.float32))
+  view = dataclasses.replace(view, received=highest_by_slots)
+  from_image = view.attention_from(view.layout.image_slots(), view.layout.image_present())
+  return from_image / from_image.shape[1] * view.attention_from(*view.layout.instruction_slots())
 
 
 CRITERION = highest(attention_product, lambda sizes: sizes.attention(sizes.num_slots))

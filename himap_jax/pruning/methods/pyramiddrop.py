@@ -3,15 +3,13 @@
 from jaxtyping import Array, Float
 
 from himap_jax.pruning.method import Method, View, highest
-from himap_jax.pruning.scoring import received_attention
 from himap_jax.pruning.sizes import Sizes
 
 
 def next_layer_attention(view: View) -> Float[Array, "B M"]:
   """Attention that each image token would receive from the last token in the next layer."""
   last = view.layout.last_slot()[:, None]
-  query, key = view.next_layer(last)
-  return received_attention(query, key, view.layout, last, scale=view.scale)
+  return view.attention_of(*view.next_layer(last), last)
 
 
 def cost(sizes: Sizes) -> int:
