@@ -25,6 +25,8 @@ from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weig
 from himap_jax import families
 from himap_jax.engine import sharding
 from himap_jax.engine.accounting import method_inputs
+from himap_jax.engine.capacity import BatchSizes
+from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
@@ -131,6 +133,15 @@ class LoadedModel(OpenCheckpoint):
   """A checkpoint with its weights on the devices, ready to run; the key heads of `config` include repeated ones."""
 
   model: Model
+
+  def engine(
+    self,
+    schedule: Schedule,
+    generation: GenerationConfig = GenerationConfig(),
+    batch_sizes: BatchSizes = BatchSizes(),
+  ) -> Engine:
+    """An engine of the model; by default its batch sizes are chosen from the memory of the devices."""
+    return Engine(self.model, schedule, generation, eos_token_ids=self.eos_token_ids, batch_sizes=batch_sizes)
 
 
 def load(

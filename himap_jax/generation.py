@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -9,11 +10,10 @@ from jaxtyping import Float
 from PIL import Image
 
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
-from himap_jax.engine import sharding
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, image_buckets
-from himap_jax.engine.engine import Batch, Engine, GenerationConfig
+from himap_jax.engine.capacity import BatchSizes
+from himap_jax.engine.engine import Batch, GenerationConfig
 from himap_jax.engine.pool import Request
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.families.family import Processor, Question
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
@@ -26,16 +26,20 @@ class InputConfig:
   Attributes:
     prompt_template: `chat` (the checkpoint's own), `vicuna_v1`, or a text with `<image>` and `{question}`.
     prompt_buckets: padded text lengths, in tokens.
-    batch_size: rows that are decoded together.
+    batch_size: rows that are decoded together; chosen from the memory of the devices if absent.
     max_image_tokens: most image tokens of a picture, for models that choose them by its size; theirs if absent.
-    prefill_batch_size: rows that are prefilled together; a quarter of the batch if absent.
+    prefill_batch_size: rows that are prefilled together; chosen if absent.
   """
 
   prompt_template: str = "chat"
   prompt_buckets: tuple[int, ...] = DEFAULT_BUCKETS
-  batch_size: int = 8
+  batch_size: int | None = None
   max_image_tokens: int | None = None
   prefill_batch_size: int | None = None
+
+  def batch_sizes(self, num_rows: int | None = None) -> BatchSizes:
+    """For so many rows in all."""
+    return BatchSizes(self.batch_size, self.prefill_batch_size, num_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,16 +119,16 @@ def generate(
   rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
   counts = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)
   batcher = make_batcher(loaded, processor, counts, inputs.prompt_buckets, generation.max_new_tokens, schedule)
-  sizes = BatchSizes.of(sharding.mesh_of(loaded.model.params), inputs.batch_size, inputs.prefill_batch_size)
-  engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=sizes)
+  engine = loaded.engine(schedule, generation, inputs.batch_sizes(len(rows)))
   examples = [processor.prepare(own, question) for own, question in zip(rows, questions, strict=True)]
   bucket_of = [batcher.bucket(example) for example in examples]
 
   def batches() -> Iterator[Batch]:
     for bucket in sorted(set(bucket_of), reverse=True):  # so that the slots hold all that follow
       indices = [index for index, own in enumerate(bucket_of) if own == bucket]
-      for group in (indices[first : first + sizes.prefill] for first in range(0, len(indices), sizes.prefill)):
-        packed = batcher.pack([examples[index] for index in group], bucket=bucket, batch_size=sizes.prefill)
+      num_rows = engine.prefill_rows(functools.partial(batcher.pack, [], bucket=bucket))
+      for group in (indices[first : first + num_rows] for first in range(0, len(indices), num_rows)):
+        packed = batcher.pack([examples[index] for index in group], bucket=bucket, batch_size=num_rows)
         yield Batch(packed, [Request(index, tag=index) for index in group])
 
   answered = {row.request.tag: row for turn in engine.answer(batches()) for row in turn}

@@ -14,9 +14,7 @@ from jaxtyping import Bool
 from experiments.evaluate.tasks.task import Sample, Task
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel
-from himap_jax.engine import sharding
-from himap_jax.engine.engine import Engine, GenerationConfig
-from himap_jax.engine.sharding import BatchSizes
+from himap_jax.engine.engine import GenerationConfig
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig, make_batcher
 from himap_jax.inputs import ImageSize
@@ -74,8 +72,7 @@ class TaskAnswerer:
     loaded, generation = self.loaded, GenerationConfig(task.max_new_tokens, seed=self.seed)
     buckets = self.inputs.prompt_buckets
     batcher = make_batcher(loaded, processor, sizes, buckets, task.max_new_tokens, schedule)
-    batch_sizes = BatchSizes.of(sharding.mesh_of(loaded.model.params), self.inputs.batch_size)
-    engine = Engine(loaded.model, schedule, generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=batch_sizes)
+    engine = loaded.engine(schedule, generation, self.inputs.batch_sizes())
     return Answerer(processor, batcher, engine, frozenset({"timing", "counts"}))
 
 

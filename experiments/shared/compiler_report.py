@@ -1,7 +1,6 @@
-"""Statistics of a compiled program: memory and collectives."""
+"""The collectives of a compiled program."""
 
 import collections
-import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -45,25 +44,3 @@ def summarize(found: Iterable[Collective]) -> str:
     counts[one.kind] += 1
     sizes[one.kind] += one.num_bytes
   return ", ".join(f"{count} {kind} {sizes[kind] / 2**20:.1f} MiB" for kind, count in counts.items()) or "none"
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes that a program takes on one device, as reported by the compiler."""
-
-  arguments: int  # inputs and parameters
-  temporaries: int  # live during execution
-  results: int  # results that do not reuse the memory of arguments
-
-  @property
-  def total(self) -> int:
-    return self.arguments + self.temporaries + self.results
-
-
-def memory(compiled: Any) -> Memory:
-  analysis = compiled.memory_analysis()
-  return Memory(
-    arguments=analysis.argument_size_in_bytes,
-    temporaries=analysis.temp_size_in_bytes,
-    results=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
-  )

@@ -16,8 +16,8 @@ from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket, in_batches
+from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig
@@ -98,8 +98,7 @@ class Subject:
     return self.opened.schedule("himap", prune_layers, keep).at(self.num_layers, self.processor.num_image_tokens)
 
   def engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
-    sizes = BatchSizes(self.batch_size, self.batch_size)
-    return Engine(self.loaded.model, schedule, generation, eos_token_ids=self.loaded.eos_token_ids, batch_sizes=sizes)
+    return self.loaded.engine(schedule, generation, BatchSizes(self.batch_size, self.batch_size))
 
   def answers(
     self, schedules: Mapping[str, Schedule], prefix: pathlib.Path, *, max_new_tokens: int
@@ -159,6 +158,6 @@ class Subject:
   def batches(self, label: str) -> Iterator[Batch]:
     """Yields batches of one bucket each from `examples`; they depend only on the questions and the batch size."""
     prepared = ((bucket, (question, example)) for question, example, bucket in self.examples(label))
-    for bucket, rows in in_batches(prepared, self.batch_size):
+    for bucket, rows in in_batches(prepared, lambda bucket: self.batch_size):
       questions, examples = zip(*rows, strict=True)
       yield Batch(questions, self.batcher.pack(examples, bucket=bucket, batch_size=self.batch_size))

@@ -19,12 +19,12 @@ from experiments.speed import side
 from experiments.speed.side import NUM_SYSTEM_TOKENS, Job, Scenario, Side, Weights
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.engine import Batch, Engine, GenerationConfig
 from himap_jax.engine.pool import Request
 from himap_jax.engine.prefill import Context, Sequence, prune, start
 from himap_jax.engine.prefill import prefill as run_prefill
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.families import from_hf
 from himap_jax.inputs import IMAGE, TEXT, Images, Inputs, Layout
 from himap_jax.model.decoder import Projections
@@ -87,7 +87,7 @@ class Ours(Side):
 
   def job(self, job: Job) -> dict[str, float]:
     """If as many rows are prefilled as are decoded together, each batch is decoded to its end before the next begins."""
-    sizes = BatchSizes(job.prefill, job.decode)
+    sizes = BatchSizes(job.decode, job.prefill)
     generation = GenerationConfig(max(job.lengths), ignore_eos=True)
     engine = Engine(self._model, self._schedule, generation, batch_sizes=sizes)
     inputs = self._make_inputs(dataclasses.replace(job.scenario, batch_size=job.prefill))

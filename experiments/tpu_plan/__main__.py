@@ -29,7 +29,6 @@ def define_flags() -> None:
   flags.DEFINE_list("methods", ["none", "fastv", "himap"], "Methods with their default schedules; list none first.")
   flags.DEFINE_integer("bucket", 128, "Padded text length.", lower_bound=1)
   flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.", lower_bound=1)
-  flags.DEFINE_integer("prefill_rows", 4, "Rows that devices which share the heads prefill together.", lower_bound=1)
 
 
 def run(values: Any) -> study.Report:
@@ -42,7 +41,7 @@ def run(values: Any) -> study.Report:
   versions = machine.versions("jax", "libtpu")
   compile_at = functools.partial(plan.compiled, study.open_workdir(**versions))
   cells = [
-    plan.Cell(model, *place, dtype, method, values.bucket, values.max_new_tokens, values.prefill_rows)
+    plan.Cell(model, *place, dtype, method, values.bucket, values.max_new_tokens)
     for model, place, dtype, method in itertools.product(models, places, weights, methods)
   ]
   report = functools.partial(plan.report, versions=", ".join(map(" ".join, versions.items())))

@@ -2,15 +2,13 @@
 
 import dataclasses
 import functools
-import math
 import multiprocessing
 import pathlib
-import re
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +17,23 @@ from experiments.shared import compiler_report, geometries, kept, planned, tabul
 from experiments.shared.study import Report
 from himap_jax.engine import programs, sharding
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.capacity import PROGRAMS, BatchSizes, Capacity, Memory, needed, refused_by_compiler
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.prefill import prefill
+from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model, Network, abstract_params
 from himap_jax.pruning import cost
 
-FARTHEST, FEW = 8, 16  # the next guess is at most FARTHEST times what fits, while FEW rows or fewer fit
-# GiB available to programs, until the compiler reports the limit.
+# GiB of a device that are available to programs.
 HBM = {"v4": 31.25, "v5e": 15.75, "v5p": 95.0, "v6e": 31.25}
 DTYPES = ("bfloat16", "int8")
-PROGRAMS = programs.Lowered._fields
-_USED = re.compile(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm")
-_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 GIB = 1 << 30
 
-NOTHING = {"memory": None, "limit": None, "collectives": "", "collectives of stages": ""}
+NOTHING = {"memory": None, "collectives": "", "collectives of stages": "", "bytes per slot": None}
 CRASHED = "compiler crashed"  # a field of what is compiled, and of a row
 
 Row = dict[str, Any]
-PARTS = ("arguments", "temporaries", "results")  # of `compiler_report.Memory`
+PARTS = ("arguments", "temporaries", "results")  # of `Memory`
 PLACE = ("model", "topology", "mesh", "weights")
 SHOWN = (*PLACE, "method", "prefill rows", "slots", "slots per device", "times none", "device GiB")
 SHOWN += (*(f"{name} GiB" for name in ("weights", "slots")), *(f"prefill {part} GiB" for part in PARTS))
@@ -56,59 +52,62 @@ class Cell:
   method: str  # with its default schedule
   num_text_slots: int  # the bucket
   num_new_tokens: int  # the longest answer
-  num_prefill_rows: int  # prefilled together by the devices that share the heads
 
   @property
   def name(self) -> str:
     return "-".join(str(value).replace(":", "_") for value in dataclasses.astuple(self))
 
 
-def lower(cell: Cell, slots: int) -> programs.Lowered:
-  """Lowers the programs of `himap_jax.run`, for `slots` slots on every group of devices that share the heads."""
-  mesh = planned.mesh_of(cell.topology, cell.tensor)
-  model, inputs, seeds = planned.shapes_on(
-    mesh,
-    cell.model,
-    batch_size=cell.num_prefill_rows * mesh.shape["data"],
-    num_text_slots=cell.num_text_slots,
-    int8_weights=cell.weights == "int8",
-  )
+class Sizes(NamedTuple):
+  """Rows of a prefill and slots, of the devices that share the heads."""
+
+  prefill: int
+  slots: int
+
+
+def shapes(cell: Cell, batch_size: int) -> tuple[Model, Inputs, jax.ShapeDtypeStruct]:
+  """The model, a batch and its seeds; `batch_size` is over all devices."""
+  mesh, is_int8 = planned.mesh_of(cell.topology, cell.tensor), cell.weights == "int8"
+  text = {"num_text_slots": cell.num_text_slots, "int8_weights": is_int8}
+  return planned.shapes_on(mesh, cell.model, batch_size=batch_size, **text)
+
+
+def lower(cell: Cell, sizes: Sizes) -> tuple[programs.Lowered, int]:
+  """The lowered programs of `himap_jax.run`, and the bytes that a slot takes on a device, at least."""
+  data = sharding.num_shards(planned.mesh_of(cell.topology, cell.tensor))
+  model, inputs, seeds = shapes(cell, sizes.prefill * data)
   schedule = geometries.schedule_of(geometries.model_of(cell.model), cell.method)
   own = programs.Programs(model, schedule, DecodeConfig(cell.num_new_tokens))
-  return own.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=slots * mesh.shape["data"])
+  lowered = own.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=sizes.slots * data)
+  return lowered, sharding.device_bytes(own.slots(lowered.prefill.out_info, data))
 
 
 def compile_program(lowered: Any) -> dict[str, Any]:
   """Compiles a lowered program; raises `jax.errors.JaxRuntimeError` for reasons other than memory.
 
   Returns:
-    `seconds` of compilation; `memory`, its `compiler_report.Memory` on a device, or None where it does not fit, with
-    `limit`, the bytes available on a device if the compiler reports them; and descriptions of all its collectives and
-    of those in pruning stages.
+    `seconds` of compilation; `memory`, its `capacity.Memory` on a device, or None where the compiler refuses it; and
+    descriptions of all its collectives and of those in pruning stages.
   """
-  result: dict[str, Any] = dict(NOTHING)
-  start = time.perf_counter()
-  try:
+  start, compiled = time.perf_counter(), None
+  with refused_by_compiler():
     compiled = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    if used := _USED.search(str(error)):
-      result["limit"] = int(float(used[3]) * _UNITS[used[4]])
-    return result | {"seconds": time.perf_counter() - start}
   seconds = time.perf_counter() - start
+  if compiled is None:
+    return NOTHING | {"seconds": seconds}
   found = compiler_report.collectives(compiled)
-  return result | {
+  return {
     "seconds": seconds,
-    "memory": dataclasses.asdict(compiler_report.memory(compiled)),
+    "memory": dataclasses.asdict(Memory.of(compiled)),
     "collectives": compiler_report.summarize(found),
     "collectives of stages": compiler_report.summarize(one for one in found if "/prune_before_layer_" in one.scope),
   }
 
 
-def compile_cell(cell: Cell, name: str, slots: int) -> dict[str, Any]:
-  """`compile_program` of one of a cell's programs."""
-  return compile_program(getattr(lower(cell, slots), name))
+def compile_cell(cell: Cell, name: str, sizes: Sizes) -> dict[str, Any]:
+  """`compile_program` of one of a cell's programs, with `bytes per slot` on a device, at least."""
+  lowered, bytes_per_slot = lower(cell, sizes)
+  return compile_program(getattr(lowered, name)) | {"bytes per slot": bytes_per_slot}
 
 
 @functools.cache
@@ -117,19 +116,20 @@ def compiler() -> ProcessPoolExecutor:
   return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), planned.without_devices)
 
 
-def compiled(workdir: pathlib.Path, cell: Cell, name: str, slots: int) -> dict[str, Any]:
+def compiled(workdir: pathlib.Path, cell: Cell, name: str, sizes: Sizes) -> dict[str, Any]:
   """`compile_cell` in the process of `compiler`, cached in a directory; memory is None with `CRASHED` after a crash."""
 
   def make() -> dict[str, Any]:
     start = time.perf_counter()
     try:
-      return compiler().submit(compile_cell, cell, name, slots).result()
+      return compiler().submit(compile_cell, cell, name, sizes).result()
     except BrokenProcessPool:
       compiler.cache_clear()
       seconds = time.perf_counter() - start
       return NOTHING | {CRASHED: True, "seconds": seconds}
 
-  return kept.json_of(workdir / f"{cell.name}-{name}-{slots}.json", make)
+  numbers = "-".join(map(str, sizes[:1] if name == "prefill" else sizes))
+  return kept.json_of(workdir / f"{cell.name}-{name}-{numbers}.json", make)
 
 
 def counted_flops(cell: Cell) -> tuple[int, int]:
@@ -149,104 +149,47 @@ def counted_flops(cell: Cell) -> tuple[int, int]:
   return int(counted), costs.prefill
 
 
-class CompilerCrash(Exception):
-  """The compiler ended its process, so that nothing is known about a number of rows."""
-
-
-def largest(measure: Callable[[int], int | None], limit: Callable[[], int]) -> int:
-  """The largest number of slots that fits, 0 if one does not; memory is nearly affine in it.
-
-  `measure` maps a number to bytes, or None where it does not fit; `limit` is a device's bytes, as far as known. After a
-  `CompilerCrash` of `measure` the result is at most an eighth below the least number that crashes.
-  """
-  sizes: dict[int, int] = {}
-  has_crashed = False
-  below, above, rows, step = 0, math.inf, 1, 1
-  while above - below > (max(1, above // 8) if has_crashed else 1):
-    try:
-      size = measure(rows)
-    except CompilerCrash:
-      size, has_crashed = None, True
-    if size is None:
-      above = rows
-    else:
-      below, sizes[rows] = rows, size
-    if has_crashed:
-      rows = (below + int(above)) // 2
-      continue
-    guess = _affine(sizes, limit()) if len(sizes) > 1 else 2 * below
-    if below < guess < above:
-      rows = min(guess, (FARTHEST if below <= FEW else 2) * below)  # a few rows more may take no more memory at all
-    else:  # the answer is near the guess
-      rows = below + step if guess <= below else int(above) - step
-      step *= 4
-      if not below < rows < above:
-        rows = (below + int(above)) // 2
-  return below
-
-
-def _affine(sizes: dict[int, int], limit: int) -> int:
-  """The rows at which the line through the last two sizes reaches the limit."""
-  (a, size_a), (b, size_b) = sorted(sizes.items())[-2:]
-  return b + (limit - size_b) * (b - a) // max(1, size_b - size_a)
-
-
-def needed(programs: dict[str, dict[str, int]]) -> dict[str, int]:
-  """Bytes of a device that are taken while each program runs, by program, and those of `weights` and `slots`.
-
-  `programs` are their `compiler_report.Memory`. Beside a prefill there are all slots, and beside the others a batch that
-  waits to enter; results of `enter` and `decode` take the place of their arguments.
-  """
-  prefill, enter, decode = (programs[name] for name in PROGRAMS)
-  slots = enter["arguments"] - prefill["results"]
-  weights = decode["arguments"] - slots
-  return {
-    "prefill": sum(prefill.values()) + slots,
-    "enter": sum(enter.values()) + weights,
-    "decode": sum(decode.values()) + prefill["results"],
-    "weights": weights,
-    "slots": slots,
-  }
-
-
-def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]], before: Sequence[Row]) -> Row:
-  """Plans a cell; `compile_at` is `compiled` in some directory, and earlier rows hold that of no pruning."""
-  limits: list[int] = []
+def make_row(cell: Cell, compile_at: Callable[[Cell, str, Sizes], dict[str, Any]], before: Sequence[Row]) -> Row:
+  """Plans a cell as the engine would; `compile_at` is `compiled` in some directory, and earlier rows hold no pruning."""
   crashes: list[str] = []
 
-  def compile_all(slots: int) -> dict[str, dict[str, Any]]:
-    """The programs, up to one that does not fit."""
-    found = {}
+  def memory(name: str, sizes: Sizes) -> Memory | None:
+    print(f"  {name}, {sizes.prefill if name == 'prefill' else sizes.slots} rows", end="", flush=True)
+    result = compile_at(cell, name, sizes)
+    if result.get(CRASHED):
+      crashes.append(f"{name}, {sizes.slots} slots")
+    found = result["memory"]
+    print(": refused" if found is None else f": {Memory(**found).total / GIB:.2f} GiB", flush=True)
+    return None if found is None else Memory(**found)
+
+  mesh = planned.mesh_of(cell.topology, cell.tensor)
+  data, tensor = mesh.devices.shape
+  model, inputs, _ = shapes(cell, 1)
+  limit = int(HBM[cell.topology.partition(":")[0]] * GIB)
+  room = limit - sharding.device_bytes(model.params)
+  capacity = Capacity(mesh, model.network.kernels, BatchSizes(), room=room)
+  num_prefilled = capacity.prefill_rows(
+    inputs.layout.num_slots, lambda count: memory("prefill", Sizes(count // data, count // data))
+  )
+
+  def all_memory(count: int) -> dict[str, Memory] | None:
+    found: dict[str, Memory] = {}
     for name in PROGRAMS:
-      found[name] = compile_at(cell, name, cell.num_prefill_rows if name == "prefill" else slots)
-      if found[name]["limit"]:
-        limits.append(found[name]["limit"])
-      if found[name].get(CRASHED):
-        crashes.append(f"{name}, {slots} slots")
-        print(": the compiler crashed", flush=True)
-        raise CompilerCrash
-      if found[name]["memory"] is None:
-        break
+      own = memory(name, Sizes(num_prefilled // data, count // data))
+      if own is None:
+        return None
+      found[name] = own
     return found
 
-  def measure(slots: int) -> int | None:
-    slots = max(slots, cell.num_prefill_rows)
-    print(f"  {slots} slots", end="", flush=True)
-    memory = {name: result["memory"] for name, result in compile_all(slots).items()}
-    taken = needed(memory) if all(memory.get(name) for name in PROGRAMS) else None
-    size = None if taken is None else max(taken[name] for name in PROGRAMS)
-    fits = size is not None and size <= limit()
-    print(f": {'fits' if fits else 'does not fit'}", flush=True)
-    return size if fits else None
-
-  def limit() -> int:
-    return min(limits, default=int(HBM.get(cell.topology.partition(":")[0], 14) * GIB))
-
-  devices = planned.mesh_of(cell.topology, cell.tensor).devices
-  slots = largest(measure, limit)
-  slots = slots if slots >= cell.num_prefill_rows else 0
+  own_prefill = compile_at(cell, "prefill", Sizes(num_prefilled // data, num_prefilled // data))
+  bytes_per_slot, num_slots, found = own_prefill["bytes per slot"], 0, None
+  if bytes_per_slot:
+    num_slots = capacity.slots(num_prefilled, bytes_per_slot, all_memory)
+    found = all_memory(num_slots)
+  taken = needed(found) if found else {}
+  if not found or max(taken[name] for name in PROGRAMS) > limit:
+    num_slots, found, taken = 0, {}, {}
   counted, accounted = counted_flops(cell)
-  data, tensor = devices.shape
   row: Row = {
     "model": cell.model,
     "topology": cell.topology,
@@ -255,25 +198,22 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, int], dict[str, Any]],
     "method": cell.method,
     "text slots": cell.num_text_slots,
     "new tokens": cell.num_new_tokens,
-    "prefill rows": cell.num_prefill_rows * data,
-    "slots": slots * data,
-    "slots per device": slots * data / devices.size,
+    "prefill rows": num_prefilled,
+    "slots": num_slots,
+    "slots per device": num_slots / mesh.size,
     "times none": None,
-    "device GiB": limit() / GIB,
+    "device GiB": limit / GIB,
   }
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
   if plain["slots"]:
     row["times none"] = row["slots"] / plain["slots"]
-  found = compile_all(slots) if slots else {}
-  memory = {name: result["memory"] for name, result in found.items()}
-  taken = needed(memory) if slots else {}
   row |= {f"{name} GiB": taken[name] / GIB if taken else None for name in ("weights", "slots")}
   for name in PROGRAMS:
-    program = found.get(name, NOTHING | {"seconds": None})
-    sizes = program["memory"] or dict.fromkeys(PARTS)
+    sizes = Sizes(num_prefilled // data, num_slots // data)
+    program = compile_at(cell, name, sizes) if found else NOTHING | {"seconds": None}
     row[f"{name} compile s"] = program["seconds"]
     row[f"{name} GiB in all"] = taken[name] / GIB if taken else None
-    row |= {f"{name} {part} GiB": None if size is None else size / GIB for part, size in sizes.items()}
+    row |= {f"{name} {part} GiB": getattr(found[name], part) / GIB if found else None for part in PARTS}
     row |= {f"{name} {field}": program[field] for field in ("collectives", "collectives of stages")}
   row["FLOPs, XLA's count ÷ ours"] = counted / accounted
   row[CRASHED] = "; ".join(crashes)

@@ -4,7 +4,7 @@ Axes: B rows, S slots, A axes of positions (none for one).
 """
 
 import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,12 +84,18 @@ def _best_groups(rows: Sequence[ImageSize], counts: Mapping[ImageSize, int], num
   return groups[::-1]
 
 
-def in_batches(rows: Iterable[tuple[Bucket, Any]], batch_size: int) -> Iterator[tuple[Bucket, list[Any]]]:
-  """Yields batches of rows of one bucket each as soon as they are full, and in the end those that are not."""
+def in_batches(
+  rows: Iterable[tuple[Bucket, Any]], num_rows: Callable[[Bucket], int]
+) -> Iterator[tuple[Bucket, list[Any]]]:
+  """Yields batches of rows of one bucket each as soon as they are full, and in the end those that are not.
+
+  Args:
+    num_rows: of a batch of a bucket.
+  """
   waiting: dict[Bucket, list[Any]] = collections.defaultdict(list)
   for bucket, row in rows:
     waiting[bucket].append(row)
-    if len(waiting[bucket]) == batch_size:
+    if len(waiting[bucket]) == num_rows(bucket):
       yield bucket, waiting.pop(bucket)
   yield from waiting.items()
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, UInt
 
 from himap_jax.engine import programs, sharding
+from himap_jax.engine.capacity import Memory
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.prefill import PrefillState
 from himap_jax.engine.sampling import Kind
@@ -55,9 +56,21 @@ class CompiledPrograms:
     mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
     self._compiled = _compiled(ProgramKey(model.network, mesh, schedule, types))
     self.num_programs, self.seconds = 0, 0.0
+    self._last_prefill: Any = None
 
   def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
     return self._run("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters))
+
+  def prefill_memory(self, inputs: Inputs, seeds: jax.ShapeDtypeStruct) -> Memory:
+    """The memory of `prefill`, for `jax.ShapeDtypeStruct`s."""
+    return Memory.of(self._ready("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters)))
+
+  def memory_with_slots(self, kind: Kind, batch: tuple[PrefillState, Rows], num_slots: int) -> dict[str, Memory]:
+    """The memory of `enter` and `decode` with so many slots for rows like those of a batch, and of the last prefill."""
+    slots = self.slots(batch[0], num_slots)
+    enter = self._ready("enter", kind, (slots.caches, batch[0]), (slots, *batch, np.bool_(False)))
+    decode = self._ready("decode", kind, (slots.caches,), (self._model, slots, slots.active, np.int32(0)))
+    return {"prefill": Memory.of(self._last_prefill), "enter": Memory.of(enter), "decode": Memory.of(decode)}
 
   def score(self, state: PrefillState, tokens: Int[Array, "B C"]) -> tuple[Array, Array]:
     return self._run("score", None, (state, tokens), (self._model, state, tokens))
@@ -70,11 +83,18 @@ class CompiledPrograms:
 
   def empty_slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Free slots for prompts of the shapes of `state`."""
-    shapes = self._jitted(self._decoding).slots(state, num_slots)
+    shapes = self.slots(state, num_slots)
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
+  def slots(self, state: PrefillState, num_slots: int) -> Slots:
+    """Their `jax.ShapeDtypeStruct`s."""
+    return self._jitted(self._decoding).slots(state, num_slots)
+
   def _run(self, name: str, kind: Kind | None, shaped: Any, arguments: tuple[Any, ...]) -> Any:
-    """Runs a program; `kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
+    return self._ready(name, kind, shaped, arguments)(*arguments)
+
+  def _ready(self, name: str, kind: Kind | None, shaped: Any, arguments: tuple[Any, ...]) -> Any:
+    """A compiled program; `kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
     decoding = None if kind is None else dataclasses.replace(self._decoding, kind=kind)
     leaves, structure = jax.tree.flatten(shaped)
     key = (name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
@@ -84,4 +104,6 @@ class CompiledPrograms:
       self.num_programs += 1
       self.seconds += time.perf_counter() - start
       logging.info("ready: %s, a program", name)
-    return self._compiled[key](*arguments)
+    if name == "prefill":
+      self._last_prefill = self._compiled[key]
+    return self._compiled[key]

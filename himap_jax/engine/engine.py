@@ -7,19 +7,19 @@ Axes: B rows, V vocabulary.
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt
 
 from himap_jax.engine import scoring, sharding
+from himap_jax.engine.capacity import BatchSizes, Capacity, Memory, refused_by_compiler
 from himap_jax.engine.compiled import CompiledPrograms
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.pool import Answered, Clock, Pool, Prefilled, Request, Usage
 from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.scoring import Score
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.engine.slots import Rows
 from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
@@ -82,7 +82,8 @@ class Engine:
   Attributes:
     programs: that it runs.
     usage: of all its calls.
-    generation: as given, like `batch_sizes`.
+    generation: as given.
+    capacity: chooses the batch sizes; None if those of the first batch are used.
   """
 
   def __init__(
@@ -95,11 +96,26 @@ class Engine:
     batch_sizes: BatchSizes | None = None,
   ):
     """`batch_sizes` are those of the first batch, for prefill and for decoding, if absent."""
-    self.generation, self.batch_sizes = generation, batch_sizes
-    self._mesh = sharding.mesh_of(model.params)
+    self.generation, self._mesh = generation, sharding.mesh_of(model.params)
+    self.capacity = None if batch_sizes is None else Capacity(self._mesh, model.network.kernels, batch_sizes)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
     decoding = DecodeConfig(generation.max_new_tokens, eos_token_ids=eos_token_ids)
     self.programs, self.usage = CompiledPrograms(model, schedule, decoding), Usage()
+
+  def prefill_rows(self, pack: Callable[..., Inputs]) -> int:
+    """Rows, over all processes, of a prefill of prompts of some shape.
+
+    Args:
+      pack: from a `batch_size` to any inputs of this shape.
+    """
+    row = pack(batch_size=1)
+
+    def memory(count: int) -> Memory | None:
+      inputs, seeds = sharding.abstract_rows((row, np.zeros(1, np.uint32)), self._mesh, count)
+      with refused_by_compiler():
+        return self.programs.prefill_memory(inputs, seeds)
+
+    return self.capacity.prefill_rows(row.layout.num_slots, memory)
 
   def answer(self, batches: Iterable[Batch]) -> Iterator[list[Answered]]:
     """Yields at every turn those of this process's answers that are complete.
@@ -111,9 +127,8 @@ class Engine:
     following = next(source, None)
     while waiting is not None or (pool is not None and pool.num_active):
       if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting.state))):
-        num_slots = self.batch_sizes.decode if self.batch_sizes else len(waiting.state.logits)
         pool = None  # its memory is free before there are other slots
-        pool = Pool(self.programs, self._mesh, waiting.state, num_slots)
+        pool = Pool(self.programs, self._mesh, waiting.state, self._num_slots(waiting))
       if waiting is not None and pool.has_room(waiting.state):
         turn = pool.start(waiting, room_for=None if following is None else waiting.state)
         waiting = self._prefill(following)  # the devices have work until the next turn, whatever the host does
@@ -121,6 +136,19 @@ class Engine:
       else:
         turn = pool.start(None, room_for=None if waiting is None else waiting.state)
       yield pool.finish(turn, clock, self.usage)
+
+  def _num_slots(self, waiting: Prefilled) -> int:
+    """Slots for prompts like those that wait."""
+    num_rows, batch = len(waiting.state.logits), (waiting.state, waiting.rows)
+    if self.capacity is None:
+      return num_rows
+
+    def memory(count: int) -> dict[str, Memory] | None:
+      with refused_by_compiler():
+        return self.programs.memory_with_slots(waiting.kind, batch, count)
+
+    one = self.programs.slots(waiting.state, sharding.num_shards(self._mesh))
+    return self.capacity.slots(num_rows, sharding.device_bytes(one), memory)
 
   def __call__(self, inputs: Inputs, row_ids: Sequence[int | str]) -> Generation:
     """Answers one batch.

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,7 +34,6 @@ RULES = {
   "tower_feed_forward": "tensor",
 }
 AXES = ("data", "tensor")
-PREFILL_SHARE = 4  # slots for each row of a prefill
 MEMORY_FOR_PARAMETERS = 0.7  # share of device memory; the rest is for caches and temporaries
 
 
@@ -62,12 +61,12 @@ def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
   return sizes
 
 
-def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int) -> dict[str, int]:
+def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int | None = None) -> dict[str, int]:
   """A mesh for all devices: the least tensor parallelism with which the parameters fit, and rows over the rest.
 
   Args:
     num_bytes: size of the parameters.
-    batch_size: a single process leaves devices idle that do not divide it.
+    batch_size: a single process leaves devices idle that do not divide it; none if it is absent.
   """
   count = jax.device_count()
   stats = jax.local_devices()[0].memory_stats() or {}
@@ -76,7 +75,7 @@ def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int) -> dict[st
   sizes = [size for size in range(1, count + 1) if count % size == 0 and heads % size == 0]
   tensor = next((size for size in sizes if num_bytes / size <= room), sizes[-1])
   data = count // tensor
-  if jax.process_count() == 1:
+  if jax.process_count() == 1 and batch_size is not None:
     data = max(size for size in range(1, data + 1) if batch_size % size == 0)
   return {"data": data, "tensor": tensor}
 
@@ -169,26 +168,19 @@ def num_shards(mesh: Mesh) -> int:
   return mesh.shape[RULES["batch"]]
 
 
-class BatchSizes(NamedTuple):
-  """Numbers of rows over all processes, multiples of the mesh's `data` axis: of a prefill, and of slots for decoding."""
-
-  prefill: int
-  decode: int
-
-  @classmethod
-  def of(cls, mesh: Mesh, batch_size: int, prefill_batch_size: int | None = None) -> "BatchSizes":
-    """Both rounded up; a prefill has a quarter of the slots if its size is not given, and never more rows than slots."""
-
-    def padded(size: int) -> int:
-      return -(-size // num_shards(mesh)) * num_shards(mesh)
-
-    wanted = -(-batch_size // PREFILL_SHARE) if prefill_batch_size is None else min(prefill_batch_size, batch_size)
-    return cls(padded(wanted), padded(batch_size))
-
-
 def from_local_rows(tree: PyTree, mesh: Mesh) -> PyTree:
   """Global arrays from each process's own rows; see `processes.Share`."""
   return jax.tree.map(lambda x: jax.make_array_from_process_local_data(rows(mesh), np.asarray(x)), tree)
+
+
+def device_bytes(tree: PyTree) -> int:
+  """Bytes of a tree of arrays, or of `jax.ShapeDtypeStruct`s, on each device."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def abstract_rows(tree: PyTree, mesh: Mesh, count: int) -> PyTree:
+  """`jax.ShapeDtypeStruct`s of `count` rows over all processes, like those of a tree of arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype, sharding=rows(mesh)), tree)
 
 
 def to_local_rows(tree: PyTree) -> PyTree:

@@ -15,8 +15,8 @@ from himap_jax import checkpoint, generation
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine import pool, sharding
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batches
+from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, Engine, GenerationConfig
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.harness.settings import Settings
@@ -109,11 +109,12 @@ class Responder:
     for question in questions:
       by_config[question.generation].append(question)
     for config, group in by_config.items():
+      engine = self._engine(config)
       batches = (
         Batch(inputs, [self._request(*own) for own in batch])
-        for inputs, batch in self._batches(group, config.max_new_tokens)
+        for inputs, batch in self._batches(group, engine, config.max_new_tokens)
       )
-      for row in itertools.chain.from_iterable(self._engine(config).answer(batches)):
+      for row in itertools.chain.from_iterable(engine.answer(batches)):
         question, example = row.request.tag
         if not np.isfinite(row.logits).all():
           logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
@@ -133,7 +134,7 @@ class Responder:
     for continuation in continuations:
       by_prompt[continuation.prompt].append(continuation)
     engine = self._engine(GenerationConfig(seed=self.settings.seed))
-    for inputs, batch in self._batches([own[0] for own in by_prompt.values()], ROOM):
+    for inputs, batch in self._batches([own[0] for own in by_prompt.values()], engine, ROOM):
       groups = [by_prompt[first.prompt] for first, _ in batch]
       wanted = [[self._tokens(own.text, own.target) for own in group] for group in groups]
       scores = engine.score(inputs, [first.place for first, _ in batch], wanted)
@@ -153,16 +154,11 @@ class Responder:
     return added or tokenize(target)["input_ids"]
 
   def _engine(self, config: GenerationConfig) -> Engine:
-    loaded = self.loaded
-    return Engine(
-      loaded.model, self.schedule, config, eos_token_ids=loaded.eos_token_ids, batch_sizes=self._batch_sizes
-    )
+    return self.loaded.engine(self.schedule, config, BatchSizes(self.settings.batch_size))
 
-  @property
-  def _batch_sizes(self) -> BatchSizes:
-    return BatchSizes.of(sharding.mesh_of(self.loaded.model.params), self.settings.batch_size)
-
-  def _batches(self, requests: Sequence[R], max_new_tokens: int) -> Iterator[tuple[Inputs, list[tuple[R, Example]]]]:
+  def _batches(
+    self, requests: Sequence[R], engine: Engine, max_new_tokens: int
+  ) -> Iterator[tuple[Inputs, list[tuple[R, Example]]]]:
     """Yields batches of requests of one bucket each; sizes of pictures are read first, then pictures are prepared."""
     sizes = collections.Counter()
     for request in requests:
@@ -172,9 +168,9 @@ class Responder:
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
-    batch_size = self._batch_sizes.prefill
-    for bucket, batch in in_batches(self._prepared(requests, batcher), batch_size):
-      yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=batch_size), batch
+    num_rows = functools.cache(lambda bucket: engine.prefill_rows(functools.partial(batcher.pack, [], bucket=bucket)))
+    for bucket, batch in in_batches(self._prepared(requests, batcher), num_rows):
+      yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=num_rows(bucket)), batch
 
   def _prepared(self, requests: Sequence[R], batcher: Batcher) -> Iterator[tuple[Bucket, tuple[R, Example]]]:
     """Yields the requests that can be prepared; the others have a warning."""

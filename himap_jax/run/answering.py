@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import pathlib
 import time
@@ -46,19 +47,21 @@ class Reader:
   """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors.
 
   Attributes:
+    num_rows: rows of a batch, of buckets for which it is known.
     last: the bucket that was taken last.
   """
 
-  def __init__(self, prompts: Iterable[Prompt], prepare: Callable, *, buckets: Sequence[Bucket], batch_size: int):
+  def __init__(self, prompts: Iterable[Prompt], prepare: Callable, buckets: Sequence[Bucket]):
     """`prepare` returns a prompt's bucket and its `Prepared`, or raises UserError."""
-    self._prompts, self._prepare, self._batch_size = iter(prompts), prepare, batch_size
+    self._prompts, self._prepare = iter(prompts), prepare
     self._waiting: dict[Bucket, list[Prepared]] = {bucket: [] for bucket in buckets}
+    self.num_rows: dict[Bucket, int] = {}
     self.last: Bucket | None = None
     self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
 
   def read(self) -> None:
-    """Reads until a bucket fills a batch, or to the end."""
-    while max(self.counts()) < self._batch_size:
+    """Reads until a bucket fills a batch or has a first row, or to the end."""
+    while max(self.filled()) < 1:
       prompt = next(self._prompts, None)
       if prompt is None:
         return
@@ -70,15 +73,15 @@ class Reader:
       except UserError as error:
         self._errors.append((prompt, str(error)))
 
-  def counts(self) -> list[int]:
-    """Waiting rows, by bucket."""
-    return [len(group) for group in self._waiting.values()]
+  def filled(self) -> list[float]:
+    """Batches of waiting rows, by bucket."""
+    return [len(group) / self.num_rows.get(bucket, 1) for bucket, group in self._waiting.items()]
 
   def take(self, bucket: Bucket) -> list[Prepared]:
     """Removes and returns the rows of the next batch."""
-    group, self.last = self._waiting[bucket], bucket
-    self._waiting[bucket] = group[self._batch_size :]
-    return group[: self._batch_size]
+    group, count, self.last = self._waiting[bucket], self.num_rows[bucket], bucket
+    self._waiting[bucket] = group[count:]
+    return group[:count]
 
   def take_errors(self) -> list[tuple[Prompt, str]]:
     """Returns the prompts that failed since the last call, with their messages; also while another thread reads."""
@@ -114,7 +117,6 @@ class Answerer:
     is_own = np.zeros(len(contract.prompts), bool)
     is_own[todo[share.index :: share.count]] = True
     summary = Summary(num_skipped=len(contract.prompts) - len(todo))
-    num_rows = self.engine.batch_sizes.prefill // share.count
 
     def prepare(prompt: Prompt) -> tuple[Bucket, Prepared]:
       loaded = [contract.files.load(image) for image in prompt.images]
@@ -122,12 +124,13 @@ class Answerer:
       digest = contract.row_digest(prompt, [digest for _, digest in loaded])
       return self.batcher.bucket(example), Prepared(prompt, example, self._request(prompt), digest)
 
-    reader = Reader(contract.prompts.where(is_own), prepare, buckets=buckets, batch_size=num_rows)
+    reader = Reader(contract.prompts.where(is_own), prepare, buckets)
     progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
     start = time.perf_counter()
     with progress, ThreadPoolExecutor(max_workers=1) as thread:
-      turns = self.engine.answer(self._batches(reader, buckets, num_rows, thread))
+      turns = self.engine.answer(self._batches(reader, share, thread))
       answered: list[Answered] | None = []
+      shown = None
       while answered is not None:
         with out_of_memory_is_user_error(lambda: self._what_is_run(reader)):
           answered = next(turns, None)
@@ -138,6 +141,10 @@ class Answerer:
           results += [self._result(row) for row in answered or ()]
         results = _gather_results(results if share.is_written_here else [])
         output.write([result.row for result in results])
+        if shown != self.engine.capacity.chosen and answered is not None:
+          shown = self.engine.capacity.chosen
+          if processes.is_leader():
+            progress.print(f"batch sizes: {self.engine.capacity.describe()}")
         if results:
           logging.log_first_n(logging.INFO, "ready: first rows", 1)
         summary.count(results)
@@ -145,25 +152,29 @@ class Answerer:
     summary.seconds = time.perf_counter() - start
     return summary
 
-  def _batches(
-    self, reader: Reader, buckets: Sequence[Bucket], num_rows: int, thread: ThreadPoolExecutor
-  ) -> Iterator[Batch]:
-    """Yields batches that all processes agree on, each of the bucket with the most waiting rows; reads ahead."""
+  def _batches(self, reader: Reader, share: Share, thread: ThreadPoolExecutor) -> Iterator[Batch]:
+    """Yields batches that all processes agree on, each of the bucket whose batch is the fullest; reads ahead."""
+    pack = self.batcher.pack
     reading = thread.submit(reader.read)
     while True:
       reading.result()
-      index = processes.fullest(reader.counts())
+      index = processes.fullest(reader.filled())
       if index is None:
         return
-      bucket = buckets[index]
+      bucket = self.batcher.buckets[index]
+      if bucket not in reader.num_rows:
+        count = self.engine.prefill_rows(functools.partial(pack, [], bucket=bucket))
+        reader.num_rows[bucket] = count // share.count
+        reading = thread.submit(reader.read)
+        continue
       group = reader.take(bucket)
       reading = thread.submit(reader.read)
-      inputs = self.batcher.pack([row.example for row in group], bucket=bucket, batch_size=num_rows)
+      inputs = pack([row.example for row in group], bucket=bucket, batch_size=reader.num_rows[bucket])
       yield Batch(inputs, [dataclasses.replace(row.request, tag=(row, bucket)) for row in group])
 
   def _what_is_run(self, reader: Reader) -> str:
     """The sizes of what devices hold, for messages."""
-    sizes, bucket = self.engine.batch_sizes, reader.last or self.batcher.buckets[-1]
+    sizes, bucket = self.engine.capacity.chosen, reader.last or self.batcher.buckets[-1]
     rows = f"{sizes.prefill} row{'' if sizes.prefill == 1 else 's'}"
     size = f"{bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
     return f"{sizes.decode} slots and {rows} of {size}"

@@ -79,9 +79,14 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 i
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of likeliest tokens with this probability.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling, and of methods that choose at random.")
 _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Always generate max_new_tokens tokens.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 8, "Rows that are decoded together.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size",
+  None,
+  "Rows that are decoded together: the slots. By default chosen from the memory of the devices and printed.",
+  lower_bound=1,
+)
 _PREFILL_BATCH_SIZE = flags.DEFINE_integer(
-  "prefill_batch_size", None, "Rows that are prefilled together; a quarter of the batch by default.", lower_bound=1
+  "prefill_batch_size", None, "Rows that are prefilled together. By default chosen and printed.", lower_bound=1
 )
 _PROMPT_BUCKETS = flags.DEFINE_list(
   "prompt_buckets",
@@ -189,9 +194,8 @@ def config_from_flags() -> RunConfig:
   for name, path in paths.items():
     if path and remote.is_remote(path):
       raise UserError(f"--{name}={path}: only --checkpoint may be a URL; mount the bucket (gcsfuse) and name its path")
-  for flag in (_BATCH_SIZE, _MAX_NEW_TOKENS):
-    if flag.value < 1:
-      raise UserError(f"--{flag.name} must be at least 1, but is {flag.value}")
+  if _MAX_NEW_TOKENS.value < 1:
+    raise UserError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
   unknown = sorted(set(_EMIT.value) - set(EMIT))
   if unknown:
     raise UserError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")

@@ -13,8 +13,6 @@ from himap_jax import checkpoint
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import Batcher
-from himap_jax.engine.engine import Engine
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.errors import UserError
 from himap_jax.generation import make_batcher
 from himap_jax.pruning.schedule import Schedule
@@ -57,8 +55,8 @@ def run(config: RunConfig) -> int:
     print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   dtype = command.DTYPES[config.dtype]
   num_bytes = opened.num_bytes(dtype, int8_weights=config.int8_weights)
-  batch_size = config.inputs.batch_size
-  mesh = sharding.make_mesh(**(config.mesh or sharding.choose_mesh(opened.config, num_bytes, batch_size)))
+  axes = config.mesh or sharding.choose_mesh(opened.config, num_bytes, config.inputs.batch_size)
+  mesh = sharding.make_mesh(**axes)
   share = processes.share(mesh)
   contract = Contract(config.output, settings(config, schedule, opened.digest()), prompts, files)
   with Output(contract, resume=config.resume) as output:
@@ -66,8 +64,7 @@ def run(config: RunConfig) -> int:
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
     with command.out_of_memory_is_user_error():
       loaded = opened.restore(dtype=dtype, mesh=mesh, int8_weights=config.int8_weights)
-    sizes = BatchSizes.of(mesh, batch_size, config.inputs.prefill_batch_size)
-    engine = Engine(loaded.model, schedule, config.generation, eos_token_ids=loaded.eos_token_ids, batch_sizes=sizes)
+    engine = loaded.engine(schedule, config.generation, config.inputs.batch_sizes(len(prompts)))
     logging.info("ready: weights")
     answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
     with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):

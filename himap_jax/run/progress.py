@@ -27,6 +27,10 @@ class Progress(contextlib.AbstractContextManager):
   def __exit__(self, *exception: object) -> None:
     self._bar.close()
 
+  def print(self, text: str) -> None:
+    """Prints a line on stderr, above the bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
   def update(self, count: int = 1) -> None:
     self._bar.update(count)
     self._done += count

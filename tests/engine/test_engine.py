@@ -10,11 +10,11 @@ import pytest
 from himap_jax import GenerationConfig
 from himap_jax.engine import slots
 from himap_jax.engine.batching import Batcher, ImageBucket
+from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, Engine
 from himap_jax.engine.pool import Request
 from himap_jax.engine.prefill import PrefillState
 from himap_jax.engine.sampling import RowSampling, Sampling
-from himap_jax.engine.sharding import BatchSizes
 from himap_jax.engine.slots import Rows
 from himap_jax.inputs import UNUSED_ORDER
 from himap_jax.model.cache import SegmentCache
@@ -63,7 +63,7 @@ def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded,
   model, alone = loaded("clip_mha", data), loaded("clip_mha", 1)
   schedule, generation = model.schedule(*setting), GenerationConfig(MOST, seed=3, ignore_eos=True)
   asked = Asked(model, images, requests, image_free=(5, 11))
-  engine = Engine(model.model, schedule, generation, batch_sizes=BatchSizes(data, 2 * data))
+  engine = Engine(model.model, schedule, generation, batch_sizes=BatchSizes(2 * data, data))
   found = answers(engine, asked.batches(data))
   single = Engine(alone.model, schedule, generation, batch_sizes=BatchSizes(1, 1))
   expected = answers(single, asked.batches(1))
@@ -86,7 +86,7 @@ def test_slots_are_used_again_at_once(loaded, images):
     model.model,
     model.schedule("none", None, None),
     GenerationConfig(MOST, ignore_eos=True),
-    batch_sizes=BatchSizes(1, 2),
+    batch_sizes=BatchSizes(2, 1),
   )
   order = [request for batch in asked.batches(1) for request in batch.requests]
   found = answers(engine, asked.batches(1))
@@ -104,7 +104,7 @@ def test_programs_do_not_depend_on_the_rows(loaded, images):
   """One prefill and one entrance for every bucket and one decode program, however many rows there are."""
   model = loaded("clip_mha")
   schedule = model.schedule("himap", (2, 4), (16, 11))
-  engine = Engine(model.model, schedule, GenerationConfig(MOST), batch_sizes=BatchSizes(2, 4))
+  engine = Engine(model.model, schedule, GenerationConfig(MOST), batch_sizes=BatchSizes(4, 2))
   answers(
     engine,
     sorted(Asked(model, images, [Request(n) for n in range(9)], buckets=(40, 64)).batches(2), key=_longest_first),
@@ -128,7 +128,7 @@ def test_longer_prompts_after_shorter_ones_get_other_slots(loaded, images):
   schedule, generation = model.schedule("himap", (2, 4), (16, 11)), GenerationConfig(MOST)
   asked = Asked(model, images, [Request(n) for n in range(8)], buckets=(40, 64))
   first, second = (
-    answers(Engine(model.model, schedule, generation, batch_sizes=BatchSizes(2, 4)), batches)
+    answers(Engine(model.model, schedule, generation, batch_sizes=BatchSizes(4, 2)), batches)
     for batches in (sorted(asked.batches(2), key=_longest_first), sorted(asked.batches(2), key=_longest_first)[::-1])
   )
   assert {key: row.tokens for key, row in first.items()} == {key: row.tokens for key, row in second.items()}
@@ -139,7 +139,7 @@ def test_answers_that_are_complete_leave_their_slots(loaded, images):
   model = loaded("clip_mha")
   schedule, generation = model.schedule("none", None, None), GenerationConfig(MOST, ignore_eos=True)
   requests = [Request(n) for n in range(7)]
-  engine = Engine(model.model, schedule, generation, batch_sizes=BatchSizes(1, 3))
+  engine = Engine(model.model, schedule, generation, batch_sizes=BatchSizes(3, 1))
   whole = answers(engine, Asked(model, images, requests).batches(1))
   lengths = [1, 3, 9, 2, 5, 9, 4]
   stopped = [
@@ -162,7 +162,7 @@ def test_rows_that_only_fill_a_batch_take_no_slots(loaded, images):
 
 def test_fewer_slots_than_rows_of_a_batch(loaded, images):
   model = loaded("clip_mha")
-  engine = Engine(model.model, model.schedule("none", None, None), GenerationConfig(4), batch_sizes=BatchSizes(4, 2))
+  engine = Engine(model.model, model.schedule("none", None, None), GenerationConfig(4), batch_sizes=BatchSizes(2, 4))
   with pytest.raises(ValueError, match="4 rows do not fit into 2 slots"):
     answers(engine, Asked(model, images, [Request(0)]).batches(4))
 

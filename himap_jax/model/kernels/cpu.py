@@ -133,4 +133,6 @@ KERNELS = Kernels(
   new_token_dtype=lambda dtype: jnp.dtype(jnp.float32),  # written in place, and read faster
   # Otherwise XLA converts all int8 weights at the start of a program and holds every copy.
   int8_compiler_options=(("xla_cpu_scheduler_type", "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"),),
+  prefill_tokens=1024,
+  most_slots=16,
 )

@@ -1,0 +1,143 @@
+"""Batch sizes that are chosen from memory: the search, what programs take by hand, and real programs on real devices."""
+
+import dataclasses
+import types
+import unittest.mock
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from himap_jax import GenerationConfig
+from himap_jax.engine import capacity
+from himap_jax.engine.batching import Batcher, ImageBucket
+from himap_jax.engine.capacity import PROGRAMS, BatchSizes, Capacity, Memory, most_that_fit, needed
+from himap_jax.engine.engine import Batch
+from himap_jax.engine.pool import Request
+from himap_jax.model.kernels import xla
+
+KERNELS = dataclasses.replace(xla.KERNELS, prefill_tokens=4096, most_slots=1000)
+
+
+def mesh(data):
+  return Mesh(np.array(jax.devices()[:data]).reshape(data, 1), ("data", "tensor"))
+
+
+@pytest.mark.parametrize("unit", [1, 4])
+@pytest.mark.parametrize("room", [50, 150, 1000, 1733, 10**6])
+@pytest.mark.parametrize("refused", [400, 10**6], ids=["the compiler refuses many", "it refuses none"])
+def test_the_most_that_fit(unit, room, refused):
+  asked = []
+
+  def taken(count):
+    asked.append(count)
+    return None if count >= refused else 100 + 7 * count
+
+  found, most = most_that_fit(taken, 1000, room, unit), min(1000, (room - 100) // 7 // unit * unit)
+  assert all(count % unit == 0 for count in asked) and len(asked) == len(set(asked)) <= 12
+  assert found <= max(0, most)
+  if most >= unit:
+    least = min(most, refused * 7 // 8 - 7)  # an eighth below what was refused
+    assert found >= least // unit * unit - unit
+  else:
+    assert found == 0
+
+
+def test_what_is_in_memory_while_a_program_runs():
+  """Weights of 100, ten slots of 5, a waiting batch of 8 and inputs of 3."""
+  programs = {"prefill": Memory(103, 40, 8), "enter": Memory(58, 2, 0), "decode": Memory(150, 6, 0)}
+  assert needed(programs) == {"weights": 100, "slots": 50, "prefill": 201, "enter": 160, "decode": 164}
+
+
+@pytest.mark.parametrize("bound", PROGRAMS)
+def test_slots_are_those_that_all_programs_can(bound):
+  """Weights of 100, slots of 10 each, batches of 8; the room is filled by another program each time."""
+
+  def memory(count):
+    return {
+      "prefill": Memory(100, 500 if bound == "prefill" else 0, 8),
+      "enter": Memory(8 + 10 * count, 10 * count if bound == "enter" else 0, 0),
+      "decode": Memory(100 + 10 * count, 30 * count if bound == "decode" else 0, 0),
+    }
+
+  found = Capacity(mesh(1), KERNELS, BatchSizes(), room=1312).slots(4, 10, memory)
+  assert found == {"prefill": (1312 - 508) // 10, "enter": (1312 - 8) // 20, "decode": (1312 - 8) // 40}[bound]
+
+
+@pytest.mark.parametrize(
+  ("sizes", "num_slots", "expected"),
+  [
+    (BatchSizes(), 700, 4),  # 5 would be 3,500 of 4,096 tokens
+    (BatchSizes(), 5000, 1),
+    (BatchSizes(num_rows=20), 700, 2),
+    (BatchSizes(decode=16), 700, 2),
+    (BatchSizes(decode=16, prefill=5), 700, 5),
+    (BatchSizes(decode=4, prefill=5), 700, 4),
+  ],
+)
+def test_rows_of_a_prefill(sizes, num_slots, expected):
+  chosen = Capacity(mesh(1), KERNELS, sizes, room=10**6).prefill_rows(num_slots, lambda count: Memory(0, count, 0))
+  assert chosen == expected
+
+
+def test_a_prefill_has_a_part_of_the_memory():
+  chosen = Capacity(mesh(2), KERNELS, BatchSizes(), room=1000)
+  assert chosen.prefill_rows(700, lambda count: Memory(10**6, 60 * count, 10 * count)) == 2  # of 8; 250 bytes are three
+  programs = {"prefill": Memory(0, 60, 20), "enter": Memory(920, 0, 0), "decode": Memory(900, 0, 0)}
+  assert chosen.slots(2, 1, lambda count: programs) == 2000
+  assert chosen.prefill_rows(700, lambda count: Memory(0, 25 * count, 0)) == 4  # beside slots of 900
+  assert chosen.chosen == BatchSizes(2000, 4)
+  assert chosen.describe().startswith("2000 slots for decoding, 4 rows in a prefill; ")
+
+
+def test_given_sizes_are_multiples_of_the_shards_and_nothing_is_compiled():
+  own = Capacity(mesh(4), KERNELS, BatchSizes(decode=6, prefill=3))
+  never = unittest.mock.Mock()
+  assert own.prefill_rows(700, never) == 4 and own.slots(4, 10, never) == 8
+  never.assert_not_called()
+
+
+def test_a_room_that_holds_nothing_has_the_least():
+  own = Capacity(mesh(2), KERNELS, BatchSizes(), room=10)
+  assert own.prefill_rows(700, lambda count: None) == 2
+  assert own.slots(2, 100, lambda count: None) == 2
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, monkeypatch):
+  """And answers as one with given sizes; the programs that were asked about are those that run."""
+  model = loaded("clip_mha", data)
+  processor, schedule = model.prompts(), model.schedule("himap", (1, 2), (8, 2))
+  examples = [processor.prepare([image], "what is it?") for image in images]
+  batcher = Batcher(2048, processor.blank, [ImageBucket(*examples[0].size)], buckets=(32,))
+  bucket, generation = batcher.bucket(examples[0]), GenerationConfig(4, ignore_eos=True)
+
+  def answers(engine):
+    def pack(own=(), *, batch_size):
+      return batcher.pack(own, bucket=bucket, batch_size=batch_size)
+
+    count = engine.prefill_rows(pack)
+    groups = [range(first, min(first + count, 4)) for first in range(0, 4, count)]
+    batches = [
+      Batch(pack([examples[i] for i in own], batch_size=count), [Request(i, tag=i) for i in own]) for own in groups
+    ]
+    return {row.request.tag: row.tokens for turn in engine.answer(batches) for row in turn}
+
+  expected = answers(model.engine(schedule, generation, BatchSizes(decode=2 * data, prefill=data)))
+  ample = model.engine(schedule, generation, BatchSizes(num_rows=4))
+  assert answers(ample) == expected and ample.capacity.chosen.decode == 4
+  assert ample.programs.num_programs <= 3
+  monkeypatch.setattr(capacity, "free_memory", lambda mesh: 1)
+  tight = model.engine(schedule, generation, BatchSizes(num_rows=400))
+  assert answers(tight) == expected and tight.capacity.chosen.decode == data
+
+
+def test_free_memory_is_what_a_device_has_left(monkeypatch):
+  stats = {"bytes_limit": 100 * capacity.MIB, "bytes_in_use": 40 * capacity.MIB}
+  device = types.SimpleNamespace(process_index=0, memory_stats=lambda: stats)
+  own = unittest.mock.Mock(spec=Mesh, devices=np.array([device, device]))
+  assert capacity.free_memory(own) == int(60 * capacity.USABLE) * capacity.MIB
+  monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=80 * capacity.MIB))
+  device.memory_stats = lambda: None  # CPU devices share the memory of the machine
+  assert capacity.free_memory(own) == int(40 * capacity.USABLE) * capacity.MIB
