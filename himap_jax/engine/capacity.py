@@ -21,6 +21,7 @@ PROGRAMS = ("prefill", "enter", "decode")
 PREFILL_SHARE = 4  # of the memory that the weights leave, a prefill takes at most one part in so many
 SLOTS_PER_ROW = 8  # at least so many for each row of a prefill: slots wait until there are as many free ones
 MIB = 1 << 20
+TOLERANCE = 1 / 32
 USABLE = 0.9  # of the memory that is free; the rest is for fragmentation, and on CPU for other programs
 
 
@@ -103,27 +104,35 @@ def refused_by_compiler() -> Iterator[None]:
 
 
 def most_that_fit(taken: Callable[[int], int | None], most: int, room: int, unit: int = 1) -> int:
-  """The most rows that fit into a room, or a few less, as far as they are known; 0 if `unit` rows do not.
+  """The most rows that fit into a room, less at most `TOLERANCE` of them; 0 if `unit` rows do not.
 
   Args:
     taken: the bytes of a number of rows, nearly affine in it; None if the compiler refuses them.
     most: a multiple of `unit`, like all numbers that are tried; the first of them.
     room: bytes.
   """
-  count, before = most, None
+  sizes: dict[int, int] = {}
+  below, above, count = 0, most + unit, most
   while True:
     size = taken(count)
+    if size is not None:
+      sizes[count] = size
     if size is not None and size <= room:
-      return count
-    if count <= unit:
-      return 0
-    if size is None:
-      smaller = count * 7 // 8
+      below = count
     else:
-      slope = size / count if before is None else (before[1] - size) / (before[0] - count)
-      smaller = count - math.ceil((size - room) / max(slope, 1))
-      before = count, size
-    count = max(unit, min(count - unit, smaller) // unit * unit)
+      above = count
+    if above - below <= max(unit, below * TOLERANCE):
+      return below
+    guess = _count_of(room, sizes) if sizes else above * 7 // 8
+    count = (guess if below < guess < above else (below + above) // 2) // unit * unit
+    count = min(max(count, below + unit), above - unit)
+
+
+def _count_of(room: int, sizes: Mapping[int, int]) -> int:
+  """The rows that take a room, by the line through the last two sizes, or through the only one and none."""
+  (a, size_a), (b, size_b) = [(0, 0), *sizes.items()][-2:]
+  slope = max(1.0, (size_b - size_a) / (b - a))
+  return b + math.floor((room - size_b) / slope)
 
 
 class Capacity:

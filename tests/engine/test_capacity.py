@@ -34,14 +34,11 @@ def test_the_most_that_fit(unit, room, refused):
     asked.append(count)
     return None if count >= refused else 100 + 7 * count
 
-  found, most = most_that_fit(taken, 1000, room, unit), min(1000, (room - 100) // 7 // unit * unit)
-  assert all(count % unit == 0 for count in asked) and len(asked) == len(set(asked)) <= 12
-  assert found <= max(0, most)
-  if most >= unit:
-    least = min(most, refused * 7 // 8 - 7)  # an eighth below what was refused
-    assert found >= least // unit * unit - unit
-  else:
-    assert found == 0
+  found = most_that_fit(taken, 1000, room, unit)
+  most = max(0, min(1000, refused - 1, (room - 100) // 7)) // unit * unit
+  assert all(count % unit == 0 for count in asked) and len(asked) == len(set(asked)) <= 14
+  assert most - max(unit, most * capacity.TOLERANCE) < found <= most
+  assert (found == 0) == (most == 0)
 
 
 def test_what_is_in_memory_while_a_program_runs():

@@ -22,6 +22,7 @@ class Kernels:
     new_token_dtype: dtype of new tokens' keys and values, given that of the activations.
     received_attention: in place of `pruning.scoring.received_by_slots`, which is plain JAX; None if that is used.
     int8_compiler_options: XLA options for programs with int8 weights.
+    cache_multiple: from the head dim to what divides the slots of a prompt's cache.
     prefill_tokens: tokens of a prefill with which its products take about their full speed.
     most_slots: rows that are decoded together, per device; more do not make a step's rows faster.
   """
@@ -33,6 +34,7 @@ class Kernels:
   new_token_dtype: Callable[[Any], jnp.dtype]
   received_attention: Callable[..., jax.Array] | None = None
   int8_compiler_options: tuple[tuple[str, str], ...] = ()
+  cache_multiple: Callable[[int], int] = lambda head_dim: 1
   prefill_tokens: int = 4096
   most_slots: int = 4096
 

@@ -18,6 +18,7 @@ from himap_jax.model.kernels.received import received
 
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
+LANES = 128
 UNUSED = -2  # segment of slots that fill a block
 
 
@@ -116,6 +117,15 @@ def received_attention(
   return program(query, key, visible, valid) / num_heads
 
 
+def cache_multiple(head_dim: int) -> int:
+  """The lanes of a register if a head does not fill them.
+
+  The compiler puts the slots of such a cache into the lanes; it would copy one whose slots do not fill them before every
+  loop over it.
+  """
+  return 1 if head_dim % LANES == 0 else LANES
+
+
 @functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
   """The kernels for a mesh."""
@@ -123,4 +133,4 @@ def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels
   own = {
     function.__name__: functools.partial(function, devices=devices) for function in (attention, received_attention)
   }
-  return dataclasses.replace(xla.KERNELS, **own)
+  return dataclasses.replace(xla.KERNELS, **own, cache_multiple=cache_multiple)
