@@ -35,7 +35,7 @@ class Kernels:
   received_attention: Callable[..., jax.Array] | None = None
   int8_compiler_options: tuple[tuple[str, str], ...] = ()
   cache_multiple: Callable[[int], int] = lambda head_dim: 1
-  prefill_tokens: int = 4096
+  prefill_tokens: int = 2048
   most_slots: int = 4096
 
 
