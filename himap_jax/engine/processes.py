@@ -93,7 +93,7 @@ def give_up(name: str, error: Exception) -> NoReturn:
   os._exit(2)
 
 
-def fullest(counts: Sequence[int]) -> int | None:
+def fullest(counts: Sequence[float]) -> int | None:
   """The index of the largest count over all processes, the same in each; None if all counts are zero."""
   total = sum_over_processes(counts)
   return int(total.argmax()) if total.any() else None

@@ -83,7 +83,6 @@ _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
   None,
   "Rows that are decoded together: the slots. By default chosen from the memory of the devices and printed.",
-  lower_bound=1,
 )
 _PREFILL_BATCH_SIZE = flags.DEFINE_integer(
   "prefill_batch_size", None, "Rows that are prefilled together. By default chosen and printed.", lower_bound=1
@@ -194,8 +193,9 @@ def config_from_flags() -> RunConfig:
   for name, path in paths.items():
     if path and remote.is_remote(path):
       raise UserError(f"--{name}={path}: only --checkpoint may be a URL; mount the bucket (gcsfuse) and name its path")
-  if _MAX_NEW_TOKENS.value < 1:
-    raise UserError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
+  for flag in (_BATCH_SIZE, _MAX_NEW_TOKENS):
+    if flag.value is not None and flag.value < 1:
+      raise UserError(f"--{flag.name} must be at least 1, but is {flag.value}")
   unknown = sorted(set(_EMIT.value) - set(EMIT))
   if unknown:
     raise UserError(f"--emit: unknown {', '.join(unknown)}; known: {', '.join(EMIT)}")

@@ -381,32 +381,43 @@ class TestReader:
       raise UserError("bad")
     return Bucket(1, 16, len(prompt.question)), Prepared(prompt, prompt.question, None, "")
 
-  def make(self, questions, batch_size=2):
+  def make(self, questions):
     prompts = [Prompt(index, ("image",), question) for index, question in enumerate(questions)]
-    return Reader(prompts, self.prepare, buckets=[Bucket(1, 16, length) for length in (1, 2, 3)], batch_size=batch_size)
+    reader = Reader(prompts, self.prepare, [Bucket(1, 16, length) for length in (1, 2, 3)])
+    reader.num_rows |= {Bucket(1, 16, 1): 2, Bucket(1, 16, 2): 2}
+    return reader
 
   def test_reads_until_a_bucket_fills_a_batch(self):
-    reader = self.make(["a", "bb", "bad", "ccc", "d", "e", "f"])
-    reader.read()
-    assert reader.counts() == [2, 1, 1]
-    reader.read()
-    assert reader.counts() == [2, 1, 1]
-    assert [row.prompt.id for row in reader.take(Bucket(1, 16, 1))] == [0, 4]
+    reader = self.make(["a", "bb", "bad", "d", "ee", "f", "g", "ccc"])
+    for _ in range(2):
+      reader.read()
+      assert reader.filled() == [1, 0.5, 0]
+    assert [row.prompt.id for row in reader.take(Bucket(1, 16, 1))] == [0, 3]
     assert [(prompt.id, error) for prompt, error in reader.take_errors()] == [(2, "bad")]
     assert reader.take_errors() == []
     reader.read()
-    assert reader.counts() == [2, 1, 1]
+    assert reader.filled() == [0, 1, 0]
+    assert [row.prompt.id for row in reader.take(Bucket(1, 16, 2))] == [1, 4]
+    reader.read()
     assert [row.prompt.id for row in reader.take(Bucket(1, 16, 1))] == [5, 6]
+
+  def test_reads_until_a_bucket_of_which_no_rows_are_known_has_one(self):
+    reader = self.make(["a", "ccc", "ccc", "ccc"])
+    reader.read()
+    assert reader.filled() == [0.5, 0, 1]
+    reader.num_rows[Bucket(1, 16, 3)] = 4
+    reader.read()
+    assert reader.filled() == [0.5, 0, 0.75]
 
   def test_what_is_left_comes_in_smaller_batches(self):
     reader = self.make(["a", "bb", "c", "d"])
-    for expected in ([2, 1, 0], [1, 1, 0]):
+    for expected in ([1, 0.5, 0], [0.5, 0.5, 0]):
       reader.read()
-      assert reader.counts() == expected
+      assert reader.filled() == expected
       reader.take(Bucket(1, 16, 1))
     assert [row.example for row in reader.take(Bucket(1, 16, 2))] == ["bb"]
     reader.read()
-    assert reader.counts() == [0, 0, 0] and reader.take(Bucket(1, 16, 1)) == []
+    assert reader.filled() == [0, 0, 0] and reader.take(Bucket(1, 16, 1)) == []
 
 
 def refuses(config, message):
@@ -578,7 +589,7 @@ class TestFlags:
       config, is_distributed = config_from_flags(), flags.FLAGS.distributed
     assert config.pruning == himap_jax.PruningConfig("himap", (2, 8), (288, 72))
     assert config.mesh["data"] * config.mesh["tensor"] == devices
-    assert config.inputs.batch_size % config.mesh["data"] == 0
+    assert config.inputs.batch_size is None  # the memory of the slice says
     assert config.checkpoint.startswith("gs://") and is_distributed == (devices > 8)
 
   @pytest.mark.parametrize(
