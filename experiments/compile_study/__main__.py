@@ -13,7 +13,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.compile_study import measure, report
+from experiments.compile_study import answering, measure, report
 from experiments.compile_study.measure import Setting
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import machine, planned, study
@@ -28,6 +28,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
   flags.DEFINE_integer("num_prompts", 48, "Prompts in the workload.", lower_bound=1)
   flags.DEFINE_integer("batch_size", 4, "Prompts per batch.", lower_bound=1)
+  flags.DEFINE_integer("slots", 8, "Rows that are decoded together: slots, and rows of a static batch.", lower_bound=2)
   flags.DEFINE_list("prompt_buckets", ["64", "128", "256", "512"], "As in himap_jax.run.")
   flags.DEFINE_integer("seed", 0, "Seed of the prompt lengths.")
   flags.DEFINE_list("prune_layers", None, "HiMAP's layers, as in himap_jax.run.")
@@ -65,9 +66,13 @@ def run(values: Any) -> study.Report:
     **machine.versions("jax"),
     code=machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py")),
   )
-  results = measure.run(variants, setting, place, turns=values.turns, workdir=workdir)
+  in_turns = {"turns": values.turns, "workdir": workdir}
+  processes = measure.in_turns(measure.on_this_machine, variants, setting, **in_turns)
+  tpu = measure.on_tpu(variants, place, workdir) if place else {}
+  with_slots = dataclasses.replace(setting, inputs=dataclasses.replace(setting.inputs, batch_size=values.slots))
+  forms = measure.in_turns(answering.on_this_machine, answering.FORMS, with_slots, **in_turns)
   count = f"{machine.processor()}, medians of {values.turns} turns"
-  return report.make(report.make_rows(*results), count, tpu_heading)
+  return report.make(report.make_rows(processes, tpu), report.make_form_rows(forms, values.slots), count, tpu_heading)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -50,6 +50,10 @@ class Setting:
   keep: tuple[int | float, ...] | None = None  # HiMAP's keep counts; the default if None
 
 
+# (variant, setting, compilation cache) → what was measured.
+Measure = Callable[[str, Setting, pathlib.Path], Measurement]
+
+
 def workload(num_prompts: int, *, seed: int) -> list[Question]:
   """Prompts about the demo's pictures; the number of questions in each is log-normal, mostly one or two."""
   rng = np.random.default_rng(seed)
@@ -74,11 +78,11 @@ def make_batches(subject: Subject, *, is_bucketed: bool) -> list[Batch]:
   return batches
 
 
-def in_own_process(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
-  """`on_this_machine` in a new process."""
+def in_own_process(measure: Measure, variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
+  """A measurement in a new process."""
   context = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
-    return executor.submit(on_this_machine, variant, setting, cache_dir).result()
+    return executor.submit(measure, variant, setting, cache_dir).result()
 
 
 def on_this_machine(variant: str, setting: Setting, cache_dir: pathlib.Path) -> Measurement:
@@ -133,33 +137,35 @@ def for_tpu(
   }
 
 
-def run(
-  variants: Sequence[str], setting: Setting, place: dict[str, Any], *, turns: int, workdir: pathlib.Path
-) -> tuple[dict[str, list[Measurement]], dict[str, Measurement]]:
-  """Measures variants, and compiles them for a TPU if there is a `place`; resumes from the work directory.
+def in_turns(
+  measure: Measure, variants: Sequence[str], setting: Setting, *, turns: int, workdir: pathlib.Path
+) -> dict[str, list[Measurement]]:
+  """The measurements of every variant; resumes from the work directory.
 
-  The first measurement of a variant has an empty compilation cache, `turns` more have a filled one; `place` is the
-  arguments of `for_tpu`. Returns a variant's measurements by name, and by name its measurement for a TPU.
+  The first measurement of a variant has an empty compilation cache, `turns` more have a filled one.
   """
 
   def measured(name: str, turn: int) -> Measurement:
-    cache = workdir / "compiled" / name
+    cache = workdir / "compiled" / kept.file_name(name)
     if turn == 0:
       shutil.rmtree(cache, ignore_errors=True)
-    return in_own_process(name, setting, cache)
+    return in_own_process(measure, name, setting, cache)
 
   processes: dict[str, list[Measurement]] = {name: [] for name in variants}
   steps = list(itertools.product(range(turns + 1), variants))
   with Progress(len(steps), "process", "measuring") as progress:
     for turn, name in steps:
-      processes[name].append(kept.json_of(workdir / f"{name}-{turn}.json", measured, name, turn))
+      processes[name].append(kept.json_of(workdir / f"{kept.file_name(name)}-{turn}.json", measured, name, turn))
       progress.update()
-  if not place:
-    return processes, {}
+  return processes
+
+
+def on_tpu(variants: Sequence[str], place: dict[str, Any], workdir: pathlib.Path) -> dict[str, Measurement]:
+  """The measurements of those variants that can be compiled for an absent TPU; `place` is the arguments of `for_tpu`."""
   reported = [name for name in variants if VARIANTS[name].can_be_abstract and VARIANTS[name].is_bucketed]
   tpu = {}
   with Progress(len(reported), "variant", "compiling for TPU") as progress:
     for name in reported:
       tpu[name] = kept.json_of(workdir / f"{name}-tpu.json", functools.partial(for_tpu, name, **place))
       progress.update()
-  return processes, tpu
+  return tpu

@@ -34,6 +34,16 @@ TPU_COLUMNS = {
   "collectives": "{tpu_collectives}",
   "of these for selecting": "{tpu_selecting}",
 }
+FORM_COLUMNS = {
+  "answers of mixed lengths": "{form}",
+  "programs": "{programs}",
+  "compiling, s": "{compile_cold:.1f}",
+  "from the cache, s": "{compile_cached:.1f}",
+  "memory beside the weights, MiB": "{memory:.0f}",
+  "slots in use": "{in_use:.1%}",
+  "new tokens/s": "{tokens_per_second:.1f}",
+  "time ÷ static batches'": "{time:.2f}",
+}
 PARTS = {
   "running": ("mix_seconds", "#2f8fe0"),
   "reading the cache": ("compile_cached", "#e0b000"),
@@ -73,13 +83,33 @@ def make_rows(processes: dict[str, list[Measurement]], tpu: dict[str, Measuremen
   return rows
 
 
-def make(rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
+def make_form_rows(forms: dict[str, list[Measurement]], num_slots: int) -> list[Row]:
+  """One row per form of answering: medians over turns; times are compared within each turn."""
+  (_, *static), rows = next(iter(forms.values())), []
+  for form, (cold, *turns) in forms.items():
+    times = [turn["seconds"] / other["seconds"] for turn, other in zip(turns, static, strict=True)]
+    row = {
+      "form": f"{form}, {num_slots} rows",
+      "programs": cold["programs"],
+      "compile_cold": cold["compile"],
+      "compile_cached": statistics.median(turn["compile"] for turn in turns),
+      "memory": cold["memory"] / 2**20,
+      "in_use": cold["in_use"],
+      "tokens_per_second": cold["num_tokens"] / statistics.median(turn["seconds"] for turn in turns),
+      "time": statistics.median(times),
+    }
+    rows.append(row)
+  return rows
+
+
+def make(rows: Sequence[Row], form_rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
   lines = [*tabular.formatted(rows, CPU_COLUMNS), ""]
   if tpu_heading is not None:
     lines += [tpu_heading, "", *tabular.formatted([row for row in rows if "tpu_programs" in row], TPU_COLUMNS), ""]
   lines += [f"- `{row['variant']}`: {VARIANTS[row['variant']].shows}." for row in rows]
+  lines += ["", *tabular.formatted(form_rows, FORM_COLUMNS)]
   drawn = {"seconds": seconds(rows), "break_even": break_even(rows)}
-  return Report(count, lines, {"compile_study": rows}, drawn)
+  return Report(count, lines, {"compile_study": rows, "answering": form_rows}, drawn)
 
 
 def break_even(rows: Sequence[Row]) -> Figure:

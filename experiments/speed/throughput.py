@@ -15,18 +15,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from absl import flags
 
 from experiments.shared import kept, machine, study, tabular
 from experiments.shared.geometries import GEOMETRIES
+from experiments.shared.lengths import draw_lengths
 from experiments.speed import measure, side
 from experiments.speed.side import Job, Scenario
 from experiments.speed.worker import Worker
 from himap_jax.pruning.methods import METHODS
 from himap_jax.run import command
-
-LENGTHS = ((1, 3), (8, 24), (64, 128))  # tokens of a word, a sentence and a paragraph
 
 Result = Mapping[str, float]
 
@@ -65,13 +63,6 @@ def run(values: Any) -> study.Report:
   rows = summarize(results, len(lengths))
   count = f"{machine.processor()}, {len(lengths)} rows with {sum(lengths)} tokens, medians of {values.turns} turns"
   return study.Report(count, markdown(rows), {"throughput": rows})
-
-
-def draw_lengths(num_rows: int, *, seed: int = 0) -> tuple[int, ...]:
-  """As many of each kind, in random order."""
-  rng = np.random.default_rng(seed)
-  lengths = [rng.integers(*LENGTHS[row % len(LENGTHS)], endpoint=True) for row in range(num_rows)]
-  return tuple(map(int, rng.permutation(lengths)))
 
 
 def run_in_turns(

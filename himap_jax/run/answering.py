@@ -174,10 +174,9 @@ class Answerer:
 
   def _what_is_run(self, reader: Reader) -> str:
     """The sizes of what devices hold, for messages."""
-    sizes, bucket = self.engine.capacity.chosen, reader.last or self.batcher.buckets[-1]
-    rows = f"{sizes.prefill} row{'' if sizes.prefill == 1 else 's'}"
-    size = f"{bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
-    return f"{sizes.decode} slots and {rows} of {size}"
+    bucket, capacity = reader.last or self.batcher.buckets[-1], self.engine.capacity
+    size = f"rows of {bucket.num_image_tokens} image tokens and {bucket.num_text_slots} text tokens"
+    return f"{size}, {capacity.describe()}" if capacity.chosen.decode else size
 
   def _request(self, prompt: Prompt) -> Request:
     """What a prompt asks of the engine; raises `UserError` if the engine does not do it."""

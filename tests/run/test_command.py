@@ -105,7 +105,7 @@ class TestRuns:
     assert execute(lambda: job.run(small)) == 2
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(
-      "tool: the devices have too little memory for 4 slots and 4 rows of 16 image tokens and 494 text tokens (RESOURCE_EXHAUSTED: "
+      "tool: the devices have too little memory for rows of 16 image tokens and 494 text tokens (RESOURCE_EXHAUSTED: "
     )
     assert all(flag in line for flag in ("--batch_size", "--int8_weights", "--mesh"))
     assert not small.output.exists()

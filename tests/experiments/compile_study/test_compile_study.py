@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 
-from experiments.compile_study import measure, report, variants
+from experiments.compile_study import answering, measure, report, variants
 from experiments.compile_study.measure import Setting
 from experiments.compile_study.recorder import Recorder
 from experiments.compile_study.variants import VARIANTS
+from experiments.shared.lengths import draw_lengths
 from experiments.shared.subject import Subject
 from himap_jax.engine import sharding
 from himap_jax.generation import InputConfig
@@ -126,28 +127,47 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
   assert gather["tokens_per_second_cold"] == pytest.approx(900 / 19)
   assert gather["tokens_per_second_cached"] == pytest.approx(900 / 11)
   assert gather["tpu_temporaries"] == 5 and "tpu_programs" not in mask
-  text = report.make([gather, mask], "heading", "TPU").write(tmp_path, "compile_study", "command")
+  static, slots = (
+    [dict(programs=n, compile=c, memory=20 * 2**20, in_use=u, num_tokens=100, seconds=s) for c, s in given]
+    for n, u, given in ((2, 0.3, ((9.0, 9.0), (5.0, 4.0))), (3, 0.8, ((10.0, 9.0), (4.0, 2.0))))
+  )
+  forms = report.make_form_rows({"static batches": static, "slots": slots}, 8)
+  text = report.make([gather, mask], forms, "heading", "TPU").write(tmp_path, "compile_study", "command")
   assert (tmp_path / "compile_study.md").read_text() == text
   assert "| gather | 1 | 30.0 | 7 | 5 | 2 all-reduce 1.0 MiB | none |" in text
   assert (tmp_path / "compile_study.csv").read_text().startswith("variant,programs,compile_cold,compile_cached,")
+  assert "| slots, 8 rows | 3 | 10.0 | 4.0 | 20 | 80.0% | 50.0 | 0.50 |" in text
   for plot in ("seconds", "break_even"):
     assert (tmp_path / f"{plot}.png").stat().st_size > 5000
 
 
+def test_static_batches_and_slots_answer_the_same_rows(loaded, tmp_path, monkeypatch):
+  monkeypatch.setattr(measure, "MOST_QUESTIONS", 2)
+  inputs = InputConfig("chat", (128,), 4)
+  setting = Setting(str(loaded("clip_mha").directory), "float32", 9, inputs, 0, (2, 4), (8, 3))
+  static, slots = (answering.on_this_machine(form, setting, tmp_path) for form in answering.FORMS)
+  assert static["num_tokens"] == slots["num_tokens"] == sum(draw_lengths(9))
+  assert static["in_use"] < slots["in_use"] <= 1
+  assert (static["programs"], slots["programs"]) == (3, 2)  # in one process they share the program of decoding
+  assert static["memory"] > slots["memory"] > 0
+
+
 def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
   setting = Setting(str(loaded("clip_mha").directory), "float32", 3, InputConfig("chat", (128,), 2), 0, (2, 4), (8, 3))
-  first, _ = measure.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  arguments = measure.on_this_machine, ["gather"], setting
+  first = measure.in_turns(*arguments, turns=1, workdir=tmp_path)
   cold, turn = first["gather"]
   assert cold["programs"] == turn["programs"] >= 1 and cold["instructions"] == turn["instructions"]
   assert any((tmp_path / "compiled" / "gather").iterdir())
   (tmp_path / "gather-1.json").unlink()
   asked = []
 
-  def instead(variant, given, cache):
+  def instead(measured, variant, given, cache):
+    assert measured is measure.on_this_machine
     asked.append((variant, given, cache.name))
     return cold | {"step_seconds": 7.0}
 
   monkeypatch.setattr(measure, "in_own_process", instead)
-  again, _ = measure.run(["gather"], setting, {}, turns=1, workdir=tmp_path)
+  again = measure.in_turns(*arguments, turns=1, workdir=tmp_path)
   assert asked == [("gather", setting, "gather")]
   assert again["gather"] == [cold, cold | {"step_seconds": 7.0}]

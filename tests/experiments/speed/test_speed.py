@@ -14,6 +14,7 @@ import tiny_checkpoints
 import torch
 
 from experiments.shared import geometries
+from experiments.shared.lengths import LENGTHS, draw_lengths
 from experiments.speed import measure, pytorch, side, tables, throughput
 from experiments.speed.side import Job, Scenario, Weights
 from experiments.speed.worker import CannotRun, Worker
@@ -73,8 +74,8 @@ def test_a_job(weights):
 
 
 def test_lengths_of_a_job():
-  lengths = throughput.draw_lengths(300)
-  kinds = [sum(low <= length <= high for length in lengths) for low, high in throughput.LENGTHS]
+  lengths = draw_lengths(300)
+  kinds = [sum(low <= length <= high for length in lengths) for low, high in LENGTHS]
   assert kinds == [100, 100, 100] and lengths != tuple(sorted(lengths))
 
 
