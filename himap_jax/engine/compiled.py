@@ -84,7 +84,11 @@ class CompiledPrograms:
   def empty_slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Free slots for prompts of the shapes of `state`."""
     shapes = self.slots(state, num_slots)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
+
+    def zeros() -> Slots:
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
 
   def slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Their `jax.ShapeDtypeStruct`s."""
