@@ -35,7 +35,12 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_rows", 300, "Rows of the job.", lower_bound=3)
   flags.DEFINE_integer("num_instruction_tokens", 60, "Text tokens after the image.", lower_bound=1)
   flags.DEFINE_integer("batch_size", 16, "Slots, and rows of a static batch.", lower_bound=2)
-  flags.DEFINE_integer("prefill_batch_size", 4, "Rows that are prefilled together for slots.", lower_bound=1)
+  flags.DEFINE_integer(
+    "prefill_batch_size",
+    1,
+    "Rows that are prefilled together for slots; on a CPU the engine chooses one.",
+    lower_bound=1,
+  )
   flags.DEFINE_list("pytorch_batch_sizes", ["4", "16"], "Rows of batches of transformers.")
   flags.DEFINE_integer("turns", 3, "Turns of each side.", lower_bound=1)
   flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")

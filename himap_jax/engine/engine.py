@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt
 
@@ -25,6 +26,8 @@ from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model
 from himap_jax.pruning.schedule import Schedule
+
+TURN = "himap_jax turn"  # the name, in profiles, of the time in which the host waits for the results of a turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +138,9 @@ class Engine:
         following = None if following is None else next(source, None)
       else:
         turn = pool.start(None, room_for=None if waiting is None else waiting.state)
-      yield pool.finish(turn, clock, self.usage)
+      with jax.profiler.TraceAnnotation(TURN):
+        answered = pool.finish(turn, clock, self.usage)
+      yield answered
 
   def _num_slots(self, waiting: Prefilled) -> int:
     """Slots for prompts like those that wait."""

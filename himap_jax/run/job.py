@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from typing import Any
 
@@ -67,7 +68,10 @@ def run(config: RunConfig) -> int:
     engine = loaded.engine(schedule, config.generation, config.inputs.batch_sizes(len(prompts)))
     logging.info("ready: weights")
     answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
-    with contextlib.nullcontext() if config.profile_dir is None else jax.profiler.trace(config.profile_dir):
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # it would slow down the host, and the devices would wait for it
+    tracing = functools.partial(jax.profiler.trace, config.profile_dir, profiler_options=options)
+    with contextlib.nullcontext() if config.profile_dir is None else tracing():
       summary = answerer.answer_all(output, share)
   if processes.is_leader():
     sizes = model_sizes(opened.config, processor.blank.images.pixels.shape[2:])

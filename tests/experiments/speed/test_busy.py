@@ -1,0 +1,41 @@
+"""How busy a device is, by a trace: spans by hand, and a trace of programs with pauses between them."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.profiler import ProfileData
+
+from experiments.speed import busy
+from experiments.speed.busy import Span
+from himap_jax.engine.engine import TURN
+
+
+def test_spans_that_overlap_count_once():
+  own = [Span(6e9, 7e9), Span(0, 2e9), Span(1e9, 4e9), Span(3e9, 3.5e9)]
+  assert busy.busy_seconds(own, 1e9) == (4, 6)
+  assert busy.busy_seconds(own, 0) == (5, 7)
+
+
+def test_a_trace_says_when_programs_ran(tmp_path):
+  def long(x):
+    return jax.lax.fori_loop(0, 400, lambda _, x: jnp.tanh(x @ x), x)
+
+  program, x = jax.jit(long), jnp.ones((256, 256))
+  jax.block_until_ready(program(x))
+  start = time.perf_counter()
+  jax.block_until_ready(program(x))
+  pause = 2 * (time.perf_counter() - start)
+  with jax.profiler.trace(tmp_path):
+    for _ in range(4):
+      with jax.profiler.TraceAnnotation(TURN):
+        jax.block_until_ready(program(x))
+      time.sleep(pause)
+  (trace,) = tmp_path.rglob("*.xplane.pb")
+  programs, first = busy.spans(ProfileData.from_file(str(trace)))
+  ((device, own),) = programs.items()
+  used, seconds = busy.busy_seconds(own, first)
+  assert device == "cpu" and len(own) >= 4
+  assert 0.1 < used / seconds < 0.7 and seconds > 2 * pause
+  assert used == pytest.approx(3 * pause / 2, rel=0.9)
