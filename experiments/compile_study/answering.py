@@ -67,11 +67,12 @@ def on_this_machine(form: str, setting: Setting, cache_dir: pathlib.Path) -> Mea
   lowered = programs.Programs(model, schedule, DecodeConfig(LONGEST)).lower(
     inputs, seeds, programs.method_parameters(schedule), num_slots=num_slots
   )
-  taken = needed({name: Memory.of(program.compile()) for name, program in lowered._asdict().items()})
+  memory = {name: Memory.of(program.compile()) for name, program in lowered._asdict().items()}
+  taken = needed(memory, sharding.device_bytes(model.params))
   return {
     "programs": engine.programs.num_programs,
     "compile": engine.programs.seconds,
-    "memory": max(taken[name] for name in PROGRAMS) - taken["weights"],
+    "memory": max(taken[name] for name in PROGRAMS),
     "seconds": seconds,
     "num_tokens": num_tokens,
     "in_use": (usage.row_steps - before[0]) / (usage.slot_steps - before[1]),

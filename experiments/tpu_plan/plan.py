@@ -165,9 +165,8 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, Sizes], dict[str, Any]
   mesh = planned.mesh_of(cell.topology, cell.tensor)
   data, tensor = mesh.devices.shape
   model, inputs, _ = shapes(cell, 1)
-  limit = int(HBM[cell.topology.partition(":")[0]] * GIB)
-  room = limit - sharding.device_bytes(model.params)
-  capacity = Capacity(mesh, model.network.kernels, BatchSizes(), room=room)
+  limit, weights = int(HBM[cell.topology.partition(":")[0]] * GIB), sharding.device_bytes(model.params)
+  capacity = Capacity(model, BatchSizes(), room=limit - weights)
   num_prefilled = capacity.prefill_rows(
     inputs.layout.num_slots, lambda count: memory("prefill", Sizes(count // data, count // data))
   )
@@ -186,8 +185,8 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, Sizes], dict[str, Any]
   if bytes_per_slot:
     num_slots = capacity.slots(num_prefilled, bytes_per_slot, all_memory)
     found = all_memory(num_slots)
-  taken = needed(found) if found else {}
-  if not found or max(taken[name] for name in PROGRAMS) > limit:
+  taken = needed(found, weights) if found else {}
+  if not found or max(taken[name] for name in PROGRAMS) > limit - weights:
     num_slots, found, taken = 0, {}, {}
   counted, accounted = counted_flops(cell)
   row: Row = {
@@ -207,12 +206,12 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, Sizes], dict[str, Any]
   plain = next((r for r in before if all(r[k] == row[k] for k in PLACE) and r["method"] == "none"), row)
   if plain["slots"]:
     row["times none"] = row["slots"] / plain["slots"]
-  row |= {f"{name} GiB": taken[name] / GIB if taken else None for name in ("weights", "slots")}
+  row |= {"weights GiB": weights / GIB, "slots GiB": taken["slots"] / GIB if taken else None}
   for name in PROGRAMS:
     sizes = Sizes(num_prefilled // data, num_slots // data)
     program = compile_at(cell, name, sizes) if found else NOTHING | {"seconds": None}
     row[f"{name} compile s"] = program["seconds"]
-    row[f"{name} GiB in all"] = taken[name] / GIB if taken else None
+    row[f"{name} GiB in all"] = (taken[name] + weights) / GIB if taken else None
     row |= {f"{name} {part} GiB": getattr(found[name], part) / GIB if found else None for part in PARTS}
     row |= {f"{name} {field}": program[field] for field in ("collectives", "collectives of stages")}
   row["FLOPs, XLA's count ÷ ours"] = counted / accounted

@@ -15,7 +15,7 @@ import psutil
 from jax.sharding import Mesh
 
 from himap_jax.engine import processes, sharding
-from himap_jax.model.kernels import Kernels
+from himap_jax.model.network import Model
 
 PROGRAMS = ("prefill", "enter", "decode")
 PREFILL_SHARE = 4  # of the memory that the weights leave, a prefill takes at most one part in so many
@@ -67,20 +67,18 @@ class Memory:
     return self.arguments + self.temporaries + self.results
 
 
-def needed(programs: Mapping[str, Memory]) -> dict[str, int]:
-  """Bytes of a device that are taken while each of `PROGRAMS` runs, by program, and those of `weights` and `slots`.
+def needed(programs: Mapping[str, Memory], weights: int) -> dict[str, int]:
+  """Bytes of a device, beside those of all weights, while each of `PROGRAMS` runs, by program, and those of `slots`.
 
   Beside a prefill there are all slots, and beside the others a batch that
   waits to enter; results of `enter` and `decode` take the place of their arguments.
   """
   prefill, enter, decode = (programs[name] for name in PROGRAMS)
   slots = enter.arguments - prefill.results
-  weights = decode.arguments - slots
   return {
-    "prefill": prefill.total + slots,
-    "enter": enter.total + weights,
-    "decode": decode.total + prefill.results,
-    "weights": weights,
+    "prefill": prefill.total - weights + slots,
+    "enter": enter.total,
+    "decode": slots + decode.temporaries + decode.results + prefill.results,
     "slots": slots,
   }
 
@@ -142,9 +140,10 @@ class Capacity:
     chosen: the sizes of the last prefill and of the last pool of slots.
   """
 
-  def __init__(self, mesh: Mesh, kernels: Kernels, sizes: BatchSizes, *, room: int | None = None):
+  def __init__(self, model: Model, sizes: BatchSizes, *, room: int | None = None):
     """`room` is the memory of each device that the weights leave, in bytes; what is free if absent."""
-    self._mesh, self._kernels, self._sizes, self._free = mesh, kernels, sizes, room
+    self._mesh, self._kernels = sharding.mesh_of(model.params), model.network.kernels
+    self._weights, self._sizes, self._free = sharding.device_bytes(model.params), sizes, room
     self._beside_slots: int | None = None
     self.chosen = BatchSizes()
 
@@ -189,9 +188,9 @@ class Capacity:
         programs = memory(count)
         if programs is None:
           return None
-        own = needed(programs)
+        own = needed(programs, self._weights)
         self._beside_slots = self.room - own["slots"]
-        return max(own[name] for name in PROGRAMS) - own["weights"]
+        return max(own[name] for name in PROGRAMS)
 
       count = max(least, most_that_fit(taken, max(least, most), self.room, self._num_shards))
     self.chosen = self.chosen._replace(decode=count)

@@ -100,7 +100,7 @@ class Engine:
   ):
     """`batch_sizes` are those of the first batch, for prefill and for decoding, if absent."""
     self.generation, self._mesh = generation, sharding.mesh_of(model.params)
-    self.capacity = None if batch_sizes is None else Capacity(self._mesh, model.network.kernels, batch_sizes)
+    self.capacity = None if batch_sizes is None else Capacity(model, batch_sizes)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
     decoding = DecodeConfig(generation.max_new_tokens, eos_token_ids=eos_token_ids)
     self.programs, self.usage = CompiledPrograms(model, schedule, decoding), Usage()

@@ -7,7 +7,7 @@ import unittest.mock
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax import GenerationConfig
 from himap_jax.engine import capacity
@@ -16,12 +16,16 @@ from himap_jax.engine.capacity import PROGRAMS, BatchSizes, Capacity, Memory, mo
 from himap_jax.engine.engine import Batch
 from himap_jax.engine.pool import Request
 from himap_jax.model.kernels import xla
+from himap_jax.model.network import Model
 
 KERNELS = dataclasses.replace(xla.KERNELS, prefill_tokens=4096, most_slots=1000)
 
 
-def mesh(data):
-  return Mesh(np.array(jax.devices()[:data]).reshape(data, 1), ("data", "tensor"))
+def capacity_of(num_shards, sizes, *, weights=100, **room):
+  """The capacity of a model whose weights take so many bytes on each of its devices."""
+  mesh = Mesh(np.array(jax.devices()[:num_shards]).reshape(num_shards, 1), ("data", "tensor"))
+  own = jax.ShapeDtypeStruct((weights,), np.int8, sharding=NamedSharding(mesh, PartitionSpec()))
+  return Capacity(Model({"own": own}, types.SimpleNamespace(kernels=KERNELS)), sizes, **room)
 
 
 @pytest.mark.parametrize("unit", [1, 4])
@@ -42,9 +46,9 @@ def test_the_most_that_fit(unit, room, refused):
 
 
 def test_what_is_in_memory_while_a_program_runs():
-  """Weights of 100, ten slots of 5, a waiting batch of 8 and inputs of 3."""
-  programs = {"prefill": Memory(103, 40, 8), "enter": Memory(58, 2, 0), "decode": Memory(150, 6, 0)}
-  assert needed(programs) == {"weights": 100, "slots": 50, "prefill": 201, "enter": 160, "decode": 164}
+  """Weights of 100, of which decoding reads 70, ten slots of 5, a waiting batch of 8 and inputs of 3."""
+  programs = {"prefill": Memory(103, 40, 8), "enter": Memory(58, 2, 0), "decode": Memory(120, 6, 0)}
+  assert needed(programs, 100) == {"slots": 50, "prefill": 101, "enter": 60, "decode": 64}
 
 
 @pytest.mark.parametrize("bound", PROGRAMS)
@@ -58,7 +62,7 @@ def test_slots_are_those_that_all_programs_can(bound):
       "decode": Memory(100 + 10 * count, 30 * count if bound == "decode" else 0, 0),
     }
 
-  found = Capacity(mesh(1), KERNELS, BatchSizes(), room=1312).slots(4, 10, memory)
+  found = capacity_of(1, BatchSizes(), room=1312).slots(4, 10, memory)
   assert found == {"prefill": (1312 - 508) // 10, "enter": (1312 - 8) // 20, "decode": (1312 - 8) // 40}[bound]
 
 
@@ -74,14 +78,14 @@ def test_slots_are_those_that_all_programs_can(bound):
   ],
 )
 def test_rows_of_a_prefill(sizes, num_slots, expected):
-  chosen = Capacity(mesh(1), KERNELS, sizes, room=10**6).prefill_rows(num_slots, lambda count: Memory(0, count, 0))
+  chosen = capacity_of(1, sizes, room=10**6).prefill_rows(num_slots, lambda count: Memory(0, count, 0))
   assert chosen == expected
 
 
 def test_a_prefill_has_a_part_of_the_memory():
-  chosen = Capacity(mesh(2), KERNELS, BatchSizes(), room=1000)
+  chosen = capacity_of(2, BatchSizes(), room=1000)
   assert chosen.prefill_rows(700, lambda count: Memory(10**6, 60 * count, 10 * count)) == 2  # of 8; 250 bytes are three
-  programs = {"prefill": Memory(0, 60, 20), "enter": Memory(920, 0, 0), "decode": Memory(900, 0, 0)}
+  programs = {"prefill": Memory(100, 60, 20), "enter": Memory(920, 0, 0), "decode": Memory(1000, 0, 0)}
   assert chosen.slots(2, 1, lambda count: programs) == 2000
   assert chosen.prefill_rows(700, lambda count: Memory(0, 25 * count, 0)) == 4  # beside slots of 900
   assert chosen.chosen == BatchSizes(2000, 4)
@@ -89,14 +93,14 @@ def test_a_prefill_has_a_part_of_the_memory():
 
 
 def test_given_sizes_are_multiples_of_the_shards_and_nothing_is_compiled():
-  own = Capacity(mesh(4), KERNELS, BatchSizes(decode=6, prefill=3))
+  own = capacity_of(4, BatchSizes(decode=6, prefill=3))
   never = unittest.mock.Mock()
   assert own.prefill_rows(700, never) == 4 and own.slots(4, 10, never) == 8
   never.assert_not_called()
 
 
 def test_a_room_that_holds_nothing_has_the_least():
-  own = Capacity(mesh(2), KERNELS, BatchSizes(), room=10)
+  own = capacity_of(2, BatchSizes(), room=10)
   assert own.prefill_rows(700, lambda count: None) == 2
   assert own.slots(2, 100, lambda count: None) == 2
 

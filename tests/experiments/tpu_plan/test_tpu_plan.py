@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import types
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,17 +18,11 @@ from experiments.tpu_plan import plan
 from himap_jax.engine import sharding
 from himap_jax.engine.capacity import PROGRAMS
 from himap_jax.model.kernels import xla
+from himap_jax.model.network import Model
 
 
 def memory(arguments, temporaries=0, results=0):
   return {"arguments": arguments, "temporaries": temporaries, "results": results}
-
-
-class Model(NamedTuple):
-  """As much of a model as planning reads."""
-
-  params: Any
-  network: Any
 
 
 @pytest.fixture
@@ -39,11 +32,11 @@ def place(monkeypatch):
   def make(num_shards, limit):
     mesh = Mesh(np.array([*jax.devices()] * num_shards)[: 4 * num_shards].reshape(num_shards, 4), ("data", "tensor"))
     network = types.SimpleNamespace(kernels=dataclasses.replace(xla.KERNELS, prefill_tokens=2820, most_slots=1000))
+    weights = jax.ShapeDtypeStruct((100,), jnp.int8, sharding=sharding.replicated(mesh))
     inputs = types.SimpleNamespace(layout=types.SimpleNamespace(num_slots=704))
     monkeypatch.setattr(plan, "counted_flops", lambda cell: (102, 100))
     monkeypatch.setattr(plan, "HBM", {"v5e": limit / 2**30})
-    monkeypatch.setattr(plan, "shapes", lambda cell, batch_size: (Model((), network), inputs, None))
-    monkeypatch.setattr(plan.sharding, "device_bytes", lambda tree: 100)
+    monkeypatch.setattr(plan, "shapes", lambda cell, batch_size: (Model({"own": weights}, network), inputs, None))
     monkeypatch.setattr(planned, "mesh_of", lambda topology, tensor: mesh)
 
   return make
