@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import qwix
 import torch
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax.engine import sharding
@@ -174,7 +175,24 @@ def test_cudnn_takes_what_it_can(monkeypatch):
   gpu.attention(single, single, single, is_causal=True)
   gpu.attention(half, half, half, jnp.ones((1, 1, 4, 4), bool))
   gpu.attention(*[jnp.ones((1, 4, 2, 60), jnp.bfloat16)] * 3)
-  assert taken == ["cudnn", "cudnn", None, None, None]
+  assert taken == ["cudnn", "cudnn", None, "cudnn", None]
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["one query head a key head", "four"])
+@pytest.mark.parametrize("arguments", ["causal", "mask", "segments"])
+def test_cudnn_lowers_for_gpus(heads, arguments, monkeypatch):
+  """With cuDNN's version given, since it is not installed; a mask is a bias of its attention."""
+  monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_200)
+  query, key = (jax.ShapeDtypeStruct((2, 75, count, 80), jnp.bfloat16) for count in heads)
+  own = {
+    "causal": {"is_causal": True},
+    "mask": {"mask": jnp.ones((2, 1, 75, 75), bool), "is_causal": True},
+    "segments": {"segments": jnp.zeros((2, 75), jnp.int32)},
+  }[arguments]
+  lowered = jax.jit(functools.partial(gpu.attention, **own)).trace(query, key, key).lower(lowering_platforms=("cuda",))
+  text = lowered.as_text()
+  assert ("__cudnn$fmhaSoftmax(" in text) == (arguments == "causal")
+  assert ("__cudnn$fmhaScaleBiasSoftmax(" in text) == (arguments != "causal")
 
 
 @pytest.mark.parametrize(

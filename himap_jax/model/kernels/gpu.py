@@ -20,11 +20,12 @@ def attention(
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
-  """cuDNN's flash attention; JAX's own attention for masks, segments, other dtypes and other head dims."""
+  """cuDNN's flash attention, to which masks and segments are biases; JAX's own for other dtypes and other head dims."""
   head_dim, mask = query.shape[-1], xla.in_segments(mask, segments)
-  if mask is not None or query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
+  if query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
     return xla.attention(query, key, value, mask, is_causal=is_causal)
-  return jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation="cudnn")
+  with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn")
 
 
 KERNELS = dataclasses.replace(xla.KERNELS, attention=attention)
