@@ -139,9 +139,15 @@ class LoadedModel(OpenCheckpoint):
     schedule: Schedule,
     generation: GenerationConfig = GenerationConfig(),
     batch_sizes: BatchSizes = BatchSizes(),
+    **options: Any,
   ) -> Engine:
-    """An engine of the model; by default its batch sizes are chosen from the memory of the devices."""
-    return Engine(self.model, schedule, generation, eos_token_ids=self.eos_token_ids, batch_sizes=batch_sizes)
+    """An engine of the model; by default its batch sizes are chosen from the memory of the devices.
+
+    Args:
+      options: others of `Engine`.
+    """
+    own = {"eos_token_ids": self.eos_token_ids, "batch_sizes": batch_sizes}
+    return Engine(self.model, schedule, generation, **own, **options)
 
 
 def load(

@@ -17,7 +17,7 @@ from himap_jax.inputs import pytree
 from himap_jax.model.network import Network
 
 STEPS = 32  # most of one call
-STEPS_TOGETHER = 8  # of a call on several devices with rows of their own, which all take as many
+STEPS_TOGETHER = 8  # the most of a call on several devices with rows of their own, which all take as many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,14 @@ class DecodeConfig:
     kind: that serves all rows.
     eos_token_ids: end a row.
     num_shards: devices of the mesh axis `data`.
+    most_steps: of one call.
   """
 
   max_new_tokens: int
   kind: Kind = Kind.GREEDY
   eos_token_ids: tuple[int, ...] = ()
   num_shards: int = 1
+  most_steps: int = STEPS
 
   @property
   def num_new(self) -> int:
@@ -85,7 +87,7 @@ def decode(
     num_wanted: free slots that are enough.
   """
   keys, is_alone = row_keys(slots.rows.seeds)[1], config.num_shards == 1
-  most = min(STEPS if is_alone else STEPS_TOGETHER, config.num_new)
+  most = min(config.most_steps, config.num_new, STEPS if is_alone else STEPS_TOGETHER)
 
   def goes_on(state: tuple[Slots, Decoded]) -> Bool[Array, ""]:
     _, decoded = state

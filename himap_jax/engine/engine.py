@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt
 from himap_jax.engine import scoring, sharding
 from himap_jax.engine.capacity import BatchSizes, Capacity, Memory, refused_by_compiler
 from himap_jax.engine.compiled import CompiledPrograms
-from himap_jax.engine.decoding import DecodeConfig
+from himap_jax.engine.decoding import STEPS, DecodeConfig
 from himap_jax.engine.pool import Answered, Clock, Pool, Prefilled, Request, Usage
 from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.scoring import Score
@@ -97,12 +97,18 @@ class Engine:
     *,
     eos_token_ids: tuple[int, ...] = (),
     batch_sizes: BatchSizes | None = None,
+    most_steps: int = STEPS,
   ):
-    """`batch_sizes` are those of the first batch, for prefill and for decoding, if absent."""
+    """Makes its programs' settings.
+
+    Args:
+      batch_sizes: those of the first batch, for prefill and for decoding, if absent.
+      most_steps: of decoding in one turn; after it answers are looked at.
+    """
     self.generation, self._mesh = generation, sharding.mesh_of(model.params)
     self.capacity = None if batch_sizes is None else Capacity(model, batch_sizes)
     eos_token_ids = () if generation.ignore_eos else eos_token_ids
-    decoding = DecodeConfig(generation.max_new_tokens, eos_token_ids=eos_token_ids)
+    decoding = DecodeConfig(generation.max_new_tokens, eos_token_ids=eos_token_ids, most_steps=most_steps)
     self.programs, self.usage = CompiledPrograms(model, schedule, decoding), Usage()
 
   def prefill_rows(self, pack: Callable[..., Inputs]) -> int:

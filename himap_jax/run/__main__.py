@@ -15,10 +15,11 @@ import jax
 from absl import app, flags
 
 from himap_jax.engine import processes
-from himap_jax.run import command, job
+from himap_jax.run import command, job, model_flags
 from himap_jax.run import flags as run_flags
 
-flags.adopt_module_key_flags(run_flags)  # for --help
+for module in (model_flags, run_flags):  # for --help
+  flags.adopt_module_key_flags(module)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -10,7 +10,6 @@ import jax
 from absl import logging
 from PIL import Image
 
-from himap_jax import checkpoint
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import Batcher
@@ -41,8 +40,7 @@ def run(config: RunConfig) -> int:
   command.use_compilation_cache(config.compilation_cache_dir)
   jax.devices()
   logging.info("ready: devices")
-  opened = checkpoint.open_checkpoint(config.checkpoint, allow_pickle=config.allow_pickle)
-  opened = opened.with_aspect_ratio(config.image_aspect_ratio)
+  opened = config.open()
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   if config.pictures is not None or "patches" in config.emit:
@@ -54,17 +52,13 @@ def run(config: RunConfig) -> int:
   batcher = make_batcher(opened, processor, sizes, buckets, max_new_tokens, schedule)
   if processes.is_leader() and len(sizes) > 1:
     print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
-  dtype = command.DTYPES[config.dtype]
-  num_bytes = opened.num_bytes(dtype, int8_weights=config.int8_weights)
-  axes = config.mesh or sharding.choose_mesh(opened.config, num_bytes, config.inputs.batch_size)
-  mesh = sharding.make_mesh(**axes)
+  mesh = config.make_mesh(opened)
   share = processes.share(mesh)
   contract = Contract(config.output, settings(config, schedule, opened.digest()), prompts, files)
   with Output(contract, resume=config.resume) as output:
     if processes.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
-    with command.out_of_memory_is_user_error():
-      loaded = opened.restore(dtype=dtype, mesh=mesh, int8_weights=config.int8_weights)
+    loaded = config.restore(opened, mesh)
     engine = loaded.engine(schedule, config.generation, config.inputs.batch_sizes(len(prompts)))
     logging.info("ready: weights")
     answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)

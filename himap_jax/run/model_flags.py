@@ -1,0 +1,161 @@
+"""The flags of the commands that answer: the model, its pruning, its prompts and its generation."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from absl import flags
+from jax.sharding import Mesh
+
+from checkpoints_convert.source import read_json
+from himap_jax import checkpoint
+from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
+from himap_jax.engine import sharding
+from himap_jax.engine.engine import GenerationConfig
+from himap_jax.engine.sampling import Sampling
+from himap_jax.errors import UserError
+from himap_jax.generation import InputConfig
+from himap_jax.pruning import methods
+from himap_jax.pruning.methods import PruningConfig
+from himap_jax.run import command
+
+flags.DEFINE_string(
+  "checkpoint",
+  "demo",
+  "`demo` or `demo_cross`, a directory in the Hugging Face layout, a hub id such as llava-hf/llava-1.5-7b-hf, or a "
+  "directory that himap_jax.convert wrote, also gs://bucket/name.",
+)
+flags.DEFINE_bool(
+  "allow_pickle",
+  False,
+  "Read pickled weights (*.bin) if a checkpoint has no safetensors: their tensors alone, no code in them is run. Needs "
+  "the extra `pickled`.",
+)
+_METHOD = flags.DEFINE_string(
+  "method",
+  "himap",
+  f"The pruning method: {', '.join(methods.METHODS)}; or one before the decoder + one inside, such as divprune+himap.",
+)
+_PRUNE_LAYERS = flags.DEFINE_list(
+  "prune_layers", None, "Layers to prune before, such as 2,8; 0 is before the decoder. The method's own by default."
+)
+_KEEP = flags.DEFINE_list(
+  "keep",
+  None,
+  "Image tokens to keep at each stage, such as 288,72, or shares of a row's own, such as 50%,12.5%. The method's own by default.",
+)
+_METHOD_PARAMETERS = flags.DEFINE_list(
+  "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
+)
+_SCHEDULE = flags.DEFINE_string(
+  "schedule",
+  None,
+  "JSON file with method, prune_layers and keep instead of these flags; experiments.flow.calibrate writes one.",
+)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Sample from the smallest set of likeliest tokens with this probability.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling, and of methods that choose at random.")
+_IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Always generate max_new_tokens tokens.")
+_PROMPT_BUCKETS = flags.DEFINE_list(
+  "prompt_buckets",
+  [str(bucket) for bucket in InputConfig().prompt_buckets],
+  "Padded text lengths, in tokens; each is compiled once, when needed. The longest that fits the context is added.",
+)
+_MAX_IMAGE_TOKENS = flags.DEFINE_integer(
+  "max_image_tokens",
+  None,
+  "Most image tokens of a picture, for models that choose them by its size. The checkpoint's own limit by default.",
+  lower_bound=1,
+)
+_PROMPT_TEMPLATE = flags.DEFINE_string(
+  "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
+)
+flags.DEFINE_enum(
+  "image_aspect_ratio",
+  "checkpoint",
+  checkpoint.ASPECT_RATIOS,
+  "pad: pad pictures to squares, as LLaVA-1.5 was trained and its scores were measured; checkpoint: as its processor does.",
+)
+flags.DEFINE_enum(
+  "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of parameters and activations; products accumulate in float32."
+)
+flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
+_MESH = flags.DEFINE_list(
+  "mesh",
+  None,
+  "Devices, such as data:4,tensor:2: rows are sharded over data; heads, feed-forward and vocabulary over tensor. Axes "
+  "that do not divide evenly are replicated. By default chosen from devices and the size of the weights, and printed.",
+)
+_COMPILATION_CACHE_DIR = flags.DEFINE_string(
+  "compilation_cache_dir", None, "JAX's compilation cache; in the user's cache folder by default, off if empty."
+)
+flags.DEFINE_bool("allow_urls", False, "Download pictures whose image is an http or https URL.")
+_VALUES = ("checkpoint", "allow_pickle", "allow_urls", "image_aspect_ratio", "dtype", "int8_weights")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerConfig:
+  """How questions are answered, as configured by the flags of these names; `mesh` is None if it is to be chosen."""
+
+  checkpoint: str
+  pruning: PruningConfig = PruningConfig()
+  generation: GenerationConfig = GenerationConfig()
+  inputs: InputConfig = InputConfig()
+  dtype: str = "bfloat16"
+  int8_weights: bool = False
+  mesh: dict[str, int] | None = None
+  compilation_cache_dir: str = ""
+  allow_pickle: bool = False
+  allow_urls: bool = False
+  image_aspect_ratio: str = "checkpoint"
+
+  def open(self) -> OpenCheckpoint:
+    opened = checkpoint.open_checkpoint(self.checkpoint, allow_pickle=self.allow_pickle)
+    return opened.with_aspect_ratio(self.image_aspect_ratio)
+
+  def make_mesh(self, opened: OpenCheckpoint) -> Mesh:
+    num_bytes = opened.num_bytes(command.DTYPES[self.dtype], int8_weights=self.int8_weights)
+    return sharding.make_mesh(**(self.mesh or sharding.choose_mesh(opened.config, num_bytes, self.inputs.batch_size)))
+
+  def restore(self, opened: OpenCheckpoint, mesh: Mesh) -> LoadedModel:
+    with command.out_of_memory_is_user_error():
+      return opened.restore(dtype=command.DTYPES[self.dtype], mesh=mesh, int8_weights=self.int8_weights)
+
+
+def values_from_flags() -> dict[str, Any]:
+  """The fields of an `AnswerConfig`; raises `UserError` if a flag is malformed or contradicts another."""
+  if _MAX_NEW_TOKENS.value < 1:
+    raise UserError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
+  sampling = Sampling(_TEMPERATURE.value, _TOP_P.value)
+  buckets = command.numbers(_PROMPT_BUCKETS, int) or ()
+  return {
+    **{name: flags.FLAGS[name].value for name in _VALUES},
+    "pruning": _pruning(),
+    "generation": GenerationConfig(_MAX_NEW_TOKENS.value, sampling, _SEED.value, _IGNORE_EOS.value),
+    "inputs": InputConfig(_PROMPT_TEMPLATE.value, buckets, max_image_tokens=_MAX_IMAGE_TOKENS.value),
+    "mesh": sharding.parse_mesh(_MESH.value) if _MESH.value else None,
+    "compilation_cache_dir": command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
+  }
+
+
+def _pruning() -> PruningConfig:
+  """Method, layers and keep counts from their flags or a schedule file; parameters from their flag."""
+  parameters = command.numbers(_METHOD_PARAMETERS, command.named_number, "such as threshold:0.8") or ()
+  given = (_METHOD, _PRUNE_LAYERS, _KEEP)
+  if _SCHEDULE.value is None:
+    method = _METHOD.value
+    layers, keep = command.numbers(_PRUNE_LAYERS, int), command.numbers(_KEEP, command.keep_count)
+  else:
+    for flag in given:
+      if flag.present:
+        raise UserError(f"--schedule={_SCHEDULE.value} takes the place of --{flag.name}")
+    fields = read_json(pathlib.Path(_SCHEDULE.value))
+    try:
+      method, *lists = (fields[flag.name] for flag in given)
+      layers, keep = (tuple(map(int, values)) for values in lists)
+    except (KeyError, TypeError, ValueError) as error:
+      wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
+      raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
+  methods.parse(method)
+  return PruningConfig(method, layers, keep, parameters)
