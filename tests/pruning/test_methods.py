@@ -284,6 +284,22 @@ def cdpruner(row, keep):
   return sorted(chosen)
 
 
+def scope(row, keep):
+  numbers = range(len(row.image))
+  covered, chosen = [0.0] * len(row.image), []
+  while len(chosen) < keep:
+
+    def gain(v, covered=covered):
+      return row.class_attention[v] * sum(
+        max(0, cosine(row.features[u], row.features[v]) - covered[u]) for u in numbers
+      )
+
+    best = max((v for v in numbers if v not in chosen), key=gain)
+    covered = [max(covered[u], cosine(row.features[u], row.features[best])) for u in numbers]
+    chosen.append(best)
+  return sorted(chosen)
+
+
 def uniform(row, keep):
   if len(row.image) < N:
     return [math.floor((i + 0.5) * len(row.image) / keep) for i in range(keep)]
@@ -328,6 +344,7 @@ SLOW = {
   "divprune": (divprune,),
   "cdpruner": (cdpruner,),
   "prumerge": (prumerge,),
+  "scope": (scope,),
   "uniform": (uniform,),
 }
 
