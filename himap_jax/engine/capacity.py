@@ -56,6 +56,8 @@ class Memory:
   @classmethod
   def of(cls, compiled: Any) -> "Memory":
     analysis = compiled.memory_analysis()
+    if analysis is None:  # some platforms do not say; then the caches alone are counted, by their shapes
+      return cls(0, 0, 0)
     return cls(
       arguments=analysis.argument_size_in_bytes,
       temporaries=analysis.temp_size_in_bytes,

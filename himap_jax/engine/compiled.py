@@ -56,21 +56,20 @@ class CompiledPrograms:
     mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
     self._compiled = _compiled(ProgramKey(model.network, mesh, schedule, types))
     self.num_programs, self.seconds = 0, 0.0
-    self._last_prefill: Any = None
 
   def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
     return self._run("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters))
 
-  def prefill_memory(self, inputs: Inputs, seeds: jax.ShapeDtypeStruct) -> Memory:
-    """The memory of `prefill`, for `jax.ShapeDtypeStruct`s."""
+  def prefill_memory(self, inputs: Inputs, seeds: jax.Array | jax.ShapeDtypeStruct) -> Memory:
+    """The memory of `prefill`; arguments may be `jax.ShapeDtypeStruct`s."""
     return Memory.of(self._ready("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters)))
 
   def memory_with_slots(self, kind: Kind, batch: tuple[PrefillState, Rows], num_slots: int) -> dict[str, Memory]:
-    """The memory of `enter` and `decode` with so many slots for rows like those of a batch, and of the last prefill."""
+    """The memory of `enter` and `decode` with so many slots for rows like those of a batch."""
     slots = self.slots(batch[0], num_slots)
     enter = self._ready("enter", kind, (slots.caches, batch[0]), (slots, *batch, np.bool_(False)))
     decode = self._ready("decode", kind, (slots.caches,), (self._model, slots, slots.active, np.int32(0)))
-    return {"prefill": Memory.of(self._last_prefill), "enter": Memory.of(enter), "decode": Memory.of(decode)}
+    return {"enter": Memory.of(enter), "decode": Memory.of(decode)}
 
   def score(self, state: PrefillState, tokens: Int[Array, "B C"]) -> tuple[Array, Array]:
     return self._run("score", None, (state, tokens), (self._model, state, tokens))
@@ -108,6 +107,4 @@ class CompiledPrograms:
       self.num_programs += 1
       self.seconds += time.perf_counter() - start
       logging.info("ready: %s, a program", name)
-    if name == "prefill":
-      self._last_prefill = self._compiled[key]
     return self._compiled[key]

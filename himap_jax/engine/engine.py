@@ -6,6 +6,7 @@ Axes: B rows, V vocabulary.
 """
 
 import dataclasses
+import functools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -156,7 +157,7 @@ class Engine:
 
     def memory(count: int) -> dict[str, Memory] | None:
       with refused_by_compiler():
-        return self.programs.memory_with_slots(waiting.kind, batch, count)
+        return {"prefill": waiting.memory()} | self.programs.memory_with_slots(waiting.kind, batch, count)
 
     one = self.programs.slots(waiting.state, sharding.num_shards(self._mesh))
     return self.capacity.slots(num_rows, sharding.device_bytes(one), memory)
@@ -217,4 +218,6 @@ class Engine:
     )
     inputs, rows = sharding.from_local_rows((inputs, rows), self._mesh)
     kind = max(map(Kind.of, (*samplings, self.generation.sampling)))
-    return Prefilled(requests, self.programs.prefill(inputs, rows.seeds), rows, kind)
+    shapes = sharding.abstract_rows((inputs, rows.seeds), self._mesh, len(inputs.tokens))
+    memory = functools.partial(self.programs.prefill_memory, *shapes)
+    return Prefilled(requests, self.programs.prefill(inputs, rows.seeds), rows, kind, memory)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from himap_jax.engine import processes, sharding
+from himap_jax.engine.capacity import Memory
 from himap_jax.engine.compiled import CompiledPrograms
 from himap_jax.engine.decoding import Decoded
 from himap_jax.engine.prefill import PrefillState
@@ -101,12 +102,18 @@ class Clock:
 
 
 class Prefilled(NamedTuple):
-  """A batch whose prefill was started; `requests` are those of this process's rows, without rows that fill the batch."""
+  """A batch whose prefill was started.
+
+  Attributes:
+    requests: those of this process's rows, without rows that fill the batch.
+    memory: says what its program takes.
+  """
 
   requests: Sequence[Request]
   state: PrefillState
   rows: Rows
   kind: Kind
+  memory: Callable[[], Memory]
 
 
 class Turn(NamedTuple):

@@ -142,3 +142,8 @@ def test_free_memory_is_what_a_device_has_left(monkeypatch):
   monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=80 * capacity.MIB))
   device.memory_stats = lambda: None  # CPU devices share the memory of the machine
   assert capacity.free_memory(own) == int(40 * capacity.USABLE) * capacity.MIB
+
+
+def test_a_platform_that_does_not_say_what_programs_take():
+  silent = Memory.of(types.SimpleNamespace(memory_analysis=lambda: None))
+  assert capacity_of(1, BatchSizes(), room=1000).slots(4, 10, lambda count: dict.fromkeys(PROGRAMS, silent)) == 100
