@@ -22,14 +22,16 @@ from experiments.shared import machine
 from himap_jax.engine.engine import TURN
 from himap_jax.run import command
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-_PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose prompts are asked in turn.")
-_IMAGE_DIR = flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")
-_NUM_ROWS = flags.DEFINE_integer("num_rows", 48, "Rows of the run.", lower_bound=2)
-_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 16, "Tokens of every answer.", lower_bound=1)
-
 CPU_THREADS, CPU_PROGRAM = "tf_XLAPjRtCpuClient", "ThunkExecutor::Execute"  # and the same "(wait for completion)"
 DEVICE, DEVICE_PROGRAMS = "/device:", "XLA Modules"
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
+  flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose prompts are asked in turn.")
+  flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")
+  flags.DEFINE_integer("num_rows", 48, "Rows of the run.", lower_bound=2)
+  flags.DEFINE_integer("max_new_tokens", 16, "Tokens of every answer.", lower_bound=1)
 
 
 class Span(NamedTuple):
@@ -67,8 +69,8 @@ def busy_seconds(programs: Iterable[Span], start: float) -> tuple[float, float]:
 
 def prompts() -> Iterator[str]:
   """The lines of the run's prompts, with ids of their own."""
-  rows = pathlib.Path(_PROMPTS.value).read_text(encoding="utf-8").splitlines()
-  for number, row in enumerate(itertools.islice(itertools.cycle(rows), _NUM_ROWS.value)):
+  rows = pathlib.Path(flags.FLAGS.prompts).read_text(encoding="utf-8").splitlines()
+  for number, row in enumerate(itertools.islice(itertools.cycle(rows), flags.FLAGS.num_rows)):
     yield json.dumps(json.loads(row) | {"id": str(number)})
 
 
@@ -76,7 +78,7 @@ def run() -> int:
   with tempfile.TemporaryDirectory() as scratch:
     folder = pathlib.Path(scratch)
     (folder / "prompts.jsonl").write_text("\n".join(prompts()), encoding="utf-8")
-    arguments = [f"--{flag.name}={flag.value}" for flag in (_CHECKPOINT, _IMAGE_DIR, _MAX_NEW_TOKENS)]
+    arguments = [f"--{name}={flags.FLAGS[name].value}" for name in ("checkpoint", "image_dir", "max_new_tokens")]
     arguments += [f"--prompts={folder}/prompts.jsonl", f"--output={folder}/answers.jsonl", "--noresume", "--ignore_eos"]
     for profile in ([], [f"--profile_dir={folder}"]):
       subprocess.run([sys.executable, "-m", "himap_jax.run", *arguments, *profile], check=True)
@@ -90,4 +92,5 @@ def run() -> int:
 
 
 if __name__ == "__main__":
+  define_flags()
   app.run(lambda argv: command.execute("busy", argv, run, resumes=False))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,6 +39,16 @@ def _compiled(key: ProgramKey) -> dict[Any, Any]:
   """Compiled programs by name, decode config if they depend on it, and input shapes; shared by all engines."""
   del key
   return {}
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], list[jax.Array]]:
+  """One program that makes arrays of zeros."""
+
+  def zeros() -> list[jax.Array]:
+    return [jnp.zeros(x.shape, x.dtype) for x in shapes]
+
+  return jax.jit(zeros, out_shardings=[x.sharding for x in shapes])
 
 
 class CompiledPrograms:
@@ -82,12 +93,8 @@ class CompiledPrograms:
 
   def empty_slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Free slots for prompts of the shapes of `state`."""
-    shapes = self.slots(state, num_slots)
-
-    def zeros() -> Slots:
-      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+    shapes, structure = jax.tree.flatten(self.slots(state, num_slots))
+    return jax.tree.unflatten(structure, _zeros(tuple(shapes))())
 
   def slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Their `jax.ShapeDtypeStruct`s."""
