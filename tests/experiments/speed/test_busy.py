@@ -1,4 +1,4 @@
-"""How busy a device is, by a trace: spans by hand, and a trace of programs with pauses between them."""
+"""How busy a device is, by a trace: spans by hand, and a trace of programs with pauses between them; and steps of rungs."""
 
 import time
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-from experiments.speed import busy
+from experiments.speed import busy, rungs
 from experiments.speed.busy import Span
 from himap_jax.engine.engine import TURN
 
@@ -39,3 +39,9 @@ def test_a_trace_says_when_programs_ran(tmp_path):
   assert device == "cpu" and len(own) >= 4
   assert 0.1 < used / seconds < 0.7 and seconds > 2 * pause
   assert used == pytest.approx(3 * pause / 2, rel=0.9)
+
+
+def test_steps_of_a_rung_are_timed(loaded, images):
+  make = rungs.steps(loaded("clip_mha"), images[0], num_new=4, prune_layers=(2, 4))
+  for rung, slots in ((0, 1), (2, 3)):
+    assert 0 < make(rung, slots)() < 60
