@@ -158,7 +158,7 @@ class TestAnswers:
     means = [sum(counts) / 4 for counts in zip(*kept, strict=True)]
     table = capsys.readouterr().out
     assert f"16, {means[0]:.4g} from layer 2 on, {means[1]:.4g} from layer 4 on" in table
-    opened = job.checkpoint.open_checkpoint(config.checkpoint)
+    opened = config.open()
     sizes, schedule = model_sizes(opened.config, (28, 28)), config.pruning.schedule(NUM_LAYERS, N)
     flops = sum(costs(sizes, schedule.with_counts(counts), N, 0).image_tokens for counts in kept)
     share = flops / 4 / costs(sizes, himap_jax.Schedule(), N, 0).image_tokens
