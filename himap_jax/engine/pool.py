@@ -143,8 +143,8 @@ class Pool:
     self._kind, self._num_free, self.num_active = Kind.GREEDY, self._slots_per_shard, 0
 
   def holds(self, state: PrefillState) -> bool:
-    """Whether the slots are large enough for prompts."""
-    return hold(self._slots, state)
+    """Whether the slots are large enough for prompts, and no fewer than these."""
+    return self._wanted(state) <= self._slots_per_shard and hold(self._slots, state)
 
   def has_room(self, state: PrefillState) -> bool:
     """Whether there are enough free slots for prompts, too."""

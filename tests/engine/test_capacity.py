@@ -134,6 +134,29 @@ def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, m
   assert answers(tight) == expected and tight.capacity.chosen.decode == data
 
 
+def test_a_batch_with_more_rows_than_there_are_slots_gets_others(loaded, images, monkeypatch):
+  monkeypatch.setattr(capacity, "free_memory", lambda mesh: 1)
+  model = loaded("clip_mha")
+  processor = model.prompts()
+  examples = [processor.prepare([image], "what is it?") for image in images]
+  batcher = Batcher(2048, processor.blank, [ImageBucket(*examples[0].size)], buckets=(32,))
+  bucket = batcher.bucket(examples[0])
+  engine = model.engine(model.schedule("none"), GenerationConfig(3, ignore_eos=True))
+  groups = [[0], [1, 2], [3]]
+  batches = [
+    Batch(
+      batcher.pack([examples[index] for index in own], bucket=bucket, batch_size=len(own)),
+      [Request(index, tag=index) for index in own],
+    )
+    for own in groups
+  ]
+  found = {row.request.tag: row.tokens for turn in engine.answer(batches) for row in turn}
+  alone = model.engine(model.schedule("none"), GenerationConfig(3, ignore_eos=True), BatchSizes(1, 1))
+  for index, example in enumerate(examples):
+    inputs = batcher.pack([example], bucket=bucket, batch_size=1)
+    assert alone(inputs, [index]).tokens == [found[index]]
+
+
 def test_free_memory_is_what_a_device_has_left(monkeypatch):
   stats = {"bytes_limit": 100 * capacity.MIB, "bytes_in_use": 40 * capacity.MIB}
   device = types.SimpleNamespace(process_index=0, memory_stats=lambda: stats)
