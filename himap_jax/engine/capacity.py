@@ -72,13 +72,13 @@ class Memory:
 def needed(programs: Mapping[str, Memory], weights: int) -> dict[str, int]:
   """Bytes of a device, beside those of all weights, while each of `PROGRAMS` runs, by program, and those of `slots`.
 
-  Beside a prefill there are all slots, and beside the others a batch that
-  waits to enter; results of `enter` and `decode` take the place of their arguments.
+  Beside a prefill there are all slots, and beside every program a batch that waits to enter; results of `enter` and
+  `decode` take the place of their arguments.
   """
   prefill, enter, decode = (programs[name] for name in PROGRAMS)
   slots = enter.arguments - prefill.results
   return {
-    "prefill": prefill.total - weights + slots,
+    "prefill": prefill.total + prefill.results - weights + slots,
     "enter": enter.total,
     "decode": slots + decode.temporaries + decode.results + prefill.results,
     "slots": slots,
@@ -146,6 +146,7 @@ class Capacity:
     """`room` is the memory of each device that the weights leave, in bytes; what is free if absent."""
     self._mesh, self._kernels = sharding.mesh_of(model.params), model.network.kernels
     self._weights, self._sizes, self._free = sharding.device_bytes(model.params), sizes, room
+    self._largest_prefill = 0  # of those whose rows were chosen, beside the weights
     self._beside_slots: int | None = None
     self.chosen = BatchSizes()
 
@@ -156,6 +157,8 @@ class Capacity:
       num_slots: of each row.
       memory: of the program for a number of rows; None if the compiler refuses it.
     """
+    if self._sizes.decode is None:
+      self._measure()  # before anything is in memory beside the weights
     if self._sizes.prefill is not None:
       count = self._padded(min(self._sizes.prefill, self._sizes.decode or self._sizes.prefill))
     else:
@@ -169,6 +172,9 @@ class Capacity:
 
       room = min(self.room // PREFILL_SHARE, self.room if self._beside_slots is None else self._beside_slots)
       count = most_that_fit(taken, count, room, self._num_shards) or self._num_shards
+      own = memory(count)
+      if own is not None:
+        self._largest_prefill = max(self._largest_prefill, own.total - self._weights)
     self.chosen = self.chosen._replace(prefill=count)
     return count
 
@@ -191,10 +197,13 @@ class Capacity:
         if programs is None:
           return None
         own = needed(programs, self._weights)
-        self._beside_slots = self.room - own["slots"]
-        return max(own[name] for name in PROGRAMS)
+        taken_by_slots[count] = own["slots"]
+        return max(*(own[name] for name in PROGRAMS), own["slots"] + self._largest_prefill)
 
+      taken_by_slots: dict[int, int] = {}
       count = max(least, most_that_fit(taken, max(least, most), self.room, self._num_shards))
+      if count in taken_by_slots:
+        self._beside_slots = self.room - taken_by_slots[count]
     self.chosen = self.chosen._replace(decode=count)
     return count
 
@@ -207,9 +216,12 @@ class Capacity:
   @property
   def room(self) -> int:
     """Bytes of each device that the weights leave, when it was first asked for; the same in all processes."""
+    self._measure()
+    return self._free
+
+  def _measure(self) -> None:
     if self._free is None:
       self._free = free_memory(self._mesh)
-    return self._free
 
   @property
   def _num_shards(self) -> int:

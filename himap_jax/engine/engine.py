@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt
 
-from himap_jax.engine import scoring, sharding
+from himap_jax.engine import processes, scoring, sharding
 from himap_jax.engine.capacity import BatchSizes, Capacity, Memory, refused_by_compiler
 from himap_jax.engine.compiled import CompiledPrograms
 from himap_jax.engine.decoding import STEPS, DecodeConfig
@@ -147,6 +147,7 @@ class Engine:
         turn = pool.start(None, room_for=None if waiting is None else waiting.state)
       with jax.profiler.TraceAnnotation(TURN):
         answered = pool.finish(turn, clock, self.usage)
+      turn = None  # its batch is in the slots
       yield answered
 
   def _num_slots(self, waiting: Prefilled) -> int:
@@ -217,7 +218,8 @@ class Engine:
       sampling=RowSampling.of([*samplings, *[Sampling()] * missing]),
     )
     inputs, rows = sharding.from_local_rows((inputs, rows), self._mesh)
-    kind = max(map(Kind.of, (*samplings, self.generation.sampling)))
+    own = max(map(Kind.of, (*samplings, self.generation.sampling)))
+    kind = Kind(-processes.sum_and_least(0, -own)[1])  # all processes run the same programs
     shapes = sharding.abstract_rows((inputs, rows.seeds), self._mesh, len(inputs.tokens))
     memory = functools.partial(self.programs.prefill_memory, *shapes)
     return Prefilled(requests, self.programs.prefill(inputs, rows.seeds), rows, kind, memory)

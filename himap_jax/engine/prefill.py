@@ -180,7 +180,7 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     is_newline=None if tower is None else tower.is_newline,
     keys=context.keys,
     parameters=context.parameters,
-    received=network.kernels.received_attention or scoring.received_by_slots,
+    received=network.kernels.received_attention(sequence.layout.num_slots) or scoring.received_by_slots,
   )
 
 

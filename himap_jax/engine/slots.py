@@ -117,8 +117,8 @@ def shapes(prompts: PrefillState, num_slots: int, num_new: int, kernels: Kernels
   )
 
 
-def hold(slots: Slots, prompts: PrefillState) -> bool:
-  """Whether slots of these shapes hold prompts of these shapes, and no more than `MOST_ROOM` times as much."""
+def hold(slots: Slots, prompts: Slots) -> bool:
+  """Whether slots of these shapes hold prompts that would have those, and no more than `MOST_ROOM` times as much."""
   own, given = (jax.tree.flatten(tree.caches) for tree in (slots, prompts))
   if own[1] != given[1]:
     return False

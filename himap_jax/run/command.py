@@ -92,9 +92,10 @@ def out_of_memory_is_user_error(what: Callable[[], str] = lambda: "the weights")
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
+    known = [f"--{name}" for name in ("batch_size", "prefill_batch_size", "max_image_tokens") if name in flags.FLAGS]
     raise UserError(
-      f"the devices have too little memory for {what()} ({str(error).splitlines()[0]}); use a smaller --batch_size, "
-      "--prefill_batch_size or --max_image_tokens, --int8_weights, or a --mesh that shards the weights over more devices, such as "
+      f"the devices have too little memory for {what()} ({str(error).splitlines()[0]}); use a smaller {', '.join(known)}, "
+      "--int8_weights, or a --mesh that shards the weights over more devices, such as "
       "--mesh=data:1,tensor:4"
     ) from error
 

@@ -59,7 +59,7 @@ def run(config: RunConfig) -> int:
     if processes.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
     loaded = config.restore(opened, mesh)
-    engine = loaded.engine(schedule, config.generation, config.inputs.batch_sizes(len(prompts)))
+    engine = loaded.engine(schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum())))
     logging.info("ready: weights")
     answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
     options = jax.profiler.ProfileOptions()

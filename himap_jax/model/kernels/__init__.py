@@ -20,7 +20,8 @@ class Kernels:
     product: `(x [B,S,D], weight [F,D])` to `x · weightᵀ` `[B,S,F]` in float32; the weight may be int8.
     take_rows: `(table [V,D], ids)` to rows of the table.
     new_token_dtype: dtype of new tokens' keys and values, given that of the activations.
-    received_attention: in place of `pruning.scoring.received_by_slots`, which is plain JAX; None if that is used.
+    received_attention: from a number of slots to what takes the place of `pruning.scoring.received_by_slots`, which is
+      plain JAX; None if that is used.
     int8_compiler_options: XLA options for programs with int8 weights.
     cache_multiple: from the head dim to what divides the slots of a prompt's cache.
     prefill_tokens: tokens of a prefill with which its products take about their full speed.
@@ -32,7 +33,7 @@ class Kernels:
   product: Callable[[jax.Array, Any], jax.Array]
   take_rows: Callable[[jax.Array, jax.Array], jax.Array]
   new_token_dtype: Callable[[Any], jnp.dtype]
-  received_attention: Callable[..., jax.Array] | None = None
+  received_attention: Callable[[int], Callable[..., jax.Array] | None] = lambda num_slots: None
   int8_compiler_options: tuple[tuple[str, str], ...] = ()
   cache_multiple: Callable[[int], int] = lambda head_dim: 1
   prefill_tokens: int = 2048

@@ -19,6 +19,7 @@ from himap_jax.model.kernels.received import received
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
 LANES = 128
+MOST_SLOTS = 4096  # of which one program of `received` holds keys and mask in a core's own memory
 UNUSED = -2  # segment of slots that fill a block
 
 
@@ -130,7 +131,10 @@ def cache_multiple(head_dim: int) -> int:
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
   """The kernels for a mesh."""
   devices = Devices(mesh, spec_of)
-  own = {
-    function.__name__: functools.partial(function, devices=devices) for function in (attention, received_attention)
-  }
-  return dataclasses.replace(xla.KERNELS, **own, cache_multiple=cache_multiple)
+  own = functools.partial(received_attention, devices=devices)
+  return dataclasses.replace(
+    xla.KERNELS,
+    attention=functools.partial(attention, devices=devices),
+    received_attention=lambda num_slots: own if num_slots <= MOST_SLOTS else None,
+    cache_multiple=cache_multiple,
+  )

@@ -62,7 +62,7 @@ def test_slots_are_those_that_all_programs_can(bound, place):
 
   place(2, 1412)
   row = plan.make_row(CELL, compiler, [])
-  slots = {"prefill": (1412 - 408) // 10, "enter": (1412 - 108) // 20, "decode": (1412 - 108) // 40}[bound]
+  slots = {"prefill": (1412 - 416) // 10, "enter": (1412 - 108) // 20, "decode": (1412 - 108) // 40}[bound]
   assert (row["slots"], row["slots per device"], row["times none"]) == (2 * slots, slots / 4, 1)
   assert row["slots GiB"] == 10 * slots / 2**30 and row["weights GiB"] == 100 / 2**30
   assert row["prefill collectives of stages"] == "stages" and row["FLOPs, XLA's count ÷ ours"] == 1.02
