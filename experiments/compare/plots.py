@@ -30,7 +30,7 @@ PALETTES = {
   BOTH: "#2e8b3d #8fbc3f #145225".split(),
   CONTROL: "#555555 #a0a0a0 #000000".split(),
 }
-MARKERS = {BEFORE: "sD^v<>", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
+MARKERS = {BEFORE: "sD^v<>p", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
 FLOPS_TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 NO_PRUNING = {"color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8}
 BASELINE = {"color": "#888888", "linestyle": ":", "linewidth": 0.8}
