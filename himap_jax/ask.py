@@ -1,6 +1,8 @@
-"""Answers a question about pictures in the terminal; the text appears as it is generated.
+"""Answers a question about pictures in the terminal.
 
-python -m himap_jax.ask picture.jpg "What is on the table?" --show=kept.png
+    python -m himap_jax.ask picture.jpg "What is on the table?" --show=kept.png
+
+The text appears as it is generated.
 """
 
 import os
@@ -51,10 +53,9 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   bucket = batcher.bucket(example)
   loaded = config.restore(opened, config.make_mesh(opened))
   engine = loaded.engine(schedule, config.generation, BatchSizes(1, 1), most_steps=STEPS)
-  num_rows = engine.prefill_rows(lambda batch_size: batcher.pack([], bucket=bucket, batch_size=batch_size))
-  batch = Batch(
-    batcher.pack([example], bucket=bucket, batch_size=num_rows), [Request(0, is_complete=_printing(processor.decode))]
-  )
+  num_rows = engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1))
+  inputs = batcher.pack([example], bucket=bucket, batch_size=num_rows)
+  batch = Batch(inputs, [Request(0, is_complete=_printing(processor.decode))])
   with command.out_of_memory_is_user_error(lambda: f"{bucket.num_image_tokens} image tokens"):
     (answered,) = (row for turn in engine.answer([batch]) for row in turn)
   print(flush=True)

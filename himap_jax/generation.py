@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -126,7 +125,7 @@ def generate(
   def batches() -> Iterator[Batch]:
     for bucket in sorted(set(bucket_of), reverse=True):  # so that the slots hold all that follow
       indices = [index for index, own in enumerate(bucket_of) if own == bucket]
-      num_rows = engine.prefill_rows(functools.partial(batcher.pack, [], bucket=bucket))
+      num_rows = engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1))
       for group in (indices[first : first + num_rows] for first in range(0, len(indices), num_rows)):
         packed = batcher.pack([examples[index] for index in group], bucket=bucket, batch_size=num_rows)
         yield Batch(packed, [Request(index, tag=index) for index in group])

@@ -11,6 +11,7 @@ Pruning removes image tokens and shifts the rest of the row to the left, so a pr
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -34,6 +35,11 @@ def pytree(cls: type) -> type:
 def take_slots(x: Shaped[Array, "B S *D"], slots: Int[Array, "B R"]) -> Shaped[Array, "B R *D"]:
   """Gathers slots of each row."""
   return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def pad_to(x: Shaped[Array, "..."], multiples: Mapping[int, int], *, fill: int = 0) -> Shaped[Array, "..."]:
+  """Pads axes at their ends to multiples, by axis."""
+  return jnp.pad(x, [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)], constant_values=fill)
 
 
 def first_slots(chosen: Bool[Array, "B S"], count: int) -> Int[Array, "B R"]:

@@ -171,19 +171,20 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, Sizes], dict[str, Any]
     inputs.layout.num_slots, lambda count: memory("prefill", Sizes(count // data, count // data))
   )
 
+  prefill = compile_at(cell, "prefill", Sizes(num_prefilled // data, num_prefilled // data))
+
   def all_memory(count: int) -> dict[str, Memory] | None:
-    found: dict[str, Memory] = {}
-    for name in PROGRAMS:
+    found = {"prefill": Memory(**prefill["memory"])}
+    for name in PROGRAMS[1:]:
       own = memory(name, Sizes(num_prefilled // data, count // data))
       if own is None:
         return None
       found[name] = own
     return found
 
-  own_prefill = compile_at(cell, "prefill", Sizes(num_prefilled // data, num_prefilled // data))
-  bytes_per_slot, num_slots, found = own_prefill["bytes per slot"], 0, None
-  if bytes_per_slot:
-    num_slots = capacity.slots(num_prefilled, bytes_per_slot, all_memory)
+  num_slots, found = 0, None
+  if prefill["memory"] is not None:
+    num_slots = capacity.slots(num_prefilled, prefill["bytes per slot"], all_memory)
     found = all_memory(num_slots)
   taken = needed(found, weights) if found else {}
   if not found or max(taken[name] for name in PROGRAMS) > limit - weights:

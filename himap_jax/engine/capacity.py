@@ -143,9 +143,11 @@ class Capacity:
   """
 
   def __init__(self, model: Model, sizes: BatchSizes, *, room: int | None = None):
-    """`room` is the memory of each device that the weights leave, in bytes; what is free if absent."""
-    self._mesh, self._kernels = sharding.mesh_of(model.params), model.network.kernels
-    self._weights, self._sizes, self._free = sharding.device_bytes(model.params), sizes, room
+    """`room` is the memory of each device that the weights leave, in bytes; what is free now if absent."""
+    mesh = sharding.mesh_of(model.params)
+    self._num_shards, self._kernels, self._sizes = sharding.num_shards(mesh), model.network.kernels, sizes
+    self._weights = sharding.device_bytes(model.params)
+    self._room = free_memory(mesh) if room is None and None in (sizes.decode, sizes.prefill) else room
     self._largest_prefill = 0  # of those whose rows were chosen, beside the weights
     self._beside_slots: int | None = None
     self.chosen = BatchSizes()
@@ -157,8 +159,6 @@ class Capacity:
       num_slots: of each row.
       memory: of the program for a number of rows; None if the compiler refuses it.
     """
-    if self._sizes.decode is None:
-      self._measure()  # before anything is in memory beside the weights
     if self._sizes.prefill is not None:
       count = self._padded(min(self._sizes.prefill, self._sizes.decode or self._sizes.prefill))
     else:
@@ -170,7 +170,7 @@ class Capacity:
         own = memory(count)
         return None if own is None else own.temporaries + own.results
 
-      room = min(self.room // PREFILL_SHARE, self.room if self._beside_slots is None else self._beside_slots)
+      room = min(self._room // PREFILL_SHARE, self._room if self._beside_slots is None else self._beside_slots)
       count = most_that_fit(taken, count, room, self._num_shards) or self._num_shards
       own = memory(count)
       if own is not None:
@@ -190,7 +190,7 @@ class Capacity:
     if self._sizes.decode is not None:
       count = self._padded(self._sizes.decode)
     else:
-      most = min(self._padded(self._most_slots), self.room // bytes_per_slot * self._num_shards)
+      most = min(self._padded(self._most_slots), self._room // bytes_per_slot * self._num_shards)
 
       def taken(count: int) -> int | None:
         programs = memory(count)
@@ -201,31 +201,17 @@ class Capacity:
         return max(*(own[name] for name in PROGRAMS), own["slots"] + self._largest_prefill)
 
       taken_by_slots: dict[int, int] = {}
-      count = max(least, most_that_fit(taken, max(least, most), self.room, self._num_shards))
+      count = max(least, most_that_fit(taken, max(least, most), self._room, self._num_shards))
       if count in taken_by_slots:
-        self._beside_slots = self.room - taken_by_slots[count]
+        self._beside_slots = self._room - taken_by_slots[count]
     self.chosen = self.chosen._replace(decode=count)
     return count
 
   def describe(self) -> str:
     """The chosen sizes, and the memory from which they were chosen."""
     decode, prefill, _ = self.chosen
-    room = "" if self._free is None else f"; {self._free / (1 << 30):.1f} GiB of a device beside the weights"
+    room = "" if self._room is None else f"; {self._room / (1 << 30):.1f} GiB of a device beside the weights"
     return f"{decode} slots for decoding, {prefill} row{'' if prefill == 1 else 's'} in a prefill{room}"
-
-  @property
-  def room(self) -> int:
-    """Bytes of each device that the weights leave, when it was first asked for; the same in all processes."""
-    self._measure()
-    return self._free
-
-  def _measure(self) -> None:
-    if self._free is None:
-      self._free = free_memory(self._mesh)
-
-  @property
-  def _num_shards(self) -> int:
-    return sharding.num_shards(self._mesh)
 
   @property
   def _most_slots(self) -> int:

@@ -8,7 +8,7 @@ Axes: B rows, V vocabulary.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,13 +112,8 @@ class Engine:
     decoding = DecodeConfig(generation.max_new_tokens, eos_token_ids=eos_token_ids, most_steps=most_steps)
     self.programs, self.usage = CompiledPrograms(model, schedule, decoding), Usage()
 
-  def prefill_rows(self, pack: Callable[..., Inputs]) -> int:
-    """Rows, over all processes, of a prefill of prompts of some shape.
-
-    Args:
-      pack: from a `batch_size` to any inputs of this shape.
-    """
-    row = pack(batch_size=1)
+  def prefill_rows(self, row: Inputs) -> int:
+    """Rows, over all processes, of a prefill of prompts of the shape of this one."""
 
     def memory(count: int) -> Memory | None:
       inputs, seeds = sharding.abstract_rows((row, np.zeros(1, np.uint32)), self._mesh, count)

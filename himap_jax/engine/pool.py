@@ -144,8 +144,7 @@ class Pool:
 
   def holds(self, state: PrefillState) -> bool:
     """Whether the slots are large enough for prompts, and no fewer than these."""
-    wanted = self._programs.slots(state, len(state.logits))  # whose caches the platform may pad
-    return self._wanted(state) <= self._slots_per_shard and hold(self._slots, wanted)
+    return self._wanted(state) <= self._slots_per_shard and hold(self._slots, state)
 
   def has_room(self, state: PrefillState) -> bool:
     """Whether there are enough free slots for prompts, too."""

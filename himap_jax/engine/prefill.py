@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_tokens, pytree, take_slots
-from himap_jax.model.cache import SegmentCache
+from himap_jax.model.cache import SegmentCache, padded
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
 from himap_jax.pruning import scoring
@@ -69,6 +69,7 @@ def prefill(
   embedded = network.embed(prompts) if isinstance(prompts, Inputs) else prompts
   sequence, context = start(embedded), Context(keys, embedded, parameters)
   caches, kept, projections = [], [], []
+  multiple = network.kernels.cache_multiple(network.config.text.head_dim)
   has_images = embedded.layout.num_image_tokens > 0
   frozen = frozenset(schedule.frozen_layers) if has_images else frozenset()
   for segment in schedule.segments(network.config.text.num_hidden_layers, embedded.layout.num_image_tokens):
@@ -84,7 +85,7 @@ def prefill(
       )
     sequence = sequence._replace(x=x)
     if projections:
-      caches.append(network.language_model.cache(projections, layout))
+      caches.append(padded(network.language_model.cache(projections, layout), multiple))
     if segment.stage is not None:
       if has_images:
         scored = network.language_model.scored(projections, layout)

@@ -87,7 +87,7 @@ class Programs:
   def slots(self, state: PrefillState, num_slots: int) -> Slots:
     """`jax.ShapeDtypeStruct`s of slots for prompts of the shapes of `state`."""
     network = self._model.network
-    shapes = slot_shapes(state, num_slots, self._config.num_new, network.kernels, network.dtype)
+    shapes = slot_shapes(state, num_slots, self._config.num_new, network.kernels.new_token_dtype(network.dtype))
     shardings = jax.tree.broadcast(self._slots, shapes)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 

@@ -16,7 +16,6 @@ from himap_jax.engine.prefill import PrefillState
 from himap_jax.engine.sampling import RowSampling
 from himap_jax.inputs import UNUSED_ORDER, pytree
 from himap_jax.model.cache import NewTokens, SegmentCache
-from himap_jax.model.kernels import Kernels
 
 MOST_ROOM = 2
 
@@ -72,37 +71,18 @@ class Entered(NamedTuple):
   place: Int[Array, "P"]
 
 
-def shapes(prompts: PrefillState, num_slots: int, num_new: int, kernels: Kernels, dtype: Any) -> Slots:
+def shapes(prompts: PrefillState, num_slots: int, num_new: int, dtype: Any) -> Slots:
   """The shapes of slots for prompts of these shapes.
 
   Args:
     num_new: M, the most tokens after a prompt that are read again.
-    dtype: of activations.
+    dtype: of the new tokens' keys and values.
   """
 
   def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((num_slots, *shape), dtype)
 
-  def with_room(cache: SegmentCache) -> SegmentCache:
-    """As many slots of prompts as the platform wants."""
-    multiple = kernels.cache_multiple(cache.keys[0].shape[3])
-
-    def rounded(x: Any, axis: int) -> jax.ShapeDtypeStruct:
-      shape = list(x.shape[1:])
-      shape[axis] += -shape[axis] % multiple
-      return array(x.dtype, *shape)
-
-    images = cache.images and cache.images.replace(
-      visible=rounded(cache.images.visible, -1), reads=array(bool, *cache.images.reads.shape[1:])
-    )
-    return cache.replace(
-      keys=tuple(rounded(x, -2) for x in cache.keys),
-      values=tuple(rounded(x, -1) for x in cache.values),
-      order=rounded(cache.order, -1),
-      images=images,
-    )
-
-  caches, dtype = tuple(map(with_room, prompts.caches)), kernels.new_token_dtype(dtype)
+  caches = jax.tree.map(lambda x: array(x.dtype, *x.shape[1:]), prompts.caches)
   new = tuple(array(dtype, key.shape[1], num_new, key.shape[3]) for cache in prompts.caches for key in cache.keys)
   integers = array(jnp.int32)
   return Slots(
@@ -117,8 +97,8 @@ def shapes(prompts: PrefillState, num_slots: int, num_new: int, kernels: Kernels
   )
 
 
-def hold(slots: Slots, prompts: Slots) -> bool:
-  """Whether slots of these shapes hold prompts that would have those, and no more than `MOST_ROOM` times as much."""
+def hold(slots: Slots, prompts: PrefillState) -> bool:
+  """Whether slots of these shapes hold prompts of these shapes, and no more than `MOST_ROOM` times as much."""
   own, given = (jax.tree.flatten(tree.caches) for tree in (slots, prompts))
   if own[1] != given[1]:
     return False

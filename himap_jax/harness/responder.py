@@ -168,7 +168,7 @@ class Responder:
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
-    num_rows = functools.cache(lambda bucket: engine.prefill_rows(functools.partial(batcher.pack, [], bucket=bucket)))
+    num_rows = functools.cache(lambda bucket: engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1)))
     for bucket, batch in in_batches(self._prepared(requests, batcher), num_rows):
       yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=num_rows(bucket)), batch
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax import inputs
-from himap_jax.inputs import UNUSED_ORDER, pytree
+from himap_jax.inputs import UNUSED_ORDER, pad_to, pytree
 
 
 @pytree
@@ -76,6 +76,17 @@ def from_prefill(
     keys=tuple(jnp.swapaxes(key, 1, 2) for key in keys),
     values=tuple(jnp.transpose(value, (0, 2, 3, 1)) for value in values),
     order=order,
+  )
+
+
+def padded(cache: SegmentCache, multiple: int) -> SegmentCache:
+  """The cache with its slots padded to a multiple; no query sees the others."""
+  images = cache.images and cache.images.replace(visible=pad_to(cache.images.visible, {3: multiple}))
+  return cache.replace(
+    keys=tuple(pad_to(key, {2: multiple}) for key in cache.keys),
+    values=tuple(pad_to(value, {3: multiple}) for value in cache.values),
+    order=pad_to(cache.order, {1: multiple}, fill=UNUSED_ORDER),
+    images=images,
   )
 
 

@@ -13,39 +13,53 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
+from himap_jax.inputs import pad_to
+
 BLOCK = 64  # rows
 
 
 def attention_of_rows(
-  query: Float[Array, "B Q N H"], key: Float[Array, "B S K H"], visible: Bool[Array, "B Q S"], scale: float
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B S K H"],
+  visible: Bool[Array, "B Q S"],
+  valid: Bool[Array, "B Q"],
+  scale: float,
 ) -> Float[Array, "B K G Q S"]:
-  """Attention probabilities of rotated queries over the rotated keys of all slots, by head."""
+  """Attention probabilities of rotated queries over the rotated keys of all slots, by head; zeros of invalid rows."""
   num_keys = key.shape[2]
   batch, num_rows, num_heads, head_dim = query.shape
   query = jnp.swapaxes(query, 1, 2).reshape(batch, num_keys, num_heads // num_keys, num_rows, head_dim)
   logits = jnp.einsum("BKGQH,BKSH->BKGQS", query, jnp.swapaxes(key, 1, 2), preferred_element_type=jnp.float32)
-  return jax.nn.softmax(jnp.where(visible[:, None, None], logits * scale, -jnp.inf), axis=-1)
+  seen = (visible | ~valid[:, :, None])[:, None, None]
+  attention = jax.nn.softmax(jnp.where(seen, logits * scale, -jnp.inf), axis=-1)
+  return jnp.where(valid[:, None, None, :, None], attention, 0)
 
 
-def sum_over_blocks(
-  summand: Callable[..., Float[Array, "B *D"]], *by_row: Shaped[Array, "B Q *_"]
+def sum_over_rows(
+  reduced: Callable[[Float[Array, "B K G R S"]], Float[Array, "B *D"]],
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B S K H"],
+  visible: Bool[Array, "B Q S"],
+  valid: Bool[Array, "B Q"],
+  scale: float,
 ) -> Float[Array, "B *D"]:
-  """The sum of `summand` over blocks of rows.
+  """The sum over blocks of rows of what `reduced` makes of the attention of each."""
 
-  Args:
-    by_row: its arguments; zeros, or false, in the rows that fill the last block.
-  """
-  num_rows = by_row[0].shape[1]
+  def of_block(query: Array, visible: Array, valid: Array) -> Float[Array, "B *D"]:
+    return reduced(attention_of_rows(query, key, visible, valid, scale))
+
+  num_rows = query.shape[1]
   if num_rows <= BLOCK:
-    return summand(*by_row)
+    return of_block(query, visible, valid)
 
   def blocks(x: Shaped[Array, "B Q *D"]) -> Shaped[Array, "n B R *D"]:
-    padded = jnp.pad(x, [(0, 0), (0, -num_rows % BLOCK), *[(0, 0)] * (x.ndim - 2)])
-    return jnp.moveaxis(padded.reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(pad_to(x, {1: BLOCK}).reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0)
 
-  own = tuple(map(blocks, by_row))
-  total = jax.eval_shape(summand, *(x[0] for x in own))
-  return jax.lax.scan(lambda total, block: (total + summand(*block), None), jnp.zeros(total.shape, total.dtype), own)[0]
+  own = blocks(query), blocks(visible), blocks(valid)
+  total = jax.eval_shape(of_block, *(x[0] for x in own))
+  return jax.lax.scan(lambda total, block: (total + of_block(*block), None), jnp.zeros(total.shape, total.dtype), own)[
+    0
+  ]
 
 
 def received_by_slots(
@@ -56,10 +70,6 @@ def received_by_slots(
   scale: float,
 ) -> Float[Array, "B S"]:
   """Attention that all slots receive from the valid rows, summed over rows, averaged over heads."""
-
-  def received(query: Array, visible: Array, valid: Array) -> Float[Array, "B K G S"]:
-    attention = attention_of_rows(query, key, visible | ~valid[:, :, None], scale)
-    return jnp.where(valid[:, None, None, :, None], attention, 0).sum(axis=3)
-
-  by_head = sum_over_blocks(received, query, visible, valid)  # heads that are sharded are summed once, after all rows
+  # Heads that are sharded are summed once, after all rows.
+  by_head = sum_over_rows(lambda attention: attention.sum(axis=3), query, key, visible, valid, scale)
   return by_head.sum(axis=(1, 2)) / query.shape[2]

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import functools
 import json
 import pathlib
 import time
@@ -163,7 +162,7 @@ class Answerer:
         return
       bucket = self.batcher.buckets[index]
       if bucket not in reader.num_rows:
-        count = self.engine.prefill_rows(functools.partial(pack, [], bucket=bucket))
+        count = self.engine.prefill_rows(pack([], bucket=bucket, batch_size=1))
         reader.num_rows[bucket] = count // share.count
         reading = thread.submit(reader.read)
         continue

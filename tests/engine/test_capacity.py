@@ -118,7 +118,7 @@ def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, m
     def pack(own=(), *, batch_size):
       return batcher.pack(own, bucket=bucket, batch_size=batch_size)
 
-    count = engine.prefill_rows(pack)
+    count = engine.prefill_rows(pack(batch_size=1))
     groups = [range(first, min(first + count, 4)) for first in range(0, 4, count)]
     batches = [
       Batch(pack([examples[i] for i in own], batch_size=count), [Request(i, tag=i) for i in own]) for own in groups

@@ -18,7 +18,6 @@ from himap_jax.engine.sampling import RowSampling, Sampling
 from himap_jax.engine.slots import Rows
 from himap_jax.inputs import UNUSED_ORDER
 from himap_jax.model.cache import SegmentCache
-from himap_jax.model.kernels import xla
 
 MOST = 9
 QUESTIONS = ("What is it?", "Why?", "A rather longer question than the others?", "<image> before the question?")
@@ -60,7 +59,7 @@ def answers(engine, batches):
 def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded, images):
   """Every row has another length and sampling, some have no picture, and two buckets share the slots.
 
-  The slots of a prompt's cache are a multiple of 16 there.
+  The slots of a prompt's cache are a multiple of 128 there, several times as many as a short prompt has.
   """
   samplings = [Sampling(), Sampling(1.0), Sampling(0.8, 0.7), None]
   requests = [Request(f"row {n}", 1 + (5 * n) % MOST, samplings[n % 4]) for n in range(13)]
@@ -68,7 +67,7 @@ def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded,
   schedule, generation = model.schedule(*setting), GenerationConfig(MOST, seed=3, ignore_eos=True)
   asked = Asked(model, images, requests, image_free=(5, 11))
   network = model.model.network
-  kernels = dataclasses.replace(network.kernels, cache_multiple=lambda head_dim: 16)
+  kernels = dataclasses.replace(network.kernels, cache_multiple=lambda head_dim: 128)
   in_lanes = dataclasses.replace(model.model, network=dataclasses.replace(network, kernels=kernels))
   engine = Engine(in_lanes, schedule, generation, batch_sizes=BatchSizes(2 * data, data))
   found = answers(engine, asked.batches(data))
@@ -197,7 +196,7 @@ def test_put_is_the_slow_one(num_shards):
   large = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *(room if size == 4 else size for size in x.shape[1:])), x.dtype), prompts
   )
-  shapes = slots.shapes(large, num_slots, 7, xla.KERNELS, jnp.float32)
+  shapes = slots.shapes(large, num_slots, 7, jnp.float32)
   before = jax.tree.map(lambda x: rng.integers(0, 9, x.shape).astype(x.dtype), shapes)
   active = np.array([True, False, True, False, False, True, False, False])
   before = before.replace(active=active)

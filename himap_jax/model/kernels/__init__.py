@@ -23,7 +23,7 @@ class Kernels:
     received_attention: from a number of slots to what takes the place of `pruning.scoring.received_by_slots`, which is
       plain JAX; None if that is used.
     int8_compiler_options: XLA options for programs with int8 weights.
-    cache_multiple: from the head dim to what divides the slots of a prompt's cache.
+    cache_multiple: from the head dim to the multiple to which the slots of a prompt's cache are padded.
     prefill_tokens: tokens of a prefill with which its products take about their full speed.
     most_slots: rows that are decoded together, per device; more do not make a step's rows faster.
   """

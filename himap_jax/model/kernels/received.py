@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
+from himap_jax.inputs import pad_to
+
 ROWS, SLOTS = 64, 128  # of a block
 HIDDEN = -1e30  # logit of a slot that a row does not see; a row of padding sees none
 
@@ -33,10 +35,10 @@ def received(
   """
   batch, _, num_heads, head_dim = query.shape
   num_slots, group = key.shape[1], num_heads // key.shape[2]
-  query = _padded(jnp.swapaxes(query, 1, 2), {2: ROWS})
-  key = _padded(jnp.swapaxes(key, 1, 2), {2: SLOTS})
-  visible = _padded(visible.astype(jnp.int32), {1: ROWS, 2: SLOTS})
-  weight = _padded(valid.astype(jnp.float32)[:, :, None], {1: ROWS})
+  query = pad_to(jnp.swapaxes(query, 1, 2), {2: ROWS})
+  key = pad_to(jnp.swapaxes(key, 1, 2), {2: SLOTS})
+  visible = pad_to(visible.astype(jnp.int32), {1: ROWS, 2: SLOTS})
+  weight = pad_to(valid.astype(jnp.float32)[:, :, None], {1: ROWS})
   padded, num_blocks = key.shape[2], query.shape[2] // ROWS
   by_block = pl.pallas_call(
     functools.partial(_block, scale=scale),
@@ -74,7 +76,3 @@ def _block(query_ref: Any, key_ref: Any, visible_ref: Any, weight_ref: Any, rece
   share = weight_ref[...] / total
   for slots in blocks:
     received_ref[:, slots] = (jnp.exp(logits(slots) - highest) * share).sum(axis=0, keepdims=True)
-
-
-def _padded(x: Array, multiples: dict[int, int]) -> Array:
-  return jnp.pad(x, [(0, -size % multiples.get(axis, 1)) for axis, size in enumerate(x.shape)])

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from himap_jax.inputs import pad_to
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.kernels.received import received
 
@@ -59,17 +60,13 @@ def attention(
     splash_attention_kernel.make_splash_mha, head_shards=1, q_seq_shards=1, interpret=interpret
   )
 
-  def to_blocks(x: jax.Array, *axes: int, fill: int = 0) -> jax.Array:
-    widths = [(0, -size % BLOCK if axis in axes else 0) for axis, size in enumerate(x.shape)]
-    return jnp.pad(x, widths, constant_values=fill)
-
   if mask is not None:
     if is_causal:
       mask = mask & jnp.tril(jnp.ones(mask.shape[2:], bool))[None, None]
     mask = jnp.broadcast_to(xla.in_segments(mask, segments), (len(query), *mask.shape[1:]))
-    hidden = (to_blocks(mask[:, 0], 1, 2),)
+    hidden = (pad_to(mask[:, 0], {1: BLOCK, 2: BLOCK}),)
   elif segments is not None:  # slots that fill the last block are in a segment of their own
-    hidden = (to_blocks(segments, 1, fill=UNUSED),)
+    hidden = (pad_to(segments, {1: BLOCK}, fill=UNUSED),)
   else:  # they are at the end, where causality hides them
     hidden = ()
 
@@ -87,10 +84,7 @@ def attention(
 
   specs = (spec, spec, spec, *(PartitionSpec(spec[0]) for _ in hidden))
   by_device = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-  heads_first = (
-    jnp.pad(to_blocks(jnp.swapaxes(x, 1, 2), 2), [*[(0, 0)] * 3, (0, -head_dim % HEAD_DIM)])
-    for x in (query * head_dim**-0.5, key, value)
-  )
+  heads_first = (pad_to(jnp.swapaxes(x, 1, 2), {2: BLOCK, 3: HEAD_DIM}) for x in (query * head_dim**-0.5, key, value))
   return jnp.swapaxes(by_device(*heads_first, *hidden)[:, :, :slots, :head_dim], 1, 2)
 
 

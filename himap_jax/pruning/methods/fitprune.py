@@ -1,13 +1,13 @@
 """FitPrune: a few tokens at almost every layer, by a table fitted to attention statistics."""
 
 import dataclasses
+from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from himap_jax.pruning.method import SEQUENCE, Method, View, highest
-from himap_jax.pruning.scoring import attention_of_rows, sum_over_blocks
+from himap_jax.pruning.scoring import sum_over_rows
 
 # Tokens that the authors drop after each layer of LLaVA-1.5-7B (32 layers, 576 image tokens) to save 60% of its FLOPs.
 DROPPED = (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4, 26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0)
@@ -31,20 +31,9 @@ def keep(num_layers: int) -> tuple[float, ...]:
   return tuple(kept_shares(num_layers)[list(prune_layers(num_layers))].tolist())
 
 
-def highest_by_slots(
-  query: Float[Array, "B Q N H"],
-  key: Float[Array, "B S K H"],
-  visible: Bool[Array, "B Q S"],
-  valid: Bool[Array, "B Q"],
-  scale: float,
-) -> Float[Array, "B S"]:
-  """Attention that all slots receive from the valid rows, each the maximum over heads, summed over rows."""
-
-  def received(query: Array, visible: Array, valid: Array) -> Float[Array, "B S"]:
-    attention = attention_of_rows(query, key, visible | ~valid[:, :, None], scale)
-    return jnp.where(valid[:, :, None], attention.max(axis=(1, 2)), 0).sum(axis=1)
-
-  return sum_over_blocks(received, query, visible, valid)
+def highest_by_slots(*arguments: Any) -> Float[Array, "B S"]:
+  """As `scoring.received_by_slots`, but with the maximum over heads."""
+  return sum_over_rows(lambda attention: attention.max(axis=(1, 2)).sum(axis=1), *arguments)
 
 
 def attention_product(view: View) -> Float[Array, "B M"]:
