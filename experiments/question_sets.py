@@ -1,4 +1,4 @@
-"""Question sets about pictures: easy-VQA, composed scenes, lists of their contents, or a JSONL file."""
+"""Question sets about pictures: easy-VQA, generated sets, or a JSONL file."""
 
 import collections
 import hashlib
@@ -11,15 +11,21 @@ import numpy as np
 
 from checkpoints_convert.demo import easyvqa
 from experiments.demo_model import questions as scene_questions
+from experiments.demo_model import sets
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.errors import UserError
 
-SETS = ("easyvqa", "scenes", "scene_lists")
-NUM_SCENES = 200
+NUM_SCENES = {"scenes": 200, "lists": 200, "details": 960}  # of generated sets
+SETS = ("easyvqa", *NUM_SCENES)
 
 
 class Question(NamedTuple):
-  """A question with its true answer; `guess` is the answer suggested by the question alone, empty where unknown."""
+  """A question with its true answer.
+
+  Attributes:
+    guess: the answer suggested by the question alone, empty where unknown.
+    size: of what is asked for, in image tokens, if it is known.
+  """
 
   id: str
   image: pathlib.Path
@@ -27,6 +33,7 @@ class Question(NamedTuple):
   answer: str
   type: str
   guess: str
+  size: float | None = None
 
 
 def is_right(answer: str | None, truth: str | None) -> bool:
@@ -55,8 +62,9 @@ def load(
 ) -> list[Question]:
   """Loads one of `SETS`, or a JSONL file.
 
-  A file has `{"id", "image", "question", "answer", "type"}` per line, with image paths relative to it; without
-  `needs_answers`, answer and type may be missing. Rows without `guess` get one from `guess_from_other_half`.
+  A file has `{"id", "image", "question", "answer", "type"}` per line, with image paths relative to it, and possibly
+  `size`; without `needs_answers`, answer and type may be missing. Rows without `guess` get one from
+  `guess_from_other_half`.
   `num_questions` are drawn, all if None. Generated sets are written to `workdir`. Raises `UserError` if the set does
   not exist or cannot be read.
   """
@@ -65,7 +73,7 @@ def load(
   elif name in SETS:
     path = workdir / name / "questions.jsonl"
     if not path.exists():
-      scene_questions.write(path.parent, "test", NUM_SCENES, lists=name == "scene_lists")
+      sets.write(path.parent, name, "test", NUM_SCENES[name])
     questions = _read(path, needs_answers=True)
   else:
     questions = _read(pathlib.Path(name), needs_answers=needs_answers)
@@ -128,11 +136,12 @@ def _read(path: pathlib.Path, *, needs_answers: bool) -> list[Question]:
     lines = path.read_text(encoding="utf-8").splitlines()
   except OSError as error:
     raise UserError(f"{path}: neither a question set ({', '.join(SETS)}) nor a file that can be read") from error
-  rows, guesses = [], []
+  rows, guesses, sizes = [], [], []
   for number, line in enumerate(lines, start=1):
     try:
       row = absent | json.loads(line)
       rows.append([str(row[field]) for field in ("id", "image", "question", "answer", "type")])
+      sizes.append(None if row.get("size") is None else float(row["size"]))
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(f"{path}: line {number} is not a question with its answer ({error})") from error
     guesses.append(row.get("guess"))
@@ -140,6 +149,6 @@ def _read(path: pathlib.Path, *, needs_answers: bool) -> list[Question]:
     raise UserError(f"{path}: {'two questions share an id' if rows else 'no questions'}")
   others = guess_from_other_half([(image, question, type, answer) for _, image, question, answer, type in rows])
   return [
-    Question(id, path.parent / image, *texts, other if guess is None else str(guess))
-    for (id, image, *texts), guess, other in zip(rows, guesses, others, strict=True)
+    Question(id, path.parent / image, *texts, other if guess is None else str(guess), size)
+    for (id, image, *texts), guess, other, size in zip(rows, guesses, others, sizes, strict=True)
   ]

@@ -1,7 +1,7 @@
 """Assembles the demo checkpoints in the Hugging Face LLaVA layout.
 
 Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as the tower (24×24 = 576 image tokens),
-and an adapter trained for the demo: the projector and low-rank updates of the language model. In `demo_cross` the
+of which `demo` reads a late layer, for kinds of things, and a middle one, for what is small and for writing; and an adapter trained for the demo: the projector and low-rank updates of the language model. In `demo_cross` the
 language model reads the image tokens by cross-attention (`cross`); in `demo` they are part of its sequence.
 """
 
@@ -21,6 +21,9 @@ from checkpoints_convert.store import locked, new_directory
 _HERE = Path(__file__).parent
 # The adapter of every demo checkpoint, by its name.
 ADAPTERS = {"demo": _HERE / "adapter.safetensors", "demo_cross": _HERE / "cross_adapter.safetensors"}
+MODEL_TYPES = {"demo": "llava", "demo_cross": "llava_cross"}
+# Hidden states of the tower that are its features; those of the last layer are made for saliency.
+FEATURE_LAYERS = {"demo": (11,), "demo_cross": (11,)}
 MARKER = "assembled.json"
 
 IMAGE_TOKEN = "<image>"
@@ -88,11 +91,11 @@ def assemble(target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | No
   return target_dir
 
 
-def random_projector(tower_dim: int, model_dim: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+def random_projector(num_features: int, model_dim: int, *, seed: int = 0) -> dict[str, np.ndarray]:
   """A projector initialised like torch's nn.Linear: uniform in ±1/sqrt(in), weights [out, in]."""
   random = np.random.default_rng(seed)
   named = {}
-  for name, inputs in (("linear_1", tower_dim), ("linear_2", model_dim)):
+  for name, inputs in (("linear_1", num_features), ("linear_2", model_dim)):
     bound = inputs**-0.5
     named[f"{name}.weight"] = random.uniform(-bound, bound, (model_dim, inputs)).astype(np.float32)
     named[f"{name}.bias"] = random.uniform(-bound, bound, model_dim).astype(np.float32)
@@ -122,7 +125,7 @@ def merge_adapter(
   tensors: dict[str, np.ndarray],
   scale: float,
   *,
-  tower_dim: int,
+  num_features: int,
   trained: Sequence[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
   """Adds the low-rank updates to the language model, W + scale · B A, in float32, and replaces what was trained whole.
@@ -133,7 +136,7 @@ def merge_adapter(
     language_model: names of the decoder → float32 arrays, linear weights [out, in].
     tensors: the adapter's tensors, as in `assemble`.
     scale: the LoRA scale.
-    tower_dim: width of the tower's features.
+    num_features: of an image token.
     trained: names in the language model of tensors that the adapter replaces.
 
   Returns:
@@ -144,7 +147,7 @@ def merge_adapter(
   """
   model_dim = language_model["embed_tokens.weight"].shape[1]
   shapes = {
-    f"{_PROJECTOR}linear_1.weight": (model_dim, tower_dim),
+    f"{_PROJECTOR}linear_1.weight": (model_dim, num_features),
     f"{_PROJECTOR}linear_1.bias": (model_dim,),
     f"{_PROJECTOR}linear_2.weight": (model_dim, model_dim),
     f"{_PROJECTOR}linear_2.bias": (model_dim,),
@@ -195,15 +198,13 @@ def _write_checkpoint(folder: Path, name: str, parts: Path, adapter: Path | None
   text_config = smollm2.config(gguf)
   tokenizer = smollm2.tokenizer(gguf)
   language_model = smollm2.weights(gguf)
-  model_type = "llava"
   if name == "demo_cross":
-    model_type = "llava_cross"
     language_model, text_config = cross.insert(language_model, text_config)
-  tower_dim = vision_config["hidden_size"]
+  num_features = vision_config["hidden_size"] * len(FEATURE_LAYERS[name])
   if adapter is None:
-    projector = random_projector(tower_dim, text_config["hidden_size"])
+    projector = random_projector(num_features, text_config["hidden_size"])
   else:
-    options = {"tower_dim": tower_dim, "trained": cross.trained(text_config)}
+    options = {"num_features": num_features, "trained": cross.trained(text_config)}
     language_model, projector = merge_adapter(language_model, *read_adapter(adapter), **options)
 
   tokenizer.add_special_tokens([IMAGE_TOKEN])
@@ -222,25 +223,25 @@ def _write_checkpoint(folder: Path, name: str, parts: Path, adapter: Path | None
     for name, value in named.items()
   }
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-  _write_configs(folder, model_type, text_config, vision_config, image_token_id)
+  _write_configs(folder, name, text_config, vision_config, image_token_id)
   shutil.copymode(folder / "config.json", folder / "model.safetensors")
   _write_processor(folder, tokenizer, text_config, vision_config)
 
 
 def _write_configs(
-  folder: Path, model_type: str, text_config: dict[str, Any], vision_config: dict[str, Any], image_token_id: int
+  folder: Path, name: str, text_config: dict[str, Any], vision_config: dict[str, Any], image_token_id: int
 ) -> None:
   write_json(
     folder / "config.json",
     {
       "architectures": ["LlavaForConditionalGeneration"],
-      "model_type": model_type,
+      "model_type": MODEL_TYPES[name],
       "dtype": "float32",
       "image_token_index": image_token_id,
       "image_seq_length": (IMAGE_SIZE // vision_config["patch_size"]) ** 2,
       "projector_hidden_act": "gelu",
       "multimodal_projector_bias": True,
-      "vision_feature_layer": -2,
+      "vision_feature_layer": list(FEATURE_LAYERS[name]),
       "vision_feature_select_strategy": "default",
       "tie_word_embeddings": text_config["tie_word_embeddings"],
       "text_config": text_config,

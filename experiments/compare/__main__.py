@@ -16,12 +16,14 @@ from absl import flags
 
 from experiments import question_sets
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import Comparison, PromptSizes
-from experiments.compare.grid import Shape, make_cells
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes
+from experiments.compare.grid import Cell, Shape, make_cells
 from experiments.shared import study, tabular
+from experiments.shared.statistics import POWER, smallest_difference
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import DEFAULT_BUCKETS
 from himap_jax.engine.engine import GenerationConfig
+from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.run import command
 
@@ -44,6 +46,11 @@ def define_flags() -> None:
   flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each question when timing.", 1)
   repeats = "Turns of no pruning and a cell; the median of their ratios counts; 0 disables timing."
   flags.DEFINE_integer("timing_repeats", 5, repeats, 0)
+  flags.DEFINE_integer("num_seeds", 3, "Seeds of every cell that uses chance.", 1)
+  least = "Stop before any work if the questions cannot show a difference of so many points to random tokens."
+  flags.DEFINE_float("least_difference", None, least)
+  expected = "Share of questions that is expected to be answered right by only one of two methods."
+  flags.DEFINE_float("disagreement", 0.2, expected, 0.0, 1.0)
   flags.DEFINE_integer("num_examples", 12, "Number of questions in the report.")
   flags.DEFINE_integer("num_strips", 4, "Number of these questions in strips.png.")
 
@@ -71,18 +78,35 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   workdir = study.open_workdir(**settings)
   for name in ("answers", "timings"):
     (workdir / name).mkdir(exist_ok=True)
+  print(power(len(questions), cells, values), flush=True)
   runner = measure.Runner(subject, workdir, settings, generation)
-  answers, timings = {}, {}
+  answers, timings, repeats = {}, {}, {}
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
     if cell.schedule is not None:
       answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
+      if cell.uses_chance:
+        repeats[cell.label] = [runner.answer(cell, repeat=repeat) for repeat in range(1, values.num_seeds)]
   bytes_per_value, num_text_tokens = jnp.dtype(command.DTYPES[values.dtype]).itemsize, measure.mean_text_length(subject)
   sizes = model_sizes(opened.config, subject.processor.image_shape)
   num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes
   sizes = PromptSizes(sizes, num_image_tokens, num_text_tokens, bytes_per_value, num_tiles)
-  comparison = Comparison(questions, cells, answers, timings, sizes)
+  comparison = Comparison(questions, cells, answers, timings, sizes, repeats)
   return comparison, report.collect(report.choose(questions, values.num_examples), comparison, subject)
+
+
+def power(num_questions: int, cells: Sequence[Cell], values: Any) -> str:
+  """Says what difference the questions can show; raises `UserError` if that is more than `--least_difference`."""
+  comparisons = max(1, sum(cell.schedule is not None and cell.budget is not None for cell in cells))
+  one, all_ = (smallest_difference(num_questions, values.disagreement, comparisons=n) for n in (1, comparisons))
+  text = (
+    f"{num_questions} questions, of which {values.disagreement:.0%} are answered right by only one of two methods, show "
+    f"a difference of {100 * one:.1f} points with a power of {POWER:.0%}, and one of {100 * all_:.1f} points corrected "
+    f"for {comparisons} comparisons"
+  )
+  if values.least_difference is not None and 100 * one > values.least_difference:
+    raise UserError(f"{text}; wanted are {values.least_difference:g} points: take more questions")
+  return text
 
 
 def write(comparison: Comparison, examples: Sequence[report.Example], values: Any) -> str:
@@ -92,14 +116,20 @@ def write(comparison: Comparison, examples: Sequence[report.Example], values: An
   title = f"Pruning methods on {values.question_set}, {len(comparison.questions)} questions"
   texts = {
     "table.md": tables.markdown(rows, columns),
-    "types.md": tables.types_markdown(rows),
+    "findings.md": tables.findings(rows),
+    "types.md": tables.by_group(rows, BY_TYPE),
+    **({"sizes.md": tables.by_group(rows, BY_SIZE)} if tables.groups_of(rows, BY_SIZE) else {}),
     "report.html": report.render(columns, tables.readable_rows(rows), examples, title=title, num_layers=num_layers),
   }
   for name, text in texts.items():
     (directory / name).write_text(text, encoding="utf-8")
   tabular.write_csv(directory / "table.csv", rows)
-  plots.plot_pareto(directory / "pareto.png", rows)
+  plots.plot_costs(directory / "flops.png", rows, plots.FLOPS)
+  if any(row.get("prefill_time") for row in rows):
+    plots.plot_costs(directory / "time.png", rows, plots.TIME)
   plots.plot_types(directory / "types.png", rows)
+  if tables.groups_of(rows, BY_SIZE):
+    plots.plot_sizes(directory / "sizes.png", rows)
   plots.draw_strips(directory / "strips.png", examples[: values.num_strips], report.cells_to_show(comparison.cells))
   printed = [report.Column("label", "", "text"), *(column for column in columns if column.name in tables.PRINTED)]
   return tables.markdown([row for row in rows if not row.get("note")], printed)

@@ -6,16 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question, is_right, score
-from experiments.shared.statistics import accuracy_by_type, resample, with_interval
+from experiments.shared.statistics import accuracy_by_type, holm, paired_p_values, resample, with_interval
 from himap_jax.pruning.cost import Costs, ModelSizes, costs
 from himap_jax.pruning.schedule import Schedule
 
 QUESTION_ONLY = "question only"
 CONTROL = "random"
-BY_TYPE = "accuracy: "
+BY_TYPE, BY_SIZE = "accuracy: ", "accuracy at size "
+SIZE_CLASSES = {"1": 1.25, "1.5": 1.75, "2": 2.5, "3": 3.5, "4": 6.0, "7 to 12": np.inf}  # and their upper bounds
 
 Row = dict[str, Any]
 
@@ -33,6 +35,13 @@ class PromptSizes(NamedTuple):
     return costs(self.model, schedule, *self[1:4], num_pictures=self.num_tiles)
 
 
+def size_class(question: Question) -> str:
+  """The class of the size of what a question asks for; empty if it is not known."""
+  if question.size is None:
+    return ""
+  return next(name for name, bound in SIZE_CLASSES.items() if question.size <= bound)
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
   """Questions, cells and answers of a comparison, with no pruning first.
@@ -40,6 +49,7 @@ class Comparison:
   Attributes:
     answers: label of a cell that has run → question id → output row.
     timings: label → result of `measure.measure_times`, or empty.
+    repeats: label → answers with further seeds, of cells that use chance; accuracies are means over all seeds.
   """
 
   questions: Sequence[Question]
@@ -47,6 +57,7 @@ class Comparison:
   answers: Mapping[str, Mapping[str, Mapping[str, Any]]]
   timings: Mapping[str, Mapping[str, Any]]
   sizes: PromptSizes
+  repeats: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]] = dataclasses.field(default_factory=dict)
 
   def rows(self, *, seed: int) -> list[Row]:
     """Every figure of every cell, and a row for question-only answers; `seed` is the bootstrap's."""
@@ -78,15 +89,15 @@ class Comparison:
 
   def _accuracies(self, seed: int) -> dict[str, Row]:
     """Accuracy by label, and its differences to no pruning and to the control at the same budget."""
-    given = {label: [own[question.id]["answer"] for question in self.questions] for label, own in self.answers.items()}
+    given = {label: self._given(own) for label, own in self.answers.items()}
     given[QUESTION_ONLY] = [question.guess for question in self.questions]
-    truths, places = [question.answer for question in self.questions], {label: i for i, label in enumerate(given)}
     controls = {cell.budget: cell.label for cell in self.cells if cell.method == CONTROL and cell.label in given}
     control_of = {cell.label: controls.get(cell.budget) for cell in self.cells}
-    right = np.array([[score(a, b) for a, b in zip(own, truths, strict=True)] for own in given.values()])
+    right, places = self._right(given), {label: i for i, label in enumerate(given)}
     same = np.array([[is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)] for own in given.values()])
     resampled, agreed, mean = resample(right, seed=seed), resample(same, seed=seed), right.mean(axis=1)
     by_type = accuracy_by_type(right, [question.type for question in self.questions])
+    by_size = accuracy_by_type(right, [size_class(question) for question in self.questions])
     figures = {}
     for label, index in places.items():
       row = {"questions": len(given[label]), "errors": sum(answer is None for answer in given[label])}
@@ -96,8 +107,28 @@ class Comparison:
           other = places[reference]
           row |= with_interval(name, mean[index] - mean[other], resampled[:, index] - resampled[:, other])
       row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
+      row |= {f"{BY_SIZE}{size}": float(by_size[size][index]) for size in SIZE_CLASSES if size in by_size}
       figures[label] = row | with_interval("agreement", same[index].mean(), agreed[:, index])
+    held = [label for label, control in control_of.items() if label in figures and control not in (None, label)]
+    if held:
+      differences = np.stack([right[places[label]] - right[places[control_of[label]]] for label in held])
+      corrected = holm(paired_p_values(differences, seed=seed))
+      for label, own, p_value in zip(held, differences, corrected, strict=True):
+        figures[label] |= {"beyond_random_p": float(p_value), "disagreement": float(np.square(own).mean())}
     return figures
+
+  def _given(self, rows: Mapping[str, Mapping[str, Any]]) -> list[str | None]:
+    return [rows[question.id]["answer"] for question in self.questions]
+
+  def _right(self, given: Mapping[str, Sequence[str | None]]) -> Float[np.ndarray, "C Q"]:
+    """Scores of all questions; means over the seeds of a cell that uses chance."""
+    truths = [question.answer for question in self.questions]
+
+    def scores(answers: Sequence[str | None]) -> list[float]:
+      return [score(a, b) for a, b in zip(answers, truths, strict=True)]
+
+    runs = {label: [own, *map(self._given, self.repeats.get(label, ()))] for label, own in given.items()}
+    return np.array([np.mean([scores(own) for own in every], axis=0) for every in runs.values()])
 
   def _costs(self, cell: Cell) -> Costs:
     """Costs of a prompt with a cell's schedule, averaged over rows if they keep different counts."""

@@ -102,6 +102,10 @@ class Cell:
   note: str | None = None
 
   @property
+  def uses_chance(self) -> bool:
+    return any(METHODS[name].uses_chance for name in parse(self.method.partition("@")[0]))
+
+  @property
   def file_name(self) -> str:
     """A file name that changes with the schedule."""
     base_method, stages = self.method.partition("@")[0], [(stage.layer, stage.keep) for stage in self.schedule.stages]

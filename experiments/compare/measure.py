@@ -36,14 +36,17 @@ class Runner:
   settings: Mapping[str, Any]
   generation: GenerationConfig
 
-  def answer(self, cell: Cell) -> dict[str, dict[str, Any]]:
-    """Answers the remaining questions; returns all output rows by id."""
-    subject, path = self.subject, self.workdir / "answers" / f"{cell.file_name}.jsonl"
+  def answer(self, cell: Cell, *, repeat: int = 0) -> dict[str, dict[str, Any]]:
+    """Answers the remaining questions; returns all output rows by id. Every repeat has a seed of its own."""
+    generation = dataclasses.replace(self.generation, seed=self.generation.seed + repeat)
+    name = f"{cell.file_name}.repeat{repeat}" if repeat else cell.file_name
+    subject, path = self.subject, self.workdir / "answers" / f"{name}.jsonl"
     if not path.exists() or path.read_bytes().count(b"\n") < len(subject.questions):
       asked = [prompts.Prompt(q.id, (str(q.image.absolute()),), q.question) for q in subject.questions]
-      wanted = contract.Contract(path, self.settings, prompts.Prompts.of(asked), advice="use another --workdir")
+      settings = self.settings | {"seed": generation.seed}
+      wanted = contract.Contract(path, settings, prompts.Prompts.of(asked), advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
-        engine, emit = subject.engine(cell.schedule, self.generation), frozenset({"tokens", "kept"})
+        engine, emit = subject.engine(cell.schedule, generation), frozenset({"tokens", "kept"})
         Answerer(subject.processor, subject.batcher, engine, emit).answer_all(rows)
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 

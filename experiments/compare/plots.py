@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.compare.comparison import BY_TYPE, QUESTION_ONLY, Row
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, QUESTION_ONLY, Row
+from experiments.compare.comparison import CONTROL as RANDOM
 from experiments.compare.grid import REFERENCE
 from experiments.compare.report import Example
-from experiments.compare.tables import types_of
+from experiments.compare.tables import groups_of
 from experiments.question_sets import is_right
 from experiments.shared import figures
 from experiments.shared.statistics import pareto_front
@@ -31,11 +33,12 @@ PALETTES = {
   CONTROL: "#555555 #a0a0a0 #000000".split(),
 }
 MARKERS = {BEFORE: "sD^v<>3", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
-FLOPS_TICKS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
 NO_PRUNING = {"color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8}
 BASELINE = {"color": "#888888", "linestyle": ":", "linewidth": 0.8}
 FRONT = {"color": "#222222", "alpha": 0.35, "linewidth": 2}
 COLUMNS = 9  # of the strips
+PANELS_ACROSS = 5
+NAMED_LINES = 5  # methods that a panel names
 RIGHT, WRONG = "#1a7f37", "#c1121f"
 BOX = {"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
 
@@ -74,35 +77,98 @@ def _pruned(rows: Sequence[Row]) -> list[Row]:
   return [row for row in rows if row.get("accuracy") is not None and row["method"] not in (REFERENCE, QUESTION_ONLY)]
 
 
-def plot_pareto(path: pathlib.Path, rows: Sequence[Row]) -> None:
-  """Plots accuracy against the FLOPs on all tokens and of scoring, with the Pareto front."""
-  x, y = "all_token_flops", "accuracy"
-  figure = Figure(figsize=(12, 6.8))
-  axes = figure.subplots()
-  none, styles = rows[0], {REFERENCE: REFERENCE_STYLE, **styles_of(rows)}
-  run = [none, *_pruned(rows)]
-  front = [run[i] for i in pareto_front([row[x] for row in run], [row[y] for row in run])]
-  axes.step([row[x] for row in front], [row[y] for row in front], where="post", zorder=1, **FRONT)
-  for row in run:
-    colour = styles[row["method"]].colour
-    axes.plot([row[x]] * 2, [row[f"{y}_low"], row[f"{y}_high"]], color=colour, linewidth=1, alpha=0.3, zorder=1.5)
-    if row in front or row["budget"] is None:
-      offset = (3, 8) if row in front else (7, -4)
-      look = {"textcoords": "offset points", "fontsize": 8.5, "zorder": 5, "bbox": BOX}
-      axes.annotate(row["label"], (row[x], row[y]), offset, **look)
-  axes.plot(none[x], none[y], zorder=3, linestyle="none", **REFERENCE_STYLE.look(filled=True))
-  _draw(axes, rows, (x, y), styles, FLOPS_TICKS, ticker.PercentFormatter(1.0, decimals=0))
-  least, most = min(row[x] for row in run) / 1.12, max(row[x] for row in run) * 1.12
-  axes.annotate("question only", (least, rows[1][y]), (3, 3), textcoords="offset points", color="#666666", fontsize=9)
-  label = "FLOPs of the decoder's prefill, all tokens and scoring, relative to no pruning"
-  axes.set(xlim=(least, most), xlabel=label, ylabel="accuracy, with 95% intervals")
-  _legend(figure, rows, styles, {"no pruning": {"marker": "*", "markersize": 9, **NO_PRUNING}, "Pareto front": FRONT})
+class Cost(NamedTuple):
+  """A cost that accuracy is drawn against: its column, what it is, and the ticks of its logarithmic axis."""
+
+  column: str
+  label: str
+  ticks: Sequence[float]
+
+
+FLOPS = Cost("all_token_flops", "FLOPs of the decoder's prefill, all tokens and scoring", (0.1, 0.2, 0.3, 0.5, 1.0))
+TIME = Cost("prefill_time", "time of the prefill with the tower, median of turns", (0.3, 0.5, 0.7, 1.0))
+
+
+def plot_costs(path: pathlib.Path, rows: Sequence[Row], cost: Cost) -> None:
+  """Plots accuracy against a cost relative to no pruning, one panel per method, the best first.
+
+  Every panel has no pruning, the control, and the Pareto front of all methods; a method's points on it are named.
+  """
+  none, styles, run = rows[0], styles_of(rows), [row for row in _pruned(rows) if row.get(cost.column) is not None]
+  methods = collections.defaultdict(list)
+  for row in sorted(run, key=lambda row: row[cost.column]):
+    methods[row["method"]].append(row)
+  control = methods.pop(RANDOM, [])
+  front = [run[i] for i in pareto_front([row[cost.column] for row in run], [row["accuracy"] for row in run])]
+  panels_of = sorted(methods, key=lambda name: -np.mean([row.get("beyond_random", 0.0) for row in methods[name]]))
+  num_columns = min(PANELS_ACROSS, max(1, len(panels_of)))
+  num_rows = max(1, -(-len(panels_of) // num_columns))
+  figure = Figure(figsize=(2.7 * num_columns, 2.3 * num_rows + 0.6), layout="constrained")
+  panels = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False).ravel()
+  for axes, method in zip(panels, panels_of, strict=False):
+    axes.axhline(none["accuracy"], zorder=0, **NO_PRUNING)
+    axes.step(*_points(front, cost), where="post", zorder=1, **FRONT)
+    axes.plot(*_points(control, cost), color="#777777", linewidth=1.2, marker="x", markersize=4, zorder=2)
+    own, colour = methods[method], styles[method].colour
+    for row in own:
+      ends = [row["accuracy_low"], row["accuracy_high"]]
+      axes.plot([row[cost.column]] * 2, ends, color=colour, linewidth=1.2, alpha=0.5, zorder=3)
+    axes.plot(*_points(own, cost), color=colour, linewidth=1.4, marker="o", markersize=4.5, zorder=4)
+    for row in own:
+      if row in front:
+        name = f"{row['budget']:g}" if row["budget"] else "as set"
+        at = {"textcoords": "offset points", "fontsize": 7.5, "fontweight": "bold", "zorder": 5, "bbox": BOX}
+        axes.annotate(name, (row[cost.column], row["accuracy"]), (-3, 7), **at)
+    axes.set_title(method, loc="left", fontsize=9.5, fontweight="bold", color=colour)
+    _logarithmic(axes, cost.ticks, ticker.PercentFormatter(1.0, decimals=0))
+  for axes in panels[len(panels_of) :]:
+    axes.set_axis_off()
+  figure.supxlabel(f"{cost.label}, relative to no pruning", fontsize=10)
+  figure.supylabel("accuracy, with 95% intervals", fontsize=10)
+  control_look = {"color": "#777777", "linewidth": 1.2, "marker": "x", "markersize": 4}
+  looks = {"no pruning": NO_PRUNING, "random tokens": control_look, "Pareto front of all, its points named": FRONT}
+  handles = [Line2D([], [], **look) for look in looks.values()]
+  figure.legend(handles, list(looks), loc="outside upper center", ncols=len(looks), frameon=False, fontsize=9)
   figures.save(path, figure)
+
+
+def plot_sizes(path: pathlib.Path, rows: Sequence[Row]) -> None:
+  """Plots accuracy against the size of what is asked for, one panel per budget; the best methods are named."""
+  sizes, styles = groups_of(rows, BY_SIZE), styles_of(rows)
+  budgets = sorted({row["budget"] for row in _pruned(rows) if row["budget"]}, reverse=True)
+  figure = Figure(figsize=(4.2 * max(1, len(budgets)), 4.0), layout="constrained")
+  panels = figure.subplots(1, max(1, len(budgets)), sharey=True, squeeze=False).ravel()
+  values = lambda row: [row[f"{BY_SIZE}{size}"] for size in sizes]  # noqa: E731
+  for axes, budget in zip(panels, budgets, strict=False):
+    own = sorted((row for row in _pruned(rows) if row["budget"] == budget), key=lambda row: -row["accuracy"])
+    named = [row["method"] for row in own if row["method"] != RANDOM][:NAMED_LINES]
+    axes.plot(sizes, values(rows[0]), marker="*", **{**NO_PRUNING, "label": "no pruning"})
+    axes.plot(sizes, values(rows[1]), **{**BASELINE, "label": "question only"})
+    for row in own:
+      if row["method"] == RANDOM:
+        axes.plot(sizes, values(row), color="#555555", linewidth=1.8, marker="x", zorder=4, label="random tokens")
+      elif row["method"] in named:
+        style = styles[row["method"]]
+        axes.plot(sizes, values(row), linewidth=1.5, zorder=3, label=row["method"], **style.look(filled=True))
+      else:
+        axes.plot(sizes, values(row), color="#cccccc", linewidth=0.8, zorder=1)
+    axes.set_title(f"{budget:g} tokens", loc="left", fontsize=11, fontweight="bold")
+    axes.legend(frameon=False, fontsize=8)
+    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+  figure.supxlabel("size of what is asked for, in image tokens along a side", fontsize=10)
+  figure.supylabel("accuracy", fontsize=10)
+  figures.save(path, figure)
+
+
+def _points(rows: Sequence[Row], cost: Cost) -> tuple[list[float], list[float]]:
+  return [row[cost.column] for row in rows], [row["accuracy"] for row in rows]
 
 
 def plot_types(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Plots accuracy against image tokens per layer, one panel per question type."""
-  types, styles = types_of(rows), styles_of(rows)
+  types, styles = groups_of(rows, BY_TYPE), styles_of(rows)
   num_columns = min(3, len(types))
   num_rows = -(-len(types) // num_columns)
   figure = Figure(figsize=(4.2 * num_columns, 3.3 * num_rows), layout="constrained")
@@ -167,12 +233,17 @@ def _draw(
   for method, own in points.items():
     line = {"linestyle": "--" if "@" in method else "-", "linewidth": 1.1, "alpha": 0.75, "zorder": 2}
     axes.plot(*zip(*sorted(own, key=lambda point: point[0]), strict=True), color=styles[method].colour, **line)
+  axes.axhline(rows[0][y], zorder=0, **NO_PRUNING)
+  axes.axhline(rows[1][y], zorder=0, **BASELINE)
+  _logarithmic(axes, ticks, form)
+
+
+def _logarithmic(axes: Axes, ticks: Sequence[float], form: Any) -> None:
+  """A logarithmic axis of costs, a linear one of accuracies."""
   axes.set_xscale("log")
   axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.xaxis.set_major_formatter(form)
-  axes.axhline(rows[0][y], zorder=0, **NO_PRUNING)
-  axes.axhline(rows[1][y], zorder=0, **BASELINE)
   axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   axes.spines[["top", "right"]].set_visible(False)
   axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)

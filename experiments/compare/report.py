@@ -23,11 +23,11 @@ from experiments.shared.subject import Subject
 
 
 class Column(NamedTuple):
-  """A column of the table: key in the rows, heading, and format; `percent` writes 0.25 as 25.0%."""
+  """A column of the table: key in the rows, heading, and format; `percent` writes 0.25 as 25.0%, `p` as 0.250."""
 
   name: str
   label: str
-  kind: Literal["text", "number", "percent"]
+  kind: Literal["text", "number", "percent", "p"]
 
 
 class Shown(NamedTuple):

@@ -5,18 +5,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.compare.comparison import BY_TYPE, Row
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Row
 from experiments.compare.report import Column
 from experiments.shared import tabular
+from experiments.shared.statistics import LEVEL, POWER, smallest_difference
 from himap_jax.pruning.methods import METHODS
 
 DIFFERENCES = ("difference", "beyond_random")
 STAGES_SHOWN = 4
-PRINTED = "tokens_in accuracy difference agreement all_token_flops prefill_time".split()
+PRINTED = "tokens_in accuracy difference beyond_random beyond_random_p agreement all_token_flops prefill_time".split()
 
 
-def types_of(rows: Sequence[Row]) -> list[str]:
-  return [name.removeprefix(BY_TYPE) for name in rows[0] if name.startswith(BY_TYPE)]
+def groups_of(rows: Sequence[Row], prefix: str) -> list[str]:
+  """Types or sizes of questions, by the prefix of their columns."""
+  return [name.removeprefix(prefix) for name in rows[0] if name.startswith(prefix)]
 
 
 def readable_columns(rows: Sequence[Row]) -> list[Column]:
@@ -35,7 +37,9 @@ def readable_columns(rows: Sequence[Row]) -> list[Column]:
     Column("difference_interval", "95% interval", "text"),
     Column("beyond_random", "difference to random", "percent"),
     Column("beyond_random_interval", "95% interval", "text"),
-    *(Column(f"{BY_TYPE}{type}", type, "percent") for type in types_of(rows)),
+    Column("beyond_random_p", "p, corrected", "p"),
+    *(Column(f"{BY_TYPE}{type}", type, "percent") for type in groups_of(rows, BY_TYPE)),
+    *(Column(f"{BY_SIZE}{size}", f"size {size}", "percent") for size in groups_of(rows, BY_SIZE)),
     Column("agreement", "agrees with none", "percent"),
     Column("agreement_interval", "95% interval", "text"),
     Column("image_token_flops", "FLOPs, image tokens (Eq. 10)", "percent"),
@@ -71,6 +75,8 @@ def _text(row: Row, column: Column) -> str:
   value = row.get(column.name)
   if value is None or column.kind == "text":
     return value or ""
+  if column.kind == "p":
+    return f"{value:.3f}"
   return _percent(value, column.name) if column.kind == "percent" else f"{value:.1f}".removesuffix(".0")
 
 
@@ -81,11 +87,11 @@ def markdown(rows: Sequence[Row], columns: Sequence[Column]) -> str:
   return "\n".join(lines) + "\n"
 
 
-def types_markdown(rows: Sequence[Row]) -> str:
-  """Accuracy of every question type at every budget.
+def by_group(rows: Sequence[Row], prefix: str) -> str:
+  """Accuracy of every type or size of question at every budget, by the prefix of their columns.
 
-  Each budget has a row for each control and one for the mean of the methods that reach all budgets, so that all means
-  are over the same methods; no pruning and the question-only answers come first.
+  Each budget has a row for each control, one for the mean of the methods that reach all budgets, so that all means are
+  over the same methods, and one for each of these; no pruning and the question-only answers come first.
   """
   by_budget = collections.defaultdict(dict)
   for row in rows:
@@ -96,9 +102,36 @@ def types_markdown(rows: Sequence[Row]) -> str:
   pruned = [name for name in (reached or [()])[0] if all(name in own for own in reached) and name not in controls]
   chosen = [("", row["label"], [row]) for row in rows[:2]]
   for budget, cells in by_budget.items():
+    chosen += [(f"{budget:g}", name, [cells[name]]) for name in controls if name in cells]
     if pruned:
       chosen.append((f"{budget:g}", f"mean of {len(pruned)} methods", [cells[name] for name in pruned]))
-    chosen += [(f"{budget:g}", name, [cells[name]]) for name in controls if name in cells]
-  names = [f"{BY_TYPE}{type}" for type in types_of(rows)]
+    chosen += [(f"{budget:g}", name, [cells[name]]) for name in cells if name not in controls]
+  names = [f"{prefix}{group}" for group in groups_of(rows, prefix)]
   means = [[*start, *(f"{np.mean([row[name] for row in own]):.1%}" for name in names)] for *start, own in chosen]
-  return "\n".join(tabular.markdown(["budget", "", *types_of(rows)], means)) + "\n"
+  return "\n".join(tabular.markdown(["budget", "", *groups_of(rows, prefix)], means)) + "\n"
+
+
+def findings(rows: Sequence[Row]) -> str:
+  """At every budget: the methods above random tokens, below them, and neither, all statements at 5% together (Holm)."""
+  held = [row for row in rows if "beyond_random_p" in row]
+  if not held:
+    return "No method was held against random tokens at the same budget.\n"
+  disagreement = float(np.median([row["disagreement"] for row in held]))
+  least = [smallest_difference(held[0]["questions"], disagreement, comparisons=n) for n in (1, len(held))]
+  lines = [
+    f"Accuracy against random tokens at the same budget, {held[0]['questions']} questions, {len(held)} comparisons; all "
+    f"statements hold together at the level of 5% (sign-flip tests, corrected after Holm). In the median comparison "
+    f"{disagreement:.1%} of answers differ; with that, a difference of {100 * least[0]:.1f} points is found with a power "
+    f"of {POWER:.0%} by one test, and one of {100 * least[1]:.1f} points by all of them together.",
+    "",
+  ]
+  table = []
+  for budget in dict.fromkeys(row["budget"] for row in held):
+    parts = {"above": [], "below": [], "neither": []}
+    for row in sorted((row for row in held if row["budget"] == budget), key=lambda row: -row["beyond_random"]):
+      is_sure = row["beyond_random_p"] < 1 - LEVEL
+      part = "neither" if not is_sure else "above" if row["beyond_random"] > 0 else "below"
+      parts[part].append(f"{row['method']} {100 * row['beyond_random']:+.1f}")
+    table.append([f"{budget:g}", *(", ".join(own) for own in parts.values())])
+  heads = ["budget", "above random, in points", "below random", "neither"]
+  return "\n".join([*lines, *tabular.markdown(heads, table)]) + "\n"

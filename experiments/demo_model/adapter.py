@@ -97,6 +97,15 @@ def _module_and_leaf(name: str) -> tuple[str, str]:
   return module, leaf
 
 
+def widen(projector: Weights, num_features: int) -> Weights:
+  """A projector of the first features that reads more of them, at first with weights of zero."""
+  missing = num_features - projector["linear_1"]["weight"].shape[1]
+  if missing == 0:
+    return projector
+  weight = jnp.pad(projector["linear_1"]["weight"], ((0, 0), (0, missing)))
+  return {**projector, "linear_1": {**projector["linear_1"], "weight": weight}}
+
+
 def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
   """The weighted mean of adapters; raises `UserError` unless there is a share for each and they sum to 1."""
   if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:

@@ -5,7 +5,10 @@ for the same reason; words for every patch take only minutes on a CPU. The proje
 colour moves DINOv2's features along directions of small variance, which an optimizer would otherwise discover late.
 
 The words of a patch are the kind, name and colour of the thing in it, or "nothing"; whether it is the thing's middle;
-and its place in the picture.
+its place in the picture; and the characters that are written in it.
+
+An adapter for fewer features than the tower now gives keeps what its projector says of every patch and learns to add
+the characters, which its features did not show.
 
 Axes: P patches, W words, F features of the tower, D model dim, V vocabulary.
 """
@@ -22,31 +25,42 @@ from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
+from experiments.demo_model import details
 from experiments.demo_model.adapter import PROJECTOR, Weights, Whitening, init_projector
 from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS
 from experiments.demo_model.data import Mixture, Pool
 from experiments.demo_model.packing import Packer
 from experiments.demo_model.scenes import Scene
+from experiments.demo_model.signs import CHARACTERS
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.inputs import Images
 from himap_jax.model.network import Model
 from himap_jax.run.progress import Progress
 
-PICTURES, BATCH, SHAPES_EVERY = 640, 8, 5
+PICTURES, BATCH, SHAPES_EVERY, DETAILS_EVERY = 640, 8, 5, 2
 STEPS, PATCHES_A_STEP, RATE = 1000, 4096, 2e-3
 WHITENING_PATCHES = 40_000
 
 SHAPES = ("circle", "triangle", "rectangle")
 PLACES = ("left", "right", "top", "bottom")
-PLACE_WEIGHT = 0.7
+PLACE_WEIGHT, CHARACTER_WEIGHT = 0.7, 1.5
 MIDDLE_RADIUS = 0.06  # as a share of the picture's side
 COVERED = 0.3  # a patch shows a thing that covers at least this share of it
 
 
 def aligned(
-  path: pathlib.Path, loaded: LoadedModel, packers: Iterable[Packer], mixture: Mixture, *, seed: int
+  path: pathlib.Path,
+  loaded: LoadedModel,
+  packers: Iterable[Packer],
+  mixture: Mixture,
+  *,
+  seed: int,
+  base: Weights | None = None,
 ) -> tuple[Whitening, Weights]:
-  """The whitening of tower features and the aligned projector of whitened features; computed once, then read."""
+  """The whitening of tower features and the aligned projector of whitened features; computed once, then read.
+
+  `base` is a projector of features, not whitened, whose image tokens are kept, with characters added.
+  """
   if not path.exists():
     model, words = loaded.model, vocabulary(mixture.names())
     by_resolution = {packer.grid: packer for packer in packers}
@@ -55,7 +69,10 @@ def aligned(
     whitening = Whitening.measure(features[:: max(1, len(features) // WHITENING_PATCHES)])
     table = model.params["language_model"]["embed_tokens"]["weight"]
     embeddings = word_embeddings(loaded.processor.tokenizer, table, words)
-    projector = fit(model, whitening(features), labels, embeddings, seed=seed)
+    if base is not None:
+      base = whitening.unfold(base)
+      labels[:, [word not in CHARACTERS for word in words]] = 0
+    projector = fit(model, whitening(features), labels, embeddings, seed=seed, base=base)
     ocp.save(path, {"mean": whitening.mean, "matrix": whitening.matrix, "projector": projector})
   start = jax.tree.map(jnp.asarray, ocp.load(path))
   return Whitening(start["mean"], start["matrix"]), start["projector"]
@@ -75,7 +92,8 @@ def collect(
         pictures = [picture for picture, _ in shapes]
         described = [describe_shape(*shape, packer.grid, words) for shape in shapes]
       else:
-        scenes = [mixture.draw_scene(rng) for _ in range(BATCH)]
+        draw = mixture.draw_detail if index % DETAILS_EVERY == 0 else mixture.draw_scene
+        scenes = [draw(rng) for _ in range(BATCH)]
         pictures = [scene.picture for scene in scenes]
         described = [describe_scene(scene, packer.grid, words) for scene in scenes]
       encoded = np.asarray(encode(model, packer.pixel_values(pictures)))
@@ -86,8 +104,9 @@ def collect(
 
 
 def word_embeddings(tokenizer: Any, embeddings: Float[Array, "V D"], words: Sequence[str]) -> Float[Array, "W D"]:
-  """The embedding of every word within a sentence, averaged over its tokens."""
-  ids = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+  """The embedding of every word within a sentence, averaged over its tokens, and of every character alone."""
+  texts = [word if word in CHARACTERS else f" {word}" for word in words]
+  ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
   return jnp.stack([embeddings[jnp.asarray(i)].mean(0) for i in ids])
 
 
@@ -98,23 +117,27 @@ def fit(
   embeddings: Float[Array, "W D"],
   *,
   seed: int,
+  base: Weights | None = None,
 ) -> Weights:
-  """Fits a new projector of whitened features to the words of the patches by least squares."""
+  """Fits a projector of whitened features by least squares to the words of the patches, beside what `base` says."""
   embeddings = np.asarray(embeddings)
-  scale = float(np.sqrt(np.mean(np.square(labels[:65536].astype(np.float32) @ embeddings))))
+  scale = float(np.sqrt(np.mean(np.square(embeddings))))
   optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
 
+  def project(projector: Weights, x: Array) -> Array:
+    return model.replace(params={PROJECTOR: projector}).bind().multi_modal_projector(x[None])[0]
+
   def loss_fn(projector: Weights, x: Array, y: Array) -> Array:
-    out = model.replace(params={PROJECTOR: projector}).bind().multi_modal_projector(x[None])
-    return jnp.mean(jnp.square((out - y[None]) / scale))
+    return jnp.mean(jnp.square((project(projector, x) - y) / scale))
 
   @jax.jit
   def step(projector: Weights, state: Any, x: Array, y: Array) -> tuple[Weights, Any]:
+    y = y if base is None else y + project(base, x)
     updates, state = optimizer.update(jax.grad(loss_fn)(projector, x, y), state)
     return optax.apply_updates(projector, updates), state
 
   rng = np.random.default_rng(seed)
-  projector = init_projector(jax.random.key(seed), model.params)
+  projector = init_projector(jax.random.key(seed), model.params) if base is None else base
   state = optimizer.init(projector)
   with Progress(STEPS, "step", "projector") as progress:
     for _ in range(STEPS):
@@ -126,25 +149,28 @@ def fit(
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:
-  return list(dict.fromkeys([*PLACES, "nothing", "middle", *KINDS, *COLOUR_NAMES, *SHAPES, "teal", *names]))
+  words = [*PLACES, "nothing", "middle", *KINDS, details.SIGN.kind, *COLOUR_NAMES, *SHAPES, "teal", *names]
+  return list(dict.fromkeys([*words, *CHARACTERS]))
 
 
 def describe(
-  instances: np.ndarray, things: Sequence[tuple[Sequence[str], tuple[float, float]]], grid: int, words: Sequence[str]
+  instances: np.ndarray,
+  things: Sequence[tuple[Sequence[str], tuple[float, float]]],
+  grid: int,
+  words: Sequence[str],
+  writing: np.ndarray | None = None,
 ) -> Float[np.ndarray, "P W"]:
   """The weight of each word of a vocabulary for each patch; `grid` is the number of patches along a side.
 
-  `instances` holds the thing number of every pixel, 0 in the background; `things` are their words and middles.
+  `instances` holds the thing number of every pixel, 0 in the background; `things` are their words and middles;
+  `writing` holds the code of the character of every pixel, or 0.
   """
   column = {word: index for index, word in enumerate(words)}
   labels = np.zeros((grid, grid, len(words)), np.float32)
   y, x = (np.mgrid[0:grid, 0:grid] + 0.5) / grid
   for word, place in zip(PLACES, (1 - 2 * x, 2 * x - 1, 1 - 2 * y, 2 * y - 1), strict=True):
     labels[..., column[word]] = PLACE_WEIGHT * np.maximum(place, 0)
-  edges = np.linspace(0, len(instances), grid + 1).round().astype(int)
-  masks = (instances == np.arange(1, len(things) + 1)[:, None, None]).astype(np.float32)
-  sums = np.add.reduceat(np.add.reduceat(masks, edges[:-1], 1), edges[:-1], 2)
-  cover = sums / np.outer(np.diff(edges), np.diff(edges))
+  cover = _cover(instances, np.arange(1, len(things) + 1), grid)
   largest = cover.argmax(0)
   shown = cover.max(0) >= COVERED
   labels[..., column["nothing"]] = ~shown
@@ -153,12 +179,23 @@ def describe(
       labels[shown & (largest == number), column[word]] = 1.0
     near = np.exp(-((x - u) ** 2 + (y - v) ** 2) / MIDDLE_RADIUS**2)
     labels[..., column["middle"]] = np.maximum(labels[..., column["middle"]], near)
+  codes = np.unique(writing)[1:] if writing is not None else []
+  for code, share in zip(codes, _cover(writing, codes, grid) if len(codes) else (), strict=True):
+    labels[..., column[chr(code)]] = CHARACTER_WEIGHT * share
   return labels.reshape(grid * grid, len(words))
+
+
+def _cover(numbers: np.ndarray, wanted: np.ndarray, grid: int) -> Float[np.ndarray, "N g g"]:
+  """The share of each patch that pixels of each wanted number cover."""
+  edges = np.linspace(0, len(numbers), grid + 1).round().astype(int)
+  masks = (numbers == wanted[:, None, None]).astype(np.float32)
+  sums = np.add.reduceat(np.add.reduceat(masks, edges[:-1], 1), edges[:-1], 2)
+  return sums / np.outer(np.diff(edges), np.diff(edges))
 
 
 def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
   things = [([word for word in thing.cutout[1:] if word], thing.middle) for thing in scene.things]
-  return describe(scene.instances, things, grid, words)
+  return describe(scene.instances, things, grid, words, scene.writing)
 
 
 def describe_shape(picture: Image.Image, pool: Pool, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:

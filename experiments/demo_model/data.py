@@ -1,4 +1,4 @@
-"""Training samples: pictures with questions and answers, from composed scenes and easy-VQA's training pictures."""
+"""Training samples: pictures with questions and answers, from scenes, details and easy-VQA's training pictures."""
 
 import collections
 import itertools
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from checkpoints_convert.demo import easyvqa
-from experiments.demo_model import cutouts, questions, scenes
+from experiments.demo_model import cutouts, details, questions, scenes, signs
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.run.pictures import load_image
 
@@ -33,12 +33,14 @@ class Pool(NamedTuple):
 
 
 class Mixture:
-  """Deterministic samples of both sources; `scene_share` is the share of scenes among the pictures."""
+  """Deterministic samples: of scenes and of details in these shares, and of easy-VQA."""
 
-  def __init__(self, *, scene_share: float = 0.75):
-    self._pools = list(question_pools(easyvqa.load(default_cache_dir(), "train")).items())
-    self._cutouts = cutouts.load(default_cache_dir())["train"]
-    self._scene_share = scene_share
+  def __init__(self, *, scene_share: float = 0.75, detail_share: float = 0.0):
+    cache_dir = default_cache_dir()
+    self._pools = list(question_pools(easyvqa.load(cache_dir, "train")).items())
+    self._cutouts = cutouts.load(cache_dir)["train"]
+    self._parts = details.Parts.of(self._cutouts, signs.faces(cache_dir, "train"))
+    self._scene_share, self._detail_share = scene_share, detail_share
 
   def names(self) -> list[str]:
     return sorted({cutout.name for cutout in self._cutouts if cutout.name})
@@ -51,10 +53,19 @@ class Mixture:
   def draw_scene(self, rng: np.random.Generator) -> scenes.Scene:
     return scenes.compose(rng, self._cutouts)
 
+  def draw_detail(self, rng: np.random.Generator) -> scenes.Scene:
+    return details.compose(rng, self._parts).scene
+
   def draw(self, num_pictures: int, *, seed: tuple[int, int]) -> list[Sample]:
     rng = np.random.default_rng(seed)
-    is_scene = rng.random(num_pictures) < self._scene_share
-    return [self._ask_about_scene(rng) if scene else self._ask_about_shape(rng) for scene in is_scene]
+    return [self._draw_one(rng, source) for source in rng.random(num_pictures)]
+
+  def _draw_one(self, rng: np.random.Generator, source: float) -> Sample:
+    if source < self._scene_share:
+      return self._ask_about_scene(rng)
+    return (
+      self._ask_about_detail(rng) if source < self._scene_share + self._detail_share else self._ask_about_shape(rng)
+    )
 
   def _ask_about_shape(self, rng: np.random.Generator) -> Sample:
     # Kinds take turns: five in six of the original yes-or-no questions can be answered from their words alone, and a
@@ -69,6 +80,15 @@ class Mixture:
     across, down, places = (own[1:] for (own,) in questions.ask_for_lists(scene).values())
     asked += [[across, down], [places]]
     return Sample(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
+
+  def _ask_about_detail(self, rng: np.random.Generator) -> Sample:
+    detail = details.compose(rng, self._parts)
+    asked = [[question[1:] for question in own] for own in detail.questions.values()]
+    if not detail.questions["board"]:
+      asked += [
+        [own[1:] for own in questions_of_type] for questions_of_type in questions.ask_for_lists(detail.scene).values()
+      ]
+    return Sample(detail.scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
 
 
 def take_turns(kinds: Sequence[Sequence[Asked]]) -> list[Asked]:

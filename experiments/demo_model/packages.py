@@ -1,4 +1,5 @@
-"""Downloads the pictures of scenes: Debian's tuxpaint-stamps-default and, from npm, three drawings of the same emoji.
+"""Downloads what scenes are made of: Debian's tuxpaint-stamps-default, three drawings of the same emoji from npm, and
+typefaces of Debian.
 
 The packages are unpacked into the cache folder, not installed, and never copied into the project.
 """
@@ -26,7 +27,8 @@ class Package(NamedTuple):
   unpack: Sequence[str]
 
 
-# Licences: stamps GPL-2; noto MIT, pictures Apache-2.0; twemoji MIT, pictures CC-BY-4.0; fluent MIT.
+# Licences: stamps GPL-2; noto MIT, pictures Apache-2.0; twemoji MIT, pictures CC-BY-4.0; fluent MIT; typefaces OFL-1.1,
+# Liberation with an exception.
 PACKAGES = {
   label: Package(**fields)
   for label, fields in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()
@@ -60,6 +62,6 @@ def _run(package: Package, command: Sequence[str], folder: pathlib.Path, cache_d
   except (FileNotFoundError, subprocess.CalledProcessError) as error:
     reason = getattr(error, "stderr", f"there is no {command[0]} here").strip()
     raise UserError(
-      f"the pictures of {package.name} {package.version} could not be fetched with `{' '.join(command)}`: {reason}; "
+      f"{package.name} {package.version} could not be fetched with `{' '.join(command)}`: {reason}; "
       f"or put {package.file} into {cache_dir}"
     ) from error

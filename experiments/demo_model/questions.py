@@ -1,8 +1,4 @@
-"""Questions about scenes, determined by the random numbers. As a command it writes scenes and their questions:
-
-    python -m experiments.demo_model.questions --split=test --num_scenes=100 --directory=… [--lists]
-
-Questions are of ten types:
+"""Questions about scenes, determined by the random numbers, of ten types:
 
 | type     | question                                                                 | answer                        |
 |----------|--------------------------------------------------------------------------|-------------------------------|
@@ -24,23 +20,15 @@ Yes and no, the two sides of a relation, and the answers of the other types are 
 
 import collections
 import itertools
-import json
-import pathlib
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable, Iterator
 
 import numpy as np
-from absl import app, flags
 
-from experiments.demo_model import cutouts
-from experiments.demo_model.cutouts import KINDS, Cutout
-from experiments.demo_model.scenes import Scene, compose, overlap
-from himap_jax.checkpoint import default_cache_dir
-from himap_jax.run import command
-from himap_jax.run.progress import Progress
+from experiments.demo_model.cutouts import KINDS
+from experiments.demo_model.scenes import Scene, overlap
+from experiments.demo_model.wording import Question, a, one_of, plural
 
 TYPES = ("presence", "kind", "name", "count", "number", "colour", "place", "relation", "corner", "empty")
-GUESS_SCENES = 1000
 CORNERS = {
   "top left": (0.0, 0.0, 0.4, 0.4),
   "top right": (0.6, 0.0, 1.0, 0.4),
@@ -49,16 +37,6 @@ CORNERS = {
 }
 APART = 0.15  # how much further left a thing must be to be "furthest left" or "to the left"
 OFF_CENTRE = 0.08  # how far from the middle of the picture a thing must be to be "on the left"
-PIECES = ("food", "clothing")  # kinds that are counted in pieces
-VOWELS = "aeiou"
-
-
-class Question(NamedTuple):
-  """A question about a scene."""
-
-  type: str
-  question: str
-  answer: str
 
 
 def ask(rng: np.random.Generator, scene: Scene) -> dict[str, list[Question]]:
@@ -74,13 +52,13 @@ def _about_kinds(rng: np.random.Generator, scene: Scene) -> Iterator[Question]:
   present = [kind for kind in KINDS if scene.of_kind(kind)]
   absent = [str(kind) for kind in rng.permutation([kind for kind in KINDS if kind not in present])]
   for kind in present:
-    yield Question("presence", f"is there {_a(kind)}?", "yes")
+    yield Question("presence", f"is there {a(kind)}?", "yes")
     if len(scene.of_kind(kind)) > 1 or rng.random() < 0.4:
-      yield Question("number", f"how many {_plural(kind)} are there?", str(len(scene.of_kind(kind))))
+      yield Question("number", f"how many {plural(kind)} are there?", str(len(scene.of_kind(kind))))
   for kind in absent[: len(present)]:
-    yield Question("presence", f"is there {_a(kind)}?", "no")
+    yield Question("presence", f"is there {a(kind)}?", "no")
   for kind in absent[len(present) : len(present) + (len(present) + 1) // 2]:
-    yield Question("number", f"how many {_plural(kind)} are there?", "0")
+    yield Question("number", f"how many {plural(kind)} are there?", "0")
   yield Question("count", "how many things are there?", str(len(scene.things)))
 
 
@@ -93,7 +71,7 @@ def _about_extremes(scene: Scene) -> Iterator[Question]:
 
 def _about_single(scene: Scene) -> Iterator[Question]:
   for thing in scene.alone():
-    kind, name, colour = _one(thing.cutout.kind), thing.cutout.name, thing.cutout.colour
+    kind, name, colour = one_of(thing.cutout.kind), thing.cutout.name, thing.cutout.colour
     if name:
       yield Question("name", f"what is the {kind} called?", name)
     if colour:
@@ -106,7 +84,7 @@ def _about_single(scene: Scene) -> Iterator[Question]:
 
 def _about_pairs(scene: Scene) -> Iterator[Question]:
   for first, second in itertools.product(scene.alone(), repeat=2):
-    (x, y), (u, v), one, other = first.middle, second.middle, _one(first.cutout.kind), _one(second.cutout.kind)
+    (x, y), (u, v), one, other = first.middle, second.middle, one_of(first.cutout.kind), one_of(second.cutout.kind)
     if abs(x - u) > APART:
       asked = f"is the {one} to the left or to the right of the {other}?"
       yield Question("relation", asked, "left" if x < u else "right")
@@ -144,68 +122,9 @@ def ask_for_lists(scene: Scene) -> dict[str, list[Question]]:
   return {question.type: [question] for question in lists}
 
 
-def _one(kind: str) -> str:
-  return f"piece of {kind}" if kind in PIECES else kind
-
-
-def _a(kind: str) -> str:
-  return f"{'an' if _one(kind)[0] in VOWELS else 'a'} {_one(kind)}"
-
-
-def _plural(kind: str) -> str:
-  return f"pieces of {kind}" if kind in PIECES else f"{kind}s"
-
-
-def scene_of(
-  split: str, index: int, pictures: Sequence[Cutout], *, lists: bool = False
-) -> tuple[Scene, dict[str, list[Question]]]:
-  rng = np.random.default_rng(["train", "test"].index(split) * 10**9 + index)
-  scene = compose(rng, pictures)
-  return scene, ask_for_lists(scene) if lists else ask(rng, scene)
-
-
 def commonest(pairs: Iterable[tuple[Hashable, str]]) -> dict[Hashable, str]:
   """The most frequent answer of every key."""
   counts = collections.defaultdict(collections.Counter)
   for key, answer in pairs:
     counts[key][answer] += 1
   return {key: answers.most_common(1)[0][0] for key, answers in counts.items()}
-
-
-def write(directory: pathlib.Path, split: str, num_scenes: int, *, lists: bool = False) -> pathlib.Path:
-  """Writes scenes with one question of every type that they have, or with lists; returns the path of `questions.jsonl`.
-
-  A row's `guess` is the commonest answer to the question, or else to its type, in training scenes.
-  """
-  pictures = cutouts.load(default_cache_dir())
-  train = (scene_of("train", index, pictures["train"], lists=lists)[1] for index in range(GUESS_SCENES))
-  seen = (question for asked in train for own in asked.values() for question in own)
-  guesses = commonest(pair for type, question, answer in seen for pair in ((question, answer), (type, answer)))
-  with command.user_error(f"cannot create {directory}"):
-    directory.mkdir(parents=True, exist_ok=True)
-  rows = []
-  with Progress(num_scenes, "scene", f"{split} scenes") as progress:
-    for index in range(num_scenes):
-      scene, asked = scene_of(split, index, pictures[split], lists=lists)
-      scene.picture.save(directory / f"{index:05d}.png")
-      for type, question, answer in (questions[0] for questions in asked.values() if questions):
-        row = {"id": f"{index:05d}-{type}", "image": f"{index:05d}.png", "question": question, "answer": answer}
-        rows.append(row | {"type": type, "guess": guesses.get(question, guesses[type])})
-      progress.update()
-  path = directory / "questions.jsonl"
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  return path
-
-
-def run() -> int:
-  values = flags.FLAGS
-  print(write(pathlib.Path(values.directory), values.split, values.num_scenes, lists=values.lists))
-  return 0
-
-
-if __name__ == "__main__":
-  flags.DEFINE_enum("split", "test", ["train", "test"], "Split of cut-outs and seeds.")
-  flags.DEFINE_integer("num_scenes", 100, "Number of scenes.")
-  flags.DEFINE_bool("lists", False, "Ask for lists of everything in a scene instead of short answers.")
-  flags.DEFINE_string("directory", None, "Directory for pictures and questions.jsonl.", required=True)
-  app.run(lambda argv: command.execute("experiments.demo_model.questions", argv, run, resumes=False))

@@ -33,11 +33,17 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-  """A picture of `SIDE` pixels, its things, and for every pixel the number of its thing, 0 in the background."""
+  """A picture of `SIDE` pixels and its things.
+
+  Attributes:
+    instances: for every pixel the number of its thing, 0 in the background.
+    writing: for every pixel the code of the character that is written there, or 0.
+  """
 
   picture: Image.Image
   things: tuple[Thing, ...]
   instances: np.ndarray
+  writing: np.ndarray
 
   def of_kind(self, kind: str) -> list[Thing]:
     return [thing for thing in self.things if thing.cutout.kind == kind]
@@ -53,38 +59,65 @@ def compose(rng: np.random.Generator, pictures: Sequence[Cutout]) -> Scene:
   count = int(rng.integers(1, MAX_THINGS + 1))
   kinds = rng.choice(KINDS, size=min(count, int(rng.integers(1, len(KINDS)))), replace=False)
   chosen = [*kinds, *rng.choice(kinds, size=count - len(kinds))]
-  picture, instances = _background(rng), Image.new("L", (SIDE, SIDE))
-  things: list[Thing] = []
+  canvas = Canvas(background(rng))
   largest = 0.65 if count == 1 else 0.5 if count <= 3 else 0.42
   for kind in chosen:
     cutout = by_kind[kind][rng.integers(len(by_kind[kind]))]
-    pixels = cutouts.read(cutout.path)
-    if rng.random() < 0.5:
-      pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    pixels = pixels.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC, expand=True)
-    size = rng.uniform(0.65, 1.0) * largest
+    pixels = turned(rng, cutout)
+    canvas.place(rng, cutout, pixels, rng.uniform(0.65, 1.0) * largest)
+  return canvas.scene()
+
+
+def turned(rng: np.random.Generator, cutout: Cutout) -> Image.Image:
+  """A cut-out's pixels, mirrored or not, and tilted by up to `TILT` degrees."""
+  pixels = cutouts.read(cutout.path)
+  if rng.random() < 0.5:
+    pixels = pixels.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+  return pixels.rotate(rng.uniform(-TILT, TILT), Image.Resampling.BICUBIC, expand=True)
+
+
+class Canvas:
+  """A scene while things are added to it."""
+
+  def __init__(self, picture: Image.Image):
+    self.picture, self.things = picture, []
+    self._instances, self._writing = (Image.new("L", (SIDE, SIDE)) for _ in range(2))
+
+  def place(self, rng: np.random.Generator, cutout: Cutout, pixels: Image.Image, size: float) -> Thing:
+    """Adds a thing at a random free place; `size` is its longer side, smaller if there is no place for it."""
     while True:
       scale = size * SIDE / max(pixels.size)
       width, height = (max(8, round(side * scale)) for side in pixels.size)
-      box = _place(rng, width / SIDE, height / SIDE, things)
+      box = self.free(rng, width / SIDE, height / SIDE)
       if box is not None:
-        break
+        return self.add(cutout, pixels, box, (width, height))
       size *= 0.85
-    pixels = pixels.resize((width, height), Image.Resampling.LANCZOS)
+
+  def add(self, cutout: Cutout, pixels: Image.Image, box: Box, size: tuple[int, int]) -> Thing:
+    """Adds a thing at a box, resized to `size` pixels."""
+    pixels = pixels.resize(size, Image.Resampling.LANCZOS)
     corner = round(box[0] * SIDE), round(box[1] * SIDE)
-    picture.paste(pixels, corner, pixels)
-    things.append(Thing(cutout, box))
-    instances.paste(len(things), corner, pixels.getchannel("A").point(lambda a: 255 * (a > 128)))
-  return Scene(picture, tuple(things), np.asarray(instances))
+    self.picture.paste(pixels, corner, pixels)
+    self.things.append(Thing(cutout, box))
+    self._instances.paste(len(self.things), corner, pixels.getchannel("A").point(lambda a: 255 * (a > 128)))
+    return self.things[-1]
 
+  def write(self, thing: Thing, writing: Image.Image) -> None:
+    """Records the codes of the characters that a thing shows."""
+    left, top, right, bottom = (round(side * SIDE) for side in thing.box)
+    self._writing.paste(writing.resize((right - left, bottom - top), Image.Resampling.NEAREST), (left, top))
 
-def _place(rng: np.random.Generator, width: float, height: float, things: Sequence[Thing]) -> Box | None:
-  for _ in range(40):
-    left, top = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
-    box = (left, top, left + width, top + height)
-    if not any(overlap(box, thing.box, apart=0.01) for thing in things):
-      return box
-  return None
+  def free(self, rng: np.random.Generator, width: float, height: float) -> Box | None:
+    """A random box of this size apart from all things; None if none is found."""
+    for _ in range(40):
+      left, top = rng.uniform(0.01, 0.99 - width), rng.uniform(0.01, 0.99 - height)
+      box = (left, top, left + width, top + height)
+      if not any(overlap(box, thing.box, apart=0.01) for thing in self.things):
+        return box
+    return None
+
+  def scene(self) -> Scene:
+    return Scene(self.picture, tuple(self.things), np.asarray(self._instances), np.asarray(self._writing))
 
 
 def overlap(a: Box, b: Box, *, apart: float = 0.0) -> bool:
@@ -92,7 +125,7 @@ def overlap(a: Box, b: Box, *, apart: float = 0.0) -> bool:
   return a[0] <= b[2] + apart and b[0] <= a[2] + apart and a[1] <= b[3] + apart and b[1] <= a[3] + apart
 
 
-def _background(rng: np.random.Generator) -> Image.Image:
+def background(rng: np.random.Generator) -> Image.Image:
   """A linear gradient between two pale colours, with low-frequency noise."""
   first, second = rng.uniform(150, 255, (2, 3))
   angle = rng.uniform(0, 2 * np.pi)

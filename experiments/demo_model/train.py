@@ -29,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.demo.cross import trained
 from checkpoints_convert.source import read_json
-from experiments.demo_model.adapter import Adapter, Whitening, answer_logits, init_cross, init_lora
+from experiments.demo_model.adapter import Adapter, Whitening, answer_logits, init_cross, init_lora, widen
 from experiments.demo_model.align import aligned
 from experiments.demo_model.data import Mixture
 from experiments.demo_model.packing import Batch, Packer
@@ -48,7 +48,10 @@ _STAGES = flags.DEFINE_list(
   ["168:840:3:208", "336:200:1:208"],
   "Stages as image_size:steps:images:question_slots: pixels, steps, images per step, text tokens per image.",
 )
-_SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that are scenes; the others are easy-VQA's.")
+_SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that are scenes.")
+_DETAIL_SHARE = flags.DEFINE_float(
+  "detail_share", 0.0, "Share of pictures that are details; the others are easy-VQA's."
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
@@ -111,11 +114,16 @@ def run() -> int:
   base = assemble(workdir / "base", _MODEL.value, cache_dir=checkpoint.default_cache_dir(), adapter=None)
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
   packers = {stage: Packer(loaded, stage.image_size, stage.question_slots) for stage in stages}
-  mixture, directory = Mixture(scene_share=_SCENE_SHARE.value), workdir / "checkpoints"
-  whitening, projector = aligned(directory / "start", loaded, packers.values(), mixture, seed=seed)
+  mixture = Mixture(scene_share=_SCENE_SHARE.value, detail_share=_DETAIL_SHARE.value)
+  directory, base_projector = workdir / "checkpoints", None
   if _INIT_ADAPTER.value:
     adapter = Adapter.read(_INIT_ADAPTER.value)
-    adapter = adapter.replace(projector=whitening.unfold(adapter.projector))
+    widened = widen(adapter.projector, loaded.config.vision.num_features)
+    base_projector = None if widened is adapter.projector else widened
+  whitening, projector = aligned(directory / "start", loaded, packers.values(), mixture, seed=seed, base=base_projector)
+  if _INIT_ADAPTER.value:
+    own = projector if base_projector is not None else whitening.unfold(adapter.projector)
+    adapter = adapter.replace(projector=own)
   else:
     decoder = loaded.model.params["language_model"]
     cross = init_cross(decoder, trained(read_json(base / "config.json")["text_config"]))

@@ -4,12 +4,16 @@ Axes: C cells, Q questions, T types, R resamples.
 """
 
 from collections.abc import Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 RESAMPLES = 10_000
 LEVEL = 0.95
+POWER = 0.8
+FLIPS = 20_000
+FLIPS_AT_ONCE = 1000
 AT_ONCE = 5_000_000  # drawn numbers
 
 
@@ -46,6 +50,41 @@ def mean_rows(columns: Mapping[str, Float[np.ndarray, "C Q"]], *, seed: int = 0)
     for row, mean, resampled in zip(rows, values.mean(axis=1), resample(values, seed=seed).T, strict=True):
       row |= with_interval(name, mean, resampled)
   return rows
+
+
+def paired_p_values(differences: Float[np.ndarray, "C Q"], *, seed: int = 0) -> Float[np.ndarray, "C"]:
+  """Two-sided sign-flip permutation tests of mean differences of zero; at least 1 / (`FLIPS` + 1).
+
+  Under the hypothesis a question's difference is as likely as its negative.
+  """
+  rng, (num_cells, num_questions) = np.random.default_rng(seed), differences.shape
+  differences = differences.astype(np.float64)
+  sums, extreme = np.abs(differences.sum(axis=1)), np.zeros(num_cells)
+  for _ in range(FLIPS // FLIPS_AT_ONCE):
+    signs = rng.integers(0, 2, (FLIPS_AT_ONCE, num_questions), dtype=np.int8) * 2.0 - 1.0
+    extreme += (np.abs(signs @ differences.T) >= sums - 1e-9).sum(axis=0)
+  return (extreme + 1) / (FLIPS + 1)
+
+
+def holm(p_values: Sequence[float]) -> Float[np.ndarray, "C"]:
+  """P-values corrected for their number (Holm 1979); those below a level hold together at that level."""
+  p_values = np.asarray(p_values, np.float64)
+  order = np.argsort(p_values)
+  steps = np.maximum.accumulate(p_values[order] * np.arange(len(order), 0, -1))
+  corrected = np.empty_like(p_values)
+  corrected[order] = np.minimum(steps, 1.0)
+  return corrected
+
+
+def smallest_difference(num_questions: int, disagreement: float, *, comparisons: int = 1) -> float:
+  """The paired difference of accuracies that is found with a power of `POWER` at the level of 5%.
+
+  `disagreement` is the share of questions that only one of the two answers right, whose differences of ±1 have about
+  that variance; the level is divided by the number of comparisons (Bonferroni).
+  """
+  normal = NormalDist()
+  deviations = normal.inv_cdf(1 - (1 - LEVEL) / 2 / comparisons) + normal.inv_cdf(POWER)
+  return deviations * (disagreement / num_questions) ** 0.5
 
 
 def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:

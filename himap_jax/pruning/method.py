@@ -149,6 +149,7 @@ class Method:
     reads_next_layer: whether stages inside the decoder read the attention of the layer after them, not before.
     parameters: parameters that can change without recompilation, with their defaults.
     check: raises `UserError` for invalid values of the parameters.
+    uses_chance: whether it draws from the rows' random keys.
   """
 
   source: str
@@ -161,6 +162,7 @@ class Method:
   reads_next_layer: bool = False
   parameters: Mapping[str, float] = dataclasses.field(default_factory=dict)
   check: Callable[[Mapping[str, float]], None] = lambda parameters: None
+  uses_chance: bool = False
 
 
 def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes], int]) -> Criterion:

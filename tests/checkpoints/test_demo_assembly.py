@@ -205,7 +205,7 @@ def adapter_tensors(rng):
 
 def test_merge_adapter(language_model, adapter_tensors):
   before = {name: value.copy() for name, value in language_model.items()}
-  merged, projector = assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4)
+  merged, projector = assemble.merge_adapter(language_model, adapter_tensors, 2.0, num_features=4)
   a = adapter_tensors["language_model.layers.0.mlp.up_proj.lora_a"]
   b = adapter_tensors["language_model.layers.0.mlp.up_proj.lora_b"]
   expected = before["layers.0.mlp.up_proj.weight"].astype(np.float64)
@@ -246,13 +246,13 @@ def test_adapter_that_does_not_fit(language_model, adapter_tensors, change, mess
     else:
       adapter_tensors[name] = np.zeros(shape, np.float32)
   with pytest.raises(ValueError, match=message):
-    assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4)
+    assemble.merge_adapter(language_model, adapter_tensors, 2.0, num_features=4)
 
 
 def test_adapter_with_nan(language_model, adapter_tensors):
   adapter_tensors["multi_modal_projector.linear_1.bias"][0] = np.nan
   with pytest.raises(ValueError, match="not finite"):
-    assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4)
+    assemble.merge_adapter(language_model, adapter_tensors, 2.0, num_features=4)
 
 
 def test_read_adapter(tmp_path, adapter_tensors):
@@ -293,7 +293,7 @@ def test_tensors_that_are_trained_whole(language_model, adapter_tensors, shape):
   name = "layers.0.input_layernorm.weight"
   if shape is not None:
     adapter_tensors[f"language_model.{name}"] = np.full(shape, 3, np.float32)
-  merge = lambda: assemble.merge_adapter(language_model, adapter_tensors, 2.0, tower_dim=4, trained=[name])  # noqa: E731
+  merge = lambda: assemble.merge_adapter(language_model, adapter_tensors, 2.0, num_features=4, trained=[name])  # noqa: E731
   if shape == (6,):
     np.testing.assert_array_equal(merge()[0][name], [3] * 6)
     assert (language_model[name] == 1).all()

@@ -39,12 +39,12 @@ def regular(view: View, keep: int) -> Selection:
   return Selection(filled(jnp.where(count == num_tokens, same, own), present))
 
 
-def _control(criterion: Criterion) -> Method:
-  return Method("control", (criterion,), prune_layers=(0,), keep=(0.25,), acts="anywhere")
+def _control(criterion: Criterion, *, uses_chance: bool) -> Method:
+  return Method("control", (criterion,), prune_layers=(0,), keep=(0.25,), acts="anywhere", uses_chance=uses_chance)
 
 
 METHODS = {
   "none": Method("no pruning"),
-  "random": _control(highest(noise, lambda sizes: 0)),
-  "uniform": _control(Criterion(regular, lambda sizes: 0)),
+  "random": _control(highest(noise, lambda sizes: 0), uses_chance=True),
+  "uniform": _control(Criterion(regular, lambda sizes: 0), uses_chance=False),
 }

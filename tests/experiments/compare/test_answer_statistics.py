@@ -1,7 +1,11 @@
-"""Statistics of answers against exact distributions, all pairs and counts by hand."""
+"""Statistics of answers against exact distributions, simulations, all pairs and counts by hand."""
+
+import math
 
 import numpy as np
+import pytest
 
+from experiments.shared import statistics
 from experiments.shared.statistics import accuracy_by_type, interval, pareto_front, resample
 
 
@@ -55,3 +59,31 @@ def test_pareto_front_against_all_pairs():
     front = pareto_front(costs, values)
     assert set(front) == expected and len(front) == len(expected)
     assert [costs[i] for i in front] == sorted(costs[i] for i in front)
+
+
+def test_sign_flips_against_the_exact_test():
+  """Of differences of 1 and -1 the exact test is McNemar's, a binomial of the smaller count."""
+  differences = np.zeros((3, 60))
+  for row, (better, worse) in zip(differences, ((14, 4), (6, 6), (9, 2)), strict=True):
+    row[:better], row[better : better + worse] = 1, -1
+  found = statistics.paired_p_values(differences, seed=1)
+  for p_value, (better, worse) in zip(found, ((14, 4), (6, 6), (9, 2)), strict=True):
+    total = better + worse
+    tail = sum(math.comb(total, count) for count in range(min(better, worse) + 1)) / 2**total
+    assert p_value == pytest.approx(min(1.0, 2 * tail), abs=0.01)
+
+
+def test_holm_by_hand():
+  np.testing.assert_allclose(statistics.holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+  np.testing.assert_allclose(statistics.holm([0.9, 0.8]), [1.0, 1.0])
+
+
+def test_the_smallest_difference_is_found_as_often_as_it_says():
+  rng, num_questions, disagreement = np.random.default_rng(0), 400, 0.2
+  least = statistics.smallest_difference(num_questions, disagreement)
+  shares = [(disagreement + least) / 2, (disagreement - least) / 2, 1 - disagreement]
+  counts = rng.multinomial(num_questions, shares, size=20_000)
+  mean = (counts[:, 0] - counts[:, 1]) / num_questions
+  error = np.sqrt(((counts[:, 0] + counts[:, 1]) / num_questions - mean**2) / num_questions)
+  assert np.mean(mean / error > 1.96) == pytest.approx(statistics.POWER, abs=0.04)
+  assert statistics.smallest_difference(400, 0.2, comparisons=20) > 1.2 * least

@@ -21,7 +21,7 @@ import himap_jax
 from experiments import question_sets
 from experiments.compare import __main__ as command
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import Comparison, PromptSizes
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes
 from experiments.compare.grid import Cell, Shape, make_cells
 from experiments.compare.report import Example, Shown
 from experiments.question_sets import Question, is_right
@@ -58,7 +58,7 @@ def flags_of(*arguments):
   """The command's flags, parsed in this process without a trace."""
   own = flags.FlagValues()
   with pytest.MonkeyPatch.context() as patch:
-    for name in ("DEFINE_string", "DEFINE_enum", "DEFINE_integer", "DEFINE_list", "DEFINE_bool"):
+    for name in ("DEFINE_string", "DEFINE_enum", "DEFINE_integer", "DEFINE_list", "DEFINE_bool", "DEFINE_float"):
       patch.setattr(flags, name, functools.partial(getattr(flags, name), flag_values=own))
     patch.setattr(flags, "FLAGS", own)
     study.define_shared_flags(**command.DEFAULTS)
@@ -215,16 +215,62 @@ def test_methods_are_held_against_random_at_their_budget(loaded):
   assert beyond == {"random 8": 0.0, "himap 8": 0.25, "fastv 8": -0.25, "himap 2": 0.5, "random 2": 0.0}
   assert (by_label["himap 8"]["beyond_random_low"], by_label["himap 8"]["beyond_random_high"]) == (0.0, 0.75)
   assert "| +25.0% | +0.0% to +75.0% |" in tables.markdown(rows, tables.readable_columns(rows))
-  assert tables.types_markdown(rows).splitlines() == [
+  assert tables.by_group(rows, BY_TYPE).splitlines() == [
     "| budget |  | a | b |",
     "| --- | --- | --- | --- |",
     "|  | none | 100.0% | 100.0% |",
     "|  | question only | 0.0% | 0.0% |",
-    "| 8 | mean of 1 methods | 100.0% | 50.0% |",
     "| 8 | random | 50.0% | 50.0% |",
-    "| 2 | mean of 1 methods | 50.0% | 50.0% |",
+    "| 8 | mean of 1 methods | 100.0% | 50.0% |",
+    "| 8 | himap | 100.0% | 50.0% |",
+    "| 8 | fastv | 50.0% | 0.0% |",
     "| 2 | random | 0.0% | 0.0% |",
+    "| 2 | mean of 1 methods | 50.0% | 50.0% |",
+    "| 2 | himap | 50.0% | 50.0% |",
   ]
+
+
+def test_statements_hold_together_and_chance_is_averaged(loaded):
+  """What is above random tokens, below them or neither; random tokens count with the mean of their seeds."""
+  shape = dict(num_layers=NUM_LAYERS, num_image_tokens=N)
+  cells = [Cell("none", "none", schedule=Schedule())]
+  for name in ("random", "himap", "fastv", "uniform"):
+    layers = {"himap": (2, 4), "fastv": (2,)}.get(name, (0,))
+    schedule = methods.build_schedule(name, **shape, prune_layers=layers, keep=None)
+    cells.append(Cell(name, f"{name} 8", 8.0, schedule))
+  assert [cell.uses_chance for cell in cells] == [False, True, False, False, False]
+  sizes_of = [1.0, 2.0, 30.0, None]
+  questions = [question(i)._replace(answer="yes", guess="no", size=sizes_of[i % 4]) for i in range(40)]
+
+  def given(count):
+    return {q.id: {"answer": "yes" if i < count else "no"} for i, q in enumerate(questions)}
+
+  answers = {
+    "none": given(40),
+    "random 8": given(20),
+    "himap 8": given(40),
+    "fastv 8": given(2),
+    "uniform 8": given(18),
+  }
+  sizes = PromptSizes(model_sizes(loaded(NAME).config, (28, 28)), N, num_text_tokens=10)
+  repeats = {"random 8": [given(10), given(15)]}
+  rows = Comparison(questions, cells, answers, {key: {} for key in answers}, sizes, repeats).rows(seed=0)
+  by_label = {row["label"]: row for row in rows}
+  assert by_label["random 8"]["accuracy"] == pytest.approx(15 / 40)
+  assert by_label["himap 8"]["beyond_random"] == pytest.approx(25 / 40)
+  assert by_label["himap 8"]["beyond_random_p"] < 0.001 < 0.05 < by_label["uniform 8"]["beyond_random_p"]
+  above, below, neither = tables.findings(rows).splitlines()[-1].split(" | ")[1:]
+  assert (above, below, neither) == ("himap +62.5", "fastv -32.5", "uniform +7.5 |")
+  assert by_label["fastv 8"][f"{BY_SIZE}1"] == pytest.approx(1 / 10) and by_label["fastv 8"][f"{BY_SIZE}7 to 12"] == 0.0
+  assert tables.groups_of(rows, BY_SIZE) == ["1", "2", "7 to 12"]
+
+
+def test_a_comparison_that_cannot_tell_stops_before_any_work():
+  values = SimpleNamespace(disagreement=0.2, least_difference=3.0)
+  cells = [Cell("fastv", "fastv 8", 8.0, Schedule())]
+  with pytest.raises(ValueError, match=r"8\.9 points .* wanted are 3 points: take more questions"):
+    command.power(200, cells, values)
+  assert "3.0 points" in command.power(1750, cells, values)
 
 
 def test_figures_of_a_cell(loaded):
@@ -335,7 +381,7 @@ def test_outputs(config, rows):
       assert value == ("" if expected.get(name) is None else str(expected[name]))
   lines = (config.output / "table.md").read_text(encoding="utf-8").splitlines()
   assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
-  for name in ("pareto.png", "types.png", "strips.png"):
+  for name in ("flops.png", "types.png", "strips.png"):
     with Image.open(config.output / name) as picture:
       assert min(picture.size) > 100
   assert "himap@2/3" in (config.output / "report.html").read_text(encoding="utf-8")

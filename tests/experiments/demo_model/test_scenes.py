@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments.demo_model import align, questions, scenes
+from experiments.demo_model import align, questions, scenes, sets
 from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS, Cutout
 
 NUM_SCENES = 60
@@ -30,7 +30,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(pictures):
-  return [questions.scene_of("test", index, pictures) for index in range(NUM_SCENES)]
+  return [sets.scene_at(sets.scenes_of(pictures), "test", index)[:2] for index in range(NUM_SCENES)]
 
 
 def test_things_are_inside_the_picture_apart_and_where_their_boxes_say(drawn):
@@ -142,9 +142,9 @@ def test_lists_name_everything_in_order_and_in_its_place(drawn):
 
 
 def test_the_same_seed_gives_the_same_scene(pictures, drawn):
-  scene, asked = questions.scene_of("test", 3, pictures)
+  scene, asked, _ = sets.scene_at(sets.scenes_of(pictures), "test", 3)
   assert asked == drawn[3][1] and np.array_equal(np.asarray(scene.picture), np.asarray(drawn[3][0].picture))
-  assert questions.scene_of("train", 3, pictures)[1] != asked
+  assert sets.scene_at(sets.scenes_of(pictures), "train", 3).questions != asked
 
 
 def test_patches_are_described_by_what_covers_them(drawn):

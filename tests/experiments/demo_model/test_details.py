@@ -1,0 +1,117 @@
+"""Details: every answer is found again from the boxes and the writing alone, and sizes are what they say."""
+
+import collections
+import itertools
+import pathlib
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from experiments.demo_model import align, details, sets, signs
+from experiments.demo_model.cutouts import KINDS, Cutout
+from experiments.demo_model.scenes import SIDE
+from himap_jax.errors import UserError
+
+NUM_SCENES = 80
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+  folder, pictures = tmp_path_factory.mktemp("cutouts"), []
+  for index, kind in enumerate(KINDS):
+    picture = Image.new("RGBA", (90, 60 + 5 * index))
+    ImageDraw.Draw(picture).ellipse((0, 0, 89, 59), fill=(20 * index, 250 - 20 * index, 40, 255))
+    picture.save(folder / f"{kind}.png")
+    pictures.append(Cutout(folder / f"{kind}.png", kind, None, None))
+  fonts = pathlib.Path(matplotlib.get_data_path(), "fonts/ttf")
+  return details.Parts.of(pictures, [fonts / "DejaVuSans.ttf", fonts / "DejaVuSerif-Bold.ttf"])
+
+
+@pytest.fixture(scope="module")
+def drawn(parts):
+  return [details.compose(np.random.default_rng(index), parts) for index in range(NUM_SCENES)]
+
+
+def test_answers_follow_from_boxes_and_writing(drawn):
+  seen = collections.Counter()
+  for detail in drawn:
+    assert detail.scene.picture.size == (SIDE, SIDE)
+    for type, asked in detail.questions.items():
+      for question in asked:
+        assert question.type == type
+        expected = answer(question, detail.scene)
+        assert expected in (question.answer, once(question.answer)), question
+        seen[type] += 1
+  assert set(seen) == set(details.TYPES)
+
+
+def answer(question, scene):
+  """The answer, read off boxes, in pixels, and characters."""
+  boxes = [np.array(thing.box) * SIDE for thing in scene.things]
+  kinds = [thing.cutout.kind for thing in scene.things]
+  longest = [max(box[2:] - box[:2]) for box in boxes]
+  words = question.question.rstrip("?").split()
+  asked = [kind for kind in KINDS if any(word.removesuffix("s") == kind for word in words)]
+  if question.type == "smallest":
+    return kinds[int(np.argmin(longest))]
+  if question.type == "next":
+    (tiny,) = [box for box, kind in zip(boxes, kinds, strict=True) if kind == asked[0]]
+    apart = [np.hypot(*np.maximum(0, np.maximum(tiny[:2] - box[2:], box[:2] - tiny[2:]))) for box in boxes]
+    nearest = [index for index in np.argsort(apart) if kinds[index] != asked[0]]
+    assert apart[nearest[1]] - apart[nearest[0]] > 0.1 * SIDE
+    return kinds[nearest[0]]
+  if question.type in ("crowd", "sheet"):
+    return str(kinds.count(asked[0]))
+  if question.type in ("digits", "word"):
+    return read(scene.writing)
+  along = round(len(boxes) ** 0.5)
+  names = {"top": 0, "left": 0, "middle": 1, "bottom": along - 1, "right": along - 1}
+  place = words[words.index("the") + 1 : len(words) - (2 if question.type == "board" else 1)]
+  row, column = (1, 1) if place == ["middle"] else (names[place[0]], names[place[1]])
+  y, x = (slice(round(SIDE * i / along), round(SIDE * (i + 1) / along)) for i in (row, column))
+  if question.type == "board":
+    return read(scene.writing[y, x])
+  (inside,) = [k for k, b in zip(kinds, boxes, strict=True) if x.start < b[::2].mean() < x.stop and y.start < b[1::2].mean() < y.stop]  # fmt: skip
+  return inside
+
+
+def read(writing):
+  """The characters along the row that has most of them, doubled ones once."""
+  row = writing[np.argmax((writing > 0).sum(1))]
+  return once(map(chr, row[row > 0]))
+
+
+def once(text):
+  return "".join(character for character, _ in itertools.groupby(text))
+
+
+def test_sizes_are_those_of_small_things_and_digits(parts):
+  for size in (1.0, 2.0, 4.0):
+    for index in range(20):
+      detail = details.compose(np.random.default_rng(index), parts, size=size)
+      longest = [max(t.box[2] - t.box[0], t.box[3] - t.box[1]) * SIDE / details.PATCH for t in detail.scene.things]
+      if detail.questions["smallest"] or detail.questions["crowd"]:
+        assert min(longest) == pytest.approx(size, abs=0.05)
+        assert detail.size == size
+      if detail.questions["digits"]:
+        rows = np.flatnonzero((detail.scene.writing > 0).any(1))
+        assert 0.9 * size < (rows[-1] - rows[0] + 1) / details.PATCH < 1.3 * size + 0.3
+      if detail.questions["sheet"]:
+        assert detail.size > 5
+
+
+def test_characters_are_described_where_they_are(drawn):
+  words = align.vocabulary([])
+  for detail in drawn[:20]:
+    labels = align.describe_scene(detail.scene, 24, words).reshape(24, 24, -1)
+    shares = detail.scene.writing.reshape(24, 14, 24, 14)
+    for character in signs.CHARACTERS:
+      expected = align.CHARACTER_WEIGHT * (shares == ord(character)).mean((1, 3))
+      np.testing.assert_allclose(labels[..., words.index(character)], expected, atol=1e-6)
+
+
+def test_only_details_have_a_size():
+  with pytest.raises(UserError, match="has none"):
+    sets.load("scenes", "test", size=1.0)
