@@ -187,7 +187,7 @@ class TestPruning:
       assert (found.token_ids, found.kept) == (other.token_ids, other.kept)
       np.testing.assert_allclose(found.first_logits, other.first_logits, atol=TOLERANCE, rtol=0)
 
-  @pytest.mark.parametrize("method", ["prumerge", "visionzip", "vispruner", "fastervlm"])
+  @pytest.mark.parametrize("method", ["prumerge", "visionzip", "vispruner", "fastervlm", "fsr"])
   def test_newlines_have_no_feature(self, loaded, embedded, method):
     """Methods that read features keep newlines last, and never replace one by a projection."""
     example, embedded = embedded
