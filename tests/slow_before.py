@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from slow_basics import cosine, top
+from slow_basics import cosine, softmax, top
 
 
 def fastervlm(row, keep):
@@ -123,6 +123,44 @@ def fsr(row, keep):
     refined[j] = (weight[j] * refined[j] + priority[i] * row.features[i]) / (weight[j] + priority[i])
     weight[j] += priority[i]
   return sorted(chosen), np.tanh(refined[sorted(chosen)] @ row.projector)
+
+
+def visiontrim(row, keep):
+  numbers, features, text = range(len(row.image)), row.features, row.x[row.text_after.start :]
+
+  def likeness(tokens):  # to each text token
+    return np.array([[token @ t / math.sqrt(len(t)) for t in text] for token in tokens])
+
+  def distances(vectors):  # to all tokens of its tile in the 3 × 3 around each token
+    found = []
+    for i in numbers:
+      tile, y, x = row.grid[i]
+      window = [j for j in numbers if row.grid[j, 0] == tile and abs(row.grid[j, 1:] - [y, x]).max() <= 1]
+      found.append([np.linalg.norm(vectors[i] - vectors[j]) for j in window])
+    return found
+
+  pairs = list(zip(distances(features), distances(row.grid[:, 1:]), strict=True))
+  deviations = [np.std(np.concatenate([pair[k] for pair in pairs])) for k in range(2)]
+  kernels = [[-((np.array(d) / s) ** 2) for d, s in zip(pair, deviations, strict=True)] for pair in pairs]
+  by_window = softmax(np.array([np.mean(by_feature + 0.5 * by_place) for by_feature, by_place in kernels]))
+  by_class = softmax(row.class_attention)
+  alpha = by_window.var() / (by_class.var() + by_window.var())
+  num_merged = round(keep / 4)
+  dominant = top(alpha * by_class + (1 - alpha) * by_window, keep - num_merged)
+  dropped = [i for i in numbers if i not in dominant]
+  tokens = row.x[row.image]
+  resemblance = np.mean([softmax(column) for column in likeness(tokens[dropped]).T], axis=0)
+  centres = [dropped[i] for i in top(resemblance, num_merged)]
+  others, merged = [i for i in dropped if i not in centres], features.copy()
+  for _ in range(3):
+    own = {c: softmax(likeness([np.tanh(merged[c] @ row.projector)])[0]) for c in centres}
+    product = {i: {c: softmax(likeness(tokens[[i]])[0]) @ own[c] for c in centres} for i in others}
+    for c in centres:
+      members = [i for i in others if max(product[i], key=product[i].get) == c]
+      if members:
+        merged[c] += np.average(features[members], axis=0, weights=[product[i][c] for i in members])
+  kept = sorted(dominant + centres)
+  return kept, np.tanh(merged[kept] @ row.projector)
 
 
 def uniform(row, keep):

@@ -178,6 +178,7 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     class_attention=None if tower is None else tower.class_attention,
     tower_keys=None if tower is None else tower.keys,
     project=network.multi_modal_projector,
+    grid=None if tower is None else tower.grid,
     is_newline=None if tower is None else tower.is_newline,
     keys=context.keys,
     parameters=context.parameters,

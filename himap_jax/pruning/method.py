@@ -39,6 +39,8 @@ class View:
     project: the connector, from features to the decoder's width.
     keys: `[B]` a random key per row, independent of the batch.
     parameters: the method's parameters by name; traced, so new values need no compilation.
+    grid: `[B, P, 3]` tile of the row, row and column of the feature of each image token, zeros for newlines; None if the
+      features are no grids.
     is_newline: `[B, P]` which image tokens are learned newlines, without a feature; None if none are.
     received: computes `scoring.received_by_slots`.
   """
@@ -58,6 +60,7 @@ class View:
   project: Callable[[Float[Array, "B K F"]], Float[Array, "B K D"]]
   keys: Key[Array, "B"]
   parameters: Mapping[str, Float[Array, ""]]
+  grid: Int[Array, "B P 3"] | None = None
   is_newline: Bool[Array, "B P"] | None = None
   received: Callable[..., Float[Array, "B S"]] = scoring.received_by_slots
 
@@ -116,10 +119,11 @@ class Criterion:
 
 
 # What a method may need of a model, and what it means that a model lacks it.
-Need = Literal["class_attention", "features", "sequence"]
+Need = Literal["class_attention", "features", "grid", "sequence"]
 NEEDS: dict[Need, str] = {
   "class_attention": "reads the attention of the tower's class token, and this model's tower has none",
   "features": "reads the tower's feature of every image token, and this model's image tokens are made of several each",
+  "grid": "reads where the feature of every image token is in the tower's grid, and this model's features are no grid",
   "sequence": (
     "reads attention from image tokens or their hidden states in the decoder, and this model's text reads image tokens "
     "by cross-attention alone"

@@ -23,6 +23,8 @@ B, N, SLOTS, HEADS, KEY_HEADS, H, D, F, TOWER_HEADS = 3, 36, 52, 4, 2, 8, 24, 20
 LENGTHS = (52, 45, 41)
 STARTS = (5, 0, 4)
 LAYER = 3
+# Two tiles of 3 × 6 features.
+GRID = np.stack(np.indices((2, 3, 6), np.int32), axis=-1).reshape(N, 3)
 
 
 def layout_of(images, lengths):
@@ -56,6 +58,7 @@ def row_arrays():
     "features": draw(rng, B, N, F),
     "class_attention": rng.dirichlet(np.ones(N) * 0.3, size=B).astype(np.float32),
     "tower_keys": draw(rng, B, N, TOWER_HEADS, H),
+    "grid": np.stack([rng.permutation(GRID) for _ in range(B)]),
     "projector": draw(rng, F, D),
   }
 
@@ -79,6 +82,7 @@ def select_in(layout, arrays, keys, *, name, stage, keep, layer=LAYER):
     features=arrays["features"],
     class_attention=arrays["class_attention"],
     tower_keys=arrays["tower_keys"],
+    grid=arrays["grid"],
     project=lambda features: jnp.tanh(features @ arrays["projector"]),
     keys=keys,
     parameters={"threshold": jnp.float32(0.7)},
@@ -114,7 +118,7 @@ class Row:
     return self.arrays[name]
 
 
-OF_IMAGE_TOKENS = ("features", "class_attention", "tower_keys")
+OF_IMAGE_TOKENS = ("features", "class_attention", "tower_keys", "grid")
 
 
 def row_of(row_arrays, index, image, length):
@@ -151,6 +155,7 @@ SLOW = {
   "prumerge": (before.prumerge,),
   "scope": (before.scope,),
   "fsr": (before.fsr,),
+  "visiontrim": (before.visiontrim,),
   "uniform": (before.uniform,),
 }
 
@@ -204,7 +209,7 @@ def test_padding_and_batch_mates_do_not_matter(name, stage, row_arrays, keys):
       value = np.where(padding.reshape(B, SLOTS, *[1] * (value.ndim - 2)), 7.5 * value[:, ::-1] + 3, value)
     elif value.shape[0] == B:
       value = value * np.array([3.0, 1.0, 0.2], np.float32).reshape(B, *[1] * (value.ndim - 1))
-    other[array_name] = value.astype(np.float32)
+    other[array_name] = value.astype(row_arrays[array_name].dtype)
   expected, actual = (select(arrays, keys, name=name, stage=stage, keep=13) for arrays in (row_arrays, other))
   assert kept_of(actual, 1) == kept_of(expected, 1)
   if expected.merged is not None:
@@ -277,7 +282,7 @@ def test_padding_and_other_rows_do_not_matter_where_counts_differ(row_arrays, ke
     if value.shape[:2] in ((B, SLOTS), (B, N)):
       end = lengths if value.shape[1] == SLOTS else np.array([len(image) for image in RUNS])
       unused = (np.arange(value.shape[1]) >= end[:, None]).reshape(*value.shape[:2], *[1] * (value.ndim - 2))
-      other[name] = np.where(unused, 7.5 * value[:, ::-1] + 3, value).astype(np.float32)
+      other[name] = np.where(unused, 7.5 * value[:, ::-1] + 3, value).astype(value.dtype)
   for name, stage in STAGES:
     expected, actual = (select_in(layout, a, keys, name=name, stage=stage, keep=13) for a in (row_arrays, other))
     for row in range(B):
