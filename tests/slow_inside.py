@@ -80,6 +80,20 @@ def fitprune(row, keep):
   return top(received(row.image) * received(row.text_after), keep)
 
 
+def visipruner(row, keep):
+  num_heads, last = row.query.shape[1], len(row.x) - 1
+  attention, values = (
+    attention_of(row.query, row.key, last),
+    np.repeat(row.value, num_heads // row.key.shape[1], axis=1),
+  )
+
+  def output(slots):
+    return np.concatenate([attention[head, slots] @ values[slots, head] for head in range(num_heads)])
+
+  whole = list(range(last + 1))
+  return top([np.linalg.norm(output(whole) - output([p for p in whole if p != i])) for i in row.image], keep)
+
+
 def adaptive(stage):
   """HiMAP with a third, two thirds or all of the tokens that may be kept: the fewest with 70% of the scores."""
 

@@ -170,6 +170,7 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     layout=sequence.layout.replace(window=window),
     query=None if projections is None else projections.query,
     key=None if projections is None else projections.key,
+    value=None if projections is None else projections.value,
     next_layer=next_layer,
     scale=text.head_dim**-0.5,
     embeddings=None if embedded is None else embedded.x,

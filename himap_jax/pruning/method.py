@@ -27,6 +27,7 @@ class View:
     x: `[B, S, D]` hidden states that enter it.
     query: `[B, S, N, H]` rotated queries of the previous layer; None at layer 0.
     key: `[B, S, K, H]` its rotated keys; None at layer 0.
+    value: `[B, S, K, H]` its values; None at layer 0.
     next_layer: maps slots `[B, R]` to the next layer's queries `[B, R, N, H]` and keys `[B, S, K, H]` of the unpruned
       sequence.
     scale: of attention logits.
@@ -50,6 +51,7 @@ class View:
   layout: Layout
   query: Float[Array, "B S N H"] | None
   key: Float[Array, "B S K H"] | None
+  value: Float[Array, "B S K H"] | None
   next_layer: Callable[[Int[Array, "B R"]], tuple[Float[Array, "B R N H"], Float[Array, "B S K H"]]]
   scale: float
   embeddings: Float[Array, "B I D"] | None

@@ -53,6 +53,7 @@ def row_arrays():
     "embeddings": 0.3 * draw(rng, B, SLOTS, D),
     "query": draw(rng, B, SLOTS, HEADS, H),
     "key": draw(rng, B, SLOTS, KEY_HEADS, H),
+    "value": draw(rng, B, SLOTS, KEY_HEADS, H),
     "next_query": draw(rng, B, SLOTS, HEADS, H),
     "next_key": draw(rng, B, SLOTS, KEY_HEADS, H),
     "features": draw(rng, B, N, F),
@@ -72,6 +73,7 @@ def select_in(layout, arrays, keys, *, name, stage, keep, layer=LAYER):
     layout=layout,
     query=arrays["query"],
     key=arrays["key"],
+    value=arrays["value"],
     next_layer=lambda slots: (
       jnp.take_along_axis(arrays["next_query"], slots[:, :, None, None], axis=1),
       arrays["next_key"],
@@ -147,6 +149,7 @@ SLOW = {
   "sparsevlm": (inside.sparsevlm,),
   "dart": (inside.dart,),
   "fitprune": (inside.fitprune,),
+  "visipruner": (inside.visipruner,),
   "fastervlm": (before.fastervlm,),
   "visionzip": (before.visionzip,),
   "vispruner": (before.vispruner,),

@@ -1,8 +1,8 @@
 """FSR: focuses on tokens that matter to the instruction, scans for the farthest from these, refines the scanned ones.
 
-Written from the paper's equations; its code is not published. The authors take relevance from the tower's text encoder;
-here it is CDPruner's, of image and instruction tokens at the decoder's input. The paper does not say what happens if the
-focus is larger than the number of tokens to keep; here it then ends there, and nothing is scanned.
+Written from the paper's equations; the code is not published. The authors take relevance from the tower's text encoder;
+here it is CDPruner's, of image and instruction tokens at the decoder's input. The paper does not say what happens if
+the focus is larger than the number of tokens to keep; here it then ends there, and nothing is scanned.
 """
 
 import jax

@@ -2,9 +2,9 @@
 
 Written from the paper's equations of the stage before the decoder; the one inside is left out. What they leave open is
 as in the authors' repository (Apache-2.0): windows of 3 × 3 with the token itself, weights 1, 1 and ½ of the kernels,
-three rounds of merging, a quarter of the tokens merged. That code chooses by attention between image tokens where the
-paper has local affinity, whose σ it takes of single features and coordinates; here σ is of distances, as the paper says,
-over the parts of windows that exist.
+three rounds of merging, a quarter of the tokens merged. That code takes the σ of local affinity of single features and
+coordinates, and in the end chooses by attention between image tokens instead; here σ is of the distances in all
+windows, which is how we read the paper.
 
 The authors take text from the tower's text encoder. A LLaVA checkpoint has none, so here image and instruction tokens
 are compared at the decoder's input. Scores are normalised over the row, not over each tile.
@@ -75,8 +75,8 @@ def merged_by_text(view: View, dropped: Bool[Array, "B N"], count: int) -> tuple
   """The dropped tokens that the instruction resembles most, and their features with those of the other ones.
 
   Of image tokens V and instruction tokens T, a centre has the highest softmax(TVᵀ/√D) over the dropped tokens, averaged
-  over the text. Another dropped token joins the centre with the highest product of their softmax(VTᵀ/√D) over the text.
-  Each round adds to a centre the mean of its tokens, weighted by these products.
+  over the text. Another dropped token joins the centre with the highest product of their softmax(VTᵀ/√D) over the text,
+  the earlier of equal ones. Each round adds to a centre the mean of its tokens, weighted by these products.
   """
   slots, valid = view.layout.instruction_slots()
   text, features = take_slots(view.x, slots).astype(jnp.float32), view.features.astype(jnp.float32)
@@ -91,7 +91,7 @@ def merged_by_text(view: View, dropped: Bool[Array, "B N"], count: int) -> tuple
   tokens = view.image_tokens()
   by_text = jax.nn.softmax(products(tokens), axis=1, where=dropped[:, :, None])
   score = jnp.where(valid[:, None], by_text, 0.0).sum(axis=2)
-  centres = stable_top_k(jnp.where(dropped, score, -jnp.inf), count)
+  centres = jnp.sort(stable_top_k(jnp.where(dropped, score, -jnp.inf), count), axis=1)
   others = dropped & ~mark(centres, dropped.shape[1])
   shares, merged = text_shares(tokens), take_slots(features, centres)
   for _ in range(ROUNDS):
