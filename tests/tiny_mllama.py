@@ -112,8 +112,9 @@ def slow_pruned(
   """Transformers' layers one by one, with the cross states that a stage drops deleted; `stages` are counts by layer.
 
   Image tokens are scored by the attention that they receive from the prompt's text after the last picture in the cross
-  layer before (`instruction_attention`), or from its last token there (`fastv`) or in the next layer (`pyramiddrop`);
-  if the kept ones are `given`, `stages` holds their indices.
+  layer before (`instruction_attention`), or from its last token there (`fastv`) or in the next layer (`pyramiddrop`),
+  or by the length of what they add to that token's attention output (`visipruner`); if the kept ones are `given`,
+  `stages` holds their indices.
   """
   decoder, ids = tiny.model.model.language_model, batch["input_ids"][0]
   num_prompt, start = len(ids), int((ids == VOCAB_SIZE).nonzero().max()) + 1
@@ -127,26 +128,35 @@ def slow_pruned(
   x, positions = decoder.embed_tokens(ids), torch.arange(ids.shape[1])[None]
   rotation = decoder.rotary_emb(x, position_ids=positions)
   causal = torch.full((ids.shape[1],) * 2, torch.finfo(torch.float32).min).triu(1)[None, None]
-  remaining, kept, attention, margin = torch.arange(states.shape[1]), [], None, float("inf")
+  remaining, kept, margin = torch.arange(states.shape[1]), [], float("inf")
+  attention = value = None
 
   def cross(layer, x, states, mask):
-    """The layer's output and its attention by head."""
+    """The layer's output, its attention by head and its values."""
     cross_mask, full_row = modeling_mllama._prepare_cross_attention_mask(mask[..., None], 1, torch.float32)
-    maps = []
-    hook = layer.cross_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1]))
+    maps, values = [], []
+    hooks = [
+      layer.cross_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1])),
+      layer.cross_attn.v_proj.register_forward_hook(lambda module, inputs, output: values.append(output)),
+    ]
     arguments = dict(cross_attention_states=states, cross_attention_mask=cross_mask, attention_mask=causal)
     y = layer(x, **arguments, full_text_row_masked_out_mask=full_row, position_embeddings=rotation)
-    hook.remove()
-    return y, maps[0]
+    for hook in hooks:
+      hook.remove()
+    return y, maps[0], values[0]
 
   for index, layer in enumerate(decoder.layers):
     if index in stages and method == "given":
       chosen = torch.tensor(stages[index])
     elif index in stages:
       if method == "pyramiddrop":
-        _, attention = cross(layer, x, states, mask)
+        _, attention, _ = cross(layer, x, states, mask)
       rows = slice(start if method == "instruction_attention" else num_prompt - 1, num_prompt)
       score = attention[0].mean(dim=0)[rows].sum(dim=0)
+      if method == "visipruner":
+        heads = value[0].unflatten(1, (TEXT["num_key_value_heads"], -1))
+        heads = heads.repeat_interleave(TEXT["num_attention_heads"] // TEXT["num_key_value_heads"], dim=1)
+        score = torch.einsum("hi,ihd->ihd", attention[0, :, num_prompt - 1], heads).flatten(1).norm(dim=1)
       order = score.argsort(descending=True, stable=True)
       chosen = order[: stages[index]].sort().values
       lowest, next_one = score[order[[stages[index] - 1, stages[index]]]].tolist()
@@ -155,7 +165,7 @@ def slow_pruned(
       states, mask, remaining = states[:, chosen], mask[:, :, chosen], remaining[chosen]
       kept.append(remaining.tolist())
     if index in CROSS_LAYERS:
-      x, attention = cross(layer, x, states, mask)
+      x, attention, value = cross(layer, x, states, mask)
     else:
       x = layer(x, attention_mask=causal, position_embeddings=rotation, position_ids=positions)
   return Pruned(tiny.model.lm_head(decoder.norm(x))[0], kept, margin)

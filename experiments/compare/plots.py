@@ -27,12 +27,12 @@ from himap_jax.run.drawing import fade
 BEFORE, INSIDE, BOTH, CONTROL = "before the decoder", "inside the decoder", "before + inside", "controls"
 PLACES = {"before": BEFORE, "inside": INSIDE, "anywhere": CONTROL}
 PALETTES = {
-  BEFORE: "#0b4f9e #2f8fe0 #12b5cb #0a7d6f #5b4fc9 #8fb8f0 #3b2a7a".split(),
+  BEFORE: "#0b4f9e #2f8fe0 #12b5cb #0a7d6f #5b4fc9 #8fb8f0 #3b2a7a #6ec1c8 #7a86d9".split(),
   INSIDE: "#d1221b #f08a24 #a8324e #e0b000 #8a4b1f #f2739b #5c0f0f #ff6f3c #7a6a00 #c04fa8".split(),
   BOTH: "#2e8b3d #8fbc3f #145225".split(),
   CONTROL: "#555555 #a0a0a0 #000000".split(),
 }
-MARKERS = {BEFORE: "sD^v<>3", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
+MARKERS = {BEFORE: "sD^v<>342", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
 NO_PRUNING = {"color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8}
 BASELINE = {"color": "#888888", "linestyle": ":", "linewidth": 0.8}
 FRONT = {"color": "#222222", "alpha": 0.35, "linewidth": 2}
@@ -51,7 +51,7 @@ class Style(NamedTuple):
   marker: str
 
   def look(self, *, filled: bool) -> dict[str, Any]:
-    is_line = self.marker in "x+13"
+    is_line = self.marker in "x+1342"
     edge = {"markeredgecolor": self.colour, "markeredgewidth": 1.8 if is_line else 1.4}
     if filled and not is_line:
       edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}

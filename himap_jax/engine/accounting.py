@@ -21,6 +21,7 @@ def provides(config: ModelConfig) -> frozenset[Need]:
   found = {
     "class_attention": config.vision.has_class_attention,
     "features": config.has_feature_per_token,
+    "grid": config.has_grid,
     "sequence": not config.text.cross_attention_layers,
   }
   return frozenset(name for name, is_provided in found.items() if is_provided)

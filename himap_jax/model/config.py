@@ -250,6 +250,14 @@ class ModelConfig:
     """Whether an image token other than a newline is the connector's image of one feature."""
     return self.num_taps == 1 and not isinstance(self.connector, ResamplerConfig)
 
+  @property
+  def has_grid(self) -> bool:
+    """Whether these features are a grid in every tile: no class token is among them, and no patch is dropped."""
+    vision = self.vision
+    is_tower_for_tiles = vision.tiling is None and not isinstance(vision, PatchVisionConfig)
+    every_patch = vision.has_class_token == (vision.select_strategy == "default")
+    return self.has_feature_per_token and is_tower_for_tiles and every_patch
+
   def num_image_tokens(self, height: int, width: int) -> int:
     """Image tokens of a picture of `height` × `width` pixels, or of one whose tiles are of that size."""
     if isinstance(self.connector, ResamplerConfig):

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from himap_jax.inputs import Images, Inputs, Layout, put_image_tokens, pytree, take_slots
 from himap_jax.model.config import ModelConfig
@@ -25,7 +25,9 @@ from himap_jax.model.towers import abstract_images, vision_tower
 from himap_jax.model.towers.common import TowerOutput
 
 
-def pack(outputs: Float[Array, "B F *D"], images: Images, newline: Float[Array, "*D"] | None) -> Float[Array, "B N *D"]:
+def pack(
+  outputs: Shaped[Array, "B F *D"], images: Images, newline: Float[Array, "*D"] | None
+) -> Shaped[Array, "B N *D"]:
   """What belongs to each image token, from what belongs to each output of the connector: see `Images`.
 
   Without `newline`, newlines are zeros.
@@ -86,6 +88,8 @@ class Network(nn.Module):
     batch = images.pixels.shape[0]
     with jax.named_scope("vision_tower"):
       tower = self.vision_tower(images.replace(pixels=images.pixels.astype(self.dtype)))
+      if self.config.has_grid:
+        tower = tower.replace(grid=self._grid(images, tower.features.shape[1]))
     with jax.named_scope("connector"):
       outputs = self.multi_modal_projector(tower.features), tower
       image_tokens, tower = jax.tree.map(
@@ -96,6 +100,14 @@ class Network(nn.Module):
       if newline is not None and images.pack_index is not None:
         tower = tower.replace(is_newline=images.pack_index[..., 0] < 0)
       return pack(image_tokens, images, newline), tower
+
+  def _grid(self, images: Images, num_features: int) -> Int[Array, "b Q 3"]:
+    """Tile of the row, row and column of each of the features of every tile."""
+    vision, (batch, num_tiles, _, _, width) = self.config.vision, images.pixels.shape
+    columns = width // vision.patch_size // (vision.merge_size * vision.pool)
+    tile, feature = np.indices((num_tiles, num_features), np.int32)
+    places = np.stack([tile, *np.divmod(feature, columns)], axis=2)
+    return jnp.tile(places, (batch, 1, 1))
 
   def embed(self, inputs: Inputs) -> Embedded:
     """Embeds tokens and images, with the image tokens in their slots."""

@@ -27,6 +27,7 @@ class View:
     x: `[B, S, D]` hidden states that enter it.
     query: `[B, S, N, H]` rotated queries of the previous layer; None at layer 0.
     key: `[B, S, K, H]` its rotated keys; None at layer 0.
+    value: `[B, S, K, H]` its values; None at layer 0.
     next_layer: maps slots `[B, R]` to the next layer's queries `[B, R, N, H]` and keys `[B, S, K, H]` of the unpruned
       sequence.
     scale: of attention logits.
@@ -39,6 +40,8 @@ class View:
     project: the connector, from features to the decoder's width.
     keys: `[B]` a random key per row, independent of the batch.
     parameters: the method's parameters by name; traced, so new values need no compilation.
+    grid: `[B, P, 3]` tile of the row, row and column of the feature of each image token, zeros for newlines; None if the
+      features are no grids.
     is_newline: `[B, P]` which image tokens are learned newlines, without a feature; None if none are.
     received: computes `scoring.received_by_slots`.
   """
@@ -48,6 +51,7 @@ class View:
   layout: Layout
   query: Float[Array, "B S N H"] | None
   key: Float[Array, "B S K H"] | None
+  value: Float[Array, "B S K H"] | None
   next_layer: Callable[[Int[Array, "B R"]], tuple[Float[Array, "B R N H"], Float[Array, "B S K H"]]]
   scale: float
   embeddings: Float[Array, "B I D"] | None
@@ -58,6 +62,7 @@ class View:
   project: Callable[[Float[Array, "B K F"]], Float[Array, "B K D"]]
   keys: Key[Array, "B"]
   parameters: Mapping[str, Float[Array, ""]]
+  grid: Int[Array, "B P 3"] | None = None
   is_newline: Bool[Array, "B P"] | None = None
   received: Callable[..., Float[Array, "B S"]] = scoring.received_by_slots
 
@@ -116,10 +121,11 @@ class Criterion:
 
 
 # What a method may need of a model, and what it means that a model lacks it.
-Need = Literal["class_attention", "features", "sequence"]
+Need = Literal["class_attention", "features", "grid", "sequence"]
 NEEDS: dict[Need, str] = {
   "class_attention": "reads the attention of the tower's class token, and this model's tower has none",
   "features": "reads the tower's feature of every image token, and this model's image tokens are made of several each",
+  "grid": "reads where the feature of every image token is in the tower's grid, and this model's features are no grid",
   "sequence": (
     "reads attention from image tokens or their hidden states in the decoder, and this model's text reads image tokens "
     "by cross-attention alone"

@@ -58,6 +58,19 @@ def test_class_attention_and_keys_are_those_of_transformers(name, checkpoints, l
   np.testing.assert_allclose(actual.keys.reshape(*actual.keys.shape[:2], -1), keys[last][:, first:], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name, has_grid", [("clip_mha", True), ("siglip", True), ("clip_gqa_tied", False)])
+def test_the_grid_of_features(name, has_grid, loaded):
+  """None where the class token is an image token."""
+  model = loaded(name)
+  side = model.config.vision.image_size
+  _, tower = model.model.bind().encode_images(Images(jnp.zeros((2, 3, 3, side, side))))
+  assert model.config.has_grid == has_grid == (tower.grid is not None)
+  if has_grid:
+    patches = side // model.config.vision.patch_size
+    expected = np.stack(np.indices((3, patches, patches)), axis=-1).reshape(-1, 3)
+    np.testing.assert_array_equal(tower.grid, [expected] * 2)
+
+
 def test_a_tower_without_class_token_has_no_class_attention(loaded):
   model = loaded("siglip")
   side = model.config.vision.image_size

@@ -135,7 +135,7 @@ def test_methods_on_rows_padded_to_more_image_tokens(method, loaded, pictures):
 
 def test_other_methods_have_batches_of_equal_rows(loaded, pictures):
   model = loaded(NAME)
-  for method in ("dart", "visionzip", "vispruner", "prumerge", "uniform", "himap_adaptive"):
+  for method in ("dart", "visionzip", "vispruner", "prumerge", "fsr", "visiontrim", "uniform", "himap_adaptive"):
     schedule = model.schedule(method, (2, 4) if method == "himap_adaptive" else None)
     assert not schedule.is_ranking
   answers = answer(model, [*pictures[:2], pictures[0]], [*QUESTIONS[:2], QUESTIONS[0]], schedule)

@@ -144,6 +144,8 @@ def test_image_features_and_logits_at_every_position(tiny, loaded, rows, noise):
     newlines = example.images.pack_index[:, 0] < 0
     assert tower.is_newline[0].tolist() == newlines.tolist()
     assert (np.asarray(tower.features[0])[newlines] == 0).all()
+    tile, row, column = np.moveaxis(np.asarray(tower.grid[0]), -1, 0)[:, ~newlines]
+    assert (16 * tile + 4 * row + column).tolist() == example.images.pack_index[~newlines, 0].tolist()
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ class TestPruning:
       assert (found.token_ids, found.kept) == (other.token_ids, other.kept)
       np.testing.assert_allclose(found.first_logits, other.first_logits, atol=TOLERANCE, rtol=0)
 
-  @pytest.mark.parametrize("method", ["prumerge", "visionzip", "vispruner", "fastervlm"])
+  @pytest.mark.parametrize("method", ["prumerge", "visionzip", "vispruner", "fastervlm", "fsr", "visiontrim"])
   def test_newlines_have_no_feature(self, loaded, embedded, method):
     """Methods that read features keep newlines last, and never replace one by a projection."""
     example, embedded = embedded

@@ -31,7 +31,7 @@ QUESTIONS = (
 NUM_PICTURES = (1, 3, 0, 3)
 INPUTS = InputConfig("chat", prompt_buckets=(80,), batch_size=2)
 GENERATION = GenerationConfig(NUM_NEW, ignore_eos=True)
-WORK = ("divprune", "fastv", "instruction_attention", "none", "pyramiddrop", "random", "uniform")
+WORK = ("divprune", "fastv", "instruction_attention", "none", "pyramiddrop", "random", "uniform", "visipruner")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +187,7 @@ class TestPruning:
       ("instruction_attention", (2, 4), (0.25, 0.05), (0, 1, 2, 3)),
       ("fastv", (4,), (0.125,), (1, 3)),
       ("pyramiddrop", (3, 5), (0.2, 0.05), (1, 3)),
+      ("visipruner", (4,), (0.125,), (1, 3)),
     ],
   )
   def test_is_the_slow_one(self, tiny, loaded, pictures, encoded, method, layers, shares, rows):

@@ -133,7 +133,13 @@ def test_tokens_pruned_before_the_decoder_cost_nothing():
 # LLaVA-1.5-7B with fewer layers, so that it is traced quickly; its widths are what matters.
 SHALLOW = config_of(4096, 11_008, 10, 32)
 SIZES = model_sizes(SHALLOW, PICTURE)
-LAYERS = {"pyramiddrop": (3, 5, 7), "sparsevlm": (2, 4, 6), "shortv": (3, 5, 7), "divprune+himap": (0, 2, 5)}
+LAYERS = {
+  "pyramiddrop": (3, 5, 7),
+  "sparsevlm": (2, 4, 6),
+  "shortv": (3, 5, 7),
+  "visipruner": (3, 6),
+  "divprune+himap": (0, 2, 5),
+}
 
 
 @pytest.mark.parametrize(

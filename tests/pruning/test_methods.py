@@ -1,17 +1,19 @@
 """Every pruning method against a slow version for one sequence, in NumPy and plain loops, written from its description.
 
+The slow versions are in `tests/slow_before.py` and `tests/slow_inside.py`; they take a `Row` and return what they keep.
 The views that methods see are made of random numbers: rows of different lengths, the image at different places, grouped
 query heads. Properties that all methods share are tested through the model.
 """
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import slow_before as before
+import slow_inside as inside
 
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
 from himap_jax.pruning.method import View
@@ -21,6 +23,8 @@ B, N, SLOTS, HEADS, KEY_HEADS, H, D, F, TOWER_HEADS = 3, 36, 52, 4, 2, 8, 24, 20
 LENGTHS = (52, 45, 41)
 STARTS = (5, 0, 4)
 LAYER = 3
+# Two tiles of 3 × 6 features.
+GRID = np.stack(np.indices((2, 3, 6), np.int32), axis=-1).reshape(N, 3)
 
 
 def layout_of(images, lengths):
@@ -49,11 +53,13 @@ def row_arrays():
     "embeddings": 0.3 * draw(rng, B, SLOTS, D),
     "query": draw(rng, B, SLOTS, HEADS, H),
     "key": draw(rng, B, SLOTS, KEY_HEADS, H),
+    "value": draw(rng, B, SLOTS, KEY_HEADS, H),
     "next_query": draw(rng, B, SLOTS, HEADS, H),
     "next_key": draw(rng, B, SLOTS, KEY_HEADS, H),
     "features": draw(rng, B, N, F),
     "class_attention": rng.dirichlet(np.ones(N) * 0.3, size=B).astype(np.float32),
     "tower_keys": draw(rng, B, N, TOWER_HEADS, H),
+    "grid": np.stack([rng.permutation(GRID) for _ in range(B)]),
     "projector": draw(rng, F, D),
   }
 
@@ -67,6 +73,7 @@ def select_in(layout, arrays, keys, *, name, stage, keep, layer=LAYER):
     layout=layout,
     query=arrays["query"],
     key=arrays["key"],
+    value=arrays["value"],
     next_layer=lambda slots: (
       jnp.take_along_axis(arrays["next_query"], slots[:, :, None, None], axis=1),
       arrays["next_key"],
@@ -77,6 +84,7 @@ def select_in(layout, arrays, keys, *, name, stage, keep, layer=LAYER):
     features=arrays["features"],
     class_attention=arrays["class_attention"],
     tower_keys=arrays["tower_keys"],
+    grid=arrays["grid"],
     project=lambda features: jnp.tanh(features @ arrays["projector"]),
     keys=keys,
     parameters={"threshold": jnp.float32(0.7)},
@@ -94,17 +102,25 @@ def keys():
 
 @dataclasses.dataclass
 class Row:
-  """One sequence without padding: its arrays, its image slots, the slots of the text after the last of these."""
+  """One sequence without padding.
+
+  Attributes:
+    image: slots of its image tokens.
+    text_after: slots of the text after the last of these.
+    most_image, most_text: image tokens, and other slots, of the longest row in its batch.
+  """
 
   arrays: dict
   image: list[int]
   text_after: range
+  most_image: int = N
+  most_text: int = SLOTS - N
 
   def __getattr__(self, name):
     return self.arrays[name]
 
 
-OF_IMAGE_TOKENS = ("features", "class_attention", "tower_keys")
+OF_IMAGE_TOKENS = ("features", "class_attention", "tower_keys", "grid")
 
 
 def row_of(row_arrays, index, image, length):
@@ -122,230 +138,28 @@ def row(request, row_arrays):
   return index, row_of(row_arrays, index, range(start, start + N), LENGTHS[index])
 
 
-def softmax(x):
-  x = np.exp(x - x.max())
-  return x / x.sum()
-
-
-def attention_of(query, key, row):
-  """Probabilities `[head, position]` of one causal query row."""
-  maps = []
-  for head in range(HEADS):
-    keys = key[: row + 1, head // (HEADS // KEY_HEADS)]
-    maps.append(softmax(keys @ query[row, head] / math.sqrt(H)))
-  return np.array(maps)
-
-
-def mean_attention(query, key, rows, image):
-  """For each image token, the sum over rows of the attention averaged over heads."""
-  scores = np.zeros(len(image))
-  for row in rows:
-    maps = attention_of(query, key, row).mean(axis=0)
-    for index, position in enumerate(image):
-      if position <= row:
-        scores[index] += maps[position]
-  return scores
-
-
-def top(scores, keep):
-  return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:keep])
-
-
-def cosine(a, b):
-  return a @ b / (np.linalg.norm(a) * np.linalg.norm(b))
-
-
-def himap_1(row, keep):
-  return top(mean_attention(row.query, row.key, row.text_after, row.image), keep)
-
-
-def himap_2(row, keep):
-  return top(mean_attention(row.query, row.key, row.image, row.image), keep)
-
-
-def fastv(row, keep):
-  return top(mean_attention(row.query, row.key, [len(row.x) - 1], row.image), keep)
-
-
-def pyramiddrop(row, keep):
-  return top(mean_attention(row.next_query, row.next_key, [len(row.x) - 1], row.image), keep)
-
-
-def sparsevlm(row, keep):
-  shares = np.zeros(len(row.text_after))
-  for position in row.image:
-    shares += softmax(np.array([row.embeddings[position] @ row.embeddings[text] for text in row.text_after]))
-  shares /= len(row.image)
-  raters = [text for text, share in zip(row.text_after, shares, strict=True) if share > shares.mean()]
-  assert len(raters) < len(row.text_after)
-  return top(mean_attention(row.query, row.key, raters or row.text_after, row.image), keep)
-
-
-def dart(row, keep):
-  norms = np.abs(row.key).sum(axis=(1, 2))
-
-  def by_norm(positions):
-    return sorted(positions, key=lambda p: -norms[p])
-
-  image_pivots, text_pivots = by_norm(row.image)[:4], by_norm(row.text_after)[:4]
-  text_pivots += text_pivots[:1] * (min(4, SLOTS - N) - len(text_pivots))
-  pivots, retained = image_pivots + text_pivots, set(image_pivots)
-  for number, pivot in enumerate(pivots):
-    count = (keep - 4) // len(pivots) + (number < (keep - 4) % len(pivots))
-    rest = [p for p in row.image if p not in retained]
-    rest.sort(key=lambda p: cosine(row.x[pivot], row.x[p]))
-    retained |= set(rest[:count])
-  return sorted(row.image.index(p) for p in retained)
-
-
-def fitprune(row, keep):
-  def received(rows):
-    total = np.zeros(len(row.image))
-    for r in rows:
-      maps = attention_of(row.query, row.key, r).max(axis=0)
-      total += [maps[p] if p <= r else 0 for p in row.image]
-    return total
-
-  return top(received(row.image) * received(row.text_after), keep)
-
-
-def fastervlm(row, keep):
-  return top(row.class_attention, keep)
-
-
-def vispruner(row, keep):
-  order = sorted(range(len(row.image)), key=lambda i: -row.class_attention[i])
-  important, residual = order[: keep // 2], order[keep // 2 :]
-  wanted = keep - keep // 2
-  while len(residual) > wanted:
-    even, odd = residual[::2], residual[1::2]
-    likeness = {e: max(cosine(row.features[e], row.features[o]) for o in odd) for e in even}
-    ranked = sorted(even, key=lambda e: -likeness[e])
-    residual = ranked[min(8, len(residual) - wanted) :] + odd
-  return sorted(important + residual)
-
-
-def visionzip(row, keep):
-  num_contextual = round(keep * 10 / 64)
-  dominant = top(row.class_attention, keep - num_contextual)
-  rest = [i for i in range(len(row.image)) if i not in dominant]
-  step = max(1, len(rest) // num_contextual)
-  targets = rest[::step][:num_contextual]
-  keys = row.tower_keys.mean(axis=1)
-  members = {target: [] for target in targets}
-  for i in rest:
-    if i not in targets:
-      members[max(targets, key=lambda target: cosine(keys[i], keys[target]))].append(row.features[i])
-  kept = sorted(dominant + targets)
-  merged = [row.features[i] + (np.mean(members[i], axis=0) if members.get(i) else 0) for i in kept]
-  return kept, np.tanh(np.array(merged) @ row.projector)
-
-
-def prumerge(row, keep):
-  outliers = top(row.class_attention, round(keep / 4))
-  num_tokens = len(row.image)
-  rest = [i for i in range(num_tokens) if i not in outliers]
-  num_samples = keep - len(outliers)
-  kept = sorted(outliers + [rest[j * len(rest) // num_samples] for j in range(num_samples)])
-  keys = row.tower_keys.reshape(num_tokens, -1)
-  merged = []
-  for i in kept:
-    others = sorted((j for j in range(num_tokens) if j != i), key=lambda j: -cosine(keys[i], keys[j]))[:32]
-    merged.append(row.features[i] + sum(row.class_attention[j] * row.features[j] for j in others))
-  return kept, np.tanh(np.array(merged) @ row.projector)
-
-
-def divprune(row, keep):
-  tokens = row.x[row.image]
-  num_tokens = len(tokens)
-  distance = [[1 - cosine(a, b) for b in tokens] for a in tokens]
-  chosen = []
-  while len(chosen) < keep:
-    best, best_reach = None, -math.inf
-    for i in range(num_tokens):
-      if i not in chosen:
-        reach = min(distance[i][j] for j in (chosen or range(num_tokens)) if j != i)
-        if reach > best_reach:
-          best, best_reach = i, reach
-    chosen.append(best)
-  return sorted(chosen)
-
-
-def cdpruner(row, keep):
-  tokens, text = row.x[row.image], row.x[row.text_after.start :]
-  numbers = range(len(tokens))
-  relevance = np.array([np.mean([cosine(v, t) for t in text]) for v in tokens])
-  relevance = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
-  kernel = np.array([[relevance[i] * cosine(tokens[i], tokens[j]) * relevance[j] for j in numbers] for i in numbers])
-  chosen = []
-  while len(chosen) < keep:  # the token that makes the determinant of the chosen block largest
-    gains = {i: np.linalg.slogdet(kernel[np.ix_([*chosen, i], [*chosen, i])])[1] for i in numbers if i not in chosen}
-    chosen.append(max(gains, key=gains.get))
-  return sorted(chosen)
-
-
-def scope(row, keep):
-  numbers = range(len(row.image))
-  covered, chosen = [0.0] * len(row.image), []
-  while len(chosen) < keep:
-
-    def gain(v, covered=covered):
-      return row.class_attention[v] * sum(
-        max(0, cosine(row.features[u], row.features[v]) - covered[u]) for u in numbers
-      )
-
-    best = max((v for v in numbers if v not in chosen), key=gain)
-    covered = [max(covered[u], cosine(row.features[u], row.features[best])) for u in numbers]
-    chosen.append(best)
-  return sorted(chosen)
-
-
-def uniform(row, keep):
-  if len(row.image) < N:
-    return [math.floor((i + 0.5) * len(row.image) / keep) for i in range(keep)]
-  side = math.isqrt(N)
-  num_rows = max(math.ceil(keep / side), round(keep**0.5))
-  kept = []
-  for number in range(num_rows):
-    count = (number + 1) * keep // num_rows - number * keep // num_rows
-    grid_row = math.floor((number + 0.5) * side / num_rows)
-    kept += [grid_row * side + math.floor((i + 0.5) * side / count) for i in range(count)]
-  return kept
-
-
-def adaptive(stage):
-  """HiMAP with a third, two thirds or all of the tokens that may be kept: the fewest with 70% of the scores."""
-
-  def slow(row, keep):
-    if stage == 1:  # a row that lacks no tokens is on the last rung
-      return himap_2(row, keep)
-    scores = mean_attention(row.query, row.key, row.text_after, row.image)
-    counts = [max(1, round(keep / 3)), max(1, round(2 * keep / 3)), keep]
-    enough = [count for count in counts if scores[top(scores, count)].sum() >= 0.7 * scores.sum()]
-    return top(scores, (enough or counts[-1:])[0])
-
-  return slow
-
-
 SLOW = {
-  "himap_adaptive": (adaptive(0), adaptive(1)),
-  "himap": (himap_1, himap_2),
-  "himap_swapped": (himap_2, himap_1),
-  "instruction_attention": (himap_1,),
-  "image_attention": (himap_2,),
-  "fastv": (fastv,),
-  "pyramiddrop": (pyramiddrop,),
-  "sparsevlm": (sparsevlm,),
-  "dart": (dart,),
-  "fitprune": (fitprune,),
-  "fastervlm": (fastervlm,),
-  "visionzip": (visionzip,),
-  "vispruner": (vispruner,),
-  "divprune": (divprune,),
-  "cdpruner": (cdpruner,),
-  "prumerge": (prumerge,),
-  "scope": (scope,),
-  "uniform": (uniform,),
+  "himap_adaptive": (inside.adaptive(0), inside.adaptive(1)),
+  "himap": (inside.himap_1, inside.himap_2),
+  "himap_swapped": (inside.himap_2, inside.himap_1),
+  "instruction_attention": (inside.himap_1,),
+  "image_attention": (inside.himap_2,),
+  "fastv": (inside.fastv,),
+  "pyramiddrop": (inside.pyramiddrop,),
+  "sparsevlm": (inside.sparsevlm,),
+  "dart": (inside.dart,),
+  "fitprune": (inside.fitprune,),
+  "visipruner": (inside.visipruner,),
+  "fastervlm": (before.fastervlm,),
+  "visionzip": (before.visionzip,),
+  "vispruner": (before.vispruner,),
+  "divprune": (before.divprune,),
+  "cdpruner": (before.cdpruner,),
+  "prumerge": (before.prumerge,),
+  "scope": (before.scope,),
+  "fsr": (before.fsr,),
+  "visiontrim": (before.visiontrim,),
+  "uniform": (before.uniform,),
 }
 
 
@@ -398,7 +212,7 @@ def test_padding_and_batch_mates_do_not_matter(name, stage, row_arrays, keys):
       value = np.where(padding.reshape(B, SLOTS, *[1] * (value.ndim - 2)), 7.5 * value[:, ::-1] + 3, value)
     elif value.shape[0] == B:
       value = value * np.array([3.0, 1.0, 0.2], np.float32).reshape(B, *[1] * (value.ndim - 1))
-    other[array_name] = value.astype(np.float32)
+    other[array_name] = value.astype(row_arrays[array_name].dtype)
   expected, actual = (select(arrays, keys, name=name, stage=stage, keep=13) for arrays in (row_arrays, other))
   assert kept_of(actual, 1) == kept_of(expected, 1)
   if expected.merged is not None:
@@ -471,7 +285,7 @@ def test_padding_and_other_rows_do_not_matter_where_counts_differ(row_arrays, ke
     if value.shape[:2] in ((B, SLOTS), (B, N)):
       end = lengths if value.shape[1] == SLOTS else np.array([len(image) for image in RUNS])
       unused = (np.arange(value.shape[1]) >= end[:, None]).reshape(*value.shape[:2], *[1] * (value.ndim - 2))
-      other[name] = np.where(unused, 7.5 * value[:, ::-1] + 3, value).astype(np.float32)
+      other[name] = np.where(unused, 7.5 * value[:, ::-1] + 3, value).astype(value.dtype)
   for name, stage in STAGES:
     expected, actual = (select_in(layout, a, keys, name=name, stage=stage, keep=13) for a in (row_arrays, other))
     for row in range(B):

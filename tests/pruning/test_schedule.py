@@ -141,7 +141,7 @@ def test_methods_are_listed_by_name():
   [
     (
       PruningConfig("himap"),
-      "'himap' reads .* by cross-attention alone; methods that work: divprune, fastv, .*uniform$",
+      "'himap' reads .* by cross-attention alone; methods that work: divprune, fastv, .*visipruner$",
     ),
     (PruningConfig("divprune+shortv"), "'shortv' reads .* by cross-attention alone"),
     (PruningConfig("fastv"), "before layer 2: it reads the attention of layers 0 to 1, and .* in layers 3, 8"),

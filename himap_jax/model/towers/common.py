@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
@@ -27,6 +27,7 @@ class TowerOutput:
     class_attention: float32 attention of the class token to every image token in the last layer run, averaged over
       heads and over the patches of the token; None without a class token.
     keys: that layer's keys of the image tokens, by head, averaged over the patches of the token.
+    grid: tile of the row, row and column of every feature, zeros for newlines; None if the features are no grids.
     is_newline: which image tokens are learned newlines; None if none are.
     deepstack: features of the layers in `VisionConfig.deepstack_layers`.
   """
@@ -34,6 +35,7 @@ class TowerOutput:
   features: Float[Array, "B P F"]
   class_attention: Float[Array, "B P"] | None
   keys: Float[Array, "B P N H"]
+  grid: Int[Array, "B P 3"] | None = None
   is_newline: Bool[Array, "B P"] | None = None
   deepstack: tuple[Float[Array, "B P F"], ...] = ()
 
