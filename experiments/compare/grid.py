@@ -19,7 +19,9 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
 
 REFERENCE = "none"
-_SETTING = re.compile(r"(?P<method>[^@:]+?)(?P<restore>\+restore)?(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?")
+_SETTING = re.compile(
+  r"(?P<method>[^@:]+?)(?P<restore>\+restore)?(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?"
+)
 
 
 class Shape(NamedTuple):

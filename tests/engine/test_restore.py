@@ -22,7 +22,11 @@ N = 16
 
 # name, layers, keep
 MHA = ("clip_mha", (2, 4), (8, 4))
-NEXT_TO_EACH_OTHER = ("clip_mha", (3, 4), (8, 4))  # scored with the attention of a layer that is the first after a stage
+NEXT_TO_EACH_OTHER = (
+  "clip_mha",
+  (3, 4),
+  (8, 4),
+)  # scored with the attention of a layer that is the first after a stage
 TIED_GQA = ("clip_gqa_tied", (1, 3), (9, 5))
 WINDOW = ("mistral", (2, 4), (8, 4))
 HALF_ROTATED = ("phi3", (1, 3), (9, 5))
@@ -83,9 +87,7 @@ def assert_tokens(tiny, row, prune_layers, kept, gain, result, index):
       np.testing.assert_allclose(result.logits[index], found.logits[-1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(
-  "name, prune_layers, keep", [MHA, NEXT_TO_EACH_OTHER, TIED_GQA, WINDOW, HALF_ROTATED]
-)
+@pytest.mark.parametrize("name, prune_layers, keep", [MHA, NEXT_TO_EACH_OTHER, TIED_GQA, WINDOW, HALF_ROTATED])
 def test_inside_the_decoder(name, prune_layers, keep, checkpoints, loaded, images):
   """Kept sets too: later stages read calibrated attention."""
   tiny = checkpoints(name)

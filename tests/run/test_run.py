@@ -41,7 +41,7 @@ MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, 
 FLAGS = (
     "checkpoint", "[no]allow_pickle", "prompts", "split", "columns", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "image_aspect_ratio", "dtype", "emit", "[no]resume",
-    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "method_parameters", "schedule",
+    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "method_parameters", "schedule", "[no]restore",
     "[no]int8_weights", "mesh", "[no]distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 
@@ -120,6 +120,7 @@ class TestAnswers:
       ({"keep": (7, 3)}, "keep was .8, 3., now .7, 3."),
       ({"sampling": Sampling(0.5)}, "sampling was"),
       ({"image_aspect_ratio": "pad"}, "image_aspect_ratio was 'checkpoint', now 'pad'"),
+      ({"restore": True}, "restore was False, now True"),
     ):
       with pytest.raises(UserError, match=f"output.jsonl: made with other settings .*{message}.*--noresume"):
         job.run(changed(config, **changes))
@@ -453,6 +454,7 @@ class TestBadConfiguration:
       (dict(method="none", prune_layers=None), "'none' has 0 stages, but keep has 2 values"),
       (dict(method="none", keep=None), "'none' has 0 stages, but prune_layers has 2 values"),
       (dict(parameters=(("threshold", 0.5),)), "threshold"),
+      (dict(method="none", prune_layers=None, keep=None, restore=True), "method 'none' removes none"),
       (dict(prompt_template="{question}"), "a text with one <image>"),
       (dict(prompt_buckets=(64, 32)), "must be positive and ascending, not 64,32"),
       (dict(prompt_buckets=()), "must be positive and ascending"),
@@ -552,12 +554,13 @@ class TestFlags:
   def test_values(self):
     with parsed(*NEEDED, "--keep=50%, 12.5%", "--prune_layers=2,8", "--emit=kept,tokens", "--prompt_buckets=8,16",
                     "--temperature=0.5", "--top_p=0.9", "--compilation_cache_dir=", "--noresume",
-                    "--method_parameters=threshold:0.7"):  # fmt: skip
+                    "--method_parameters=threshold:0.7", "--restore"):  # fmt: skip
       config = config_from_flags()
     assert (config.pruning.keep, config.pruning.prune_layers) == ((0.5, 0.125), (2, 8))
     assert (config.pruning.parameters, config.inputs.prompt_buckets) == ((("threshold", 0.7),), (8, 16))
     assert (config.emit, config.generation.sampling) == (frozenset({"kept", "tokens"}), Sampling(0.5, 0.9))
     assert (config.compilation_cache_dir, config.resume) == ("", False)
+    assert config.pruning.restore and config.pruning.label == "himap+restore"
 
   def test_columns(self):
     with parsed(*NEEDED, "--columns=image:img, question:q,id:qid", "--split=A/test"):
