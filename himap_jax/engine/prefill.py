@@ -147,9 +147,8 @@ def prune(
       tower = None if context.embedded is None else context.embedded.tower
       pruned = apply(selection, sequence, None if tower is None else tower.is_newline)
       in_sequence = not network.config.text.cross_attention_layers
-      if (
-        stage.layer == 0 and in_sequence and not restore
-      ):  # the decoder never sees the others: neither positions nor order have gaps
+      # the decoder never sees the others: neither positions nor order have gaps
+      if stage.layer == 0 and in_sequence and not restore:
         slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
         positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
         if pruned.positions.ndim > 2:  # places in the picture, which stay

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_himap
+import reference_restore
 import tiny_checkpoints
 import torch
 
@@ -38,23 +39,19 @@ def rows(checkpoints, images):
 
 
 def gain_of(decoder, image, stages, num_prompt):
-  """What logits gain, by the mathematics: `stages` are (layer, image tokens before it, image tokens after it)."""
+  """What logits gain in a layer: `stages` are (layer, image tokens before it, image tokens after it)."""
   dim = decoder.layers[0].self_attn.head_dim
   theta = torch.zeros(dim // 2, dtype=torch.float64)
   theta[: len(decoder.rotary_emb.inv_freq)] = decoder.rotary_emb.inv_freq.double()
 
   def gain(layer, positions):
     passed = [stage for stage in stages if stage[0] <= layer]
-    logits = torch.zeros(len(positions), len(positions), dtype=torch.float64)
-    if passed:
-      distance = (positions[:, None] - positions[None]).abs().double()
-      closeness = 2 / dim * torch.cos(distance[:, :, None] * theta).sum(-1)
-      is_image, is_prompt = torch.isin(positions, image)[None], (positions < num_prompt)[:, None]
-      logits += torch.where(is_image & is_prompt, torch.log(2 - closeness), 0)
-      first, before, after = passed[-1]
-      if first == layer:
-        logits += torch.where(is_image, math.log(before / after), 0)
-    return logits.float()
+    if not passed:
+      return torch.zeros(len(positions), len(positions))
+    first, before, after = passed[-1]
+    closeness = reference_restore.closeness(positions[:, None].double() * theta)
+    count = before / after if first == layer else 1
+    return reference_restore.gain(closeness, torch.isin(positions, image), positions < num_prompt, count)
 
   return gain
 
