@@ -16,6 +16,8 @@ from himap_jax import generate as answer
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
+from himap_jax.inputs import IMAGE, Calibration
+from himap_jax.model.decoder import Decoder
 
 NUM_SLOTS = 112
 NUM_NEW = 5
@@ -148,6 +150,40 @@ def test_attention_in_the_next_layer(checkpoints, loaded, rows):
           stages.append((number, len(left), count))
           left = stays
         hidden, _ = reference_himap.run_layer(decoder, layer, hidden, positions, gain(number, positions))
+
+
+@pytest.mark.parametrize(
+  "method, layers, keep, expected",
+  [("pyramiddrop", (2, 3, 4), (11, 8, 4), [(3, 2), (4, 3)]), ("himap", (3, 4), (8, 4), [(3, 3)])],
+)
+def test_layers_whose_attention_is_scored(method, layers, keep, expected, loaded, rows, monkeypatch):
+  """The layer of the attention, and the first layer after the last stage, whose logits gain by count."""
+  model, scored = loaded(MHA[0]), []
+  gain = Decoder.gain
+
+  def record(self, positions, layout, layer, slots):
+    scored.append((layer, layout.calibration.layer))
+    return gain(self, positions, layout, layer, slots)
+
+  monkeypatch.setattr(Decoder, "gain", record)
+  schedule = model.schedule(method, layers, keep, restore=True)
+  batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, NUM_SLOTS))
+  keys = jax.random.split(jax.random.key(0), len(rows))
+  jax.eval_shape(lambda model, *own: prefill(model.bind(), *own, schedule), model.model, batch, keys)
+  assert scored == expected
+
+
+def test_scores_gain_by_count_in_the_first_layer_alone(loaded, rows):
+  model, layer = loaded(MHA[0]).model, 3
+  batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, NUM_SLOTS))
+  is_left, count = batch.layout.kind == IMAGE, jnp.full(batch.layout.kind.shape, 0.7)
+  layout = batch.layout.replace(calibration=Calibration(count, is_left, layer))
+  slots = jnp.array([[30, 2]] * len(rows), jnp.int32)
+  before, first, after = (
+    model.bind().language_model.gain(batch.positions, layout, layer + step, slots) for step in (-1, 0, 1)
+  )
+  np.testing.assert_allclose(first - after, 0.7, atol=1e-6)
+  np.testing.assert_array_equal(before, after)
 
 
 @pytest.mark.parametrize("method, layers", [("fastervlm", (0,)), ("himap", (2, 4))])
