@@ -112,6 +112,20 @@ class TestAnswers:
     assert config.output.read_bytes() == before
     assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
 
+  def test_restore(self, config, loaded, tmp_path):
+    rows = answers_of(config, restore=True, emit=frozenset({"logits"}))
+    expected = himap_jax.generate(
+      loaded(NAME, batch_size=2),
+      [load_image(tmp_path / f"{index}.png") for index in range(4)],
+      list(QUESTIONS.values()),
+      schedule=loaded(NAME).schedule("himap", PRUNE_LAYERS, KEEP, restore=True),
+      generation=himap_jax.GenerationConfig(max_new_tokens=MAX_NEW),
+      inputs=himap_jax.InputConfig("<image>{question}", prompt_buckets=(40,), batch_size=2),
+    )
+    for row_id, answer in zip(QUESTIONS, expected, strict=True):
+      assert rows[row_id]["answer"] == answer.text
+      np.testing.assert_allclose(rows[row_id]["first_logits"], answer.first_logits, atol=1e-5, rtol=0)
+
   def test_other_settings_do_not_mix_with_the_rows_of_an_output(self, config):
     assert job.run(config) == 0
     before = config.output.read_bytes()
