@@ -63,7 +63,7 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
     f", {len(own)} from layer {stage.layer} on" for own, stage in zip(answered.kept, schedule.stages, strict=True)
   )
   times = f"prefill {answered.prefill_seconds:.2f} s, {len(answered.tokens)} tokens {answered.decode_seconds:.2f} s"
-  print(f"{config.pruning.method}: {example.num_image_tokens} image tokens{kept}; {times}", file=sys.stderr)
+  print(f"{config.pruning.label}: {example.num_image_tokens} image tokens{kept}; {times}", file=sys.stderr)
   if show is not None:
     with command.user_error(f"--show: cannot write {show}"):
       draw_kept(processor.views(example), answered.kept).save(show, format="PNG")

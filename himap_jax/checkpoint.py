@@ -76,12 +76,14 @@ class OpenCheckpoint:
     prune_layers: tuple[int, ...] | None = None,
     keep: tuple[int | float, ...] | None = None,
     parameters: Mapping[str, float] | None = None,
+    *,
+    restore: bool = False,
   ) -> Schedule:
     """The schedule of a pruning method for this model, for prompts with any number of image tokens.
 
-    Arguments and errors as in `pruning.methods.build_schedule`.
+    Arguments and errors as in `pruning.methods.build_schedule` and `PruningConfig`.
     """
-    choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()))
+    choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()), restore)
     return choice.schedule(**method_inputs(self.config))
 
   def digest(self) -> str:

@@ -63,6 +63,22 @@ def visible(
 
 
 @pytree
+class Calibration:
+  """What is known of removed image tokens where attention to the others is calibrated; see `model.calibration`.
+
+  Attributes:
+    log_count: `[B, S]` float32, for an image token the logarithm of the row's image tokens before the last removal over
+      those after it; 0 for other tokens.
+    is_left: `[B, S]` which are image tokens of a row that has lost some.
+    layer: the first layer after the last removal; static.
+  """
+
+  log_count: Float[Array, "B S"]
+  is_left: Bool[Array, "B S"]
+  layer: int = flax.struct.field(pytree_node=False)
+
+
+@pytree
 class Layout:
   """Contents of each slot of a batch.
 
@@ -78,6 +94,7 @@ class Layout:
       it is false in layouts of inputs.
     window: how many orders back a query sees, its own included; None for all; static. It belongs to a layer, so it is
       None in layouts of inputs.
+    calibration: of the attention to image tokens; None without, as in layouts of inputs.
   """
 
   kind: Int[Array, "B S"]
@@ -88,6 +105,7 @@ class Layout:
   is_ragged: bool = flax.struct.field(pytree_node=False, default=False)
   is_bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
   window: int | None = flax.struct.field(pytree_node=False, default=None)
+  calibration: Calibration | None = None
 
   @classmethod
   def of_rows(

@@ -11,6 +11,7 @@ A layer with a sliding window sees the tokens that it would see in the unpruned 
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -47,12 +48,13 @@ def forward(
   prune_layers: tuple[int, ...],
   keep: tuple[int, ...],
   frozen: tuple[tuple[int, ...], ...] | None = None,
+  gain: Callable[[int, torch.Tensor], torch.Tensor] | None = None,
 ) -> Forward:
   """Runs one sequence, int64 [S], with its images, pruning before each of `prune_layers`.
 
   The images are [P, 3, H, W], or the arguments of `get_image_features`. The first stage scores by instruction attention
   and the second by image attention. `frozen` gives the kept sets of an earlier pass: nothing is scored then, and the
-  same tokens are dropped.
+  same tokens are dropped. `gain` says what attention logits [S, S] gain in a layer, for tokens at these positions.
   """
   decoder = getattr(model.model, "language_model", None) or model.model.text_model
   hidden, image = image_embeddings(model, input_ids, pictures)
@@ -78,7 +80,7 @@ def forward(
       selected = ~is_image | torch.isin(positions, stays)
       hidden, positions = hidden[selected], positions[selected]
     lengths.append(len(positions))
-    hidden, attention = run_layer(decoder, layer, hidden, positions)
+    hidden, attention = run_layer(decoder, layer, hidden, positions, None if gain is None else gain(index, positions))
   logits = model.lm_head(decoder.norm(hidden))
   return Forward(logits=logits, positions=positions, kept=tuple(kept), margin=margin, lengths=tuple(lengths))
 
@@ -129,14 +131,14 @@ def embed(model, input_ids, pixel_values):
   return embeddings, slots[0].item(), slots[-1].item()
 
 
-def run_layer(decoder, layer, hidden, positions):
+def run_layer(decoder, layer, hidden, positions, gain=None):
   """Returns the layer's output [S, D] and its attention averaged over heads [S, S]."""
   maps = []
   hook = layer.self_attn.register_forward_hook(lambda module, arguments, output: maps.append(output[1]))
   window = getattr(layer.self_attn, "sliding_window", getattr(decoder.config, "sliding_window", None))
   distance = positions[:, None] - positions[None]
   hidden_pairs = (distance < 0) | (distance >= (window or len(positions) + distance.max()))
-  mask = torch.zeros(distance.shape).masked_fill(hidden_pairs, -torch.inf)
+  mask = (torch.zeros(distance.shape) if gain is None else gain).masked_fill(hidden_pairs, -torch.inf)
   output = layer(
     hidden[None],
     attention_mask=mask[None, None],

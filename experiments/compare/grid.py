@@ -19,7 +19,9 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
 
 REFERENCE = "none"
-_SETTING = re.compile(r"(?P<method>[^@:]+)(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?")
+_SETTING = re.compile(
+  r"(?P<method>[^@:]+?)(?P<restore>\+restore)?(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?"
+)
 
 
 class Shape(NamedTuple):
@@ -53,13 +55,13 @@ def schedule_for_budget(pruning: PruningConfig, budget: float, shape: Shape, ran
         f"the ranking names {len(ranking)} layers; the lowest mean that they reach is {lowest:.1f} tokens"
       )
     frozen = tuple(ranking[: round(shape.num_layers * (1 - budget / whole))])
-    return PruningConfig(method, frozen).schedule(*shape)
+    return dataclasses.replace(pruning, prune_layers=frozen).schedule(*shape)
   own = pruning.schedule(*shape)
   if not own.stages:
     raise UserError(f"method {method!r} has nothing to scale to a budget")
   layers = tuple(stage.layer for stage in own.stages)
   keep = scale([stage.keep for stage in own.stages], layers, budget, shape)
-  return PruningConfig(method, layers, keep, pruning.parameters).schedule(*shape)
+  return dataclasses.replace(pruning, prune_layers=layers, keep=keep).schedule(*shape)
 
 
 def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shape) -> tuple[int, ...]:
@@ -118,6 +120,8 @@ def make_cells(
 ) -> list[Cell]:
   """Methods such as `himap@1/4` at budgets, and settings such as `himap@2/8:288/72`; no pruning first.
 
+  `+restore` after a method's name is RESTORE: `divprune+restore`, `himap+restore@2/8:288/72`.
+
   `ranking` is as in `schedule_for_budget`. Raises `UserError` for an unknown method or an invalid setting.
   """
   cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
@@ -137,7 +141,11 @@ def make_cells(
 
 
 def parse_setting(text: str) -> PruningConfig:
-  """A method, `method@layers` or `method@layers:keep`; raises `UserError` for anything else."""
+  """A method, `method@layers` or `method@layers:keep`, with `+restore` after the method's name for RESTORE.
+
+  Raises:
+    UserError: for anything else.
+  """
   match = _SETTING.fullmatch(text)
   if not match:
     raise UserError(f"{text!r} is not a method, method@layers or method@layers:keep, such as himap@2/8:288/72")
@@ -145,7 +153,10 @@ def parse_setting(text: str) -> PruningConfig:
   parse(method)
   try:
     return PruningConfig(
-      method, layers and tuple(map(int, layers.split("/"))), keep and tuple(map(keep_count, keep.split("/")))
+      method,
+      layers and tuple(map(int, layers.split("/"))),
+      keep and tuple(map(keep_count, keep.split("/"))),
+      restore=match["restore"] is not None,
     )
   except ValueError as error:
     raise UserError(f"{text!r}: {error}") from error

@@ -3,6 +3,7 @@
 Axes: B batch, S slots, A axes of positions (none for one), M image tokens, D model dim, V vocabulary.
 """
 
+import functools
 import types
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,7 +13,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from himap_jax.errors import UserError
-from himap_jax.inputs import PADDING, UNUSED_ORDER, Inputs, Layout, put_image_tokens, pytree, take_slots
+from himap_jax.inputs import (
+  IMAGE,
+  PADDING,
+  UNUSED_ORDER,
+  Calibration,
+  Inputs,
+  Layout,
+  put_image_tokens,
+  pytree,
+  take_slots,
+)
 from himap_jax.model.cache import SegmentCache, padded
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
@@ -89,7 +100,10 @@ def prefill(
     if segment.stage is not None:
       if has_images:
         scored = network.language_model.scored(projections, layout)
-        sequence = prune(network, segment.stage, sequence, scored, context)
+        sequence = prune(network, segment.stage, sequence, scored, context, restore=schedule.restore)
+      if schedule.restore:
+        own = calibration(layout, sequence.layout, embedded.layout, segment.stage.layer)
+        sequence = sequence._replace(layout=sequence.layout.replace(calibration=own))
       kept.append(sequence.layout.original())
   _, positions, layout = sequence
   last = layout.last_slot()[:, None]
@@ -113,11 +127,18 @@ def start(embedded: Embedded) -> Sequence:
 
 
 def prune(
-  network: Network, stage: Stage, sequence: Sequence, projections: Projections | None, context: Context
+  network: Network,
+  stage: Stage,
+  sequence: Sequence,
+  projections: Projections | None,
+  context: Context,
+  *,
+  restore: bool = False,
 ) -> Sequence:
   """Applies a stage to the sequence that enters its layer.
 
-  `projections` are those of the previous layer in which image tokens are read; None at layer 0.
+  `projections` are those of the previous layer in which image tokens are read; None at layer 0. With `restore` (see
+  `Schedule`) positions and order keep their gaps at layer 0, too.
   """
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
     with jax.named_scope("score"):
@@ -126,13 +147,22 @@ def prune(
       tower = None if context.embedded is None else context.embedded.tower
       pruned = apply(selection, sequence, None if tower is None else tower.is_newline)
       in_sequence = not network.config.text.cross_attention_layers
-      if stage.layer == 0 and in_sequence:  # the decoder never sees the others: neither positions nor order have gaps
+      # the decoder never sees the others: neither positions nor order have gaps
+      if stage.layer == 0 and in_sequence and not restore:
         slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
         positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
         if pruned.positions.ndim > 2:  # places in the picture, which stay
           positions = pruned.positions
         pruned = pruned._replace(positions=positions, layout=layout.replace(order=order))
   return pruned
+
+
+def calibration(before: Layout, after: Layout, whole: Layout, layer: int) -> Calibration:
+  """The calibration of attention from `layer` on, given layouts before and after a stage, and before any pruning."""
+  counts = (layout.num_present().astype(jnp.float32) for layout in (before, after))
+  ratio = jnp.divide(*(jnp.maximum(count, 1) for count in counts))  # 1 in rows without image tokens
+  is_image, has_lost = after.kind == IMAGE, after.num_present() < whole.num_present()
+  return Calibration(jnp.where(is_image, jnp.log(ratio)[:, None], 0), is_image & has_lost[:, None], layer)
 
 
 def _select(stage: Stage, view: View) -> Selection:
@@ -164,6 +194,9 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     own = network.language_model.project(sequence.x, sequence.positions, layer, slots)
     return own.query, own.key
 
+  gain, kernel = None, network.kernels.received_attention(sequence.layout.num_slots)
+  if sequence.layout.calibration is not None:
+    gain, kernel = functools.partial(network.language_model.gain, sequence.positions, sequence.layout), None
   return View(
     layer=layer,
     x=sequence.x,
@@ -183,7 +216,8 @@ def view(network: Network, layer: int, sequence: Sequence, projections: Projecti
     is_newline=None if tower is None else tower.is_newline,
     keys=context.keys,
     parameters=context.parameters,
-    received=network.kernels.received_attention(sequence.layout.num_slots) or scoring.received_by_slots,
+    received=kernel or scoring.received_by_slots,
+    gain=gain,
   )
 
 

@@ -127,7 +127,7 @@ def cache(config: ModelConfig, mesh: Mesh) -> SegmentCache:
   """The shardings of a segment's cache."""
   entries = NamedSharding(mesh, PartitionSpec(RULES["batch"], rules(config, mesh)["key_heads"]))
   images = rows(mesh) if config.text.cross_attention_layers else None
-  return SegmentCache(keys=entries, values=entries, order=rows(mesh), images=images)
+  return SegmentCache(keys=entries, values=entries, order=rows(mesh), images=images, log_count=rows(mesh))
 
 
 def heads(mesh: Mesh, num_heads: int, num_key_heads: int) -> PartitionSpec:

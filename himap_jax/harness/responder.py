@@ -14,6 +14,7 @@ from absl import logging
 from himap_jax import checkpoint, generation
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine import pool, sharding
+from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batches
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, Engine, GenerationConfig
@@ -96,7 +97,7 @@ class Responder:
   def load(cls, settings: Settings) -> "Responder":
     """Loads the checkpoint; JAX chooses the devices. Raises `UserError`."""
     opened = checkpoint.open_checkpoint(settings.checkpoint).with_aspect_ratio(settings.image_aspect_ratio)
-    schedule = opened.schedule(settings.method, settings.prune_layers, settings.keep)
+    schedule = settings.pruning.schedule(**method_inputs(opened.config))
     processor = opened.prompts(settings.prompt_template, settings.max_image_tokens)
     dtype = command.DTYPES[settings.dtype]
     axes = sharding.choose_mesh(opened.config, opened.num_bytes(dtype), settings.batch_size)

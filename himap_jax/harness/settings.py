@@ -24,6 +24,7 @@ class Settings:
   method: str = "none"
   prune_layers: tuple[int, ...] | None = None
   keep: tuple[int | float, ...] | None = None
+  restore: bool = False
   dtype: str = "bfloat16"
   batch_size: int = 1
   max_new_tokens: int = 128
@@ -54,12 +55,14 @@ class Settings:
 
   @property
   def pruning(self) -> PruningConfig:
-    return PruningConfig(self.method, self.prune_layers, self.keep)
+    return PruningConfig(self.method, self.prune_layers, self.keep, restore=self.restore)
 
 
 def _read(name: str, value: Any, default: Any) -> Any:
   if name in LISTS:
     return tuple(map(LISTS[name], str(value).split(":")))
+  if isinstance(default, bool):
+    return bool(["false", "true"].index(str(value).lower()))
   if isinstance(default, int) or name == "max_image_tokens":
     return int(value)
   return str(value)

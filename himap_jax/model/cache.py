@@ -37,12 +37,14 @@ class SegmentCache:
     values: values of each layer, `[B, K, H, T]`.
     order: `[B, T]`, see `Layout.order`.
     images: of a decoder with cross layers, whose keys and values are those of image tokens, what new tokens see there.
+    log_count: `[B, T]` what logits of the first layer gain, see `Calibration`; None without calibration.
   """
 
   keys: tuple[Float[Array, "B K T H"], ...]
   values: tuple[Float[Array, "B K H T"], ...]
   order: Int[Array, "B T"]
   images: ImageMask | None = None
+  log_count: Float[Array, "B T"] | None = None
 
 
 @pytree
@@ -87,6 +89,7 @@ def padded(cache: SegmentCache, multiple: int) -> SegmentCache:
     values=tuple(pad_to(value, {3: multiple}) for value in cache.values),
     order=pad_to(cache.order, {1: multiple}, fill=UNUSED_ORDER),
     images=images,
+    log_count=None if cache.log_count is None else pad_to(cache.log_count, {1: multiple}),
   )
 
 

@@ -188,9 +188,14 @@ class CrossDecoder(Decoder):
     partial_layers: frozenset[int] = frozenset(),
     injections: tuple[()] = (),
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
-    """As `Decoder`; `mask` applies to text alone, and no layer is partial or has injections: image tokens never change."""
+    """As `Decoder`; `mask` applies to text alone, and no layer is partial or has injections: image tokens never change.
+
+    Attention is not calibrated.
+    """
     if partial_layers or injections:
       raise ValueError("no layer of this decoder changes image tokens")
+    if layout.calibration is not None:
+      raise ValueError("this decoder's attention to image tokens is not calibrated")
     text = layout.text_slots()
     own, states = take_slots(x, text), take_slots(x, layout.image_slots())
     rotation = rope.rotation(self.config.rope, self.config.rotary_dim, take_slots(positions, text))

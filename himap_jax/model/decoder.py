@@ -13,13 +13,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from himap_jax.inputs import IMAGE, Images, Layout, pytree, take_slots
-from himap_jax.model import cache, rope
+from himap_jax.model import cache, calibration, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import RopeConfig, TextConfig
-from himap_jax.model.kernels import Kernels
+from himap_jax.model.kernels import HIDDEN, Kernels, xla
+from himap_jax.model.kernels.xla import Mask
 from himap_jax.model.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
 from himap_jax.model.tracing import traced_once
 
@@ -107,7 +108,7 @@ class DecoderLayer(DecoderModule):
       self.pre_feedforward_layernorm, self.post_feedforward_layernorm = (decoder_norm(self.config) for _ in range(2))
 
   def __call__(
-    self, x: Float[Array, "B S D"], rotation: Rotation, mask: Bool[Array, "B 1 S S"] | None
+    self, x: Float[Array, "B S D"], rotation: Rotation, mask: Mask | None
   ) -> tuple[Float[Array, "B S D"], Projections]:
     projections = self.self_attn.project(self.input_layernorm(x), rotation)
     is_causal = mask is None or not self.config.is_bidirectional
@@ -134,8 +135,8 @@ class DecoderLayer(DecoderModule):
     self,
     x: Float[Array, "B 1 D"],
     rotation: Rotation,
-    prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
-    new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
+    prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Shaped[Array, "B 1 1 T"]],
+    new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Shaped[Array, "B 1 1 M"]],
     slot: Int[Array, ""],
   ) -> tuple[Float[Array, "B 1 D"], Float[Array, "B K M H"], Float[Array, "B K M H"]]:
     """Runs the layer on one new token per row.
@@ -198,7 +199,7 @@ class Decoder(DecoderModule):
     partial_layers: frozenset[int] = frozenset(),
     injections: tuple[Float[Array, "B I D"], ...] = (),
   ) -> tuple[Float[Array, "B S D"], list[Projections]]:
-    """Runs a range of layers.
+    """Runs a range of layers, with calibrated attention if `layout` has a calibration.
 
     Args:
       mask: true where a query slot (row) may attend to a key slot, of those that it sees by the layout.
@@ -219,18 +220,28 @@ class Decoder(DecoderModule):
       return seen if mask is None else seen & mask
 
     @functools.cache
+    def calibrated_mask_of(window: int | None, config: RopeConfig, *, is_first: bool) -> Float[Array, "B 1 S S"]:
+      rotation, head_dim = rotation_of(config), self.config.head_dim
+      gain = calibration.gain(rotation, layout.calibration, head_dim, is_first=is_first)[:, None]
+      seen = mask_of(window)
+      return gain if seen is None else xla.where_seen(seen, gain)
+
+    @functools.cache
     def partial_mask_of(window: int | None) -> Bool[Array, "B 1 R S"]:
       return layout.replace(window=window).visible(updated_slots)[:, None]
 
     projections = []
     for index in layers:
-      layer, window = self.layers[index], self.config.window(index)
-      rotation = rotation_of(self.config.rope_of(index))
+      layer, window, rope_config = self.layers[index], self.config.window(index), self.config.rope_of(index)
+      rotation = rotation_of(rope_config)
       with jax.named_scope(f"layer_{index}"):
         if index in partial_layers:
           x, layer_projections = layer.update(x, rotation, updated_slots, partial_mask_of(window))
-        else:
+        elif layout.calibration is None or not layout.num_image_tokens:
           x, layer_projections = layer(x, rotation, mask_of(window))
+        else:
+          is_first = index == layout.calibration.layer
+          x, layer_projections = layer(x, rotation, calibrated_mask_of(window, rope_config, is_first=is_first))
         if index < len(injections):
           x = x + _at_image_slots(injections[index], layout)
       projections.append(layer_projections)
@@ -241,6 +252,13 @@ class Decoder(DecoderModule):
   ) -> Projections:
     """Projections of `x` in a layer's attention: keys and values of all slots, queries of `slots`."""
     return self.layers[layer].project(x, self._rotations(positions)(self.config.rope_of(layer)), slots)
+
+  def gain(
+    self, positions: Int[Array, "B S *A"], layout: Layout, layer: int, slots: Int[Array, "B Q"]
+  ) -> Float[Array, "B Q S"]:
+    """What logits of queries in `slots` gain in a layer by the layout's calibration."""
+    rotation, is_first = self._rotations(positions)(self.config.rope_of(layer)), layer == layout.calibration.layer
+    return calibration.gain(rotation, layout.calibration, self.config.head_dim, slots, is_first=is_first)
 
   def _rotations(self, positions: Int[Array, "B S *A"]) -> Callable[[RopeConfig], Rotation]:
     """The rotation of every position by a rotary embedding, computed once for each."""
@@ -254,7 +272,8 @@ class Decoder(DecoderModule):
   def cache(self, projections: list[Projections], layout: Layout) -> SegmentCache:
     """The cache of a range of layers."""
     keys, values = (tuple(getattr(own, name) for own in projections) for name in ("key", "value"))
-    return cache.from_prefill(keys, values, layout.order)
+    own = cache.from_prefill(keys, values, layout.order)
+    return own if layout.calibration is None else own.replace(log_count=layout.calibration.log_count)
 
   def extend(
     self,
@@ -284,12 +303,16 @@ class Decoder(DecoderModule):
     keys, values = [], []
     for segment in caches:
       masks = {window: cache.visible(segment.order, order, window) for window in windows}
-      for prompt in zip(segment.keys, segment.values, strict=True):
+      for number, prompt in enumerate(zip(segment.keys, segment.values, strict=True)):
         index = len(keys)
         window = self.config.window(index)
-        own = (new.keys[index], new.values[index], new_masks[window])
+        mask, new_mask = masks[window], new_masks[window]
+        if number == 0 and segment.log_count is not None:
+          mask = xla.where_seen(mask, segment.log_count[:, None, None])
+          new_mask = jnp.where(new_mask, 0.0, HIDDEN)
+        own = (new.keys[index], new.values[index], new_mask)
         rotation = rotation_of(self.config.rope_of(index))
-        x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, masks[window]), own, slot)
+        x, new_keys, new_values = self.layers[index].extend(x, rotation, (*prompt, mask), own, slot)
         keys.append(new_keys)
         values.append(new_values)
     return x, new.replace(keys=tuple(keys), values=tuple(values))

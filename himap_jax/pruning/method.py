@@ -44,6 +44,7 @@ class View:
       features are no grids.
     is_newline: `[B, P]` which image tokens are learned newlines, without a feature; None if none are.
     received: computes `scoring.received_by_slots`.
+    gain: maps a layer and queries' slots `[B, Q]` to what attention logits gain there, `[B, Q, S]`; None for nothing.
   """
 
   layer: int
@@ -65,21 +66,28 @@ class View:
   grid: Int[Array, "B P 3"] | None = None
   is_newline: Bool[Array, "B P"] | None = None
   received: Callable[..., Float[Array, "B S"]] = scoring.received_by_slots
+  gain: Callable[[int, Int[Array, "B Q"]], Float[Array, "B Q S"]] | None = None
 
   def attention_from(self, rows: Int[Array, "B Q"], valid: Bool[Array, "B Q"] | None = None) -> Float[Array, "B M"]:
     """Attention that image tokens receive from `rows` in the previous layer, summed over rows, averaged over heads."""
-    return self.attention_of(take_slots(self.query, rows), self.key, rows, valid)
+    return self._attention(self.layer - 1, take_slots(self.query, rows), self.key, rows, valid)
 
-  def attention_of(
+  def attention_in_next_layer(self, rows: Int[Array, "B Q"]) -> Float[Array, "B M"]:
+    """The same in the next layer, of the unpruned sequence."""
+    return self._attention(self.layer, *self.next_layer(rows), rows)
+
+  def _attention(
     self,
+    layer: int,
     query: Float[Array, "B Q N H"],
     key: Float[Array, "B S K H"],
     rows: Int[Array, "B Q"],
     valid: Bool[Array, "B Q"] | None = None,
   ) -> Float[Array, "B M"]:
-    """The same for queries of `rows` and keys of any layer; all rows are valid if `valid` is absent."""
+    """The same for queries of `rows` and keys of a layer; all rows are valid if `valid` is absent."""
     valid = jnp.ones(rows.shape, bool) if valid is None else valid
-    received = self.received(query, key, self.layout.visible(rows), valid, self.scale)
+    gain = () if self.gain is None else (self.gain(layer, rows),)
+    received = self.received(query, key, self.layout.visible(rows), valid, self.scale, *gain)
     return take_slots(received, self.layout.image_slots())
 
   def has_feature(self) -> Bool[Array, "B P"]:

@@ -24,14 +24,19 @@ def attention_of_rows(
   visible: Bool[Array, "B Q S"],
   valid: Bool[Array, "B Q"],
   scale: float,
+  gain: Float[Array, "B Q S"] | None = None,
 ) -> Float[Array, "B K G Q S"]:
-  """Attention probabilities of rotated queries over the rotated keys of all slots, by head; zeros of invalid rows."""
+  """Attention probabilities of rotated queries over the rotated keys of all slots, by head; zeros of invalid rows.
+
+  `gain`, if given, is added to the logits.
+  """
   num_keys = key.shape[2]
   batch, num_rows, num_heads, head_dim = query.shape
   query = jnp.swapaxes(query, 1, 2).reshape(batch, num_keys, num_heads // num_keys, num_rows, head_dim)
   logits = jnp.einsum("BKGQH,BKSH->BKGQS", query, jnp.swapaxes(key, 1, 2), preferred_element_type=jnp.float32)
   seen = (visible | ~valid[:, :, None])[:, None, None]
-  attention = jax.nn.softmax(jnp.where(seen, logits * scale, -jnp.inf), axis=-1)
+  logits = logits * scale if gain is None else logits * scale + gain[:, None, None]
+  attention = jax.nn.softmax(jnp.where(seen, logits, -jnp.inf), axis=-1)
   return jnp.where(valid[:, None, None, :, None], attention, 0)
 
 
@@ -42,21 +47,22 @@ def sum_over_rows(
   visible: Bool[Array, "B Q S"],
   valid: Bool[Array, "B Q"],
   scale: float,
+  gain: Float[Array, "B Q S"] | None = None,
 ) -> Float[Array, "B *D"]:
   """The sum over blocks of rows of what `reduced` makes of the attention of each."""
 
-  def of_block(query: Array, visible: Array, valid: Array) -> Float[Array, "B *D"]:
-    return reduced(attention_of_rows(query, key, visible, valid, scale))
+  def of_block(query: Array, visible: Array, valid: Array, gain: Array | None) -> Float[Array, "B *D"]:
+    return reduced(attention_of_rows(query, key, visible, valid, scale, gain))
 
   num_rows = query.shape[1]
   if num_rows <= BLOCK:
-    return of_block(query, visible, valid)
+    return of_block(query, visible, valid, gain)
 
   def blocks(x: Shaped[Array, "B Q *D"]) -> Shaped[Array, "n B R *D"]:
     return jnp.moveaxis(pad_to(x, {1: BLOCK}).reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0)
 
-  own = blocks(query), blocks(visible), blocks(valid)
-  total = jax.eval_shape(of_block, *(x[0] for x in own))
+  own = jax.tree.map(blocks, (query, visible, valid, gain))
+  total = jax.eval_shape(of_block, *jax.tree.map(lambda x: x[0], own))
   return jax.lax.scan(lambda total, block: (total + of_block(*block), None), jnp.zeros(total.shape, total.dtype), own)[
     0
   ]
@@ -68,8 +74,9 @@ def received_by_slots(
   visible: Bool[Array, "B Q S"],
   valid: Bool[Array, "B Q"],
   scale: float,
+  gain: Float[Array, "B Q S"] | None = None,
 ) -> Float[Array, "B S"]:
   """Attention that all slots receive from the valid rows, summed over rows, averaged over heads."""
   # Heads that are sharded are summed once, after all rows.
-  by_head = sum_over_rows(lambda attention: attention.sum(axis=3), query, key, visible, valid, scale)
+  by_head = sum_over_rows(lambda attention: attention.sum(axis=3), query, key, visible, valid, scale, gain)
   return by_head.sum(axis=(1, 2)) / query.shape[2]

@@ -69,7 +69,7 @@ def run(config: RunConfig) -> int:
       summary = answerer.answer_all(output, share)
   if processes.is_leader():
     sizes = model_sizes(opened.config, processor.blank.images.pixels.shape[2:])
-    report = Report(config.pruning.method, schedule, sizes, mesh.size)
+    report = Report(config.pruning.label, schedule, sizes, mesh.size)
     report.show(summary, engine)
   return 1 if config.strict and summary.num_errors else 0
 
@@ -88,6 +88,7 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
     "prune_layers": [*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)],
     "keep": [stage.keep for stage in schedule.stages],
     "method_parameters": dict(schedule.parameters),
+    "restore": schedule.restore,
     **dataclasses.asdict(config.generation),
     "prompt_template": config.inputs.prompt_template,
     "max_image_tokens": config.inputs.max_image_tokens,

@@ -47,6 +47,12 @@ _KEEP = flags.DEFINE_list(
 _METHOD_PARAMETERS = flags.DEFINE_list(
   "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
 )
+_RESTORE = flags.DEFINE_bool(
+  "restore",
+  False,
+  "Raise the attention to the image tokens that are left, and keep their positions, to make up for those that were "
+  "removed (RESTORE). An option of every method that removes some.",
+)
 _SCHEDULE = flags.DEFINE_string(
   "schedule",
   None,
@@ -140,7 +146,7 @@ def values_from_flags() -> dict[str, Any]:
 
 
 def _pruning() -> PruningConfig:
-  """Method, layers and keep counts from their flags or a schedule file; parameters from their flag."""
+  """Method, layers and keep counts from their flags or a schedule file; parameters and RESTORE from their flags."""
   parameters = command.numbers(_METHOD_PARAMETERS, command.named_number, "such as threshold:0.8") or ()
   given = (_METHOD, _PRUNE_LAYERS, _KEEP)
   if _SCHEDULE.value is None:
@@ -158,4 +164,4 @@ def _pruning() -> PruningConfig:
       wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
       raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
   methods.parse(method)
-  return PruningConfig(method, layers, keep, parameters)
+  return PruningConfig(method, layers, keep, parameters, _RESTORE.value)

@@ -104,10 +104,11 @@ def test_a_row_is_as_alone(method, loaded, pictures):
     assert all(0 <= index < len(own) * N for stage in found.kept for index in stage)
 
 
-def test_rows_padded_to_more_image_tokens(loaded, pictures):
+@pytest.mark.parametrize("restore", [False, True])
+def test_rows_padded_to_more_image_tokens(restore, loaded, pictures):
   """Rows of one to three pictures in one batch keep and answer what each does alone, their shares included."""
   model = loaded(NAME)
-  schedule = model.schedule("himap", *SHARES)
+  schedule = model.schedule("himap", *SHARES, restore=restore)
   expected = answer(model, pictures, QUESTIONS, schedule)
   batch = packed(model, examples_of(model, pictures))
   result = Engine(model.model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))(batch, range(4))

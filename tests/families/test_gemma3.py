@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference_restore
 import tiny_checkpoints
 import tiny_gemma3
 import torch
@@ -176,16 +177,18 @@ def test_studies_use_the_model_s_attention(loaded, batch):
 
 
 class TestPruning:
-  @pytest.mark.parametrize(("method", "rows"), [("none", (1, 2)), ("himap", (1, 2))])
-  def test_rows_of_no_and_several_pictures(self, tiny, loaded, examples, pictures, method, rows):
+  @pytest.mark.parametrize(
+    ("method", "rows", "restore"), [("none", (1, 2), False), ("himap", (1, 2), False), ("himap", (1,), True)]
+  )
+  def test_rows_of_no_and_several_pictures(self, tiny, loaded, examples, pictures, method, rows, restore):
     """Kept sets, logits and tokens are those of the slow version; decoding is running the pruned sequence again."""
     layers, keep = (LAYERS, KEEP) if method == "himap" else ((), ())
-    schedule = loaded.schedule(method, layers or None, keep or None)
+    schedule = loaded.schedule(method, layers or None, keep or None, restore=restore)
     answers = answer(loaded, [pictures[row] for row in rows], [QUESTIONS[row][1] for row in rows], schedule)
     for example, found in zip([examples[row] for row in rows], answers, strict=True):
       stages = {layer: round(share * example.num_image_tokens) for layer, share in zip(layers, keep, strict=True)}
       for number, token in enumerate(found.token_ids):
-        kept, logits = slow(tiny, example, stages, found.token_ids[:number])
+        kept, logits = slow(tiny, example, stages, found.token_ids[:number], restore=restore)
         assert token == logits[-1].argmax() and len(found.token_ids) == 6
         assert found.kept == kept or not example.num_images
         if number == 0:
@@ -223,7 +226,7 @@ class TestPruning:
 
 
 @torch.no_grad()
-def slow(tiny, example, stages=None, answered=(), frozen=()):
+def slow(tiny, example, stages=None, answered=(), frozen=(), restore=False):
   """One prompt and the tokens answered so far, layer by layer; `stages` are the counts of HiMAP's two.
 
   Gives the kept image tokens after each stage, and the logits of the tokens that reach the last layer.
@@ -250,7 +253,13 @@ def slow(tiny, example, stages=None, answered=(), frozen=()):
       seen &= positions[:, None] - positions < tiny_gemma3.WINDOW
     hook = layer.self_attn.register_forward_hook(lambda module, inputs, output: maps.append(output[1][0].mean(dim=0)))
     rotation = model.rotary_emb(x[None], positions[None], kind)
-    mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[None, None]
+    mask = torch.zeros(seen.shape)
+    if restore and kept:
+      counts = [len(whole), *map(len, kept)]
+      angles = positions[:, None].double() * getattr(model.rotary_emb, f"{kind}_inv_freq").double()
+      count = counts[-2] / counts[-1] if index in stages else 1
+      mask = reference_restore.gain(reference_restore.closeness(angles), block >= 0, positions < num_prompt, count)
+    mask = mask.masked_fill(~seen, -torch.inf)[None, None]
     y = layer(x[None], position_embeddings=rotation, attention_mask=mask)[0]
     hook.remove()
     x = torch.where((block >= 0)[:, None], x, y) if index in frozen else y

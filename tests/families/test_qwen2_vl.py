@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference_restore
 import tiny_checkpoints
 import tiny_qwen2_vl
 import torch
@@ -155,17 +156,20 @@ def test_himap_is_the_slow_one(tiny, loaded, rows, encoded):
         np.testing.assert_allclose(answer.first_logits, logits, atol=TOLERANCE, rtol=0)
 
 
-def test_before_the_decoder_positions_stay(tiny, loaded, rows, encoded):
+@pytest.mark.parametrize("restore", [False, True])
+def test_before_the_decoder_positions_stay(tiny, loaded, rows, encoded, restore):
   """A stage before layer 0 keeps the positions of the tokens along all axes."""
-  schedule = loaded.schedule("divprune", (0,), (0.5,))
+  schedule = loaded.schedule("divprune", (0,), (0.5,), restore=restore)
   answers = generate(loaded, rows[1:2], QUESTIONS[1:2], schedule=schedule, generation=GENERATION, inputs=INPUTS)
-  _, logits = slow_himap(tiny, encoded[1], [], given=answers[0].kept[0])
+  _, logits = slow_himap(tiny, encoded[1], [], given=answers[0].kept[0], restore=restore)
   np.testing.assert_allclose(answers[0].first_logits, logits, atol=TOLERANCE, rtol=0)
 
 
 @torch.no_grad()
-def slow_himap(tiny, inputs, answered, given=None):
+def slow_himap(tiny, inputs, answered, given=None, *, restore=False):
   """HiMAP with transformers' layers on one prompt and the tokens answered so far, or with image tokens `given`.
+
+  Of RESTORE it knows a stage before the decoder.
 
   Gives the kept image tokens after each stage, and the last token's logits.
   """
@@ -198,15 +202,29 @@ def slow_himap(tiny, inputs, answered, given=None):
     elif index in stages:
       kept.append([])
     rotation = model.language_model.rotary_emb(x, rotary[:, None, order])
-    seen = order if given is None else torch.arange(len(order))  # a decoder without the others has no gaps
+    seen = order if given is None or restore else torch.arange(len(order))  # a decoder without the others has no gaps
     distance, window = seen[:, None] - seen[None], getattr(layer.self_attn, "sliding_window", None) or len(ids[0])
-    mask = torch.zeros(distance.shape).masked_fill((distance < 0) | (distance >= window), float("-inf"))[None, None]
+    mask = torch.zeros(distance.shape)
+    if restore and len(whole):
+      count = len(whole) / len(image) if index == 0 else 1
+      mask = reference_restore.gain(closeness(model, rotation), torch.isin(order, image), order < num_prompt, count)
+    mask = mask.masked_fill((distance < 0) | (distance >= window), float("-inf"))[None, None]
     y, attention = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotation, attention_mask=mask)
     x = x + y
     x = x + layer.mlp(layer.post_attention_layernorm(x))
     if index < len(deep):
       x[0, torch.isin(order, image)] += deep[index][torch.searchsorted(whole, image)]
   return kept, tiny.model.lm_head(model.language_model.norm(x))[0, -1]
+
+
+def closeness(model, rotation):
+  """RESTORE's D from transformers' own cosines and sines, `[1, S, H]`, or of every axis, which share the features."""
+  if rotation[0].ndim == 4:
+    sections = model.language_model.config.rope_parameters["mrope_section"] * 2
+    parts = ([own[index % 3] for index, own in enumerate(x.split(sections, dim=-1))] for x in rotation)
+    rotation = [torch.cat(own, dim=-1) for own in parts]
+  turned = torch.cat(list(rotation), dim=-1)[0].double()
+  return turned @ turned.T / rotation[0].shape[-1]
 
 
 def changed(tiny, target, **files):

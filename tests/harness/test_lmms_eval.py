@@ -171,6 +171,7 @@ def test_our_command_gives_the_same_scores(results):
   [
     ({"methd": "himap"}, "unknown methd; known: checkpoint, method"),
     ({"keep": "many"}, "keep=many cannot be read"),
+    ({"restore": "1"}, "restore=1 cannot be read"),
     ({"dtype": "float8"}, "dtype=float8; known: bfloat16, float32"),
     ({"image_aspect_ratio": "wide"}, "image_aspect_ratio=wide; known: checkpoint, pad"),
     ({"method": "magic"}, "magic"),
@@ -186,3 +187,6 @@ def test_settings_are_read_from_text():
   assert settings.keep == (0.5, 0.125) and settings.prune_layers == (2, 8)
   assert (settings.batch_size, settings.max_image_tokens) == (4, 256)
   assert Settings.of({"keep": 72, "prune_layers": 2}).keep == (72,)
+  for value in ("True", "true", True):
+    assert Settings.of({"restore": value}).pruning.restore is True
+  assert Settings.of({"restore": "False"}).pruning.restore is False

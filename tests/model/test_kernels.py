@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax.engine import sharding
-from himap_jax.model.kernels import cpu, gpu, tpu, xla
+from himap_jax.model.kernels import HIDDEN, cpu, gpu, tpu, xla
 
 SHAPES = {  # query slots, key slots, query heads, key heads
   "one block": (100, 100, 4, 4),
@@ -37,8 +37,10 @@ def by_torch(query, key, value, mask=None, *, is_causal=False):
   visible = torch.ones(query.shape[2], key.shape[2], dtype=bool)[None, None]
   if is_causal:
     visible = visible.tril()
-  if mask is not None:
+  if mask is not None and mask.dtype == bool:
     visible = visible & torch.tensor(np.array(mask))
+  elif mask is not None:
+    visible = torch.tensor(np.asarray(mask, np.float64)).masked_fill(~visible, -torch.inf)
   context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
   return context.transpose(1, 2).numpy()
 
@@ -60,6 +62,24 @@ def test_is_torch_s(attend, shape, masked):
     np.testing.assert_allclose(actual, by_torch(*arrays, mask, is_causal=is_causal), atol=5e-5, rtol=0)
 
 
+def random_bias(mask):
+  """What logits gain where they are seen, and −1e30 where they are not."""
+  return jnp.where(mask, jnp.asarray(np.random.default_rng(4).normal(size=mask.shape), jnp.float32), HIDDEN)
+
+
+@pytest.mark.parametrize("attend", [xla.attention, cpu.attention])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_mask_of_floats_is_added_to_the_logits(attend, is_causal):
+  arrays, slots = draw(SHAPES["blocks and a rest"]), cpu.BLOCK + 44
+  bias = random_bias(random_mask(slots, slots))
+  actual = jax.jit(functools.partial(attend, is_causal=is_causal))(*arrays, bias)
+  np.testing.assert_allclose(actual, by_torch(*arrays, bias, is_causal=is_causal), atol=5e-5, rtol=0)
+  in_segments = functools.partial(attend, segments=random_segments(2, slots))
+  same = xla.in_segments(None, random_segments(2, slots))
+  expected = by_torch(*arrays, jnp.where(same, bias, HIDDEN))
+  np.testing.assert_allclose(jax.jit(in_segments)(*arrays, bias), expected, atol=5e-5, rtol=0)
+
+
 def random_segments(batch, slots):
   return jnp.asarray(np.random.default_rng(3).integers(-1, 4, (batch, slots)), jnp.int32)
 
@@ -75,9 +95,10 @@ def test_in_segments(attend):
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=["one query head a key head", "three"])
 @pytest.mark.parametrize("num_new", [1, 9])
 @pytest.mark.parametrize("kernels", [xla, cpu], ids=["xla", "cpu"])
-def test_over_a_cache_is_torch_s(kernels, heads, num_new):
+@pytest.mark.parametrize("of_floats", [False, True], ids=["mask", "mask of floats"])
+def test_over_a_cache_is_torch_s(kernels, heads, num_new, of_floats):
   query, key, value = draw((1, 70, *heads))
-  mask = random_mask(1, 70)
+  mask = random_bias(random_mask(1, 70)) if of_floats else random_mask(1, 70)
   prompt = (key[:, :-num_new].swapaxes(1, 2), value[:, :-num_new].transpose(0, 2, 3, 1), mask[..., :-num_new])
   new = (key[:, -num_new:].swapaxes(1, 2), value[:, -num_new:].swapaxes(1, 2), mask[..., -num_new:])
   actual = jax.jit(kernels.cache_attention)(query, prompt, new)
@@ -159,6 +180,7 @@ def test_splash_lowers_for_tpu():
   assert "tpu_custom_call" in lowered(segments=jnp.zeros((2, 640), jnp.int32))
   assert "tpu_custom_call" in lowered(mask=jnp.ones((2, 1, 640, 640), bool))
   assert "tpu_custom_call" not in lowered(is_causal=False)
+  assert "tpu_custom_call" not in lowered(mask=jnp.zeros((2, 1, 640, 640)), is_causal=True)
 
 
 def test_cudnn_takes_what_it_can(monkeypatch):
@@ -179,14 +201,15 @@ def test_cudnn_takes_what_it_can(monkeypatch):
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["one query head a key head", "four"])
-@pytest.mark.parametrize("arguments", ["causal", "mask", "segments"])
+@pytest.mark.parametrize("arguments", ["causal", "mask", "mask of floats", "segments"])
 def test_cudnn_lowers_for_gpus(heads, arguments, monkeypatch):
-  """With cuDNN's version given, since it is not installed; a mask is a bias of its attention."""
+  """With cuDNN's version given, since it is not installed; a mask of either kind is a bias of its attention."""
   monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_200)
   query, key = (jax.ShapeDtypeStruct((2, 75, count, 80), jnp.bfloat16) for count in heads)
   own = {
     "causal": {"is_causal": True},
     "mask": {"mask": jnp.ones((2, 1, 75, 75), bool), "is_causal": True},
+    "mask of floats": {"mask": jnp.ones((2, 1, 75, 75)), "is_causal": True},
     "segments": {"segments": jnp.zeros((2, 75), jnp.int32)},
   }[arguments]
   lowered = jax.jit(functools.partial(gpu.attention, **own)).trace(query, key, key).lower(lowering_platforms=("cuda",))

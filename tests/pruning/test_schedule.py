@@ -148,6 +148,7 @@ def test_methods_are_listed_by_name():
     (PruningConfig("fastv", (5, 8), (9, 8)), "before layer 8: it reads the attention of layers 5 to 7"),
     (PruningConfig("pyramiddrop"), "before layer 16: it reads the attention of layers 16 to 16"),
     (PruningConfig("divprune+fastv", (0, 3)), "before layer 3: it reads the attention of layers 0 to 2"),
+    (PruningConfig("fastv", (4, 9), (9, 8), restore=True), "RESTORE .* by cross-attention alone"),
   ],
 )
 def test_image_tokens_that_are_no_part_of_the_sequence(config, message):
@@ -155,3 +156,16 @@ def test_image_tokens_that_are_no_part_of_the_sequence(config, message):
     config.schedule(32, 576, {"features"}, (3, 8))
   assert PruningConfig("fastv", (4, 9), (9, 8)).schedule(32, 576, {"features"}, (3, 8)).num_caches == 3
   assert PruningConfig("random", (2,)).schedule(32, 576, {"features"}, (3, 8)).stages[0].keep == 144
+
+
+@pytest.mark.parametrize("method", ["none", "shortv"])
+def test_restore_needs_tokens_to_be_removed(method):
+  with pytest.raises(UserError, match=f"RESTORE .* method '{method}' removes none"):
+    PruningConfig(method, restore=True).schedule(32, 576)
+
+
+def test_restore_is_a_part_of_a_schedule():
+  plain, restored = (PruningConfig("himap", restore=restore).schedule(32) for restore in (False, True))
+  assert restored.restore and not plain.restore
+  assert restored != plain and restored.stages == plain.stages
+  assert restored.at(32, 256).restore and restored.with_counts((9, 3)).restore

@@ -41,7 +41,7 @@ MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, 
 FLAGS = (
     "checkpoint", "[no]allow_pickle", "prompts", "split", "columns", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
     "top_p", "seed", "[no]ignore_eos", "batch_size", "prompt_buckets", "prompt_template", "image_aspect_ratio", "dtype", "emit", "[no]resume",
-    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "method_parameters", "schedule",
+    "compilation_cache_dir", "[no]strict", "pictures", "profile_dir", "method_parameters", "schedule", "[no]restore",
     "[no]int8_weights", "mesh", "[no]distributed", "coordinator", "num_processes", "process_id",
 )  # fmt: skip
 
@@ -112,6 +112,20 @@ class TestAnswers:
     assert config.output.read_bytes() == before
     assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
 
+  def test_restore(self, config, loaded, tmp_path):
+    rows = answers_of(config, restore=True, emit=frozenset({"logits"}))
+    expected = himap_jax.generate(
+      loaded(NAME, batch_size=2),
+      [load_image(tmp_path / f"{index}.png") for index in range(4)],
+      list(QUESTIONS.values()),
+      schedule=loaded(NAME).schedule("himap", PRUNE_LAYERS, KEEP, restore=True),
+      generation=himap_jax.GenerationConfig(max_new_tokens=MAX_NEW),
+      inputs=himap_jax.InputConfig("<image>{question}", prompt_buckets=(40,), batch_size=2),
+    )
+    for row_id, answer in zip(QUESTIONS, expected, strict=True):
+      assert rows[row_id]["answer"] == answer.text
+      np.testing.assert_allclose(rows[row_id]["first_logits"], answer.first_logits, atol=1e-5, rtol=0)
+
   def test_other_settings_do_not_mix_with_the_rows_of_an_output(self, config):
     assert job.run(config) == 0
     before = config.output.read_bytes()
@@ -120,6 +134,7 @@ class TestAnswers:
       ({"keep": (7, 3)}, "keep was .8, 3., now .7, 3."),
       ({"sampling": Sampling(0.5)}, "sampling was"),
       ({"image_aspect_ratio": "pad"}, "image_aspect_ratio was 'checkpoint', now 'pad'"),
+      ({"restore": True}, "restore was False, now True"),
     ):
       with pytest.raises(UserError, match=f"output.jsonl: made with other settings .*{message}.*--noresume"):
         job.run(changed(config, **changes))
@@ -453,6 +468,7 @@ class TestBadConfiguration:
       (dict(method="none", prune_layers=None), "'none' has 0 stages, but keep has 2 values"),
       (dict(method="none", keep=None), "'none' has 0 stages, but prune_layers has 2 values"),
       (dict(parameters=(("threshold", 0.5),)), "threshold"),
+      (dict(method="none", prune_layers=None, keep=None, restore=True), "method 'none' removes none"),
       (dict(prompt_template="{question}"), "a text with one <image>"),
       (dict(prompt_buckets=(64, 32)), "must be positive and ascending, not 64,32"),
       (dict(prompt_buckets=()), "must be positive and ascending"),
@@ -552,12 +568,13 @@ class TestFlags:
   def test_values(self):
     with parsed(*NEEDED, "--keep=50%, 12.5%", "--prune_layers=2,8", "--emit=kept,tokens", "--prompt_buckets=8,16",
                     "--temperature=0.5", "--top_p=0.9", "--compilation_cache_dir=", "--noresume",
-                    "--method_parameters=threshold:0.7"):  # fmt: skip
+                    "--method_parameters=threshold:0.7", "--restore"):  # fmt: skip
       config = config_from_flags()
     assert (config.pruning.keep, config.pruning.prune_layers) == ((0.5, 0.125), (2, 8))
     assert (config.pruning.parameters, config.inputs.prompt_buckets) == ((("threshold", 0.7),), (8, 16))
     assert (config.emit, config.generation.sampling) == (frozenset({"kept", "tokens"}), Sampling(0.5, 0.9))
     assert (config.compilation_cache_dir, config.resume) == ("", False)
+    assert config.pruning.restore and config.pruning.label == "himap+restore"
 
   def test_columns(self):
     with parsed(*NEEDED, "--columns=image:img, question:q,id:qid", "--split=A/test"):

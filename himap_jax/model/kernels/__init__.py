@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+HIDDEN = -1e30  # logit of a key that a query does not see; within the range of bfloat16
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
@@ -14,8 +16,9 @@ class Kernels:
 
   Attributes:
     attention: `(query [B,S,N,H], key [B,T,K,H], value [B,T,K,H], mask [B,1,S,T] or None, is_causal=, segments=)` to the
-      context `[B,S,N,H]`. K divides N; the softmax is in float32; `is_causal` hides later keys, and `segments` `[B,S]`,
-      of queries and keys alike, hide those of other segments.
+      context `[B,S,N,H]`. K divides N; the softmax is in float32; a mask is true where a key is seen, or of floats that
+      are added to the logits; `is_causal` hides later keys, and `segments` `[B,S]`, of queries and keys alike, hide those
+      of other segments.
     cache_attention: attention of one new token per row; as `xla.cache_attention`.
     product: `(x [B,S,D], weight [F,D])` to `x · weightᵀ` `[B,S,F]` in float32; the weight may be int8.
     take_rows: `(table [V,D], ids)` to rows of the table.

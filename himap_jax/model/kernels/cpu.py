@@ -7,9 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from himap_jax.model.kernels import Kernels, is_quantized, xla
+from himap_jax.model.kernels.xla import Mask
 
 BLOCK = 256  # query slots
 
@@ -24,7 +25,7 @@ def attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
-  mask: Bool[Array, "#B 1 S T"] | None = None,
+  mask: Mask | None = None,
   *,
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
@@ -42,7 +43,7 @@ def attention(
     if is_causal:
       slot = jnp.arange(seen, dtype=jnp.int32)
       causal = (slot[None] <= slot[first:last, None])[None, None]
-      visible = causal if visible is None else visible & causal
+      visible = xla.where_seen(causal, visible)
     blocks.append(_block(query[:, :, :, first:last], key[:, :, :seen], value[:, :, :seen], visible))
   context = jnp.concatenate(blocks, axis=3).reshape(batch, num_heads, slots, head_dim)
   return jnp.swapaxes(context, 1, 2)
@@ -52,11 +53,11 @@ def _block(
   query: Float[Array, "B K G S H"],
   key: Float[Array, "B K T H"],
   value: Float[Array, "B K T H"],
-  mask: Bool[Array, "#B 1 S T"] | None,
+  mask: Mask | None,
 ) -> Float[Array, "B K G S H"]:
   logits = jnp.einsum("BKGSH,BKTH->BKGST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
   if mask is not None:
-    logits = jnp.where(mask[:, :, None], logits, jnp.finfo(jnp.float32).min)
+    logits = xla.masked(logits, mask[:, :, None])
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
   context = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
   return (context / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)
@@ -64,8 +65,8 @@ def _block(
 
 def cache_attention(
   query: Float[Array, "B 1 N H"],
-  prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
-  new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
+  prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Shaped[Array, "B 1 1 T"]],
+  new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Shaped[Array, "B 1 1 M"]],
 ) -> Float[Array, "B 1 N H"]:
   """As `xla.cache_attention`; reads every key and value once, in its stored layout.
 

@@ -6,26 +6,34 @@ Axes: as in `xla`.
 import dataclasses
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from himap_jax.model.kernels import xla
+from himap_jax.model.kernels.xla import Mask
 
 
 def attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
-  mask: Bool[Array, "#B 1 S T"] | None = None,
+  mask: Mask | None = None,
   *,
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
-  """cuDNN's flash attention, to which masks and segments are biases; JAX's own for other dtypes and other head dims."""
+  """cuDNN's flash attention, to which masks and segments are biases; JAX's own for other dtypes and other head dims.
+
+  cuDNN takes a mask of floats in the dtype of the queries.
+  """
   head_dim, mask = query.shape[-1], xla.in_segments(mask, segments)
   if query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
     return xla.attention(query, key, value, mask, is_causal=is_causal)
+  if mask is not None and mask.dtype != bool:
+    mask = mask.astype(query.dtype)
   with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+      query, key, value, **xla.as_bias(mask), is_causal=is_causal, implementation="cudnn"
+    )
 
 
 KERNELS = dataclasses.replace(xla.KERNELS, attention=attention)

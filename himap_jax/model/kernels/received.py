@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 from himap_jax.inputs import pad_to
+from himap_jax.model.kernels import HIDDEN
 
 ROWS, SLOTS = 64, 128  # of a block
-HIDDEN = -1e30  # logit of a slot that a row does not see; a row of padding sees none
 
 
 def received(

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from himap_jax.inputs import pad_to
 from himap_jax.model.kernels import Kernels, xla
 from himap_jax.model.kernels.received import received
+from himap_jax.model.kernels.xla import Mask
 
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
@@ -41,15 +42,17 @@ def attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
-  mask: Bool[Array, "#B 1 S T"] | None = None,
+  mask: Mask | None = None,
   *,
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
   devices: Devices,
 ) -> Float[Array, "B S N H"]:
-  """Splash attention; JAX's own attention if nothing is hidden."""
+  """Splash attention; JAX's own attention if nothing is hidden, or for a mask of floats, which splash does not take."""
   if mask is None and segments is None and not is_causal:
     return xla.attention(query, key, value)
+  if mask is not None and mask.dtype != bool:
+    return xla.attention(query, key, value, mask, is_causal=is_causal, segments=segments)
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
   slots, head_dim = query.shape[1::2]

@@ -8,42 +8,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from himap_jax.model.kernels import Kernels, is_quantized
+from himap_jax.model.kernels import HIDDEN, Kernels, is_quantized
+
+Mask = Bool[Array, "#B 1 S T"] | Float[Array, "#B 1 S T"]
 
 
 def attention(
   query: Float[Array, "B S N H"],
   key: Float[Array, "B T K H"],
   value: Float[Array, "B T K H"],
-  mask: Bool[Array, "#B 1 S T"] | None = None,
+  mask: Mask | None = None,
   *,
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
   """JAX's own attention."""
-  mask = in_segments(mask, segments)
+  masks = as_bias(in_segments(mask, segments))
   with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_causal)
+    return jax.nn.dot_product_attention(query, key, value, **masks, is_causal=is_causal)
 
 
-def in_segments(
-  mask: Bool[Array, "#B 1 S T"] | None, segments: Int[Array, "B S"] | None
-) -> Bool[Array, "#B 1 S T"] | None:
-  """A mask that is true only between slots of the same segment."""
-  if segments is None:
-    return mask
-  same = (segments[:, :, None] == segments[:, None])[:, None]
-  return same if mask is None else mask & same
+def in_segments(mask: Mask | None, segments: Int[Array, "B S"] | None) -> Mask | None:
+  """A mask that hides slots of other segments, too."""
+  return mask if segments is None else where_seen((segments[:, :, None] == segments[:, None])[:, None], mask)
+
+
+def where_seen(seen: Bool[Array, "#B 1 S T"], mask: Mask | None) -> Mask:
+  """A mask that hides what is not seen, too."""
+  if mask is None:
+    return seen
+  return mask & seen if mask.dtype == bool else jnp.where(seen, mask, HIDDEN)
+
+
+def as_bias(mask: Mask | None) -> dict[str, Mask | None]:
+  """A mask as an argument of `jax.nn.dot_product_attention`, for which one of floats is a bias."""
+  return {"mask": mask} if mask is None or mask.dtype == bool else {"bias": mask}
+
+
+def masked(logits: Float[Array, "..."], mask: Shaped[Array, "..."]) -> Float[Array, "..."]:
+  """Logits with a mask, which broadcasts to their shape."""
+  return jnp.where(mask, logits, jnp.finfo(jnp.float32).min) if mask.dtype == bool else logits + mask
 
 
 def cache_attention(
   query: Float[Array, "B 1 N H"],
-  prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Bool[Array, "B 1 1 T"]],
-  new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Bool[Array, "B 1 1 M"]],
+  prompt: tuple[Float[Array, "B K T H"], Float[Array, "B K H T"], Shaped[Array, "B 1 1 T"]],
+  new: tuple[Float[Array, "B K M H"], Float[Array, "B K M H"], Shaped[Array, "B 1 1 M"]],
 ) -> Float[Array, "B 1 N H"]:
-  """Attention of one new token per row to keys, values and masks of the prompt and of the tokens after it."""
+  """Attention of one new token per row to keys, values and masks of the prompt and of the tokens after it.
+
+  Both masks are of floats, which are added to the logits, or neither.
+  """
   (keys, values, mask), (new_keys, new_values, new_mask) = prompt, new
   batch, _, num_heads, head_dim = query.shape
   query = query.reshape(batch, keys.shape[1], num_heads // keys.shape[1], head_dim)
@@ -59,13 +76,13 @@ def cache_attention(
 
 def softmax_of_both(
   logits: tuple[Float[Array, "B K G T"], Float[Array, "B K G M"]],
-  masks: tuple[Bool[Array, "B 1 1 T"], Bool[Array, "B 1 1 M"]],
+  masks: tuple[Shaped[Array, "B 1 1 T"], Shaped[Array, "B 1 1 M"]],
   head_dim: int,
 ) -> tuple[Float[Array, "B K G T"], Float[Array, "B K G M"]]:
   """One softmax over the prompt and the tokens after it, in float32."""
   both = jnp.concatenate(logits, axis=-1) * head_dim**-0.5
   visible = jnp.concatenate(masks, axis=-1)
-  weights = jax.nn.softmax(jnp.where(visible, both, jnp.finfo(jnp.float32).min), axis=-1)
+  weights = jax.nn.softmax(masked(both, visible), axis=-1)
   prompt, new = jnp.split(weights, [logits[0].shape[-1]], axis=-1)
   return prompt, new
 

@@ -78,12 +78,22 @@ def build_schedule(
 
 @dataclasses.dataclass(frozen=True)
 class PruningConfig:
-  """A choice of pruning for any model: arguments of `build_schedule`, with parameters as pairs of name and value."""
+  """A choice of pruning for any model: arguments of `build_schedule`, with parameters as pairs of name and value.
+
+  Attributes:
+    restore: see `Schedule`.
+  """
 
   method: str = "himap"
   prune_layers: tuple[int, ...] | None = None
   keep: tuple[int | float, ...] | None = None
   parameters: tuple[tuple[str, float], ...] = ()
+  restore: bool = False
+
+  @property
+  def label(self) -> str:
+    """The method's name for people."""
+    return f"{self.method}+restore" if self.restore else self.method
 
   def schedule(
     self,
@@ -102,7 +112,9 @@ class PruningConfig:
     schedule = build_schedule(self.method, **model, **own)
     if cross_layers:
       _check_cross_layers(self.method, schedule, cross_layers)
-    return schedule
+    if self.restore:
+      _check_restore(self.method, schedule, cross_layers)
+    return dataclasses.replace(schedule, restore=self.restore)
 
 
 def _check_provided(method: str, provides: Collection[Need]) -> None:
@@ -172,6 +184,17 @@ def _check_cross_layers(method: str, schedule: Schedule, cross_layers: tuple[int
         f"and this model reads image tokens in layers {', '.join(map(str, cross_layers))}"
       )
     first = stage.layer
+
+
+def _check_restore(method: str, schedule: Schedule, cross_layers: tuple[int, ...]) -> None:
+  """Raises `UserError` where there is no attention that RESTORE could calibrate."""
+  if cross_layers:
+    raise UserError(
+      "RESTORE calibrates attention to image tokens of the decoder's sequence, and this model's text reads image tokens "
+      "by cross-attention alone"
+    )
+  if not schedule.stages:
+    raise UserError(f"RESTORE makes up for image tokens that were removed, and method {method!r} removes none")
 
 
 def _shares(entries: list[Method], num_layers: int) -> tuple[float, ...]:

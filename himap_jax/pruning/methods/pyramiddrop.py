@@ -8,8 +8,7 @@ from himap_jax.pruning.sizes import Sizes
 
 def next_layer_attention(view: View) -> Float[Array, "B M"]:
   """Attention that each image token would receive from the last token in the next layer."""
-  last = view.layout.last_slot()[:, None]
-  return view.attention_of(*view.next_layer(last), last)
+  return view.attention_in_next_layer(view.layout.last_slot()[:, None])
 
 
 def cost(sizes: Sizes) -> int:

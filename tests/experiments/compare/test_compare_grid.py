@@ -141,9 +141,33 @@ def test_cells():
   assert ranked[0].file_name != ranked[1].file_name
 
 
+def test_cells_with_restore():
+  cells = make(
+    names=["himap", "himap+restore", "divprune+himap+restore@0/1/4", "shortv+restore"],
+    budgets=[64],
+    settings=["himap+restore@2/8:288/72", "fastv+restore:25%"],
+  )
+  by_label = {cell.label: cell for cell in cells}
+  assert list(by_label)[1:] == [
+    "himap 64", "himap+restore 64", "divprune+himap+restore@0/1/4 64", "shortv+restore 64", "himap+restore@2/8:288/72",
+    "fastv+restore:25%",
+  ]  # fmt: skip
+  plain, restored = by_label["himap 64"].schedule, by_label["himap+restore 64"].schedule
+  assert restored.restore and not plain.restore and restored.stages == plain.stages
+  assert by_label["himap 64"].file_name != by_label["himap+restore 64"].file_name
+  assert [stage.layer for stage in by_label["divprune+himap+restore@0/1/4 64"].schedule.stages] == [0, 1, 4]
+  own = by_label["himap+restore@2/8:288/72"].schedule
+  assert own.restore and [(s.layer, s.keep) for s in own.stages] == [(2, 288), (8, 72)]
+  assert by_label["shortv+restore 64"].schedule is None
+  ranked = make(names=["shortv+restore"], budgets=[64], ranking=range(30))[1]
+  assert "removes none" in ranked.note
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
+    ({"settings": ["none+restore"]}, "removes none"),
+    ({"names": ["himap@2/8+restore"]}, "is not a method"),
     ({"names": ["himap:288"]}, "'himap:288' is not a method"),
     ({"names": ["himapp"]}, "unknown method 'himapp'"),
     ({"settings": ["himap@2,8"]}, "is not a method"),
