@@ -1,0 +1,52 @@
+"""What a model lets one choose: its methods, with the layers and keep counts that they start from."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from himap_jax.engine.accounting import method_inputs
+from himap_jax.errors import UserError
+from himap_jax.pruning import methods
+from himap_jax.pruning.methods import METHODS, PruningConfig
+from himap_jax.pruning.schedule import Schedule
+from himap_jax.run.asking import Asker
+
+
+def choices(asker: Asker) -> dict[str, Any]:
+  """Every method that the model can run, alone or after one before the decoder; as JSON for the page.
+
+  Keep counts are image tokens if all pictures have equally many, else percent of a picture's.
+  """
+  count = asker.processor.num_image_tokens
+  found = {name: _describe(name, schedule, count) for name, schedule in _schedules(asker)}
+  return {
+    "num_layers": asker.opened.config.text.num_hidden_layers,
+    "num_image_tokens": count,
+    "methods": found,
+  }
+
+
+def _schedules(asker: Asker) -> Iterator[tuple[str, Schedule]]:
+  pairs = (f"{first}+{second}" for first, second in itertools.permutations(METHODS, 2))
+  for name in (*METHODS, *pairs):
+    with contextlib.suppress(UserError):
+      yield name, PruningConfig(name).schedule(**method_inputs(asker.opened.config))
+
+
+def _describe(name: str, schedule: Schedule, num_image_tokens: int | None) -> dict[str, Any]:
+  """The method's defaults; `repeats` if its last criterion serves any number of stages inside the decoder."""
+  last = METHODS[methods.parse(name)[-1]]
+
+  def keep(share: float) -> float:
+    return round(100 * share, 1) if num_image_tokens is None else max(1, round(share * num_image_tokens))
+
+  return {
+    "source": last.source,
+    "layers": [stage.layer for stage in schedule.stages],
+    "keep": [keep(stage.keep) for stage in schedule.stages],
+    "frozen": list(schedule.frozen_layers),
+    "parameters": dict(schedule.parameters),
+    "repeats": len(last.criteria) == 1 and last.acts != "before",
+    "acts": last.acts,
+  }
