@@ -71,9 +71,13 @@ class Asker:
     """The model with its weights, which are read once, for the first answer."""
     return self.config.restore(self.opened, self.config.make_mesh(self.opened))
 
+  def schedule(self, pruning: PruningConfig) -> Schedule:
+    """The schedule for this model; raises `UserError` if the model cannot run it."""
+    return pruning.schedule(**method_inputs(self.opened.config))
+
   def prepare(self, pictures: Sequence[Image.Image], question: Question, pruning: PruningConfig) -> Asked:
     """Raises `UserError` if the model cannot answer the question, or not with this pruning."""
-    schedule = pruning.schedule(**method_inputs(self.opened.config))
+    schedule = self.schedule(pruning)
     example = self.processor.prepare(pictures, question)
     most, buckets = self.config.generation.max_new_tokens, self.config.inputs.prompt_buckets
     batcher = make_batcher(self.opened, self.processor, collections.Counter([example.size]), buckets, most, schedule)

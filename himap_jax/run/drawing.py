@@ -10,7 +10,7 @@ from himap_jax.families.family import View
 
 MARGIN, CAPTION = 8, 16
 VEIL = (255, 255, 255, 217)  # 85% white
-TINT = 0.5  # opacity
+TINT = 0.45  # opacity
 RAMP = np.array([[68, 1, 84], [49, 104, 142], [53, 183, 121], [253, 231, 37]])  # from early to late, as in viridis
 
 
