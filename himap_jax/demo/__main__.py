@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from himap_jax.demo.server import ExamplePicture, Limits, Page
-from himap_jax.errors import UserError
 from himap_jax.run import command, model_flags, pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig

@@ -43,7 +43,7 @@ def _describe(name: str, schedule: Schedule, num_image_tokens: int | None) -> di
   """The method's defaults; `repeats` if its last criterion serves any number of stages inside the decoder."""
   last = METHODS[methods.parse(name)[-1]]
 
-  def keep(stage: Stage) -> float:
+  def keep(stage: Stage) -> int | float:
     if num_image_tokens is not None:
       return stage.count(num_image_tokens)
     if isinstance(stage.keep, int):

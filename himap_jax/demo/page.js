@@ -40,7 +40,7 @@ function changed() {
   find("name").textContent = methodName();
   if (shown) {
     find("results").classList.add("stale");
-    find("status").textContent = "These results are for the settings before; ask again.";
+    find("status").textContent = "The answers are to what was asked before; ask again.";
   }
 }
 
@@ -160,14 +160,14 @@ async function* lines(response) {
 async function ask() {
   fail("");
   find("ask").disabled = true;
-  const started = performance.now();
-  let doing = "sending";
+  const started = performance.now(), question = find("question").value, flags = settings(), given = picture;
+  let doing = "sending", isStale = false;
   const clock = setInterval(() => {
     find("status").textContent = `${doing} … ${((performance.now() - started) / 1000).toFixed(0)} s`;
   }, 250);
   try {
     const body = JSON.stringify({
-      picture: picture ? await base64(picture) : "", question: find("question").value, settings: settings(),
+      picture: given ? await base64(given) : "", question, settings: flags,
     });
     const response = await fetch("answer", { method: "POST", headers: { "Content-Type": "application/json" }, body });
     if (!response.ok) throw new Error(`the server refused the request: ${response.status} ${response.statusText}`);
@@ -178,7 +178,10 @@ async function ask() {
       if (event.compiled) doing = `compiled in ${event.compiled.toFixed(1)} s; timing a second run`;
       if (event.text !== undefined) showText(event.side, event.text);
       if (event.error) fail(event.error);
-      if (event.result) show(event.result);
+      if (event.result) {
+        show(event.result);
+        isStale = question !== find("question").value || flags !== settings() || given !== picture;
+      }
       ended = Boolean(event.error || event.result);
     }
     if (!ended) throw new Error("the server has gone; is its command still running?");
@@ -187,6 +190,7 @@ async function ask() {
   }
   clearInterval(clock);
   find("status").textContent = "";
+  if (isStale) changed();
   find("ask").disabled = false;
 }
 

@@ -68,8 +68,8 @@ def parse(text: str) -> PruningConfig:
 
 def text(pruning: PruningConfig) -> str:
   """The flags that choose it, as `parse` reads them."""
-  keep = None if pruning.keep is None else [k if isinstance(k, int) else f"{100 * k:.10g}%" for k in pruning.keep]
-  parameters = [f"{name}:{value:g}" for name, value in pruning.parameters] or None
+  keep = [count if isinstance(count, int) else f"{100 * count:.10g}%" for count in pruning.keep or ()]
+  parameters = [f"{name}:{value:.12g}" for name, value in pruning.parameters]
   lists = {"prune_layers": pruning.prune_layers, "keep": keep, "method_parameters": parameters}
-  given = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items() if values is not None]
+  given = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items() if values]
   return " ".join([f"--method={pruning.method}", *given])

@@ -3,16 +3,13 @@
 import threading
 
 import pytest
+from served import LIMITS, NAME, SETTING
 
 import himap_jax
-from himap_jax.demo.server import ExamplePicture, Limits, Page
+from himap_jax.demo.server import ExamplePicture, Page
 from himap_jax.generation import InputConfig
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
-
-NAME = "clip_mha"
-SETTING = ("himap", (2, 4), (8, 3))
-LIMITS = Limits(picture_bytes=100_000, picture_pixels=10_000, waiting=1)
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import io
 
 import numpy as np
 import pytest
-from conftest import NAME, SETTING
 from PIL import Image
+from served import SETTING
 
 from himap_jax.demo.choices import choices
 from himap_jax.demo.comparing import compare, described
@@ -48,9 +48,10 @@ def test_answers_are_the_library_s(shown, answers, images, events):
 
 
 def test_only_what_is_new_is_compiled(shown, asker, images):
-  again = compare(asker, images[1], QUESTION, PruningConfig(*SETTING))
-  assert shown.pruned.compile_seconds > 0 == again.pruned.compile_seconds == again.plain.compile_seconds
-  assert again.pruned.text == shown.pruned.text
+  first, second = (compare(asker, images[1], QUESTION, PruningConfig("himap", (2, 4), (7, 5))) for _ in range(2))
+  assert first.pruned.compile_seconds > 0 == second.pruned.compile_seconds
+  assert first.plain.compile_seconds == second.plain.compile_seconds == 0
+  assert first.pruned.text == second.pruned.text
 
 
 def test_flops_are_equation_10(shown, asker):
@@ -84,7 +85,7 @@ def test_overlays_colour_patches_by_the_stages_that_they_survive(shown):
     (" ", SETTING, "the question is empty"),
     ("why?", ("himap", (2, 4), (8, 9)), "cannot keep 9 image tokens before layer 4: there are 8"),
     ("why?", ("himap", (4, 2), (8, 3)), "pruning layers must ascend"),
-    ("why?" * 9, SETTING, "text tokens"),
+    ("why?" * 1000, SETTING, "text tokens"),
   ],
 )
 def test_what_cannot_be_compared(asker, images, question, setting, message):
