@@ -18,15 +18,13 @@ from absl import app, flags
 
 from himap_jax.errors import UserError
 from himap_jax.run import command, model_flags
-from himap_jax.run.asking import Asker
+from himap_jax.run.asking import INCOMPLETE, Asker
 from himap_jax.run.drawing import draw_kept
 from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.pictures import PictureFiles
 
 flags.adopt_module_key_flags(model_flags)  # for --help
 _SHOW = flags.DEFINE_string("show", None, "PNG file to write: the pictures with the patches kept at each stage.")
-
-INCOMPLETE = "\ufffd"  # what a tokenizer gives for a character of which tokens are missing
 
 
 def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathlib.Path | None = None) -> None:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -16,8 +17,8 @@ from himap_jax.families.family import View
 from himap_jax.inputs import Example
 from himap_jax.pruning.cost import Costs, costs
 from himap_jax.pruning.methods import PruningConfig
-from himap_jax.run import drawing
-from himap_jax.run.asking import Asked, Asker
+from himap_jax.run import command, drawing
+from himap_jax.run.asking import INCOMPLETE, Asked, Asker
 
 SIDES = ("plain", "pruned")
 # Takes a side, a name and its value, such as the text so far; what it raises ends the comparison.
@@ -93,7 +94,7 @@ def _answer(asker: Asker, asked: Asked, show: Callable[[str, Any], None]) -> tup
   """The side, and what its stages kept."""
 
   def is_complete(tokens: Sequence[int]) -> bool:
-    show("text", asker.processor.decode(list(tokens)))
+    show("text", asker.processor.decode(list(tokens)).rstrip(INCOMPLETE))
     return False
 
   reply = asker.answer(asked, is_complete)
@@ -115,6 +116,7 @@ def _answer(asker: Asker, asked: Asked, show: Callable[[str, Any], None]) -> tup
       asked.schedule.with_counts(counts),
       example.num_image_tokens,
       example.num_text_tokens,
+      jnp.dtype(command.DTYPES[asker.config.dtype]).itemsize,
       num_pictures=example.size.num_tiles,
     ),
   )

@@ -208,7 +208,7 @@ const MEASURES = [
   ["decode, a token", perToken, milliseconds, "time of each further token"],
   ["FLOPs, prefill", (side) => side.prefill_flops, billions, "multiplications up to the first token, vision tower included"],
   ["FLOPs, image tokens", (side) => side.image_flops, billions, "multiplications of decoder layers on image tokens (HiMAP, Eq. 10)"],
-  ["KV cache", (side) => side.cache_bytes, (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} MB`, "keys and values of the prompt, at 2 bytes each"],
+  ["KV cache", (side) => side.cache_bytes, (bytes) => `${(bytes / 1e6).toLocaleString("en", { maximumSignificantDigits: 3 })} MB`, "keys and values of the prompt"],
   ["image tokens left", (side) => side.image_tokens.at(-1), (count) => count.toLocaleString("en"), "that the last layer sees"],
 ];
 

@@ -23,6 +23,7 @@ from himap_jax.run import command
 from himap_jax.run.model_flags import AnswerConfig
 
 STEPS = 4  # tokens that appear together
+INCOMPLETE = "\ufffd"  # what a tokenizer gives for a character of which tokens are missing
 
 
 class Asked(NamedTuple):

@@ -1,10 +1,12 @@
 """The comparison behind the page: the library's answers, costs by their formula, and overlays pixel by pixel."""
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
 import pytest
+import tiny_anyres
 from PIL import Image
 from served import SETTING
 
@@ -13,6 +15,8 @@ from himap_jax.demo.comparing import compare, described
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import pruning_flags
+from himap_jax.run.asking import Asker
+from himap_jax.run.model_flags import AnswerConfig
 
 QUESTION = "what is it?"
 GRID = 4  # patches along a side
@@ -44,7 +48,7 @@ def test_answers_are_the_library_s(shown, answers, images, events):
   assert shown.spans == ((0, 2, 16), (2, 4, 8), (4, 6, 3))
   for name, side in (("plain", shown.plain), ("pruned", shown.pruned)):
     texts = [value for own, kind, value in events if (own, kind) == (name, "text")]
-    assert len(texts) == 11 and texts[-1] == side.text
+    assert len(texts) == 11 and texts[-1] == side.text.rstrip("\ufffd")
 
 
 def test_only_what_is_new_is_compiled(shown, asker, images):
@@ -54,11 +58,15 @@ def test_only_what_is_new_is_compiled(shown, asker, images):
   assert first.pruned.text == second.pruned.text
 
 
-def test_flops_are_equation_10(shown, asker):
+def test_costs(shown, asker, images):
+  """FLOPs on image tokens are those of Eq. 10; the cache has a key and a value of 4 bytes a number for every token."""
   text = asker.opened.config.text
+  num_text = asker.prepare([images[1]], QUESTION, PruningConfig("none")).example.num_text_tokens
   d, m = text.hidden_size, text.intermediate_size
   for side, counts in ((shown.plain, [16] * 6), (shown.pruned, [16, 16, 8, 8, 3, 3])):
     assert side.costs.image_tokens == sum(4 * n * d**2 + 2 * n**2 * d + 2 * n * d * m for n in counts)
+    width = text.num_key_value_heads * text.head_dim
+    assert side.costs.cache_bytes == sum(2 * 4 * width * (n + num_text) for n in counts)
 
 
 def test_overlays_colour_patches_by_the_stages_that_they_survive(shown):
@@ -91,6 +99,17 @@ def test_overlays_colour_patches_by_the_stages_that_they_survive(shown):
 def test_what_cannot_be_compared(asker, images, question, setting, message):
   with pytest.raises(UserError, match=message):
     compare(asker, images[1], question, PruningConfig(*setting), pytest.fail)
+
+
+def test_percent_where_pictures_differ_in_image_tokens(tmp_path):
+  tiny_anyres.make(tiny_anyres.NEXT, tmp_path)
+  asker = Asker.open(AnswerConfig(checkpoint=str(tmp_path), pruning=PruningConfig("fastv", (2,), (0.125,))))
+  about = choices(asker)
+  assert about["num_image_tokens"] is None
+  assert about["methods"]["fastv"]["keep"] == [12.5] and about["methods"]["random"]["keep"] == [25.0]
+  counts = dataclasses.replace(asker.config, pruning=PruningConfig("fastv", (2,), (8,)))
+  with pytest.raises(UserError, match="--keep=8: pictures of this model differ in image tokens"):
+    choices(dataclasses.replace(asker, config=counts))
 
 
 def test_every_choice_is_one_that_the_model_runs(asker):

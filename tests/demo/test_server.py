@@ -88,27 +88,27 @@ def test_the_page_allows_itself_alone(page):
 
 
 def test_one_after_another():
-  queue, order, waited, entered = Queue(2), [], [], threading.Semaphore(0)
+  queue, order, waited, is_waiting = Queue(2), [], [], threading.Semaphore(0)
 
-  def visit(name, waiting):
-    with queue.turn(lambda count: waited.append((name, count))):
+  def visit(name):
+    def wait(count):
+      waited.append((name, count))
+      is_waiting.release()
+
+    with queue.turn(wait):
       order.append(name)
 
+  others = [threading.Thread(target=visit, args=(name,)) for name in ("first", "second")]
   with queue.turn(pytest.fail):
-    others = []
-    for name in ("first", "second"):
-      others.append(threading.Thread(target=visit, args=(name, entered)))
-      others[-1].start()
-      while len(queue._visitors) < len(others) + 1:
-        pass
+    for other in others:
+      other.start()
+      is_waiting.acquire()
     with pytest.raises(UserError, match="too many visitors are waiting"), queue.turn(pytest.fail):
-      pass
-    while len(waited) < 2:
       pass
     assert order == []
   for other in others:
     other.join()
-  assert order == ["first", "second"] and {("first", 1), ("second", 2)} <= set(waited)
+  assert order == ["first", "second"] and waited[0] == ("first", 1) and ("second", 2) in waited
 
 
 def test_a_visitor_who_leaves_makes_room():
@@ -118,7 +118,7 @@ def test_a_visitor_who_leaves_makes_room():
     raise ConnectionError
 
   with queue.turn(pytest.fail):
-    for _ in range(3):
+    for _ in range(2):
       with pytest.raises(ConnectionError), queue.turn(leave):
         pass
 
