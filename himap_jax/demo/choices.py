@@ -41,7 +41,8 @@ def _schedules(asker: Asker) -> Iterator[tuple[str, Schedule]]:
 
 def _describe(name: str, schedule: Schedule, num_image_tokens: int | None) -> dict[str, Any]:
   """The method's defaults; `repeats` if its last criterion serves any number of stages inside the decoder."""
-  last = METHODS[methods.parse(name)[-1]]
+  entries = [METHODS[own] for own in methods.parse(name)]
+  last = entries[-1]
 
   def keep(stage: Stage) -> int | float:
     if num_image_tokens is not None:
@@ -51,7 +52,7 @@ def _describe(name: str, schedule: Schedule, num_image_tokens: int | None) -> di
     return round(100 * stage.keep, 1)
 
   return {
-    "source": last.source,
+    "source": "; ".join(entry.source for entry in entries),
     "layers": [stage.layer for stage in schedule.stages],
     "keep": [keep(stage) for stage in schedule.stages],
     "frozen": list(schedule.frozen_layers),

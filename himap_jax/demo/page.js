@@ -57,9 +57,8 @@ function showStages(layers, keep) {
     const isBefore = layer === 0 && (single || methodName().includes("+") && index === 0);
     const range = isBefore ? { min: 0, max: 0, disabled: true } : { min: method.acts === "inside" ? 1 : 0, max: about.num_layers - 1 };
     const most = percent() ? 100 : about.num_image_tokens;
-    const before = (value) => Number(value) === 0 ? "0 (start)" : value;
     return make("div", { className: "stage" },
-      slider("layer", "before layer", { ...range, value: layer }, before),
+      slider("layer", "before layer", { ...range, value: layer }, (value) => value),
       slider("keep", "keep", { min: percent() ? 0.5 : 1, max: most, step: percent() ? 0.5 : 1, value: keep[index] }, keepLabel));
   }));
   document.querySelectorAll(".stage").forEach((stage, index) => {
@@ -264,12 +263,12 @@ function show(result) {
     const isLast = stage === spans.length - 1, dot = make("i");
     const count = spans[stage].num_image_tokens - (isLast ? 0 : spans[stage + 1].num_image_tokens);
     dot.style.background = colour;
-    return make("li", {}, dot, isLast ? `kept to the end: ${count}` : `dropped before layer ${spans[stage].last}: ${count}`);
+    return make("li", {}, dot, isLast ? `kept to the end: ${count}` : `dropped before ${spans[stage].last ? `layer ${spans[stage].last}` : "the decoder"}: ${count}`);
   }));
   find("strip").replaceChildren(...spans.map((span, index) => {
     const views = result.views.slice(0, 1).map((view) => viewNode(view, view.veils[index]));
     const button = make("button", { type: "button" }, ...views, make("b", { textContent: spanName(span) }),
-      `${span.num_image_tokens} image tokens`);
+      `${span.num_image_tokens} tokens`);
     button.addEventListener("click", () => {
       find("layer").value = find("layer-number").value = span.first;
       showLayer(index);

@@ -122,8 +122,8 @@ class Page(http.server.ThreadingHTTPServer):
 
   @property
   def url(self) -> str:
-    host, port = self.server_address[:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    host, port = self.server_address
+    return f"http://{host}:{port}/"
 
   def answer(self, body: bytes, tell: Callable[..., None]) -> dict[str, Any]:
     """The result for a request, as JSON; `tell` takes what happens meanwhile. Raises `UserError`."""
