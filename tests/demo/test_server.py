@@ -88,25 +88,26 @@ def test_the_page_allows_itself_alone(page):
 
 
 def test_one_after_another():
-  queue, order, waited, is_waiting = Queue(2), [], [], threading.Semaphore(0)
+  queue, order, waited = Queue(2), [], []
+  is_waiting = {"first": threading.Event(), "second": threading.Event()}
 
   def visit(name):
     def wait(count):
       waited.append((name, count))
-      is_waiting.release()
+      is_waiting[name].set()
 
     with queue.turn(wait):
       order.append(name)
 
-  others = [threading.Thread(target=visit, args=(name,)) for name in ("first", "second")]
+  others = {name: threading.Thread(target=visit, args=(name,)) for name in is_waiting}
   with queue.turn(pytest.fail):
-    for other in others:
+    for name, other in others.items():
       other.start()
-      is_waiting.acquire()
+      assert is_waiting[name].wait(60)
     with pytest.raises(UserError, match="too many visitors are waiting"), queue.turn(pytest.fail):
       pass
     assert order == []
-  for other in others:
+  for other in others.values():
     other.join()
   assert order == ["first", "second"] and waited[0] == ("first", 1) and ("second", 2) in waited
 
