@@ -9,7 +9,6 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import collections
 import dataclasses
 import pathlib
 import sys
@@ -17,22 +16,15 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
-from himap_jax.engine.accounting import method_inputs
-from himap_jax.engine.capacity import BatchSizes
-from himap_jax.engine.engine import Batch
-from himap_jax.engine.pool import Request
 from himap_jax.errors import UserError
-from himap_jax.generation import make_batcher
 from himap_jax.run import command, model_flags
+from himap_jax.run.asking import INCOMPLETE, Asker
 from himap_jax.run.drawing import draw_kept
 from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.pictures import PictureFiles
 
 flags.adopt_module_key_flags(model_flags)  # for --help
 _SHOW = flags.DEFINE_string("show", None, "PNG file to write: the pictures with the patches kept at each stage.")
-
-STEPS = 4  # tokens that appear together
-INCOMPLETE = "\ufffd"  # what a tokenizer gives for a character of which tokens are missing
 
 
 def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathlib.Path | None = None) -> None:
@@ -43,30 +35,18 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   """
   files = PictureFiles(allow_urls=config.allow_urls)
   pictures = [files.load(image)[0] for image in images]
-  command.use_compilation_cache(config.compilation_cache_dir)
-  opened = config.open()
-  processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
-  schedule = config.pruning.schedule(**method_inputs(opened.config))
-  example = processor.prepare(pictures, question)
-  most, buckets = config.generation.max_new_tokens, config.inputs.prompt_buckets
-  batcher = make_batcher(opened, processor, collections.Counter([example.size]), buckets, most, schedule)
-  bucket = batcher.bucket(example)
-  loaded = config.restore(opened, config.make_mesh(opened))
-  engine = loaded.engine(schedule, config.generation, BatchSizes(1, 1), most_steps=STEPS)
-  num_rows = engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1))
-  inputs = batcher.pack([example], bucket=bucket, batch_size=num_rows)
-  batch = Batch(inputs, [Request(0, is_complete=_printing(processor.decode))])
-  with command.out_of_memory_is_user_error(lambda: f"{bucket.num_image_tokens} image tokens"):
-    (answered,) = (row for turn in engine.answer([batch]) for row in turn)
+  asker = Asker.open(config)
+  asked = asker.prepare(pictures, question, config.pruning)
+  answered = asker.answer(asked, _printing(asker.processor.decode)).answered
   print(flush=True)
   kept = "".join(
-    f", {len(own)} from layer {stage.layer} on" for own, stage in zip(answered.kept, schedule.stages, strict=True)
+    f", {len(own)} from layer {stage.layer} on" for own, stage in zip(answered.kept, asked.schedule.stages, strict=True)
   )
   times = f"prefill {answered.prefill_seconds:.2f} s, {len(answered.tokens)} tokens {answered.decode_seconds:.2f} s"
-  print(f"{config.pruning.label}: {example.num_image_tokens} image tokens{kept}; {times}", file=sys.stderr)
+  print(f"{config.pruning.label}: {asked.example.num_image_tokens} image tokens{kept}; {times}", file=sys.stderr)
   if show is not None:
     with command.user_error(f"--show: cannot write {show}"):
-      draw_kept(processor.views(example), answered.kept).save(show, format="PNG")
+      draw_kept(asker.processor.views(asked.example), answered.kept).save(show, format="PNG")
 
 
 def _printing(decode: Callable[[list[int]], str]) -> Callable[[Sequence[int]], bool]:

@@ -62,9 +62,11 @@ class Browser:
       raise RuntimeError(f"{method}: {answer['error']['message']}")
     return answer["result"]
 
-  def open(self, path: Path) -> None:
-    self.call("Page.navigate", url=path.as_uri())
-    self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
+  def open(self, page: Path | str) -> None:
+    """Opens a file or an address, and waits until it is loaded."""
+    url = page.as_uri() if isinstance(page, Path) else page
+    self.call("Page.navigate", url=url)
+    self.wait(f"document.readyState === 'complete' && location.href === {json.dumps(url)}")
 
   def evaluate(self, expression: str):
     """The value of a JavaScript expression."""
@@ -73,8 +75,8 @@ class Browser:
       raise RuntimeError(f"{expression}: {result['exceptionDetails']['exception']['description']}")
     return result["result"].get("value")
 
-  def wait(self, condition: str) -> None:
-    deadline = time.monotonic() + PATIENCE
+  def wait(self, condition: str, patience: float = PATIENCE) -> None:
+    deadline = time.monotonic() + patience
     while not self.evaluate(condition):
       if time.monotonic() > deadline:
         raise TimeoutError(f"{condition}; errors in the page: {self.errors}")
@@ -107,6 +109,11 @@ class Browser:
     self.click(selector)
     self.evaluate(f"document.querySelector({json.dumps(selector)}).select()")
     self.call("Input.insertText", text=text) if text else self.key("Backspace", 8)
+
+  def choose_file(self, selector: str, path: Path) -> None:
+    """Puts a file into a file field."""
+    field = self.call("Runtime.evaluate", expression=f"document.querySelector({json.dumps(selector)})")["result"]
+    self.call("DOM.setFileInputFiles", objectId=field["objectId"], files=[str(path)])
 
   def key(self, name: str, code: int, text: str = "") -> None:
     for kind in ("keyDown", "keyUp"):

@@ -106,7 +106,14 @@ def at_import(path):
 
 
 @pytest.mark.parametrize(
-  "start", ["himap_jax", "himap_jax.run.__main__", "himap_jax.convert", "experiments.evaluate.__main__"]
+  "start",
+  [
+    "himap_jax",
+    "himap_jax.run.__main__",
+    "himap_jax.demo.__main__",
+    "himap_jax.convert",
+    "experiments.evaluate.__main__",
+  ],
 )
 def test_packages_of_extras_are_imported_where_they_are_used(start):
   paths = {name: path for name, path, _ in modules()}

@@ -17,7 +17,7 @@ from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
-from himap_jax.run import command
+from himap_jax.run import command, pruning_flags
 
 flags.DEFINE_string(
   "checkpoint",
@@ -31,28 +31,8 @@ flags.DEFINE_bool(
   "Read pickled weights (*.bin) if a checkpoint has no safetensors: their tensors alone, no code in them is run. Needs "
   "the extra `pickled`.",
 )
-_METHOD = flags.DEFINE_string(
-  "method",
-  "himap",
-  f"The pruning method: {', '.join(methods.METHODS)}; or one before the decoder + one inside, such as divprune+himap.",
-)
-_PRUNE_LAYERS = flags.DEFINE_list(
-  "prune_layers", None, "Layers to prune before, such as 2,8; 0 is before the decoder. The method's own by default."
-)
-_KEEP = flags.DEFINE_list(
-  "keep",
-  None,
-  "Image tokens to keep at each stage, such as 288,72, or shares of a row's own, such as 50%,12.5%. The method's own by default.",
-)
-_METHOD_PARAMETERS = flags.DEFINE_list(
-  "method_parameters", None, "Parameters of the method, such as threshold:0.8. The method's own by default."
-)
-_RESTORE = flags.DEFINE_bool(
-  "restore",
-  False,
-  "Raise the attention to the image tokens that are left, and keep their positions, to make up for those that were "
-  "removed (RESTORE). An option of every method that removes some.",
-)
+pruning_flags.define(flags.FLAGS)
+flags.adopt_module_key_flags(pruning_flags)  # for --help
 _SCHEDULE = flags.DEFINE_string(
   "schedule",
   None,
@@ -147,21 +127,19 @@ def values_from_flags() -> dict[str, Any]:
 
 def _pruning() -> PruningConfig:
   """Method, layers and keep counts from their flags or a schedule file; parameters and RESTORE from their flags."""
-  parameters = command.numbers(_METHOD_PARAMETERS, command.named_number, "such as threshold:0.8") or ()
-  given = (_METHOD, _PRUNE_LAYERS, _KEEP)
+  chosen = pruning_flags.config(flags.FLAGS)
   if _SCHEDULE.value is None:
-    method = _METHOD.value
-    layers, keep = command.numbers(_PRUNE_LAYERS, int), command.numbers(_KEEP, command.keep_count)
-  else:
-    for flag in given:
-      if flag.present:
-        raise UserError(f"--schedule={_SCHEDULE.value} takes the place of --{flag.name}")
-    fields = read_json(pathlib.Path(_SCHEDULE.value))
-    try:
-      method, *lists = (fields[flag.name] for flag in given)
-      layers, keep = (tuple(map(int, values)) for values in lists)
-    except (KeyError, TypeError, ValueError) as error:
-      wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
-      raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
+    return chosen
+  given = ("method", "prune_layers", "keep")
+  for name in given:
+    if flags.FLAGS[name].present:
+      raise UserError(f"--schedule={_SCHEDULE.value} takes the place of --{name}")
+  fields = read_json(pathlib.Path(_SCHEDULE.value))
+  try:
+    method, *lists = (fields[name] for name in given)
+    layers, keep = (tuple(map(int, values)) for values in lists)
+  except (KeyError, TypeError, ValueError) as error:
+    wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
+    raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
   methods.parse(method)
-  return PruningConfig(method, layers, keep, parameters, _RESTORE.value)
+  return PruningConfig(method, layers, keep, chosen.parameters, chosen.restore)
