@@ -15,7 +15,7 @@ from experiments.demo_model import sets
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.errors import UserError
 
-NUM_SCENES = {"scenes": 200, "lists": 200, "details": 960}  # of generated sets
+NUM_SCENES = {"scenes": 200, "lists": 200, "details": 1050}  # of generated sets
 SETS = ("easyvqa", *NUM_SCENES)
 
 

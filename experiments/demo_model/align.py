@@ -7,15 +7,15 @@ colour moves DINOv2's features along directions of small variance, which an opti
 The words of a patch are the kind, name and colour of the thing in it, or "nothing"; whether it is the thing's middle;
 its place in the picture; and the characters that are written in it.
 
-An adapter for fewer features than the tower now gives keeps what its projector says of every patch and learns to add
-the characters, which its features did not show.
+An adapter for fewer features than the tower now gives keeps what its projector says of every patch, and learns to add
+what its features did not show: the characters of signs, and which things are tiny.
 
 Axes: P patches, W words, F features of the tower, D model dim, V vocabulary.
 """
 
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ from himap_jax.inputs import Images
 from himap_jax.model.network import Model
 from himap_jax.run.progress import Progress
 
-PICTURES, BATCH, SHAPES_EVERY, DETAILS_EVERY = 640, 8, 5, 2
+BATCH, SHAPES_EVERY = 8, 5
 STEPS, PATCHES_A_STEP, RATE = 1000, 4096, 2e-3
 WHITENING_PATCHES = 40_000
 
@@ -45,7 +45,18 @@ SHAPES = ("circle", "triangle", "rectangle")
 PLACES = ("left", "right", "top", "bottom")
 PLACE_WEIGHT, CHARACTER_WEIGHT = 0.7, 1.5
 MIDDLE_RADIUS = 0.06  # as a share of the picture's side
-COVERED = 0.3  # a patch shows a thing that covers at least this share of it
+COVERED, COVERED_BY_TINY = 0.3, 0.12  # a patch shows a thing that covers at least this share of it
+ADDED_WEIGHT = 2.0  # of what is added to a projector
+
+
+class Plan(NamedTuple):
+  """How many pictures are collected, and every which batch of them is of details, where it is not of shapes."""
+
+  num_pictures: int
+  details_every: int
+
+
+FROM_SCRATCH, ADDING = Plan(640, 2), Plan(2000, 1)
 
 
 def aligned(
@@ -59,19 +70,19 @@ def aligned(
 ) -> tuple[Whitening, Weights]:
   """The whitening of tower features and the aligned projector of whitened features; computed once, then read.
 
-  `base` is a projector of features, not whitened, whose image tokens are kept, with characters added.
+  `base` is a projector of features, not whitened, whose image tokens are kept, with what details show added.
   """
   if not path.exists():
     model, words = loaded.model, vocabulary(mixture.names())
     by_resolution = {packer.grid: packer for packer in packers}
-    parts = [collect(model, packer, mixture, words, seed=seed) for packer in by_resolution.values()]
+    plan = FROM_SCRATCH if base is None else ADDING
+    parts = [collect(model, packer, mixture, words, plan, seed=seed) for packer in by_resolution.values()]
     features, labels = map(np.concatenate, zip(*parts, strict=True))
     whitening = Whitening.measure(features[:: max(1, len(features) // WHITENING_PATCHES)])
     table = model.params["language_model"]["embed_tokens"]["weight"]
     embeddings = word_embeddings(loaded.processor.tokenizer, table, words)
     if base is not None:
-      base = whitening.unfold(base)
-      labels[:, [word not in CHARACTERS for word in words]] = 0
+      base, labels = whitening.unfold(base), added(labels, words)
     projector = fit(model, whitening(features), labels, embeddings, seed=seed, base=base)
     ocp.save(path, {"mean": whitening.mean, "matrix": whitening.matrix, "projector": projector})
   start = jax.tree.map(jnp.asarray, ocp.load(path))
@@ -79,20 +90,20 @@ def aligned(
 
 
 def collect(
-  model: Model, packer: Packer, mixture: Mixture, words: Sequence[str], *, seed: int
+  model: Model, packer: Packer, mixture: Mixture, words: Sequence[str], plan: Plan, *, seed: int
 ) -> tuple[Float[np.ndarray, "P F"], Float[np.ndarray, "P W"]]:
-  """Tower features and words of the patches of `PICTURES` pictures at a packer's resolution."""
+  """Tower features and words of the patches of pictures at a packer's resolution."""
   encode = jax.jit(lambda model, x: model.bind().vision_tower(Images(x[:, None])).features)
   rng = np.random.default_rng(seed)
   features, labels = [], []
-  with Progress(PICTURES // BATCH, "batch", "patches") as progress:
-    for index in range(PICTURES // BATCH):
+  with Progress(plan.num_pictures // BATCH, "batch", "patches") as progress:
+    for index in range(plan.num_pictures // BATCH):
       if index % SHAPES_EVERY == 0:
         shapes = [mixture.draw_shape(rng) for _ in range(BATCH)]
         pictures = [picture for picture, _ in shapes]
         described = [describe_shape(*shape, packer.grid, words) for shape in shapes]
       else:
-        draw = mixture.draw_detail if index % DETAILS_EVERY == 0 else mixture.draw_scene
+        draw = mixture.draw_detail if index % plan.details_every == 0 else mixture.draw_scene
         scenes = [draw(rng) for _ in range(BATCH)]
         pictures = [scene.picture for scene in scenes]
         described = [describe_scene(scene, packer.grid, words) for scene in scenes]
@@ -101,6 +112,18 @@ def collect(
       labels.append(np.concatenate(described).astype(np.float16))
       progress.update()
   return np.concatenate(features), np.concatenate(labels)
+
+
+def added(labels: Float[np.ndarray, "P W"], words: Sequence[str]) -> Float[np.ndarray, "P W"]:
+  """Of the words of patches those to be added to a projector: characters, and what there is to say of tiny things."""
+  column = {word: index for index, word in enumerate(words)}
+  characters = [column[character] for character in CHARACTERS]
+  of_tiny_things = [column[word] for word in ("tiny", "middle", *KINDS)]
+  result = np.zeros_like(labels)
+  result[:, characters] = labels[:, characters]
+  is_tiny = labels[:, column["tiny"]] > 0
+  result[np.ix_(is_tiny, of_tiny_things)] = labels[np.ix_(is_tiny, of_tiny_things)]
+  return ADDED_WEIGHT * result
 
 
 def word_embeddings(tokenizer: Any, embeddings: Float[Array, "V D"], words: Sequence[str]) -> Float[Array, "W D"]:
@@ -119,7 +142,10 @@ def fit(
   seed: int,
   base: Weights | None = None,
 ) -> Weights:
-  """Fits a projector of whitened features by least squares to the words of the patches, beside what `base` says."""
+  """Fits a projector of whitened features by least squares to the words of the patches, beside what `base` says.
+
+  With a base every other patch of a step is one with words.
+  """
   embeddings = np.asarray(embeddings)
   scale = float(np.sqrt(np.mean(np.square(embeddings))))
   optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
@@ -139,9 +165,12 @@ def fit(
   rng = np.random.default_rng(seed)
   projector = init_projector(jax.random.key(seed), model.params) if base is None else base
   state = optimizer.init(projector)
+  with_words = np.flatnonzero(labels.any(axis=1)) if base is not None else np.zeros(0, np.int64)
   with Progress(STEPS, "step", "projector") as progress:
     for _ in range(STEPS):
       chosen = rng.integers(len(features), size=PATCHES_A_STEP)
+      if len(with_words):
+        chosen[::2] = rng.choice(with_words, size=len(chosen[::2]))
       x, y = features[chosen].astype(np.float32), labels[chosen].astype(np.float32) @ embeddings
       projector, state = step(projector, state, x, y)
       progress.update()
@@ -149,7 +178,7 @@ def fit(
 
 
 def vocabulary(names: Sequence[str]) -> list[str]:
-  words = [*PLACES, "nothing", "middle", *KINDS, details.SIGN.kind, *COLOUR_NAMES, *SHAPES, "teal", *names]
+  words = [*PLACES, "nothing", "middle", "tiny", *KINDS, details.SIGN.kind, *COLOUR_NAMES, *SHAPES, "teal", *names]
   return list(dict.fromkeys([*words, *CHARACTERS]))
 
 
@@ -172,7 +201,8 @@ def describe(
     labels[..., column[word]] = PLACE_WEIGHT * np.maximum(place, 0)
   cover = _cover(instances, np.arange(1, len(things) + 1), grid)
   largest = cover.argmax(0)
-  shown = cover.max(0) >= COVERED
+  least = np.array([COVERED_BY_TINY if "tiny" in own else COVERED for own, _ in things])
+  shown = cover.max(0) >= least[largest]
   labels[..., column["nothing"]] = ~shown
   for number, (own_words, (u, v)) in enumerate(things):
     for word in own_words:
@@ -194,7 +224,10 @@ def _cover(numbers: np.ndarray, wanted: np.ndarray, grid: int) -> Float[np.ndarr
 
 
 def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
-  things = [([word for word in thing.cutout[1:] if word], thing.middle) for thing in scene.things]
+  things = [
+    ([word for word in (*thing.cutout[1:], "tiny" if details.is_tiny(thing) else None) if word], thing.middle)
+    for thing in scene.things
+  ]
   return describe(scene.instances, things, grid, words, scene.writing)
 
 

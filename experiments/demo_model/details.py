@@ -4,7 +4,7 @@ A scene is of one of five kinds, and its questions are of eight types:
 
 | scene | type       | question                                                  | answer         |
 |-------|------------|-----------------------------------------------------------|----------------|
-| small | smallest   | what kind of thing is the smallest?                       | a kind         |
+| small | tiny       | what kind of thing is the tiny one?                       | a kind         |
 |       | next       | what kind of thing is next to the tiny plant?             | a kind         |
 | crowd | crowd      | how many tiny animals are there?                          | 1 … 6          |
 | sign  | digits     | what number is on the sign?                               | 0 … 99         |
@@ -30,8 +30,9 @@ from experiments.demo_model.scenes import SIDE, Canvas, Scene, Thing
 from experiments.demo_model.wording import Question, a, one_of, plural
 
 PATCH = 14
-TYPES = ("smallest", "next", "crowd", "digits", "word", "photograph", "sheet", "board")
+TYPES = ("tiny", "next", "crowd", "digits", "word", "photograph", "sheet", "board")
 SIZES = (1.0, 1.5, 2.0, 3.0, 4.0)  # of small things and of digits on a single sign
+TINY = max(SIZES) * PATCH / SIDE  # longest side of a small thing, as a share of the picture
 NEXT_TO, FURTHER = 0.12, 0.12  # how far from a tiny thing its neighbour is at most, and how much further all others are
 MOST = 6  # tiny things in a crowd
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
@@ -87,7 +88,7 @@ def _small(rng: np.random.Generator, parts: Parts, size: float) -> Made:
     if near[0] <= NEXT_TO and all(distance - near[0] >= FURTHER for distance, _ in far):
       break
   questions = (
-    Question("smallest", "what kind of thing is the smallest?", tiny),
+    Question("tiny", "what kind of thing is the tiny one?", tiny),
     Question("next", f"what kind of thing is next to the tiny {one_of(tiny)}?", near[1]),
   )
   return canvas.scene(), questions, size
@@ -172,6 +173,11 @@ def _add_at(canvas: Canvas, cutout: Cutout, pixels: Image.Image, middle: tuple[f
 def _add_large_things(rng: np.random.Generator, canvas: Canvas, parts: Parts, kinds: Sequence[str]) -> Sequence[Thing]:
   largest = 0.5 if len(kinds) == 1 else 0.42
   return [canvas.place(rng, *parts.draw(rng, kind), rng.uniform(0.65, 1.0) * largest) for kind in kinds]
+
+
+def is_tiny(thing: Thing) -> bool:
+  left, top, right, bottom = thing.box
+  return thing.cutout != SIGN and max(right - left, bottom - top) < 1.01 * TINY
 
 
 def _distance(one: Thing, other: Thing) -> float:

@@ -10,7 +10,7 @@ import pytest
 import tiny_cross
 
 from checkpoints_convert.demo.cross import trained
-from experiments.demo_model import adapter
+from experiments.demo_model import adapter, align
 from experiments.demo_model.adapter import Adapter, Whitening
 from experiments.demo_model.data import Sample
 from experiments.demo_model.packing import UNUSED, Batch, Packer
@@ -45,6 +45,37 @@ def test_adapter_round_trip(tmp_path):
   own = Adapter(projector, lora, cross)
   own.save(tmp_path / "adapter.safetensors")
   jax.tree.map(np.testing.assert_array_equal, Adapter.read(str(tmp_path / "adapter.safetensors")), own)
+
+
+def test_a_wider_projector_says_the_same(loaded):
+  model, rng = loaded("clip_mha").model, np.random.default_rng(0)
+  projector = model.params[adapter.PROJECTOR]
+  num_features = projector["linear_1"]["weight"].shape[1]
+  features = jnp.asarray(rng.normal(size=(5, num_features + 3)), jnp.float32)
+  wider = adapter.widen(projector, num_features + 3)
+  np.testing.assert_allclose(project(model, wider, features), project(model, projector, features[:, :-3]), atol=1e-5)
+  assert adapter.widen(projector, num_features) is projector
+
+
+def test_alignment_adds_characters_to_what_a_projector_says(loaded, monkeypatch):
+  """Of two kinds of patches one shows a character: its image tokens move by the character's embedding, others stay."""
+  monkeypatch.setattr(align, "STEPS", 300)
+  model, rng = loaded("clip_mha").model, np.random.default_rng(0)
+  base = model.params[adapter.PROJECTOR]
+  kinds = rng.normal(size=(2, base["linear_1"]["weight"].shape[1]))
+  shows = rng.integers(0, 2, 4000)
+  features = (kinds[shows] + 0.05 * rng.normal(size=(4000, kinds.shape[1]))).astype(np.float32)
+  embedding = jnp.asarray(rng.normal(size=(1, base["linear_2"]["bias"].shape[0])), jnp.float32)
+  with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # in Optax
+    fitted = align.fit(model, features, shows[:, None].astype(np.float32), embedding, seed=0, base=base)
+  moved = np.asarray(project(model, fitted, features) - project(model, base, features))
+  np.testing.assert_allclose(moved[shows == 1].mean(0), embedding[0], atol=0.1)
+  np.testing.assert_allclose(moved[shows == 0].mean(0), 0, atol=0.1)
+
+
+def project(model, projector, features):
+  bound = model.replace(params={adapter.PROJECTOR: projector}).bind()
+  return bound.multi_modal_projector(jnp.asarray(features)[None])[0]
 
 
 def test_adapters_average():

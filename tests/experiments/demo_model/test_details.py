@@ -54,7 +54,7 @@ def answer(question, scene):
   longest = [max(box[2:] - box[:2]) for box in boxes]
   words = question.question.rstrip("?").split()
   asked = [kind for kind in KINDS if any(word.removesuffix("s") == kind for word in words)]
-  if question.type == "smallest":
+  if question.type == "tiny":
     return kinds[int(np.argmin(longest))]
   if question.type == "next":
     (tiny,) = [box for box, kind in zip(boxes, kinds, strict=True) if kind == asked[0]]
@@ -92,7 +92,7 @@ def test_sizes_are_those_of_small_things_and_digits(parts):
     for index in range(20):
       detail = details.compose(np.random.default_rng(index), parts, size=size)
       longest = [max(t.box[2] - t.box[0], t.box[3] - t.box[1]) * SIDE / details.PATCH for t in detail.scene.things]
-      if detail.questions["smallest"] or detail.questions["crowd"]:
+      if detail.questions["tiny"] or detail.questions["crowd"]:
         assert min(longest) == pytest.approx(size, abs=0.05)
         assert detail.size == size
       if detail.questions["digits"]:
