@@ -13,8 +13,9 @@ what its features did not show: the characters of signs, and which things are ti
 Axes: P patches, W words, F features of the tower, D model dim, V vocabulary.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +48,7 @@ PLACE_WEIGHT, CHARACTER_WEIGHT = 0.7, 1.5
 MIDDLE_RADIUS = 0.06  # as a share of the picture's side
 COVERED, COVERED_BY_TINY = 0.3, 0.12  # a patch shows a thing that covers at least this share of it
 ADDED_WEIGHT = 2.0  # of what is added to a projector
+SHARPNESS, CHARACTERS_SHARE = 2.0, 0.5  # of the cross-entropy of characters
 
 
 class Plan(NamedTuple):
@@ -57,6 +59,19 @@ class Plan(NamedTuple):
 
 
 FROM_SCRATCH, ADDING = Plan(640, 2), Plan(2000, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+  """Tower features of patches, and the weight of every word for each."""
+
+  features: Float[np.ndarray, "P F"]
+  labels: Float[np.ndarray, "P W"]
+  whitening: Whitening
+
+  def at(self, chosen: np.ndarray) -> tuple[Float[np.ndarray, "C F"], Float[np.ndarray, "C W"]]:
+    """Whitened features and labels of some patches, in float32."""
+    return self.whitening(self.features[chosen].astype(np.float32)), self.labels[chosen].astype(np.float32)
 
 
 def aligned(
@@ -80,10 +95,12 @@ def aligned(
     features, labels = map(np.concatenate, zip(*parts, strict=True))
     whitening = Whitening.measure(features[:: max(1, len(features) // WHITENING_PATCHES)])
     table = model.params["language_model"]["embed_tokens"]["weight"]
-    embeddings = word_embeddings(loaded.processor.tokenizer, table, words)
-    if base is not None:
-      base, labels = whitening.unfold(base), added(labels, words)
-    projector = fit(model, whitening(features), labels, embeddings, seed=seed, base=base)
+    embeddings = np.asarray(word_embeddings(loaded.processor.tokenizer, table, words))
+    if base is None:
+      projector = fit(model, Patches(features, labels, whitening), embeddings, seed=seed)
+    else:
+      patches, characters = Patches(features, added(labels, words), whitening), [*map(words.index, CHARACTERS)]
+      projector = add(model, patches, embeddings, whitening.unfold(base), characters, seed=seed)
     ocp.save(path, {"mean": whitening.mean, "matrix": whitening.matrix, "projector": projector})
   start = jax.tree.map(jnp.asarray, ocp.load(path))
   return Whitening(start["mean"], start["matrix"]), start["projector"]
@@ -103,7 +120,8 @@ def collect(
         pictures = [picture for picture, _ in shapes]
         described = [describe_shape(*shape, packer.grid, words) for shape in shapes]
       else:
-        draw = mixture.draw_detail if index % plan.details_every == 0 else mixture.draw_scene
+        is_detail = index % plan.details_every == 0
+        draw = (mixture.draw_board if index % 2 else mixture.draw_detail) if is_detail else mixture.draw_scene
         scenes = [draw(rng) for _ in range(BATCH)]
         pictures = [scene.picture for scene in scenes]
         described = [describe_scene(scene, packer.grid, words) for scene in scenes]
@@ -133,46 +151,85 @@ def word_embeddings(tokenizer: Any, embeddings: Float[Array, "V D"], words: Sequ
   return jnp.stack([embeddings[jnp.asarray(i)].mean(0) for i in ids])
 
 
-def fit(
+def fit(model: Model, patches: Patches, embeddings: Float[np.ndarray, "W D"], *, seed: int) -> Weights:
+  """Fits a new projector of whitened features to the words of the patches by least squares."""
+  project, scale = (
+    _projection(model),
+    np.sqrt(np.mean(np.square(patches.labels[:65536].astype(np.float32) @ embeddings))),
+  )
+
+  def loss_fn(projector: Weights, x: Array, labels: Array) -> Array:
+    return jnp.mean(jnp.square((project(projector, x) - labels @ embeddings) / scale))
+
+  start = init_projector(jax.random.key(seed), model.params)
+  return _descend(
+    loss_fn, start, patches, lambda rng: rng.integers(len(patches.labels), size=PATCHES_A_STEP), seed=seed
+  )
+
+
+def add(
   model: Model,
-  features: Float[np.ndarray, "P F"],
-  labels: Float[np.ndarray, "P W"],
-  embeddings: Float[Array, "W D"],
+  patches: Patches,
+  embeddings: Float[np.ndarray, "W D"],
+  base: Weights,
+  characters: Sequence[int],
   *,
   seed: int,
-  base: Weights | None = None,
 ) -> Weights:
-  """Fits a projector of whitened features by least squares to the words of the patches, beside what `base` says.
+  """Adds the words of the patches to what a projector of whitened features says.
 
-  With a base every other patch of a step is one with words.
+  The loss is the squared error of the image tokens and the cross-entropy of the character, read off what is added by
+  its likeness to the characters' embeddings without their mean. Every other patch of a step is one with words.
+
+  Args:
+    characters: the characters' columns in the labels.
   """
-  embeddings = np.asarray(embeddings)
-  scale = float(np.sqrt(np.mean(np.square(embeddings))))
-  optimizer = optax.adam(optax.cosine_decay_schedule(RATE, STEPS))
+  project, scale, columns = _projection(model), np.sqrt(np.mean(np.square(embeddings))), np.asarray(characters)
+  apart = embeddings[columns] - embeddings[columns].mean(axis=0)
+  apart /= np.linalg.norm(apart, axis=1, keepdims=True)
 
-  def project(projector: Weights, x: Array) -> Array:
-    return model.replace(params={PROJECTOR: projector}).bind().multi_modal_projector(x[None])[0]
+  def loss_fn(projector: Weights, x: Array, labels: Array) -> Array:
+    said = project(base, x)
+    change = project(projector, x) - said
+    error = jnp.mean(jnp.square((change - labels @ embeddings) / scale))
+    shares = labels[:, columns]
+    entropies = -(shares * jax.nn.log_softmax(SHARPNESS * change @ apart.T)).sum(axis=1)
+    return error + CHARACTERS_SHARE * entropies.sum() / jnp.maximum(shares.sum(), 1.0)
 
-  def loss_fn(projector: Weights, x: Array, y: Array) -> Array:
-    return jnp.mean(jnp.square((project(projector, x) - y) / scale))
+  with_words = np.flatnonzero(patches.labels.any(axis=1))
+
+  def draw(rng: np.random.Generator) -> np.ndarray:
+    chosen = rng.integers(len(patches.labels), size=PATCHES_A_STEP)
+    chosen[::2] = rng.choice(with_words, size=len(chosen[::2]))
+    return chosen
+
+  return _descend(loss_fn, base, patches, draw, seed=seed)
+
+
+def _projection(model: Model) -> Callable[[Weights, Array], Array]:
+  return lambda projector, x: model.replace(params={PROJECTOR: projector}).bind().multi_modal_projector(x[None])[0]
+
+
+def _descend(
+  loss_fn: Callable[[Weights, Array, Array], Array],
+  projector: Weights,
+  patches: Patches,
+  draw: Callable[[np.random.Generator], np.ndarray],
+  *,
+  seed: int,
+) -> Weights:
+  """Minimises a loss of a projector, features and labels over drawn patches."""
+  optimizer, rng = optax.adam(optax.cosine_decay_schedule(RATE, STEPS)), np.random.default_rng(seed)
 
   @jax.jit
-  def step(projector: Weights, state: Any, x: Array, y: Array) -> tuple[Weights, Any]:
-    y = y if base is None else y + project(base, x)
-    updates, state = optimizer.update(jax.grad(loss_fn)(projector, x, y), state)
+  def step(projector: Weights, state: Any, x: Array, labels: Array) -> tuple[Weights, Any]:
+    updates, state = optimizer.update(jax.grad(loss_fn)(projector, x, labels), state)
     return optax.apply_updates(projector, updates), state
 
-  rng = np.random.default_rng(seed)
-  projector = init_projector(jax.random.key(seed), model.params) if base is None else base
   state = optimizer.init(projector)
-  with_words = np.flatnonzero(labels.any(axis=1)) if base is not None else np.zeros(0, np.int64)
   with Progress(STEPS, "step", "projector") as progress:
     for _ in range(STEPS):
-      chosen = rng.integers(len(features), size=PATCHES_A_STEP)
-      if len(with_words):
-        chosen[::2] = rng.choice(with_words, size=len(chosen[::2]))
-      x, y = features[chosen].astype(np.float32), labels[chosen].astype(np.float32) @ embeddings
-      projector, state = step(projector, state, x, y)
+      projector, state = step(projector, state, *patches.at(draw(rng)))
       progress.update()
   return projector
 

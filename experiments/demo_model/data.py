@@ -56,6 +56,9 @@ class Mixture:
   def draw_detail(self, rng: np.random.Generator) -> scenes.Scene:
     return details.compose(rng, self._parts).scene
 
+  def draw_board(self, rng: np.random.Generator) -> scenes.Scene:
+    return details.board(rng, self._parts)[0]
+
   def draw(self, num_pictures: int, *, seed: tuple[int, int]) -> list[Sample]:
     rng = np.random.default_rng(seed)
     return [self._draw_one(rng, source) for source in rng.random(num_pictures)]

@@ -68,7 +68,7 @@ class Parts(NamedTuple):
 def compose(rng: np.random.Generator, parts: Parts, *, size: float | None = None) -> Detail:
   """Draws a scene and asks about it; `size` sets that of small things and of digits, which is drawn if absent."""
   drawn = float(rng.choice(SIZES))
-  make = (_small, _small, _crowd, _sign, _sign, _sheet, _board)[rng.integers(7)]
+  make = (_small, _small, _crowd, _sign, _sign, _sheet, board)[rng.integers(7)]
   scene, asked, own_size = make(rng, parts, drawn if size is None else size)
   questions = {type: [own for own in asked if own.type == type] for type in TYPES}
   return Detail(scene, {type: [own[i] for i in rng.permutation(len(own))] for type, own in questions.items()}, own_size)
@@ -132,7 +132,7 @@ def _sheet(rng: np.random.Generator, parts: Parts, size: float) -> Made:
   return scene, asked, side / PATCH
 
 
-def _board(rng: np.random.Generator, parts: Parts, size: float) -> Made:
+def board(rng: np.random.Generator, parts: Parts, size: float = 0.0) -> Made:
   """Two by two or three by three signs."""
   del size
   along, canvas, heights, asked = int(rng.integers(2, 4)), Canvas(scenes.background(rng)), [], []

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -15,19 +16,11 @@ WORDS = (
 ).split()
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
 TILT = 5  # degrees
-FACES = {
-  "train": {
-    "liberation": "LiberationSans-Regular LiberationSans-Bold LiberationSerif-Regular LiberationSerif-Bold "
-    "LiberationMono-Bold LiberationSans-Italic",
-    "comic_neue": "ComicNeue-Regular ComicNeue-Bold",
-    "lato": "Lato-Regular Lato-Heavy Lato-MediumItalic",
-  },
-  "test": {
-    "liberation": "LiberationSans-BoldItalic LiberationSerif-BoldItalic LiberationSansNarrow-Bold",
-    "comic_neue": "ComicNeue-BoldItalic",
-    "lato": "Lato-Bold",
-  },
-}
+TYPEFACES = ("liberation", "comic_neue", "lato")  # packages
+TEST_FACES = (
+  "LiberationSans-BoldItalic LiberationSerif-Bold LiberationMono-Italic LiberationSansNarrow-Regular "
+  "ComicNeue-BoldItalic Lato-Semibold Lato-HeavyItalic"
+).split()
 
 
 class Sign(NamedTuple):
@@ -39,12 +32,12 @@ class Sign(NamedTuple):
 
 
 def faces(cache_dir: pathlib.Path, split: str) -> list[pathlib.Path]:
-  """The files of a split's typefaces."""
-  found = []
-  for package, names in FACES[split].items():
-    files = {path.stem: path for path in fetch(PACKAGES[package], cache_dir).rglob("*.[ot]tf")}
-    found += [files[name] for name in names.split()]
-  return found
+  """The files of a split's typefaces, by name."""
+  files = [path for name in TYPEFACES for path in fetch(PACKAGES[name], cache_dir).rglob("*.[ot]tf")]
+  wanted = [path for path in files if (path.stem in TEST_FACES) == (split == "test")]
+  return sorted(
+    (path for path in wanted if not re.search("Thin|Hairline|Light", path.stem)), key=lambda path: path.stem
+  )
 
 
 def draw(rng: np.random.Generator, face: pathlib.Path, text: str) -> Sign:

@@ -58,19 +58,23 @@ def test_a_wider_projector_says_the_same(loaded):
 
 
 def test_alignment_adds_characters_to_what_a_projector_says(loaded, monkeypatch):
-  """Of two kinds of patches one shows a character: its image tokens move by the character's embedding, others stay."""
-  monkeypatch.setattr(align, "STEPS", 300)
+  """Of three kinds of patches two show a character: their image tokens move by its embedding, the others stay."""
+  monkeypatch.setattr(align, "STEPS", 400)
   model, rng = loaded("clip_mha").model, np.random.default_rng(0)
   base = model.params[adapter.PROJECTOR]
-  kinds = rng.normal(size=(2, base["linear_1"]["weight"].shape[1]))
-  shows = rng.integers(0, 2, 4000)
-  features = (kinds[shows] + 0.05 * rng.normal(size=(4000, kinds.shape[1]))).astype(np.float32)
-  embedding = jnp.asarray(rng.normal(size=(1, base["linear_2"]["bias"].shape[0])), jnp.float32)
+  kinds = rng.normal(size=(3, base["linear_1"]["weight"].shape[1]))
+  shown = rng.integers(0, 3, 4000)
+  features = (kinds[shown] + 0.05 * rng.normal(size=(4000, kinds.shape[1]))).astype(np.float32)
+  labels = np.eye(3, 2, dtype=np.float32)[shown]
+  embeddings = rng.normal(size=(2, base["linear_2"]["bias"].shape[0])).astype(np.float32)
+  as_is = Whitening(jnp.zeros(features.shape[1]), jnp.eye(features.shape[1]))
   with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # in Optax
-    fitted = align.fit(model, features, shows[:, None].astype(np.float32), embedding, seed=0, base=base)
+    fitted = align.add(model, align.Patches(features, labels, as_is), embeddings, base, [0, 1], seed=0)
   moved = np.asarray(project(model, fitted, features) - project(model, base, features))
-  np.testing.assert_allclose(moved[shows == 1].mean(0), embedding[0], atol=0.1)
-  np.testing.assert_allclose(moved[shows == 0].mean(0), 0, atol=0.1)
+  for kind, expected in enumerate((*embeddings, 0.0)):
+    np.testing.assert_allclose(moved[shown == kind].mean(0), expected, atol=0.25)
+  apart = embeddings[0] - embeddings[1]
+  assert (np.sign(moved @ apart)[shown < 2] == np.where(shown[shown < 2], -1, 1)).all()
 
 
 def project(model, projector, features):
