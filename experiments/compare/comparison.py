@@ -10,14 +10,14 @@ from jaxtyping import Float
 
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question, is_right, score
-from experiments.shared.statistics import accuracy_by_type, holm, paired_p_values, resample, with_interval
+from experiments.shared.statistics import accuracy_by_type, group_sums, holm, paired_p_values, resample, with_interval
 from himap_jax.pruning.cost import Costs, ModelSizes, costs
 from himap_jax.pruning.schedule import Schedule
 
 QUESTION_ONLY = "question only"
 CONTROL = "random"
 BY_TYPE, BY_SIZE = "accuracy: ", "accuracy at size "
-SIZE_CLASSES = {"1": 1.25, "1.5": 1.75, "2": 2.5, "3": 3.5, "4": 6.0, "7 to 12": np.inf}  # and their upper bounds
+SIZE_CLASSES = {"1": 1.25, "1.5": 1.75, "2": 2.5, "3": 3.5, "4": 6.0, "above 6": np.inf}  # and their upper bounds
 
 Row = dict[str, Any]
 
@@ -35,6 +35,11 @@ class PromptSizes(NamedTuple):
     return costs(self.model, schedule, *self[1:4], num_pictures=self.num_tiles)
 
 
+def is_control(cell: Cell) -> bool:
+  """Whether methods are compared with the cell at its budget."""
+  return cell.method == CONTROL and cell.budget is not None and cell.schedule is not None
+
+
 def size_class(question: Question) -> str:
   """The class of the size of what a question asks for; empty if it is not known."""
   if question.size is None:
@@ -49,7 +54,8 @@ class Comparison:
   Attributes:
     answers: label of a cell that has run → question id → output row.
     timings: label → result of `measure.measure_times`, or empty.
-    repeats: label → answers with further seeds, of cells that use chance; accuracies are means over all seeds.
+    repeats: label → answers with further seeds, of cells that use chance; accuracies are means over all seeds, all other
+      figures those of the first.
   """
 
   questions: Sequence[Question]
@@ -91,11 +97,13 @@ class Comparison:
     """Accuracy by label, and its differences to no pruning and to the control at the same budget."""
     given = {label: self._given(own) for label, own in self.answers.items()}
     given[QUESTION_ONLY] = [question.guess for question in self.questions]
-    controls = {cell.budget: cell.label for cell in self.cells if cell.method == CONTROL and cell.label in given}
+    controls = {cell.budget: cell.label for cell in self.cells if is_control(cell) and cell.label in given}
     control_of = {cell.label: controls.get(cell.budget) for cell in self.cells}
     right, places = self._right(given), {label: i for i, label in enumerate(given)}
     same = np.array([[is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)] for own in given.values()])
-    resampled, agreed, mean = resample(right, seed=seed), resample(same, seed=seed), right.mean(axis=1)
+    pictures = [question.image for question in self.questions]
+    resampled, agreed = (resample(values, groups=pictures, seed=seed) for values in (right, same))
+    mean = right.mean(axis=1)
     by_type = accuracy_by_type(right, [question.type for question in self.questions])
     by_size = accuracy_by_type(right, [size_class(question) for question in self.questions])
     figures = {}
@@ -112,9 +120,11 @@ class Comparison:
     held = [label for label, control in control_of.items() if label in figures and control not in (None, label)]
     if held:
       differences = np.stack([right[places[label]] - right[places[control_of[label]]] for label in held])
-      corrected = holm(paired_p_values(differences, seed=seed))
-      for label, own, p_value in zip(held, differences, corrected, strict=True):
-        figures[label] |= {"beyond_random_p": float(p_value), "disagreement": float(np.square(own).mean())}
+      by_picture = group_sums(differences, pictures)
+      corrected = holm(paired_p_values(by_picture, seed=seed))
+      mean_squares = np.square(by_picture).sum(axis=1) / len(pictures)
+      for label, p_value, mean_square in zip(held, corrected.tolist(), mean_squares.tolist(), strict=True):
+        figures[label] |= {"beyond_random_p": p_value, "mean_square": mean_square}
     return figures
 
   def _given(self, rows: Mapping[str, Mapping[str, Any]]) -> list[str | None]:

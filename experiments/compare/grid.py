@@ -24,6 +24,11 @@ _SETTING = re.compile(
 )
 
 
+def method_names(method: str) -> list[str]:
+  """The names in a cell's method, without RESTORE and layers."""
+  return parse(method.partition("@")[0].removesuffix("+restore"))
+
+
 class Shape(NamedTuple):
   """Arguments of `PruningConfig.schedule`."""
 
@@ -94,7 +99,8 @@ def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shap
 class Cell:
   """A method with a schedule, or a note on why its budget cannot be reached.
 
-  The method's name has `@` and layers where they are not its own; the label is unique and ends with the budget.
+  The method's name ends with `+restore` where that is used, and then with `@` and layers where they are not its own; the
+  label is unique and ends with the budget.
   """
 
   method: str
@@ -105,7 +111,7 @@ class Cell:
 
   @property
   def uses_chance(self) -> bool:
-    return any(METHODS[name].uses_chance for name in parse(self.method.partition("@")[0]))
+    return any(METHODS[name].uses_chance for name in method_names(self.method))
 
   @property
   def file_name(self) -> str:

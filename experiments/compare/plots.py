@@ -15,24 +15,24 @@ from matplotlib.lines import Line2D
 
 from experiments.compare.comparison import BY_SIZE, BY_TYPE, QUESTION_ONLY, Row
 from experiments.compare.comparison import CONTROL as RANDOM
-from experiments.compare.grid import REFERENCE
+from experiments.compare.grid import REFERENCE, method_names
 from experiments.compare.report import Example
 from experiments.compare.tables import groups_of
 from experiments.question_sets import is_right
 from experiments.shared import figures
 from experiments.shared.statistics import pareto_front
-from himap_jax.pruning.methods import METHODS, parse
+from himap_jax.pruning.methods import METHODS
 from himap_jax.run.drawing import fade
 
 BEFORE, INSIDE, BOTH, CONTROL = "before the decoder", "inside the decoder", "before + inside", "controls"
 PLACES = {"before": BEFORE, "inside": INSIDE, "anywhere": CONTROL}
 PALETTES = {
-  BEFORE: "#0b4f9e #2f8fe0 #12b5cb #0a7d6f #5b4fc9 #8fb8f0 #3b2a7a #6ec1c8 #7a86d9".split(),
+  BEFORE: "#0b4f9e #2f8fe0 #12b5cb #0a7d6f #5b4fc9 #8fb8f0 #3b2a7a #6ec1c8 #7a86d9 #00384d".split(),
   INSIDE: "#d1221b #f08a24 #a8324e #e0b000 #8a4b1f #f2739b #5c0f0f #ff6f3c #7a6a00 #c04fa8".split(),
   BOTH: "#2e8b3d #8fbc3f #145225".split(),
   CONTROL: "#555555 #a0a0a0 #000000".split(),
 }
-MARKERS = {BEFORE: "sD^v<>342", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
+MARKERS = {BEFORE: "sD^v<>342|", INSIDE: "ohp*8HP", BOTH: "dX", CONTROL: "x+1"}
 NO_PRUNING = {"color": "#000000", "linestyle": (0, (6, 4)), "linewidth": 0.8}
 BASELINE = {"color": "#888888", "linestyle": ":", "linewidth": 0.8}
 FRONT = {"color": "#222222", "alpha": 0.35, "linewidth": 2}
@@ -51,7 +51,7 @@ class Style(NamedTuple):
   marker: str
 
   def look(self, *, filled: bool) -> dict[str, Any]:
-    is_line = self.marker in "x+1342"
+    is_line = self.marker in "x+1234|"
     edge = {"markeredgecolor": self.colour, "markeredgewidth": 1.8 if is_line else 1.4}
     if filled and not is_line:
       edge = {"markeredgecolor": "white", "markeredgewidth": 0.5}
@@ -66,7 +66,7 @@ def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
   """A style for every method, grouped by where it acts; with layers of its own it counts as another method."""
   styles, used = {}, collections.Counter()
   for method in dict.fromkeys(row["method"] for row in _pruned(rows)):
-    names = parse(method.partition("@")[0])
+    names = method_names(method)
     place = BOTH if len(names) > 1 else PLACES[METHODS[names[0]].acts]
     styles[method] = Style(place, *(wheel[used[place] % len(wheel)] for wheel in (PALETTES[place], MARKERS[place])))
     used[place] += 1
@@ -138,7 +138,10 @@ def plot_sizes(path: pathlib.Path, rows: Sequence[Row]) -> None:
   budgets = sorted({row["budget"] for row in _pruned(rows) if row["budget"]}, reverse=True)
   figure = Figure(figsize=(4.2 * max(1, len(budgets)), 4.0), layout="constrained")
   panels = figure.subplots(1, max(1, len(budgets)), sharey=True, squeeze=False).ravel()
-  values = lambda row: [row[f"{BY_SIZE}{size}"] for size in sizes]  # noqa: E731
+
+  def values(row: Row) -> list[float]:
+    return [row[f"{BY_SIZE}{size}"] for size in sizes]
+
   for axes, budget in zip(panels, budgets, strict=False):
     own = sorted((row for row in _pruned(rows) if row["budget"] == budget), key=lambda row: -row["accuracy"])
     named = [row["method"] for row in own if row["method"] != RANDOM][:NAMED_LINES]
@@ -261,6 +264,5 @@ def _legend(figure: Figure, rows: Sequence[Row], styles: dict[str, Style], extra
       line = ("--" if "@" in method else "-") if filled else "none"
       look = {"linestyle": line, **styles[method].look(filled=filled)}
       entries.append((Line2D([], [], **look), method if filled else f"{method}, as set"))
-  corner = (1.0, 0.5) if figure.get_layout_engine() else (0.91, 0.5)
-  look = {"loc": "center left", "bbox_to_anchor": corner, "frameon": False, "fontsize": 9, "handlelength": 2.6}
+  look = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5), "frameon": False, "fontsize": 9, "handlelength": 2.6}
   figure.legend(*zip(*entries, strict=True), **look)

@@ -35,6 +35,7 @@ function formatter({ name, kind }) {
   const write = (digits) => (value) =>
     value.toLocaleString("en-US", { minimumFractionDigits: digits, maximumFractionDigits: digits });
   if (kind === "percent") return (value) => write(1)(100 * value) + "%";
+  if (kind === "p") return write(3);
   const largest = Math.max(0, ...values.map(Math.abs));
   if (values.every(Number.isInteger) || largest >= 1000) return write(0);
   return write(largest >= 10 ? 1 : largest >= 1 ? 2 : 3);

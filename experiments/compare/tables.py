@@ -91,7 +91,8 @@ def by_group(rows: Sequence[Row], prefix: str) -> str:
   """Accuracy of every type or size of question at every budget, by the prefix of their columns.
 
   Each budget has a row for each control, one for the mean of the methods that reach all budgets, so that all means are
-  over the same methods, and one for each of these; no pruning and the question-only answers come first.
+  over the same methods, and one for every method there; no pruning and the question-only answers come first. A method
+  with other layers or with RESTORE counts as another method.
   """
   by_budget = collections.defaultdict(dict)
   for row in rows:
@@ -112,17 +113,18 @@ def by_group(rows: Sequence[Row], prefix: str) -> str:
 
 
 def findings(rows: Sequence[Row]) -> str:
-  """At every budget: the methods above random tokens, below them, and neither, all statements at 5% together (Holm)."""
+  """At every budget: the methods above random tokens and below them, at 5% together (Holm), and all others."""
   held = [row for row in rows if "beyond_random_p" in row]
   if not held:
-    return "No method was held against random tokens at the same budget.\n"
-  disagreement = float(np.median([row["disagreement"] for row in held]))
-  least = [smallest_difference(held[0]["questions"], disagreement, comparisons=n) for n in (1, len(held))]
+    return "No method was compared with random tokens at the same budget.\n"
+  mean_square = float(np.median([row["mean_square"] for row in held]))
+  least = [smallest_difference(held[0]["questions"], mean_square, comparisons=n) for n in (1, len(held))]
   lines = [
-    f"Accuracy against random tokens at the same budget, {held[0]['questions']} questions, {len(held)} comparisons; all "
-    f"statements hold together at the level of 5% (sign-flip tests, corrected after Holm). In the median comparison "
-    f"{disagreement:.1%} of answers differ; with that, a difference of {100 * least[0]:.1f} points is found with a power "
-    f"of {POWER:.0%} by one test, and one of {100 * least[1]:.1f} points by all of them together.",
+    f"Accuracy against random tokens at the same budget, {held[0]['questions']} questions, {len(held)} comparisons. The "
+    "statements 'above' and 'below' hold together at the level of 5% (sign-flip tests over pictures, corrected after "
+    f"Holm). The mean square of a question's difference is {mean_square:.3f} in the median comparison; with that, a test "
+    f"alone finds a difference of {100 * least[0]:.1f} points with a power of {POWER:.0%}, and after the correction one of "
+    f"{100 * least[1]:.1f} points.",
     "",
   ]
   table = []

@@ -3,7 +3,7 @@
 Axes: C cells, Q questions, T types, R resamples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -18,15 +18,34 @@ AT_ONCE = 5_000_000  # drawn numbers
 
 
 def resample(
-  values: Float[np.ndarray, "C Q"] | Bool[np.ndarray, "C Q"], *, seed: int = 0, resamples: int = RESAMPLES
+  values: Float[np.ndarray, "C Q"] | Bool[np.ndarray, "C Q"],
+  *,
+  groups: Sequence[Hashable] | None = None,
+  seed: int = 0,
+  resamples: int = RESAMPLES,
 ) -> Float[np.ndarray, "R C"]:
-  """Bootstrap over questions: means of samples of as many questions, the same sample for every cell."""
-  rng, count, means = np.random.default_rng(seed), values.shape[1], []
+  """Bootstrap over groups of questions, such as those about one picture: means of samples of as many groups.
+
+  All cells have the same samples. Without groups every question is one of its own.
+  """
+  groups = range(values.shape[1]) if groups is None else groups
+  sums, sizes = group_sums(values, groups), group_sums(np.ones((1, values.shape[1])), groups)
+  rng, count, means = np.random.default_rng(seed), sums.shape[1], []
   at_once = max(1, AT_ONCE // count)
   for first in range(0, resamples, at_once):
-    times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, resamples - first))
-    means.append(times.astype(np.float64) @ values.T.astype(np.float64) / count)
+    times = rng.multinomial(count, np.full(count, 1 / count), size=min(at_once, resamples - first)).astype(np.float64)
+    means.append(times @ sums.T / (times @ sizes.T))
   return np.concatenate(means)
+
+
+def group_sums(
+  values: Float[np.ndarray, "C Q"] | Bool[np.ndarray, "C Q"], groups: Sequence[Hashable]
+) -> Float[np.ndarray, "C G"]:
+  """Sums over the questions of every group, in order of first appearance."""
+  places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+  sums = np.zeros((len(values), len(places)))
+  np.add.at(sums.T, [places[group] for group in groups], values.T.astype(np.float64))
+  return sums
 
 
 def interval(values: Float[np.ndarray, "R *C"]) -> tuple[Float[np.ndarray, "*C"], Float[np.ndarray, "*C"]]:
@@ -52,16 +71,17 @@ def mean_rows(columns: Mapping[str, Float[np.ndarray, "C Q"]], *, seed: int = 0)
   return rows
 
 
-def paired_p_values(differences: Float[np.ndarray, "C Q"], *, seed: int = 0) -> Float[np.ndarray, "C"]:
+def paired_p_values(differences: Float[np.ndarray, "C G"], *, seed: int = 0) -> Float[np.ndarray, "C"]:
   """Two-sided sign-flip permutation tests of mean differences of zero; at least 1 / (`FLIPS` + 1).
 
-  Under the hypothesis a question's difference is as likely as its negative.
+  Under the hypothesis the difference of a question, or of the questions about one picture together, is as likely as its
+  negative.
   """
-  rng, (num_cells, num_questions) = np.random.default_rng(seed), differences.shape
+  rng, (num_cells, num_groups) = np.random.default_rng(seed), differences.shape
   differences = differences.astype(np.float64)
   sums, extreme = np.abs(differences.sum(axis=1)), np.zeros(num_cells)
   for _ in range(FLIPS // FLIPS_AT_ONCE):
-    signs = rng.integers(0, 2, (FLIPS_AT_ONCE, num_questions), dtype=np.int8) * 2.0 - 1.0
+    signs = rng.integers(0, 2, (FLIPS_AT_ONCE, num_groups), dtype=np.int8) * 2.0 - 1.0
     extreme += (np.abs(signs @ differences.T) >= sums - 1e-9).sum(axis=0)
   return (extreme + 1) / (FLIPS + 1)
 
@@ -76,15 +96,17 @@ def holm(p_values: Sequence[float]) -> Float[np.ndarray, "C"]:
   return corrected
 
 
-def smallest_difference(num_questions: int, disagreement: float, *, comparisons: int = 1) -> float:
-  """The paired difference of accuracies that is found with a power of `POWER` at the level of 5%.
+def smallest_difference(num_questions: int, mean_square: float, *, comparisons: int = 1) -> float:
+  """The paired difference of accuracies that one test finds with a power of `POWER` at the level of 5%.
 
-  `disagreement` is the share of questions that only one of the two answers right, whose differences of ±1 have about
-  that variance; the level is divided by the number of comparisons (Bonferroni).
+  Args:
+    mean_square: of a question's difference: for answers that are right or wrong, the share of questions that only one of
+      the two answers right.
+    comparisons: the level is divided by their number (Bonferroni).
   """
   normal = NormalDist()
   deviations = normal.inv_cdf(1 - (1 - LEVEL) / 2 / comparisons) + normal.inv_cdf(POWER)
-  return deviations * (disagreement / num_questions) ** 0.5
+  return deviations * (mean_square / num_questions) ** 0.5
 
 
 def accuracy_by_type(right: Float[np.ndarray, "C Q"], types: Sequence[str]) -> dict[str, Float[np.ndarray, "C"]]:

@@ -16,7 +16,8 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_string(
     "method",
     "himap",
-    f"The pruning method: {', '.join(methods.METHODS)}; or one before the decoder + one inside, such as divprune+himap.",
+    f"The pruning method: {', '.join(methods.METHODS)}; or one before the decoder + one inside, such as "
+    "divprune+himap.",
     flag_values=values,
   )
   flags.DEFINE_list(
@@ -28,7 +29,8 @@ def define(values: flags.FlagValues) -> None:
   flags.DEFINE_list(
     "keep",
     None,
-    "Image tokens to keep at each stage, such as 288,72, or shares of a row's own, such as 50%,12.5%. The method's own by default.",
+    "Image tokens to keep at each stage, such as 288,72, or shares of a row's own, such as 50%,12.5%. The method's own "
+    "by default.",
     flag_values=values,
   )
   flags.DEFINE_list(
@@ -70,12 +72,15 @@ def parse(text: str) -> PruningConfig:
       raise UserError(f"{part[:100]!r} is none of {', '.join(f'--{name}=' for name in NAMES)}")
   values = flags.FlagValues()
   define(values)
-  values(["", *parts])
+  try:
+    values(["", *parts])
+  except flags.Error as error:
+    raise UserError(str(error)) from error
   return config(values)
 
 
 def text(pruning: PruningConfig) -> str:
-  """The flags that choose it, as `parse` reads them."""
+  """The flags that choose it, as `parse` reads them; shares have ten digits."""
   keep = [count if isinstance(count, int) else f"{100 * count:.10g}%" for count in pruning.keep or ()]
   parameters = [f"{name}:{value:.12g}" for name, value in pruning.parameters]
   lists = {"prune_layers": pruning.prune_layers, "keep": keep, "method_parameters": parameters}

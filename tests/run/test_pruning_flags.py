@@ -12,6 +12,7 @@ TEXTS = {
   "--method=himap --prune_layers=2,8 --keep=288,72": PruningConfig("himap", (2, 8), (288, 72)),
   "--method=fastv --keep=12.5%": PruningConfig("fastv", None, (0.125,)),
   "--method=none": PruningConfig("none"),
+  "--method=fastv --keep=25% --restore": PruningConfig("fastv", None, (0.25,), restore=True),
   "--method=divprune+himap --prune_layers=0,2,8 --keep=300,288,72": PruningConfig(
     "divprune+himap", (0, 2, 8), (300, 288, 72)
   ),
@@ -39,6 +40,8 @@ def test_a_text_is_what_the_command_reads(text):
     ("himap", "'himap' is none of"),
     ("--method=magic", "unknown method 'magic'"),
     ("--keep=many", "--keep=many: not a list of numbers"),
+    ("--restore=maybe", "maybe"),
+    ('--keep="', "keep"),
   ],
 )
 def test_what_a_text_cannot_say(text, message):

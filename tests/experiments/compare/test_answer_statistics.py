@@ -86,4 +86,18 @@ def test_the_smallest_difference_is_found_as_often_as_it_says():
   mean = (counts[:, 0] - counts[:, 1]) / num_questions
   error = np.sqrt(((counts[:, 0] + counts[:, 1]) / num_questions - mean**2) / num_questions)
   assert np.mean(mean / error > 1.96) == pytest.approx(statistics.POWER, abs=0.04)
-  assert statistics.smallest_difference(400, 0.2, comparisons=20) > 1.2 * least
+  many = statistics.smallest_difference(400, 0.2, comparisons=20)  # 3.0233: the normal quantile of 1 − 0.025 / 20
+  assert many / least == pytest.approx((3.0233 + 0.8416) / (1.9600 + 0.8416), abs=1e-3)
+
+
+def test_questions_about_one_picture_are_no_independent_evidence():
+  """Asking every question twice changes neither intervals nor p-values, if both are about the same picture."""
+  rng = np.random.default_rng(0)
+  right = rng.random((3, 80)) < np.array([[0.7], [0.6], [0.7]])
+  doubled, pictures = np.repeat(right, 2, axis=1), np.repeat(np.arange(80), 2).tolist()
+  np.testing.assert_allclose(resample(doubled, groups=pictures, seed=1), resample(right, seed=1))
+  sums = statistics.group_sums(doubled, pictures)
+  np.testing.assert_array_equal(sums, 2 * right)
+  differences = right[1:].astype(float) - right[:1]
+  found = statistics.paired_p_values(statistics.group_sums(np.repeat(differences, 2, axis=1), pictures))
+  np.testing.assert_array_equal(found, statistics.paired_p_values(differences))

@@ -148,6 +148,7 @@ def test_cells_with_restore():
     settings=["himap+restore@2/8:288/72", "fastv+restore:25%"],
   )
   by_label = {cell.label: cell for cell in cells}
+  assert not any(cell.uses_chance for cell in cells)
   assert list(by_label)[1:] == [
     "himap 64", "himap+restore 64", "divprune+himap+restore@0/1/4 64", "shortv+restore 64", "himap+restore@2/8:288/72",
     "fastv+restore:25%",

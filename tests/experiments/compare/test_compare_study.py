@@ -38,7 +38,14 @@ ROOT = pathlib.Path(__file__).parents[3]
 NAME, N, NUM_LAYERS = "clip_mha", 16, 6
 STUDIED, NUM_LAYERS_STUDIED = "dinov2_shrunk", 4  # as many image tokens, and fewer layers to compile
 PRUNING = [name for name, method in methods.METHODS.items() if name != "none" and not method.freezes]
-METHODS_DRAWN = [*PRUNING, "shortv", "himap@1/4", "himap@2/4", *(f"{name}+himap" for name in ("divprune", "vispruner"))]
+METHODS_DRAWN = [
+  *PRUNING,
+  "shortv",
+  "divprune+restore",
+  "himap@1/4",
+  "himap@2/4",
+  *(f"{name}+himap" for name in ("divprune", "vispruner")),
+]
 
 
 def question(index, type="t", text="q", answer="a", guess=""):
@@ -230,7 +237,7 @@ def test_methods_are_held_against_random_at_their_budget(loaded):
   ]
 
 
-def test_statements_hold_together_and_chance_is_averaged(loaded):
+def test_statements_hold_together_and_chance_is_averaged(loaded, tmp_path):
   """What is above random tokens, below them or neither; random tokens count with the mean of their seeds."""
   shape = dict(num_layers=NUM_LAYERS, num_image_tokens=N)
   cells = [Cell("none", "none", schedule=Schedule())]
@@ -238,31 +245,35 @@ def test_statements_hold_together_and_chance_is_averaged(loaded):
     layers = {"himap": (2, 4), "fastv": (2,)}.get(name, (0,))
     schedule = methods.build_schedule(name, **shape, prune_layers=layers, keep=None)
     cells.append(Cell(name, f"{name} 8", 8.0, schedule))
-  assert [cell.uses_chance for cell in cells] == [False, True, False, False, False]
+  cells.append(Cell("random", "random:50%", None, cells[1].schedule))  # a setting is no control
+  assert [cell.uses_chance for cell in cells] == [False, True, False, False, False, True]
   sizes_of = [1.0, 2.0, 30.0, None]
   questions = [question(i)._replace(answer="yes", guess="no", size=sizes_of[i % 4]) for i in range(40)]
 
   def given(count):
     return {q.id: {"answer": "yes" if i < count else "no"} for i, q in enumerate(questions)}
 
-  answers = {
-    "none": given(40),
-    "random 8": given(20),
-    "himap 8": given(40),
-    "fastv 8": given(2),
-    "uniform 8": given(18),
-  }
+  right = {"none": 40, "random 8": 20, "himap 8": 40, "fastv 8": 2, "uniform 8": 18, "random:50%": 30}
+  answers = {label: given(count) for label, count in right.items()}
   sizes = PromptSizes(model_sizes(loaded(NAME).config, (28, 28)), N, num_text_tokens=10)
   repeats = {"random 8": [given(10), given(15)]}
-  rows = Comparison(questions, cells, answers, {key: {} for key in answers}, sizes, repeats).rows(seed=0)
+  timings = {key: {"prefill_ratio": 0.5} for key in answers}
+  rows = Comparison(questions, cells, answers, timings, sizes, repeats).rows(seed=0)
   by_label = {row["label"]: row for row in rows}
   assert by_label["random 8"]["accuracy"] == pytest.approx(15 / 40)
   assert by_label["himap 8"]["beyond_random"] == pytest.approx(25 / 40)
   assert by_label["himap 8"]["beyond_random_p"] < 0.001 < 0.05 < by_label["uniform 8"]["beyond_random_p"]
   above, below, neither = tables.findings(rows).splitlines()[-1].split(" | ")[1:]
   assert (above, below, neither) == ("himap +62.5", "fastv -32.5", "uniform +7.5 |")
-  assert by_label["fastv 8"][f"{BY_SIZE}1"] == pytest.approx(1 / 10) and by_label["fastv 8"][f"{BY_SIZE}7 to 12"] == 0.0
-  assert tables.groups_of(rows, BY_SIZE) == ["1", "2", "7 to 12"]
+  assert by_label["fastv 8"][f"{BY_SIZE}1"] == pytest.approx(1 / 10) and by_label["fastv 8"][f"{BY_SIZE}above 6"] == 0.0
+  assert tables.groups_of(rows, BY_SIZE) == ["1", "2", "above 6"]
+  assert "beyond_random" not in by_label["random:50%"]
+  plots.plot_costs(tmp_path / "flops.png", rows, plots.FLOPS)
+  plots.plot_costs(tmp_path / "time.png", rows, plots.TIME)
+  plots.plot_sizes(tmp_path / "sizes.png", rows)
+  for name in ("flops", "time", "sizes"):
+    with Image.open(tmp_path / f"{name}.png") as picture:
+      assert np.asarray(picture.convert("L")).std() > 5
 
 
 def test_a_comparison_that_cannot_tell_stops_before_any_work():
