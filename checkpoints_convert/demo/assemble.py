@@ -1,7 +1,7 @@
 """Assembles the demo checkpoints in the Hugging Face LLaVA layout.
 
 Parts: SmolLM2-135M-Instruct as the language model, DINOv2 ViT-S/14 at 336 px as the tower (24×24 = 576 image tokens),
-of which `demo` reads a late layer, for kinds of things, and a middle one, for what is small and for writing; and an adapter trained for the demo: the projector and low-rank updates of the language model. In `demo_cross` the
+and an adapter trained for the demo: the projector and low-rank updates of the language model. In `demo_cross` the
 language model reads the image tokens by cross-attention (`cross`); in `demo` they are part of its sequence.
 """
 
@@ -22,7 +22,7 @@ _HERE = Path(__file__).parent
 # The adapter of every demo checkpoint, by its name.
 ADAPTERS = {"demo": _HERE / "adapter.safetensors", "demo_cross": _HERE / "cross_adapter.safetensors"}
 MODEL_TYPES = {"demo": "llava", "demo_cross": "llava_cross"}
-# Hidden states of the tower that are its features; those of the last layer are made for saliency.
+# Hidden states of the tower that are its features; the last layer is fine-tuned for saliency.
 FEATURE_LAYERS = {"demo": (11,), "demo_cross": (11,)}
 MARKER = "assembled.json"
 

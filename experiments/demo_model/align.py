@@ -7,7 +7,7 @@ colour moves DINOv2's features along directions of small variance, which an opti
 The words of a patch are the kind, name and colour of the thing in it, or "nothing"; whether it is the thing's middle;
 its place in the picture; and the characters that are written in it.
 
-An adapter for fewer features than the tower now gives keeps what its projector says of every patch, and learns to add
+An adapter for fewer features than the tower gives keeps what its projector says of every patch, and learns to add
 what its features did not show: the characters of signs, and which things are tiny.
 
 Axes: P patches, W words, F features of the tower, D model dim, V vocabulary.
@@ -52,7 +52,7 @@ SHARPNESS, CHARACTERS_SHARE = 2.0, 0.5  # of the cross-entropy of characters
 
 
 class Plan(NamedTuple):
-  """How many pictures are collected, and every which batch of them is of details, where it is not of shapes."""
+  """The number of pictures, and how often a batch is of details: every n-th, of those that are not of shapes."""
 
   num_pictures: int
   details_every: int
@@ -120,7 +120,7 @@ def collect(
         pictures = [picture for picture, _ in shapes]
         described = [describe_shape(*shape, packer.grid, words) for shape in shapes]
       else:
-        is_detail = index % plan.details_every == 0
+        is_detail = mixture.detail_share > 0 and index % plan.details_every == 0
         draw = (mixture.draw_board if index % 2 else mixture.draw_detail) if is_detail else mixture.draw_scene
         scenes = [draw(rng) for _ in range(BATCH)]
         pictures = [scene.picture for scene in scenes]
@@ -282,7 +282,7 @@ def _cover(numbers: np.ndarray, wanted: np.ndarray, grid: int) -> Float[np.ndarr
 
 def describe_scene(scene: Scene, grid: int, words: Sequence[str]) -> Float[np.ndarray, "P W"]:
   things = [
-    ([word for word in (*thing.cutout[1:], "tiny" if details.is_tiny(thing) else None) if word], thing.middle)
+    ([word for word in (*thing.cutout[1:], "tiny" if thing.is_tiny else None) if word], thing.middle)
     for thing in scene.things
   ]
   return describe(scene.instances, things, grid, words, scene.writing)

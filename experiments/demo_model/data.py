@@ -12,6 +12,7 @@ from PIL import Image
 from checkpoints_convert.demo import easyvqa
 from experiments.demo_model import cutouts, details, questions, scenes, signs
 from himap_jax.checkpoint import default_cache_dir
+from himap_jax.errors import UserError
 from himap_jax.run.pictures import load_image
 
 Asked = tuple[str, str]  # a question and its answer
@@ -33,14 +34,20 @@ class Pool(NamedTuple):
 
 
 class Mixture:
-  """Deterministic samples: of scenes and of details in these shares, and of easy-VQA."""
+  """Deterministic samples: of scenes and of details in these shares, and of easy-VQA.
+
+  Without a share of details nothing of them is fetched or drawn. Raises `UserError` for shares above 1 together.
+  """
 
   def __init__(self, *, scene_share: float = 0.75, detail_share: float = 0.0):
+    if scene_share + detail_share > 1:
+      raise UserError(f"the shares of scenes and details are {scene_share + detail_share:g} together, more than 1")
     cache_dir = default_cache_dir()
     self._pools = list(question_pools(easyvqa.load(cache_dir, "train")).items())
     self._cutouts = cutouts.load(cache_dir)["train"]
-    self._parts = details.Parts.of(self._cutouts, signs.faces(cache_dir, "train"))
-    self._scene_share, self._detail_share = scene_share, detail_share
+    faces = signs.faces(cache_dir, "train") if detail_share else []
+    self._parts = details.Parts.of(self._cutouts, faces)
+    self._scene_share, self.detail_share = scene_share, detail_share
 
   def names(self) -> list[str]:
     return sorted({cutout.name for cutout in self._cutouts if cutout.name})
@@ -66,9 +73,7 @@ class Mixture:
   def _draw_one(self, rng: np.random.Generator, source: float) -> Sample:
     if source < self._scene_share:
       return self._ask_about_scene(rng)
-    return (
-      self._ask_about_detail(rng) if source < self._scene_share + self._detail_share else self._ask_about_shape(rng)
-    )
+    return self._ask_about_detail(rng) if source < self._scene_share + self.detail_share else self._ask_about_shape(rng)
 
   def _ask_about_shape(self, rng: np.random.Generator) -> Sample:
     # Kinds take turns: five in six of the original yes-or-no questions can be answered from their words alone, and a

@@ -27,26 +27,17 @@ from PIL import Image
 from experiments.demo_model import scenes, signs
 from experiments.demo_model.cutouts import KINDS, Cutout
 from experiments.demo_model.scenes import SIDE, Canvas, Scene, Thing
-from experiments.demo_model.wording import Question, a, one_of, plural
+from experiments.demo_model.wording import Drawn, Question, a, one_of, plural
 
 PATCH = 14
 TYPES = ("tiny", "next", "crowd", "digits", "word", "photograph", "sheet", "board")
 SIZES = (1.0, 1.5, 2.0, 3.0, 4.0)  # of small things and of digits on a single sign
-TINY = max(SIZES) * PATCH / SIDE  # longest side of a small thing, as a share of the picture
 NEXT_TO, FURTHER = 0.12, 0.12  # how far from a tiny thing its neighbour is at most, and how much further all others are
 MOST = 6  # tiny things in a crowd
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "middle", "right")
 GAP = 0.03  # between photographs, as a share of the picture
 FILLED = 0.8  # of a photograph by its thing, and of a board's cells by its signs
 SIGN = Cutout(None, "sign", None, None)
-
-
-class Detail(NamedTuple):
-  """A scene, its questions by type, in random order, and the size of what they ask for, in image tokens."""
-
-  scene: Scene
-  questions: dict[str, list[Question]]
-  size: float
 
 
 class Parts(NamedTuple):
@@ -65,13 +56,13 @@ class Parts(NamedTuple):
     return cutout, scenes.turned(rng, cutout)
 
 
-def compose(rng: np.random.Generator, parts: Parts, *, size: float | None = None) -> Detail:
+def compose(rng: np.random.Generator, parts: Parts, *, size: float | None = None) -> Drawn:
   """Draws a scene and asks about it; `size` sets that of small things and of digits, which is drawn if absent."""
   drawn = float(rng.choice(SIZES))
   make = (_small, _small, _crowd, _sign, _sign, _sheet, board)[rng.integers(7)]
   scene, asked, own_size = make(rng, parts, drawn if size is None else size)
   questions = {type: [own for own in asked if own.type == type] for type in TYPES}
-  return Detail(scene, {type: [own[i] for i in rng.permutation(len(own))] for type, own in questions.items()}, own_size)
+  return Drawn(scene, {type: [own[i] for i in rng.permutation(len(own))] for type, own in questions.items()}, own_size)
 
 
 Made = tuple[Scene, Sequence[Question], float]
@@ -82,7 +73,7 @@ def _small(rng: np.random.Generator, parts: Parts, size: float) -> Made:
   tiny, *large = map(str, rng.choice(KINDS, size=int(rng.integers(3, 6)), replace=False))
   while True:
     canvas = Canvas(scenes.background(rng))
-    thing = canvas.place(rng, *parts.draw(rng, tiny), size * PATCH / SIDE)
+    thing = _add_tiny_thing(rng, canvas, parts, tiny, size)
     others = _add_large_things(rng, canvas, parts, large)
     near, *far = sorted((_distance(thing, other), other.cutout.kind) for other in others)
     if near[0] <= NEXT_TO and all(distance - near[0] >= FURTHER for distance, _ in far):
@@ -99,7 +90,7 @@ def _crowd(rng: np.random.Generator, parts: Parts, size: float) -> Made:
   tiny, *large = map(str, rng.choice(KINDS, size=int(rng.integers(2, 4)), replace=False))
   canvas, count = Canvas(scenes.background(rng)), int(rng.integers(1, MOST + 1))
   for _ in range(count):
-    canvas.place(rng, *parts.draw(rng, tiny), size * PATCH / SIDE)
+    _add_tiny_thing(rng, canvas, parts, tiny, size)
   _add_large_things(rng, canvas, parts, large)
   return canvas.scene(), [Question("crowd", f"how many tiny {plural(tiny)} are there?", str(count))], size
 
@@ -175,9 +166,10 @@ def _add_large_things(rng: np.random.Generator, canvas: Canvas, parts: Parts, ki
   return [canvas.place(rng, *parts.draw(rng, kind), rng.uniform(0.65, 1.0) * largest) for kind in kinds]
 
 
-def is_tiny(thing: Thing) -> bool:
-  left, top, right, bottom = thing.box
-  return thing.cutout != SIGN and max(right - left, bottom - top) < 1.01 * TINY
+def _add_tiny_thing(rng: np.random.Generator, canvas: Canvas, parts: Parts, kind: str, size: float) -> Thing:
+  canvas.place(rng, *parts.draw(rng, kind), size * PATCH / SIDE)
+  canvas.things[-1] = canvas.things[-1]._replace(is_tiny=True)
+  return canvas.things[-1]
 
 
 def _distance(one: Thing, other: Thing) -> float:

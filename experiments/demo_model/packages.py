@@ -28,7 +28,7 @@ class Package(NamedTuple):
 
 
 # Licences: stamps GPL-2; noto MIT, pictures Apache-2.0; twemoji MIT, pictures CC-BY-4.0; fluent MIT; typefaces OFL-1.1,
-# Liberation with an exception.
+# Liberation GPL-2 with exceptions.
 PACKAGES = {
   label: Package(**fields)
   for label, fields in json.loads(pathlib.Path(__file__).with_suffix(".json").read_text(encoding="utf-8")).items()

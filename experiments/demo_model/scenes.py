@@ -21,10 +21,11 @@ Box = tuple[float, float, float, float]
 
 
 class Thing(NamedTuple):
-  """A cut-out in a scene, and its box."""
+  """A cut-out in a scene, its box, and whether it is one of the tiny things that a question is about."""
 
   cutout: Cutout
   box: Box
+  is_tiny: bool = False
 
   @property
   def middle(self) -> tuple[float, float]:

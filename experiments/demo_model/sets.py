@@ -9,16 +9,14 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import app, flags
 
 from experiments.demo_model import cutouts, details, questions, scenes, signs
 from experiments.demo_model.cutouts import Cutout
-from experiments.demo_model.scenes import Scene
-from experiments.demo_model.wording import Question
+from experiments.demo_model.wording import Drawn
 from himap_jax.checkpoint import default_cache_dir
 from himap_jax.errors import UserError
 from himap_jax.run import command
@@ -27,14 +25,6 @@ from himap_jax.run.progress import Progress
 SETS = ("scenes", "lists", "details")
 SPLITS = ("train", "test")
 GUESS_SCENES = 1000
-
-
-class Drawn(NamedTuple):
-  """A scene, its questions by type, and the size of what they ask for, in image tokens, if it is known."""
-
-  scene: Scene
-  questions: Mapping[str, Sequence[Question]]
-  size: float | None = None
 
 
 Draw = Callable[[np.random.Generator], Drawn]
@@ -51,14 +41,14 @@ def scenes_of(pictures: Sequence[Cutout], *, lists: bool = False) -> Draw:
 
 
 def load(name: str, split: str, *, size: float | None = None) -> Draw:
-  """What draws a set's scenes; details of one size if it is given, which other sets do not have."""
+  """Draws the scenes of a set; `size` is for details alone."""
   if size is not None and name != "details":
     raise UserError(f"a size is that of details; the set {name} has none")
   cache_dir = default_cache_dir()
   pictures = cutouts.load(cache_dir)[split]
   if name == "details":
     parts = details.Parts.of(pictures, signs.faces(cache_dir, split))
-    return lambda rng: Drawn(*details.compose(rng, parts, size=size))
+    return lambda rng: details.compose(rng, parts, size=size)
   return scenes_of(pictures, lists=name == "lists")
 
 

@@ -14,7 +14,7 @@ WORDS = (
   "bus car cat cup dog egg fan fox hat hen ink jam key leg map net oil pen pig red sun tea top van yes zoo "
   "ball bell bird book cake door fish hand home king lamp moon open rain road shop snow star stop tree west wood"
 ).split()
-CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz"
+CHARACTERS = tuple("0123456789abcdefghijklmnopqrstuvwxyz")
 TILT = 5  # degrees
 TYPEFACES = ("liberation", "comic_neue", "lato")  # packages
 TEST_FACES = (

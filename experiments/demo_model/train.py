@@ -1,4 +1,4 @@
-"""Trains a demo model: a projector and low-rank updates of the language model, on composed scenes and easy-VQA.
+"""Trains a demo model: a projector and low-rank updates of the language model, on scenes, details and easy-VQA.
 
     python -m experiments.demo_model.train --workdir=… --adapter=checkpoints_convert/demo/adapter.safetensors
 
@@ -15,7 +15,7 @@ directory.
 """
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +26,9 @@ from absl import app, flags
 from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
-from checkpoints_convert.demo.assemble import ADAPTERS, assemble
+from checkpoints_convert.demo.assemble import ADAPTERS, FEATURE_LAYERS, assemble
 from checkpoints_convert.demo.cross import trained
+from checkpoints_convert.demo.packages import sha256_of
 from checkpoints_convert.source import read_json
 from experiments.demo_model.adapter import Adapter, Whitening, answer_logits, init_cross, init_lora, widen
 from experiments.demo_model.align import aligned
@@ -114,6 +115,7 @@ def run() -> int:
   base = assemble(workdir / "base", _MODEL.value, cache_dir=checkpoint.default_cache_dir(), adapter=None)
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
   packers = {stage: Packer(loaded, stage.image_size, stage.question_slots) for stage in stages}
+  check_settings(workdir, stages)
   mixture = Mixture(scene_share=_SCENE_SHARE.value, detail_share=_DETAIL_SHARE.value)
   directory, base_projector = workdir / "checkpoints", None
   if _INIT_ADAPTER.value:
@@ -158,6 +160,15 @@ def run() -> int:
           print(f"step {index}: {stage.image_size} px, loss {loss:.3f}, right {right:.3f}", flush=True)
   export()
   return 0
+
+
+def check_settings(workdir: pathlib.Path, stages: Sequence[Stage]) -> None:
+  """Raises `UserError` if the work directory holds the training of another adapter, plan or seed."""
+  flags_of = (_MODEL, _SCENE_SHARE, _DETAIL_SHARE, _RANK, _PROJECTOR_RATE, _LORA_RATE, _CROSS_RATE, _SEED, _DTYPE)
+  start = None if _INIT_ADAPTER.value is None else sha256_of(pathlib.Path(_INIT_ADAPTER.value))
+  settings = {flag.name: flag.value for flag in flags_of} | {"stages": list(map(list, stages)), "init_adapter": start}
+  settings |= {"feature_layers": list(FEATURE_LAYERS[_MODEL.value])}
+  command.check_settings(workdir / "settings.json", settings, "use another --workdir")
 
 
 def _stage(text: str) -> Stage:

@@ -1,6 +1,9 @@
 """Questions, and how kinds of things are called in them."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+from experiments.demo_model.scenes import Scene
 
 PIECES = ("food", "clothing")  # kinds that are counted in pieces
 VOWELS = "aeiou"
@@ -12,6 +15,14 @@ class Question(NamedTuple):
   type: str
   question: str
   answer: str
+
+
+class Drawn(NamedTuple):
+  """A scene, its questions by type in random order, and the size of what they ask for, in image tokens, if known."""
+
+  scene: Scene
+  questions: Mapping[str, Sequence[Question]]
+  size: float | None = None
 
 
 def one_of(kind: str) -> str:

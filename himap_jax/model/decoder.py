@@ -3,7 +3,7 @@
 Axes: B batch, S query slots, A axes of positions (none for one), T cache slots, M slots of new tokens, N query heads, K
 key heads, H head dim, F rotated features of a head, D model dim, R updated slots, I image tokens before pruning.
 
-It is independent of pruning.
+It knows no methods and no schedules; for RESTORE it calibrates the attention to image tokens that are left.
 """
 
 import functools

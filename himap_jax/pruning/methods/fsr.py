@@ -26,10 +26,8 @@ from himap_jax.pruning.sizes import Sizes
 
 RELEVANCE_POWER = 3
 FOCUS_MASS = 0.9
-NO_FEATURE, MISSING = (
-  -1.0,
-  -2.0,
-)  # below any distance: tokens without a feature come after all others, missing ones last
+# Below any distance: tokens without a feature come after all others, missing ones last.
+NO_FEATURE, MISSING = -1.0, -2.0
 
 
 def priority(view: View) -> Float[Array, "B N"]:
@@ -89,7 +87,7 @@ def focus_scan_refine(view: View, keep: int) -> Selection:
   scanned, dropped = is_kept & ~focus & has_feature, ~is_kept & has_feature
   to_scanned = jnp.where(scanned[:, None], similarity, -jnp.inf)
   likeness = jnp.where(dropped, to_scanned.max(axis=2), -jnp.inf)
-  most_alike = stable_top_k(likeness, min(keep, num_tokens))
+  most_alike = stable_top_k(likeness, keep)
   first = jnp.arange(most_alike.shape[1], dtype=jnp.int32)[None] < scanned.sum(axis=1, keepdims=True, dtype=jnp.int32)
   merges = mark(jnp.where(first, most_alike, -1), num_tokens) & dropped
   joins = merges[:, None] & (to_scanned.argmax(axis=2)[:, None] == kept[:, :, None])

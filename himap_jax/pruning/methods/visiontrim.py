@@ -1,10 +1,11 @@
 """VisionTrim: tokens with much class attention in even surroundings; dropped ones merged by what text they resemble.
 
 Written from the paper's equations of the stage before the decoder; the one inside is left out. What they leave open is
-as in the authors' repository (Apache-2.0): windows of 3 × 3 with the token itself, weights 1, 1 and ½ of the kernels,
-three rounds of merging, a quarter of the tokens merged. That code takes the σ of local affinity of single features and
-coordinates, and in the end chooses by attention between image tokens instead; here σ is of the distances in all
-windows, which is how we read the paper.
+as in the authors' repository (Apache-2.0): windows of 3 × 3 with the token itself, half the weight for distance in the
+grid, three rounds of merging, a quarter of the tokens merged. That code differs from the equations, and so from this
+file: it takes the σ of local affinity of single features and coordinates (here of the distances in all windows, our
+reading), applies the softmax to it twice and divides by nine at the border, too; it chooses by half the class attention
+and half the attention that image tokens receive from each other; and it merges plain means by cosine similarity.
 
 The authors take text from the tower's text encoder. A LLaVA checkpoint has none, so here image and instruction tokens
 are compared at the decoder's input. Scores are normalised over the row, not over each tile.
@@ -71,7 +72,9 @@ def importance(view: View) -> Float[Array, "B N"]:
   return alpha * by_class + (1 - alpha) * by_window
 
 
-def merged_by_text(view: View, dropped: Bool[Array, "B N"], count: int) -> tuple[Int[Array, "B R"], Array]:
+def merged_by_text(
+  view: View, dropped: Bool[Array, "B N"], count: int
+) -> tuple[Int[Array, "B R"], Float[Array, "B R F"]]:
   """The dropped tokens that the instruction resembles most, and their features with those of the other ones.
 
   Of image tokens V and instruction tokens T, a centre has the highest softmax(TVᵀ/√D) over the dropped tokens, averaged

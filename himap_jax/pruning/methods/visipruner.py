@@ -1,8 +1,8 @@
 """VisiPruner: the image tokens whose removal changes the last token's attention output most.
 
-The authors cut text off from the image in the first six layers; then keep, from the first layer in which some image
+The authors cut text off from the image in the first six layers; then keep, from the first later layer in which an image
 token matters (its removal turns the output to a cosine below 0.995), all whose removal changes it by more than 0.2; and
-drop these after two layers in which none matters (0.999). Layers and counts thus depend on the prompt. Here they are
+drop these after two layers, together or apart, in which none matters (0.999). Layers and counts thus depend on the prompt. Here they are
 fixed: two stages keep the tokens that matter most, the second at least one, which stands for dropping all. The first
 six layers are left alone: cutting text off there needs another attention and leaves as many tokens.
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from experiments.demo_model import align, details, questions, scenes, sets
+from experiments.demo_model import align, questions, scenes, sets
 from experiments.demo_model.cutouts import COLOUR_NAMES, KINDS, Cutout
 
 NUM_SCENES = 60
@@ -157,7 +157,7 @@ def test_patches_are_described_by_what_covers_them(drawn):
       patch = scene.instances[edges[row] : edges[row + 1], edges[column] : edges[column + 1]]
       shares = [np.mean(patch == number + 1) for number in range(len(scene.things))]
       thing = scene.things[int(np.argmax(shares))]
-      least = align.COVERED_BY_TINY if details.is_tiny(thing) else align.COVERED
+      least = align.COVERED_BY_TINY if thing.is_tiny else align.COVERED
       kind = thing.cutout.kind if max(shares) >= least else None
       shown = [word for word in (*KINDS, "nothing") if labels[row, column, words.index(word)] > 0]
       assert shown == [kind or "nothing"]
