@@ -1,8 +1,8 @@
 """What a model lets one choose: its methods, and the layers and keep counts from which they start."""
 
-import contextlib
 import dataclasses
 
+from himap_jax.engine.accounting import method_inputs
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import METHODS, PruningConfig
@@ -13,23 +13,19 @@ NOTHING = "none"
 
 
 def before(asker: Asker) -> list[str]:
-  """Methods that the model can run before the decoder; the first is none."""
-  return _runnable(asker, "inside")
+  """Methods before the decoder that read nothing that the model lacks; the first is none."""
+  return _readable(asker, "inside")
 
 
 def inside(asker: Asker) -> list[str]:
-  """Methods that it can run inside the decoder; the first is none."""
-  return _runnable(asker, "before")
+  """Such methods inside the decoder; the first is none."""
+  return _readable(asker, "before")
 
 
-def _runnable(asker: Asker, other: str) -> list[str]:
-  names = [name for name, method in METHODS.items() if method.acts != other and name != NOTHING]
-  found = [NOTHING]
-  for name in names:
-    with contextlib.suppress(UserError):
-      asker.schedule(PruningConfig(name))
-      found.append(name)
-  return found
+def _readable(asker: Asker, elsewhere: str) -> list[str]:
+  provided = set(method_inputs(asker.opened.config)["provides"])
+  own = {name: method for name, method in METHODS.items() if method.acts != elsewhere and method.needs <= provided}
+  return [NOTHING, *(name for name in own if name != NOTHING)]
 
 
 def joined(first: str, second: str) -> str:

@@ -1,9 +1,7 @@
 """One question answered without and with pruning: texts, times, costs, and what every layer sees of the picture."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from PIL import Image
@@ -16,11 +14,7 @@ from himap_jax.inputs import Example
 from himap_jax.pruning.cost import Costs, costs
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
-from himap_jax.run.asking import INCOMPLETE, Asked, Asker
-
-SIDES = ("plain", "pruned")
-# Takes a side, a name and its value, such as the text so far; what it raises ends the comparison.
-Show = Callable[[str, str, Any], None]
+from himap_jax.run.asking import Asked, Asker
 
 
 class Side(NamedTuple):
@@ -68,9 +62,7 @@ class Comparison:
   spans: tuple[Span, ...]
 
 
-def compare(
-  asker: Asker, picture: Image.Image, question: str, pruning: PruningConfig, show: Show = lambda *_: None
-) -> Comparison:
+def compare(asker: Asker, picture: Image.Image, question: str, pruning: PruningConfig) -> Comparison:
   """Answers a question twice.
 
   Raises:
@@ -78,28 +70,20 @@ def compare(
   """
   if not question.strip():
     raise UserError("the question is empty")
-  choices = dict(zip(SIDES, (PruningConfig("none"), pruning), strict=True))
-  asked = {side: asker.prepare([picture], question, choice) for side, choice in choices.items()}
-  plain, _ = _answer(asker, asked["plain"], functools.partial(show, "plain"))
-  pruned, answered = _answer(asker, asked["pruned"], functools.partial(show, "pruned"))
-  example, schedule = asked["pruned"].example, asked["pruned"].schedule
-  segments = schedule.segments(asker.opened.config.text.num_hidden_layers, example.num_image_tokens)
+  asked = [asker.prepare([picture], question, own) for own in (PruningConfig("none"), pruning)]
+  (plain, _), (pruned, answered) = (_answer(asker, own) for own in asked)
+  example = asked[1].example
+  segments = asked[1].schedule.segments(asker.opened.config.text.num_hidden_layers, example.num_image_tokens)
   spans = tuple(Span(own.first, own.last, count) for own, count in zip(segments, pruned.image_tokens, strict=True))
   ranks = tuple(own if own is None else tuple(own) for own in answered.ranks)
   return Comparison(plain, pruned, _views(asker, example), tuple(map(tuple, answered.kept)), ranks, spans)
 
 
-def _answer(asker: Asker, asked: Asked, show: Callable[[str, Any], None]) -> tuple[Side, Answered]:
+def _answer(asker: Asker, asked: Asked) -> tuple[Side, Answered]:
   """The side, and the engine's answer."""
-
-  def is_complete(tokens: Sequence[int]) -> bool:
-    show("text", asker.processor.decode(list(tokens)).rstrip(INCOMPLETE))
-    return False
-
-  reply = asker.answer(asked, is_complete)
+  reply = asker.answer(asked)
   answered, example = reply.answered, asked.example
   if reply.compile_seconds:
-    show("compiled", reply.compile_seconds)
     answered = asker.answer(asked).answered
   counts = tuple(map(len, answered.kept))
   side = Side(

@@ -10,32 +10,31 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 import contextlib
 import dataclasses
 import itertools
-import queue
+import pathlib
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import gradio as gr
 
 from himap_jax.demo import choices, results
-from himap_jax.demo.comparing import SIDES, compare
+from himap_jax.demo.comparing import compare
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import PruningConfig
-from himap_jax.run import pruning_flags
+from himap_jax.run import command, pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.pictures import PictureFiles
 
 MOST_STAGES = 8  # that have sliders
-KEPT_SECONDS = 600  # of files of visits
+KEPT_SECONDS = 3600  # of files of visits
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor's system
 TITLE = "One question, with and without pruning"
 ABOUT = (
   "A picture becomes image tokens, one for each patch. Pruning drops most of them on their way through the model's "
   "layers. Is the answer still right, and what does it save?"
 )
-AT_ONCE: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
 
 
 class Limits(NamedTuple):
@@ -58,7 +57,7 @@ def _one_line() -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    raise gr.Error(" ".join(str(error).split()), duration=None, title="", print_exception=False) from error
+    raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
 
 
 class Handlers:
@@ -86,7 +85,7 @@ class Handlers:
     with _one_line():
       return pruning_flags.text(dataclasses.replace(pruning_flags.parse(settings), restore=restored))
 
-  def move(self, settings: str, *values: float) -> str:
+  def move(self, settings: str, *values: int | float) -> str:
     """The settings with other layers, keep counts and parameters, in this order."""
     with _one_line():
       pruning = pruning_flags.parse(settings)
@@ -118,28 +117,20 @@ class Handlers:
         keep.append(gr.Slider(**options, buttons=[], interactive=True, elem_id=f"keep-{stage}"))
     return [*layers, *keep, *(gr.Number(value, label=name) for name, value in pruning.parameters)]
 
-  def answer(self, file: dict[str, Any] | None, question: str, settings: str) -> Iterator[list[Any]]:
-    """The answers without and with pruning as they grow, and at the end the table, the pictures and their legend.
+  def answer(self, file: dict[str, Any] | None, question: str, settings: str) -> list[Any]:
+    """The answers without and with pruning, the table, the pictures and their legend.
 
     `file` is what Gradio knows of the picture's file, which only `PictureFiles` decodes.
     """
     with _one_line():
       if file is None:
         raise UserError("there is no picture yet")
-      picture, _ = PictureFiles().load(file["path"], max_pixels=self._limits.picture_pixels)
-      pruning = pruning_flags.parse(settings)
-      events: queue.SimpleQueue[tuple[str, str, Any] | None] = queue.SimpleQueue()
-      texts = dict.fromkeys(SIDES, "")
-      with ThreadPoolExecutor(max_workers=1) as thread:
-        future = thread.submit(compare, self._asker, picture, question, pruning, lambda *event: events.put(event))
-        future.add_done_callback(lambda _: events.put(None))
-        for side, name, value in iter(events.get, None):
-          if name == "text":
-            texts[side] = value
-            yield [*texts.values(), gr.skip(), gr.skip(), gr.skip()]
-      found = future.result()
+      with command.user_error("the picture is gone, choose it again"):
+        content = pathlib.Path(file["path"]).read_bytes()
+      picture, _ = PictureFiles().load(content, max_pixels=self._limits.picture_pixels)
+      found = compare(self._asker, picture, question, pruning_flags.parse(settings))
     gallery = gr.Gallery(results.panels(found), selected_index=len(found.spans) - 1 if found.views else None)
-    yield [found.plain.text, found.pruned.text, results.table(found), gallery, results.legend(found)]
+    return [found.plain.text, found.pruned.text, results.table(found), gallery, results.legend(found)]
 
 
 def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits = Limits()) -> gr.Blocks:
@@ -185,21 +176,21 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
 
     with controls:
 
-      @gr.render(inputs=start, triggers=[page.load, start.change], show_progress="hidden", queue=False)
+      @gr.render(inputs=start, triggers=[page.load, start.change], show_progress="hidden")
       def show_controls(start: tuple[int, str]) -> None:
         if len(pruning_flags.parse(start[1]).keep or ()) > MOST_STAGES:
           gr.Markdown("This method has too many stages for sliders; the settings name them.")
           return
         moving = handlers.controls(start[1])
         for control in moving:
-          control.input(handlers.move, [settings, *moving], settings, **AT_ONCE)
+          control.input(handlers.move, [settings, *moving], settings, **QUIET)
 
     everything = [settings, start, before, inside, restored]
     for chosen in (before.input, inside.input):
-      chosen(handlers.choose, [before, inside, restored], everything, **AT_ONCE)
+      chosen(handlers.choose, [before, inside, restored], everything, **QUIET)
     for pasted in (settings.submit, settings.blur):
-      pasted(handlers.paste, settings, everything, **AT_ONCE)
-    restored.input(handlers.restore, [settings, restored], settings, **AT_ONCE)
+      pasted(handlers.paste, settings, everything, **QUIET)
+    restored.input(handlers.restore, [settings, restored], settings, **QUIET)
     shown = [plain, pruned, table, gallery, legend]
     asked = [ask.click, question.submit]
     inputs = [picture, question, settings]

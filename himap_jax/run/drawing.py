@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageDraw
 
 from himap_jax.families.family import View
@@ -17,7 +17,7 @@ STAGES = np.array([[68, 1, 84], [49, 104, 142], [53, 183, 121], [253, 231, 37]])
 Ranks = Sequence[Sequence[int] | None]
 
 
-def ramp(colours: Float[np.ndarray, "number 3"], count: int) -> UInt8[np.ndarray, "count 3"]:
+def ramp(colours: Int[np.ndarray, "number 3"], count: int) -> UInt8[np.ndarray, "count 3"]:
   """So many colours, evenly spaced from the first to the last of some."""
   places = np.linspace(0, len(colours) - 1, count)
   return np.stack([np.interp(places, range(len(colours)), one) for one in colours.T], axis=-1).astype(np.uint8)
