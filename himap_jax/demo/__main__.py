@@ -19,7 +19,6 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from himap_jax.demo.page import Limits, serve
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command, model_flags, pruning_flags
@@ -65,6 +64,10 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
 
   def action() -> int:
+    try:
+      from himap_jax.demo.page import Limits, serve
+    except ModuleNotFoundError as error:
+      raise UserError(f"the page needs Gradio, in the extra `demo`: {error}") from error
     values = model_flags.values_from_flags()
     one_row = dataclasses.replace(values["inputs"], batch_size=1)
     asker = Asker.open(AnswerConfig(**values | {"inputs": one_row}))

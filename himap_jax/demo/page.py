@@ -128,9 +128,11 @@ class Handlers:
       with command.user_error("the picture is gone, choose it again"):
         content = pathlib.Path(file["path"]).read_bytes()
       picture, _ = PictureFiles().load(content, max_pixels=self._limits.picture_pixels)
-      found = compare(self._asker, picture, question, pruning_flags.parse(settings))
+      pruning = pruning_flags.parse(settings)
+      found = compare(self._asker, picture, question, pruning)
+    table = f"{results.table(found)} Asked with `{pruning_flags.text(pruning)}`."
     gallery = gr.Gallery(results.panels(found), selected_index=len(found.spans) - 1 if found.views else None)
-    return [found.plain.text, found.pruned.text, results.table(found), gallery, results.legend(found)]
+    return [found.plain.text, found.pruned.text, table, gallery, results.legend(found)]
 
 
 def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits = Limits()) -> gr.Blocks:
