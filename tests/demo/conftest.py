@@ -49,17 +49,17 @@ def files(tmp_path_factory, images):
   return [folder / f"{index}.png" for index in range(len(images))]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(asker, files):
   """The URL of the page, at a free port."""
   with serve(("127.0.0.1", 0), asker, [(str(files[0]), "what is it?"), (str(files[2]), "why?")], LIMITS) as url:
-    forget_event_loops()
     yield url
-  forget_event_loops()
 
 
-def forget_event_loops():
-  """Collects those that Gradio makes and leaves open, without their warnings."""
+@pytest.fixture(scope="module", autouse=True)
+def without_event_loops():
+  """Collects at the end those that Gradio makes and leaves open, without their warnings."""
+  yield
   asyncio.set_event_loop(None)
   with warnings.catch_warnings(action="ignore"):
     gc.collect()

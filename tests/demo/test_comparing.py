@@ -3,19 +3,22 @@
 import dataclasses
 import re
 
+import gradio as gr
 import numpy as np
 import pytest
 import tiny_anyres
-from served import SETTING
+from served import LIMITS, SETTING
 
 from himap_jax.demo import choices, results
 from himap_jax.demo.comparing import compare
+from himap_jax.demo.page import Handlers
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS, PruningConfig
 from himap_jax.run import pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # event loops of Gradio
 QUESTION = "what is it?"
 GRID = 4  # patches along a side
 
@@ -125,6 +128,22 @@ def test_percent_where_pictures_differ_in_image_tokens(tmp_path):
   assert choices.spelled_out(asker, PruningConfig("random")).keep == (0.25,)
   with pytest.raises(UserError, match="--keep=8: pictures of this model differ in image tokens"):
     choices.spelled_out(asker, PruningConfig("fastv", (2,), (8,)))
+  handlers, settings = Handlers(asker, LIMITS), "--method=fastv --prune_layers=2 --keep=12.5%"
+  with gr.Blocks():
+    assert [control.value for control in handlers.controls(settings)] == [2, 12.5]
+  assert handlers.move(settings, 3, 30.5) == "--method=fastv --prune_layers=3 --keep=30.5%"
+
+
+def test_parameters_have_fields(asker):
+  handlers = Handlers(asker, LIMITS)
+  settings = handlers.paste("--method=himap_adaptive --prune_layers=2,4 --keep=12,6")[0]
+  assert settings == "--method=himap_adaptive --prune_layers=2,4 --keep=12,6 --method_parameters=threshold:0.8"
+  with gr.Blocks():
+    assert [control.value for control in handlers.controls(settings)] == [2, 4, 12, 6, 0.8]
+  moved = handlers.move(settings, 2, 5, 12, 6, 0.7)
+  assert moved == "--method=himap_adaptive --prune_layers=2,5 --keep=12,6 --method_parameters=threshold:0.7"
+  with pytest.raises(gr.Error, match="not those of the sliders"):
+    handlers.move("--method=fastv --prune_layers=2 --keep=8", 2, 5, 12, 6, 0.7)
 
 
 def test_every_choice_is_one_that_the_model_runs(asker, checkpoints):

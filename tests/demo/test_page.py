@@ -10,7 +10,10 @@ from browser import Browser
 from PIL import Image
 from served import SETTING
 
-pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")  # of Gradio's queue
+pytestmark = [  # of Gradio's queue and event loops
+  pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning"),
+  pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
+]
 QUESTION = "where is the cat?"
 PATIENCE = 60  # seconds for two answers, which may have to be compiled
 SIDE = 4  # patches
