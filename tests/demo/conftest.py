@@ -60,6 +60,6 @@ def page(asker, files):
 def without_event_loops():
   """Collects at the end those that Gradio makes and leaves open, without their warnings."""
   yield
-  asyncio.set_event_loop(None)
+  asyncio.set_event_loop_policy(None)
   with warnings.catch_warnings(action="ignore"):
     gc.collect()
