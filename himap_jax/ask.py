@@ -24,7 +24,9 @@ from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.pictures import PictureFiles
 
 flags.adopt_module_key_flags(model_flags)  # for --help
-_SHOW = flags.DEFINE_string("show", None, "PNG file to write: the pictures with the patches kept at each stage.")
+_SHOW = flags.DEFINE_string(
+  "show", None, "PNG file to write: the pictures with the patches kept at each stage, by the rank of their scores."
+)
 
 
 def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathlib.Path | None = None) -> None:
@@ -46,7 +48,7 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   print(f"{config.pruning.label}: {asked.example.num_image_tokens} image tokens{kept}; {times}", file=sys.stderr)
   if show is not None:
     with command.user_error(f"--show: cannot write {show}"):
-      draw_kept(asker.processor.views(asked.example), answered.kept).save(show, format="PNG")
+      draw_kept(asker.processor.views(asked.example), answered.kept, answered.ranks).save(show, format="PNG")
 
 
 def _printing(decode: Callable[[list[int]], str]) -> Callable[[Sequence[int]], bool]:

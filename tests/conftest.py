@@ -46,7 +46,7 @@ SLOW = """
   test_compile_study test_gemma3 test_llava_next test_convert test_calibrate test_int8_weights test_sharding test_int8
   test_compare_study test_qwen_vl test_disruption test_saliency test_methods_in_model test_direct_loading test_dynamic
   test_adaptive test_adaptive_study test_demo_assembly test_importance test_llava_onevision test_abstract
-  test_demo_training test_against_lmms_eval test_restore test_page test_server
+  test_demo_training test_against_lmms_eval test_restore test_page test_demo_command
 """.split()
 
 

@@ -9,16 +9,18 @@ import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
-import collections
+import contextlib
 import dataclasses
-import mimetypes
 import pathlib
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from absl import app, flags
 
-from himap_jax.demo.server import ExamplePicture, Limits, Page
+from himap_jax.errors import UserError
+from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command, model_flags, pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
@@ -34,44 +36,54 @@ _EXAMPLES = flags.DEFINE_string(
   "Directory with pictures to start from, and a file prompts.jsonl that names them and asks about them. None if it is "
   "missing.",
 )
-_MAX_WAITING = flags.DEFINE_integer("max_waiting", 8, "Most visitors that wait for an answer.", lower_bound=0)
+_MAX_WAITING = flags.DEFINE_integer("max_waiting", 8, "Most visitors that wait for an answer.", lower_bound=1)
 _MAX_PICTURE_MB = flags.DEFINE_integer("max_picture_mb", 16, "Largest file of a picture, in MB.", lower_bound=1)
 
 
-def read_examples(directory: pathlib.Path) -> list[ExamplePicture]:
-  """The pictures that a directory's prompts.jsonl asks about; none if there is no such file."""
+def read_examples(directory: pathlib.Path) -> list[tuple[str, str]]:
+  """The pictures, as files, and questions of a directory's prompts.jsonl; none if there is no such file."""
   path = directory / "prompts.jsonl"
-  questions: dict[str, list[str]] = collections.defaultdict(list)
-  if path.is_file():
-    for prompt in read_prompts(open_records(path)):
-      if prompt.error is None and len(prompt.images) == 1 and isinstance(prompt.question, str):
-        questions[str(prompt.images[0])].append(prompt.question)
-  with command.user_error(f"--examples: cannot read the pictures of {path}"):
-    return [
-      ExamplePicture((directory / name).read_bytes(), mimetypes.guess_type(name)[0] or "image/png", tuple(asked))
-      for name, asked in questions.items()
-    ]
+  prompts = read_prompts(open_records(path)) if path.is_file() else ()
+  return [
+    (str(directory / str(prompt.images[0])), prompt.question)
+    for prompt in prompts
+    if prompt.error is None and len(prompt.images) == 1 and isinstance(prompt.question, str)
+  ]
+
+
+def with_default_method(asker: Asker) -> Asker:
+  """The asker; without pruning if the model cannot run the default method."""
+  try:
+    asker.schedule(asker.config.pruning)
+  except UserError:
+    return dataclasses.replace(asker, config=dataclasses.replace(asker.config, pruning=PruningConfig("none")))
+  return asker
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
 
   def action() -> int:
+    try:
+      from himap_jax.demo.page import Limits, serve
+    except ModuleNotFoundError as error:
+      raise UserError(f"the page needs Gradio, in the extra `demo`: {error}") from error
     values = model_flags.values_from_flags()
     one_row = dataclasses.replace(values["inputs"], batch_size=1)
     asker = Asker.open(AnswerConfig(**values | {"inputs": one_row}))
-    if any(flags.FLAGS[name].present for name in (*pruning_flags.NAMES, "schedule")):
-      asker.schedule(asker.config.pruning)  # else the page starts with a method that the model can run
+    if not any(flags.FLAGS[name].present for name in (*pruning_flags.NAMES, "schedule")):
+      asker = with_default_method(asker)
     limits = Limits(picture_bytes=_MAX_PICTURE_MB.value * 1_000_000, waiting=_MAX_WAITING.value)
-    address = (_HOST.value, _PORT.value)
-    with command.user_error(f"cannot serve at --host={_HOST.value} --port={_PORT.value}"):
-      page = Page(address, asker, read_examples(pathlib.Path(_EXAMPLES.value)), limits)
-    with page:
-      print(f"reading the weights of {asker.config.checkpoint} …", file=sys.stderr)
-      asker.loaded  # noqa: B018
-      print(f"open {page.url} in a browser; Ctrl-C ends it", flush=True)
+    print(f"reading the weights of {asker.config.checkpoint} …", file=sys.stderr)
+    asker.loaded  # noqa: B018
+    address, examples = (_HOST.value, _PORT.value), read_examples(pathlib.Path(_EXAMPLES.value))
+    with contextlib.ExitStack() as stack:
+      with command.user_error(f"cannot serve at --host={_HOST.value} --port={_PORT.value}"):
+        url = stack.enter_context(serve(address, asker, examples, limits))
+      print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
+      signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what visitors sent is removed then, too
       try:
-        page.serve_forever()
+        threading.Event().wait()
       except KeyboardInterrupt:
         print(file=sys.stderr)
     return 0

@@ -1,62 +1,76 @@
-"""What a model lets one choose: its methods, with the layers and keep counts that they start from."""
+"""What a model lets one choose: its methods, and the layers and keep counts from which they start."""
 
-import contextlib
-import itertools
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
 
+from himap_jax.engine.accounting import method_inputs
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import METHODS, PruningConfig
-from himap_jax.pruning.schedule import Schedule, Stage
+from himap_jax.pruning.schedule import Stage
 from himap_jax.run.asking import Asker
 
+NOTHING = "none"
 
-def choices(asker: Asker) -> dict[str, Any]:
-  """Every method that the model can run, alone or after one before the decoder; as JSON for the page.
 
-  Keep counts are image tokens if all pictures have equally many, else percent of a picture's. The configured method
-  starts from the configured layers and counts.
+def before(asker: Asker) -> list[str]:
+  """Methods before the decoder that read nothing that the model lacks; the first is none."""
+  return _readable(asker, "inside")
+
+
+def inside(asker: Asker) -> list[str]:
+  """Such methods inside the decoder; the first is none."""
+  return _readable(asker, "before")
+
+
+def _readable(asker: Asker, elsewhere: str) -> list[str]:
+  provided = set(method_inputs(asker.opened.config)["provides"])
+  own = {name: method for name, method in METHODS.items() if method.acts != elsewhere and method.needs <= provided}
+  return [NOTHING, *(name for name in own if name != NOTHING)]
+
+
+def joined(first: str, second: str) -> str:
+  """The method that is one before the decoder and one inside it; either may be none."""
+  return "+".join(name for name in (first, second) if name != NOTHING) or NOTHING
+
+
+def split(method: str) -> tuple[str, str]:
+  """The method before the decoder and that inside it, each of them may be none; raises `UserError` if it is unknown."""
+  first, *rest = methods.parse(method)
+  if rest:
+    return first, rest[0]
+  return (NOTHING, first) if METHODS[first].acts == "inside" else (first, NOTHING)
+
+
+def first_layer(method: str, stage: int) -> int | None:
+  """The first layer that a stage of a method may precede; None if it may be at layer 0 alone."""
+  first, second = split(method)
+  if first == NOTHING:
+    return 1
+  if second != NOTHING:
+    return 1 if stage else None
+  return None if METHODS[first].acts == "before" else 0
+
+
+def spelled_out(asker: Asker, pruning: PruningConfig) -> PruningConfig:
+  """The same choice with the method's own layers, keep counts and parameters where it names none.
+
+  Keep counts are image tokens if all pictures have equally many, else shares of a picture's.
 
   Raises:
-    UserError: the configuration keeps counts where percent are needed.
+    UserError: the model cannot run it, or it keeps counts where shares are needed.
   """
-  count = asker.processor.num_image_tokens
-  found = {name: _describe(name, schedule, count) for name, schedule in _schedules(asker)}
-  return {
-    "num_layers": asker.opened.config.text.num_hidden_layers,
-    "num_image_tokens": count,
-    "methods": found,
-  }
-
-
-def _schedules(asker: Asker) -> Iterator[tuple[str, Schedule]]:
-  configured = asker.config.pruning
-  pairs = (f"{first}+{second}" for first, second in itertools.permutations(METHODS, 2))
-  for name in (*METHODS, *pairs):
-    pruning = configured if name == configured.method else PruningConfig(name)
-    with contextlib.suppress(UserError):
-      yield name, asker.schedule(pruning)
-
-
-def _describe(name: str, schedule: Schedule, num_image_tokens: int | None) -> dict[str, Any]:
-  """The method's defaults; `repeats` if its last criterion serves any number of stages inside the decoder."""
-  entries = [METHODS[own] for own in methods.parse(name)]
-  last = entries[-1]
+  schedule, number = asker.schedule(pruning), asker.processor.num_image_tokens
 
   def keep(stage: Stage) -> int | float:
-    if num_image_tokens is not None:
-      return stage.count(num_image_tokens)
+    if number is not None:
+      return stage.count(number)
     if isinstance(stage.keep, int):
       raise UserError(f"--keep={stage.keep}: pictures of this model differ in image tokens; keep a share, such as 25%")
-    return round(100 * stage.keep, 1)
+    return round(stage.keep, 3)
 
-  return {
-    "source": "; ".join(entry.source for entry in entries),
-    "layers": [stage.layer for stage in schedule.stages],
-    "keep": [keep(stage) for stage in schedule.stages],
-    "frozen": list(schedule.frozen_layers),
-    "parameters": dict(schedule.parameters),
-    "repeats": len(last.criteria) == 1 and last.acts != "before",
-    "acts": last.acts,
-  }
+  return dataclasses.replace(
+    pruning,
+    prune_layers=(*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)) or None,
+    keep=tuple(map(keep, schedule.stages)) or None,
+    parameters=tuple(schedule.parameters),
+  )

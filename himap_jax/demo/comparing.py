@@ -1,28 +1,20 @@
 """One question answered without and with pruning: texts, times, costs, and what every layer sees of the picture."""
 
-import base64
 import dataclasses
-import io
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.pool import Answered
 from himap_jax.errors import UserError
 from himap_jax.families.family import View
 from himap_jax.inputs import Example
 from himap_jax.pruning.cost import Costs, costs
 from himap_jax.pruning.methods import PruningConfig
-from himap_jax.run import command, drawing
-from himap_jax.run.asking import INCOMPLETE, Asked, Asker
-
-SIDES = ("plain", "pruned")
-# Takes a side, a name and its value, such as the text so far; what it raises ends the comparison.
-Show = Callable[[str, str, Any], None]
+from himap_jax.run import command
+from himap_jax.run.asking import Asked, Asker
 
 
 class Side(NamedTuple):
@@ -58,6 +50,7 @@ class Comparison:
   Attributes:
     views: the picture as the model sees it; none if its image tokens form no grid.
     kept: for each stage the indices of the kept image tokens.
+    ranks: for each stage their places in its ranking, 0 the best; None if it does not rank.
     spans: one more than there are stages.
   """
 
@@ -65,12 +58,11 @@ class Comparison:
   pruned: Side
   views: tuple[View, ...]
   kept: tuple[tuple[int, ...], ...]
+  ranks: tuple[tuple[int, ...] | None, ...]
   spans: tuple[Span, ...]
 
 
-def compare(
-  asker: Asker, picture: Image.Image, question: str, pruning: PruningConfig, show: Show = lambda *_: None
-) -> Comparison:
+def compare(asker: Asker, picture: Image.Image, question: str, pruning: PruningConfig) -> Comparison:
   """Answers a question twice.
 
   Raises:
@@ -78,35 +70,25 @@ def compare(
   """
   if not question.strip():
     raise UserError("the question is empty")
-  choices = dict(zip(SIDES, (PruningConfig("none"), pruning), strict=True))
-  asked = {side: asker.prepare([picture], question, choice) for side, choice in choices.items()}
-  found, kept = {}, ()
-  for side in SIDES:
-    found[side], kept = _answer(asker, asked[side], lambda name, value, side=side: show(side, name, value))
-  example, schedule = asked["pruned"].example, asked["pruned"].schedule
-  segments = schedule.segments(asker.opened.config.text.num_hidden_layers, example.num_image_tokens)
-  counts = found["pruned"].image_tokens
-  spans = tuple(Span(own.first, own.last, count) for own, count in zip(segments, counts, strict=True))
-  return Comparison(found["plain"], found["pruned"], _views(asker, example), kept, spans)
+  asked = [asker.prepare([picture], question, own) for own in (PruningConfig("none"), pruning)]
+  (plain, _), (pruned, answered) = (_answer(asker, own) for own in asked)
+  example = asked[1].example
+  segments = asked[1].schedule.segments(asker.opened.config.text.num_hidden_layers, example.num_image_tokens)
+  spans = tuple(Span(own.first, own.last, count) for own, count in zip(segments, pruned.image_tokens, strict=True))
+  ranks = tuple(own if own is None else tuple(own) for own in answered.ranks)
+  return Comparison(plain, pruned, _views(asker, example), tuple(map(tuple, answered.kept)), ranks, spans)
 
 
-def _answer(asker: Asker, asked: Asked, show: Callable[[str, Any], None]) -> tuple[Side, tuple[tuple[int, ...], ...]]:
-  """The side, and what its stages kept."""
-
-  def is_complete(tokens: Sequence[int]) -> bool:
-    show("text", asker.processor.decode(list(tokens)).rstrip(INCOMPLETE))
-    return False
-
-  reply = asker.answer(asked, is_complete)
-  answered = reply.answered
+def _answer(asker: Asker, asked: Asked) -> tuple[Side, Answered]:
+  """The side, and the engine's answer."""
+  reply = asker.answer(asked)
+  answered, example = reply.answered, asked.example
   if reply.compile_seconds:
-    show("compiled", reply.compile_seconds)
     answered = asker.answer(asked).answered
-  kept, example = tuple(map(tuple, reply.answered.kept)), asked.example
-  counts = tuple(map(len, kept))
+  counts = tuple(map(len, answered.kept))
   side = Side(
     text=reply.text,
-    num_new_tokens=len(reply.answered.tokens),
+    num_new_tokens=len(answered.tokens),
     image_tokens=(example.num_image_tokens, *counts),
     prefill_seconds=answered.prefill_seconds,
     decode_seconds=answered.decode_seconds,
@@ -120,7 +102,7 @@ def _answer(asker: Asker, asked: Asked, show: Callable[[str, Any], None]) -> tup
       num_pictures=example.size.num_tiles,
     ),
   )
-  return side, kept
+  return side, answered
 
 
 def _views(asker: Asker, example: Example) -> tuple[View, ...]:
@@ -128,38 +110,3 @@ def _views(asker: Asker, example: Example) -> tuple[View, ...]:
     return tuple(asker.processor.views(example))
   except UserError:
     return ()
-
-
-def described(comparison: Comparison) -> dict[str, Any]:
-  """The comparison as JSON for the page; its pictures are `data:` URLs, overlays have one pixel per patch.
-
-  For each span `veils` hide what is pruned before, and `tints` also colour the rest by the stages that it survives.
-  """
-  kept, num_stages = comparison.kept, len(comparison.kept)
-  views = []
-  for view in comparison.views:
-    stages = drawing.survived(view, kept)
-    veils = [drawing.veil((stages >= done) | (stages < 0)) for done in range(num_stages + 1)]
-    tinted = drawing.tint(stages, num_stages)
-    tints = [np.where(veil[..., 3:] > 0, veil, tinted) for veil in veils]
-    overlays = {"veils": list(map(_url, veils)), "tints": list(map(_url, tints))}
-    views.append({"picture": _url(view.picture), **overlays})
-  return {
-    **{side: _side(getattr(comparison, side)) for side in SIDES},
-    "views": views,
-    "spans": [span._asdict() for span in comparison.spans],
-    "colours": ["#" + bytes(colour.tolist()).hex() for colour in drawing.colours(num_stages + 1)],
-  }
-
-
-def _side(side: Side) -> dict[str, Any]:
-  values = side._asdict()
-  own = values.pop("costs")
-  return values | {"prefill_flops": own.prefill, "image_flops": own.image_tokens, "cache_bytes": own.cache_bytes}
-
-
-def _url(picture: Image.Image | UInt8[np.ndarray, "rows columns 4"]) -> str:
-  file = io.BytesIO()
-  picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-  picture.save(file, format="PNG")
-  return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

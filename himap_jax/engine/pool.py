@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.capacity import Memory
@@ -49,6 +49,8 @@ class Answered:
 
   Attributes:
     kept: for each stage the indices of the kept image tokens, ascending.
+    ranks: for each stage their places in its ranking, 0 the best; None if it does not rank. Empty unless
+      `Schedule.tells_ranks`.
     logits: `[V]` float32, of the first token.
     prefill_seconds: the row's part of the time of its batch.
     decode_seconds: its part of the time of the steps in which it was decoded.
@@ -58,6 +60,7 @@ class Answered:
 
   request: Request
   kept: list[list[int]]
+  ranks: list[list[int] | None]
   logits: Float[np.ndarray, "V"]
   prefill_seconds: float
   decode_seconds: float = 0.0
@@ -197,12 +200,13 @@ class Pool:
   def _admit(self, entering: Prefilled, entered: Entered, clock: Clock, usage: Usage) -> list[Answered]:
     """Notes who is in which slot; returns the answers of rows that ended with their first token."""
     state = entering.state
-    first, place, kept, logits = sharding.to_local_rows((entered.first, entered.place, state.kept, state.logits))
+    results = entered.first, entered.place, (state.kept, state.ranks), state.logits
+    first, place, selected, logits = sharding.to_local_rows(results)
     seconds, complete = clock.lap(), []
     usage.prefill_seconds += seconds
     for index, request in enumerate(entering.requests):
-      own = [stage[index][stage[index] >= 0].tolist() for stage in kept]
-      row = Answered(request, own, logits[index], seconds / len(entering.requests))
+      own = ([stage if stage is None else _present(stage[index]) for stage in stages] for stages in selected)
+      row = Answered(request, *own, logits[index], seconds / len(entering.requests))
       row.extend([int(first[index])])
       if place[index] < 0:
         complete.append(row)
@@ -210,3 +214,7 @@ class Pool:
         shard = index // self._wanted(state)  # among those of this process
         self._rows[shard * self._slots_per_shard + int(place[index])] = row
     return complete
+
+
+def _present(numbers: Int[np.ndarray, "M"]) -> list[int]:
+  return numbers[numbers >= 0].tolist()

@@ -44,6 +44,8 @@ class PrefillState:
     next_position: `[B]` rotary position of the first new token.
     next_order: `[B]` its order, see `Layout.order`.
     kept: for each stage `[B, M]` the indices of the kept image tokens, ascending; then −1 in a row that keeps fewer.
+    ranks: for each stage `[B, M]` the places of those tokens in its ranking, 0 the best, and −1 for others in between;
+      None if it does not rank. Empty unless `Schedule.tells_ranks`.
   """
 
   logits: Float[Array, "B V"]
@@ -51,6 +53,7 @@ class PrefillState:
   next_position: Int[Array, "B"]
   next_order: Int[Array, "B"]
   kept: tuple[Int[Array, "B M"], ...]
+  ranks: tuple[Int[Array, "B M"] | None, ...] = ()
 
 
 class Sequence(NamedTuple):
@@ -79,7 +82,7 @@ def prefill(
   """Runs prompts, embedded or not, through the model, pruning by the schedule; `keys` has one random key per row."""
   embedded = network.embed(prompts) if isinstance(prompts, Inputs) else prompts
   sequence, context = start(embedded), Context(keys, embedded, parameters)
-  caches, kept, projections = [], [], []
+  caches, kept, ranks, projections = [], [], [], []
   multiple = network.kernels.cache_multiple(network.config.text.head_dim)
   has_images = embedded.layout.num_image_tokens > 0
   frozen = frozenset(schedule.frozen_layers) if has_images else frozenset()
@@ -98,13 +101,15 @@ def prefill(
     if projections:
       caches.append(padded(network.language_model.cache(projections, layout), multiple))
     if segment.stage is not None:
+      rank = None
       if has_images:
         scored = network.language_model.scored(projections, layout)
-        sequence = prune(network, segment.stage, sequence, scored, context, restore=schedule.restore)
+        sequence, rank = prune_and_rank(network, segment.stage, sequence, scored, context, restore=schedule.restore)
       if schedule.restore:
         own = calibration(layout, sequence.layout, embedded.layout, segment.stage.layer)
         sequence = sequence._replace(layout=sequence.layout.replace(calibration=own))
       kept.append(sequence.layout.original())
+      ranks.append(rank)
   _, positions, layout = sequence
   last = layout.last_slot()[:, None]
   return PrefillState(
@@ -113,6 +118,7 @@ def prefill(
     next_position=positions.max(axis=tuple(range(1, positions.ndim))) + 1,
     next_order=take_slots(layout.order, last)[:, 0] + 1,
     kept=tuple(kept),
+    ranks=tuple(ranks) if schedule.tells_ranks else (),
   )
 
 
@@ -135,10 +141,23 @@ def prune(
   *,
   restore: bool = False,
 ) -> Sequence:
+  """As `prune_and_rank`, without the ranks."""
+  return prune_and_rank(network, stage, sequence, projections, context, restore=restore)[0]
+
+
+def prune_and_rank(
+  network: Network,
+  stage: Stage,
+  sequence: Sequence,
+  projections: Projections | None,
+  context: Context,
+  *,
+  restore: bool = False,
+) -> tuple[Sequence, Int[Array, "B M"] | None]:
   """Applies a stage to the sequence that enters its layer.
 
   `projections` are those of the previous layer in which image tokens are read; None at layer 0. With `restore` (see
-  `Schedule`) positions and order keep their gaps at layer 0, too.
+  `Schedule`) positions and order keep their gaps at layer 0, too. The ranks are as in `PrefillState`.
   """
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
     with jax.named_scope("score"):
@@ -154,7 +173,8 @@ def prune(
         if pruned.positions.ndim > 2:  # places in the picture, which stay
           positions = pruned.positions
         pruned = pruned._replace(positions=positions, layout=layout.replace(order=order))
-  return pruned
+  order, present = selection.order, selection.present
+  return pruned, order if order is None or present is None else jnp.where(present, order, -1)
 
 
 def calibration(before: Layout, after: Layout, whole: Layout, layer: int) -> Calibration:
@@ -175,7 +195,7 @@ def _select(stage: Stage, view: View) -> Selection:
   kept = stage.criterion.rank(view, stage.keep)
   present = jnp.arange(stage.keep, dtype=jnp.int32)[None] < own[:, None]
   ascending = jnp.argsort(kept, axis=1)
-  return Selection(take_slots(kept, ascending), present=take_slots(present, ascending))
+  return Selection(take_slots(kept, ascending), present=take_slots(present, ascending), order=ascending)
 
 
 def view(network: Network, layer: int, sequence: Sequence, projections: Projections | None, context: Context) -> View:

@@ -74,7 +74,7 @@ class Programs:
       return score(model.bind(), state, tokens)
 
     self._slots = Slots(caches, NewTokens(cache.keys, cache.keys, rows, replicated), *(rows,) * 6)
-    state = PrefillState(logits=rows, caches=caches, next_position=rows, next_order=rows, kept=rows)
+    state = PrefillState(logits=rows, caches=caches, next_position=rows, next_order=rows, kept=rows, ranks=rows)
     decoded = Decoded(rows, rows, rows, replicated)
     options = _compiler_options(model)
     self.prefill = jax.jit(prefill_program, out_shardings=state, compiler_options=options)

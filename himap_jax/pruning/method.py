@@ -106,11 +106,13 @@ class Selection(NamedTuple):
     kept: `[B, K]` indices into the image tokens of the view, ascending.
     merged: `[B, K, D]` hidden states that replace theirs, if the method merges tokens.
     present: `[B, K]` which of them the row keeps, if rows keep different counts.
+    order: `[B, K]` their places in the method's ranking, 0 the best, if it ranks tokens.
   """
 
   kept: Int[Array, "B K"]
   merged: Float[Array, "B K D"] | None = None
   present: Bool[Array, "B K"] | None = None
+  order: Int[Array, "B K"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +192,12 @@ def highest(score: Callable[[View], Float[Array, "B M"]], cost: Callable[[Sizes]
 
 def ranking(rank: Callable[[View, int], Int[Array, "B K"]], cost: Callable[[Sizes], int]) -> Criterion:
   """The criterion that keeps the first tokens of a ranking."""
-  return Criterion(lambda view, keep: Selection(jnp.sort(rank(view, keep), axis=1)), cost, rank)
+
+  def select(view: View, keep: int) -> Selection:
+    ranked = rank(view, keep)
+    return Selection(jnp.sort(ranked, axis=1), order=jnp.argsort(ranked, axis=1))
+
+  return Criterion(select, cost, rank)
 
 
 def stable_top_k(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]:

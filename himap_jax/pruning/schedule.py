@@ -46,12 +46,14 @@ class Schedule:
     frozen_layers: layers that do not update image tokens, ascending.
     parameters: the methods' parameters by name; not part of a schedule's identity, since programs take them as inputs.
     restore: whether attention to the image tokens that are left is calibrated (RESTORE, arXiv 2606.01711).
+    tells_ranks: whether prefill also returns how the stages rank what they keep.
   """
 
   stages: tuple[Stage, ...] = ()
   frozen_layers: tuple[int, ...] = ()
   parameters: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
   restore: bool = False
+  tells_ranks: bool = False
 
   @property
   def num_caches(self) -> int:

@@ -73,8 +73,8 @@ class Asker:
     return self.config.restore(self.opened, self.config.make_mesh(self.opened))
 
   def schedule(self, pruning: PruningConfig) -> Schedule:
-    """The schedule for this model; raises `UserError` if the model cannot run it."""
-    return pruning.schedule(**method_inputs(self.opened.config))
+    """The schedule for this model, which tells ranks; raises `UserError` if the model cannot run it."""
+    return dataclasses.replace(pruning.schedule(**method_inputs(self.opened.config)), tells_ranks=True)
 
   def prepare(self, pictures: Sequence[Image.Image], question: Question, pruning: PruningConfig) -> Asked:
     """Raises `UserError` if the model cannot answer the question, or not with this pruning."""

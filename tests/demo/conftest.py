@@ -1,12 +1,14 @@
 """A tiny model that answers with 11 tokens, and its page."""
 
-import threading
+import asyncio
+import gc
+import warnings
 
 import pytest
 from served import LIMITS, NAME, SETTING
 
 import himap_jax
-from himap_jax.demo.server import ExamplePicture, Page
+from himap_jax.demo.page import serve
 from himap_jax.generation import InputConfig
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
@@ -47,13 +49,17 @@ def files(tmp_path_factory, images):
   return [folder / f"{index}.png" for index in range(len(images))]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(asker, files):
-  """The server, at a free port."""
-  example = ExamplePicture(files[0].read_bytes(), "image/png", ("what is it?", "why?"))
-  with Page(("127.0.0.1", 0), asker, [example], LIMITS) as server:
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
+  """The URL of the page, at a free port."""
+  with serve(("127.0.0.1", 0), asker, [(str(files[0]), "what is it?"), (str(files[2]), "why?")], LIMITS) as url:
+    yield url
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_event_loops():
+  """Collects at the end those that Gradio makes and leaves open, without their warnings."""
+  yield
+  asyncio.set_event_loop_policy(None)
+  with warnings.catch_warnings(action="ignore"):
+    gc.collect()

@@ -1,54 +1,42 @@
-"""The comparison behind the page: the library's answers, costs by their formula, and overlays pixel by pixel."""
+"""The comparison behind the page: the library's answers, costs by their formula, and what is shown of them."""
 
-import base64
 import dataclasses
-import io
+import re
 
+import gradio as gr
 import numpy as np
 import pytest
 import tiny_anyres
-from PIL import Image
-from served import SETTING
+from served import LIMITS, SETTING
 
-from himap_jax.demo.choices import choices
-from himap_jax.demo.comparing import compare, described
+from himap_jax.demo import choices, results
+from himap_jax.demo.comparing import compare
+from himap_jax.demo.page import Handlers
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.methods import METHODS, PruningConfig
 from himap_jax.run import pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # event loops of Gradio
 QUESTION = "what is it?"
 GRID = 4  # patches along a side
 
 
 @pytest.fixture(scope="module")
-def events():
-  return []
+def shown(asker, images):
+  return compare(asker, images[1], QUESTION, PruningConfig(*SETTING))
 
 
-@pytest.fixture(scope="module")
-def shown(asker, images, events):
-  return compare(asker, images[1], QUESTION, PruningConfig(*SETTING), lambda *event: events.append(event))
-
-
-def pixels(url):
-  head, content = url.split(",")
-  assert head == "data:image/png;base64"
-  return np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
-
-
-def test_answers_are_the_library_s(shown, answers, images, events):
+def test_answers_are_the_library_s(shown, answers, images):
   for side, setting in ((shown.plain, ("none",)), (shown.pruned, SETTING)):
     answer = answers(images[1], QUESTION, *setting)
     assert (side.text, side.num_new_tokens) == (answer.text, 11)
     assert side.image_tokens == (16, *map(len, answer.kept))
     assert side.prefill_seconds > 0 and side.decode_seconds > 0
   assert shown.kept == tuple(map(tuple, answer.kept))
+  assert [sorted(ranks) for ranks in shown.ranks] == [[*range(8)], [*range(3)]]
   assert shown.spans == ((0, 2, 16), (2, 4, 8), (4, 6, 3))
-  for name, side in (("plain", shown.plain), ("pruned", shown.pruned)):
-    texts = [value for own, kind, value in events if (own, kind) == (name, "text")]
-    assert len(texts) == 11 and texts[-1] == side.text.rstrip("\ufffd")
 
 
 def test_only_what_is_new_is_compiled(shown, asker, images):
@@ -69,22 +57,53 @@ def test_costs(shown, asker, images):
     assert side.costs.cache_bytes == sum(2 * 4 * width * (n + num_text) for n in counts)
 
 
-def test_overlays_colour_patches_by_the_stages_that_they_survive(shown):
-  values = described(shown)
-  (view,) = values["views"]
-  colours = [tuple(bytes.fromhex(colour[1:])) for colour in values["colours"]]
-  assert len(set(colours)) == 3
-  survived = [sum(token in stage for stage in shown.kept) for token in range(GRID * GRID)]
-  assert sorted(survived) == [0] * 8 + [1] * 5 + [2] * 3
-  assert pixels(view["picture"]).shape == (28, 28, 3)
-  for done in range(3):
-    tint, veil = pixels(view["tints"][done]).reshape(-1, 4), pixels(view["veils"][done]).reshape(-1, 4)
-    for token, stages in enumerate(survived):
-      if stages < done:
-        assert tuple(tint[token]) == tuple(veil[token]) == (255, 255, 255, 217)
+def test_table(shown):
+  """Values are in the units that its rows name, and shares are of the answer without pruning."""
+  lines = [line.strip("| ").split("|") for line in results.table(shown).splitlines() if line.startswith("|")]
+  rows = {name.strip(): [value.strip() for value in values] for name, *values in lines}
+  assert rows["image tokens left"] == ["16", "3", "**19%**"]
+  for name, of, unit in (
+    ("prefill, ms", lambda side: side.prefill_seconds, 1e3),
+    ("decode, ms a token", lambda side: side.decode_seconds / 10, 1e3),
+    ("FLOPs on image tokens, G", lambda side: side.costs.image_tokens, 1e-9),
+    ("KV cache, MB", lambda side: side.costs.cache_bytes, 1e-6),
+  ):
+    plain, pruned, share = (float(re.sub(r"[*%,]", "", value)) for value in rows[name])
+    np.testing.assert_allclose([plain, pruned], [unit * of(shown.plain), unit * of(shown.pruned)], rtol=1e-3)
+    assert abs(share - 100 * of(shown.pruned) / of(shown.plain)) <= 0.5
+
+
+def test_panels_colour_patches_by_rank(shown):
+  """Of each patch that a stage keeps, by the rank of its score: the better, the darker; the others are white."""
+  panels = results.panels(shown)
+  assert [caption for _, caption in panels] == [
+    "layers 0–1: 16 of 16 image tokens", "layers 2–3: 8 of 16 image tokens", "layers 4–5: 3 of 16 image tokens",
+  ]  # fmt: skip
+  (view,) = shown.views
+  whole, *stages = (np.asarray(panel).astype(int) for panel, _ in panels)
+  side = whole.shape[0] // GRID
+  assert whole.shape == (side * GRID, side * GRID, 3) and side * GRID >= results.WIDTH
+  large = view.picture.resize((side * GRID, side * GRID))
+  np.testing.assert_array_equal(whole, np.asarray(large))
+  for pixels, kept, ranks in zip(stages, shown.kept, shown.ranks, strict=True):
+    added = {}
+    for token in range(GRID * GRID):
+      row, column = divmod(token, GRID)
+      place = slice(row * side, (row + 1) * side), slice(column * side, (column + 1) * side)
+      if token in kept:
+        added[ranks[kept.index(token)]] = ((pixels - 0.4 * whole)[place] / 0.6).mean(axis=(0, 1))
+        assert (np.abs((pixels - 0.4 * whole)[place] / 0.6 - added[ranks[kept.index(token)]]) < 2).all()
       else:
-        assert tuple(tint[token, :3]) == colours[stages] and 0 < tint[token, 3] < 128
-        assert veil[token, 3] == 0
+        np.testing.assert_allclose(pixels[place], 0.15 * whole[place] + 0.85 * 255, atol=1.1)
+    brightness = [added[rank].sum() for rank in range(len(kept))]
+    assert brightness == sorted(brightness) and len(set(brightness)) == len(kept)
+    np.testing.assert_allclose([added[0], added[len(kept) - 1]], [[59, 15, 112], [252, 253, 191]], atol=2)
+
+
+def test_legend(shown):
+  assert re.sub("<.*?>", "", results.legend(shown)) == "■ highest score ■ middle of the kept ■ lowest score kept"
+  assert results.panels(dataclasses.replace(shown, views=())) == []
+  assert "no patches" in results.legend(dataclasses.replace(shown, views=()))
 
 
 @pytest.mark.parametrize(
@@ -98,28 +117,64 @@ def test_overlays_colour_patches_by_the_stages_that_they_survive(shown):
 )
 def test_what_cannot_be_compared(asker, images, question, setting, message):
   with pytest.raises(UserError, match=message):
-    compare(asker, images[1], question, PruningConfig(*setting), pytest.fail)
+    compare(asker, images[1], question, PruningConfig(*setting))
 
 
 def test_percent_where_pictures_differ_in_image_tokens(tmp_path):
   tiny_anyres.make(tiny_anyres.NEXT, tmp_path)
-  asker = Asker.open(AnswerConfig(checkpoint=str(tmp_path), pruning=PruningConfig("fastv", (2,), (0.125,))))
-  about = choices(asker)
-  assert about["num_image_tokens"] is None
-  assert about["methods"]["fastv"]["keep"] == [12.5] and about["methods"]["random"]["keep"] == [25.0]
-  counts = dataclasses.replace(asker.config, pruning=PruningConfig("fastv", (2,), (8,)))
+  asker = Asker.open(AnswerConfig(checkpoint=str(tmp_path)))
+  assert asker.processor.num_image_tokens is None
+  assert choices.spelled_out(asker, PruningConfig("fastv", (2,), (0.125,))).keep == (0.125,)
+  assert choices.spelled_out(asker, PruningConfig("random")).keep == (0.25,)
   with pytest.raises(UserError, match="--keep=8: pictures of this model differ in image tokens"):
-    choices(dataclasses.replace(asker, config=counts))
+    choices.spelled_out(asker, PruningConfig("fastv", (2,), (8,)))
+  handlers, settings = Handlers(asker, LIMITS), "--method=fastv --prune_layers=2 --keep=12.5%"
+  with gr.Blocks():
+    assert [control.value for control in handlers.controls(settings)] == [2, 12.5]
+  assert handlers.move(settings, 3, 30.5) == "--method=fastv --prune_layers=3 --keep=30.5%"
 
 
-def test_every_choice_is_one_that_the_model_runs(asker):
-  about = choices(asker)
-  assert (about["num_layers"], about["num_image_tokens"]) == (6, 16)
-  methods = about["methods"]
-  assert (methods["himap"]["layers"], methods["himap"]["keep"]) == ([2, 4], [8, 3])
-  assert {"none", "fastv", "divprune", "divprune+fastv"} < set(methods) and "fastv+divprune" not in methods
-  assert [name for name, method in methods.items() if method["repeats"] and name in ("himap", "fastv")] == ["fastv"]
-  for name, method in methods.items():
-    setting = PruningConfig(name, tuple(method["layers"] + method["frozen"]), tuple(method["keep"]) or None)
-    schedule = asker.schedule(pruning_flags.parse(pruning_flags.text(setting)))
-    assert [stage.keep for stage in schedule.stages] == method["keep"]
+def test_parameters_have_fields(asker):
+  handlers = Handlers(asker, LIMITS)
+  settings = handlers.paste("--method=himap_adaptive --prune_layers=2,4 --keep=12,6")[0]
+  assert settings == "--method=himap_adaptive --prune_layers=2,4 --keep=12,6 --method_parameters=threshold:0.8"
+  with gr.Blocks():
+    assert [control.value for control in handlers.controls(settings)] == [2, 4, 12, 6, 0.8]
+  moved = handlers.move(settings, 2, 5, 12, 6, 0.7)
+  assert moved == "--method=himap_adaptive --prune_layers=2,5 --keep=12,6 --method_parameters=threshold:0.7"
+  with pytest.raises(gr.Error, match="not those of the sliders"):
+    handlers.move("--method=fastv --prune_layers=2 --keep=8", 2, 5, 12, 6, 0.7)
+
+
+def test_every_choice_is_one_that_the_model_runs(asker, checkpoints):
+  before, inside = choices.before(asker), choices.inside(asker)
+  assert before[0] == inside[0] == "none" and {*before, *inside} == set(METHODS)
+  assert set(before) & set(inside) == {"none", "random", "uniform"} and "divprune" in before and "fastv" in inside
+  siglip = Asker.open(AnswerConfig(checkpoint=str(checkpoints("siglip").directory)))
+  assert set(before) - set(choices.before(siglip)) >= {"fastervlm", "visionzip"}
+  shallow = {
+    "himap",
+    "himap_adaptive",
+    "himap_swapped",
+    "image_attention",
+    "pyramiddrop",
+    "shortv",
+    "sparsevlm",
+    "visipruner",
+  }
+  for name in {*before, *inside, "divprune+fastv"} - shallow:  # of which six layers are too few for their defaults
+    whole = choices.spelled_out(asker, PruningConfig(name, restore=name == "fastv"))
+    assert asker.schedule(whole) == asker.schedule(PruningConfig(name, restore=whole.restore)).at(6, 16)
+    assert pruning_flags.parse(pruning_flags.text(whole)) == whole
+    assert choices.joined(*choices.split(name)) == name
+
+
+@pytest.mark.parametrize(
+  ("method", "expected"),
+  [
+    ("divprune", [None]), ("random", [0, 0]), ("fastv", [1, 1]), ("himap", [1, 1]),
+    ("divprune+himap", [None, 1, 1]), ("random+random", [None, 1]),
+  ],
+)  # fmt: skip
+def test_the_first_layer_of_a_stage(method, expected):
+  assert [choices.first_layer(method, stage) for stage in range(len(expected))] == expected

@@ -1,5 +1,7 @@
 """Pruning methods inside the model: what the tower tells them, positions, decoding, and rows that are their own."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import tiny_checkpoints
 import torch
 
 from himap_jax import GenerationConfig
-from himap_jax.engine.engine import Engine
+from himap_jax.engine.engine import Batch, Engine
+from himap_jax.engine.pool import Request
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 from himap_jax.errors import UserError
@@ -144,6 +147,39 @@ def test_attention_in_the_next_layer_is_within_its_window(checkpoints, loaded, r
         hidden, attention = reference_himap.run_layer(decoder, layer, hidden, torch.arange(len(input_ids)))
     scores = attention[-1, first : last + 1]
     assert kept[index].tolist() == scores.sort(descending=True, stable=True).indices[:8].sort().values.tolist()
+
+
+def test_ranks_are_those_of_attention(checkpoints, loaded, rows):
+  """FastV's ranking against transformers' attention of the last token."""
+  tiny = checkpoints(NAME)
+  decoder = tiny.model.model.language_model
+  schedule = dataclasses.replace(loaded(NAME).schedule("fastv", (3,), (8,)), tells_ranks=True)
+  batch = jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, NUM_SLOTS))
+  program = jax.jit(lambda model, *arguments: prefill(model.bind(), *arguments, schedule))
+  state = program(loaded(NAME).model, batch, jax.random.split(jax.random.key(0), len(rows)))
+  for index, (input_ids, pixels) in enumerate(rows):
+    with torch.no_grad():
+      hidden, first, last = reference_himap.embed(tiny.model, input_ids, pixels)
+      for layer in decoder.layers[:3]:
+        hidden, attention = reference_himap.run_layer(decoder, layer, hidden, torch.arange(len(input_ids)))
+    best_first = attention[-1, first : last + 1].sort(descending=True, stable=True).indices[:8]
+    assert [best_first[rank].item() for rank in state.ranks[0][index].tolist()] == state.kept[0][index].tolist()
+
+
+def test_ranks_change_nothing_else(loaded, rows):
+  """Also of rows that keep different counts."""
+  model, batch = loaded(NAME, len(rows)), tiny_checkpoints.pad_batch(rows, NUM_SLOTS)
+  schedule = model.schedule("himap_adaptive", *SETTINGS["himap_adaptive"])
+  requests, answers = [Request(index, tag=index) for index in range(len(rows))], []
+  for own in (schedule, dataclasses.replace(schedule, tells_ranks=True)):
+    engine = Engine(model.model, own, GenerationConfig(NUM_NEW, ignore_eos=True))
+    answered = (row for turn in engine.answer([Batch(batch, requests)]) for row in turn)
+    answers.append(sorted(answered, key=lambda row: row.request.tag))
+  for row, ranked in zip(*answers, strict=True):
+    assert (row.kept, row.tokens) == (ranked.kept, ranked.tokens) and row.ranks == []
+    np.testing.assert_array_equal(row.logits, ranked.logits)
+    assert [sorted(stage) for stage in ranked.ranks] == [[*range(len(stage))] for stage in row.kept]
+  assert len({len(row.kept[0]) for row in answers[0]}) > 1
 
 
 def test_where_the_window_changes_the_next_layer_s_attention_is_refused(loaded, rows):

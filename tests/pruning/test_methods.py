@@ -192,6 +192,18 @@ def test_selection_is_the_slow_version(name, stage, keep, row, row_arrays, keys)
   assert_row(selection, index, SLOW[name][stage](sequence, keep))
 
 
+@pytest.mark.parametrize("name, stage", [stage for stage in STAGES if stage[0] in SLOW])
+def test_order_is_that_in_which_the_slow_version_would_keep_more(name, stage, row, row_arrays, keys):
+  index, sequence = row
+  selection, ranks = select(row_arrays, keys, name=name, stage=stage, keep=18), METHODS[name].criteria[stage].rank
+  assert (selection.order is None) == (ranks is None and name != "himap_adaptive")
+  if selection.order is not None:
+    kept, order = np.asarray(selection.kept[index]), np.asarray(selection.order[index])
+    slow = SLOW["himap" if name == "himap_adaptive" else name][stage]
+    for count in (1, 4, 18):
+      assert kept[order < count].tolist() == slow(sequence, count)
+
+
 @pytest.mark.parametrize("name, stage", STAGES)
 @pytest.mark.parametrize("keep", [1, 33, N])
 def test_selection_keeps_exactly_the_count_in_order(name, stage, keep, row_arrays, keys):

@@ -62,7 +62,7 @@ def _highest(scores: Float[Array, "B M"], present: Bool[Array, "B M"], count: In
   order = stable_top_k(jnp.where(present, scores, -jnp.inf), keep)
   own = take_slots(present, order) & (jnp.arange(keep, dtype=jnp.int32)[None] < count[:, None])
   ascending = jnp.argsort(order, axis=1)
-  return Selection(take_slots(order, ascending), present=take_slots(own, ascending))
+  return Selection(take_slots(order, ascending), present=take_slots(own, ascending), order=ascending)
 
 
 def _check(parameters: Mapping[str, float]) -> None:

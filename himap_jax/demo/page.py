@@ -1,0 +1,238 @@
+"""The page, in Gradio: controls become the flags of himap_jax.run, and a question is answered with and without them.
+
+The text of the flags is what is asked with. Controls write it, and what is pasted there sets them.
+"""
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import gradio as gr
+
+from himap_jax.demo import choices, results
+from himap_jax.demo.comparing import compare
+from himap_jax.errors import UserError
+from himap_jax.pruning.methods import PruningConfig
+from himap_jax.run import command, pruning_flags
+from himap_jax.run.asking import Asker
+from himap_jax.run.pictures import PictureFiles
+
+MOST_STAGES = 8  # that have sliders
+KEPT_SECONDS = 3600  # of files of visits
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor's system
+TITLE = "One question, with and without pruning"
+ABOUT = (
+  "A picture becomes image tokens, one for each patch. Pruning drops most of them on their way through the model's "
+  "layers. Is the answer still right, and what does it save?"
+)
+QUIET: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
+
+
+class Limits(NamedTuple):
+  """What visitors may ask for.
+
+  Attributes:
+    picture_bytes: of a picture's file.
+    picture_pixels: of a picture.
+    waiting: visitors that wait for an answer.
+  """
+
+  picture_bytes: int = 16_000_000
+  picture_pixels: int = 32_000_000
+  waiting: int = 8
+
+
+@contextlib.contextmanager
+def _one_line() -> Iterator[None]:
+  """Shows a `UserError` as one line in the page."""
+  try:
+    yield
+  except UserError as error:
+    raise gr.Error(" ".join(str(error).split()), print_exception=False) from error
+
+
+class Handlers:
+  """What the page does when something is chosen or asked; values are those of its controls and results."""
+
+  def __init__(self, asker: Asker, limits: Limits):
+    self._asker, self._limits = asker, limits
+    self._most, self._numbers = asker.processor.num_image_tokens, itertools.count()
+
+  def shown(self, pruning: PruningConfig) -> list[Any]:
+    """The settings, the start of the sliders, the methods before and inside the decoder, and whether RESTORE is used."""
+    pruning = choices.spelled_out(self._asker, pruning)
+    settings = pruning_flags.text(pruning)
+    return [settings, (next(self._numbers), settings), *choices.split(pruning.method), pruning.restore]
+
+  def choose(self, before: str, inside: str, restored: bool) -> list[Any]:
+    with _one_line():
+      return self.shown(PruningConfig(choices.joined(before, inside), restore=restored))
+
+  def paste(self, settings: str) -> list[Any]:
+    with _one_line():
+      return self.shown(pruning_flags.parse(settings))
+
+  def restore(self, settings: str, restored: bool) -> str:
+    with _one_line():
+      return pruning_flags.text(dataclasses.replace(pruning_flags.parse(settings), restore=restored))
+
+  def move(self, settings: str, *values: int | float) -> str:
+    """The settings with other layers, keep counts and parameters, in this order."""
+    with _one_line():
+      pruning = pruning_flags.parse(settings)
+      count = len(pruning.keep or ())
+      if len(values) != 2 * count + len(pruning.parameters):
+        raise UserError("the settings are not those of the sliders; choose a method")
+      layers, keep, parameters = values[:count], values[count : 2 * count], values[2 * count :]
+      names = [name for name, _ in pruning.parameters]
+      moved = dataclasses.replace(
+        pruning,
+        prune_layers=tuple(map(int, layers)),
+        keep=tuple(value / 100 if self._most is None else int(value) for value in keep),
+        parameters=tuple(zip(names, parameters, strict=True)),
+      )
+      return pruning_flags.text(moved)
+
+  def controls(self, settings: str) -> list[gr.Slider | gr.Number]:
+    """Makes sliders of layers and of keep counts, and fields of parameters."""
+    pruning, last = pruning_flags.parse(settings), self._asker.opened.config.text.num_hidden_layers - 1
+    layers, keep = [], []
+    for stage, (layer, count) in enumerate(zip(pruning.prune_layers or (), pruning.keep or (), strict=False)):
+      least = choices.first_layer(pruning.method, stage)
+      options = {"minimum": least or 0, "maximum": last, "value": layer, "interactive": least is not None}
+      with gr.Row():
+        layers.append(gr.Slider(**options, step=1, buttons=[], label="before layer", elem_id=f"layer-{stage}"))
+        options = {"minimum": 1, "maximum": self._most, "value": count, "step": 1, "label": "keep"}
+        if self._most is None:
+          options = {"minimum": 0.5, "maximum": 100, "value": 100 * count, "step": 0.5, "label": "keep, %"}
+        keep.append(gr.Slider(**options, buttons=[], interactive=True, elem_id=f"keep-{stage}"))
+    return [*layers, *keep, *(gr.Number(value, label=name) for name, value in pruning.parameters)]
+
+  def answer(self, file: dict[str, Any] | None, question: str, settings: str) -> list[Any]:
+    """The answers without and with pruning, the table, the pictures and their legend.
+
+    `file` is what Gradio knows of the picture's file, which only `PictureFiles` decodes.
+    """
+    with _one_line():
+      if file is None:
+        raise UserError("there is no picture yet")
+      with command.user_error("the picture is gone, choose it again"):
+        content = pathlib.Path(file["path"]).read_bytes()
+      picture, _ = PictureFiles().load(content, max_pixels=self._limits.picture_pixels)
+      pruning = pruning_flags.parse(settings)
+      found = compare(self._asker, picture, question, pruning)
+    table = f"{results.table(found)} Asked with `{pruning_flags.text(pruning)}`."
+    gallery = gr.Gallery(results.panels(found), selected_index=len(found.spans) - 1 if found.views else None)
+    return [found.plain.text, found.pruned.text, table, gallery, results.legend(found)]
+
+
+def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits = Limits()) -> gr.Blocks:
+  """The page of a model; `examples` are files of pictures with questions about them.
+
+  Raises:
+    UserError: the model cannot run the configured pruning.
+  """
+  handlers = Handlers(asker, limits)
+  text, first, *names, is_restored = handlers.shown(asker.config.pruning)
+  example = examples[0] if examples else (None, "")
+  with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS // 10, KEPT_SECONDS)) as page:
+    gr.Markdown(f"# {TITLE}\n{ABOUT}")
+    start = gr.State(first)
+    with gr.Row():
+      with gr.Column(scale=2, min_width=340):
+        picture = gr.Image(
+          example[0], sources=["upload", "clipboard"], image_mode=None, height=260, buttons=[], label="picture",
+          elem_id="picture",
+        )  # fmt: skip
+        question = gr.Textbox(example[1], label="question", elem_id="question")
+        with gr.Row():
+          before = gr.Dropdown(choices.before(asker), value=names[0], label="before the decoder", elem_id="before")
+          inside = gr.Dropdown(choices.inside(asker), value=names[1], label="inside the decoder", elem_id="inside")
+        restored = gr.Checkbox(is_restored, label="RESTORE: make up for what is removed", elem_id="restored")
+        controls = gr.Column()
+        settings = gr.Textbox(
+          text, label="these settings, to copy; others can be pasted", lines=2, buttons=["copy"], elem_id="settings"
+        )
+        ask = gr.Button("Ask", variant="primary", elem_id="ask")
+      with gr.Column(scale=3, min_width=400):
+        with gr.Row():
+          plain = gr.Textbox(label="without pruning", interactive=False, elem_id="plain")
+          pruned = gr.Textbox(label="with pruning", interactive=False, elem_id="pruned")
+        table = gr.Markdown(elem_id="table")
+        gallery = gr.Gallery(
+          label="what the layers see", format="png", preview=True, object_fit="contain", height=560,
+          interactive=False, buttons=[], elem_id="gallery",
+        )  # fmt: skip
+        legend = gr.HTML(elem_id="legend")
+    if examples:
+      gr.Examples([list(one) for one in examples], [picture, question], api_visibility="private")
+
+    with controls:
+
+      @gr.render(inputs=start, triggers=[page.load, start.change], show_progress="hidden")
+      def show_controls(start: tuple[int, str]) -> None:
+        if len(pruning_flags.parse(start[1]).keep or ()) > MOST_STAGES:
+          gr.Markdown("This method has too many stages for sliders; the settings name them.")
+          return
+        moving = handlers.controls(start[1])
+        for control in moving:
+          control.input(handlers.move, [settings, *moving], settings, **QUIET)
+
+    everything = [settings, start, before, inside, restored]
+    for chosen in (before.input, inside.input):
+      chosen(handlers.choose, [before, inside, restored], everything, **QUIET)
+    for pasted in (settings.submit, settings.blur):
+      pasted(handlers.paste, settings, everything, **QUIET)
+    restored.input(handlers.restore, [settings, restored], settings, **QUIET)
+    shown = [plain, pruned, table, gallery, legend]
+    asked = [ask.click, question.submit]
+    inputs = [picture, question, settings]
+    gr.on(asked, handlers.answer, inputs, shown, preprocess=False, api_visibility="private")
+  return page
+
+
+@contextlib.contextmanager
+def serve(
+  address: tuple[str, int], asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits = Limits()
+) -> Iterator[str]:
+  """Serves the page at a host and port, 0 for a free one; yields its URL. What visitors send is removed at the end.
+
+  Raises:
+    UserError: as in `build`.
+    OSError: the address is in use or none of this machine.
+  """
+  host, port = address
+  with socket.socket() as free:
+    free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    free.bind((host, port))
+    port = free.getsockname()[1]
+  with tempfile.TemporaryDirectory(prefix="himap_jax_page_") as folder:
+    os.environ["GRADIO_TEMP_DIR"] = folder
+    page = build(asker, examples, limits)
+    page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    page.launch(
+      server_name=host,
+      server_port=port,
+      share=False,
+      max_file_size=limits.picture_bytes,
+      prevent_thread_lock=True,
+      quiet=True,
+      inbrowser=False,
+      ssr_mode=False,
+      run_history=False,
+      footer_links=[],
+      theme=gr.themes.Soft(**FONTS),
+    )
+    try:
+      yield f"http://{host}:{port}/"
+    finally:
+      page.close(verbose=False)
