@@ -96,7 +96,9 @@ def define_shared_flags(**defaults: Any) -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
   flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run.")
   flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
-  fields = "id, image (relative to the file), question, answer, type and optionally guess, from the question alone"
+  fields = (
+    "id, image (relative to the file), question, answer, type and optionally guess, from the question alone, and size"
+  )
   flags.DEFINE_string("question_set", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file of {fields}.")
   drawn = "Questions drawn from the set, each type in proportion; all if there is no number."
   flags.DEFINE_integer("num_questions", 50, drawn, lower_bound=1)
