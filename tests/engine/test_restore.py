@@ -25,11 +25,8 @@ N = 16
 
 # name, layers, keep
 MHA = ("clip_mha", (2, 4), (8, 4))
-NEXT_TO_EACH_OTHER = (
-  "clip_mha",
-  (3, 4),
-  (8, 4),
-)  # scored with the attention of a layer that is the first after a stage
+# The second stage is scored with the attention of the first layer after the first stage.
+NEXT_TO_EACH_OTHER = ("clip_mha", (3, 4), (8, 4))
 TIED_GQA = ("clip_gqa_tied", (1, 3), (9, 5))
 WINDOW = ("mistral", (2, 4), (8, 4))
 HALF_ROTATED = ("phi3", (1, 3), (9, 5))
@@ -105,7 +102,6 @@ def test_inside_the_decoder(name, prune_layers, keep, checkpoints, loaded, image
   [
     ("clip_mha", "fastervlm", (0,), (7,)),
     ("mistral", "fastervlm", (0,), (7,)),
-    ("clip_mha", "prumerge", (0,), (7,)),
     ("clip_mha", "fastervlm+himap", (0, 2, 4), (12, 8, 4)),
   ],
 )
@@ -116,9 +112,6 @@ def test_before_the_decoder(name, method, prune_layers, keep, checkpoints, loade
   result = generate(model, rows, model.schedule(method, prune_layers, keep, restore=True))
   plain = generate(model, rows, model.schedule(method, prune_layers, keep))
   assert result.kept[0] == plain.kept[0]
-  if method == "prumerge":  # whose merged tokens the reference does not know
-    assert np.isfinite(result.logits).all() and np.abs(result.logits - plain.logits).max() > 0.1
-    return
   for index, row in enumerate(rows):
     kept = tuple(tuple(stage[index]) for stage in result.kept)
     assert_tokens(tiny, row, prune_layers, kept, gain_for(tiny, row, prune_layers, keep), result, index)

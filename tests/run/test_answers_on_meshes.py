@@ -19,7 +19,7 @@ def answers(checkpoints, images, tmp_path_factory):
   cache_dir = tmp_path_factory.mktemp("cache")
 
   @functools.cache
-  def answer(name, sizes, batch_size, int8_weights=False):
+  def answer(name, sizes, batch_size, int8_weights=False, restore=False):
     opened = checkpoint.open_checkpoint(str(checkpoints(name).directory), cache_dir=cache_dir)
     loaded = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(*sizes), int8_weights=int8_weights)
     layers = (1, opened.config.text.num_hidden_layers - 2)
@@ -27,7 +27,7 @@ def answers(checkpoints, images, tmp_path_factory):
       loaded,
       [*images, images[0]],
       QUESTIONS,
-      schedule=opened.schedule("himap", layers, (checkpoints(name).num_image_tokens // 2, 3)),
+      schedule=opened.schedule("himap", layers, (checkpoints(name).num_image_tokens // 2, 3), restore=restore),
       generation=GenerationConfig(max_new_tokens=6, ignore_eos=True),
       inputs=InputConfig("<image>{question}:", prompt_buckets=(48,), batch_size=batch_size),
     )
@@ -46,6 +46,15 @@ def test_answers_are_those_of_one_device(answers, name, sizes, batch_size):
     assert actual.token_ids == expected.token_ids and len(actual.token_ids) == 6
     assert actual.kept == expected.kept and len(actual.kept[1]) == 3
     np.testing.assert_allclose(actual.first_logits, expected.first_logits, atol=1e-4, rtol=0)
+
+
+def test_answers_with_restore(answers):
+  plain = answers("internvit", (1, 1), 5)
+  found, alone = (answers("internvit", sizes, 5, restore=True) for sizes in ((2, 4), (1, 1)))
+  for actual, expected, other in zip(found, alone, plain, strict=True):
+    assert (actual.token_ids, actual.kept) == (expected.token_ids, expected.kept)
+    np.testing.assert_allclose(actual.first_logits, expected.first_logits, atol=1e-4, rtol=0)
+    assert np.abs(actual.first_logits - other.first_logits).max() > 1e-3
 
 
 def test_answers_of_int8_weights(answers):

@@ -98,8 +98,14 @@ def test_sizes_are_those_of_small_things_and_digits(parts):
       if detail.questions["digits"]:
         rows = np.flatnonzero((detail.scene.writing > 0).any(1))
         assert 0.9 * size < (rows[-1] - rows[0] + 1) / details.PATCH < 1.3 * size + 0.3
+      if detail.questions["sheet"] or detail.questions["board"]:
+        along = round(len(longest) ** 0.5)
+        assert max(longest) < 24 / along
       if detail.questions["sheet"]:
-        assert detail.size > 5
+        assert max(longest) == pytest.approx(details.FILLED * detail.size, abs=0.1)
+      if detail.questions["board"]:
+        rows = np.flatnonzero((detail.scene.writing > 0).any(1))
+        assert detail.size * along < len(rows) / details.PATCH < 1.7 * detail.size * along
 
 
 def test_characters_are_described_where_they_are(drawn):
