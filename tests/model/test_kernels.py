@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax.engine import sharding
-from himap_jax.model.kernels import HIDDEN, cpu, gpu, tpu, xla
+from himap_jax.model.kernels import HIDDEN, cpu, gpu, masks, tpu, xla
 
 SHAPES = {  # query slots, key slots, query heads, key heads
   "one block": (100, 100, 4, 4),
@@ -75,7 +75,7 @@ def test_a_mask_of_floats_is_added_to_the_logits(attend, is_causal):
   actual = jax.jit(functools.partial(attend, is_causal=is_causal))(*arrays, bias)
   np.testing.assert_allclose(actual, by_torch(*arrays, bias, is_causal=is_causal), atol=5e-5, rtol=0)
   in_segments = functools.partial(attend, segments=random_segments(2, slots))
-  same = xla.in_segments(None, random_segments(2, slots))
+  same = masks.in_segments(None, random_segments(2, slots))
   expected = by_torch(*arrays, jnp.where(same, bias, HIDDEN))
   np.testing.assert_allclose(jax.jit(in_segments)(*arrays, bias), expected, atol=5e-5, rtol=0)
 

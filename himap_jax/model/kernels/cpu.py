@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from himap_jax.model.kernels import Kernels, is_quantized, xla
-from himap_jax.model.kernels.xla import Mask
+from himap_jax.model.kernels import Kernels, is_quantized, masks, xla
+from himap_jax.model.kernels.masks import Mask
 
 BLOCK = 256  # query slots
 
@@ -31,7 +31,7 @@ def attention(
   segments: Int[Array, "B S"] | None = None,
 ) -> Float[Array, "B S N H"]:
   """Attention in blocks of queries whose logits fit the processor's cache; skips keys hidden by causality."""
-  mask = xla.in_segments(mask, segments)
+  mask = masks.in_segments(mask, segments)
   batch, slots, num_heads, head_dim = query.shape
   query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
   query = query.reshape(batch, key.shape[1], -1, slots, head_dim)
@@ -43,7 +43,7 @@ def attention(
     if is_causal:
       slot = jnp.arange(seen, dtype=jnp.int32)
       causal = (slot[None] <= slot[first:last, None])[None, None]
-      visible = xla.where_seen(causal, visible)
+      visible = masks.where_seen(causal, visible)
     blocks.append(_block(query[:, :, :, first:last], key[:, :, :seen], value[:, :, :seen], visible))
   context = jnp.concatenate(blocks, axis=3).reshape(batch, num_heads, slots, head_dim)
   return jnp.swapaxes(context, 1, 2)
@@ -57,7 +57,7 @@ def _block(
 ) -> Float[Array, "B K G S H"]:
   logits = jnp.einsum("BKGSH,BKTH->BKGST", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
   if mask is not None:
-    logits = xla.masked(logits, mask[:, :, None])
+    logits = masks.masked(logits, mask[:, :, None])
   weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
   context = jnp.einsum("BKGST,BKTH->BKGSH", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
   return (context / weights.sum(axis=-1, keepdims=True)).astype(value.dtype)

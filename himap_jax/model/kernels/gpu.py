@@ -8,8 +8,8 @@ import dataclasses
 import jax
 from jaxtyping import Array, Float, Int
 
-from himap_jax.model.kernels import xla
-from himap_jax.model.kernels.xla import Mask
+from himap_jax.model.kernels import masks, xla
+from himap_jax.model.kernels.masks import Mask
 
 
 def attention(
@@ -25,14 +25,14 @@ def attention(
 
   cuDNN takes a mask of floats in the dtype of the queries.
   """
-  head_dim, mask = query.shape[-1], xla.in_segments(mask, segments)
+  head_dim, mask = query.shape[-1], masks.in_segments(mask, segments)
   if query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
     return xla.attention(query, key, value, mask, is_causal=is_causal)
   if mask is not None and mask.dtype != bool:
     mask = mask.astype(query.dtype)
   with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
     return jax.nn.dot_product_attention(
-      query, key, value, **xla.as_bias(mask), is_causal=is_causal, implementation="cudnn"
+      query, key, value, **masks.as_bias(mask), is_causal=is_causal, implementation="cudnn"
     )
 
 

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.inputs import pad_to
-from himap_jax.model.kernels import Kernels, xla
+from himap_jax.model.kernels import Kernels, masks, xla
+from himap_jax.model.kernels.masks import Mask
 from himap_jax.model.kernels.received import received
-from himap_jax.model.kernels.xla import Mask
 
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
@@ -66,7 +66,7 @@ def attention(
   if mask is not None:
     if is_causal:
       mask = mask & jnp.tril(jnp.ones(mask.shape[2:], bool))[None, None]
-    mask = jnp.broadcast_to(xla.in_segments(mask, segments), (len(query), *mask.shape[1:]))
+    mask = jnp.broadcast_to(masks.in_segments(mask, segments), (len(query), *mask.shape[1:]))
     hidden = (pad_to(mask[:, 0], {1: BLOCK, 2: BLOCK}),)
   elif segments is not None:  # slots that fill the last block are in a segment of their own
     hidden = (pad_to(segments, {1: BLOCK}, fill=UNUSED),)

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from himap_jax.model.kernels import HIDDEN, Kernels, is_quantized
-
-Mask = Bool[Array, "#B 1 S T"] | Float[Array, "#B 1 S T"]
+from himap_jax.model.kernels import Kernels, is_quantized
+from himap_jax.model.kernels.masks import Mask, as_bias, in_segments, masked
 
 
 def attention(
@@ -28,28 +27,6 @@ def attention(
   masks = as_bias(in_segments(mask, segments))
   with jax.numpy_dtype_promotion("standard"):  # it mixes dtypes inside
     return jax.nn.dot_product_attention(query, key, value, **masks, is_causal=is_causal)
-
-
-def in_segments(mask: Mask | None, segments: Int[Array, "B S"] | None) -> Mask | None:
-  """A mask that hides slots of other segments, too."""
-  return mask if segments is None else where_seen((segments[:, :, None] == segments[:, None])[:, None], mask)
-
-
-def where_seen(seen: Bool[Array, "#B 1 S T"], mask: Mask | None) -> Mask:
-  """A mask that hides what is not seen, too."""
-  if mask is None:
-    return seen
-  return mask & seen if mask.dtype == bool else jnp.where(seen, mask, HIDDEN)
-
-
-def as_bias(mask: Mask | None) -> dict[str, Mask | None]:
-  """A mask as an argument of `jax.nn.dot_product_attention`, for which one of floats is a bias."""
-  return {"mask": mask} if mask is None or mask.dtype == bool else {"bias": mask}
-
-
-def masked(logits: Float[Array, "..."], mask: Shaped[Array, "..."]) -> Float[Array, "..."]:
-  """Logits with a mask, which broadcasts to their shape."""
-  return jnp.where(mask, logits, jnp.finfo(jnp.float32).min) if mask.dtype == bool else logits + mask
 
 
 def cache_attention(
