@@ -19,8 +19,8 @@ from himap_jax.inputs import IMAGE, Images, Layout, pytree, take_slots
 from himap_jax.model import cache, calibration, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import RopeConfig, TextConfig
-from himap_jax.model.kernels import HIDDEN, Kernels, masks
-from himap_jax.model.kernels.masks import Mask
+from himap_jax.model.kernels import HIDDEN, Kernels
+from himap_jax.model.kernels.masks import Mask, where_seen
 from himap_jax.model.linear import ACTIVATIONS, Embedding, Linear, RMSNorm
 from himap_jax.model.tracing import traced_once
 
@@ -224,7 +224,7 @@ class Decoder(DecoderModule):
       rotation, head_dim = rotation_of(config), self.config.head_dim
       gain = calibration.gain(rotation, layout.calibration, head_dim, is_first=is_first)[:, None]
       seen = mask_of(window)
-      return gain if seen is None else masks.where_seen(seen, gain)
+      return gain if seen is None else where_seen(seen, gain)
 
     @functools.cache
     def partial_mask_of(window: int | None) -> Bool[Array, "B 1 R S"]:
@@ -308,7 +308,7 @@ class Decoder(DecoderModule):
         window = self.config.window(index)
         mask, new_mask = masks[window], new_masks[window]
         if number == 0 and segment.log_count is not None:
-          mask = masks.where_seen(mask, segment.log_count[:, None, None])
+          mask = where_seen(mask, segment.log_count[:, None, None])
           new_mask = jnp.where(new_mask, 0.0, HIDDEN)
         own = (new.keys[index], new.values[index], new_mask)
         rotation = rotation_of(self.config.rope_of(index))

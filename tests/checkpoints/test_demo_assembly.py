@@ -520,7 +520,7 @@ def test_image_tokens(model, processor):
 
 def test_files(demo):
   config = json.loads((demo / "config.json").read_text())
-  assert config["image_token_index"] == 49152 and config["vision_feature_layer"] == -2
+  assert config["image_token_index"] == 49152 and config["vision_feature_layer"] == [11]
   tensors = load_file(demo / "model.safetensors")
   assert not tensors["model.language_model.embed_tokens.weight"][49152:].any()
   assert "lm_head.weight" not in tensors
