@@ -26,12 +26,12 @@ from himap_jax.pruning.schedule import Schedule
 
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
-  """What compiled programs depend on besides the shapes of their inputs."""
+  """What compiled programs depend on besides the shapes of their inputs; those after prefill on no schedule."""
 
   network: Network
   mesh: Mesh
-  schedule: Schedule
   param_types: Any
+  schedule: Schedule | None = None
 
 
 @functools.lru_cache(maxsize=64)
@@ -65,7 +65,9 @@ class CompiledPrograms:
     self._parameters = programs.method_parameters(schedule)
     self._jitted = functools.cache(functools.partial(programs.Programs, model, schedule))
     mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
-    self._compiled = _compiled(ProgramKey(model.network, mesh, schedule, types))
+    after_prefill = ProgramKey(model.network, mesh, types)
+    self._prefills = _compiled(dataclasses.replace(after_prefill, schedule=schedule))
+    self._others = _compiled(after_prefill)
     self.num_programs, self.seconds = 0, 0.0
 
   def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
@@ -108,10 +110,11 @@ class CompiledPrograms:
     decoding = None if kind is None else dataclasses.replace(self._decoding, kind=kind)
     leaves, structure = jax.tree.flatten(shaped)
     key = (name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-    if key not in self._compiled:
+    compiled = self._prefills if name == "prefill" else self._others
+    if key not in compiled:
       start = time.perf_counter()
-      self._compiled[key] = getattr(self._jitted(decoding or self._decoding), name).lower(*arguments).compile()
+      compiled[key] = getattr(self._jitted(decoding or self._decoding), name).lower(*arguments).compile()
       self.num_programs += 1
       self.seconds += time.perf_counter() - start
       logging.info("ready: %s, a program", name)
-    return self._compiled[key]
+    return compiled[key]

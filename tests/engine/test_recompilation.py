@@ -8,6 +8,7 @@ import pytest
 import tiny_checkpoints
 
 from himap_jax import GenerationConfig, InputConfig, build_schedule, generate
+from himap_jax.engine import compiled
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
@@ -17,6 +18,11 @@ from himap_jax.inputs import Images
 NAME = "siglip"
 QUESTIONS = ("What is it?", "Why?", "A rather longer question?", "")
 COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+  compiled._compiled.cache_clear()
 
 
 @pytest.fixture
@@ -67,6 +73,21 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   run(images[:1], ["<image> before the question?"])
   assert engine.programs.num_programs == 3
   assert compilations == []
+
+
+def test_methods_of_equal_counts_share_all_but_prefill(loaded, images):
+  model = loaded(NAME, batch_size=2)
+  processor = model.prompts("<image>{question}:")
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, 25)], buckets=(32,), max_new_tokens=3)
+  inputs = batcher.pack([processor.prepare([images[0]], "Why?")] * 2, bucket=Bucket(1, 25, 32), batch_size=2)
+  first = None
+  for method, expected in (("random", 3), ("divprune", 1), ("random", 0)):
+    schedule = build_schedule(method, num_layers=4, num_image_tokens=25, prune_layers=(0,), keep=(9,))
+    engine = Engine(model.model, schedule, GenerationConfig(3))
+    result = engine(inputs, range(2))
+    assert engine.programs.num_programs == expected
+    first = first or result
+  assert result.tokens == first.tokens and result.kept == first.kept
 
 
 def test_another_length_of_answers_shares_the_prefill(loaded):
