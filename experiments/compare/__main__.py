@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import question_sets
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes, is_control
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes, controls
 from experiments.compare.grid import Cell, Shape, make_cells
 from experiments.shared import study, tabular
 from experiments.shared.statistics import POWER, smallest_difference
@@ -102,11 +102,7 @@ def power(num_questions: int, cells: Sequence[Cell], values: Any) -> str:
   Raises:
     UserError: the difference with correction is more than `--least_difference`.
   """
-  controlled = {cell.budget for cell in cells if is_control(cell)}
-  compared = [
-    cell for cell in cells if cell.schedule is not None and cell.budget in controlled and not is_control(cell)
-  ]
-  comparisons = max(1, len(compared))
+  comparisons = max(1, sum(label != control for label, control in controls(cells).items()))
   one, all_ = (smallest_difference(num_questions, values.disagreement, comparisons=n) for n in (1, comparisons))
   text = (
     f"{num_questions} questions, of which {values.disagreement:.0%} are answered right by only one of two methods, show "

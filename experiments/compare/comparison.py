@@ -35,9 +35,11 @@ class PromptSizes(NamedTuple):
     return costs(self.model, schedule, *self[1:4], num_pictures=self.num_tiles)
 
 
-def is_control(cell: Cell) -> bool:
-  """Whether methods are compared with the cell at its budget."""
-  return cell.method == CONTROL and cell.budget is not None and cell.schedule is not None
+def controls(cells: Sequence[Cell]) -> dict[str, str]:
+  """The control at the budget of every cell that can run, itself for the control, by their labels."""
+  run = [cell for cell in cells if cell.schedule is not None and cell.budget is not None]
+  by_budget = {cell.budget: cell.label for cell in run if cell.method == CONTROL}
+  return {cell.label: by_budget[cell.budget] for cell in run if cell.budget in by_budget}
 
 
 def size_class(question: Question) -> str:
@@ -97,8 +99,7 @@ class Comparison:
     """Accuracy by label, and its differences to no pruning and to the control at the same budget."""
     given = {label: self._given(own) for label, own in self.answers.items()}
     given[QUESTION_ONLY] = [question.guess for question in self.questions]
-    controls = {cell.budget: cell.label for cell in self.cells if is_control(cell) and cell.label in given}
-    control_of = {cell.label: controls.get(cell.budget) for cell in self.cells}
+    control_of = controls(self.cells)
     right, places = self._right(given), {label: i for i, label in enumerate(given)}
     same = np.array([[is_right(a, b) for a, b in zip(own, given[REFERENCE], strict=True)] for own in given.values()])
     pictures = [question.image for question in self.questions]
@@ -117,7 +118,7 @@ class Comparison:
       row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
       row |= {f"{BY_SIZE}{size}": float(by_size[size][index]) for size in SIZE_CLASSES if size in by_size}
       figures[label] = row | with_interval("agreement", same[index].mean(), agreed[:, index])
-    held = [label for label, control in control_of.items() if label in figures and control not in (None, label)]
+    held = [label for label, control in control_of.items() if control != label]
     if held:
       differences = np.stack([right[places[label]] - right[places[control_of[label]]] for label in held])
       by_picture = group_sums(differences, pictures)

@@ -157,9 +157,7 @@ def plot_sizes(path: pathlib.Path, rows: Sequence[Row]) -> None:
         axes.plot(sizes, values(row), color="#cccccc", linewidth=0.8, zorder=1)
     axes.set_title(f"{budget:g} tokens", loc="left", fontsize=11, fontweight="bold")
     axes.legend(frameon=False, fontsize=8)
-    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    _accuracies(axes)
   figure.supxlabel("size of what is asked for, in image tokens along a side", fontsize=10)
   figure.supylabel("accuracy", fontsize=10)
   figures.save(path, figure)
@@ -241,16 +239,21 @@ def _draw(
   _logarithmic(axes, ticks, form)
 
 
+def _accuracies(axes: Axes) -> None:
+  """A vertical axis of accuracies."""
+  axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+  axes.spines[["top", "right"]].set_visible(False)
+  axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+  axes.set_axisbelow(True)
+
+
 def _logarithmic(axes: Axes, ticks: Sequence[float], form: Any) -> None:
   """A logarithmic axis of costs, a linear one of accuracies."""
   axes.set_xscale("log")
   axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.xaxis.set_major_formatter(form)
-  axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
-  axes.spines[["top", "right"]].set_visible(False)
-  axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
-  axes.set_axisbelow(True)
+  _accuracies(axes)
 
 
 def _legend(figure: Figure, rows: Sequence[Row], styles: dict[str, Style], extra: dict[str, dict[str, Any]]) -> None:

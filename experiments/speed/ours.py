@@ -175,5 +175,5 @@ def _choose(
   """The stages of a schedule without the layers between them: the sequence after each."""
   network, sequences = model.bind(), [start(context.embedded)]
   for stage, scored in zip(schedule.stages, projections, strict=True):
-    sequences.append(prune(network, stage, sequences[-1], scored, context))
+    sequences.append(prune(network, stage, sequences[-1], scored, context)[0])
   return sequences[1:]

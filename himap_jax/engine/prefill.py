@@ -104,7 +104,7 @@ def prefill(
       rank = None
       if has_images:
         scored = network.language_model.scored(projections, layout)
-        sequence, rank = prune_and_rank(network, segment.stage, sequence, scored, context, restore=schedule.restore)
+        sequence, rank = prune(network, segment.stage, sequence, scored, context, restore=schedule.restore)
       if schedule.restore:
         own = calibration(layout, sequence.layout, embedded.layout, segment.stage.layer)
         sequence = sequence._replace(layout=sequence.layout.replace(calibration=own))
@@ -133,19 +133,6 @@ def start(embedded: Embedded) -> Sequence:
 
 
 def prune(
-  network: Network,
-  stage: Stage,
-  sequence: Sequence,
-  projections: Projections | None,
-  context: Context,
-  *,
-  restore: bool = False,
-) -> Sequence:
-  """As `prune_and_rank`, without the ranks."""
-  return prune_and_rank(network, stage, sequence, projections, context, restore=restore)[0]
-
-
-def prune_and_rank(
   network: Network,
   stage: Stage,
   sequence: Sequence,

@@ -13,6 +13,7 @@ NAMES = ("method", "prune_layers", "keep", "method_parameters", "restore")
 
 
 def define(values: flags.FlagValues) -> None:
+  """Defines the flags in `NAMES`."""
   flags.DEFINE_string(
     "method",
     "himap",

@@ -109,7 +109,7 @@ def test_methods_take_the_extreme_counts(loaded, prompt, method):
     embedded = network.embed(inputs)
     schedules = [scaled(method, budget, Shape(NUM_LAYERS, N)) for budget in budgets]
     stages, context = [schedule.stages[0] for schedule in schedules], Context(keys, embedded)
-    return [prune(network, stage, start(embedded), None, context).layout.original() for stage in stages]
+    return [prune(network, stage, start(embedded), None, context)[0].layout.original() for stage in stages]
 
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
   results = jax.eval_shape(kept, loaded(NAME).model, prompt, keys)
