@@ -100,7 +100,7 @@ def _layers(
 
 
 def _prune(model: Model, sequence: Sequence, scored: Projections, embedded: Embedded, *, stage: Stage) -> Sequence:
-  return library.prune(model.bind(), stage, sequence, scored, Context(_keys(sequence.x), embedded))
+  return library.prune(model.bind(), stage, sequence, scored, Context(_keys(sequence.x), embedded))[0]
 
 
 def _logits(model: Model, sequence: Sequence) -> Float[Array, "B V"]:

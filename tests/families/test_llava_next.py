@@ -198,7 +198,7 @@ class TestPruning:
 
     def pruned(model, embedded, schedule):
       context = prefill.Context(jax.random.split(jax.random.key(0), 1), embedded)
-      sequence = prefill.prune(model.bind(), schedule.stages[0], prefill.start(embedded), None, context)
+      sequence, _ = prefill.prune(model.bind(), schedule.stages[0], prefill.start(embedded), None, context)
       slots = sequence.layout.image_slots()
       return sequence.layout.original()[0], sequence.x[0, slots[0]]
 
