@@ -18,7 +18,7 @@ IMPORTED = ("himap_jax.run.answering", "matplotlib.pyplot", "transformers.models
 
 
 class Command:
-  """A running `python -m module`.
+  """A running `python -m module`, or Python code that stands for `-c`.
 
   Attributes:
     process: its process; `exitcode` is −signal if one ended it.
@@ -27,7 +27,7 @@ class Command:
   _numbers = itertools.count()
 
   def __init__(self, module, *arguments, **environment):
-    """Starts the command in the root of the project, with these additions to the environment."""
+    """Starts a module, or code of several lines, in the root of the project, with additions to the environment."""
     stem = _directory() / str(next(self._numbers))
     self._printed = stem.with_suffix(".out"), stem.with_suffix(".err")
     given = (module, list(map(str, arguments)), os.environ | environment, self._printed)
@@ -37,6 +37,20 @@ class Command:
   def text(self):
     """What it has printed so far: standard output and standard error."""
     return tuple(path.read_text() if path.exists() else "" for path in self._printed)
+
+  def succeeded(self):
+    """Waits for its end and returns what it printed on standard output."""
+    printed, errors = self.communicate()
+    assert self.process.exitcode == 0, errors
+    return printed
+
+  def killed_after(self, text, *, count=1, seconds=0.0):
+    """Kills it so many seconds after it has printed a text so often; returns whether it was still running."""
+    self.wait_until(lambda: self.text()[0].count(text) >= count)
+    time.sleep(seconds)
+    self.process.kill()
+    self.process.join()
+    return self.process.exitcode == -signal.SIGKILL
 
   def communicate(self, timeout=600):
     """Waits for its end and returns its `text`."""
@@ -75,8 +89,11 @@ def _run(module, arguments, environment, printed):
   for number, path in enumerate(printed, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
   signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-  sys.argv = [module, *arguments]
+  sys.argv = ["-c" if "\n" in module else module, *arguments]
   try:
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if "\n" in module:
+      exec(compile(module, "<code>", "exec"), {"__name__": "__main__"})
+    else:
+      runpy.run_module(module, run_name="__main__", alter_sys=True)
   finally:
     atexit._run_exitfuncs()  # multiprocessing would leave without them

@@ -5,12 +5,12 @@ import math
 import os
 import pathlib
 import shutil
-import signal
 import subprocess
 import sys
 import threading
 import time
 
+import commands
 import huggingface_hub
 import jax.numpy as jnp
 import ml_dtypes
@@ -427,18 +427,7 @@ print(peak[0] - before)
 
 def test_a_killed_conversion_leaves_nothing_that_looks_finished(clip, expected, tmp_path):
   target = tmp_path / "target"
-  process = subprocess.Popen(
-    [sys.executable, "-c", KILLED, str(clip), str(target)],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    text=True,
-    cwd=ROOT,
-  )
-  for _ in range(40):
-    assert process.stdout.readline()
-  process.send_signal(signal.SIGKILL)
-  process.wait()
-  process.stdout.close()
+  assert commands.Command(KILLED, clip, target).killed_after("reading", count=40)
   assert not target.exists() and (tmp_path / ".target.partial").exists()
   assert_same_trees(flat_params(convert_to(clip, target)), expected)
   assert list(tmp_path.iterdir()) == [target]
@@ -471,17 +460,11 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
   assert int(result.stdout) < 0.6 * total
 
 
-def run_command(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "himap_jax.convert", *arguments], capture_output=True, text=True, cwd=ROOT
-  )
-
-
 def test_command(clip, expected, tmp_path):
-  done = run_command(f"--source={clip}", f"--target={tmp_path / 'target'}")
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.strip() == str(tmp_path / "target") and "orbax" not in done.stderr
+  done = commands.Command("himap_jax.convert", f"--source={clip}", f"--target={tmp_path / 'target'}")
+  assert done.succeeded().strip() == str(tmp_path / "target") and "orbax" not in done.text()[1]
   assert_same_trees(flat_params(tmp_path / "target"), expected)
-  refused = run_command(f"--source={tmp_path}", f"--target={tmp_path / 'other'}")
-  assert refused.returncode == 2
-  assert refused.stderr.strip().splitlines()[-1].startswith("himap_jax.convert: ") and "Traceback" not in refused.stderr
+  refused = commands.Command("himap_jax.convert", f"--source={tmp_path}", f"--target={tmp_path / 'other'}")
+  _, errors = refused.communicate()
+  assert refused.process.exitcode == 2
+  assert errors.strip().splitlines()[-1].startswith("himap_jax.convert: ") and "Traceback" not in errors

@@ -1,8 +1,8 @@
 """Int8 weights against NumPy, made while a checkpoint is read or before, and the memory that this takes."""
 
-import subprocess
 import sys
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,9 +140,8 @@ class TestConverted:
     assert convert_to(clip, target("clip_mha"), int8_weights=True) == target("clip_mha")
 
   def test_command(self, clip, tmp_path):
-    command = [sys.executable, "-m", "himap_jax.convert", f"--source={clip}", f"--target={tmp_path / 'target'}"]
-    done = subprocess.run([*command, "--int8_weights"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    paths = f"--source={clip}", f"--target={tmp_path / 'target'}"
+    commands.Command("himap_jax.convert", *paths, "--int8_weights").succeeded()
     assert_same_leaves(flat_params(tmp_path / "target", int8_weights=True), flat_params(clip, int8_weights=True))
 
 

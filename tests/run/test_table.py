@@ -3,11 +3,9 @@
 import json
 import os
 import pathlib
-import signal
-import subprocess
 import sys
-import time
 
+import commands
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -193,13 +191,7 @@ def test_killed_anywhere(path):
   kills = 0
   for attempt in range(2):
     count = 100 * (attempt + 1)
-    command = [sys.executable, "-c", WORKER, str(path), str(count)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-    process.stdout.readline()
-    time.sleep(0.1 * attempt)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    kills += process.wait() == -signal.SIGKILL
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+    kills += commands.Command(WORKER, path, count).killed_after("ready", seconds=0.1 * attempt)
+    commands.Command(WORKER, path, count).succeeded()
     assert sorted(own["id"] for own in read(path)) == list(range(count))
   assert kills and names(path) == [path.name]

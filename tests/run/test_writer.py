@@ -1,11 +1,8 @@
 import json
 import os
 import pathlib
-import signal
-import subprocess
-import sys
-import time
 
+import commands
 import pytest
 
 from himap_jax.errors import UserError
@@ -246,7 +243,7 @@ with OutputWriter(sys.argv[1], resume=True) as writer:
     else:
         raise AssertionError
 """
-  subprocess.run([sys.executable, "-c", code, str(path)], check=True, cwd=ROOT)
+  commands.Command(code, path).succeeded()
   assert [r["id"] for r in read(path)] == ["a"]
 
 
@@ -256,9 +253,9 @@ def test_two_writers(path):
     for resume in (True, False):
       with pytest.raises(UserError, match="another run is writing"):
         OutputWriter(path, resume=resume)
-    other = subprocess.run([sys.executable, "-c", WORKER, str(path)], capture_output=True, text=True, cwd=ROOT)
-    assert "another run is writing the output" in other.stderr
-    assert other.returncode != 0
+    other = commands.Command(WORKER, path)
+    assert "another run is writing the output" in other.communicate()[1]
+    assert other.process.exitcode != 0
     assert read(path) == [row("a")]
     writer.write([row("b")])
   OutputWriter(path, resume=True).close()
@@ -280,18 +277,12 @@ with OutputWriter(sys.argv[1], resume=True) as writer:
 
 
 def test_killed_while_writing_and_started_again(path):
-  command = [sys.executable, "-c", WORKER, str(path)]
   kills = 0
   for attempt in range(5):
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
-    process.stdout.readline()
-    time.sleep(0.01 + 0.013 * attempt)
-    process.send_signal(signal.SIGKILL)
-    process.stdout.close()
-    kills += process.wait() == -signal.SIGKILL
+    kills += commands.Command(WORKER, path).killed_after("ready", seconds=0.01 + 0.013 * attempt)
     if path.exists() and path.stat().st_size:
       with path.open("ab") as file:
         file.write(b'{"id": 199, "answer": "xx')
   assert kills > 0
-  subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+  commands.Command(WORKER, path).succeeded()
   assert sorted(r["id"] for r in read(path)) == list(range(200))
