@@ -136,6 +136,24 @@ def board(rng: np.random.Generator, parts: Parts, size: float = 0.0) -> Made:
   return canvas.scene(), asked, float(np.mean(heights)) / PATCH
 
 
+def drill(rng: np.random.Generator, parts: Parts) -> Drawn:
+  """Two by two or three by three tiny things and small signs, all asked about: for training, where it teaches most."""
+  along, canvas, asked = int(rng.integers(2, 4)), Canvas(scenes.background(rng)), []
+  for where, middle in _grid(along).items():
+    size = float(rng.choice(SIZES)) * PATCH
+    moved = tuple(at + rng.uniform(-0.15, 0.15) / along for at in middle)
+    if rng.random() < 0.5:
+      kind = str(rng.choice(KINDS))
+      _add_at(canvas, *parts.draw(rng, kind), moved, size)
+      asked.append(Question("drill", f"what kind of thing is the tiny one at the {where}?", kind))
+    else:
+      sign, text = _written(rng, parts)
+      width = min(max(sign.pixels.size) * size / sign.digit_height, FILLED / along * SIDE)
+      canvas.write(_add_at(canvas, SIGN, sign.pixels, moved, width), sign.writing)
+      asked.append(Question("drill", f"what does the {where} sign say?", text))
+  return Drawn(canvas.scene(), {"drill": [asked[i] for i in rng.permutation(len(asked))]}, 0.0)
+
+
 def _written(rng: np.random.Generator, parts: Parts) -> tuple[signs.Sign, str]:
   """A sign with a number of one or two digits, or with a word."""
   number, word = str(rng.integers(10 ** int(rng.integers(1, 3)))), signs.WORDS[rng.integers(len(signs.WORDS))]

@@ -53,6 +53,9 @@ _SCENE_SHARE = flags.DEFINE_float("scene_share", 0.75, "Share of pictures that a
 _DETAIL_SHARE = flags.DEFINE_float(
   "detail_share", 0.0, "Share of pictures that are details; the others are easy-VQA's."
 )
+_DRILL_SHARE = flags.DEFINE_float(
+  "drill_share", 0.0, "Share of details that are drills: many small things and signs, all asked about."
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
@@ -116,7 +119,8 @@ def run() -> int:
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
   packers = {stage: Packer(loaded, stage.image_size, stage.question_slots) for stage in stages}
   check_settings(workdir, stages)
-  mixture = Mixture(scene_share=_SCENE_SHARE.value, detail_share=_DETAIL_SHARE.value)
+  shares = dict(scene_share=_SCENE_SHARE.value, detail_share=_DETAIL_SHARE.value, drill_share=_DRILL_SHARE.value)
+  mixture = Mixture(**shares)
   directory, base_projector = workdir / "checkpoints", None
   if _INIT_ADAPTER.value:
     adapter = Adapter.read(_INIT_ADAPTER.value)
@@ -164,7 +168,18 @@ def run() -> int:
 
 def check_settings(workdir: pathlib.Path, stages: Sequence[Stage]) -> None:
   """Raises `UserError` if the work directory holds the training of another adapter, plan or seed."""
-  flags_of = (_MODEL, _SCENE_SHARE, _DETAIL_SHARE, _RANK, _PROJECTOR_RATE, _LORA_RATE, _CROSS_RATE, _SEED, _DTYPE)
+  flags_of = (
+    _MODEL,
+    _SCENE_SHARE,
+    _DETAIL_SHARE,
+    _DRILL_SHARE,
+    _RANK,
+    _PROJECTOR_RATE,
+    _LORA_RATE,
+    _CROSS_RATE,
+    _SEED,
+    _DTYPE,
+  )
   start = None if _INIT_ADAPTER.value is None else sha256_of(pathlib.Path(_INIT_ADAPTER.value))
   settings = {flag.name: flag.value for flag in flags_of} | {"stages": list(map(list, stages)), "init_adapter": start}
   settings |= {"feature_layers": list(FEATURE_LAYERS[_MODEL.value])}

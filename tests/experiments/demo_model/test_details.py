@@ -108,6 +108,23 @@ def test_sizes_are_those_of_small_things_and_digits(parts):
         assert detail.size * along < len(rows) / details.PATCH < 1.7 * detail.size * along
 
 
+def test_drills_ask_about_everything(parts):
+  names = {"top": 0.0, "left": 0.0, "middle": 0.5, "bottom": 1.0, "right": 1.0}
+  for index in range(20):
+    scene, questions, _ = details.drill(np.random.default_rng(index), parts)
+    assert len({own.question for own in questions["drill"]}) == len(scene.things) in (4, 9)
+    for own in questions["drill"]:
+      words = own.question.rstrip("?").removesuffix("sign say").split()
+      *row, column = words[len(words) - words[::-1].index("the") :]
+      place = names[column], names[row[0] if row else "middle"]
+      apart = [np.hypot(*(np.add(t.box[:2], t.box[2:]) / 2 - 0.2 - 0.6 * np.array(place))) for t in scene.things]
+      thing = scene.things[int(np.argmin(apart))]
+      left, top, right, bottom = (max(0, round(side * SIDE)) for side in thing.box)
+      found = read(scene.writing[top:bottom, left:right]) if thing.cutout is details.SIGN else thing.cutout.kind
+      assert found in (own.answer, once(own.answer)), own
+      assert max(right - left, bottom - top) >= 8
+
+
 def test_characters_are_described_where_they_are(drawn):
   words = align.vocabulary([])
   for detail in drawn[:20]:
