@@ -24,8 +24,10 @@ from safetensors.numpy import load_file, save_file
 import himap_jax
 from checkpoints_convert.errors import CheckpointError
 from himap_jax import Sampling, UserError
+from himap_jax.engine import capacity
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.batching import Bucket
+from himap_jax.engine.capacity import Capacity
 from himap_jax.pruning.cost import costs
 from himap_jax.run import __main__ as command
 from himap_jax.run import job
@@ -377,6 +379,27 @@ class TestBadRows:
     write_rows(config.prompts, [{"id": 0, "image": ["1.png", "0.png"], "question": "Same?"}])
     assert job.run(config) == 0
     assert "1 answered, 0 errors, 0 answered before" in capsys.readouterr().out
+
+  def test_rows_that_the_memory_does_not_hold(self, small, monkeypatch):
+    """They alone are errors, before anything of their size runs."""
+    write_rows(
+      small.prompts,
+      [{"id": n, "image": "0.png", "question": "?" * length} for n, length in enumerate((450, 9, 460, 5, 440))],
+    )
+    taken, prefill_rows = [], Capacity.prefill_rows
+
+    def watched(self, num_slots, memory):
+      count = prefill_rows(self, num_slots, memory)
+      taken.append(memory(count).temporaries + 2 * memory(count).results)
+      return count
+
+    monkeypatch.setattr(Capacity, "prefill_rows", watched)
+    expected = answers_of(small)
+    monkeypatch.setattr(capacity, "free_memory", lambda mesh: sum(taken) // 2)
+    rows = answers_of(small)
+    assert [row["error"] is None for _, row in sorted(rows.items())] == [False, True] * 2 + [False]
+    for number, row in rows.items():
+      assert row == expected[number] if number % 2 else "a prompt of 510 tokens, padding included" in row["error"]
 
   def test_picture_names(self, config, tmp_path):
     ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]
