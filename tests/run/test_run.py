@@ -498,7 +498,7 @@ class TestBadConfiguration:
       (dict(max_new_tokens=500), "context of 512 tokens does not hold"),
       (dict(image_dir=pathlib.Path("/nowhere")), "--image_dir=/nowhere: no such directory"),
       (dict(prompts=pathlib.Path("/nowhere")), "cannot read the prompt file /nowhere"),
-      (dict(prompts=pathlib.Path(os.devnull)), "is empty"),
+      (dict(prompts=pathlib.Path(os.devnull)), "cannot read the prompt file /dev/null: not a regular file"),
       (dict(output=pathlib.Path("/proc/nowhere/output.jsonl")), "--output: cannot create the directory"),
       (dict(output=pathlib.Path("/dev/full")), "not a regular file"),
       (dict(output=pathlib.Path("x" * 300)), "File name too long"),
