@@ -23,7 +23,7 @@ from himap_jax.engine.pool import Answered, Clock, Pool, Prefilled, Request, Usa
 from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.scoring import Score
 from himap_jax.engine.slots import Rows
-from himap_jax.errors import UserError
+from himap_jax.errors import check_whole
 from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model
 from himap_jax.pruning.schedule import Schedule
@@ -47,8 +47,7 @@ class GenerationConfig:
   ignore_eos: bool = False
 
   def __post_init__(self) -> None:
-    if self.max_new_tokens < 1:
-      raise UserError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}")
+    check_whole("max_new_tokens", self.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
