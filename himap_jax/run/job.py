@@ -46,8 +46,9 @@ def run(config: RunConfig) -> int:
   opened = config.open()
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
+  any_prompt = processor.prepare([Image.new("RGB", (64, 64))], "?")  # what is wrong with every prompt is said once
   if config.pictures is not None or "patches" in config.emit:
-    processor.views(processor.prepare([Image.new("RGB", (64, 64))], "?"))
+    processor.views(any_prompt)
   schedule = config.pruning.schedule(**method_inputs(opened.config))
   files = PictureFiles(config.image_dir, config.allow_urls)
   sizes = image_sizes(prompts, files, processor)

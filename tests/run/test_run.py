@@ -240,8 +240,8 @@ def save_bad_images(directory):
     "text.png": "not an image",
     "directory.png": "not a regular file",
     "large.png": "20000 x 20000 = 400,000,000 pixels is above the limit",
-    "tall.png": "1 x 100000 pixels; one side may be at most 200 times",
-    "wide.png": "100000 x 1 pixels; one side may be at most 200 times",
+    "tall.png": "tall.png: the picture has 1 x 100000 pixels; one side may be at most 200 times",
+    "wide.png": "wide.png: the picture has 100000 x 1 pixels; one side may be at most 200 times",
     "a\0b.png": "null",
     "x" * 300 + ".png": "File name too long",
   }
@@ -553,6 +553,7 @@ class TestBadConfiguration:
       ("text", lambda path: edit(path, text_config={"model_type": "mamba"}), "language model 'mamba'"),
       ("config", lambda path: (path / "config.json").write_text("{"), "cannot be read"),
       ("nothing", lambda path: (path / "config.json").unlink(), "cannot be read"),
+      ("token", lambda path: edit(path, image_token_index=7), "tokenizer and config.json disagree"),
       ("pickled", lambda path: (path / "model.safetensors").rename(path / "model.bin"), "only pickled weights"),
     ):
       path = shutil.copytree(checkpoints(NAME).directory, tmp_path / name)

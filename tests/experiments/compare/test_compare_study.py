@@ -419,6 +419,7 @@ def test_the_command_goes_on_and_runs_nothing_again(config, rows):
   )
   assert done.returncode == 0, done.stderr
   assert "row" not in done.stderr and "fastervlm 8" in done.stdout
+  assert "1 questions have no answer; the first, " in done.stderr
   assert {path: path.stat().st_mtime_ns for path in before} == before
   assert {path for path in config.workdir.rglob("*") if path.is_file()} == set(before)
 
