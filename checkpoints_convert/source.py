@@ -52,8 +52,9 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
 
 
 def first_line(error: Exception) -> str:
-  """The first line of an error's message, or its type where the message is empty."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
+  """The first line of an error's message, with the next where it ends in a colon; its type if the message is empty."""
+  first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+  return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 def some(items: list[str] | tuple[str, ...], limit: int = 4) -> str:

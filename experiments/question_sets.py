@@ -134,7 +134,7 @@ def _read(path: pathlib.Path, *, needs_answers: bool) -> list[Question]:
   absent = {} if needs_answers else {"answer": "", "type": "question"}
   try:
     lines = path.read_text(encoding="utf-8").splitlines()
-  except OSError as error:
+  except (OSError, UnicodeDecodeError) as error:
     raise UserError(f"{path}: neither a question set ({', '.join(SETS)}) nor a file that can be read") from error
   rows, guesses, sizes = [], [], []
   for number, line in enumerate(lines, start=1):

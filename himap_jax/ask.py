@@ -7,6 +7,9 @@ The text appears as it is generated.
 
 import os
 
+from himap_jax.run import interrupts
+
+interrupts.end_process()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 import dataclasses
@@ -14,7 +17,7 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import flags
 
 from himap_jax.errors import UserError
 from himap_jax.run import command, model_flags
@@ -85,4 +88,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start("himap_jax.ask", main)

@@ -1,5 +1,6 @@
 """Checkpoints: from a name to a model on its devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -106,13 +107,15 @@ class OpenCheckpoint:
 
     Raises:
       CheckpointError: the weights cannot be read, or are int8 and `int8_weights` is false.
+      UserError: the dtype is not one of floating point.
     """
+    dtype = _floating(dtype)
     if self.weights.is_int8 and not int8_weights:
       raise CheckpointError(
         f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the source again "
         "without that flag"
       )
-    mesh, dtype = sharding.make_mesh() if mesh is None else mesh, jnp.dtype(dtype)
+    mesh = sharding.make_mesh() if mesh is None else mesh
     wide = sharding.with_divisible_key_heads(self.config, mesh)
     wanted = self._abstract(wide, dtype, mesh)
     params = _by_path(wanted)
@@ -217,6 +220,13 @@ def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
   return ExpectedModel(
     family.complete(fields), shapes, config.vision.num_hidden_layers, frozenset(filter(can_be_int8, shapes))
   )
+
+
+def _floating(dtype: Any) -> Any:
+  with contextlib.suppress(TypeError):
+    if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+      return jnp.dtype(dtype)
+  raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
 
 
 def default_cache_dir() -> pathlib.Path:

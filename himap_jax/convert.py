@@ -7,10 +7,13 @@ A directory in the Hugging Face layout needs no conversion: `himap_jax.run` read
 
 import os
 
+from himap_jax.run import interrupts
+
+interrupts.end_process()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from checkpoints_convert.convert import convert, open_source
 from himap_jax.checkpoint import default_cache_dir, describe
@@ -48,4 +51,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start("himap_jax.convert", main, needed=("source", "target"))

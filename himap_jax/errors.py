@@ -1,5 +1,6 @@
 """Errors that the user can fix."""
 
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -12,3 +13,11 @@ def check_supported(found: Any, known: Collection[str], *, where: str, what: str
   """Raises `UserError` unless `found` is in `known`; `where` and `what` say in the message what it is."""
   if found not in known:
     raise UserError(f"{where}: {what} {found!r} is not supported; supported: {', '.join(known)}")
+
+
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+  """Raises `UserError` unless a value is a whole number of at least `least`."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+    raise UserError(f"{name} must be a whole number, but is {value!r}")
+  if value < least:
+    raise UserError(f"{name} must be at least {least}, but is {value}")

@@ -8,11 +8,13 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from himap_jax import arguments
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, image_buckets
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, GenerationConfig
 from himap_jax.engine.pool import Request
+from himap_jax.errors import check_whole
 from himap_jax.families.family import Processor, Question
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
@@ -35,6 +37,11 @@ class InputConfig:
   batch_size: int | None = None
   max_image_tokens: int | None = None
   prefill_batch_size: int | None = None
+
+  def __post_init__(self) -> None:
+    for name in ("batch_size", "max_image_tokens", "prefill_batch_size"):
+      if getattr(self, name) is not None:
+        check_whole(name, getattr(self, name))
 
   def batch_sizes(self, num_rows: int | None = None) -> BatchSizes:
     """For so many rows in all."""
@@ -112,8 +119,10 @@ def generate(
     questions: a text, or the messages of a conversation.
 
   Raises:
-    UserError: unusable settings or prompts.
+    UserError: unusable arguments, settings or prompts.
   """
+  arguments.check_questions(images, questions)
+  arguments.check_schedule(schedule)
   processor = loaded.prompts(inputs.prompt_template, inputs.max_image_tokens)
   rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
   counts = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)

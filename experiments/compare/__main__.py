@@ -8,6 +8,7 @@ and time relative to no pruning. Repeating an interrupted command resumes it.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from absl import flags
 from experiments import question_sets
 from experiments.compare import measure, plots, report, tables
 from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes, controls
-from experiments.compare.grid import Cell, Shape, make_cells
+from experiments.compare.grid import REFERENCE, Cell, Shape, check, make_cells
 from experiments.shared import study, tabular
 from experiments.shared.statistics import POWER, smallest_difference
 from himap_jax.engine.accounting import method_inputs, model_sizes
@@ -59,6 +60,7 @@ def define_flags() -> None:
 def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   """Runs the missing cells; returns the comparison and the report's examples."""
   budgets, ranking = command.numbers(values["budgets"], float), command.numbers(values["shortv_ranking"], int)
+  check(values.methods, budgets, values.settings)
   generation = GenerationConfig(values.max_new_tokens, seed=values.seed)
   timing = {name: values[f"timing_{name}"].value for name in ("batch_size", "new_tokens", "repeats")}
   num_rows = math.gcd(values.batch_size, timing["batch_size"])
@@ -88,6 +90,9 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
       answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
       if cell.uses_chance:
         repeats[cell.label] = [runner.answer(cell, repeat=repeat) for repeat in range(1, values.num_seeds)]
+  bad = [row for row in answers[REFERENCE].values() if row["error"] is not None]
+  if bad:
+    print(f"{len(bad)} questions have no answer; the first, {bad[0]['id']}: {bad[0]['error']}", file=sys.stderr)
   bytes_per_value, num_text_tokens = jnp.dtype(command.DTYPES[values.dtype]).itemsize, measure.mean_text_length(subject)
   sizes = model_sizes(opened.config, subject.processor.image_shape)
   num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes

@@ -4,6 +4,7 @@ A budget is a mean number of image tokens per layer.
 """
 
 import dataclasses
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -121,6 +122,18 @@ class Cell:
     return f"{kept.file_name(self.label)}.{checksum:08x}"
 
 
+def check(methods: Sequence[str], budgets: Sequence[float], settings: Sequence[str]) -> None:
+  """What can be checked without a model; raises `UserError` for an unknown method or an invalid budget or setting."""
+  for name in methods:
+    if ":" in name:
+      raise UserError(f"{name!r} is not a method or method@layers, such as himap@1/4")
+  for text in (*methods, *settings):
+    parse_setting(text)
+  for budget in budgets:
+    if not 0 < budget < math.inf:
+      raise UserError(f"a budget must be above 0, not {budget:g}")
+
+
 def make_cells(
   shape: Shape, methods: Sequence[str], budgets: Sequence[float], settings: Sequence[str], ranking: Sequence[int] | None
 ) -> list[Cell]:
@@ -128,12 +141,13 @@ def make_cells(
 
   `+restore` after a method's name is RESTORE: `divprune+restore`, `himap+restore@2/8:288/72`.
 
-  `ranking` is as in `schedule_for_budget`. Raises `UserError` for an unknown method or an invalid setting.
+  `ranking` is as in `schedule_for_budget`. Raises `UserError` as `check`, or for a budget above the image's tokens.
   """
+  check(methods, budgets, settings)
+  if max(budgets, default=0) > shape.num_image_tokens:
+    raise UserError(f"a budget must be at most the image's {shape.num_image_tokens} tokens, not {max(budgets):g}")
   cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
   for name in methods:
-    if ":" in name:
-      raise UserError(f"{name!r} is not a method or method@layers, such as himap@1/4")
     pruning = parse_setting(name)
     for budget in budgets if pruning.method != REFERENCE else ():
       schedule = note = None

@@ -19,7 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import traverse_util
 from jaxtyping import Array, Float, Key
 from safetensors.numpy import save_file
@@ -211,4 +211,6 @@ if __name__ == "__main__":
   flags.DEFINE_list("adapters", None, "Adapters to average.", required=True)
   flags.DEFINE_list("shares", None, "Share of each adapter; they sum to 1.", required=True)
   flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
-  app.run(lambda argv: command.execute("experiments.demo_model.adapter", argv, run))
+  command.start(
+    "experiments.demo_model.adapter", lambda argv: command.execute("experiments.demo_model.adapter", argv, run)
+  )

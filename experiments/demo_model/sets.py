@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from experiments.demo_model import cutouts, details, questions, scenes, signs
 from experiments.demo_model.cutouts import Cutout
@@ -101,4 +101,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("num_scenes", 100, "Number of scenes.")
   flags.DEFINE_float("size", None, "Size of small things and digits in details, in image tokens; mixed if absent.")
   flags.DEFINE_string("directory", None, "Directory for pictures and questions.jsonl.", required=True)
-  app.run(lambda argv: command.execute("experiments.demo_model.sets", argv, run, resumes=False))
+  command.start(
+    "experiments.demo_model.sets", lambda argv: command.execute("experiments.demo_model.sets", argv, run, resumes=False)
+  )

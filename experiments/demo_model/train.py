@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import flags
 from jaxtyping import Array, Float
 from orbax.checkpoint import v1 as ocp
 
@@ -192,4 +192,4 @@ def _stage(text: str) -> Stage:
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("experiments.demo_model.train", argv, run))
+  command.start("experiments.demo_model.train", lambda argv: command.execute("experiments.demo_model.train", argv, run))

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from absl import app, flags
+from absl import flags
 
 from checkpoints_convert.source import write_json
 from experiments import question_sets
@@ -83,7 +83,10 @@ def start(
     print(result if isinstance(result, str) else write(result, name))
     return 0
 
-  app.run(lambda argv: command.execute(name.rpartition(".")[2], argv, action))
+  called = name.rpartition(".")[2]
+  command.start(
+    called, lambda argv: command.execute(called, argv, action), needed=("workdir", "output") if has_subject else ()
+  )
 
 
 def write(report: Report, name: str) -> str:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 from jax.profiler import ProfileData
 
 from experiments.shared import machine
@@ -93,4 +93,4 @@ def run() -> int:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(lambda argv: command.execute("busy", argv, run, resumes=False))
+  command.start("busy", lambda argv: command.execute("busy", argv, run, resumes=False))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import torch
-from absl import app, flags
+from absl import flags
 
 from experiments.shared import tabular
 from experiments.speed import side
@@ -62,4 +62,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("products", argv, run, resumes=False))
+  command.start("products", lambda argv: command.execute("products", argv, run, resumes=False))

@@ -8,7 +8,7 @@ A pool for each rung has shorter caches, but each has a third of the rows and re
 import statistics
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import flags
 from PIL import Image
 
 import himap_jax
@@ -79,4 +79,4 @@ def run() -> int:
 
 if __name__ == "__main__":
   define_flags()
-  app.run(lambda argv: command.execute("rungs", argv, run, resumes=False))
+  command.start("rungs", lambda argv: command.execute("rungs", argv, run, resumes=False))

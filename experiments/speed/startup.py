@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from experiments.shared import tabular
@@ -96,4 +96,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-  app.run(lambda argv: command.execute("startup", argv, run, resumes=False))
+  command.start("startup", lambda argv: command.execute("startup", argv, run, resumes=False))

@@ -7,6 +7,9 @@ The pruning flags say what the page starts with.
 
 import os
 
+from himap_jax.run import interrupts
+
+interrupts.end_process()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 import contextlib
@@ -17,7 +20,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import PruningConfig
@@ -92,4 +95,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start("himap_jax.demo", main)

@@ -122,7 +122,8 @@ class Batcher:
       context: most tokens of a prompt and its answer.
       blank: any prompt, which gives the shapes of tiles and positions.
       image_buckets: as the function gives them; those that the context does not hold are left out.
-      buckets: padded text lengths, ascending; the longest that fits the model's context is added.
+      buckets: padded text lengths, ascending; doublings of the last are added, and the longest that fits the model's
+        context.
       max_new_tokens: tokens to leave room for in the context.
 
     Raises:
@@ -135,8 +136,7 @@ class Batcher:
       Bucket(own.num_tiles, own.num_image_tokens, length, own.is_ragged)
       for own in image_buckets
       for longest in [self._longest_text(own.num_image_tokens)]
-      for length in (*(bucket for bucket in buckets if bucket < longest), longest)
-      if longest > 0
+      for length in _lengths(buckets, longest)
     )
     if not self.buckets:
       raise UserError(self._too_many(min(own.num_image_tokens for own in image_buckets)))
@@ -202,6 +202,14 @@ class Batcher:
     tokens, axes = np.zeros_like(image_id), self._blank_example.positions.shape[1:]
     images = jax.tree.map(lambda leaf: leaf[:0], self._blank_example.images)
     return Example(tokens, image_id, np.zeros((len(tokens), *axes), np.int32), images)
+
+
+def _lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
+  """The buckets below the longest length, doublings of the last of them, and the longest if there is room at all."""
+  lengths = [bucket for bucket in buckets if bucket < longest]
+  while lengths and 2 * lengths[-1] < longest:
+    lengths.append(2 * lengths[-1])
+  return (*lengths, longest) if longest > 0 else ()
 
 
 def _padded(images: Images, bucket: Bucket) -> Images:

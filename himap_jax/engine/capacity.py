@@ -1,7 +1,7 @@
 """How many rows fit into the devices' memory, by the compiler's own analysis of the programs.
 
 A prefill takes as many rows as its products need for their full speed, in a part of the memory that the weights leave.
-Slots for decoding get the rest.
+Slots for decoding get the rest. Sizes that are given are the most: rows that are too long for them get fewer.
 """
 
 import contextlib
@@ -15,18 +15,19 @@ import psutil
 from jax.sharding import Mesh
 
 from himap_jax.engine import processes, sharding
+from himap_jax.errors import UserError
 from himap_jax.model.network import Model
 
 PROGRAMS = ("prefill", "enter", "decode")
 PREFILL_SHARE = 4  # of the memory that the weights leave, a prefill takes at most one part in so many
 SLOTS_PER_ROW = 8  # at least so many for each row of a prefill: slots wait until there are as many free ones
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 TOLERANCE = 1 / 32
 USABLE = 0.9  # of the memory that is free; the rest is for fragmentation, and on CPU for other programs
 
 
 class BatchSizes(NamedTuple):
-  """Numbers of rows over all processes, rounded up to multiples of the mesh's `data` axis; absent ones are chosen.
+  """The most rows over all processes, rounded up to multiples of the mesh's `data` axis; absent ones are chosen.
 
   Attributes:
     decode: slots.
@@ -147,8 +148,8 @@ class Capacity:
     mesh = sharding.mesh_of(model.params)
     self._num_shards, self._kernels, self._sizes = sharding.num_shards(mesh), model.network.kernels, sizes
     self._weights = sharding.device_bytes(model.params)
-    self._room = free_memory(mesh) if room is None and None in (sizes.decode, sizes.prefill) else room
-    self._largest_prefill = 0  # of those whose rows were chosen, beside the weights
+    self._room = free_memory(mesh) if room is None else room
+    self._largest_prefill = 0  # beside the weights
     self._beside_slots: int | None = None
     self.chosen = BatchSizes()
 
@@ -158,25 +159,45 @@ class Capacity:
     Args:
       num_slots: of each row.
       memory: of the program for a number of rows; None if the compiler refuses it.
+
+    Raises:
+      UserError: the memory does not hold one row on each device.
     """
+
+    def taken(count: int) -> int | None:
+      own = memory(count)
+      return None if own is None else own.temporaries + own.results
+
+    def taken_alone(count: int) -> int | None:
+      own = memory(count)
+      return None if own is None else own.temporaries + 2 * own.results  # which are copied to slots
+
+    least = self._num_shards
     if self._sizes.prefill is not None:
-      count = self._padded(min(self._sizes.prefill, self._sizes.decode or self._sizes.prefill))
+      most = self._padded(min(self._sizes.prefill, self._sizes.decode or self._sizes.prefill))
+      count = most_that_fit(taken_alone, most, self._room, least)
     else:
       wanted = max(1, self._kernels.prefill_tokens // num_slots) * self._num_shards
       most = min(wanted, max(1, self._most_slots // SLOTS_PER_ROW))
-      count = self._padded(1 << most.bit_length() - 1)
-
-      def taken(count: int) -> int | None:
-        own = memory(count)
-        return None if own is None else own.temporaries + own.results
-
       room = min(self._room // PREFILL_SHARE, self._room if self._beside_slots is None else self._beside_slots)
-      count = most_that_fit(taken, count, room, self._num_shards) or self._num_shards
-      own = memory(count)
-      if own is not None:
-        self._largest_prefill = max(self._largest_prefill, own.total - self._weights)
+      count = most_that_fit(taken, self._padded(1 << most.bit_length() - 1), room, least)
+      count = count or most_that_fit(taken_alone, least, self._room, least)
+    if not count:
+      size = taken_alone(least)
+      wanted = "more" if size is None else f"{size / GIB:.3g} GiB"
+      raise UserError(
+        f"a prompt of {num_slots} tokens, padding included, needs {wanted} of a device's memory, and {self._room / GIB:.3g} "
+        "GiB are free beside the weights"
+      )
+    own = memory(count)
+    if own is not None:
+      self._largest_prefill = max(self._largest_prefill, own.total - self._weights)
     self.chosen = self.chosen._replace(prefill=count)
     return count
+
+  def fits_beside_slots(self, prefill: Memory) -> bool:
+    """Whether a prefill can run while there are the slots that were chosen last."""
+    return self._beside_slots is None or prefill.total - self._weights <= self._beside_slots
 
   def slots(self, num_rows: int, bytes_per_slot: int, memory: Callable[[int], Mapping[str, Memory] | None]) -> int:
     """Slots for decoding.
@@ -187,31 +208,28 @@ class Capacity:
       memory: of the programs for a number of slots, as for `needed`; None if the compiler refuses one.
     """
     least = self._padded(num_rows)
-    if self._sizes.decode is not None:
-      count = self._padded(self._sizes.decode)
-    else:
-      most = min(self._padded(self._most_slots), self._room // bytes_per_slot * self._num_shards)
+    most = min(self._padded(self._most_slots), self._room // bytes_per_slot * self._num_shards)
+    taken_by_slots: dict[int, int] = {}
 
-      def taken(count: int) -> int | None:
-        programs = memory(count)
-        if programs is None:
-          return None
-        own = needed(programs, self._weights)
-        taken_by_slots[count] = own["slots"]
-        return max(*(own[name] for name in PROGRAMS), own["slots"] + self._largest_prefill)
+    def taken(count: int) -> int | None:
+      programs = memory(count)
+      if programs is None:
+        return None
+      own = needed(programs, self._weights)
+      taken_by_slots[count] = own["slots"]
+      return max(*(own[name] for name in PROGRAMS), own["slots"] + self._largest_prefill)
 
-      taken_by_slots: dict[int, int] = {}
-      count = max(least, most_that_fit(taken, max(least, most), self._room, self._num_shards))
-      if count in taken_by_slots:
-        self._beside_slots = self._room - taken_by_slots[count]
+    count = max(least, most_that_fit(taken, max(least, most), self._room, self._num_shards))
+    if count in taken_by_slots:
+      self._beside_slots = self._room - taken_by_slots[count]
     self.chosen = self.chosen._replace(decode=count)
     return count
 
   def describe(self) -> str:
     """The chosen sizes, and the memory from which they were chosen."""
     decode, prefill, _ = self.chosen
-    room = "" if self._room is None else f"; {self._room / (1 << 30):.1f} GiB of a device beside the weights"
-    return f"{decode} slots for decoding, {prefill} row{'' if prefill == 1 else 's'} in a prefill{room}"
+    rows = f"{decode} slots for decoding, {prefill} row{'' if prefill == 1 else 's'} in a prefill"
+    return f"{rows}; {self._room / GIB:.1f} GiB of a device beside the weights"
 
   @property
   def _most_slots(self) -> int:

@@ -23,7 +23,7 @@ from himap_jax.engine.pool import Answered, Clock, Pool, Prefilled, Request, Usa
 from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.scoring import Score
 from himap_jax.engine.slots import Rows
-from himap_jax.errors import UserError
+from himap_jax.errors import check_whole
 from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model
 from himap_jax.pruning.schedule import Schedule
@@ -47,8 +47,7 @@ class GenerationConfig:
   ignore_eos: bool = False
 
   def __post_init__(self) -> None:
-    if self.max_new_tokens < 1:
-      raise UserError(f"max_new_tokens must be at least 1, but is {self.max_new_tokens}")
+    check_whole("max_new_tokens", self.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Engine:
     self.programs, self.usage = CompiledPrograms(model, schedule, decoding), Usage()
 
   def prefill_rows(self, row: Inputs) -> int:
-    """Rows, over all processes, of a prefill of prompts of the shape of this one."""
+    """Rows, over all processes, of a prefill of prompts of the shape of this one; `UserError` if not one fits."""
 
     def memory(count: int) -> Memory | None:
       inputs, seeds = sharding.abstract_rows((row, np.zeros(1, np.uint32)), self._mesh, count)
@@ -130,14 +129,19 @@ class Engine:
     source, clock, pool = iter(batches), Clock(self.programs), None
     waiting = self._prefill(next(source, None))
     following = next(source, None)
-    while waiting is not None or (pool is not None and pool.num_active):
+    while waiting is not None or following is not None or (pool is not None and pool.num_active):
+      if waiting is None and following is not None and not pool.num_active:
+        pool = None  # its memory is free before this prefill, which needs it
+        waiting, following = self._prefill(following), next(source, None)
       if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting.state))):
         pool = None  # its memory is free before there are other slots
         pool = Pool(self.programs, self._mesh, waiting.state, self._num_slots(waiting))
       if waiting is not None and pool.has_room(waiting.state):
         turn = pool.start(waiting, room_for=None if following is None else waiting.state)
-        waiting = self._prefill(following)  # the devices have work until the next turn, whatever the host does
-        following = None if following is None else next(source, None)
+        waiting = None
+        if self._fits_beside_slots(following):
+          waiting = self._prefill(following)  # the devices have work until the next turn, whatever the host does
+          following = next(source, None)
       else:
         turn = pool.start(None, room_for=None if waiting is None else waiting.state)
       with jax.profiler.TraceAnnotation(TURN):
@@ -196,6 +200,14 @@ class Engine:
           scored = row, slice(len(own[number]))
           scores[row].append(Score(float(log_probabilities[scored].sum()), bool(is_likeliest[scored].all())))
     return scores
+
+  def _fits_beside_slots(self, batch: Batch | None) -> bool:
+    """Whether the prefill of a batch, if there is one, fits into the memory beside the slots that there are."""
+    if batch is None or self.capacity is None:
+      return True
+    count = len(batch.inputs.tokens) * processes.share(self._mesh).count
+    shapes = sharding.abstract_rows((batch.inputs, np.zeros(1, np.uint32)), self._mesh, count)
+    return self.capacity.fits_beside_slots(self.programs.prefill_memory(*shapes))
 
   def _prefill(self, batch: Batch | None) -> Prefilled | None:
     """Starts the prefill of a batch, if there is one."""

@@ -47,8 +47,8 @@ def load(directory: pathlib.Path, image_processor: str, tokenizer: str = "AutoTo
 
   options = dict(local_files_only=True)
   try:
-    text = getattr(transformers, tokenizer).from_pretrained(directory, **options)
-    pictures = getattr(transformers, image_processor).from_pretrained(directory, **options)
+    text = getattr(transformers, tokenizer).from_pretrained(str(directory), **options)
+    pictures = getattr(transformers, image_processor).from_pretrained(str(directory), **options)
   except (ValueError, OSError, KeyError, TypeError) as error:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
   template, older = text.chat_template, directory / "chat_template.json"

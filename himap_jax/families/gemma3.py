@@ -120,8 +120,8 @@ def load_processor(directory: pathlib.Path) -> GemmaFiles:
 
   try:
     files = GemmaFiles(
-      transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True),
-      transformers.Gemma3ImageProcessorPil.from_pretrained(directory, local_files_only=True),
+      transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True),
+      transformers.Gemma3ImageProcessorPil.from_pretrained(str(directory), local_files_only=True),
     )
   except (ValueError, OSError, KeyError, TypeError) as error:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error

@@ -120,7 +120,7 @@ def load_processor(directory: pathlib.Path) -> Any:
   import transformers  # slow to import
 
   try:
-    return transformers.AutoProcessor.from_pretrained(directory, local_files_only=True)
+    return transformers.AutoProcessor.from_pretrained(str(directory), local_files_only=True)
   except (ValueError, OSError, KeyError, TypeError) as error:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
 

@@ -121,8 +121,8 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
   from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    images = Qwen2VLImageProcessorPil.from_pretrained(directory, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+    images = Qwen2VLImageProcessorPil.from_pretrained(str(directory), local_files_only=True)
   except (ValueError, OSError, KeyError, TypeError) as error:
     raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
   if (own := directory / "chat_template.json").exists():  # of transformers' processor, which prefers it

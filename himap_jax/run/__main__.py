@@ -7,12 +7,15 @@ Reads prompts, writes one JSON row per prompt as batches finish, and resumes whe
 
 import os
 
+from himap_jax.run import interrupts
+
+interrupts.end_process()
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
 
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags
+from absl import flags
 
 from himap_jax.engine import processes
 from himap_jax.run import command, job, model_flags
@@ -38,4 +41,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start("himap_jax", main, needed=("prompts", "output"))

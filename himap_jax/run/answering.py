@@ -47,6 +47,7 @@ class Reader:
 
   Attributes:
     num_rows: rows of a batch, of buckets for which it is known.
+    refused: why the rows of a bucket cannot be answered.
     last: the bucket that was taken last.
   """
 
@@ -55,6 +56,7 @@ class Reader:
     self._prompts, self._prepare = iter(prompts), prepare
     self._waiting: dict[Bucket, list[Prepared]] = {bucket: [] for bucket in buckets}
     self.num_rows: dict[Bucket, int] = {}
+    self.refused: dict[Bucket, str] = {}
     self.last: Bucket | None = None
     self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
 
@@ -68,6 +70,8 @@ class Reader:
         if prompt.error is not None:
           raise UserError(prompt.error)
         bucket, prepared = self._prepare(prompt)
+        if bucket in self.refused:
+          raise UserError(self.refused[bucket])
         self._waiting[bucket].append(prepared)
       except UserError as error:
         self._errors.append((prompt, str(error)))
@@ -75,6 +79,12 @@ class Reader:
   def filled(self) -> list[float]:
     """Batches of waiting rows, by bucket."""
     return [len(group) / self.num_rows.get(bucket, 1) for bucket, group in self._waiting.items()]
+
+  def refuse(self, bucket: Bucket, error: str) -> None:
+    """Makes the rows of a bucket errors, also those to come."""
+    self.refused[bucket] = error
+    self._errors += [(row.prompt, error) for row in self._waiting[bucket]]
+    self._waiting[bucket] = []
 
   def take(self, bucket: Bucket) -> list[Prepared]:
     """Removes and returns the rows of the next batch."""
@@ -162,8 +172,11 @@ class Answerer:
         return
       bucket = self.batcher.buckets[index]
       if bucket not in reader.num_rows:
-        count = self.engine.prefill_rows(pack([], bucket=bucket, batch_size=1))
-        reader.num_rows[bucket] = count // share.count
+        try:
+          count = self.engine.prefill_rows(pack([], bucket=bucket, batch_size=1))
+          reader.num_rows[bucket] = count // share.count
+        except UserError as error:
+          reader.refuse(bucket, str(error))
         reading = thread.submit(reader.read)
         continue
       group = reader.take(bucket)

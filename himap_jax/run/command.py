@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from absl import flags, logging
+from absl import app, flags, logging
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import read_json, write_json
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
+from himap_jax.run import flag_help, interrupts
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
@@ -100,6 +101,25 @@ def out_of_memory_is_user_error(what: Callable[[], str] = lambda: "the weights")
     ) from error
 
 
+def start(name: str, main: Callable[[Sequence[str]], None], needed: Sequence[str] = ()) -> None:
+  """Parses the flags of a command, of which some are `needed`, and runs its `main`, which calls `execute`.
+
+  A wrong flag is one line and status 2; `--help` shows the flags by topic.
+  """
+
+  def parse(argv: list[str]) -> list[str]:
+    if not {"--help", "--helpshort", "-h"}.isdisjoint(argv):
+      print(flag_help.text(sys.modules["__main__"].__doc__ or name, flags.FLAGS, needed))
+      sys.exit(0)
+    try:
+      return flags.FLAGS(argv)
+    except flags.Error as error:
+      print(f"{name}: {flag_help.reason(error, list(flags.FLAGS))}", file=sys.stderr)
+      sys.exit(2)
+
+  app.run(main, flags_parser=parse)
+
+
 def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resumes: bool = True) -> None:
   """Runs a command and exits with its status.
 
@@ -110,6 +130,7 @@ def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resume
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:
+    interrupts.raise_error()
     if len(argv) > 1:
       raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
     sys.exit(action())

@@ -38,10 +38,10 @@ flags.DEFINE_string("pictures", None, "Directory for one picture per prompt, wit
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
   None,
-  "Rows that are decoded together: the slots. By default chosen from the memory of the devices and printed.",
+  "The most rows that are decoded together: the slots. By default chosen from the memory of the devices and printed.",
 )
 _PREFILL_BATCH_SIZE = flags.DEFINE_integer(
-  "prefill_batch_size", None, "Rows that are prefilled together. By default chosen and printed.", lower_bound=1
+  "prefill_batch_size", None, "The most rows that are prefilled together. By default chosen and printed.", lower_bound=1
 )
 _EMIT = flags.DEFINE_list(
   "emit",

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
+import pathlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,7 +26,9 @@ from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import read_prompts
 from himap_jax.run.records import open_records
 from himap_jax.run.sizes import image_sizes
-from himap_jax.run.summary import Report
+from himap_jax.run.summary import Report, Summary
+
+_OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")  # suffixes that an output cannot have
 
 
 def run(config: RunConfig) -> int:
@@ -35,21 +38,24 @@ def run(config: RunConfig) -> int:
     UserError, CheckpointError: the run cannot start or continue; rows written before are complete.
     JaxRuntimeError: another process of the run ended; rows written before are complete.
   """
-  prompts = read_prompts(open_records(config.prompts, config.split), config.columns)
   _check_paths(config)
+  prompts = read_prompts(open_records(config.prompts, config.split), config.columns)
   command.use_compilation_cache(config.compilation_cache_dir)
   jax.devices()
   logging.info("ready: devices")
   opened = config.open()
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
+  any_prompt = processor.prepare([Image.new("RGB", (64, 64))], "?")  # what is wrong with every prompt is said once
   if config.pictures is not None or "patches" in config.emit:
-    processor.views(processor.prepare([Image.new("RGB", (64, 64))], "?"))
+    processor.views(any_prompt)
   schedule = config.pruning.schedule(**method_inputs(opened.config))
   files = PictureFiles(config.image_dir, config.allow_urls)
   sizes = image_sizes(prompts, files, processor)
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
   batcher = make_batcher(opened, processor, sizes, buckets, max_new_tokens, schedule)
+  if processes.is_leader() and prompts.ignored:
+    print(f"fields of the prompts that mean nothing here: {', '.join(prompts.ignored)}", file=sys.stderr)
   if processes.is_leader() and len(sizes) > 1:
     print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   mesh = config.make_mesh(opened)
@@ -58,20 +64,32 @@ def run(config: RunConfig) -> int:
   with Output(contract, resume=config.resume) as output:
     if processes.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
-    loaded = config.restore(opened, mesh)
-    engine = loaded.engine(schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum())))
-    logging.info("ready: weights")
-    answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # it would slow down the host, and the devices would wait for it
-    tracing = functools.partial(jax.profiler.trace, config.profile_dir, profiler_options=options)
-    with contextlib.nullcontext() if config.profile_dir is None else tracing():
-      summary = answerer.answer_all(output, share)
+    if output.answered.all():
+      engine, summary = None, Summary(num_skipped=len(prompts))
+    else:
+      engine = config.restore(opened, mesh).engine(
+        schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum()))
+      )
+      logging.info("ready: weights")
+      answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
+      with _profile(config.profile_dir):
+        summary = answerer.answer_all(output, share)
   if processes.is_leader():
     sizes = model_sizes(opened.config, processor.blank.images.pixels.shape[2:])
     report = Report(config.pruning.label, schedule, sizes, mesh.size)
     report.show(summary, engine)
-  return 1 if config.strict and summary.num_errors else 0
+  return int(summary.is_all_errors or (config.strict and summary.num_errors > 0))
+
+
+@contextlib.contextmanager
+def _profile(directory: pathlib.Path | None) -> Iterator[None]:
+  if directory is None:
+    yield
+    return
+  options = jax.profiler.ProfileOptions()
+  options.python_tracer_level = 0  # it would slow down the host, and the devices would wait for it
+  with jax.profiler.trace(directory, profiler_options=options):
+    yield
 
 
 def describe_buckets(batcher: Batcher) -> str:
@@ -101,6 +119,8 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
 
 def _check_paths(config: RunConfig) -> None:
   with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
+    if config.output.suffix in _OTHER_TABLES:
+      raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
     if config.prompts.is_file() and config.output.exists() and config.output.samefile(config.prompts):
       raise UserError("--output is the same file as --prompts")
     if config.prompts.is_dir() and config.output.resolve().is_relative_to(config.prompts.resolve()):

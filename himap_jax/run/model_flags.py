@@ -46,7 +46,8 @@ _IGNORE_EOS = flags.DEFINE_bool("ignore_eos", False, "Always generate max_new_to
 _PROMPT_BUCKETS = flags.DEFINE_list(
   "prompt_buckets",
   [str(bucket) for bucket in InputConfig().prompt_buckets],
-  "Padded text lengths, in tokens; each is compiled once, when needed. The longest that fits the context is added.",
+  "Padded text lengths, in tokens; each is compiled once, when needed. Doublings of the last are added, up to "
+  "the model's context.",
 )
 _MAX_IMAGE_TOKENS = flags.DEFINE_integer(
   "max_image_tokens",

@@ -18,6 +18,7 @@ from himap_jax.errors import UserError
 from himap_jax.run import sources
 
 MAX_PIXELS = 178_956_970
+MAX_ASPECT_RATIO = 200  # as in the families, which do not know the file
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _SIGNATURE_BYTES = 16
 _TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
@@ -119,6 +120,10 @@ def _open_image(file: io.BufferedIOBase) -> Image.Image:
 
 def _limit_size(image: Image.Image, max_pixels: int) -> None:
   width, height = image.size
+  if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+    raise ImageError(
+      f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
+    )
   if width * height <= max_pixels:
     return
   if isinstance(image, JpegImagePlugin.JpegImageFile):

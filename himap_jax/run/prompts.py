@@ -18,6 +18,7 @@ from himap_jax.run.records import BadRow, Record, Records, kind_of
 
 ROLES = ("system", "user", "assistant")
 IMAGE_FIELDS = ("image", "url", "path", "base64")
+MOST_FIELDS = 100
 
 _NUMBERS = {"max_new_tokens": int, "temperature": float, "top_p": float}
 _OPTIONS = (*_NUMBERS, "stop")
@@ -83,10 +84,12 @@ class Prompts:
   Attributes:
     keys: the ids of all as text, in their order.
     where: reads those for which a flag is true, of a flag for each; raises `UserError` if they cannot be read any more.
+    ignored: fields of the rows that mean nothing here, the first of them.
   """
 
   keys: Sequence[str]
   where: Callable[[Bool[np.ndarray, "N"]], Iterator[Prompt]]
+  ignored: tuple[str, ...] = ()
 
   def __len__(self) -> int:
     return len(self.keys)
@@ -153,16 +156,19 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
   errors.
 
   Raises:
-    UserError: the rows cannot be read, there are none, or a table lacks a column.
+    UserError: the rows cannot be read, there are none, no line is a row, or a table lacks a column.
   """
-  fields = [*columns.names("id", "question", "messages", "image"), *_OPTIONS]
+  known = fields = [*columns.names("id", "question", "messages", "image"), *_OPTIONS]
   if records.columns is not None:
     columns.check(records.columns, records.name)
     fields = [name for name in fields if name in records.columns]
   ids = [name for name in fields if name in columns.id] or fields[:1]
-  keys, bad = _keys(records.read(ids), columns)
+  there = dict.fromkeys(records.columns or ())
+  keys, bad = _keys(_noting_fields(records.read(ids), there), columns)
   if not keys:
     raise UserError(f"the prompt file {records.name} is empty")
+  if not there:
+    raise UserError(f"no line of the prompt file {records.name} is a JSON object; {bad[0]}")
 
   def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
     rows = records.read(fields, wanted)
@@ -182,7 +188,15 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
       except BadRow as error:
         yield Prompt(row_id, error=f"{place}: {error}")
 
-  return Prompts(keys, where)
+  return Prompts(keys, where, tuple(name for name in there if name not in known))
+
+
+def _noting_fields(rows: Iterator[Record], there: dict[str, None]) -> Iterator[Record]:
+  """The same rows; notes the names of their fields, `MOST_FIELDS` at most."""
+  for row in rows:
+    if isinstance(row.fields, dict) and len(there) < MOST_FIELDS:
+      there.update(dict.fromkeys(row.fields))
+    yield row
 
 
 def _keys(rows: Iterator[Record], columns: Columns) -> tuple[list[str], dict[int, str]]:

@@ -14,7 +14,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -31,6 +31,9 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUFFER_BYTES = 1 << 20  # of each column of a parquet file, whose row groups may be larger than memory
 _MAX_CSV_FIELD = 1 << 28  # a quote that is not closed takes no more
+_MAX_LINE_BYTES = 1 << 28
+_HEAD_BYTES = 1 << 10
+_NOT_TEXT = frozenset(range(32)) - frozenset(b"\t\n\f\r")
 
 
 class BadRow(UserError):
@@ -108,12 +111,15 @@ def open_records(path: pathlib.Path, split: str | None = None) -> Records:
     return _of_files(path, own.paths, own.kind)
   if split is not None:
     raise UserError(f"--split={split}: {path} is a file; only directories and data sets of the hub have splits")
+  if path.exists() and not path.is_file():
+    raise UserError(f"cannot read the prompt file {path}: not a regular file, and prompts are read more than once")
   kind = next((kind for kind, suffixes in KINDS.items() if path.suffix in suffixes), "json")
   return _of_files(path, [path], kind)
 
 
 def _of_files(name: pathlib.Path, files: Sequence[pathlib.Path], kind: str) -> Records:
   if kind == "json":
+    _check_lines(files[0])
     return Records(str(name), files, None, "line", _read_lines)
   columns_of, read, unit = {
     "csv": (_csv_columns, _read_csv, "line"),
@@ -126,10 +132,33 @@ def _of_files(name: pathlib.Path, files: Sequence[pathlib.Path], kind: str) -> R
   )
 
 
+def _check_lines(path: pathlib.Path) -> None:
+  """Raises `UserError` if a file is no JSONL at all, by its beginning."""
+  with _unreadable(path), open(path, "rb") as file:
+    head = file.read(_HEAD_BYTES).removeprefix(_BYTE_ORDER_MARK)
+  if head.lstrip().startswith(b"["):
+    raise UserError(f"the prompt file {path} is a JSON array; it must have one JSON object on each line")
+  if not _NOT_TEXT.isdisjoint(head):
+    raise UserError(f"the prompt file {path} is not text; tables end with .parquet or .csv, any other file is JSONL")
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+  """Lines; None for one that is too long."""
+  while line := file.readline(_MAX_LINE_BYTES + 1):
+    is_long = len(line) > _MAX_LINE_BYTES
+    while is_long and line and not line.endswith(b"\n"):
+      line = file.readline(_MAX_LINE_BYTES)
+    yield None if is_long else line
+
+
 def _read_lines(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
   del columns
   with _unreadable(path), open(path, "rb") as file:
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(file), start=1):
+      if line is None:
+        if next(wanted):
+          yield number, BadRow(f"longer than {_MAX_LINE_BYTES >> 20} MiB")
+        continue
       line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
       if line.strip() and next(wanted):
         yield number, _parsed(line)

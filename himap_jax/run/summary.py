@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from himap_jax.engine.engine import Engine
 from himap_jax.pruning.cost import ModelSizes, costs
@@ -39,12 +40,14 @@ class Summary:
 
   Attributes:
     num_skipped: rows that were already in the output.
+    first_error: the id and the error of the first row that has one.
     answered: answered rows by their pictures, image tokens, text tokens, and image tokens kept at each stage.
     seconds: from the first prompt to the last row, including compilation.
   """
 
   num_errors: int = 0
   num_skipped: int = 0
+  first_error: str = ""
   num_new_tokens: int = 0
   num_slots: int = 0
   answered: collections.Counter[tuple] = dataclasses.field(default_factory=collections.Counter)
@@ -54,10 +57,15 @@ class Summary:
   def num_answered(self) -> int:
     return self.answered.total()
 
+  @property
+  def is_all_errors(self) -> bool:
+    return self.num_errors > 0 and not self.num_answered + self.num_skipped
+
   def count(self, results: Iterable[Result]) -> None:
     for result in results:
       if result.row["error"] is not None:
         self.num_errors += 1
+        self.first_error = self.first_error or f"{result.row['id']}: {result.row['error']}"
         continue
       self.num_new_tokens += result.num_new_tokens
       self.num_slots += result.num_slots
@@ -74,11 +82,16 @@ class Report:
   sizes: ModelSizes
   num_devices: int
 
-  def show(self, summary: Summary, engine: Engine) -> None:
-    """Prints rows, times, rates, device-hours, image tokens of every stage, and FLOPs relative to no pruning."""
+  def show(self, summary: Summary, engine: Engine | None) -> None:
+    """Prints rows, times, rates, device-hours, image tokens of every stage, and FLOPs relative to no pruning.
+
+    There is no engine if there was nothing to answer.
+    """
     table = Table(show_header=False)
     answered, new_tokens = summary.num_answered, summary.num_new_tokens
     table.add_row("rows", f"{answered} answered, {summary.num_errors} errors, {summary.num_skipped} answered before")
+    if summary.first_error:
+      table.add_row("first error", Text(summary.first_error))
     if answered:
       seconds = engine.usage.prefill_seconds
       table.add_row("prefill", f"{seconds:.2f} s ({answered / seconds:.2f} rows/s)")
@@ -90,7 +103,8 @@ class Report:
       hours = seconds * self.num_devices / answered * 1e6 / 3600
       rates = f"{answered / seconds:.2f} rows/s; {hours:,.1f} device-hours for a million rows"
       table.add_row("in all", f"{seconds:.2f} s without compilation ({rates})")
-    table.add_row("compilation", f"{engine.programs.seconds:.2f} s, {engine.programs.num_programs} programs")
+    if engine is not None:
+      table.add_row("compilation", f"{engine.programs.seconds:.2f} s, {engine.programs.num_programs} programs")
     table.add_row("method", self.method)
     if answered:
       table.add_row("image tokens", self._image_tokens(summary))

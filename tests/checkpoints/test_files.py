@@ -212,3 +212,20 @@ def test_progress_is_shown_after_a_while(monkeypatch, capsys):
       hidden.update(2_500)
   shown = capsys.readouterr().err
   assert "reading:  75%" in shown and "B/s" in shown and "hidden" not in shown
+
+
+@pytest.mark.parametrize(
+  "message, expected",
+  [
+    ("cannot read it\nmore", "cannot read it"),
+    (
+      "Class validation error for 'x':\n\n  ValueError: 31 is odd\n",
+      "Class validation error for 'x': ValueError: 31 is odd",
+    ),
+    ("it ends here:", "it ends here:"),
+    ("", "KeyError"),
+  ],
+)
+def test_the_first_line_of_an_error_has_its_cause(message, expected):
+  error = KeyError() if not message else ValueError(message)
+  assert source.first_line(error) == expected

@@ -10,11 +10,12 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax import GenerationConfig
-from himap_jax.engine import capacity
+from himap_jax.engine import capacity, sharding
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.capacity import PROGRAMS, BatchSizes, Capacity, Memory, most_that_fit, needed
 from himap_jax.engine.engine import Batch
 from himap_jax.engine.pool import Request
+from himap_jax.errors import UserError
 from himap_jax.model.kernels import xla
 from himap_jax.model.network import Model
 
@@ -92,17 +93,33 @@ def test_a_prefill_has_a_part_of_the_memory():
   assert chosen.describe().startswith("2000 slots for decoding, 4 rows in a prefill; ")
 
 
-def test_given_sizes_are_multiples_of_the_shards_and_nothing_is_compiled():
-  own = capacity_of(4, BatchSizes(decode=6, prefill=3))
-  never = unittest.mock.Mock()
-  assert own.prefill_rows(700, never) == 4 and own.slots(4, 10, never) == 8
-  never.assert_not_called()
+def test_given_sizes_are_the_most():
+  """Multiples of the shards, and fewer where the room does not hold them."""
+  own = capacity_of(4, BatchSizes(decode=6, prefill=3), room=1000)
+  prefill = Memory(100, 10, 20)
+  programs = {"prefill": prefill, "enter": Memory(20, 0, 0), "decode": Memory(100, 0, 0)}
+  assert own.prefill_rows(700, lambda count: prefill) == 4
+  assert own.slots(4, 1, lambda count: programs | {"enter": Memory(20 + 10 * count, 0, 0)}) == 8
+  assert own.slots(4, 1, lambda count: programs | {"enter": Memory(20 + 120 * count, 0, 0)}) == 4
+  long = capacity_of(2, BatchSizes(decode=9, prefill=8), room=1000)
+  assert long.prefill_rows(9000, lambda count: Memory(100, 100 * count, 50 * count)) == 4  # 5 take 200 each
 
 
-def test_a_room_that_holds_nothing_has_the_least():
-  own = capacity_of(2, BatchSizes(), room=10)
-  assert own.prefill_rows(700, lambda count: None) == 2
+def test_a_room_that_holds_no_row():
+  own = capacity_of(2, BatchSizes(), room=capacity.GIB)
+  with pytest.raises(UserError, match="a prompt of 700 tokens, padding included, needs 3 GiB .* 1 GiB are free"):
+    own.prefill_rows(700, lambda count: Memory(0, count * capacity.GIB // 2, count * capacity.GIB // 2))
+  with pytest.raises(UserError, match="needs more of a device's memory"):
+    own.prefill_rows(700, lambda count: None)
   assert own.slots(2, 100, lambda count: None) == 2
+
+
+def test_what_fits_beside_slots():
+  own = capacity_of(1, BatchSizes(), room=1000)
+  assert own.fits_beside_slots(Memory(100, 10**6, 0))  # there are none
+  programs = {"prefill": Memory(100, 60, 20), "enter": Memory(720, 0, 0), "decode": Memory(800, 0, 0)}
+  own.slots(2, 1, lambda count: programs)
+  assert own.fits_beside_slots(Memory(110, 250, 40)) and not own.fits_beside_slots(Memory(110, 251, 40))
 
 
 @pytest.mark.parametrize("data", [1, 2])
@@ -114,10 +131,10 @@ def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, m
   batcher = Batcher(2048, processor.blank, [ImageBucket(*examples[0].size)], buckets=(32,))
   bucket, generation = batcher.bucket(examples[0]), GenerationConfig(4, ignore_eos=True)
 
-  def answers(engine):
-    def pack(own=(), *, batch_size):
-      return batcher.pack(own, bucket=bucket, batch_size=batch_size)
+  def pack(own=(), *, batch_size):
+    return batcher.pack(own, bucket=bucket, batch_size=batch_size)
 
+  def answers(engine):
     count = engine.prefill_rows(pack(batch_size=1))
     groups = [range(first, min(first + count, 4)) for first in range(0, 4, count)]
     batches = [
@@ -129,7 +146,11 @@ def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, m
   ample = model.engine(schedule, generation, BatchSizes(num_rows=4))
   assert answers(ample) == expected and ample.capacity.chosen.decode == 4
   assert ample.programs.num_programs <= 3
-  monkeypatch.setattr(capacity, "free_memory", lambda mesh: 1)
+  shapes = sharding.abstract_rows(
+    (pack(batch_size=1), np.zeros(1, np.uint32)), sharding.mesh_of(model.model.params), data
+  )
+  one = ample.programs.prefill_memory(*shapes)
+  monkeypatch.setattr(capacity, "free_memory", lambda mesh: one.temporaries + 2 * one.results)
   tight = model.engine(schedule, generation, BatchSizes(num_rows=400))
   assert answers(tight) == expected and tight.capacity.chosen.decode == data
 

@@ -140,6 +140,20 @@ def test_longer_prompts_after_shorter_ones_get_other_slots(loaded, images):
   assert {key: row.tokens for key, row in first.items()} == {key: row.tokens for key, row in second.items()}
 
 
+def test_a_prefill_that_needs_the_memory_of_the_slots_waits_until_they_are_empty(loaded, images, monkeypatch):
+  """The answers are the same, and those of a batch come before the next begins."""
+  limits = [9, 2, 5, 3, 1, 4, 2, 6]
+  model = loaded("clip_mha")
+  asked = Asked(model, images, [Request(n, limit) for n, limit in enumerate(limits)], buckets=(64,))
+  sizes, generation = BatchSizes(4, 2), GenerationConfig(MOST, ignore_eos=True)
+  expected = answers(Engine(model.model, model.schedule("none"), generation, batch_sizes=sizes), asked.batches(2))
+  engine = Engine(model.model, model.schedule("none"), generation, batch_sizes=sizes)
+  monkeypatch.setattr(engine.capacity, "fits_beside_slots", lambda prefill: False)
+  found = answers(engine, asked.batches(2))
+  assert [key // 2 for key in found] == [0, 0, 1, 1, 2, 2, 3, 3] != [key // 2 for key in expected]
+  assert all(found[key].tokens == row.tokens for key, row in expected.items())
+
+
 def test_answers_that_are_complete_leave_their_slots(loaded, images):
   """A row ends with the first token that completes it, the others go on."""
   model = loaded("clip_mha")

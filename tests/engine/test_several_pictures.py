@@ -202,7 +202,7 @@ class TestBadPrompts:
     sizes = [ImageBucket(n, n * N) for n in (1, 2, 40)]
     batcher = Batcher(512, loaded(NAME).prompts().blank, sizes, buckets=(8,), max_new_tokens=2)
     assert batcher.buckets == tuple(
-      Bucket(n, n * N, text) for n, texts in ((1, (8, 494)), (2, (8, 478))) for text in texts
+      Bucket(n, n * N, text) for n, longest in ((1, 494), (2, 478)) for text in (8, 16, 32, 64, 128, 256, longest)
     )
     blank = batcher.pack([], bucket=Bucket(2, 32, 8), batch_size=1)
     assert blank.images.pixels.shape == (1, 2, 3, 28, 28) and batcher.most_image_tokens == 32

@@ -143,7 +143,7 @@ class TestPrepare:
   def test_longest_prompt(self, make, batcher, images):
     processor, batches = make(template="<image>{question}"), batcher(buckets=(8, 64, 10_000), max_new_tokens=10)
     longest = CONTEXT - N - 10
-    assert batches.buckets == tuple(Bucket(1, N, text) for text in (8, 64, longest))
+    assert batches.buckets == tuple(Bucket(1, N, text) for text in (8, 64, 128, 256, longest))
     example = processor.prepare([images[0]], "?" * (longest - 1))
     assert (example.num_text_tokens, batches.bucket(example)) == (longest, Bucket(1, N, longest))
     with pytest.raises(ValueError, match=f"has {longest + 1} text tokens; with 16 image .* room for {longest}"):
@@ -227,7 +227,7 @@ class TestBatches:
 
   def test_smallest_bucket_that_fits(self, make, batcher, images):
     processor, batches = make(template="<image>{question}"), batcher(buckets=(4, 8))
-    for length, bucket in ((3, 4), (4, 8), (7, 8), (8, CONTEXT - N)):
+    for length, bucket in ((3, 4), (4, 8), (7, 8), (8, 16), (256, CONTEXT - N)):
       assert batches.bucket(processor.prepare([images[0]], "?" * length)) == Bucket(1, N, bucket)
 
   def test_what_a_batch_holds(self, make, batcher, images):

@@ -14,7 +14,8 @@ from running import changed, read
 from checkpoints_convert.errors import CheckpointError
 from himap_jax import UserError
 from himap_jax.engine.engine import Engine
-from himap_jax.run import command, job
+from himap_jax.run import command, flag_help, job, model_flags, pruning_flags
+from himap_jax.run import flags as run_flags
 
 
 def execute(action, *, argv=("run",), resumes=True):
@@ -30,6 +31,27 @@ def raising(error):
     raise error
 
   return action
+
+
+@pytest.mark.parametrize(
+  "given, meant",
+  [("model", "--checkpoint"), ("conv-mode", "--prompt_template"), ("batchsize", "--batch_size"), ("xyzzy", None)],
+)
+def test_a_flag_that_there_is_not(given, meant):
+  known = ["checkpoint", "prompt_template", "batch_size", "top_p"]
+  reason = flag_help.reason(flags.UnrecognizedFlagError(given), known)
+  assert reason == f"unknown flag --{given}; {f'did you mean {meant}? ' if meant else ''}--help shows all"
+
+
+def test_every_flag_of_the_command_has_a_topic_or_is_among_the_others():
+  own = {flag.name for module in (model_flags, run_flags, pruning_flags) for flag in module_flags(module)}
+  assert (
+    {"prompts", "checkpoint", "method"} < own == {n for names in flag_help.TOPICS.values() for n in names} - {"show"}
+  )
+
+
+def module_flags(module):
+  return flags.FLAGS.get_flags_for_module(module.__name__)
 
 
 class TestExecute:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -332,6 +333,39 @@ class TestBad:
     with pytest.raises(UserError, match="cannot read the prompt file .*a.parquet: ") as error:
       read(path)
     assert "\n" not in str(error.value)
+
+  @pytest.mark.parametrize(
+    "data, message",
+    [
+      (b'\xef\xbb\xbf \n[{"id": 1, "question": "?"}]', "is a JSON array; it must have one JSON object on each line"),
+      (png(1), "is not text; tables end with .parquet or .csv, any other file is JSONL"),
+      (b'{\n "id": 1,\n "question": "?"\n}\n', "is a JSON object; line 1: not valid JSON"),
+    ],
+  )
+  def test_what_is_no_jsonl_is_said_once(self, tmp_path, data, message):
+    (tmp_path / "prompts").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+      read(tmp_path / "prompts", columns=[])
+
+  def test_what_is_no_file(self, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (pathlib.Path("/dev/zero"), tmp_path / "pipe"):
+      with pytest.raises(UserError, match=f"{path}: not a regular file, and prompts are read more than once"):
+        read(path)
+
+  def test_a_line_without_an_end(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_LINE_BYTES", 1 << 20)
+    lines = [json.dumps({"id": n, "question": "x" * length}) for n, length in enumerate((5, (1 << 22) + 1, 1 << 20, 6))]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    found = list(read(tmp_path / "a.jsonl", columns=[]))
+    assert [prompt.error for prompt in found] == [None, "line 2: longer than 1 MiB", "line 3: longer than 1 MiB", None]
+
+  def test_fields_that_mean_nothing(self, tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+      '{"id": 1, "question": "?", "max_tokens": 3}\n{"id": 2, "text": "?", "stop": "."}'
+    )
+    assert read(tmp_path / "a.jsonl", columns=[]).ignored == ("max_tokens",)
+    assert read(write_parquet(tmp_path / "a.parquet", rows(range(2)))).ignored == ("more",)
 
   def test_splits(self, tmp_path):
     for name in ("test", "validation"):

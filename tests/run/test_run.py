@@ -5,8 +5,10 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import commands
 import jax
@@ -24,8 +26,11 @@ from safetensors.numpy import load_file, save_file
 import himap_jax
 from checkpoints_convert.errors import CheckpointError
 from himap_jax import Sampling, UserError
+from himap_jax.checkpoint import OpenCheckpoint
+from himap_jax.engine import capacity
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.batching import Bucket
+from himap_jax.engine.capacity import Capacity
 from himap_jax.pruning.cost import costs
 from himap_jax.run import __main__ as command
 from himap_jax.run import job
@@ -235,8 +240,8 @@ def save_bad_images(directory):
     "text.png": "not an image",
     "directory.png": "not a regular file",
     "large.png": "20000 x 20000 = 400,000,000 pixels is above the limit",
-    "tall.png": "1 x 100000 pixels; one side may be at most 200 times",
-    "wide.png": "100000 x 1 pixels; one side may be at most 200 times",
+    "tall.png": "tall.png: the picture has 1 x 100000 pixels; one side may be at most 200 times",
+    "wide.png": "wide.png: the picture has 100000 x 1 pixels; one side may be at most 200 times",
     "a\0b.png": "null",
     "x" * 300 + ".png": "File name too long",
   }
@@ -378,6 +383,39 @@ class TestBadRows:
     assert job.run(config) == 0
     assert "1 answered, 0 errors, 0 answered before" in capsys.readouterr().out
 
+  def test_rows_that_the_memory_does_not_hold(self, small, monkeypatch):
+    """They alone are errors, before anything of their size runs."""
+    write_rows(
+      small.prompts,
+      [{"id": n, "image": "0.png", "question": "?" * length} for n, length in enumerate((450, 9, 460, 5, 440))],
+    )
+    taken, prefill_rows = [], Capacity.prefill_rows
+
+    def watched(self, num_slots, memory):
+      count = prefill_rows(self, num_slots, memory)
+      taken.append(memory(count).temporaries + 2 * memory(count).results)
+      return count
+
+    monkeypatch.setattr(Capacity, "prefill_rows", watched)
+    expected = answers_of(small)
+    monkeypatch.setattr(capacity, "free_memory", lambda mesh: sum(taken) // 2)
+    rows = answers_of(small)
+    assert [row["error"] is None for _, row in sorted(rows.items())] == [False, True] * 2 + [False]
+    for number, row in rows.items():
+      assert row == expected[number] if number % 2 else "a prompt of 510 tokens, padding included" in row["error"]
+
+  def test_a_run_of_errors_alone(self, small, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert job.run(changed(small, image_dir=tmp_path / "empty")) == 1
+    table = capsys.readouterr().out
+    assert "0 answered, 4 errors" in table and "a: 0.png: No such file" in table
+
+  def test_no_weights_are_read_where_nothing_is_left(self, small, monkeypatch, capsys):
+    assert job.run(small) == 0
+    monkeypatch.setattr(OpenCheckpoint, "restore", None)
+    assert job.run(small) == 0
+    assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
+
   def test_picture_names(self, config, tmp_path):
     ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]
     write_rows(config.prompts, [{"id": i, "image": "0.png", "question": "Why?"} for i in ids])
@@ -475,9 +513,10 @@ class TestBadConfiguration:
       (dict(max_new_tokens=500), "context of 512 tokens does not hold"),
       (dict(image_dir=pathlib.Path("/nowhere")), "--image_dir=/nowhere: no such directory"),
       (dict(prompts=pathlib.Path("/nowhere")), "cannot read the prompt file /nowhere"),
-      (dict(prompts=pathlib.Path(os.devnull)), "is empty"),
+      (dict(prompts=pathlib.Path(os.devnull)), "cannot read the prompt file /dev/null: not a regular file"),
       (dict(output=pathlib.Path("/proc/nowhere/output.jsonl")), "--output: cannot create the directory"),
       (dict(output=pathlib.Path("/dev/full")), "not a regular file"),
+      (dict(output=pathlib.Path("x.csv")), "--output=x.csv: the output is JSONL, or parquet if its name ends with"),
       (dict(output=pathlib.Path("x" * 300)), "File name too long"),
       (dict(pictures=pathlib.Path("/proc/nowhere")), "--pictures: cannot create the directory"),
     ],
@@ -514,6 +553,7 @@ class TestBadConfiguration:
       ("text", lambda path: edit(path, text_config={"model_type": "mamba"}), "language model 'mamba'"),
       ("config", lambda path: (path / "config.json").write_text("{"), "cannot be read"),
       ("nothing", lambda path: (path / "config.json").unlink(), "cannot be read"),
+      ("token", lambda path: edit(path, image_token_index=7), "tokenizer and config.json disagree"),
       ("pickled", lambda path: (path / "model.safetensors").rename(path / "model.bin"), "only pickled weights"),
     ):
       path = shutil.copytree(checkpoints(NAME).directory, tmp_path / name)
@@ -701,13 +741,33 @@ def wait_for_lines(command, path, count):
   command.wait_until(lambda: path.exists() and path.read_bytes().count(b"\n") >= count)
 
 
+def _status(pid):
+  """What Linux says of a process, by name."""
+  lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+  return dict(line.split(":\t") for line in lines if ":\t" in line)
+
+
 class TestProcesses:
   def test_help(self):
     command = [sys.executable, "-m", "himap_jax.run", "--help"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    text = done.stdout
+    assert done.returncode == 0
+    assert (
+      text.index("Needed:\n  --prompts: ") < text.index("  --output: ") < text.index("Checkpoint:\n  --checkpoint: ")
+    )
     assert "python -m himap_jax.run" in text
     for name in FLAGS:
       assert f"  --{name}: " in text
+
+  def test_interrupted_while_it_imports(self):
+    with subprocess.Popen([sys.executable, "-m", "himap_jax.run"], cwd=ROOT, stderr=subprocess.PIPE) as process:
+      for expected in (1, 0):  # Python catches it, and then no more
+        while (int(_status(process.pid)["SigCgt"], 16) >> signal.SIGINT - 1) % 2 != expected:
+          time.sleep(0.001)
+      process.send_signal(signal.SIGINT)
+      assert process.communicate() == (None, b"")
+    assert process.returncode == -signal.SIGINT
 
   def test_interrupted_killed_and_started_again(self, config, checkpoints, cache, tmp_path):
     """One row a batch, from a flagfile, on a checkpoint that the first process converts."""

@@ -3,10 +3,11 @@
 import dataclasses
 import importlib
 import pkgutil
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_whole
 from himap_jax.pruning.method import NEEDS, Criterion, Method, Need
 from himap_jax.pruning.schedule import Schedule, Stage
 
@@ -54,6 +55,7 @@ def build_schedule(
     UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
   """
   _check_provided(method, provides)
+  _check_numbers(prune_layers, keep)
   entries = _entries(method)
   values = _parameters(method, entries, parameters or {})
   if prune_layers is None:
@@ -208,6 +210,15 @@ def _shares(entries: list[Method], num_layers: int) -> tuple[float, ...]:
 
 def _of_depth(value: Any, num_layers: int) -> tuple:
   return value(num_layers) if callable(value) else value
+
+
+def _check_numbers(prune_layers: Any, keep: Any) -> None:
+  """Raises `UserError` unless layers are whole numbers, and what to keep whole numbers or shares."""
+  for layer in prune_layers or ():
+    check_whole("a layer to prune before", layer, least=-sys.maxsize)
+  for value in keep or ():
+    if not isinstance(value, float):
+      check_whole("a count of image tokens to keep", value, least=-sys.maxsize)
 
 
 def _check_keep(keep: tuple[int | float, ...]) -> None:

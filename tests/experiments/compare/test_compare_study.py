@@ -410,6 +410,7 @@ def test_the_command_goes_on_and_runs_nothing_again(config, rows):
   before = {path: path.stat().st_mtime_ns for path in config.workdir.rglob("*") if path.is_file()}
   done = commands.Command("experiments.compare", *arguments_of(config))
   assert "fastervlm 8" in done.succeeded() and "row" not in done.text()[1]
+  assert "1 questions have no answer; the first, " in done.text()[1]
   assert {path: path.stat().st_mtime_ns for path in before} == before
   assert {path for path in config.workdir.rglob("*") if path.is_file()} == set(before)
 

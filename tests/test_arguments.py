@@ -1,0 +1,83 @@
+"""Wrong arguments of the library: each is refused in one line that names it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import himap_jax
+from himap_jax import UserError, arguments
+from himap_jax.errors import check_whole
+from himap_jax.families.family import Message
+from himap_jax.pruning.methods import _check_numbers
+from himap_jax.pruning.schedule import Schedule
+
+PICTURE = Image.new("RGB", (8, 8))
+
+
+def test_every_name_of_the_library_is_found():
+  assert "generate" in himap_jax.__all__ and all(
+    getattr(himap_jax, name).__name__ == name for name in himap_jax.__all__
+  )
+  with pytest.raises(AttributeError, match="module 'himap_jax' has no attribute 'nothing'"):
+    himap_jax.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("own", [PICTURE, [PICTURE, PICTURE], [], ()])
+@pytest.mark.parametrize("question", ["Why?", [Message("user", "Why?")]])
+def test_what_is_right(own, question):
+  arguments.check_questions([own], [question])
+  arguments.check_schedule(Schedule())
+
+
+@pytest.mark.parametrize(
+  "images, questions, message",
+  [
+    ([PICTURE], "Why?", "questions must be a list with an entry for each question, not str 'Why.'"),
+    (PICTURE, ["Why?"], "images must be a list with an entry for each question, not a Image"),
+    (np.zeros((1, 8, 8, 3)), ["Why?"], "images must be a list with an entry for each question, not a ndarray"),
+    ([PICTURE, PICTURE], ["Why?"], "there are 2 for 1"),
+    (["a.png"], ["Why?"], "images.0. must be a PIL image or a list of them, not str 'a.png'; PIL.Image.open reads"),
+    ([[np.zeros((8, 8, 3))]], ["Why?"], "images.0. must be a PIL image or a list of them, not a ndarray"),
+    ([PICTURE], [None], "questions.0. must be a text or a list of messages, not a NoneType"),
+    ([PICTURE], [["Why?"]], "questions.0. must be a text or a list of messages, not a list"),
+    ([PICTURE, PICTURE], ["Why?", " \n"], "questions.1. is empty"),
+    ([PICTURE], [[]], "questions.0. is empty"),
+  ],
+)
+def test_questions(images, questions, message):
+  with pytest.raises(UserError, match=message):
+    arguments.check_questions(images, questions)
+
+
+@pytest.mark.parametrize("schedule", [None, "himap"])
+def test_schedules(schedule):
+  with pytest.raises(
+    UserError, match=f"schedule must be what LoadedModel.schedule makes, or be left out, not {schedule!r}"
+  ):
+    arguments.check_schedule(schedule)
+
+
+@pytest.mark.parametrize(
+  "value, message",
+  [(2.5, "n must be a whole number, but is 2.5"), ("2", "number, but is '2'"), (True, "True"), (0, "1, but is 0")],
+)
+def test_numbers(value, message):
+  with pytest.raises(UserError, match=message):
+    check_whole("n", value)
+  check_whole("n", np.int32(3))
+
+
+def test_numbers_of_schedules():
+  _check_numbers(None, None)
+  _check_numbers((2, -1), (0.5, 3, -1))
+  with pytest.raises(UserError, match="a layer to prune before must be a whole number, but is 2.5"):
+    _check_numbers((2.5,), None)
+  for value in (True, "50%"):
+    with pytest.raises(UserError, match="a count of image tokens to keep must be a whole number"):
+      _check_numbers(None, (value,))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "no such", bool])
+def test_dtypes(loaded, dtype):
+  with pytest.raises(UserError, match="dtype must be bfloat16 or float32"):
+    loaded("clip_mha").restore(dtype=dtype)
