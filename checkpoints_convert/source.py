@@ -79,8 +79,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
   """The object in a JSON file; raises `CheckpointError` if the file is missing or holds something else."""
   try:
     fields = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise CheckpointError(f"{path}: cannot be read ({error})") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
   if not isinstance(fields, dict):
     raise CheckpointError(f"{path}: not a JSON object")
   return fields

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
+from PIL import Image
 
 from checkpoints_convert import convert, remote, store
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
@@ -28,6 +29,7 @@ from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
+from himap_jax.families import files, templates
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
@@ -56,8 +58,19 @@ class OpenCheckpoint:
   weights: Weights
 
   def prompts(self, template: str = "chat", max_image_tokens: int | None = None) -> Processor:
-    """The processor for a prompt template; arguments and errors as in `Family.processor`."""
-    return self.family.processor(self.processor, self.config, template, max_image_tokens)
+    """The processor for a prompt template, tried with a picture; arguments and errors as in `Family.processor`.
+
+    Raises:
+      UserError: also if the checkpoint's chat template or image processor fails, or would exhaust time or memory.
+    """
+    own, where = self.processor, str(self.directory)
+    if template == "chat":
+      templates.check(getattr(own, "chat_template", None) or own.tokenizer.chat_template, where)
+    files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
+    with files.unusable(self.directory):
+      processor = self.family.processor(own, self.config, template, max_image_tokens)
+      processor.prepare([Image.new("RGB", (64, 48))], "?")
+    return processor
 
   def with_aspect_ratio(self, name: str) -> "OpenCheckpoint":
     """The same checkpoint, for `pad` with pictures padded to squares; raises `UserError` if its family cannot pad.
@@ -205,13 +218,13 @@ def open_checkpoint(
   family = families.family_of(fields, where=where)
   processor = family.load_processor(directory)
   eos_token_ids = tuple(dict.fromkeys((*_eos_token_ids(directory, processor), *family.stop_tokens(processor))))
-  return OpenCheckpoint(family.config(fields, where), family, processor, directory, eos_token_ids, weights)
+  return OpenCheckpoint(families.from_hf(fields, where=where), family, processor, directory, eos_token_ids, weights)
 
 
 def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
   """The model expected by `checkpoints_convert` for a `config.json`; raises `UserError` if it is not supported."""
   family = families.family_of(fields, where=where)
-  config = family.config(fields, where)
+  config = families.from_hf(fields, where=where)
   flat = traverse_util.flatten_dict(abstract_params(config, jnp.float32))
   shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
   return ExpectedModel(

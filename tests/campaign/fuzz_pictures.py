@@ -15,9 +15,17 @@ from himap_jax.run.pictures import ImageError, PictureFiles
 
 INPUTS = 100
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-MODES = {"JPEG": ("RGB", "L", "CMYK"), "PNG": ("RGB", "RGBA", "P", "I;16", "1", "LA"), "TIFF": ("RGB", "L", "I;16", "CMYK")}
+MODES = {
+  "JPEG": ("RGB", "L", "CMYK"),
+  "PNG": ("RGB", "RGBA", "P", "I;16", "1", "LA"),
+  "TIFF": ("RGB", "L", "I;16", "CMYK"),
+}
 OPTIONS = {
-  "JPEG": ({}, {"progressive": True}, {"exif": bytes.fromhex("45786966000049492a000800000001001201030001000000060000000000")}),
+  "JPEG": (
+    {},
+    {"progressive": True},
+    {"exif": bytes.fromhex("45786966000049492a000800000001001201030001000000060000000000")},
+  ),
   "TIFF": ({}, {"compression": "tiff_lzw"}, {"compression": "tiff_deflate"}, {"compression": "packbits"}),
   "GIF": ({}, {"save_all": True, "append_images": [Image.new("RGB", (9, 9), "red")]}),
   "WEBP": ({}, {"lossless": True}),

@@ -28,8 +28,21 @@ ROWS = [
   {"question_id": "c", "image": base64.b64encode(b"x" * 99).decode(), "text": "Ça? 犬", "stop": ["."]},
   {"id": "d", "messages": MESSAGES, "temperature": 0.5, "top_p": 0.9},
 ]
-TABLE = [{"id": f"r{number}", "image": f"{number}.png", "question": f'Is it {number}, or "{number}"?'} for number in range(5)]
-FIELDS = ("id", "question_id", "image", "question", "text", "messages", "max_new_tokens", "temperature", "top_p", "stop")
+TABLE = [
+  {"id": f"r{number}", "image": f"{number}.png", "question": f'Is it {number}, or "{number}"?'} for number in range(5)
+]
+FIELDS = (
+  "id",
+  "question_id",
+  "image",
+  "question",
+  "text",
+  "messages",
+  "max_new_tokens",
+  "temperature",
+  "top_p",
+  "stop",
+)
 PARTS = ("type", "text", "image", "image_url", "role", "content", "url", "path", "base64", "bytes")
 KNOWN = st.sampled_from(["text", "image", "image_url", "user", "system", "assistant"])
 CONTENT = st.recursive(

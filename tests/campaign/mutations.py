@@ -3,16 +3,17 @@
 from typing import Any
 
 import numpy as np
+from campaign import bounded
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-
-from campaign import bounded
 
 HUGE = (0, -1, 1, 255, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**64, 10**9, 10**30)
 
 # Values of JSON, among them numbers and texts that readers tend to trip over.
 NUMBERS = st.sampled_from(HUGE) | st.integers(-3, 3) | st.floats(width=32)
-TEXTS = st.text(max_size=6) | st.sampled_from(["", " ", "<image>", "\ud800", "\x00", "nan", "1e999", "../x", "{{", "a" * 500])
+TEXTS = st.text(max_size=6) | st.sampled_from(
+  ["", " ", "<image>", "\ud800", "\x00", "nan", "1e999", "../x", "{{", "a" * 500]
+)
 VALUES = st.recursive(
   st.none() | st.booleans() | NUMBERS | TEXTS,
   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),

@@ -1,10 +1,13 @@
 """All parts of the campaign."""
 
-from campaign import fuzz_configs, fuzz_pictures, fuzz_prompts
+from campaign import fuzz_configs, fuzz_flags, fuzz_pictures, fuzz_processors, fuzz_prompts, fuzz_weights
 from campaign.trials import Part
 
 PARTS: dict[str, Part] = {
   "fuzz_prompts": fuzz_prompts.PART,
   "fuzz_pictures": fuzz_pictures.PART,
   "fuzz_configs": fuzz_configs.PART,
+  "fuzz_processors": fuzz_processors.PART,
+  "fuzz_weights": fuzz_weights.PART,
+  "fuzz_flags": fuzz_flags.PART,
 }
