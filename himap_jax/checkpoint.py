@@ -1,5 +1,6 @@
 """Checkpoints: from a name to a model on its devices."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, Bool
 from PIL import Image
 
 from checkpoints_convert import convert, remote, store
@@ -20,7 +22,7 @@ from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.names import ExpectedModel
-from checkpoints_convert.source import AnyPath, locate, read_json
+from checkpoints_convert.source import AnyPath, locate, read_json, some
 from checkpoints_convert.transforms import abstract_int8, quantize
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
@@ -61,7 +63,7 @@ class OpenCheckpoint:
     """The processor for a prompt template, tried with a picture; arguments and errors as in `Family.processor`.
 
     Raises:
-      UserError: also if the checkpoint's chat template or image processor fails, or would exhaust time or memory.
+      UserError: also if the checkpoint's image processor fails, or it or the chat template would exhaust time or memory.
     """
     own, where = self.processor, str(self.directory)
     if template == "chat":
@@ -69,7 +71,8 @@ class OpenCheckpoint:
     files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
     with files.unusable(self.directory):
       processor = self.family.processor(own, self.config, template, max_image_tokens)
-      processor.prepare([Image.new("RGB", (64, 48))], "?")
+      with contextlib.suppress(UserError):  # its template may hold no picture, or need more than a question
+        processor.prepare([Image.new("RGB", (64, 48))], "?")
     return processor
 
   def with_aspect_ratio(self, name: str) -> "OpenCheckpoint":
@@ -118,7 +121,7 @@ class OpenCheckpoint:
       int8_weights: quantise the decoder's weights to int8, one at a time. Required for a checkpoint converted to int8.
 
     Raises:
-      CheckpointError: the weights cannot be read, or are int8 and `int8_weights` is false.
+      CheckpointError: the weights cannot be read or are not finite, or are int8 and `int8_weights` is false.
     """
     if self.weights.is_int8 and not int8_weights:
       raise CheckpointError(
@@ -133,6 +136,9 @@ class OpenCheckpoint:
       array = _repeat_heads(array, params[path], self.config.text.num_key_value_heads)
       params[path] = _as_int8(array) if int8_weights and not self.weights.is_int8 and can_be_int8(path) else array
       del array
+    finite = {path: _is_finite(leaf) for path, leaf in params.items()}
+    if bad := [".".join(path) for path, own in finite.items() if not own]:
+      raise CheckpointError(f"{self.directory}: weights that are NaN or infinite in {dtype.name}: {some(bad)}")
     tree = jax.tree.unflatten(jax.tree.structure(wanted), params.values())
     model = Model(tree, Network(wide, dtype, sharding.kernels_for(mesh)))
     return LoadedModel(**vars(self) | {"config": wide}, model=model)
@@ -242,6 +248,12 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
   """Leaves by path; the values and scales of an int8 weight are separate leaves."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {tuple(getattr(entry, "key", None) or entry.name for entry in path): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _is_finite(weight: Any) -> Bool[Array, ""]:
+  """Whether an array, or the scales of an int8 weight, are all finite."""
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weight)]).all()
 
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:

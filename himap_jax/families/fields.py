@@ -42,7 +42,7 @@ NULLABLE += ("hidden_activation", "vision_config", "text_config", "rope_paramete
 _OF_TWO = ("image_size", "patch_size")  # a side, or height and width
 
 
-def check_fields(fields: Mapping[str, Any], where: str) -> None:
+def check_fields(fields: Mapping[Any, Any], where: str) -> None:
   """Raises `UserError` for a known field of another type or out of bounds, in the whole file."""
   for name, value in fields.items():
     if value is not None or name not in NULLABLE:

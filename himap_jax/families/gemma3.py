@@ -59,14 +59,12 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _check_layers(text: Mapping[str, Any], where: str) -> None:
-  pattern, types, window = (text.get(name) for name in ("sliding_window_pattern", "layer_types", "sliding_window"))
-  if types is None and pattern is not None and (type(pattern) is not int or pattern < 1):
-    raise UserError(f"{where}: sliding_window_pattern is {pattern!r}, not a number of layers")
+  types, window = (text.get(name) for name in ("layer_types", "sliding_window"))
   if types is not None:
     known = isinstance(types, list) and all(kind in LAYER_TYPES for kind in types)
     if not known or len(types) != text.get("num_hidden_layers", len(types)):
       raise UserError(f"{where}: layer_types must name {' or '.join(LAYER_TYPES)} for each of num_hidden_layers layers")
-  if "sliding_window" in text and (type(window) is not int or window < 1):
+  if "sliding_window" in text and window is None:
     raise UserError(f"{where}: sliding_window is {window!r}, not a number of tokens")
 
 

@@ -1,4 +1,5 @@
-"""Fills a chat template, in a process of its own: ends with 1 if it takes too much memory, and is killed after too long.
+"""Fills a chat template, in a process of its own: ends with 1 if it takes too much memory, with 2 and a message if it does
+not parse, and is killed after too long.
 
 echo TEMPLATE | python -I try_template.py SECONDS BYTES
 """
@@ -37,6 +38,9 @@ def main() -> int:
         template.render(messages=[{"role": "user", "content": content}], add_generation_prompt=True, bos_token="")
   except MemoryError:
     return 1
+  except jinja2.TemplateSyntaxError as error:
+    print(error.message)
+    return 2
   except Exception:
     return 0  # its own errors are told where it is used
   return 0

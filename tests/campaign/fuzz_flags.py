@@ -18,7 +18,9 @@ from himap_jax.pruning.methods import METHODS, PruningConfig
 from himap_jax.run import pruning_flags
 
 INPUTS = 100
-NUMBER = st.sampled_from(["0", "1", "2", "8", "-1", "288", "50%", "0%", "1e999%", "nan%", "inf%", "9" * 30, "²", "", " ", "x"])
+NUMBER = st.sampled_from(
+  ["0", "1", "2", "8", "-1", "288", "50%", "0%", "1e999%", "nan%", "inf%", "9" * 30, "²", "", " ", "x"]
+)
 LIST = st.lists(NUMBER | mutations.TEXTS, min_size=1, max_size=3).map(",".join)
 METHOD = st.lists(st.sampled_from([*METHODS, "", "x"]), min_size=1, max_size=3).map("+".join)
 PARAMETERS = st.lists(st.tuples(st.sampled_from(["threshold", "x", ""]), NUMBER).map(":".join), min_size=1, max_size=2)
@@ -66,9 +68,22 @@ def _from_file(path: pathlib.Path) -> PruningConfig:
 
 
 # Flags of a run besides its pruning.
-NAMES = ("max_new_tokens", "temperature", "top_p", "seed", "prompt_buckets", "max_image_tokens", "prompt_template", "mesh")
+NAMES = (
+  "max_new_tokens",
+  "temperature",
+  "top_p",
+  "seed",
+  "prompt_buckets",
+  "max_image_tokens",
+  "prompt_template",
+  "mesh",
+)
 NAMES += ("dtype", "batch_size", "prefill_batch_size", "emit", "columns", "prompts", "output", "image_dir", "split")
-TEXT = NUMBER | LIST | st.sampled_from(["data:1,tensor:2", "data:x", "tensor:-1", "id:", "question:", "<image>{question}", "float32"])
+TEXT = (
+  NUMBER
+  | LIST
+  | st.sampled_from(["data:1,tensor:2", "data:x", "tensor:-1", "id:", "question:", "<image>{question}", "float32"])
+)
 RUN_FLAG = st.tuples(st.sampled_from(NAMES), TEXT).map(lambda own: f"--{own[0]}={own[1]}")
 
 
@@ -82,7 +97,7 @@ def _run_flags(given: list[str]) -> str:
   try:
     values(["", "--prompts=a.jsonl", "--output=b.jsonl", *given])
     config_from_flags()
-  except (UserError, flags.Error) as error:
+  except (UserError, flags.Error):
     return "refused"
   return "read"
 

@@ -1,6 +1,5 @@
 """Tokenizers, image processors and chat templates of every family, damaged; and values of any JSON in them."""
 
-import collections
 import functools
 import json
 import pathlib
@@ -16,7 +15,25 @@ from checkpoints_convert.source import SMALL_FILES
 from himap_jax.errors import UserError
 
 INPUTS = 20
-VALUES = (None, True, 0, -1, 1, 3, 7.5, 10**6, 10**9, 10**30, "", "x", [], [1], {}, {"height": 10**6, "width": 1}, float("nan"))
+VALUES = (
+  None,
+  True,
+  0,
+  -1,
+  1,
+  3,
+  7.5,
+  10**6,
+  10**9,
+  10**30,
+  "",
+  "x",
+  [],
+  [1],
+  {},
+  {"height": 10**6, "width": 1},
+  float("nan"),
+)
 
 
 def prepare(shared: pathlib.Path) -> Trial:

@@ -1,7 +1,6 @@
 """Safetensors files and their indexes, damaged in their headers, their bytes and their lengths."""
 
 import collections
-import functools
 import json
 import pathlib
 from typing import Any
@@ -26,7 +25,9 @@ ENTRY = st.fixed_dictionaries(
     "data_offsets": st.lists(NUMBER, min_size=2, max_size=2) | mutations.VALUES,
   }
 )
-HEADER = st.dictionaries(st.sampled_from(["a", "b", "__metadata__", ""]) | mutations.TEXTS, ENTRY | mutations.VALUES, max_size=3)
+HEADER = st.dictionaries(
+  st.sampled_from(["a", "b", "__metadata__", ""]) | mutations.TEXTS, ENTRY | mutations.VALUES, max_size=3
+)
 
 
 def prepare(kept: pathlib.Path) -> Trial:
@@ -47,7 +48,9 @@ def _attempts(random: np.random.Generator, directory: pathlib.Path, count: int) 
     fields, missing = header
     text = json.dumps(fields).encode()
     data = len(text).to_bytes(8, "little") + text + bytes(64 - missing)
-    return _read(directory, {name: content for name, content in valid.items() if name != INDEX} | {"model.safetensors": data})
+    return _read(
+      directory, {name: content for name, content in valid.items() if name != INDEX} | {"model.safetensors": data}
+    )
 
   found: collections.Counter[str] = bounded.each(range(count // 2), damaged)
   found.update(mutations.structured(random, count - count // 2, st.tuples(HEADER, st.integers(0, 64)), headed))
@@ -61,7 +64,9 @@ def _read(directory: pathlib.Path, files: dict[str, bytes]) -> str:
     (directory / name).write_bytes(content)
   try:
     stored = read_headers(directory)
-    arrays: dict[str, Any] = {name: tensor.reader()(...) for name, tensor in stored.items() if tensor.dtype in ("F32", "F16")}
+    arrays: dict[str, Any] = {
+      name: tensor.reader()(...) for name, tensor in stored.items() if tensor.dtype in ("F32", "F16")
+    }
   except CheckpointError as error:
     assert "\n" not in str(error), error
     return "refused"

@@ -1,6 +1,6 @@
 """All parts of the campaign."""
 
-from campaign import fuzz_configs, fuzz_flags, fuzz_pictures, fuzz_processors, fuzz_prompts, fuzz_weights
+from campaign import fuzz_configs, fuzz_flags, fuzz_pictures, fuzz_processors, fuzz_prompts, fuzz_weights, hostile
 from campaign.trials import Part
 
 PARTS: dict[str, Part] = {
@@ -10,4 +10,5 @@ PARTS: dict[str, Part] = {
   "fuzz_processors": fuzz_processors.PART,
   "fuzz_weights": fuzz_weights.PART,
   "fuzz_flags": fuzz_flags.PART,
+  "hostile": hostile.PART,
 }
