@@ -217,7 +217,7 @@ def open_checkpoint(
     else:
       label = re.sub(r"[^\w.-]+", "-", directory.name if pathlib.Path(name).is_dir() else name)
       target = cache_dir / "converted" / f"{label}-{source.digest(cache_dir)[:16]}"
-      directory = convert.convert(source, target, describe, cache_dir=cache_dir)
+      directory = convert.convert_into_cache(source, target, describe, cache_dir=cache_dir)
       params = directory / PARAMS
   weights = weights or ConvertedWeights(params, directory, read_marker(directory), cache_dir)
   fields, where = read_json(directory / "config.json"), str(directory / "config.json")

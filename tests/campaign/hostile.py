@@ -163,7 +163,10 @@ def _template(random: np.random.Generator, place: Place) -> str:
     (place.directory / "chat_template.jinja").write_text(text)
   else:
     place.change("tokenizer_config.json", chat_template=text)
-  return f"template {kind}"
+  is_used = (
+    json.loads((place.directory / "config.json").read_text())["model_type"] != "qwen"
+  )  # whose prompts are our own
+  return f"template {kind}" if is_used else "unused template"
 
 
 def _sizes(random: np.random.Generator, place: Place) -> str:

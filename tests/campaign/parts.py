@@ -1,6 +1,15 @@
 """All parts of the campaign."""
 
-from campaign import fuzz_configs, fuzz_flags, fuzz_pictures, fuzz_processors, fuzz_prompts, fuzz_weights, hostile
+from campaign import (
+  batch_mates,
+  fuzz_configs,
+  fuzz_flags,
+  fuzz_pictures,
+  fuzz_processors,
+  fuzz_prompts,
+  fuzz_weights,
+  hostile,
+)
 from campaign.trials import Part
 
 PARTS: dict[str, Part] = {
@@ -11,4 +20,5 @@ PARTS: dict[str, Part] = {
   "fuzz_weights": fuzz_weights.PART,
   "fuzz_flags": fuzz_flags.PART,
   "hostile": hostile.PART,
+  "batch_mates": batch_mates.PART,
 }
