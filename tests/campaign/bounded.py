@@ -1,6 +1,7 @@
 """Inputs tried in a process of their own: each within a time, all within a memory."""
 
 import collections
+import importlib
 import multiprocessing
 import pathlib
 import resource
@@ -20,8 +21,8 @@ PRELOADED = ("himap_jax.run.job", "himap_jax.checkpoint", "hypothesis.strategies
 Attempts = Callable[[np.random.Generator, pathlib.Path, int], "collections.Counter[str]"]
 
 
-class TooSlow(BaseException):
-  """An input took longer than `SECONDS`; no reader catches it."""
+class Violation(BaseException):
+  """An input broke a bound, such as `SECONDS`; no reader catches it."""
 
 
 def each(inputs: Iterable[Any], attempt: Callable[[Any], str]) -> "collections.Counter[str]":
@@ -30,7 +31,7 @@ def each(inputs: Iterable[Any], attempt: Callable[[Any], str]) -> "collections.C
 
 
 def in_time(attempt: Callable[..., Any], *given: Any) -> Any:
-  """The attempt's result; raises `TooSlow`."""
+  """The attempt's result; raises `Violation`."""
   signal.signal(signal.SIGALRM, _alarm)
   signal.alarm(SECONDS)
   try:
@@ -63,6 +64,8 @@ def trial(attempts: Attempts, count: int, kept: pathlib.Path) -> Callable[[np.ra
 
 
 def _run(attempts: Attempts, random: np.random.Generator, directory: pathlib.Path, count: int, sender: Any) -> None:
+  for name in PRELOADED:  # unless the server has done so
+    importlib.import_module(name)
   mapped = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
   resource.setrlimit(resource.RLIMIT_AS, (mapped + BYTES, mapped + BYTES))
   try:
@@ -72,7 +75,7 @@ def _run(attempts: Attempts, random: np.random.Generator, directory: pathlib.Pat
 
 
 def _alarm(number: int, frame: Any) -> None:
-  raise TooSlow(f"more than {SECONDS} s")
+  raise Violation(f"more than {SECONDS} s")
 
 
 def _context() -> Any:

@@ -296,15 +296,15 @@ def _watch(place: Place) -> None:
 
   def hook(event: str, arguments: tuple) -> None:
     if event in ("socket.connect", "socket.getaddrinfo", "os.system", "os.exec", "os.posix_spawn"):
-      raise bounded.TooSlow(f"{event}{arguments}")
+      raise bounded.Violation(f"{event}{arguments}")
     if (
       event == "open"
       and isinstance(arguments[0], str)
       and str(pathlib.Path(arguments[0]).resolve()).startswith(outside)
     ):
-      raise bounded.TooSlow(f"opened {arguments[0]}")
+      raise bounded.Violation(f"opened {arguments[0]}")
     if event == "subprocess.Popen" and arguments[0] not in (sys.executable, "ldconfig", "/sbin/ldconfig"):
-      raise bounded.TooSlow(f"{event}{arguments}")
+      raise bounded.Violation(f"{event}{arguments}")
 
   sys.addaudithook(hook)
 
