@@ -43,7 +43,7 @@ def read_config(class_name: str, fields: Mapping[str, Any], where: str = "config
   try:
     return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
   except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
+    raise UserError(f"{where}: transformers cannot read it ({first_line(error.__cause__ or error)})") from error
 
 
 @contextlib.contextmanager

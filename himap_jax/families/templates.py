@@ -15,7 +15,7 @@ TOO_MUCH = f"takes more than {SECONDS} s or {BYTES >> 30} GiB"
 _PROGRAM = pathlib.Path(__file__).with_name("try_template.py")
 
 
-def check(templates: str | Mapping[str, str] | None, where: str) -> None:
+def check(templates: Any, where: str) -> None:
   """Raises `UserError` if a template does not parse or exceeds `SECONDS` or `BYTES`, which a process of its own finds out."""
   for template in templates.values() if isinstance(templates, Mapping) else [templates]:
     if template is not None:
