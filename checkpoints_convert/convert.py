@@ -133,10 +133,11 @@ def convert_into_cache(
   source: Source, target: pathlib.Path, describe: Describe, *, cache_dir: pathlib.Path
 ) -> pathlib.Path:
   """As `convert`; but a damaged copy in the target, which is our own, is replaced."""
-  with store.locked(target):
-    if target.exists() and not _is_whole(target, cache_dir):
-      print(f"{target}: damaged, and converted again", file=sys.stderr)
-      shutil.rmtree(target)
+  if target.exists() and not _is_whole(target, cache_dir):
+    with store.locked(target):
+      if target.exists() and not _is_whole(target, cache_dir):  # another process may have replaced it by now
+        print(f"{target}: damaged, and converted again", file=sys.stderr)
+        shutil.rmtree(target)
   return convert(source, target, describe, cache_dir=cache_dir)
 
 
