@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from checkpoints_convert import names, original, remote, store
-from checkpoints_convert.digest import content_digest
+from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.marker import FORMAT, MARKER, read_marker
+from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.shards import PICKLED, SAFETENSORS, read_headers
 from checkpoints_convert.source import SMALL_FILES, AnyPath, locate, read_json, some, write_json
@@ -123,8 +123,30 @@ def convert(
       store.save_params(params, _read(plan, model.int8 if int8_weights else frozenset()))
       content = {"format": FORMAT, "source": str(source.directory), "fingerprint": fingerprint}
       dtypes = sorted({FLOAT_DTYPES[parameter.tensor.dtype].name for parameter in plan.parameters})
+      if not remote.is_remote(target):
+        content["params"] = tree_digest(params, cache_dir)
       write_json(work / MARKER, content | {"dtypes": dtypes, "int8_weights": int8_weights})
   return target
+
+
+def convert_into_cache(
+  source: Source, target: pathlib.Path, describe: Describe, *, cache_dir: pathlib.Path
+) -> pathlib.Path:
+  """As `convert`; but a damaged copy in the target, which is our own, is replaced."""
+  if target.exists() and not _is_whole(target, cache_dir):
+    with store.locked(target):
+      if target.exists() and not _is_whole(target, cache_dir):  # another process may have replaced it by now
+        print(f"{target}: damaged, and converted again", file=sys.stderr)
+        shutil.rmtree(target)
+  return convert(source, target, describe, cache_dir=cache_dir)
+
+
+def _is_whole(target: pathlib.Path, cache_dir: pathlib.Path) -> bool:
+  try:
+    marker = read_marker(target)
+    return marker is not None and marker.get("params") == tree_digest(target / PARAMS, cache_dir)
+  except (CheckpointError, OSError):
+    return False
 
 
 def _read(plan: names.Plan, int8: frozenset[names.Path]) -> Iterator[tuple[names.Path, np.ndarray]]:

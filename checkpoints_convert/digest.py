@@ -22,17 +22,27 @@ def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cac
   """
   directory = directory.resolve()
   small = [path for pattern in SMALL_FILES for path in directory.glob(pattern) if path.name != MARKER]
-  paths = sorted({*small, *(directory / path.name for path in weights)})
+  return _digest(directory, sorted({*small, *(directory / path.name for path in weights)}), cache_dir)
+
+
+def tree_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
+  """As `content_digest`, of all files in a directory and in those inside it."""
+  directory = directory.resolve()
+  return _digest(directory, sorted(path for path in directory.rglob("*") if path.is_file()), cache_dir)
+
+
+def _digest(directory: pathlib.Path, paths: list[pathlib.Path], cache_dir: pathlib.Path) -> str:
   kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
   known = {}
   with contextlib.suppress(ValueError):
     known = read_json(kept_in)
-  found = {path.name: _state(path) for path in paths}
-  unread = [path for path in paths if known.get(path.name, [])[:-1] != found[path.name]]
+  name_of = {path: path.relative_to(directory).as_posix() for path in paths}
+  found = {name_of[path]: _state(path) for path in paths}
+  unread = [path for path in paths if known.get(name_of[path], [])[:-1] != found[name_of[path]]]
   with byte_bar(sum(path.stat().st_size for path in unread), "identifying the checkpoint") as bar:
     for path in paths:
-      digest = _sha256(path, bar.update) if path in unread else known[path.name][-1]
-      found[path.name].append(digest)
+      digest = _sha256(path, bar.update) if path in unread else known[name_of[path]][-1]
+      found[name_of[path]].append(digest)
   if unread:
     with contextlib.suppress(OSError):
       kept_in.parent.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,12 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
   """The directory of a checkpoint, given by a directory or a Hub id; missing Hub files are downloaded.
 
   `weights` tells whether the weights are needed too, `allow_pickle` whether also pickled ones if there are no
-  safetensors. Raises `CheckpointError` if there is no such checkpoint, or it cannot be downloaded.
+  safetensors. Raises `CheckpointError` if there is no such checkpoint, it cannot be downloaded, or it links to files
+  elsewhere.
   """
   path = pathlib.Path(name).expanduser()
   if path.is_dir():
+    _check_links(path.resolve())
     return path.resolve()
   if path.exists() or not _HUB_ID.fullmatch(name):
     raise CheckpointError(f"{name}: neither a directory nor a Hugging Face id (owner/name)")
@@ -49,6 +51,14 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
       f"{name}: no such directory, and it cannot be downloaded from the Hugging Face hub ({first_line(error)}); "
       "check the name and the connection, or download it elsewhere and name its directory"
     ) from error
+
+
+def _check_links(directory: pathlib.Path) -> None:
+  """Raises `CheckpointError` for a file that is a link to another folder, but not of the Hub's cache, made of such links."""
+  blobs = [directory.parent.parent / "blobs"] if directory.parent.name == "snapshots" else []
+  for path in directory.iterdir():
+    if path.is_symlink() and not any(path.resolve().is_relative_to(own) for own in (directory, *blobs)):
+      raise CheckpointError(f"{path}: a link to {path.resolve()}, outside of the checkpoint; put the file itself there")
 
 
 def first_line(error: Exception) -> str:
@@ -80,8 +90,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
   """The object in a JSON file; raises `CheckpointError` if the file is missing or holds something else."""
   try:
     fields = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise CheckpointError(f"{path}: cannot be read ({error})") from error
+  except (OSError, ValueError, RecursionError) as error:
+    raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
   if not isinstance(fields, dict):
     raise CheckpointError(f"{path}: not a JSON object")
   return fields

@@ -16,7 +16,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError
 
-from checkpoints_convert.digest import content_digest
+from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.names import Parameter, Path
 from checkpoints_convert.progress import byte_bar
@@ -84,7 +84,18 @@ class ConvertedWeights:
     return self.marker.get("int8_weights", False)
 
   def read(self, targets: Targets) -> Iterator[tuple[Path, jax.Array]]:
-    """Reads parameters in the order of `targets`, a few at a time; errors as in `PublishedWeights.read`."""
+    """Reads parameters in the order of `targets`, a few at a time.
+
+    Raises:
+      CheckpointError: as `PublishedWeights.read`, or the files are not those that were written; those in object storage
+        are not compared.
+    """
+    expected = self.marker.get("params")
+    if expected is not None and tree_digest(self.path, self.cache_dir) != expected:
+      raise CheckpointError(
+        f"{self.path}: damaged: its files are not those that were converted; remove the folder {self.directory} and convert "
+        "the checkpoint again"
+      )
     sizes = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True

@@ -14,13 +14,15 @@ import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jax.sharding import Mesh, Sharding
+from jaxtyping import Array, Bool
+from PIL import Image
 
 from checkpoints_convert import convert, remote, store
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import PARAMS, read_marker
 from checkpoints_convert.names import ExpectedModel
-from checkpoints_convert.source import AnyPath, locate, read_json
+from checkpoints_convert.source import AnyPath, locate, read_json, some
 from checkpoints_convert.transforms import abstract_int8, quantize
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
@@ -29,6 +31,7 @@ from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
+from himap_jax.families import files, templates
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
@@ -57,8 +60,20 @@ class OpenCheckpoint:
   weights: Weights
 
   def prompts(self, template: str = "chat", max_image_tokens: int | None = None) -> Processor:
-    """The processor for a prompt template; arguments and errors as in `Family.processor`."""
-    return self.family.processor(self.processor, self.config, template, max_image_tokens)
+    """The processor for a prompt template, tried with a picture; arguments and errors as in `Family.processor`.
+
+    Raises:
+      UserError: also if the checkpoint's image processor fails, or it or the chat template would exhaust time or memory.
+    """
+    own, where = self.processor, str(self.directory)
+    if template == "chat":
+      templates.check(getattr(own, "chat_template", None) or own.tokenizer.chat_template, where)
+    files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
+    with files.unusable(self.directory):
+      processor = self.family.processor(own, self.config, template, max_image_tokens)
+      with contextlib.suppress(UserError):  # its template may hold no picture, or need more than a question
+        processor.prepare([Image.new("RGB", (64, 48))], "?")
+    return processor
 
   def with_aspect_ratio(self, name: str) -> "OpenCheckpoint":
     """The same checkpoint, for `pad` with pictures padded to squares; raises `UserError` if its family cannot pad.
@@ -106,7 +121,7 @@ class OpenCheckpoint:
       int8_weights: quantise the decoder's weights to int8, one at a time. Required for a checkpoint converted to int8.
 
     Raises:
-      CheckpointError: the weights cannot be read, or are int8 and `int8_weights` is false.
+      CheckpointError: the weights cannot be read or are not finite, or are int8 and `int8_weights` is false.
       UserError: the dtype is not one of floating point.
     """
     dtype = _floating(dtype)
@@ -123,6 +138,9 @@ class OpenCheckpoint:
       array = _repeat_heads(array, params[path], self.config.text.num_key_value_heads)
       params[path] = _as_int8(array) if int8_weights and not self.weights.is_int8 and can_be_int8(path) else array
       del array
+    finite = {path: _is_finite(leaf) for path, leaf in params.items()}
+    if bad := [".".join(path) for path, own in finite.items() if not own]:
+      raise CheckpointError(f"{self.directory}: weights that are NaN or infinite in {dtype.name}: {some(bad)}")
     tree = jax.tree.unflatten(jax.tree.structure(wanted), params.values())
     model = Model(tree, Network(wide, dtype, sharding.kernels_for(mesh)))
     return LoadedModel(**vars(self) | {"config": wide}, model=model)
@@ -201,20 +219,20 @@ def open_checkpoint(
     else:
       label = re.sub(r"[^\w.-]+", "-", directory.name if pathlib.Path(name).is_dir() else name)
       target = cache_dir / "converted" / f"{label}-{source.digest(cache_dir)[:16]}"
-      directory = convert.convert(source, target, describe, cache_dir=cache_dir)
+      directory = convert.convert_into_cache(source, target, describe, cache_dir=cache_dir)
       params = directory / PARAMS
   weights = weights or ConvertedWeights(params, directory, read_marker(directory), cache_dir)
   fields, where = read_json(directory / "config.json"), str(directory / "config.json")
   family = families.family_of(fields, where=where)
   processor = family.load_processor(directory)
   eos_token_ids = tuple(dict.fromkeys((*_eos_token_ids(directory, processor), *family.stop_tokens(processor))))
-  return OpenCheckpoint(family.config(fields, where), family, processor, directory, eos_token_ids, weights)
+  return OpenCheckpoint(families.from_hf(fields, where=where), family, processor, directory, eos_token_ids, weights)
 
 
 def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
   """The model expected by `checkpoints_convert` for a `config.json`; raises `UserError` if it is not supported."""
   family = families.family_of(fields, where=where)
-  config = family.config(fields, where)
+  config = families.from_hf(fields, where=where)
   flat = traverse_util.flatten_dict(abstract_params(config, jnp.float32))
   shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
   return ExpectedModel(
@@ -239,6 +257,12 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
   """Leaves by path; the values and scales of an int8 weight are separate leaves."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {tuple(getattr(entry, "key", None) or entry.name for entry in path): leaf for path, leaf in leaves}
+
+
+@jax.jit
+def _is_finite(weight: Any) -> Bool[Array, ""]:
+  """Whether an array, or the scales of an int8 weight, are all finite."""
+  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weight)]).all()
 
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:

@@ -16,6 +16,7 @@ from himap_jax.families import (
   qwen_vl,
 )
 from himap_jax.families.family import Family
+from himap_jax.families.fields import check_fields, check_sizes
 from himap_jax.model.config import ModelConfig
 
 _ALL = (llava, llava_cross, llava_next, llava_onevision, internvl, idefics3, gemma3, mllama, qwen_vl, qwen2_vl)
@@ -23,7 +24,8 @@ FAMILIES: dict[str, Family] = {family.model_type: family for module in _ALL for 
 
 
 def family_of(fields: dict[str, Any], *, where: str = "config.json") -> Family:
-  """The family named in a `config.json`; raises `UserError` for a model type that is not supported."""
+  """The family named in a `config.json`; raises `UserError` for another model type, or fields that no model has."""
+  check_fields(fields, where)
   model_type = fields.get("model_type")
   if model_type not in FAMILIES:
     known = ", ".join(map(repr, FAMILIES))
@@ -35,6 +37,8 @@ def from_hf(fields: dict[str, Any], *, where: str = "config.json") -> ModelConfi
   """The sizes described by the fields of a `config.json`, where absent ones have transformers' defaults.
 
   Raises:
-    UserError: the model is not supported.
+    UserError: the model is not supported, or a field has no sensible value.
   """
-  return family_of(fields, where=where).config(fields, where)
+  config = family_of(fields, where=where).config(fields, where)
+  check_sizes(config, where)
+  return config

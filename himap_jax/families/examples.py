@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
+from himap_jax.families import templates
 from himap_jax.families.family import Message, Question, View
 from himap_jax.inputs import Example, Images
 
@@ -50,14 +50,9 @@ def content_parts(text: str) -> list[dict[str, str]]:
 
 def chat_prompt(apply_chat_template: Callable[..., str], question: Question, num_pictures: int) -> str:
   """The prompt by a chat template, with a part for each picture; raises `UserError` if it cannot hold the messages."""
-  from jinja2 import TemplateError
-
   messages = messages_of(question, num_pictures)
   conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
-  try:
-    return apply_chat_template(conversation, add_generation_prompt=True)
-  except TemplateError as error:
-    raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error
+  return templates.filled(apply_chat_template, conversation)
 
 
 def expand(

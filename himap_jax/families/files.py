@@ -1,12 +1,17 @@
 """The configuration, tokenizer and image processor of a checkpoint, read without transformers' processor, which may need torch."""
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import first_line, read_json
 from himap_jax.errors import UserError
+
+MAX_SIDE, MAX_AREA = 4096, 1 << 25  # pixels, of a preprocessed picture or tile
+MAX_TILES = 256  # of a picture; and the largest side of a patch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +43,36 @@ def read_config(class_name: str, fields: Mapping[str, Any], where: str = "config
   try:
     return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
   except Exception as error:  # transformers raises types of its own for invalid fields
-    raise UserError(f"{where}: transformers cannot read it ({first_line(error)})") from error
+    raise UserError(f"{where}: transformers cannot read it ({first_line(error.__cause__ or error)})") from error
+
+
+@contextlib.contextmanager
+def unusable(directory: pathlib.Path) -> Iterator[None]:
+  """Turns errors of the libraries that read a checkpoint's files, which are of any type, into a `UserError`."""
+  try:
+    yield
+  except (UserError, CheckpointError):
+    raise
+  except Exception as error:
+    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
+
+
+def check_image_processor(images: Any, where: str) -> None:
+  """Raises `UserError` for sizes of pictures, or numbers of tiles, that would exhaust memory."""
+  for name in ("size", "crop_size", "max_image_size"):
+    for side, value in dict(getattr(images, name, None) or {}).items():
+      is_area = side.endswith("_edge") and hasattr(images, "merge_size")  # of Qwen, whose edges are numbers of pixels
+      _check_number(value, MAX_AREA if is_area else MAX_SIDE, f"{where}: {name} has the {side}")
+  for sides in getattr(images, "image_grid_pinpoints", None) or ():
+    for value in sides if isinstance(sides, list | tuple) else [sides]:
+      _check_number(value, MAX_SIDE, f"{where}: image_grid_pinpoints has the side")
+  for name in ("max_patches", "max_image_tiles", "patch_size", "merge_size", "temporal_patch_size"):
+    _check_number(getattr(images, name, None), MAX_TILES, f"{where}: {name} is")
+
+
+def _check_number(value: Any, most: int, what: str) -> None:
+  if value is not None and not (type(value) is int and 1 <= value <= most):
+    raise UserError(f"{what} {repr(value)[:80]}; needed: a whole number from 1 to {most:,}")
 
 
 def load(directory: pathlib.Path, image_processor: str, tokenizer: str = "AutoTokenizer") -> ModelFiles:
@@ -46,11 +80,9 @@ def load(directory: pathlib.Path, image_processor: str, tokenizer: str = "AutoTo
   import transformers  # slow to import
 
   options = dict(local_files_only=True)
-  try:
+  with unusable(directory):
     text = getattr(transformers, tokenizer).from_pretrained(str(directory), **options)
     pictures = getattr(transformers, image_processor).from_pretrained(str(directory), **options)
-  except (ValueError, OSError, KeyError, TypeError) as error:
-    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
   template, older = text.chat_template, directory / "chat_template.json"
   if older.exists() and not (directory / "chat_template.jinja").exists():
     template = read_json(older).get("chat_template", template)

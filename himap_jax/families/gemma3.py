@@ -8,13 +8,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
+from himap_jax.families import templates
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
@@ -29,7 +28,7 @@ from himap_jax.families.examples import (
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.files import read_config
+from himap_jax.families.files import read_config, unusable
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig, NormLinearConfig, VisionConfig
@@ -60,14 +59,12 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _check_layers(text: Mapping[str, Any], where: str) -> None:
-  pattern, types, window = (text.get(name) for name in ("sliding_window_pattern", "layer_types", "sliding_window"))
-  if types is None and pattern is not None and (type(pattern) is not int or pattern < 1):
-    raise UserError(f"{where}: sliding_window_pattern is {pattern!r}, not a number of layers")
+  types, window = (text.get(name) for name in ("layer_types", "sliding_window"))
   if types is not None:
-    known = isinstance(types, list) and set(types) <= set(LAYER_TYPES)
+    known = isinstance(types, list) and all(kind in LAYER_TYPES for kind in types)
     if not known or len(types) != text.get("num_hidden_layers", len(types)):
       raise UserError(f"{where}: layer_types must name {' or '.join(LAYER_TYPES)} for each of num_hidden_layers layers")
-  if "sliding_window" in text and (type(window) is not int or window < 1):
+  if "sliding_window" in text and window is None:
     raise UserError(f"{where}: sliding_window is {window!r}, not a number of tokens")
 
 
@@ -118,13 +115,11 @@ def load_processor(directory: pathlib.Path) -> GemmaFiles:
   """Loads tokenizer and image processor; raises `UserError` if that fails, or for crops of pictures."""
   import transformers  # slow to import
 
-  try:
+  with unusable(directory):
     files = GemmaFiles(
       transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True),
       transformers.Gemma3ImageProcessorPil.from_pretrained(str(directory), local_files_only=True),
     )
-  except (ValueError, OSError, KeyError, TypeError) as error:
-    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
   if files.image_processor.do_pan_and_scan:
     raise UserError(
       f"{directory}: its image processor adds crops of long pictures (do_pan_and_scan), which is not supported; "
@@ -187,10 +182,7 @@ class GemmaProcessor:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, self._special["boi_token"])
     messages = messages_of(question, num_pictures)
     conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
-    try:
-      return self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-      raise UserError(f"the checkpoint's chat template refuses the conversation: {first_line(error)}") from error
+    return templates.filled(self._tokenizer.apply_chat_template, conversation, tokenize=False)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()

@@ -10,9 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError, check_supported
-from himap_jax.families import files
+from himap_jax.families import files, templates
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
@@ -119,10 +118,8 @@ def load_processor(directory: pathlib.Path) -> Any:
   """Loads transformers' processor (tokenizer, image processor, chat template); raises `UserError` if that fails."""
   import transformers  # slow to import
 
-  try:
+  with files.unusable(directory):
     return transformers.AutoProcessor.from_pretrained(str(directory), local_files_only=True)
-  except (ValueError, OSError, KeyError, TypeError) as error:
-    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
 
 
 def pad_to_squares(processor: Any) -> Any:
@@ -161,7 +158,7 @@ class LlavaPrompts:
     if not any(IMAGE_TAG in message["content"][0]["text"] for message in conversation):
       first = next(message for message in conversation if message["role"] == "user")
       first["content"][:0] = [{"type": "image"}] * num_pictures
-    return self._processor.apply_chat_template(conversation, add_generation_prompt=True)
+    return templates.filled(self._processor.apply_chat_template, conversation)
 
   def ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with one beginning of sequence if the tokenizer has one."""

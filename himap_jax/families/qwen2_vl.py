@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from checkpoints_convert.source import first_line, read_json
+from checkpoints_convert.source import read_json
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import (
   IMAGE_TAG,
@@ -28,7 +28,7 @@ from himap_jax.families.examples import (
   places_in,
 )
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.files import read_config
+from himap_jax.families.files import read_config, unusable
 from himap_jax.families.qwen_vl import QwenFiles
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
@@ -120,13 +120,11 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
   import transformers  # slow to import
   from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-  try:
+  with unusable(directory):
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
     images = Qwen2VLImageProcessorPil.from_pretrained(str(directory), local_files_only=True)
-  except (ValueError, OSError, KeyError, TypeError) as error:
-    raise UserError(f"{directory}: cannot load the tokenizer and image processor ({first_line(error)})") from error
   if (own := directory / "chat_template.json").exists():  # of transformers' processor, which prefers it
-    tokenizer.chat_template = read_json(own)["chat_template"]
+    tokenizer.chat_template = read_json(own).get("chat_template", tokenizer.chat_template)
   return QwenFiles(tokenizer, images)
 
 

@@ -138,8 +138,10 @@ def _pruning() -> PruningConfig:
   fields = read_json(pathlib.Path(_SCHEDULE.value))
   try:
     method, *lists = (fields[name] for name in given)
+    if not isinstance(method, str):
+      raise TypeError
     layers, keep = (tuple(map(int, values)) for values in lists)
-  except (KeyError, TypeError, ValueError) as error:
+  except (KeyError, TypeError, ValueError, OverflowError) as error:
     wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
     raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
   methods.parse(method)

@@ -136,10 +136,11 @@ class Columns:
     for field in ("id", "messages") if is_chat else ("id", "question", "image"):
       names = getattr(self, field)
       if names and set(names).isdisjoint(there):
+        found = ", ".join(" ".join(name.split()) for name in there)  # an open quote takes in the lines that follow
         none = {"id": "to number the rows", "image": "if there are no pictures"}
         more = f", or --columns={field}: {none[field]}" if field in none else ""
         raise UserError(
-          f"{source} has no column {' or '.join(names)}; it has {', '.join(there)}; name the one to use with "
+          f"{source} has no column {' or '.join(names)}; it has {found}; name the one to use with "
           f"--columns={field}:NAME{more}"
         )
 

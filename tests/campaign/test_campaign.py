@@ -10,7 +10,16 @@ from campaign.parts import PARTS
 
 from himap_jax.errors import UserError
 
-TRIALS: dict[str, int] = {}
+TRIALS: dict[str, int] = {
+  "fuzz_prompts": 1,
+  "fuzz_pictures": 1,
+  "fuzz_configs": 1,
+  "fuzz_processors": 1,
+  "fuzz_weights": 1,
+  "fuzz_flags": 1,
+  "hostile": 2,
+  "batch_mates": 1,
+}
 
 
 @pytest.mark.parametrize("name", TRIALS)

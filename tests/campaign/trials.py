@@ -8,7 +8,7 @@ import pathlib
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
 FAILED = "failed"
+
+Trial = Callable[[np.random.Generator, pathlib.Path], str | Mapping[str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +27,13 @@ class Part:
   Attributes:
     promise: what holds in every trial, a sentence.
     prepare: makes, in a directory that is kept, what all trials share, and returns the trial: `(random, directory)`,
-      the directory empty, to the outcome, a few words. A trial that finds the promise broken raises.
+      the directory empty, to the outcome, a few words, or to how many inputs had which. A trial that finds the promise
+      broken raises.
     inputs: that a trial tries.
   """
 
   promise: str
-  prepare: Callable[[pathlib.Path], Callable[[np.random.Generator, pathlib.Path], str]]
+  prepare: Callable[[pathlib.Path], Trial]
   inputs: int = 1
 
 
@@ -64,7 +67,7 @@ def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: 
   return done
 
 
-def _one(trial: Callable[[np.random.Generator, pathlib.Path], str], number: int, seed: int) -> dict:
+def _one(trial: Trial, number: int, seed: int) -> dict:
   start = time.monotonic()
   with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
     try:
@@ -76,6 +79,8 @@ def _one(trial: Callable[[np.random.Generator, pathlib.Path], str], number: int,
 
 def table(part: Part, done: list[dict]) -> str:
   """A Markdown table of outcomes."""
-  counts = collections.Counter(row["outcome"] for row in done)
-  lines = [f"{part.promise} {len(done) * part.inputs:,} tried.", "", "| outcome | trials |", "|---|---|"]
+  counts = collections.Counter()
+  for row in done:
+    counts.update([row["outcome"]] if isinstance(row["outcome"], str) else row["outcome"])
+  lines = [f"{part.promise} {len(done) * part.inputs:,} tried.", "", "| outcome | count |", "|---|---|"]
   return "\n".join([*lines, *(f"| {outcome} | {count:,} |" for outcome, count in counts.most_common())])

@@ -277,7 +277,7 @@ class TestRefusals:
       ({"vision_feature_layer": 0}, "names no layer of the tower"),
       ({"vision_feature_layer": []}, "names no layer of the tower"),
       ({"vision_feature_select_strategy": "cls"}, "config.json: transformers cannot read it"),
-      ({"text_config": {"model_type": "llama", "hidden_size": "4096"}}, "config.json: transformers cannot read it"),
+      ({"text_config": {"model_type": "llama", "hidden_size": "4096"}}, "config.json: hidden_size is '4096'; needed"),
       ({"projector_hidden_act": "gelu_fast"}, "activation 'gelu_fast' is not supported"),
     ],
   )

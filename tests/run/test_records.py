@@ -298,6 +298,12 @@ class TestBad:
     with pytest.raises(UserError, match=message):
       read(path, columns=columns)
 
+  def test_an_open_quote_in_the_names_of_columns(self, tmp_path):
+    (tmp_path / "a.csv").write_text('id,"image,question\n1,a.png,Why?\n"\n')
+    with pytest.raises(UserError, match="it has id, image,question 1,a.png,Why[?]; name the one") as error:
+      read(tmp_path / "a.csv")
+    assert "\n" not in str(error.value)
+
   def test_no_pictures(self, tmp_path):
     path = write_parquet(tmp_path / "a.parquet", rows([1]))
     assert list(read(path, columns=["id:qid", "question:q", "image:"])) == [Prompt(1, (), "What is 1?")]

@@ -632,12 +632,14 @@ class TestFlags:
       pytest.raises(UserError, match="takes the place of --keep"),
     ):
       config_from_flags()
-    path.write_text(json.dumps({"method": "himap", "keep": [200, 50]}))
-    with (
-      parsed(*NEEDED, f"--schedule={path}"),
-      pytest.raises(UserError, match="not an object with method, prune_layers"),
-    ):
-      config_from_flags()
+    huge = {"method": "himap", "prune_layers": [3, 9], "keep": [float("inf"), 50]}
+    for fields in ({"method": "himap", "keep": [200, 50]}, huge, huge | {"method": None, "keep": [200, 50]}):
+      path.write_text(json.dumps(fields))
+      with (
+        parsed(*NEEDED, f"--schedule={path}"),
+        pytest.raises(UserError, match="not an object with method, prune_layers"),
+      ):
+        config_from_flags()
 
   @pytest.mark.parametrize("name, devices", [("cloud_tpu_v5e_8", 8), ("cloud_tpu_v5e_16", 16)])
   def test_flagfiles_of_slices(self, name, devices, monkeypatch):

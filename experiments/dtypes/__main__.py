@@ -1,0 +1,69 @@
+"""Answers the same questions in float32, in bfloat16 and with int8 weights, and compares answers and kept image tokens.
+
+    python -m experiments.dtypes --checkpoint=demo --questions=scenes --num_questions=1000 --methods=none,himap,fastv
+
+Model, prompt and generation flags are those of himap_jax.run. Repeating an interrupted command resumes it.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import app, flags
+
+from experiments import question_sets
+from experiments.dtypes import compare
+from himap_jax.pruning import methods
+from himap_jax.pruning.methods import PruningConfig
+from himap_jax.run import command, job, model_flags
+from himap_jax.run.flags import RunConfig
+
+FORMS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "int8": ("bfloat16", True)}
+
+
+def define_flags() -> None:
+  flags.DEFINE_string("questions", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file.")
+  flags.DEFINE_integer("num_questions", 1000, "Questions drawn.", lower_bound=1)
+  flags.DEFINE_list("methods", ["none", "himap", "fastv", "divprune"], "Pruning methods, each with its own defaults.")
+  flags.DEFINE_string("workdir", "dtypes_work", "Directory for questions and answers, which are continued.")
+
+
+def measure(config: RunConfig, names: list[str], workdir: pathlib.Path) -> list[tuple[str, str, compare.Agreement]]:
+  """Answers the prompts of a run in every form, and returns the agreement of each method and form with float32.
+
+  Raises:
+    UserError: as a run.
+  """
+  found = []
+  for method in names:
+    rows = {}
+    for form, (dtype, int8_weights) in FORMS.items():
+      output = workdir / f"{method}_{form}.jsonl"
+      changes = dict(output=output, pruning=PruningConfig(method), dtype=dtype, int8_weights=int8_weights)
+      job.run(dataclasses.replace(config, emit=frozenset({"kept"}), **changes))
+      rows[form] = compare.read(output)
+    found += [(method, form, compare.agreement(rows["float32"], rows[form])) for form in FORMS if form != "float32"]
+  return found
+
+
+def main(argv: list[str]) -> None:
+  def action() -> int:
+    values, workdir, names = model_flags.values_from_flags(), pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.methods
+    for method in names:
+      methods.parse(method)
+    given = dict(name=flags.FLAGS.questions, num_questions=flags.FLAGS.num_questions)
+    questions = question_sets.load(**given, seed=0, workdir=workdir, needs_answers=False)
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows = [{"id": own.id, "image": str(own.image.absolute()), "question": own.question} for own in questions]
+    prompts = workdir / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = RunConfig(**values, prompts=prompts, output=workdir / "answers.jsonl")
+    print(compare.table(measure(config, names, workdir)))
+    return 0
+
+  command.execute("experiments.dtypes", argv, action)
+
+
+if __name__ == "__main__":
+  define_flags()
+  app.run(main)

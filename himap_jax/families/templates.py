@@ -1,0 +1,44 @@
+"""Chat templates, which are programs of the checkpoint's: they run in Jinja's sandbox, after they were tried."""
+
+import functools
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from checkpoints_convert.source import first_line
+from himap_jax.errors import UserError
+
+SECONDS, BYTES = 5, 1 << 30  # that a template may take for a short conversation
+TOO_MUCH = f"takes more than {SECONDS} s or {BYTES >> 30} GiB"
+_PROGRAM = pathlib.Path(__file__).with_name("try_template.py")
+
+
+def check(templates: Any, where: str) -> None:
+  """Raises `UserError` if a template does not parse or exceeds `SECONDS` or `BYTES`, which a process of its own finds out."""
+  for template in templates.values() if isinstance(templates, Mapping) else [templates]:
+    if template is not None:
+      problem = _problem(template) if isinstance(template, str) else f"is not a text but {repr(template)[:80]}"
+      if problem:
+        raise UserError(f"{where}: its chat template {problem}")
+
+
+@functools.cache
+def _problem(template: str) -> str:
+  command = [sys.executable, "-I", str(_PROGRAM), str(SECONDS), str(BYTES)]
+  try:
+    own = subprocess.run(command, input=template.encode("utf-8", "replace"), capture_output=True, timeout=4 * SECONDS)
+  except subprocess.TimeoutExpired:
+    return TOO_MUCH
+  if own.returncode == 2:
+    return f"does not parse ({own.stdout.decode().strip()})"
+  return TOO_MUCH if own.returncode else ""
+
+
+def filled(apply_chat_template: Callable[..., str], conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+  """The prompt of a conversation; raises `UserError` if the template cannot hold it."""
+  try:
+    return apply_chat_template(conversation, add_generation_prompt=True, **options)
+  except Exception as error:  # of whatever type the template's own code raises
+    raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error

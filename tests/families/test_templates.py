@@ -1,0 +1,53 @@
+"""Chat templates and image processors that would exhaust time or memory, and those that fail."""
+
+import types
+
+import pytest
+import tiny_checkpoints
+
+from himap_jax.errors import UserError
+from himap_jax.families import files, templates
+
+
+@pytest.mark.parametrize(
+  ("template", "message"),
+  [
+    ("{% for %}", r"^dir: its chat template does not parse \(.*\)$"),
+    ("{{ 'a' * 10 ** 10 }}", r"takes more than 5 s or 1 GiB$"),
+    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 5 s or 1 GiB$"),
+    (3, "is not a text but 3"),
+    ({"default": "{{ x }}", "tools": "{% if %}"}, "does not parse"),
+  ],
+)
+def test_refused(template, message):
+  with pytest.raises(UserError, match=message):
+    templates.check(template, "dir")
+
+
+@pytest.mark.parametrize(
+  "template", [None, tiny_checkpoints.CHAT_TEMPLATE, "{{ 1 / 0 }}", "{% generation %}{{ messages }}{% endgeneration %}"]
+)
+def test_not_refused(template):
+  """Errors of a template's own belong to the rows that raise them."""
+  templates.check(template, "dir")
+
+
+def test_an_error_of_any_type_is_the_users():
+  with pytest.raises(UserError, match=r"the chat template cannot hold these messages \(division by zero\)"):
+    templates.filled(lambda conversation, **options: 1 / 0, [])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"size": {"height": 10**6, "width": 10}}, "size has the height 1000000; needed: a whole number from 1 to 4,096"),
+    ({"crop_size": {"height": 0}}, "crop_size has the height 0"),
+    ({"size": {"shortest_edge": 10**9}, "merge_size": 2}, "size has the shortest_edge 1000000000"),
+    ({"image_grid_pinpoints": [[336, 10**6]]}, "image_grid_pinpoints has the side 1000000"),
+    ({"max_patches": 10**6}, "max_patches is 1000000"),
+  ],
+)
+def test_sizes_of_image_processors(fields, message):
+  files.check_image_processor(types.SimpleNamespace(size={"shortest_edge": 336}), "file")
+  with pytest.raises(UserError, match=f"^file: {message}"):
+    files.check_image_processor(types.SimpleNamespace(**fields), "file")
