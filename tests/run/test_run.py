@@ -5,8 +5,6 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import commands
 import jax
@@ -703,8 +701,7 @@ def wait_for_lines(command, path, count):
 
 class TestProcesses:
   def test_help(self):
-    command = [sys.executable, "-m", "himap_jax.run", "--help"]
-    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    text, _ = commands.Command("himap_jax.run", "--help").communicate()
     assert "python -m himap_jax.run" in text
     for name in FLAGS:
       assert f"  --{name}: " in text
