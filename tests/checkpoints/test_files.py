@@ -2,13 +2,11 @@
 
 import json
 import os
-import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import commands
 import numpy as np
 import pytest
 from layouts import WEIGHTS, convert_to
@@ -19,14 +17,6 @@ from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.progress import byte_bar
 from himap_jax import checkpoint
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(code, *arguments, **options):
-  return subprocess.Popen(
-    [sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True, **options
-  )
 
 
 class TestJson:
@@ -54,9 +44,9 @@ from checkpoints_convert import source
 os.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 source.write_json(pathlib.Path(sys.argv[1]), {{"new": 2}})
 """
-    process = run(code, path)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    command = commands.Command(code, path)
+    command.communicate()
+    assert command.process.exitcode == -signal.SIGKILL
     assert source.read_json(path) == {"old": 1}
 
   def test_a_failure_leaves_the_old_file_alone(self, tmp_path, monkeypatch):
@@ -91,8 +81,8 @@ with locked(pathlib.Path(sys.argv[1])):
 
 class TestLocks:
   def test_another_process_waits_and_says_so(self, tmp_path, capsys):
-    holder = run(HOLDER, tmp_path / "target", 1)
-    assert holder.stdout.readline() == "held\n"
+    holder = commands.Command(HOLDER, tmp_path / "target", 1)
+    holder.wait_until(lambda: holder.text()[0] == "held\n")
     start = time.monotonic()
     with store.locked(tmp_path / "target"):
       assert time.monotonic() - start > 0.3
@@ -101,10 +91,8 @@ class TestLocks:
     assert os.listdir(tmp_path) == []
 
   def test_the_lock_of_a_killed_process_is_free(self, tmp_path, capsys):
-    holder = run(HOLDER, tmp_path / "target", 600)
-    assert holder.stdout.readline() == "held\n"
-    holder.kill()
-    holder.communicate()
+    holder = commands.Command(HOLDER, tmp_path / "target", 600)
+    assert holder.killed_after("held\n")
     with store.locked(tmp_path / "target"):
       pass
     assert capsys.readouterr().err == "" and os.listdir(tmp_path) == []
@@ -122,9 +110,8 @@ for _ in range(8):
         time.sleep(0.01)
         path.write_text(str(number + 1))
 """
-    processes = [run(code, tmp_path / "number", stderr=subprocess.DEVNULL) for _ in range(3)]
-    for process in processes:
-      process.communicate()
+    for command in [commands.Command(code, tmp_path / "number") for _ in range(3)]:
+      command.succeeded()
     assert (tmp_path / "number").read_text() == "24" and os.listdir(tmp_path) == ["number"]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 
+import commands
 import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
@@ -417,8 +418,8 @@ class TestHub:
     assert (SINGLE in hub.asked) is not tower_inside
 
 
-def run_python(*arguments, has_torch=False, **options):
-  environment = os.environ | {"PYTHONPATH": "" if has_torch else os.environ["PYTHONPATH"]}
+def run_with_torch(*arguments, **options):
+  environment = os.environ | {"PYTHONPATH": ""}
   return subprocess.run(
     [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, **options
   )
@@ -437,18 +438,18 @@ except ValueError as error:
 
 
 def test_without_torch(clip, pickled):
-  done = run_python("-c", WITHOUT_TORCH, str(clip), str(pickled), check=True)
-  assert done.stdout == (
+  assert commands.Command(WITHOUT_TORCH, clip, pickled).succeeded() == (
     f"{pickled / SINGLE}: pickled weights need PyTorch, in the extra `pickled`: pip install 'himap_jax[pickled]'\n"
   )
 
 
 class TestFlags:
   def test_convert(self, pickled, expected, tmp_path):
-    arguments = ["-m", "himap_jax.convert", f"--source={pickled}", f"--target={tmp_path / 'target'}"]
-    refused = run_python(*arguments, has_torch=True)
-    assert refused.returncode == 2 and "--allow_pickle" in refused.stderr.strip().splitlines()[-1]
-    done = run_python(*arguments, "--allow_pickle", has_torch=True)
+    arguments = ["himap_jax.convert", f"--source={pickled}", f"--target={tmp_path / 'target'}"]
+    refused = commands.Command(*arguments)
+    _, errors = refused.communicate()
+    assert refused.process.exitcode == 2 and "--allow_pickle" in errors.strip().splitlines()[-1]
+    done = run_with_torch("-m", *arguments, "--allow_pickle")
     assert done.returncode == 0, done.stderr
     assert_same_trees(flat_params(tmp_path / "target"), expected)
 
@@ -519,7 +520,7 @@ def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
   total, largest = sum(value.nbytes for value in tensors.values()), max(value.nbytes for value in tensors.values())
   del tensors
   assert total > 330e6 and largest < 26e6
-  done = run_python("-c", MEASURED, str(directory), str(tmp_path / "target"), str(clip), has_torch=True, check=True)
+  done = run_with_torch("-c", MEASURED, str(directory), str(tmp_path / "target"), str(clip), check=True)
   loading, converting, maps = map(int, done.stdout.split())
   assert loading < 3 * largest + (20 << 20)  # as for safetensors, and below
   assert converting < 0.6 * total

@@ -1,14 +1,13 @@
-"""A tiny model that answers with 11 tokens, and its page."""
+"""A tiny model that answers with 11 tokens, and its page, whose Gradio takes seconds to import."""
 
 import asyncio
 import gc
 import warnings
 
 import pytest
-from served import LIMITS, NAME, SETTING
+from served import NAME, SETTING
 
 import himap_jax
-from himap_jax.demo.page import serve
 from himap_jax.generation import InputConfig
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
@@ -49,10 +48,20 @@ def files(tmp_path_factory, images):
   return [folder / f"{index}.png" for index in range(len(images))]
 
 
+@pytest.fixture(scope="session")
+def limits():
+  """What visitors may ask for."""
+  from himap_jax.demo.page import Limits
+
+  return Limits(picture_bytes=100_000, picture_pixels=10_000, waiting=4)
+
+
 @pytest.fixture(scope="module")
-def page(asker, files):
+def page(asker, files, limits):
   """The URL of the page, at a free port."""
-  with serve(("127.0.0.1", 0), asker, [(str(files[0]), "what is it?"), (str(files[2]), "why?")], LIMITS) as url:
+  from himap_jax.demo.page import serve
+
+  with serve(("127.0.0.1", 0), asker, [(str(files[0]), "what is it?"), (str(files[2]), "why?")], limits) as url:
     yield url
 
 

@@ -3,15 +3,13 @@
 import dataclasses
 import re
 
-import gradio as gr
 import numpy as np
 import pytest
 import tiny_anyres
-from served import LIMITS, SETTING
+from served import SETTING
 
 from himap_jax.demo import choices, results
 from himap_jax.demo.comparing import compare
-from himap_jax.demo.page import Handlers
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS, PruningConfig
 from himap_jax.run import pruning_flags
@@ -26,6 +24,22 @@ GRID = 4  # patches along a side
 @pytest.fixture(scope="module")
 def shown(asker, images):
   return compare(asker, images[1], QUESTION, PruningConfig(*SETTING))
+
+
+@pytest.fixture
+def make_handlers(limits):
+  """Returns `make(asker)`: the page's handlers."""
+  from himap_jax.demo.page import Handlers
+
+  return lambda asker: Handlers(asker, limits)
+
+
+def values_of(handlers, settings):
+  """The values of the controls that the page has for settings."""
+  import gradio
+
+  with gradio.Blocks():
+    return [control.value for control in handlers.controls(settings)]
 
 
 def test_answers_are_the_library_s(shown, answers, images):
@@ -120,7 +134,7 @@ def test_what_cannot_be_compared(asker, images, question, setting, message):
     compare(asker, images[1], question, PruningConfig(*setting))
 
 
-def test_percent_where_pictures_differ_in_image_tokens(tmp_path):
+def test_percent_where_pictures_differ_in_image_tokens(make_handlers, tmp_path):
   tiny_anyres.make(tiny_anyres.NEXT, tmp_path)
   asker = Asker.open(AnswerConfig(checkpoint=str(tmp_path)))
   assert asker.processor.num_image_tokens is None
@@ -128,21 +142,21 @@ def test_percent_where_pictures_differ_in_image_tokens(tmp_path):
   assert choices.spelled_out(asker, PruningConfig("random")).keep == (0.25,)
   with pytest.raises(UserError, match="--keep=8: pictures of this model differ in image tokens"):
     choices.spelled_out(asker, PruningConfig("fastv", (2,), (8,)))
-  handlers, settings = Handlers(asker, LIMITS), "--method=fastv --prune_layers=2 --keep=12.5%"
-  with gr.Blocks():
-    assert [control.value for control in handlers.controls(settings)] == [2, 12.5]
+  handlers, settings = make_handlers(asker), "--method=fastv --prune_layers=2 --keep=12.5%"
+  assert values_of(handlers, settings) == [2, 12.5]
   assert handlers.move(settings, 3, 30.5) == "--method=fastv --prune_layers=3 --keep=30.5%"
 
 
-def test_parameters_have_fields(asker):
-  handlers = Handlers(asker, LIMITS)
+def test_parameters_have_fields(asker, make_handlers):
+  import gradio
+
+  handlers = make_handlers(asker)
   settings = handlers.paste("--method=himap_adaptive --prune_layers=2,4 --keep=12,6")[0]
   assert settings == "--method=himap_adaptive --prune_layers=2,4 --keep=12,6 --method_parameters=threshold:0.8"
-  with gr.Blocks():
-    assert [control.value for control in handlers.controls(settings)] == [2, 4, 12, 6, 0.8]
+  assert values_of(handlers, settings) == [2, 4, 12, 6, 0.8]
   moved = handlers.move(settings, 2, 5, 12, 6, 0.7)
   assert moved == "--method=himap_adaptive --prune_layers=2,5 --keep=12,6 --method_parameters=threshold:0.7"
-  with pytest.raises(gr.Error, match="not those of the sliders"):
+  with pytest.raises(gradio.Error, match="not those of the sliders"):
     handlers.move("--method=fastv --prune_layers=2 --keep=8", 2, 5, 12, 6, 0.7)
 
 

@@ -36,7 +36,8 @@ doc_to_choice: choices
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 RUN_MODULES = """
-import json, runpy, sys
+import json, runpy, sys, yaml
+yaml.FullLoader = yaml.loader.FullLoader = yaml.CFullLoader  # every command reads lmms-eval's 1900 tasks
 for sys.argv in json.loads(sys.argv[1]):
   try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -6,7 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
 import sys
 import time
 
@@ -751,10 +750,7 @@ def _status(pid):
 
 class TestProcesses:
   def test_help(self):
-    command = [sys.executable, "-m", "himap_jax.run", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    text = done.stdout
-    assert done.returncode == 0
+    text = commands.Command("himap_jax.run", "--help").succeeded()
     assert (
       text.index("Needed:\n  --prompts: ") < text.index("  --output: ") < text.index("Checkpoint:\n  --checkpoint: ")
     )
