@@ -9,6 +9,8 @@ from himap_jax.engine.sampling import MIN_TEMPERATURE, Kind, RowSampling, Sampli
 
 ROUNDING = 2e-7  # of sums of probabilities in float32
 
+jitted_choose = jax.jit(choose, static_argnums=0)
+
 
 def keys(count, seed=0):
   return jax.random.split(jax.random.key(seed), count)
@@ -17,8 +19,8 @@ def keys(count, seed=0):
 def pick(sampling, logits, keys, step=0):
   """`choose` with one sampling and one step for all rows."""
   count = len(logits)
-  rows = jax.tree.map(jnp.asarray, RowSampling.of([sampling] * count))
-  return choose(Kind.of(sampling), rows, logits, keys, jnp.full(count, step, jnp.int32))
+  rows = RowSampling.of([sampling] * count)
+  return jitted_choose(Kind.of(sampling), rows, logits, keys, np.full(count, step, np.int32))
 
 
 def slow_nucleus(logits, top_p):
@@ -37,7 +39,7 @@ def slow_nucleus(logits, top_p):
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_truncation_is_the_slow_one(top_p):
   logits = np.random.default_rng(0).normal(scale=3, size=(16, 50)).astype(np.float32)
-  truncated = np.asarray(truncate(jnp.asarray(logits), jnp.full(16, top_p)))
+  truncated = np.asarray(jax.jit(truncate)(logits, np.full(16, top_p, np.float32)))
   for row, expected in zip(truncated, logits, strict=True):
     inside = np.isfinite(row)
     nucleus = set(np.flatnonzero(inside).tolist())
@@ -60,8 +62,8 @@ def test_greedy_is_the_first_maximum():
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_frequencies_are_the_softmax(temperature):
   count = 20_000
-  logits = jnp.array([0.0, 1.0, -1.0, 2.0, -30.0])
-  tokens = pick(Sampling(temperature), jnp.tile(logits, (count, 1)), keys(count))
+  logits = np.array([0.0, 1.0, -1.0, 2.0, -30.0], np.float32)
+  tokens = pick(Sampling(temperature), np.tile(logits, (count, 1)), keys(count))
   expected = np.asarray(jax.nn.softmax(logits / temperature))
   frequencies = np.bincount(tokens, minlength=5) / count
   deviation = np.sqrt(expected * (1 - expected) / count)
@@ -70,25 +72,25 @@ def test_frequencies_are_the_softmax(temperature):
 
 def test_frequencies_inside_the_nucleus():
   count = 20_000
-  logits = jnp.log(jnp.array([0.1, 0.4, 0.3, 0.2]))
-  tokens = pick(Sampling(1.0, 0.65), jnp.tile(logits, (count, 1)), keys(count))
+  logits = np.log(np.array([0.1, 0.4, 0.3, 0.2], np.float32))
+  tokens = pick(Sampling(1.0, 0.65), np.tile(logits, (count, 1)), keys(count))
   frequencies = np.bincount(tokens, minlength=4) / count
   np.testing.assert_allclose(frequencies, [0, 4 / 7, 3 / 7, 0], atol=0.02)
 
 
 def test_a_row_is_its_own():
   """The same key, step and logits choose the same token, whatever the other rows are."""
-  logits = jax.random.normal(jax.random.key(1), (6, 40))
+  logits, own = np.asarray(jax.random.normal(jax.random.key(1), (6, 40))), keys(6)
   sampling = Sampling(1.5, 0.95)
-  together = pick(sampling, logits, keys(6))
+  together = pick(sampling, logits, own).tolist()
   for row in range(6):
-    assert pick(sampling, logits[row : row + 1], keys(6)[row : row + 1])[0] == together[row]
+    assert pick(sampling, logits[row : row + 1], own[row : row + 1]).tolist() == [together[row]]
 
 
 def test_steps_and_keys_differ():
-  logits = jnp.zeros((1, 1000))
-  tokens = {int(pick(Sampling(1.0), logits, keys(1), step)[0]) for step in range(8)}
-  tokens |= {int(pick(Sampling(1.0), logits, keys(1, seed))[0]) for seed in range(1, 8)}
+  logits = np.zeros((1, 1000), np.float32)
+  tokens = {pick(Sampling(1.0), logits, keys(1), step).item() for step in range(8)}
+  tokens |= {pick(Sampling(1.0), logits, keys(1, seed)).item() for seed in range(1, 8)}
   assert len(tokens) >= 14
 
 
@@ -119,10 +121,9 @@ def test_settings_that_cannot_be(temperature, top_p, message):
 def test_rows_have_their_own_sampling():
   """A row of a mixed batch is what it is in a batch of its own kind."""
   samplings = [Sampling(), Sampling(0.7), Sampling(1.3, 0.6), Sampling()]
-  logits, own = jax.random.normal(jax.random.key(2), (4, 60)) * 3, keys(4, 5)
-  steps = jnp.array([0, 3, 1, 2], jnp.int32)
-  rows = jax.tree.map(jnp.asarray, RowSampling.of(samplings))
-  mixed = choose(max(map(Kind.of, samplings)), rows, logits, own, steps)
+  logits, own = 3 * np.asarray(jax.random.normal(jax.random.key(2), (4, 60))), keys(4, 5)
+  steps = np.array([0, 3, 1, 2], np.int32)
+  mixed = jitted_choose(max(map(Kind.of, samplings)), RowSampling.of(samplings), logits, own, steps).tolist()
   for row, sampling in enumerate(samplings):
-    alone = pick(sampling, logits[row : row + 1], own[row : row + 1], int(steps[row]))
-    assert alone[0] == mixed[row]
+    alone = pick(sampling, logits[row : row + 1], own[row : row + 1], steps[row])
+    assert alone.tolist() == [mixed[row]]

@@ -28,7 +28,7 @@ def draw(shape, dtype=np.float32):
   queries, keys, num_heads, num_keys = shape
   rng = np.random.default_rng(0)
   sizes = ((queries, num_heads), (keys, num_keys), (keys, num_keys))
-  return [jnp.asarray(rng.normal(size=(2, *size, 16)) * 2, dtype) for size in sizes]
+  return [(rng.normal(size=(2, *size, 16)) * 2).astype(dtype) for size in sizes]
 
 
 def by_torch(query, key, value, mask=None, *, is_causal=False):
@@ -48,7 +48,7 @@ def by_torch(query, key, value, mask=None, *, is_causal=False):
 def random_mask(queries, keys):
   """Every query sees its own slot at least."""
   seen = np.random.default_rng(1).random((2, 1, queries, keys)) < 0.4
-  return jnp.asarray(seen | np.eye(queries, keys, keys - queries, dtype=bool))
+  return seen | np.eye(queries, keys, keys - queries, dtype=bool)
 
 
 @pytest.mark.parametrize("attend", [xla.attention, cpu.attention])
@@ -64,7 +64,7 @@ def test_is_torch_s(attend, shape, masked):
 
 def random_bias(mask):
   """What logits gain where they are seen, and −1e30 where they are not."""
-  return jnp.where(mask, jnp.asarray(np.random.default_rng(4).normal(size=mask.shape), jnp.float32), HIDDEN)
+  return np.where(mask, np.random.default_rng(4).normal(size=mask.shape), HIDDEN).astype(np.float32)
 
 
 @pytest.mark.parametrize("attend", [xla.attention, cpu.attention])
@@ -76,7 +76,7 @@ def test_a_mask_of_floats_is_added_to_the_logits(attend, is_causal):
   np.testing.assert_allclose(actual, by_torch(*arrays, bias, is_causal=is_causal), atol=5e-5, rtol=0)
   in_segments = functools.partial(attend, segments=random_segments(2, slots))
   same = masks.in_segments(None, random_segments(2, slots))
-  expected = by_torch(*arrays, jnp.where(same, bias, HIDDEN))
+  expected = by_torch(*arrays, np.where(same, bias, HIDDEN))
   np.testing.assert_allclose(jax.jit(in_segments)(*arrays, bias), expected, atol=5e-5, rtol=0)
 
 
@@ -107,7 +107,7 @@ def test_over_a_cache_is_torch_s(kernels, heads, num_new, of_floats):
 
 def test_blocks_in_bfloat16_are_as_exact_as_xla_s():
   arrays = draw(SHAPES["blocks and a rest"], jnp.bfloat16)
-  expected = by_torch(*(x.astype(jnp.float32) for x in arrays), is_causal=True)
+  expected = by_torch(*arrays, is_causal=True)
   errors = []
   for attend in (cpu.attention, xla.attention):
     actual = jax.jit(functools.partial(attend, is_causal=True))(*arrays)
@@ -118,11 +118,11 @@ def test_blocks_in_bfloat16_are_as_exact_as_xla_s():
 
 def test_gradients_of_blocks():
   arrays = draw(SHAPES["blocks and a rest"])
-  mask = random_mask(*SHAPES["blocks and a rest"][:2])
-  weight = jnp.asarray(np.random.default_rng(2).normal(size=arrays[0].shape), jnp.float32)
+  mask = jnp.asarray(random_mask(*SHAPES["blocks and a rest"][:2]))
+  weight = np.random.default_rng(2).normal(size=arrays[0].shape).astype(np.float32)
 
   def gradients(attend):
-    return jax.grad(lambda arrays: (attend(*arrays, mask, is_causal=True) * weight).sum())(arrays)
+    return jax.jit(jax.grad(lambda arrays: (attend(*arrays, mask, is_causal=True) * weight).sum()))(arrays)
 
   for actual, expected in zip(*map(gradients, (cpu.attention, xla.attention)), strict=True):
     np.testing.assert_allclose(actual, expected, atol=2e-4, rtol=0)
@@ -148,13 +148,9 @@ SPLASH = {  # query and key heads, head dim, query slots, whether causal, in seg
 def test_splash_is_torch_s(heads, head_dim, queries, is_causal, in_segments, masked, sizes):
   rng = np.random.default_rng(0)
   shapes = (queries, heads[0]), (150, heads[1]), (150, heads[1])
-  arrays = [jnp.asarray(rng.normal(size=(8, *shape, head_dim)), jnp.float32) for shape in shapes]
+  arrays = [rng.normal(size=(8, *shape, head_dim)).astype(np.float32) for shape in shapes]
   segments = random_segments(8, 150) if in_segments else None
-  mask = (
-    jnp.asarray(rng.random((8, 1, queries, 150)) < 0.4) | jnp.eye(queries, 150, dtype=bool)[None, None]
-    if masked
-    else None
-  )
+  mask = (rng.random((8, 1, queries, 150)) < 0.4) | np.eye(queries, 150, dtype=bool) if masked else None
   seen = None if segments is None else (segments[:, :, None] == segments[:, None])[:, None]
   seen = mask if seen is None else seen if mask is None else seen & mask
   mesh = sharding.make_mesh(**sizes)
@@ -250,8 +246,9 @@ def test_products_are_numpy_s(rows, dtype, int8):
   """One slot a row and several; int8 weights are the weights that their integers and scales stand for."""
   rng = np.random.default_rng(0)
   weight = rng.normal(size=(40, 64)).astype(np.float32)
-  x = jnp.asarray(rng.normal(size=(rows, 3, 64)) * np.exp(rng.normal(size=64)), dtype)
-  stored, exact = jnp.asarray(weight, dtype), np.asarray(jnp.asarray(weight, dtype), np.float64)
+  x = (rng.normal(size=(rows, 3, 64)) * np.exp(rng.normal(size=64))).astype(dtype)
+  stored = weight.astype(dtype)
+  exact = stored.astype(np.float64)
   if int8:
     stored = qwix.quantize(jnp.asarray(weight), jnp.int8, channelwise_axes=(0,))
     exact = np.asarray(stored.qvalue, np.float64) * np.asarray(stored.scale, np.float64)

@@ -131,14 +131,16 @@ def test_tokens_pruned_before_the_decoder_cost_nothing():
 
 
 # LLaVA-1.5-7B with fewer layers, so that it is traced quickly; its widths are what matters.
-SHALLOW = config_of(4096, 11_008, 10, 32)
-SIZES = model_sizes(SHALLOW, PICTURE)
+SHALLOW = config_of(4096, 11_008, 6, 32)
+TEN_LAYERS = sizes_of(4096, 11_008, 10, 32)
 LAYERS = {
-  "pyramiddrop": (3, 5, 7),
-  "sparsevlm": (2, 4, 6),
-  "shortv": (3, 5, 7),
-  "visipruner": (3, 6),
-  "divprune+himap": (0, 2, 5),
+  "himap": (2, 4),
+  "himap_adaptive": (2, 4),
+  "pyramiddrop": (1, 3, 5),
+  "sparsevlm": (1, 3, 5),
+  "shortv": (1, 3, 5),
+  "visipruner": (2, 4),
+  "divprune+himap": (0, 2, 4),
 }
 
 
@@ -146,9 +148,9 @@ LAYERS = {
   "method", [*(name for name in METHODS if name not in reference_himap.ABLATIONS), "divprune+himap"]
 )
 def test_prefill_is_what_xla_counts(method):
-  schedule = build_schedule(method, num_layers=10, num_image_tokens=N, prune_layers=LAYERS.get(method))
+  schedule = build_schedule(method, num_layers=6, num_image_tokens=N, prune_layers=LAYERS.get(method))
   counted = counted_by_xla(SHALLOW, schedule, PICTURE, num_text_tokens=60)
-  assert costs(SIZES, schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
+  assert costs(model_sizes(SHALLOW, PICTURE), schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def counted_by_xla(config, schedule, image_shape, num_text_tokens, size=None):
 
 def test_costs_of_no_pruning_at_7b():
   """Written out: 576 image and 60 text tokens, 10 layers of 4096, a tower of 3 layers of 1024."""
-  actual = costs(SIZES, Schedule(), N, 60)
+  actual = costs(TEN_LAYERS, Schedule(), N, 60)
   assert actual.tower == 3 * (4 * 577 * 1024**2 + 2 * 577**2 * 1024 + 2 * 577 * 1024 * 4096) + 576 * 588 * 1024
   assert actual.projector == 576 * (1024 * 4096 + 4096**2)
   assert actual.head == 4096 * 32_064
@@ -231,7 +233,7 @@ def test_costs_of_no_pruning_at_7b():
 def test_mean_image_tokens():
   """HiMAP at 2, 8 on ten layers: 2 × 576, 6 × 288 and 2 × 72 enter; a layer before a stage lets fewer out."""
   schedule = build_schedule("himap", num_layers=10, num_image_tokens=N)
-  actual = costs(SIZES, schedule, N, 60)
+  actual = costs(TEN_LAYERS, schedule, N, 60)
   assert actual.mean_tokens_in == (2 * 576 + 6 * 288 + 2 * 72) / 10
   assert actual.mean_tokens_out == (1 * 576 + 6 * 288 + 3 * 72) / 10
   assert actual.scoring == 60 * 636 * 4096 + 288 * 348 * 4096
@@ -244,4 +246,4 @@ def test_costs_of_a_row_with_its_own_counts():
   row = adaptive.with_counts((144, 36))
   assert [stage.keep for stage in adaptive.stages] == [432, 216]
   assert [(stage.layer, stage.keep) for stage in row.stages] == [(2, 144), (8, 36)]
-  assert costs(SIZES, row, N, 60) == costs(SIZES, fixed, N, 60)
+  assert costs(TEN_LAYERS, row, N, 60) == costs(TEN_LAYERS, fixed, N, 60)
