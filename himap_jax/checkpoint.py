@@ -138,8 +138,7 @@ class OpenCheckpoint:
       array = _repeat_heads(array, params[path], self.config.text.num_key_value_heads)
       params[path] = _as_int8(array) if int8_weights and not self.weights.is_int8 and can_be_int8(path) else array
       del array
-    finite = {path: _is_finite(leaf) for path, leaf in params.items()}
-    if bad := [".".join(path) for path, own in finite.items() if not own]:
+    if bad := [".".join(path) for path, leaf in params.items() if not _is_finite(leaf)]:
       raise CheckpointError(f"{self.directory}: weights that are NaN or infinite in {dtype.name}: {some(bad)}")
     tree = jax.tree.unflatten(jax.tree.structure(wanted), params.values())
     model = Model(tree, Network(wide, dtype, sharding.kernels_for(mesh)))
@@ -259,9 +258,13 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
   return {tuple(getattr(entry, "key", None) or entry.name for entry in path): leaf for path, leaf in leaves}
 
 
+def _is_finite(weight: Any) -> bool:
+  """Whether an array, or the scales of an int8 weight, are all finite; waits, since CPUs run few collectives at a time."""
+  return bool(_all_finite(weight))
+
+
 @jax.jit
-def _is_finite(weight: Any) -> Bool[Array, ""]:
-  """Whether an array, or the scales of an int8 weight, are all finite."""
+def _all_finite(weight: Any) -> Bool[Array, ""]:
   return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weight)]).all()
 
 
