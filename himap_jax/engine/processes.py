@@ -55,6 +55,7 @@ def initialize(
     return
   if all(given) and not 0 <= process_id < num_processes:
     raise UserError(f"--process_id must be from 0 to {num_processes - 1}, but is {process_id}")
+  jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and the process would go on
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except RuntimeError as error:

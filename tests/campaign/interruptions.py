@@ -243,4 +243,6 @@ def _restart(job: Job, changed: Mapping[str, Any]) -> str:
   return "refused, complete with --noresume"
 
 
-PART = Part("After an interruption and a restart every answer is there once and is that of the present inputs.", prepare)
+PART = Part(
+  "After an interruption and a restart every answer is there once and is that of the present inputs.", prepare
+)

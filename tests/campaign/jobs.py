@@ -88,7 +88,9 @@ class World:
   def expected(self, state: State) -> dict[int, dict]:
     """The rows of an uninterrupted run, by id."""
     rows = self._uninterrupted(state.method, state.weights)
-    return {i: rows[f"{i}-{state.questions[i]}-{state.pictures[i % NUM_PICTURES]}"] | {"id": i} for i in range(NUM_ROWS)}
+    return {
+      i: rows[f"{i}-{state.questions[i]}-{state.pictures[i % NUM_PICTURES]}"] | {"id": i} for i in range(NUM_ROWS)
+    }
 
   def settings_digest(self, state: State) -> str:
     return self.expected(state)[0]["digest"].split("-")[0]

@@ -1,6 +1,9 @@
 """All parts of the campaign."""
 
-from campaign import interruptions
+from campaign import concurrent_use, interruptions
 from campaign.trials import Part
 
-PARTS: dict[str, Part] = {"interruptions": interruptions.PART}
+PARTS: dict[str, Part] = {
+  "interruptions": interruptions.PART,
+  "concurrent": concurrent_use.PART,
+}

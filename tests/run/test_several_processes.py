@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 
 import commands
@@ -127,7 +128,7 @@ def test_tensor_spans_two_processes(make_command, expected):
   assert rows == first(FEW, expected)
 
 
-def test_a_killed_process_ends_all_and_other_processes_go_on(make_command, expected):
+def test_a_terminated_process_ends_all_and_other_processes_go_on(make_command, expected):
   """With --noresume, over rows of other settings: these are gone with the first batch, and never come back."""
   command = make_command()
   before = command.write_rows_of_other_settings()
@@ -138,11 +139,12 @@ def test_a_killed_process_ends_all_and_other_processes_go_on(make_command, expec
     return not written.startswith(before) and written.count(b"\n") >= 8
 
   running[1].wait_until(has_own_rows)
-  running[1].process.kill()
+  running[1].process.terminate()
   _, errors = running[0].communicate(timeout=100)
   assert running[0].process.exitcode == 2
   assert "another process of this run ended" in errors and "Traceback" not in errors
   running[1].communicate()
+  assert running[1].process.exitcode == -signal.SIGTERM
   done = {json.loads(line)["id"] for line in command.output.read_text().split("\n")[:-1]}
   assert len(done) < COUNT and {i % 2 for i in done} == {0, 1}  # rows of both processes
   (table, _), rows = command.run(1, "--batch_size=8", num_devices=1)
