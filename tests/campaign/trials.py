@@ -27,11 +27,13 @@ class Part:
     prepare: makes, in a directory that is kept, what all trials share, and returns the trial: `(random, directory)`,
       the directory empty, to the outcome, a few words. A trial that finds the promise broken raises.
     inputs: that a trial tries.
+    summary: of what trials measured, from the directory that they share.
   """
 
   promise: str
   prepare: Callable[[pathlib.Path], Callable[[np.random.Generator, pathlib.Path], str]]
   inputs: int = 1
+  summary: Callable[[pathlib.Path], str] | None = None
 
 
 def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: int | None = None) -> list[dict]:
