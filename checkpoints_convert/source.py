@@ -28,7 +28,7 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
   `weights` tells whether the weights are needed too, `allow_pickle` whether also pickled ones if there are no
   safetensors. Raises `CheckpointError` if there is no such checkpoint, or it cannot be downloaded.
   """
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(os.path.expanduser(name))
   if path.is_dir():
     return path.resolve()
   if path.exists() or not _HUB_ID.fullmatch(name):

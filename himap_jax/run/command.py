@@ -15,6 +15,7 @@ from absl import flags, logging
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import read_json, write_json
 from himap_jax import checkpoint
+from himap_jax.engine import processes
 from himap_jax.errors import UserError
 
 DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
@@ -115,11 +116,11 @@ def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resume
     sys.exit(action())
   except (UserError, CheckpointError) as error:
     print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(2)
+    processes.leave(2)
   except KeyboardInterrupt:
     print(f"\n{name}: interrupted{'; the same command continues from here' if resumes else ''}", file=sys.stderr)
-    sys.exit(130)
+    processes.leave(130)
   except Exception:
     traceback.print_exc()
     print(f"{name}: this is a bug; please report it with the lines above and the command line", file=sys.stderr)
-    sys.exit(1)
+    processes.leave(1)

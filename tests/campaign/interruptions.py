@@ -29,7 +29,7 @@ class Interruption:
 
   Attributes:
     act: at the moment of the interruption.
-    codes: exit codes of a run that it ends; of 2 processes those of the other one.
+    codes: exit codes of processes that it ends.
     message: of exit code 2, a pattern.
     before: prepares the directory, before the run.
     undo: makes the directory as it was, before the restart.
@@ -89,18 +89,16 @@ def _run(*command: str) -> None:
   subprocess.run(command, check=True, capture_output=True)
 
 
-ONE_OF_TWO = {
-  "codes": (2,),
-  "message": "another process of this run ended|cannot join",
-  "options": {"num_processes": 2},
-}
+TWO = {"message": "another process of this run ended|cannot join|cannot write", "options": {"num_processes": 2}}
 UNWRITABLE = {"codes": (2,), "message": "cannot (write|use)"}
 INTERRUPTIONS = {
   "SIGKILL": Interruption(_sends(signal.SIGKILL), (-signal.SIGKILL,)),
   "SIGTERM": Interruption(_sends(signal.SIGTERM), (-signal.SIGTERM,)),
   "SIGINT": Interruption(_sends(signal.SIGINT), (130, -signal.SIGINT)),
-  "one of two killed": Interruption(_sends(signal.SIGKILL, to_one_of_two=True), **ONE_OF_TWO),
-  "one of two terminated": Interruption(_sends(signal.SIGTERM, to_one_of_two=True), **ONE_OF_TWO),
+  "SIGKILL to one of two": Interruption(_sends(signal.SIGKILL, to_one_of_two=True), (-signal.SIGKILL, 2), **TWO),
+  "SIGTERM to one of two": Interruption(_sends(signal.SIGTERM, to_one_of_two=True), (-signal.SIGTERM, 2), **TWO),
+  "SIGINT to one of two": Interruption(_sends(signal.SIGINT, to_one_of_two=True), (130, 2), **TWO),
+  "file size limit of two": Interruption(_limit_files, (2,), **TWO),
   "file size limit": Interruption(_limit_files, **UNWRITABLE),
   "read-only output": Interruption(_protect, undo=_unprotect, options={"code": jobs.UNPRIVILEGED}, **UNWRITABLE),
   MOUNTED: Interruption(lambda *_: None, before=_mount, undo=_enlarge, **UNWRITABLE),
@@ -216,13 +214,12 @@ def _interrupt(
   texts = [command.communicate(timeout=SECONDS) for command in running]
   codes = [command.process.exitcode for command in running]
   own.undo(job)
-  ended = {*own.codes, *((-signal.SIGKILL, -signal.SIGTERM) if len(running) > 1 else ())}
-  assert set(codes) <= ended | {0}, (codes, texts)
+  assert set(codes) <= {0, *own.codes}, (codes, texts)
   for command, code in zip(running, codes, strict=True):
     assert re.search(own.message, jobs.last_line(command)) or code != 2, texts
-  if min(own.codes) < 0 and codes == [0]:
+  if own.codes != (2,) and not any(codes):
     assert is_complete, ("a signal that was swallowed", texts)
-  return codes != [0] * len(running)
+  return any(codes)
 
 
 def _restart(job: Job, changed: Mapping[str, Any]) -> str:
