@@ -26,7 +26,7 @@ def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cac
   kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
   known = {}
   with contextlib.suppress(ValueError):
-    known = read_json(kept_in)
+    known = {name: entry for name, entry in read_json(kept_in).items() if isinstance(entry, list)}
   found = {path.name: _state(path) for path in paths}
   unread = [path for path in paths if known.get(path.name, [])[:-1] != found[path.name]]
   with byte_bar(sum(path.stat().st_size for path in unread), "identifying the checkpoint") as bar:

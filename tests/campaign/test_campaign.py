@@ -10,7 +10,7 @@ from campaign.parts import PARTS
 
 from himap_jax.errors import UserError
 
-TRIALS: dict[str, int] = {}
+TRIALS: dict[str, int] = {"interruptions": 1, "concurrent": 1}
 
 
 @pytest.mark.parametrize("name", TRIALS)
