@@ -195,9 +195,9 @@ def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path
       if name == MOUNTED:
         stack.callback(subprocess.run, ["umount", str(job.output.parent)], check=False)
       arguments = ("--noresume",) if is_over_others else ()
-      is_stopped = _interrupt(job, INTERRUPTIONS[name], moment, random, arguments)
+      is_interrupted = _interrupt(job, INTERRUPTIONS[name], moment, random, arguments)
       what = _restart(job, CHANGES[change](job, random))
-    return f"{name if is_stopped else 'none in time'}, {change}: {what}"
+    return f"{name if is_interrupted else 'nothing in time'}, {change}: {what}"
 
   return trial
 
@@ -205,7 +205,7 @@ def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path
 def _interrupt(
   job: Job, own: Interruption, moment: Moment, random: np.random.Generator, arguments: tuple[str, ...]
 ) -> bool:
-  """Runs the job and interrupts it; returns whether it has not come to its end."""
+  """Runs the job and interrupts it; returns whether that had an effect."""
   own.before(job, random)
   running = job.start(*arguments, **own.options)
   moment.wait(job, running)
@@ -219,7 +219,7 @@ def _interrupt(
     assert re.search(own.message, jobs.last_line(command)) or code != 2, texts
   if own.codes != (2,) and not any(codes):
     assert is_complete, ("a signal that was swallowed", texts)
-  return any(codes)
+  return any(codes) or not job.is_right()
 
 
 def _restart(job: Job, changed: Mapping[str, Any]) -> str:

@@ -195,6 +195,9 @@ class Job:
     for row_id, row in rows.items():
       assert row == expected[row_id], (row, expected[row_id])
 
+  def is_right(self) -> bool:
+    return self.rows() == self._world.expected(self.state)
+
   def rows(self) -> dict[int | str, dict]:
     """The rows of the output by their ids."""
     text = self.output.read_text()
