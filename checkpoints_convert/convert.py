@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 import shutil
 import sys
@@ -103,7 +104,7 @@ def convert(
     CheckpointError: the source lacks names or shapes of the model that it describes, or the target holds something else
       or cannot be reached.
   """
-  target = remote.reach(target) if remote.is_remote(target) else pathlib.Path(target).expanduser().absolute()
+  target = remote.reach(target) if remote.is_remote(target) else pathlib.Path(os.path.expanduser(target)).absolute()
   if any(character in str(target) for character in store.FORBIDDEN):
     raise CheckpointError(
       f"{target}: Orbax reads {' '.join(store.FORBIDDEN)} in a path as a pattern; name another directory"

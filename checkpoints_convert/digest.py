@@ -35,7 +35,7 @@ def _digest(directory: pathlib.Path, paths: list[pathlib.Path], cache_dir: pathl
   kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
   known = {}
   with contextlib.suppress(ValueError):
-    known = read_json(kept_in)
+    known = {name: entry for name, entry in read_json(kept_in).items() if isinstance(entry, list)}
   name_of = {path: path.relative_to(directory).as_posix() for path in paths}
   found = {name_of[path]: _state(path) for path in paths}
   unread = [path for path in paths if known.get(name_of[path], [])[:-1] != found[name_of[path]]]

@@ -29,7 +29,7 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
   safetensors. Raises `CheckpointError` if there is no such checkpoint, it cannot be downloaded, or it links to files
   elsewhere.
   """
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(os.path.expanduser(name))
   if path.is_dir():
     _check_links(path.resolve())
     return path.resolve()

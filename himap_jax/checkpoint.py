@@ -247,9 +247,12 @@ def _floating(dtype: Any) -> Any:
 
 
 def default_cache_dir() -> pathlib.Path:
-  """`$HIMAP_JAX_CACHE`, else `himap_jax` in the user's cache folder."""
+  """`$HIMAP_JAX_CACHE`, else `himap_jax` in the user's cache folder; raises `UserError` for a user without a home."""
   base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-  return pathlib.Path(os.environ.get("HIMAP_JAX_CACHE") or pathlib.Path(base) / "himap_jax").expanduser()
+  try:
+    return pathlib.Path(os.environ.get("HIMAP_JAX_CACHE") or pathlib.Path(base) / "himap_jax").expanduser()
+  except RuntimeError as error:
+    raise UserError("there is no home directory for a cache; name a directory in HIMAP_JAX_CACHE") from error
 
 
 def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:

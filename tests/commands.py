@@ -38,6 +38,10 @@ class Command:
     """What it has printed so far: standard output and standard error."""
     return tuple(path.read_text() if path.exists() else "" for path in self._printed)
 
+  def has_begun(self):
+    """Whether it runs in its process, where signals have their effect."""
+    return self._printed[1].exists()
+
   def succeeded(self):
     """Waits for its end and returns what it printed on standard output."""
     printed, errors = self.communicate()
@@ -86,9 +90,9 @@ def _run(module, arguments, environment, printed):
   os.chdir(ROOT)
   os.environ.clear()
   os.environ.update(environment)
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
   for number, path in enumerate(printed, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
   sys.argv = ["-c" if "\n" in module else module, *arguments]
   try:
     if "\n" in module:

@@ -5,7 +5,9 @@ All processes run the same programs in the same order on all devices. Each prepa
 
 import dataclasses
 import os
+import re
 import sys
+import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -17,6 +19,9 @@ from jax.sharding import Mesh
 from himap_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for longer counts as failed, and the others exit
+LEAVING_SECONDS = 10  # that a process which failed waits at exit for the others
+
+_LOST = re.compile("(ABORTED|CANCELLED|DEADLINE_EXCEEDED|INTERNAL|UNAVAILABLE|UNKNOWN): ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +60,7 @@ def initialize(
     return
   if all(given) and not 0 <= process_id < num_processes:
     raise UserError(f"--process_id must be from 0 to {num_processes - 1}, but is {process_id}")
+  jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and the process would go on
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except RuntimeError as error:
@@ -80,6 +86,21 @@ def share(mesh: Mesh) -> Share:
 def is_leader() -> bool:
   """Whether this process does the work that is done only once."""
   return jax.process_index() == 0
+
+
+def is_lost(error: Exception) -> bool:
+  """Whether an error of a program says that another process ended; JAX raises `ValueError` if it was the first call."""
+  is_from_program = isinstance(error, jax.errors.JaxRuntimeError) or _LOST.match(str(error)) is not None
+  return is_from_program and jax.process_count() > 1
+
+
+def leave(status: int) -> NoReturn:
+  """Exits; as one of several processes soon, also if JAX waits at exit for others, which may wait for this one."""
+  if status and jax.distributed.is_initialized():
+    timer = threading.Timer(LEAVING_SECONDS, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+  sys.exit(status)
 
 
 def give_up(name: str, error: Exception) -> NoReturn:

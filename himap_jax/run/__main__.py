@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
     run_flags.join_processes()
     try:
       return job.run(run_flags.config_from_flags())
-    except jax.errors.JaxRuntimeError as error:
-      if jax.process_count() > 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+      if processes.is_lost(error):
         processes.give_up("himap_jax", error)
       raise
 

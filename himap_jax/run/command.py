@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import pathlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +18,7 @@ from absl import app, flags, logging
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import read_json, write_json
 from himap_jax import checkpoint
+from himap_jax.engine import processes
 from himap_jax.errors import UserError
 from himap_jax.run import flag_help, interrupts
 
@@ -133,14 +137,33 @@ def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resume
     interrupts.raise_error()
     if len(argv) > 1:
       raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
-    sys.exit(action())
+    with _ignored_interrupts_sent_again():
+      sys.exit(action())
   except (UserError, CheckpointError) as error:
     print(f"{name}: {error}", file=sys.stderr)
-    sys.exit(2)
+    processes.leave(2)
   except KeyboardInterrupt:
     print(f"\n{name}: interrupted{'; the same command continues from here' if resumes else ''}", file=sys.stderr)
-    sys.exit(130)
+    processes.leave(130)
   except Exception:
     traceback.print_exc()
     print(f"{name}: this is a bug; please report it with the lines above and the command line", file=sys.stderr)
-    sys.exit(1)
+    processes.leave(1)
+
+
+@contextlib.contextmanager
+def _ignored_interrupts_sent_again() -> Iterator[None]:
+  """Sends an interrupt again that comes where Python ignores exceptions, such as in a callback of a weak reference."""
+  before = sys.unraisablehook
+
+  def hook(ignored: Any) -> None:
+    if ignored.exc_type is KeyboardInterrupt:
+      threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    else:
+      before(ignored)
+
+  sys.unraisablehook = hook
+  try:
+    yield
+  finally:
+    sys.unraisablehook = before

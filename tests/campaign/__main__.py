@@ -30,6 +30,8 @@ def main(argv: list[str]) -> None:
     part, workdir = PARTS[FLAGS.part], pathlib.Path(FLAGS.workdir, FLAGS.part)
     done = trials.run(part, workdir, num_trials=FLAGS.trials, seed=FLAGS.seed, only=FLAGS.only)
     print(trials.table(part, done))
+    if part.summary is not None:
+      print(f"\n{part.summary(workdir / 'shared')}")
     return int(any(row["outcome"] == trials.FAILED for row in done))
 
   command.execute("tests.campaign", argv, action)

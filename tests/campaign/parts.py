@@ -2,6 +2,7 @@
 
 from campaign import (
   batch_mates,
+  concurrent_use,
   fuzz_configs,
   fuzz_flags,
   fuzz_pictures,
@@ -9,10 +10,15 @@ from campaign import (
   fuzz_prompts,
   fuzz_weights,
   hostile,
+  interruptions,
+  soak,
 )
 from campaign.trials import Part
 
 PARTS: dict[str, Part] = {
+  "interruptions": interruptions.PART,
+  "concurrent": concurrent_use.PART,
+  "soak": soak.PART,
   "fuzz_prompts": fuzz_prompts.PART,
   "fuzz_pictures": fuzz_pictures.PART,
   "fuzz_configs": fuzz_configs.PART,

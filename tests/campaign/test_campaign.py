@@ -11,6 +11,8 @@ from campaign.parts import PARTS
 from himap_jax.errors import UserError
 
 TRIALS: dict[str, int] = {
+  "interruptions": 1,
+  "concurrent": 1,
   "fuzz_prompts": 1,
   "fuzz_pictures": 1,
   "fuzz_configs": 1,

@@ -30,11 +30,13 @@ class Part:
       the directory empty, to the outcome, a few words, or to how many inputs had which. A trial that finds the promise
       broken raises.
     inputs: that a trial tries.
+    summary: of what trials measured, from the directory that they share.
   """
 
   promise: str
   prepare: Callable[[pathlib.Path], Trial]
   inputs: int = 1
+  summary: Callable[[pathlib.Path], str] | None = None
 
 
 def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: int | None = None) -> list[dict]:

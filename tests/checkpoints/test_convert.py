@@ -301,7 +301,7 @@ class TestRefusals:
     refuses(directory, tmp_path / "target", reason)
 
   def test_no_such_checkpoint(self, tmp_path):
-    for name in (str(tmp_path / "absent"), "a/b/c", "word"):
+    for name in (str(tmp_path / "absent"), "a/b/c", "word", "~nobody/checkpoint"):
       with pytest.raises(ValueError, match="neither a directory nor a Hugging Face id"):
         source.locate(name)
     with pytest.raises(ValueError, match="cannot be downloaded"):

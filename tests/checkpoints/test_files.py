@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import pwd
 import shutil
 import signal
 import time
@@ -17,6 +19,7 @@ from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.progress import byte_bar
 from himap_jax import checkpoint
+from himap_jax.errors import UserError
 
 
 class TestJson:
@@ -169,8 +172,10 @@ class TestDigests:
     (tmp_path / "file").write_text("")
     assert digest_of(directory, tmp_path / "file") == expected
     (kept,) = (tmp_path / "cache" / "digests").iterdir()
-    kept.write_text("{")
-    assert digest_of(directory, tmp_path / "cache") == expected
+    names = list(json.loads(kept.read_text()))
+    for content in ("{", *(json.dumps(dict.fromkeys(names, form)) for form in (3, None, [], [[]], {}, "a"))):
+      kept.write_text(content)  # cut, or written by another version
+      assert digest_of(directory, tmp_path / "cache") == expected
 
   def test_of_a_conversion(self, directory, cache, tmp_path):
     copy = shutil.copytree(directory, tmp_path / "copy")
@@ -181,6 +186,16 @@ class TestDigests:
     assert before == checkpoint.load(str(second), dtype=np.float32).digest()
     (first / "tokenizer.json").write_text((first / "tokenizer.json").read_text() + " ")
     assert checkpoint.open_checkpoint(str(first)).digest() != before
+
+
+def test_a_user_without_a_home(monkeypatch):
+  for name in ("HOME", "HIMAP_JAX_CACHE", "XDG_CACHE_HOME"):
+    monkeypatch.delenv(name, raising=False)
+  monkeypatch.setattr(pwd, "getpwuid", lambda user: {}[user])
+  with pytest.raises(UserError, match="there is no home directory for a cache; name a directory in HIMAP_JAX_CACHE"):
+    checkpoint.default_cache_dir()
+  monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+  assert checkpoint.default_cache_dir() == pathlib.Path("/somewhere/himap_jax")
 
 
 def test_progress_of_what_takes_a_moment_is_not_shown(capsys):

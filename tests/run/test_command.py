@@ -2,6 +2,8 @@
 
 import errno
 import json
+import signal
+import time
 import types
 
 import jax
@@ -70,6 +72,20 @@ class TestExecute:
     assert execute(raising(KeyboardInterrupt()), resumes=resumes) == 130
     end = "; the same command continues from here" if resumes else ""
     assert capsys.readouterr() == ("", f"\ntool: interrupted{end}\n")
+
+  def test_an_interrupt_that_python_ignores_comes_again(self, capsys):
+    class Interrupted:
+      def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+    def action():
+      Interrupted()
+      time.sleep(10)
+      return 0
+
+    assert execute(action) == 130
+    assert capsys.readouterr() == ("", "\ntool: interrupted; the same command continues from here\n")
 
   @pytest.mark.parametrize("error", [ValueError("3"), OSError(errno.ENOSPC, "full"), RuntimeError("x"), KeyError("y")])
   def test_all_else_is_a_bug_and_says_where(self, error, capsys):

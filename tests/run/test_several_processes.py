@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import socket
 
 import commands
@@ -12,6 +13,7 @@ import pytest
 
 from himap_jax.engine import processes
 from himap_jax.engine.processes import Share
+from himap_jax.errors import UserError
 from himap_jax.run import answering
 from himap_jax.run.summary import Result
 
@@ -127,7 +129,7 @@ def test_tensor_spans_two_processes(make_command, expected):
   assert rows == first(FEW, expected)
 
 
-def test_a_killed_process_ends_all_and_other_processes_go_on(make_command, expected):
+def test_a_terminated_process_ends_all_and_other_processes_go_on(make_command, expected):
   """With --noresume, over rows of other settings: these are gone with the first batch, and never come back."""
   command = make_command()
   before = command.write_rows_of_other_settings()
@@ -138,11 +140,12 @@ def test_a_killed_process_ends_all_and_other_processes_go_on(make_command, expec
     return not written.startswith(before) and written.count(b"\n") >= 8
 
   running[1].wait_until(has_own_rows)
-  running[1].process.kill()
+  running[1].process.terminate()
   _, errors = running[0].communicate(timeout=100)
   assert running[0].process.exitcode == 2
   assert "another process of this run ended" in errors and "Traceback" not in errors
   running[1].communicate()
+  assert running[1].process.exitcode == -signal.SIGTERM
   done = {json.loads(line)["id"] for line in command.output.read_text().split("\n")[:-1]}
   assert len(done) < COUNT and {i % 2 for i in done} == {0, 1}  # rows of both processes
   (table, _), rows = command.run(1, "--batch_size=8", num_devices=1)
@@ -195,6 +198,44 @@ class Device:
 def mesh_of(process_ids):
   devices = [Device(number, process) for number, process in enumerate(np.ravel(process_ids).tolist())]
   return jax.sharding.Mesh(np.array(devices).reshape(np.shape(process_ids)), ("data", "tensor"))
+
+
+LEAVING = """
+import sys, time
+from himap_jax.engine import processes
+processes.LEAVING_SECONDS = 1
+place = {"coordinator": sys.argv[1], "num_processes": 2, "process_id": int(sys.argv[2])}
+processes.initialize(from_environment=False, **place)
+print("joined", flush=True)
+time.sleep(0 if sys.argv[2] == sys.argv[3] else 600)
+processes.leave(2)
+"""
+
+
+class TestEnds:
+  @pytest.mark.parametrize("leaving", [0, 1])
+  def test_a_process_that_fails_does_not_wait_for_the_others(self, leaving):
+    address = f"127.0.0.1:{free_port()}"
+    running = [commands.Command(LEAVING, address, number, leaving) for number in range(2)]
+    running[1 - leaving].wait_until(lambda: "joined" in running[1 - leaving].text()[0])
+    running[leaving].communicate(timeout=60)
+    running[1 - leaving].process.kill()
+    running[1 - leaving].process.join()
+    assert running[leaving].process.exitcode == 2
+
+  @pytest.mark.parametrize(
+    ("error", "count", "is_lost"),
+    [
+      (jax.errors.JaxRuntimeError("INTERNAL: Gloo"), 2, True),
+      (ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer"), 2, True),
+      (jax.errors.JaxRuntimeError("INTERNAL: Gloo"), 1, False),
+      (UserError("the output: UNKNOWN: no"), 2, False),
+      (ValueError("shapes differ"), 2, False),
+    ],
+  )
+  def test_errors_of_processes_that_are_lost(self, monkeypatch, error, count, is_lost):
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    assert processes.is_lost(error) == is_lost
 
 
 class TestShare:
