@@ -114,8 +114,8 @@ class TestLocks:
 
   def test_what_cannot_be_written_is_named(self, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file/target: cannot be written .*Not a directory.*HIMAP_JAX_CACHE"):
-      with store.locked(tmp_path / "file" / "target"):
+    with pytest.raises(CheckpointError, match="deep/target: cannot be written .*Not a directory.*HIMAP_JAX_CACHE"):
+      with store.locked(tmp_path / "file" / "deep" / "target"):
         pass
     with pytest.raises(CheckpointError, match="target: cannot be written .*No space left"):
       with store.new_directory(tmp_path / "target"):
