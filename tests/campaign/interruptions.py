@@ -225,7 +225,7 @@ def _interrupt(
 
 
 def _restart(job: Job, changed: Mapping[str, Any]) -> str:
-  """Starts the job again; returns whether it was complete or refused, as it must be."""
+  """Starts the job again; returns `complete`, or `refused` where it must be; it is then complete with --noresume."""
   options = dict(changed)
   arguments = options.pop("arguments", ())
   must_be_refused = "--noresume" not in arguments and job.has_other_answers()
@@ -239,7 +239,7 @@ def _restart(job: Job, changed: Mapping[str, Any]) -> str:
   assert command.process.exitcode == 2 and job.files() == before
   job.run(*arguments, "--noresume", **options)
   job.check()
-  return "refused, complete with --noresume"
+  return "refused"
 
 
 PART = Part(
