@@ -54,7 +54,7 @@ def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
   """Yields a directory for files and one for parameters, renamed to `target` on success and removed on failure.
 
   The caller holds the lock of `target`. What a killed process left there is removed first. For object storage see
-  `remote.new_directory`.
+  `remote.new_directory`. Raises `CheckpointError` if a file cannot be written.
   """
   if remote.is_remote(target):
     with remote.new_directory(target) as places:
@@ -62,34 +62,50 @@ def new_directory(target: AnyPath) -> Iterator[tuple[pathlib.Path, AnyPath]]:
     return
   work = target.with_name(f".{target.name}.partial")
   shutil.rmtree(work, ignore_errors=True)
-  work.mkdir(parents=True)
-  try:
-    yield work, work / PARAMS
-    os.rename(work, target)
-  except BaseException:
-    shutil.rmtree(work, ignore_errors=True)
-    raise
+  with _writing(target):
+    work.mkdir(parents=True)
+    try:
+      yield work, work / PARAMS
+      os.rename(work, target)
+    except BaseException:
+      shutil.rmtree(work, ignore_errors=True)
+      raise
 
 
 @contextlib.contextmanager
 def locked(target: AnyPath) -> Iterator[None]:
-  """Locks `target`, but not in object storage; a process that waits prints so, and a killed process frees its lock."""
+  """Locks `target`, but not in object storage; a process that waits prints so, and a killed process frees its lock.
+
+  Raises `CheckpointError` if the directory of `target` cannot be written.
+  """
   if remote.is_remote(target):
     yield
     return
   path = target.with_name(f".{target.name}.lock")
-  path.parent.mkdir(parents=True, exist_ok=True)
-  lock = filelock.FileLock(path)
-  try:
-    lock.acquire(timeout=0)
-  except filelock.Timeout:
-    print(f"waiting for the process that is writing {target}", file=sys.stderr)
-    lock.acquire()
+  with _writing(target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    try:
+      lock.acquire(timeout=0)
+    except filelock.Timeout:
+      print(f"waiting for the process that is writing {target}", file=sys.stderr)
+      lock.acquire()
   try:
     yield
   finally:
     path.unlink(missing_ok=True)  # while the lock is held, so that a waiting process notices and opens a new one
     lock.release()
+
+
+@contextlib.contextmanager
+def _writing(target: AnyPath) -> Iterator[None]:
+  """Turns an `OSError` into a `CheckpointError` that names the target."""
+  try:
+    yield
+  except OSError as error:
+    raise CheckpointError(
+      f"{target}: cannot be written ({error}); HIMAP_JAX_CACHE names the folder of cached copies"
+    ) from error
 
 
 def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Path:

@@ -30,7 +30,7 @@ class Interruption:
   Attributes:
     act: at the moment of the interruption.
     codes: exit codes of processes that it ends.
-    message: of exit code 2, a pattern.
+    message: of exit code 2 a pattern.
     before: prepares the directory, before the run.
     undo: makes the directory as it was, before the restart.
     options: of `Job.start`.
@@ -89,16 +89,17 @@ def _run(*command: str) -> None:
   subprocess.run(command, check=True, capture_output=True)
 
 
+OTHER = (2, -signal.SIGABRT)  # of a process whose first process ended; JAX aborts it where it is not waiting for it
 TWO = {"message": "another process of this run ended|cannot join|cannot write", "options": {"num_processes": 2}}
 UNWRITABLE = {"codes": (2,), "message": "cannot (write|use)"}
 INTERRUPTIONS = {
   "SIGKILL": Interruption(_sends(signal.SIGKILL), (-signal.SIGKILL,)),
   "SIGTERM": Interruption(_sends(signal.SIGTERM), (-signal.SIGTERM,)),
   "SIGINT": Interruption(_sends(signal.SIGINT), (130, -signal.SIGINT)),
-  "SIGKILL to one of two": Interruption(_sends(signal.SIGKILL, to_one_of_two=True), (-signal.SIGKILL, 2), **TWO),
-  "SIGTERM to one of two": Interruption(_sends(signal.SIGTERM, to_one_of_two=True), (-signal.SIGTERM, 2), **TWO),
-  "SIGINT to one of two": Interruption(_sends(signal.SIGINT, to_one_of_two=True), (130, 2), **TWO),
-  "file size limit of two": Interruption(_limit_files, (2,), **TWO),
+  "SIGKILL to one of two": Interruption(_sends(signal.SIGKILL, to_one_of_two=True), (-signal.SIGKILL, *OTHER), **TWO),
+  "SIGTERM to one of two": Interruption(_sends(signal.SIGTERM, to_one_of_two=True), (-signal.SIGTERM, *OTHER), **TWO),
+  "SIGINT to one of two": Interruption(_sends(signal.SIGINT, to_one_of_two=True), (130, *OTHER), **TWO),
+  "file size limit of two": Interruption(_limit_files, OTHER, **TWO),
   "file size limit": Interruption(_limit_files, **UNWRITABLE),
   "read-only output": Interruption(_protect, undo=_unprotect, options={"code": jobs.UNPRIVILEGED}, **UNWRITABLE),
   MOUNTED: Interruption(lambda *_: None, before=_mount, undo=_enlarge, **UNWRITABLE),
@@ -216,14 +217,15 @@ def _interrupt(
   own.undo(job)
   assert set(codes) <= {0, *own.codes}, (codes, texts)
   for command, code in zip(running, codes, strict=True):
-    assert re.search(own.message, jobs.last_line(command)) or code != 2, texts
-  if own.codes != (2,) and not any(codes):
+    assert code != 2 or re.search(own.message, jobs.last_line(command)), texts
+    assert code != -signal.SIGABRT or "JAX distributed service detected fatal errors" in command.text()[1], texts
+  if own.codes[0] != 2 and not any(codes):
     assert is_complete, ("a signal that was swallowed", texts)
   return any(codes) or not job.is_right()
 
 
 def _restart(job: Job, changed: Mapping[str, Any]) -> str:
-  """Starts the job again; returns whether it was complete or refused, as it must be."""
+  """Starts the job again; returns `complete`, or `refused` where it must be; it is then complete with --noresume."""
   options = dict(changed)
   arguments = options.pop("arguments", ())
   must_be_refused = "--noresume" not in arguments and job.has_other_answers()
@@ -237,7 +239,7 @@ def _restart(job: Job, changed: Mapping[str, Any]) -> str:
   assert command.process.exitcode == 2 and job.files() == before
   job.run(*arguments, "--noresume", **options)
   job.check()
-  return "refused, complete with --noresume"
+  return "refused"
 
 
 PART = Part(

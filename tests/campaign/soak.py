@@ -1,5 +1,6 @@
 """The same rows again and again in one process: answers stay equal, and memory, open files and rate stay flat."""
 
+import ctypes
 import json
 import os
 import pathlib
@@ -32,12 +33,16 @@ SUBJECTS = (
 )
 QUESTIONS = ("What colour is {}?", "What shape has {}?", "Is {} red?", "Where is {}?")
 MEASURES = "measures.jsonl"
+M_ARENA_MAX = -8  # of glibc's malloc.h
 
 
 def part(name: str, num_rows: int) -> Part:
   """The part for a checkpoint; every trial answers the same rows, in another order and so in other batches."""
 
   def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path], str]:
+    ctypes.CDLL(None).mallopt(
+      M_ARENA_MAX, 2
+    )  # every trial starts a thread, as a run does once; each had its own memory
     command.use_compilation_cache(str(shared / "compiled"))
     prompts, files = _prompts(shared, num_rows), PictureFiles(shared)
     answerer, settings = _answerer(name, prompts, files)

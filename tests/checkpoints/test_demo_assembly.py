@@ -401,7 +401,7 @@ def test_failed_assembly_leaves_nothing(tmp_path, cheap_parts, monkeypatch):
     raise OSError("disk full")
 
   monkeypatch.setattr(assemble, "_write_checkpoint", fail)
-  with pytest.raises(OSError, match="disk full"):
+  with pytest.raises(CheckpointError, match="demo: cannot be written .disk full"):
     assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=None)
   assert os.listdir(tmp_path) == ["demo"]
   assert (tmp_path / "demo/model.safetensors").read_text() == "1"

@@ -1,5 +1,6 @@
 """JSON files and directories that appear whole or not at all, locks, and digests of content."""
 
+import errno
 import json
 import os
 import pathlib
@@ -99,6 +100,16 @@ class TestLocks:
     with store.locked(tmp_path / "target"):
       pass
     assert capsys.readouterr().err == "" and os.listdir(tmp_path) == []
+
+  def test_what_cannot_be_written_is_named(self, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="deep/target: cannot be written .*Not a directory.*HIMAP_JAX_CACHE"):
+      with store.locked(tmp_path / "file" / "deep" / "target"):
+        pass
+    with pytest.raises(CheckpointError, match="target: cannot be written .*No space left"):
+      with store.new_directory(tmp_path / "target"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert os.listdir(tmp_path) == ["file"]
 
   def test_one_at_a_time(self, tmp_path):
     """Each adds one to a number in a file, slowly; waiting ones begin anew when the lock's file is removed."""
