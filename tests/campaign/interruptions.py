@@ -105,7 +105,7 @@ INTERRUPTIONS = {
   MOUNTED: Interruption(lambda *_: None, before=_mount, undo=_enlarge, **UNWRITABLE),
   "pictures away": Interruption(
     lambda job, *_: job.images.rename(job.images.with_name("away")),
-    codes=(2,),
+    codes=(2, 1),  # 1 if no row could be answered
     message="no such directory",
     undo=lambda job: job.images.with_name("away").rename(job.images),
   ),
@@ -218,6 +218,7 @@ def _interrupt(
   assert set(codes) <= {0, *own.codes}, (codes, texts)
   for command, code in zip(running, codes, strict=True):
     assert code != 2 or re.search(own.message, jobs.last_line(command)), texts
+    assert "this is a bug" not in command.text()[1], texts
     assert code != -signal.SIGABRT or "JAX distributed service detected fatal errors" in command.text()[1], texts
   if own.codes[0] != 2 and not any(codes):
     assert is_complete, ("a signal that was swallowed", texts)
