@@ -268,7 +268,16 @@ def _is_finite(weight: Any) -> bool:
 
 @jax.jit
 def _all_finite(weight: Any) -> Bool[Array, ""]:
-  return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(weight)]).all()
+  """By the bits, which need no memory: infinite and NaN are above all others, with and without their sign."""
+
+  def is_below(leaf: Array, kind: str) -> Bool[Array, ""]:
+    dtype = jnp.dtype(f"{kind}{8 * leaf.dtype.itemsize}")
+    limit = jnp.array(jnp.inf if kind == "int" else -jnp.inf, leaf.dtype)
+    bits, limit = (jax.lax.bitcast_convert_type(x, dtype) for x in (leaf, limit))
+    return bits.max() < limit
+
+  leaves = [leaf for leaf in jax.tree.leaves(weight) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  return jnp.stack([is_below(leaf, kind) for leaf in leaves for kind in ("int", "uint")]).all()
 
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:
