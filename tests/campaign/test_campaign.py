@@ -10,18 +10,7 @@ from campaign.parts import PARTS
 
 from himap_jax.errors import UserError
 
-TRIALS: dict[str, int] = {
-  "interruptions": 1,
-  "concurrent": 1,
-  "fuzz_prompts": 1,
-  "fuzz_pictures": 1,
-  "fuzz_configs": 1,
-  "fuzz_processors": 1,
-  "fuzz_weights": 1,
-  "fuzz_flags": 1,
-  "hostile": 2,
-  "batch_mates": 1,
-}
+TRIALS: dict[str, int] = {"interruptions": 1, "concurrent": 1, "fuzz_pictures": 1, "fuzz_weights": 1, "fuzz_flags": 1}
 
 
 @pytest.mark.parametrize("name", TRIALS)
