@@ -89,9 +89,10 @@ def _run(module, arguments, environment, printed):
   for number, path in enumerate(printed, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
   signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-  sys.argv = ["-c" if "\n" in module else module, *arguments]
+  is_code = "\n" in module
+  sys.argv = ["-c" if is_code else module, *arguments]
   try:
-    if "\n" in module:
+    if is_code:
       exec(compile(module, "<code>", "exec"), {"__name__": "__main__"})
     else:
       runpy.run_module(module, run_name="__main__", alter_sys=True)
