@@ -90,7 +90,7 @@ class Mixture:
     return Sample(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
 
   def _ask_about_detail(self, rng: np.random.Generator) -> Sample:
-    if self._drill_share and rng.random() < self._drill_share:
+    if self._drill_share and rng.random() < self._drill_share:  # without drills, as before there were any
       drill = details.drill(rng, self._parts)
       return Sample(drill.scene.picture, [own[1:] for own in drill.questions["drill"]])
     detail = details.compose(rng, self._parts)

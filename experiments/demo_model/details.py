@@ -151,7 +151,7 @@ def drill(rng: np.random.Generator, parts: Parts) -> Drawn:
       width = min(max(sign.pixels.size) * size / sign.digit_height, FILLED / along * SIDE)
       canvas.write(_add_at(canvas, SIGN, sign.pixels, moved, width), sign.writing)
       asked.append(Question("drill", f"what does the {where} sign say?", text))
-  return Drawn(canvas.scene(), {"drill": [asked[i] for i in rng.permutation(len(asked))]}, 0.0)
+  return Drawn(canvas.scene(), {"drill": [asked[i] for i in rng.permutation(len(asked))]})
 
 
 def _written(rng: np.random.Generator, parts: Parts) -> tuple[signs.Sign, str]:
