@@ -93,13 +93,8 @@ def _run(module, arguments, environment, printed):
   signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
   for number, path in enumerate(printed, start=1):
     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-<<<<<<< HEAD
-  sys.argv = ["-c" if "\n" in module else module, *arguments]
-=======
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
   is_code = "\n" in module
   sys.argv = ["-c" if is_code else module, *arguments]
->>>>>>> 06f656494bc3cb44fb05700428c6a15a7d15eb05
   try:
     if is_code:
       exec(compile(module, "<code>", "exec"), {"__name__": "__main__"})
