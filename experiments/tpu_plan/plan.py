@@ -20,6 +20,7 @@ from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.capacity import PROGRAMS, BatchSizes, Capacity, Memory, needed, refused_by_compiler
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.engine.prefill import prefill
+from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model, Network, abstract_params
 from himap_jax.pruning import cost
@@ -167,10 +168,12 @@ def make_row(cell: Cell, compile_at: Callable[[Cell, str, Sizes], dict[str, Any]
   model, inputs, _ = shapes(cell, 1)
   limit, weights = int(HBM[cell.topology.partition(":")[0]] * GIB), sharding.device_bytes(model.params)
   capacity = Capacity(model, BatchSizes(), room=limit - weights)
-  num_prefilled = capacity.prefill_rows(
-    inputs.layout.num_slots, lambda count: memory("prefill", Sizes(count // data, count // data))
-  )
-
+  try:
+    num_prefilled = capacity.prefill_rows(
+      inputs.layout.num_slots, lambda count: memory("prefill", Sizes(count // data, count // data))
+    )
+  except UserError:  # a device does not hold one prompt
+    num_prefilled = data
   prefill = compile_at(cell, "prefill", Sizes(num_prefilled // data, num_prefilled // data))
 
   def all_memory(count: int) -> dict[str, Memory] | None:

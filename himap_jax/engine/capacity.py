@@ -207,7 +207,7 @@ class Capacity:
       bytes_per_slot: of caches, on a device; at least.
       memory: of the programs for a number of slots, as for `needed`; None if the compiler refuses one.
     """
-    least = self._padded(num_rows)
+    least = self._padded(min(num_rows, self._sizes.decode or num_rows))
     most = min(self._padded(self._most_slots), self._room // bytes_per_slot * self._num_shards)
     taken_by_slots: dict[int, int] = {}
 

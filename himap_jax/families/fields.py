@@ -51,7 +51,7 @@ def check_fields(fields: Mapping[Any, Any], where: str) -> None:
       check_fields(value, where)
 
 
-def _check(name: str, value: Any, where: str) -> None:
+def _check(name: Any, value: Any, where: str) -> None:
   own = value if name in _OF_TWO and isinstance(value, list) and len(value) == 2 else [value]
   if name in LARGEST:
     needed, is_fit = f"a whole number from 1 to {LARGEST[name]:,}", all(_is_whole(x, 1, LARGEST[name]) for x in own)

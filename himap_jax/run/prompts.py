@@ -169,7 +169,7 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
   if not keys:
     raise UserError(f"the prompt file {records.name} is empty")
   if not there:
-    raise UserError(f"no line of the prompt file {records.name} is a JSON object; {bad[0]}")
+    raise UserError(f"no line of the prompt file {records.name} is a JSON object with fields; {bad[0]}")
 
   def where(wanted: Bool[np.ndarray, "N"]) -> Iterator[Prompt]:
     rows = records.read(fields, wanted)

@@ -96,7 +96,7 @@ def _answers(loaded: Any, schedule: Schedule, rows: list[Example], shape: tuple[
   inputs = batcher.pack(
     rows, bucket=Bucket(own.num_tiles, own.num_image_tokens, slots, own.is_ragged), batch_size=len(rows)
   )
-  engine = loaded.engine(schedule, GenerationConfig(NUM_NEW, ignore_eos=True), None)
+  engine = loaded.engine(schedule, GenerationConfig(NUM_NEW, ignore_eos=True))
   return engine(inputs, range(len(rows)))
 
 

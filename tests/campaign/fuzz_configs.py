@@ -8,7 +8,7 @@ import pathlib
 from typing import Any
 
 import numpy as np
-from campaign import bounded, models, mutations
+from campaign import bounded, mutations
 from campaign.trials import Part, Trial
 from hypothesis import strategies as st
 
@@ -21,6 +21,8 @@ INPUTS = 100
 
 
 def prepare(shared: pathlib.Path) -> Trial:
+  from campaign import models  # with torch, which those who try the inputs do without
+
   configs = [json.loads((models.made(shared, name) / "config.json").read_text()) for name in models.MAKERS]
   return bounded.trial(functools.partial(_attempts, configs), INPUTS, shared)
 

@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 import numpy as np
-from campaign import bounded, models, mutations
+from campaign import bounded, mutations
 from campaign.trials import Part, Trial
 
 from checkpoints_convert.errors import CheckpointError
@@ -37,14 +37,18 @@ VALUES = (
 
 
 def prepare(shared: pathlib.Path) -> Trial:
+  from campaign import models  # with torch, which those who try the inputs do without
+
   for name in models.MAKERS:
     models.made(shared, name)
   return bounded.trial(functools.partial(_attempts, shared / "models"), INPUTS, shared)
 
 
 def _attempts(checkpoints: pathlib.Path, random: np.random.Generator, directory: pathlib.Path, count: int) -> Any:
+  names = sorted(path.name for path in checkpoints.iterdir())
+
   def damaged(number: int) -> str:
-    name, copy = str(random.choice(list(models.MAKERS))), directory / str(number)
+    name, copy = str(random.choice(names)), directory / str(number)
     copy.mkdir()
     for path in _small_files(checkpoints / name):
       shutil.copy(path, copy)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from campaign import bounded, models
+from campaign import bounded
 from campaign.trials import Part, Trial
 from PIL import Image
 from safetensors.numpy import load_file, save, save_file
@@ -262,6 +262,8 @@ REFUSED = (
 
 
 def prepare(shared: pathlib.Path) -> Trial:
+  from campaign import models  # with torch, which those who try the inputs do without
+
   for name in FAMILIES:
     models.made(shared, name)
   return bounded.trial(functools.partial(_attempts, shared / "models"), 1, shared)

@@ -10,7 +10,7 @@ from campaign.parts import PARTS
 
 from himap_jax.errors import UserError
 
-TRIALS: dict[str, int] = {"interruptions": 1, "concurrent": 1, "fuzz_pictures": 1, "fuzz_weights": 1, "fuzz_flags": 1}
+TRIALS = dict.fromkeys((name for name in PARTS if name != "soak"), 1) | {"hostile": 2}
 
 
 @pytest.mark.parametrize("name", TRIALS)

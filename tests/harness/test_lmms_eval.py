@@ -37,7 +37,11 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 RUN_MODULES = """
 import json, runpy, sys, yaml
-yaml.FullLoader = yaml.loader.FullLoader = yaml.CFullLoader  # every command reads lmms-eval's 1900 tasks
+class Loader(yaml.CFullLoader):  # every command reads lmms-eval's 1900 tasks, slowly with the one in Python
+  def __init__(self, stream):
+    super().__init__(stream)
+    self.name = getattr(stream, "name", None)
+yaml.FullLoader = yaml.loader.FullLoader = Loader
 for sys.argv in json.loads(sys.argv[1]):
   try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

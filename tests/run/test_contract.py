@@ -195,7 +195,7 @@ class TestPrompts:
 
   def test_an_error_is_tried_again_with_other_settings_too(self, config, tmp_path):
     write_rows(config.prompts, [{"id": "a", "image": "missing.png", "question": "Why?"}])
-    assert job.run(config) == 0
+    assert job.run(config) == 1  # no row has an answer
     (tmp_path / "0.png").rename(tmp_path / "missing.png")
     assert job.run(other(config)) == 0
     assert read(config.output)["a"]["answer"] is not None

@@ -345,7 +345,7 @@ class TestBad:
     [
       (b'\xef\xbb\xbf \n[{"id": 1, "question": "?"}]', "is a JSON array; it must have one JSON object on each line"),
       (png(1), "is not text; tables end with .parquet or .csv, any other file is JSONL"),
-      (b'{\n "id": 1,\n "question": "?"\n}\n', "is a JSON object; line 1: not valid JSON"),
+      (b'{\n "id": 1,\n "question": "?"\n}\n', "is a JSON object with fields; line 1: not valid JSON"),
     ],
   )
   def test_what_is_no_jsonl_is_said_once(self, tmp_path, data, message):
