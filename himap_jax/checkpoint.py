@@ -263,21 +263,22 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
 
 def _is_finite(weight: Any) -> bool:
   """Whether an array, or the scales of an int8 weight, are all finite; waits, since CPUs run few collectives at a time."""
-  return bool(_all_finite(weight))
+  leaves = [leaf for leaf in jax.tree.leaves(weight) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+  return all(bool(_all_finite(leaf)) for leaf in leaves)
 
 
 @jax.jit
-def _all_finite(weight: Any) -> Bool[Array, ""]:
+def _all_finite(x: Array) -> Bool[Array, ""]:
   """By the bits, which need no memory: infinite and NaN are above all others, with and without their sign."""
 
-  def is_below(leaf: Array, kind: str) -> Bool[Array, ""]:
-    dtype = jnp.dtype(f"{kind}{8 * leaf.dtype.itemsize}")
-    limit = jnp.array(jnp.inf if kind == "int" else -jnp.inf, leaf.dtype)
-    bits, limit = (jax.lax.bitcast_convert_type(x, dtype) for x in (leaf, limit))
-    return bits.max() < limit
+  def is_below(kind: str, limit: float) -> Bool[Array, ""]:
+    bits, most = (
+      jax.lax.bitcast_convert_type(own, jnp.dtype(f"{kind}{8 * x.dtype.itemsize}"))
+      for own in (x, jnp.array(limit, x.dtype))
+    )
+    return bits.max() < most
 
-  leaves = [leaf for leaf in jax.tree.leaves(weight) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-  return jnp.stack([is_below(leaf, kind) for leaf in leaves for kind in ("int", "uint")]).all()
+  return is_below("int", jnp.inf) & is_below("uint", -jnp.inf)
 
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:

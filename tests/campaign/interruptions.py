@@ -181,12 +181,12 @@ class Moment:
       time.sleep(0.001)
 
 
-def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path], str]:
+def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path], dict[str, int]]:
   world = jobs.World(shared)
   seconds = jobs.seconds_of_a_run(world, shared / "timed")
   names = [name for name in INTERRUPTIONS if name != MOUNTED or jobs.can_mount()]
 
-  def trial(random: np.random.Generator, directory: pathlib.Path) -> str:
+  def trial(random: np.random.Generator, directory: pathlib.Path) -> dict[str, int]:
     name, change = str(random.choice(names)), str(random.choice(list(CHANGES)))
     moment, is_over_others = Moment.draw(random, seconds), random.random() < 0.3
     job = Job(world, directory)
@@ -198,7 +198,7 @@ def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path
       arguments = ("--noresume",) if is_over_others else ()
       is_interrupted = _interrupt(job, INTERRUPTIONS[name], moment, random, arguments)
       what = _restart(job, CHANGES[change](job, random))
-    return f"{name if is_interrupted else 'nothing in time'}, {change}: {what}"
+    return {f"interrupted by {name if is_interrupted else 'nothing in time'}: {what}": 1, f"then {change}: {what}": 1}
 
   return trial
 
