@@ -756,7 +756,7 @@ class TestProcesses:
     """Without a word, while a library takes its time."""
     (tmp_path / "jax.py").write_text("import time\nprint(flush=True)\ntime.sleep(100)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = [sys.executable, "-m", "himap_jax.run"]
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "himap_jax.run"]  # the tests may ignore it
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
       process.stdout.readline()
       process.send_signal(signal.SIGINT)
