@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -40,8 +41,20 @@ def read_config(class_name: str, fields: Mapping[str, Any], where: str = "config
   """The fields of a `config.json` as a configuration of transformers, which completes them; raises `UserError`."""
   import transformers  # slow to import
 
-  try:
+  with _readable_by_transformers(where):
     return getattr(transformers, class_name)(**{key: value for key, value in fields.items() if key != "model_type"})
+
+
+def complete_fields(config: Any, where: str = "config.json") -> dict[str, Any]:
+  """All fields of a configuration of transformers as they lie in a `config.json`; raises `UserError`."""
+  with _readable_by_transformers(where):
+    return json.loads(config.to_json_string(use_diff=False))
+
+
+@contextlib.contextmanager
+def _readable_by_transformers(where: str) -> Iterator[None]:
+  try:
+    yield
   except Exception as error:  # transformers raises types of its own for invalid fields
     raise UserError(f"{where}: transformers cannot read it ({first_line(error.__cause__ or error)})") from error
 

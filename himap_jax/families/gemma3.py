@@ -2,7 +2,6 @@
 (arXiv 2503.19786)."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from himap_jax.families.examples import (
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.files import read_config, unusable
+from himap_jax.families.files import complete_fields, read_config, unusable
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig, NormLinearConfig, VisionConfig
@@ -100,7 +99,7 @@ def _vision(hf: Any, num_tokens: Any, where: str) -> VisionConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' current defaults for absent ones."""
-  return json.loads(read_config("Gemma3Config", fields).to_json_string(use_diff=False))
+  return complete_fields(read_config("Gemma3Config", fields))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ A picture is scaled to a whole number of tiles; every tile is a run of image tok
 """
 
 import functools
-import json
 import math
 import pathlib
 from typing import Any
@@ -72,7 +71,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  return json.loads(_complete(fields, "config.json").to_json_string(use_diff=False))
+  return files.complete_fields(_complete(fields, "config.json"))
 
 
 def _complete(fields: dict[str, Any], where: str) -> Any:

@@ -5,7 +5,6 @@ if there are several.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -60,7 +59,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  full = json.loads(files.read_config("InternVLConfig", fields).to_json_string(use_diff=False))
+  full = files.complete_fields(files.read_config("InternVLConfig", fields))
   return full | {"tie_word_embeddings": config(fields, "config.json").text.tie_word_embeddings}
 
 

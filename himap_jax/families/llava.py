@@ -1,7 +1,6 @@
 """LLaVA: a CLIP, SigLIP, DINOv2 or InternViT tower, a two-layer connector and a decoder."""
 
 import copy
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -109,9 +108,9 @@ def _side(size: int | Sequence[int], where: str) -> int:
   return sides.pop()
 
 
-def complete(fields: dict[str, Any], class_name: str = "LlavaConfig") -> dict[str, Any]:
+def complete(fields: dict[str, Any], where: str = "config.json", *, class_name: str = "LlavaConfig") -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  return json.loads(files.read_config(class_name, fields).to_json_string(use_diff=False))
+  return files.complete_fields(files.read_config(class_name, fields, where), where)
 
 
 def load_processor(directory: pathlib.Path) -> Any:

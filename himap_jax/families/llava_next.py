@@ -29,7 +29,7 @@ def config(fields: dict[str, Any], where: str, class_name: str = "LlavaNextConfi
     UserError: as `llava.config`, or the tower's features or `image_grid_pinpoints` form no grid of tiles.
   """
   own = llava.config(fields, where, class_name, TOWERS)
-  full = llava.complete(fields, class_name)
+  full = llava.complete(fields, where, class_name=class_name)
   anyres.check_resolutions(full["image_grid_pinpoints"], anyres.square(own.vision, where), where)
   return dataclasses.replace(own, has_newline=True)
 

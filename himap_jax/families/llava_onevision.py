@@ -23,7 +23,7 @@ complete = functools.partial(llava.complete, class_name="LlavaOnevisionConfig")
 def config(fields: dict[str, Any], where: str) -> ModelConfig:
   """The sizes described by a `config.json`; errors as in `llava_next.config`, or an unknown `vision_aspect_ratio`."""
   own = llava_next.config(fields, where, "LlavaOnevisionConfig")
-  most_tiles(complete(fields), where)
+  most_tiles(complete(fields, where), where)
   return dataclasses.replace(own, num_taps=anyres.TAPS)
 
 

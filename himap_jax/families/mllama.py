@@ -1,6 +1,5 @@
 """Llama-3.2-Vision: pictures of up to four tiles, read by cross-attention layers of a LLaMA 3.1 decoder."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -88,7 +87,7 @@ def _vision(hf: Any, where: str) -> VisionConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  return json.loads(_read(fields, "config.json").to_json_string(use_diff=False))
+  return files.complete_fields(_read(fields, "config.json"))
 
 
 def load_processor(directory: pathlib.Path) -> files.ModelFiles:

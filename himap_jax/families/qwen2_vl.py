@@ -6,7 +6,6 @@ A picture keeps its aspect ratio: it is resized to whole squares of patches, and
 import copy
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from himap_jax.families.examples import (
   places_in,
 )
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.files import read_config, unusable
+from himap_jax.families.files import complete_fields, read_config, unusable
 from himap_jax.families.qwen_vl import QwenFiles
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
@@ -112,7 +111,7 @@ def _text(hf: Any, where: str) -> TextConfig:
 
 def complete(fields: dict[str, Any]) -> dict[str, Any]:
   """All fields of `config.json`, with transformers' defaults for absent ones."""
-  return json.loads(read_config(CONFIGS[fields["model_type"]], fields).to_json_string(use_diff=False))
+  return complete_fields(read_config(CONFIGS[fields["model_type"]], fields))
 
 
 def load_processor(directory: pathlib.Path) -> QwenFiles:

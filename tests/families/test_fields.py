@@ -57,3 +57,9 @@ def test_fields_that_no_model_has(part, name, value, message):
   with pytest.raises(UserError, match=f"^some/config.json: {message}") as error:
     from_hf(fields, where="some/config.json")
   assert "\n" not in str(error.value)
+
+
+def test_a_field_that_transformers_cannot_write_back():
+  fields = LLAVA | {"model_type": "llava_next", "dtype": []}
+  with pytest.raises(UserError, match="^some/config.json: transformers cannot read it"):
+    from_hf(fields, where="some/config.json")
