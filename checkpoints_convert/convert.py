@@ -137,7 +137,7 @@ def convert_into_cache(
   if target.exists() and not _is_whole(target, cache_dir):
     with store.locked(target):
       if target.exists() and not _is_whole(target, cache_dir):  # another process may have replaced it by now
-        print(f"{target}: damaged, and converted again", file=sys.stderr)
+        print(f"{target}: damaged or of another version; it is converted again", file=sys.stderr)
         shutil.rmtree(target)
   return convert(source, target, describe, cache_dir=cache_dir)
 
