@@ -87,7 +87,10 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
     if cell.schedule is not None:
-      answers[cell.label], timings[cell.label] = runner.answer(cell), runner.time(cell)
+      answers[cell.label] = runner.answer(cell)
+      if cell.method == REFERENCE:
+        measure.report_errors(answers[cell.label])
+      timings[cell.label] = runner.time(cell)
       if cell.uses_chance:
         repeats[cell.label] = [runner.answer(cell, repeat=repeat) for repeat in range(1, values.num_seeds)]
   bad = [row for row in answers[REFERENCE].values() if row["error"] is not None]

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,17 @@ class Runner:
     batch_size = self.settings["timing"]["batch_size"]
     _, examples, buckets = zip(*itertools.islice(self.subject.examples("timing"), batch_size), strict=True)
     return self.subject.batcher.pack(examples, bucket=max(buckets), batch_size=batch_size)
+
+
+def report_errors(rows: Mapping[str, Mapping[str, Any]]) -> None:
+  """Says how many questions have no answer, which counts as wrong; raises `UserError` if none has one."""
+  errors = [row["error"] for row in rows.values() if row["error"]]
+  if not errors:
+    return
+  text = f"{len(errors)} of {len(rows)} questions have no answer"
+  if len(errors) == len(rows):
+    raise UserError(f"{text}; the first: {errors[0]}")
+  print(f"{text}, which counts as wrong; the first: {errors[0]}", file=sys.stderr)
 
 
 def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats: int) -> dict[str, Any]:

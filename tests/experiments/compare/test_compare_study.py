@@ -26,6 +26,7 @@ from experiments.question_sets import Question, is_right
 from experiments.shared import study
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.engine import GenerationConfig
+from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.pruning.cost import costs
@@ -147,6 +148,18 @@ def rows(config):
 
 def questions_of(config):
   return question_sets.load(config.question_set, num_questions=9, seed=0, workdir=config.workdir)
+
+
+def test_questions_without_an_answer_are_told(config, rows, capsys):
+  (path,) = (config.workdir / "answers").glob("none.*.jsonl")
+  answers = {row["id"]: row for row in read_rows(path)}
+  measure.report_errors(answers)
+  message = "1 of 9 questions have no answer, which counts as wrong; the first: 9.png: No such file"
+  assert message in capsys.readouterr().err.replace(f"{config.question_set.parent}/", "")
+  with pytest.raises(UserError, match="^1 of 1 questions have no answer; the first: .*9.png"):
+    measure.report_errors({"bad": answers["bad"]})
+  measure.report_errors({"0why": answers["0why"]})
+  assert capsys.readouterr().err == ""
 
 
 def test_every_question_is_answered_once(config, rows):
