@@ -29,7 +29,7 @@ from himap_jax.families.examples import (
 from himap_jax.families.family import Family, Question, View
 from himap_jax.families.files import complete_fields, read_config, unusable
 from himap_jax.families.qwen_vl import QwenFiles
-from himap_jax.families.text import text_config
+from himap_jax.families.text import TEXT_MODELS, text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import MergerConfig, ModelConfig, PatchVisionConfig, TextConfig
 from himap_jax.model.linear import ACTIVATIONS
@@ -99,7 +99,10 @@ def _vision(hf: Any, kind: str, where: str) -> PatchVisionConfig:
 
 
 def _text(hf: Any, where: str) -> TextConfig:
-  text = text_config(hf.text_config, where, tied=hf.tie_word_embeddings)
+  own = f"{hf.model_type}_text"
+  check_supported(hf.text_config.model_type, (hf.model_type, own), where=where, what="language model")
+  options = TEXT_MODELS[own](hf.text_config)
+  text = text_config(hf.text_config, where, tied=hf.tie_word_embeddings, options=options)
   sections = tuple(hf.text_config.rope_parameters.get("mrope_section", SECTIONS[hf.model_type]))
   if len(sections) != 3 or 2 * sum(sections) != text.rotary_dim:
     raise UserError(

@@ -133,7 +133,9 @@ def text_config(
     rope=_rope(hf.rope_parameters.get("full_attention", hf.rope_parameters)),
     rotary_dim=_head_dim(hf),
   )
-  options = TEXT_MODELS[hf.model_type](hf) if options is None else options
+  if options is None:
+    check_supported(hf.model_type, TEXT_MODELS, where=where, what="language model")
+    options = TEXT_MODELS[hf.model_type](hf)
   return TextConfig(**common | options).within(hf.max_position_embeddings)
 
 

@@ -292,6 +292,7 @@ class TestFiles:
   ("name", "part", "fields", "message"),
   [
     ("qwen2_vl", "vision", {"model_type": "clip_vision_model"}, "vision tower .clip_vision_model. is not supported"),
+    ("qwen2_vl", "text", {"model_type": "llama"}, "language model 'llama' is not supported"),
     ("qwen2_vl", "text", {"rope_parameters": {"mrope_section": [2, 3, 4]}}, "three sections must share the 8 freq"),
     ("qwen2_vl", "text", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supp"),
     ("qwen2_vl", "vision", {"num_heads": 16}, "a tower of width 32 has no 16 heads"),
