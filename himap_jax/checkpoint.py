@@ -68,8 +68,8 @@ class OpenCheckpoint:
     own, where = self.processor, str(self.directory)
     if template == "chat":
       templates.check(getattr(own, "chat_template", None) or own.tokenizer.chat_template, where)
-    files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
     with files.unusable(self.directory):
+      files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
       processor = self.family.processor(own, self.config, template, max_image_tokens)
       with contextlib.suppress(UserError):  # its template may hold no picture, or need more than a question
         processor.prepare([Image.new("RGB", (64, 48))], "?")

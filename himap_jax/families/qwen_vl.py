@@ -77,7 +77,7 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
   foreign = [name for name in ("vision_config", "text_config") if name in fields]
   if foreign:
     raise UserError(f"{where}: {', '.join(foreign)} beside visual; the fields are of two model families")
-  missing = [name for name in SIZES if name not in vision]
+  missing = [name for name in SIZES if vision.get(name) is None]
   if missing:
     raise UserError(f"{where}: visual lacks {', '.join(missing)}")
   width, heads = full["hidden_size"], full["num_attention_heads"]

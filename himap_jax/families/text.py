@@ -111,7 +111,7 @@ def text_config(
   ropes = [dict(own) for own in hf.rope_parameters.values() if isinstance(own, Mapping)] or [dict(hf.rope_parameters)]
   for own in ropes:
     check_supported(own.get("rope_type", "default"), ROPE_TYPES, where=where, what="RoPE scaling")
-  hidden_act = getattr(hf, "hidden_act", None) or hf.hidden_activation
+  hidden_act = getattr(hf, "hidden_act", None) or getattr(hf, "hidden_activation", None)
   check_supported(hidden_act, ACTIVATIONS, where=where, what="activation")
   if getattr(hf, "use_bidirectional_attention", None):
     raise UserError(f"{where}: bidirectional attention (use_bidirectional_attention) is not supported; causal is")

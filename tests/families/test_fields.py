@@ -35,6 +35,7 @@ LLAVA = {
     ("text_config", "rope_theta", "x", "rope_theta is 'x'; needed: a number above 0"),
     ("text_config", "rms_norm_eps", float("inf"), "rms_norm_eps is inf"),
     ("text_config", "hidden_act", ["silu"], "hidden_act is .*; needed: a text"),
+    ("text_config", "hidden_act", "", "activation None is not supported"),
     ("vision_config", "patch_size", 0, "patch_size is 0"),
     ("vision_config", "patch_size", 29, "0 patches of 29 pixels in a picture of 28"),
     ("vision_config", "image_size", 10**9, "image_size is 1000000000"),

@@ -1,10 +1,12 @@
 """Chat templates and image processors that would exhaust time or memory, and those that fail."""
 
+import dataclasses
 import types
 
 import pytest
 import tiny_checkpoints
 
+from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.families import files, templates
 
@@ -51,3 +53,12 @@ def test_sizes_of_image_processors(fields, message):
   files.check_image_processor(types.SimpleNamespace(size={"shortest_edge": 336}), "file")
   with pytest.raises(UserError, match=f"^file: {message}"):
     files.check_image_processor(types.SimpleNamespace(**fields), "file")
+
+
+def test_a_size_that_is_none_is_the_files(checkpoints, tmp_path):
+  opened = checkpoint.open_checkpoint(str(checkpoints("clip_mha").directory), cache_dir=tmp_path)
+  own = types.SimpleNamespace(
+    tokenizer=types.SimpleNamespace(chat_template=None), image_processor=types.SimpleNamespace(size=3)
+  )
+  with pytest.raises(UserError, match=r"cannot load the tokenizer and image processor \('int' object is not iterable"):
+    dataclasses.replace(opened, processor=own).prompts()
