@@ -7,9 +7,9 @@ import re
 from himap_jax import GenerationConfig, InputConfig, PruningConfig
 from himap_jax.run.flags import RunConfig
 
-NAME = "clip_mha"
+NAME = "dinov2_shrunk"
 MAX_NEW = 6
-PRUNE_LAYERS, KEEP = (2, 4), (8, 3)
+PRUNE_LAYERS, KEEP = (2, 3), (8, 3)
 QUESTIONS = {
   "a": "What is it?",
   "b": "Why?",

@@ -40,7 +40,7 @@ from himap_jax.run.prompts import Columns, Prompt
 
 ROOT = pathlib.Path(__file__).parents[2]
 NAME = running.NAME
-N, NUM_LAYERS, VOCAB = 16, 6, 272
+N, NUM_LAYERS, VOCAB = 16, 4, 272
 MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, running.KEEP, running.QUESTIONS
 FLAGS = (
     "checkpoint", "[no]allow_pickle", "prompts", "split", "columns", "image_dir", "output", "method", "prune_layers", "keep", "max_new_tokens", "temperature",
@@ -107,7 +107,7 @@ class TestAnswers:
 
     table = capsys.readouterr().out
     for text in ("4 answered, 0 errors, 0 answered before", "rows/s", "device-hours for a million rows", "tokens/s", "himap",
-                     "16, 8 from layer 2 on, 3 from layer 4 on", "HiMAP Eq. 10", "FLOPs on all tokens"):  # fmt: skip
+                     "16, 8 from layer 2 on, 3 from layer 3 on", "HiMAP Eq. 10", "FLOPs on all tokens"):  # fmt: skip
       assert text in table
     assert running.num_programs(table) == 6  # for two buckets, of which the slots of each hold the other's rows
 
@@ -176,7 +176,7 @@ class TestAnswers:
     assert set(kept) == set(rungs[:2])
     means = [sum(counts) / 4 for counts in zip(*kept, strict=True)]
     table = capsys.readouterr().out
-    assert f"16, {means[0]:.4g} from layer 2 on, {means[1]:.4g} from layer 4 on" in table
+    assert f"16, {means[0]:.4g} from layer 2 on, {means[1]:.4g} from layer 3 on" in table
     opened = config.open()
     sizes, schedule = model_sizes(opened.config, (28, 28)), config.pruning.schedule(NUM_LAYERS, N)
     flops = sum(costs(sizes, schedule.with_counts(counts), N, 0).image_tokens for counts in kept)
@@ -199,7 +199,7 @@ class TestAnswers:
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     profile = trace.read_bytes()
     scopes = ("vision_tower", "projector", "prefill_layers_0_to_2", "prune_before_layer_2/score")
-    for scope in (*scopes, "prune_before_layer_4/gather", "prefill_layers_4_to_6", "decode/"):
+    for scope in (*scopes, "prune_before_layer_3/gather", "prefill_layers_3_to_4", "decode/"):
       assert scope.encode() in profile, scope
 
   def test_sampling_is_the_seed_s_alone(self, config):
@@ -366,7 +366,7 @@ class TestBadRows:
     for number in range(3):
       places = [[place // 16, 0, place % 16 // 4, place % 4] for place in rows[number]["kept"][1]]
       assert rows[number]["kept_patches"][1] == places
-    assert "24, 12 from layer 2 on, 3 from layer 4 on" in table
+    assert "24, 12 from layer 2 on, 3 from layer 3 on" in table
     assert running.num_programs(table) == 12  # for four numbers of pictures
     assert sorted(path.name for path in config.pictures.iterdir()) == ["0.png", "1.png", "2.png"]
     width, height = 3 * (28 + 8) + 8, 28 + 16 + 8
@@ -488,7 +488,7 @@ class TestBadConfiguration:
     "changes, message",
     [
       (dict(keep=(N + 1, 3)), "cannot keep 17 image tokens before layer 2: there are 16"),
-      (dict(keep=(4, 8)), "cannot keep 8 image tokens before layer 4: there are 4"),
+      (dict(keep=(4, 8)), "cannot keep 8 image tokens before layer 3: there are 4"),
       (dict(keep=(8, 0)), "cannot keep 0 image tokens"),
       (dict(keep=(8, -1)), "cannot keep -1 image tokens"),
       (dict(keep=(0.0, 0.0)), "must be above 0% and at most 100%"),
@@ -496,10 +496,10 @@ class TestBadConfiguration:
       (dict(keep=(8,)), "has 2 stages, but keep has 1 values"),
       (dict(keep=(8, 4, 2)), "has 2 stages, but keep has 3 values"),
       (dict(prune_layers=(2,)), "has 2 stages, but prune_layers has 1 values"),
-      (dict(prune_layers=(4, 2)), "pruning layers must ascend, but 2 follows 4"),
+      (dict(prune_layers=(3, 2)), "pruning layers must ascend, but 2 follows 3"),
       (dict(prune_layers=(2, 2)), "pruning layers must ascend"),
       (dict(prune_layers=(0, 2)), "cannot prune before layer 0: it needs the attention"),
-      (dict(prune_layers=(2, 6)), "cannot prune before layer 6: the model has layers 0 to 5"),
+      (dict(prune_layers=(2, 6)), "cannot prune before layer 6: the model has layers 0 to 3"),
       (dict(prune_layers=(-1, 2)), "cannot prune before layer -1"),
       (dict(prune_layers=None), "cannot prune before layer 8"),
       (dict(method="none", prune_layers=None), "'none' has 0 stages, but keep has 2 values"),
@@ -769,7 +769,7 @@ class TestProcesses:
     write_rows(config.prompts, rows)
     values = {
             "checkpoint": checkpoints(NAME).directory, "prompts": config.prompts, "image_dir": tmp_path,
-            "output": config.output, "prune_layers": "2,4", "keep": "50%,3", "max_new_tokens": 30, "batch_size": 1,
+            "output": config.output, "prune_layers": "2,3", "keep": "50%,3", "max_new_tokens": 30, "batch_size": 1,
             "prompt_buckets": "40,60", "prompt_template": "vicuna\\n<image>{question}", "dtype": "float32",
             "emit": "tokens,kept", "ignore_eos": "true",
         }  # fmt: skip

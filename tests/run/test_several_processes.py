@@ -46,7 +46,7 @@ class Command:
       f"--prompts={directory / 'prompts.jsonl'}",
       f"--image_dir={directory}",
       f"--output={self.output}",
-      "--prune_layers=2,4",
+      "--prune_layers=2,3",
       "--keep=8,3",
       "--max_new_tokens=8",
       "--ignore_eos",
@@ -94,7 +94,7 @@ class Command:
 @pytest.fixture(scope="module")
 def make_command(checkpoints, loaded, images, tmp_path_factory):
   cache = tmp_path_factory.mktemp("cache")
-  directory = loaded("clip_mha").directory
+  directory = loaded("dinov2_shrunk").directory
   return lambda count=COUNT: Command(tmp_path_factory.mktemp("run"), directory, cache, images, count)
 
 
