@@ -2,10 +2,11 @@
 
 import functools
 import gc
-import importlib.machinery
 import os
 import pathlib
 import sys
+
+import commands
 
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longer to compile than to run
@@ -20,9 +21,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent / "without_torch")  # for the commands that tests start
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
 sys.dont_write_bytecode = False
-for place, finder in enumerate(sys.meta_path):
-  if getattr(finder, "__name__", "") == "WithoutTorch":  # a worker of the tests themselves
-    sys.meta_path[place] = importlib.machinery.PathFinder
+commands.allow_torch()  # to a worker of the tests themselves
 
 from jaxtyping import install_import_hook
 

@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Callable
 from typing import Any
 
+import commands
 import numpy as np
 from campaign import bounded
 from campaign.trials import Part, Trial
@@ -271,6 +272,7 @@ def prepare(shared: pathlib.Path) -> Trial:
 
 def _attempts(checkpoints: pathlib.Path, random: np.random.Generator, directory: pathlib.Path, count: int) -> Any:
   found: collections.Counter[str] = collections.Counter()
+  commands.allow_torch()  # which makes and reads pickles
   for _ in range(count):
     place = Place(
       directory / "cache" / "snapshots" / "0", directory / "ran", directory / "cache" / "snapshots" / "outside" / "s"
