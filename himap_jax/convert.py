@@ -45,10 +45,5 @@ def run() -> int:
   return 0
 
 
-def main(argv: list[str]) -> None:
-  """Runs the command and exits with its status."""
-  command.execute("himap_jax.convert", argv, run, resumes=False)
-
-
 if __name__ == "__main__":
-  command.start("himap_jax.convert", main, needed=("source", "target"))
+  command.start_action("himap_jax.convert", run, needed=("source", "target"), resumes=False)

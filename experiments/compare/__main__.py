@@ -8,7 +8,6 @@ and time relative to no pruning. Repeating an interrupted command resumes it.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,9 +92,6 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
       timings[cell.label] = runner.time(cell)
       if cell.uses_chance:
         repeats[cell.label] = [runner.answer(cell, repeat=repeat) for repeat in range(1, values.num_seeds)]
-  bad = [row for row in answers[REFERENCE].values() if row["error"] is not None]
-  if bad:
-    print(f"{len(bad)} questions have no answer; the first, {bad[0]['id']}: {bad[0]['error']}", file=sys.stderr)
   bytes_per_value, num_text_tokens = jnp.dtype(command.DTYPES[values.dtype]).itemsize, measure.mean_text_length(subject)
   sizes = model_sizes(opened.config, subject.processor.image_shape)
   num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes

@@ -80,13 +80,13 @@ class Runner:
 
 def report_errors(rows: Mapping[str, Mapping[str, Any]]) -> None:
   """Says how many questions have no answer, which counts as wrong; raises `UserError` if none has one."""
-  errors = [row["error"] for row in rows.values() if row["error"]]
-  if not errors:
+  bad = [row for row in rows.values() if row["error"] is not None]
+  if not bad:
     return
-  text = f"{len(errors)} of {len(rows)} questions have no answer"
-  if len(errors) == len(rows):
-    raise UserError(f"{text}; the first: {errors[0]}")
-  print(f"{text}, which counts as wrong; the first: {errors[0]}", file=sys.stderr)
+  text = f"{len(bad)} questions have no answer; the first, {bad[0]['id']}: {bad[0]['error']}"
+  if len(bad) == len(rows):
+    raise UserError(text)
+  print(text, file=sys.stderr)
 
 
 def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats: int) -> dict[str, Any]:

@@ -211,6 +211,4 @@ if __name__ == "__main__":
   flags.DEFINE_list("adapters", None, "Adapters to average.", required=True)
   flags.DEFINE_list("shares", None, "Share of each adapter; they sum to 1.", required=True)
   flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
-  command.start(
-    "experiments.demo_model.adapter", lambda argv: command.execute("experiments.demo_model.adapter", argv, run)
-  )
+  command.start_action("experiments.demo_model.adapter", run)

@@ -101,6 +101,4 @@ if __name__ == "__main__":
   flags.DEFINE_integer("num_scenes", 100, "Number of scenes.")
   flags.DEFINE_float("size", None, "Size of small things and digits in details, in image tokens; mixed if absent.")
   flags.DEFINE_string("directory", None, "Directory for pictures and questions.jsonl.", required=True)
-  command.start(
-    "experiments.demo_model.sets", lambda argv: command.execute("experiments.demo_model.sets", argv, run, resumes=False)
-  )
+  command.start_action("experiments.demo_model.sets", run, resumes=False)

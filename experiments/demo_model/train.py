@@ -192,4 +192,4 @@ def _stage(text: str) -> Stage:
 
 
 if __name__ == "__main__":
-  command.start("experiments.demo_model.train", lambda argv: command.execute("experiments.demo_model.train", argv, run))
+  command.start_action("experiments.demo_model.train", run)

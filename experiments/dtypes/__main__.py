@@ -9,7 +9,7 @@ import dataclasses
 import json
 import pathlib
 
-from absl import app, flags
+from absl import flags
 
 from experiments import question_sets
 from experiments.dtypes import compare
@@ -46,24 +46,22 @@ def measure(config: RunConfig, names: list[str], workdir: pathlib.Path) -> list[
   return found
 
 
-def main(argv: list[str]) -> None:
-  def action() -> int:
-    values, workdir, names = model_flags.values_from_flags(), pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.methods
-    for method in names:
-      methods.parse(method)
-    given = dict(name=flags.FLAGS.questions, num_questions=flags.FLAGS.num_questions)
-    questions = question_sets.load(**given, seed=0, workdir=workdir, needs_answers=False)
-    workdir.mkdir(parents=True, exist_ok=True)
-    rows = [{"id": own.id, "image": str(own.image.absolute()), "question": own.question} for own in questions]
-    prompts = workdir / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    config = RunConfig(**values, prompts=prompts, output=workdir / "answers.jsonl")
-    print(compare.table(measure(config, names, workdir)))
-    return 0
-
-  command.execute("experiments.dtypes", argv, action)
+def run() -> int:
+  """Measures what the flags say and prints the table."""
+  values, workdir, names = model_flags.values_from_flags(), pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.methods
+  for method in names:
+    methods.parse(method)
+  given = dict(name=flags.FLAGS.questions, num_questions=flags.FLAGS.num_questions)
+  questions = question_sets.load(**given, seed=0, workdir=workdir, needs_answers=False)
+  workdir.mkdir(parents=True, exist_ok=True)
+  rows = [{"id": own.id, "image": str(own.image.absolute()), "question": own.question} for own in questions]
+  prompts = workdir / "prompts.jsonl"
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+  config = RunConfig(**values, prompts=prompts, output=workdir / "answers.jsonl")
+  print(compare.table(measure(config, names, workdir)))
+  return 0
 
 
 if __name__ == "__main__":
   define_flags()
-  app.run(main)
+  command.start_action("experiments.dtypes", run)

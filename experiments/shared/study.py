@@ -83,10 +83,7 @@ def start(
     print(result if isinstance(result, str) else write(result, name))
     return 0
 
-  called = name.rpartition(".")[2]
-  command.start(
-    called, lambda argv: command.execute(called, argv, action), needed=("workdir", "output") if has_subject else ()
-  )
+  command.start_action(name.rpartition(".")[2], action, needed=("workdir", "output") if has_subject else ())
 
 
 def write(report: Report, name: str) -> str:

@@ -93,4 +93,4 @@ def run() -> int:
 
 if __name__ == "__main__":
   define_flags()
-  command.start("busy", lambda argv: command.execute("busy", argv, run, resumes=False))
+  command.start_action("busy", run, resumes=False)

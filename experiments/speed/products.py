@@ -62,4 +62,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-  command.start("products", lambda argv: command.execute("products", argv, run, resumes=False))
+  command.start_action("products", run, resumes=False)

@@ -79,4 +79,4 @@ def run() -> int:
 
 if __name__ == "__main__":
   define_flags()
-  command.start("rungs", lambda argv: command.execute("rungs", argv, run, resumes=False))
+  command.start_action("rungs", run, resumes=False)

@@ -96,4 +96,4 @@ def run() -> int:
 
 
 if __name__ == "__main__":
-  command.start("startup", lambda argv: command.execute("startup", argv, run, resumes=False))
+  command.start_action("startup", run, resumes=False)

@@ -14,6 +14,7 @@ from himap_jax.families.family import Message, Question, View
 from himap_jax.inputs import Example, Images
 
 IMAGE_TAG = "<image>"
+MAX_ASPECT_RATIO = 200
 
 
 def messages_of(question: Question, num_pictures: int, tag: str = IMAGE_TAG) -> list[Message]:
@@ -46,6 +47,14 @@ def content_parts(text: str) -> list[dict[str, str]]:
   for number, piece in enumerate(text.split(IMAGE_TAG)):
     parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * (piece != "")
   return parts or [{"type": "text", "text": ""}]
+
+
+def check_aspect_ratio(width: int, height: int) -> None:
+  """Raises `UserError` for a strip that would exhaust memory when it is resized or padded."""
+  if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    raise UserError(
+      f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
+    )
 
 
 def chat_prompt(apply_chat_template: Callable[..., str], question: Question, num_pictures: int) -> str:

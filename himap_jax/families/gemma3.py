@@ -2,6 +2,7 @@
 (arXiv 2503.19786)."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,15 +13,13 @@ from jaxtyping import Int
 from PIL import Image
 
 from himap_jax.errors import UserError, check_supported
-from himap_jax.families import templates
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
-  content_parts,
+  chat_prompt,
   expand,
   fill,
   literal_template,
-  messages_of,
   places_in,
   refuse_limit,
   tiles_of,
@@ -179,9 +178,8 @@ class GemmaProcessor:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if not self._is_chat:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, self._special["boi_token"])
-    messages = messages_of(question, num_pictures)
-    conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
-    return templates.filled(self._tokenizer.apply_chat_template, conversation, tokenize=False)
+    render = functools.partial(self._tokenizer.apply_chat_template, tokenize=False)
+    return chat_prompt(render, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
     return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()

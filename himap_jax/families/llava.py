@@ -14,6 +14,7 @@ from himap_jax.families import files, templates
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
+  check_aspect_ratio,
   expand,
   fill,
   literal_template,
@@ -37,7 +38,6 @@ VICUNA_V1 = (
 )
 PIXEL_SETTINGS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_convert_rgb")
 PIXEL_SETTINGS += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-MAX_ASPECT_RATIO = 200
 MAX_PIXELS = 178_956_970  # of a picture padded to a square
 
 
@@ -207,12 +207,7 @@ class LlavaProcessor(LlavaPrompts):
 
   def _check_size(self, image: Image.Image) -> None:
     """Refuses pictures that would exhaust memory when resized or padded to a square."""
-    shortest, longest = sorted(image.size)
-    if longest > MAX_ASPECT_RATIO * shortest:
-      raise UserError(
-        f"the picture has {image.width} x {image.height} pixels; one side may be at most {MAX_ASPECT_RATIO} "
-        "times the other"
-      )
+    check_aspect_ratio(*image.size)
     if getattr(self._processor.image_processor, "do_pad", False):
       check_square(image)
 

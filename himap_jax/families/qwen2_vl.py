@@ -20,6 +20,7 @@ from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
   chat_prompt,
+  check_aspect_ratio,
   expand,
   fill,
   literal_template,
@@ -38,7 +39,6 @@ from himap_jax.model.linear import ACTIVATIONS
 CONFIGS = {"qwen2_vl": "Qwen2VLConfig", "qwen2_5_vl": "Qwen2_5_VLConfig", "qwen3_vl": "Qwen3VLConfig"}
 SECTIONS = {"qwen2_vl": (16, 24, 24), "qwen2_5_vl": (16, 24, 24), "qwen3_vl": (24, 20, 20)}
 EPSILON = 1e-6
-MAX_ASPECT_RATIO = 200
 PLACEHOLDER = "<|image_pad|>"
 PICTURE = f"<|vision_start|>{PLACEHOLDER}<|vision_end|>"
 
@@ -234,10 +234,7 @@ class Qwen2VLProcessor:
     return places_in(self.views(example), example.num_image_tokens)
 
   def _num_patches(self, width: int, height: int) -> int:
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-      raise UserError(
-        f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
-      )
+    check_aspect_ratio(width, height)
     return self._images.get_number_of_image_patches(height, width)
 
 

@@ -23,6 +23,7 @@ class Generation(jinja2.ext.Extension):
 
 
 def main() -> int:
+  """Fills the template of standard input under the limits of the command line; returns the exit status."""
   seconds, memory = map(int, sys.argv[1:])
   resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
   resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

@@ -124,6 +124,11 @@ def start(name: str, main: Callable[[Sequence[str]], None], needed: Sequence[str
   app.run(main, flags_parser=parse)
 
 
+def start_action(name: str, action: Callable[[], int], *, needed: Sequence[str] = (), resumes: bool = True) -> None:
+  """As `start`, for a command that is an action and takes flags alone; arguments as of `start` and `execute`."""
+  start(name, lambda argv: execute(name, argv, action, resumes=resumes), needed)
+
+
 def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resumes: bool = True) -> None:
   """Runs a command and exits with its status.
 

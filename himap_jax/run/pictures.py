@@ -15,10 +15,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from himap_jax.errors import UserError
+from himap_jax.families.examples import check_aspect_ratio
 from himap_jax.run import sources
 
 MAX_PIXELS = 178_956_970
-MAX_ASPECT_RATIO = 200  # as in the families, which do not know the file
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _SIGNATURE_BYTES = 16
 _TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
@@ -97,7 +97,7 @@ class PictureFiles:
     with file:
       try:
         return read(file)
-      except ImageError as error:
+      except UserError as error:
         raise ImageError(f"{name}: {error}") from error
       except Exception as error:  # Pillow's readers raise any type on damaged data.
         raise ImageError(f"{name}: damaged image: {str(error) or type(error).__name__}") from error
@@ -120,10 +120,7 @@ def _open_image(file: io.BufferedIOBase) -> Image.Image:
 
 def _limit_size(image: Image.Image, max_pixels: int) -> None:
   width, height = image.size
-  if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-    raise ImageError(
-      f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
-    )
+  check_aspect_ratio(width, height)
   if width * height <= max_pixels:
     return
   if isinstance(image, JpegImagePlugin.JpegImageFile):

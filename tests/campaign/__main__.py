@@ -8,7 +8,7 @@ The same command continues; `--only` repeats one trial. Exits with 1 if a trial 
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))  # as in the tests
 
@@ -25,17 +25,14 @@ flags.DEFINE_integer("only", None, "The one trial to repeat.", lower_bound=0)
 flags.DEFINE_string("workdir", "campaign_work", "Directory for the outcomes, which are continued.")
 
 
-def main(argv: list[str]) -> None:
-  def action() -> int:
-    part, workdir = PARTS[FLAGS.part], pathlib.Path(FLAGS.workdir, FLAGS.part)
-    done = trials.run(part, workdir, num_trials=FLAGS.trials, seed=FLAGS.seed, only=FLAGS.only)
-    print(trials.table(part, done))
-    if part.summary is not None:
-      print(f"\n{part.summary(workdir / 'shared')}")
-    return int(any(row["outcome"] == trials.FAILED for row in done))
-
-  command.execute("tests.campaign", argv, action)
+def run() -> int:
+  part, workdir = PARTS[FLAGS.part], pathlib.Path(FLAGS.workdir, FLAGS.part)
+  done = trials.run(part, workdir, num_trials=FLAGS.trials, seed=FLAGS.seed, only=FLAGS.only)
+  print(trials.table(part, done))
+  if part.summary is not None:
+    print(f"\n{part.summary(workdir / 'shared')}")
+  return int(any(row["outcome"] == trials.FAILED for row in done))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command.start_action("tests.campaign", run, needed=("part",))

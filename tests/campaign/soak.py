@@ -40,9 +40,8 @@ def part(name: str, num_rows: int) -> Part:
   """The part for a checkpoint; every trial answers the same rows, in another order and so in other batches."""
 
   def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path], str]:
-    ctypes.CDLL(None).mallopt(
-      M_ARENA_MAX, 2
-    )  # every trial starts a thread, as a run does once; each had its own memory
+    # Every trial starts a thread, as a run does once; each would have its own memory.
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     command.use_compilation_cache(str(shared / "compiled"))
     prompts, files = _prompts(shared, num_rows), PictureFiles(shared)
     answerer, settings = _answerer(name, prompts, files)

@@ -154,9 +154,9 @@ def test_questions_without_an_answer_are_told(config, rows, capsys):
   (path,) = (config.workdir / "answers").glob("none.*.jsonl")
   answers = {row["id"]: row for row in read_rows(path)}
   measure.report_errors(answers)
-  message = "1 of 9 questions have no answer, which counts as wrong; the first: 9.png: No such file"
+  message = "1 questions have no answer; the first, bad: 9.png: No such file"
   assert message in capsys.readouterr().err.replace(f"{config.question_set.parent}/", "")
-  with pytest.raises(UserError, match="^1 of 1 questions have no answer; the first: .*9.png"):
+  with pytest.raises(UserError, match="^1 questions have no answer; the first, bad: .*9.png"):
     measure.report_errors({"bad": answers["bad"]})
   measure.report_errors({"0why": answers["0why"]})
   assert capsys.readouterr().err == ""
