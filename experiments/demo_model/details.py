@@ -137,8 +137,8 @@ def board(rng: np.random.Generator, parts: Parts, size: float = 0.0) -> Made:
 
 
 def drill(rng: np.random.Generator, parts: Parts) -> Drawn:
-  """Two by two or three by three tiny things and small signs, all asked about: for training, where it teaches most."""
-  along, canvas, asked = int(rng.integers(2, 4)), Canvas(scenes.background(rng)), []
+  """Three by three tiny things and small signs, all asked about: for training, where it teaches most."""
+  along, canvas, asked = 3, Canvas(scenes.background(rng)), []
   for where, middle in _grid(along).items():
     size = float(rng.choice(SIZES)) * PATCH
     moved = tuple(at + rng.uniform(-0.15, 0.15) / along for at in middle)

@@ -3,6 +3,7 @@
 import jax
 import pytest
 import running
+from jax.experimental.compilation_cache import compilation_cache
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +24,14 @@ def small(config, monkeypatch):
   monkeypatch.setenv("COLUMNS", "200")  # so that the table is not wrapped
   yield running.changed(config, prompt_buckets=(64,), batch_size=4, max_new_tokens=2)
   jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def compilation_cache_of_this_module_alone():
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  compilation_cache.reset_cache()
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()

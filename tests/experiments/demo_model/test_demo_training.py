@@ -10,10 +10,12 @@ import pytest
 import tiny_cross
 
 from checkpoints_convert.demo.cross import trained
-from experiments.demo_model import adapter, align
+from experiments.demo_model import adapter, align, torch_gradients
 from experiments.demo_model.adapter import Adapter, Whitening
 from experiments.demo_model.data import Sample
+from experiments.demo_model.gradients import jax_gradients
 from experiments.demo_model.packing import UNUSED, Batch, Packer
+from experiments.demo_model.torch_gradients import TorchGradients
 from himap_jax import checkpoint
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.errors import UserError
@@ -190,3 +192,23 @@ def test_updates_are_those_of_merged_weights(load, samples, name):
 def test_questions_that_do_not_fit_are_refused(loaded, images, slots, message):
   with pytest.raises(UserError, match=message):
     packer_of(loaded("clip_mha"), slots).pack([Sample(images[0], [("?", "a long answer indeed")])])
+
+
+def test_gradients_of_pytorch_and_jax_are_equal(loaded, checkpoints, samples, monkeypatch):
+  monkeypatch.setattr(torch_gradients, "BLOCK", 64)
+  tiny = loaded("dinov2")
+  batch = packer_of(tiny, 160).pack(samples)
+  lora = adapter.init_lora(jax.random.key(0), tiny.model.params["language_model"], rank=2)
+  own = Adapter(tiny.model.params["multi_modal_projector"], jax.tree.map(lambda x: x + 0.1, lora))
+  own = own.replace(projector=jax.tree.map(lambda x: 1.1 * x, own.projector))
+  in_torch = TorchGradients(checkpoints("dinov2").directory, own, dtype="float32", compiled=False)
+  (loss, right, grads), (expected_loss, expected_right, expected) = (
+    in_torch(own, batch),
+    jax_gradients(tiny.model)(own, batch),
+  )
+  np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+  np.testing.assert_allclose(right, expected_right, rtol=1e-6)
+  size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * size), grads, expected)
+  again = in_torch(own, batch)[2]
+  jax.tree.map(np.testing.assert_array_equal, again, grads)
