@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import psutil
 from jax.sharding import Mesh
 
-from himap_jax.engine import processes, sharding
+from himap_jax.engine import host_memory, processes, sharding
 from himap_jax.errors import UserError
 from himap_jax.model.network import Model
 
@@ -90,7 +89,7 @@ def free_memory(mesh: Mesh) -> int:
   """Bytes that are free on each of the mesh's devices, the least of all processes."""
   own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
   stats = own[0].memory_stats()
-  free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else psutil.virtual_memory().available // len(own)
+  free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else host_memory.available() // len(own)
   return int(USABLE * processes.sum_and_least(0, free // MIB)[1]) * MIB
 
 

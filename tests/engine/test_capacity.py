@@ -183,7 +183,7 @@ def test_free_memory_is_what_a_device_has_left(monkeypatch):
   device = types.SimpleNamespace(process_index=0, memory_stats=lambda: stats)
   own = unittest.mock.Mock(spec=Mesh, devices=np.array([device, device]))
   assert capacity.free_memory(own) == int(60 * capacity.USABLE) * capacity.MIB
-  monkeypatch.setattr(capacity.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=80 * capacity.MIB))
+  monkeypatch.setattr(capacity.host_memory, "available", lambda: 80 * capacity.MIB)
   device.memory_stats = lambda: None  # CPU devices share the memory of the machine
   assert capacity.free_memory(own) == int(40 * capacity.USABLE) * capacity.MIB
 
