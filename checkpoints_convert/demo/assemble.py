@@ -23,7 +23,7 @@ _HERE = Path(__file__).parent
 ADAPTERS = {"demo": _HERE / "adapter.safetensors", "demo_cross": _HERE / "cross_adapter.safetensors"}
 MODEL_TYPES = {"demo": "llava", "demo_cross": "llava_cross"}
 # Hidden states of the tower that are its features; the last layer is fine-tuned for saliency.
-FEATURE_LAYERS = {"demo": (11,), "demo_cross": (11,)}
+FEATURE_LAYERS = {"demo": (11, 6), "demo_cross": (11,)}
 MARKER = "assembled.json"
 
 IMAGE_TOKEN = "<image>"

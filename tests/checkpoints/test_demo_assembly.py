@@ -186,12 +186,12 @@ def test_image_tokens(model, processor):
 
 def test_files(demo):
   config = json.loads((demo / "config.json").read_text())
-  assert config["image_token_index"] == 49152 and config["vision_feature_layer"] == [11]
+  assert config["image_token_index"] == 49152 and config["vision_feature_layer"] == [11, 6]
   tensors = load_file(demo / "model.safetensors")
   assert not tensors["model.language_model.embed_tokens.weight"][49152:].any()
   assert "lm_head.weight" not in tensors
   assert {value.dtype for value in tensors.values()} == {np.dtype(np.float32)}
-  projector = assemble.random_projector(384, 576)
+  projector = assemble.random_projector(768, 576)
   for name, value in projector.items():
     np.testing.assert_array_equal(tensors[f"model.multi_modal_projector.{name}"], value)
 
