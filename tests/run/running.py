@@ -5,6 +5,7 @@ import json
 import re
 
 from himap_jax import GenerationConfig, InputConfig, PruningConfig
+from himap_jax.run import job
 from himap_jax.run.flags import RunConfig
 
 NAME = "dinov2_shrunk"
@@ -66,3 +67,10 @@ def changed(config, **changes):
     own = {field.name: changes.pop(field.name) for field in dataclasses.fields(before) if field.name in changes}
     config = dataclasses.replace(config, **{group: dataclasses.replace(before, **own)})
   return dataclasses.replace(config, **changes)
+
+
+def answers_of(config, **changes):
+  """The output of a run, in a file of its own."""
+  config = changed(config, output=config.output.with_name("other.jsonl"), resume=False, **changes)
+  assert job.run(config) == 0
+  return read(config.output)

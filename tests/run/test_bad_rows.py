@@ -200,9 +200,9 @@ class TestBadRows:
       return count
 
     monkeypatch.setattr(Capacity, "prefill_rows", watched)
-    expected = answers_of(small)
+    expected = running.answers_of(small)
     monkeypatch.setattr(capacity, "free_memory", lambda mesh: sum(taken) // 2)
-    rows = answers_of(small)
+    rows = running.answers_of(small)
     assert [row["error"] is None for _, row in sorted(rows.items())] == [False, True] * 2 + [False]
     for number, row in rows.items():
       assert row == expected[number] if number % 2 else "a prompt of 510 tokens, padding included" in row["error"]

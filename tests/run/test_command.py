@@ -28,6 +28,14 @@ def execute(action, *, argv=("run",), resumes=True):
   return caught.value.code
 
 
+@pytest.fixture
+def interruptible():
+  """Ctrl-C raises an exception, though the tests may have been started to ignore it."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def raising(error):
   def action():
     raise error
@@ -73,7 +81,7 @@ class TestExecute:
     end = "; the same command continues from here" if resumes else ""
     assert capsys.readouterr() == ("", f"\ntool: interrupted{end}\n")
 
-  def test_an_interrupt_that_python_ignores_comes_again(self, capsys):
+  def test_an_interrupt_that_python_ignores_comes_again(self, capsys, interruptible):
     class Interrupted:
       def __del__(self):
         signal.raise_signal(signal.SIGINT)

@@ -21,13 +21,6 @@ MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, 
 pytestmark = pytest.mark.usefixtures("compilation_cache_of_this_module_alone")
 
 
-def answers_of(config, **changes):
-  """The output of a run, in a file of its own."""
-  config = changed(config, output=config.output.with_name("other.jsonl"), resume=False, **changes)
-  assert job.run(config) == 0
-  return read(config.output)
-
-
 class TestAnswers:
   def test_rows_are_those_of_the_library(self, config, loaded, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # so that the table is not wrapped
@@ -77,7 +70,7 @@ class TestAnswers:
     assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
 
   def test_restore(self, config, loaded, tmp_path):
-    rows = answers_of(config, restore=True, emit=frozenset({"logits"}))
+    rows = running.answers_of(config, restore=True, emit=frozenset({"logits"}))
     expected = himap_jax.generate(
       loaded(NAME, batch_size=2),
       [load_image(tmp_path / f"{index}.png") for index in range(4)],
@@ -111,15 +104,15 @@ class TestAnswers:
 
   def test_batches_and_buckets_change_nothing(self, config):
     emit = frozenset({"tokens", "kept"})
-    expected = answers_of(config, emit=emit)
-    assert answers_of(config, emit=emit, batch_size=3, prompt_buckets=(100,)) == expected
+    expected = running.answers_of(config, emit=emit)
+    assert running.answers_of(config, emit=emit, batch_size=3, prompt_buckets=(100,)) == expected
 
   def test_rows_that_keep_different_counts(self, config, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     emit, threshold = frozenset({"tokens", "kept"}), 0.52
     config = changed(config, prompt_buckets=(64,), batch_size=4, max_new_tokens=2)
     rungs = ((4, 1), (8, 2), (12, 6))
-    fixed = [answers_of(config, emit=emit, keep=keep) for keep in rungs[:2]]
+    fixed = [running.answers_of(config, emit=emit, keep=keep) for keep in rungs[:2]]
     capsys.readouterr()
     adaptive = changed(
       config, emit=emit, method="himap_adaptive", keep=rungs[-1], output=tmp_path / "adaptive.jsonl",
@@ -149,9 +142,9 @@ class TestAnswers:
 
   def test_no_pruning(self, config):
     config = changed(config, prompt_buckets=(64,))
-    rows = answers_of(config, method="none", prune_layers=None, keep=None, emit=frozenset({"kept"}))
+    rows = running.answers_of(config, method="none", prune_layers=None, keep=None, emit=frozenset({"kept"}))
     assert [row["kept"] for row in rows.values()] == [[]] * 4
-    kept_all = answers_of(config, keep=(N, N))
+    kept_all = running.answers_of(config, keep=(N, N))
     assert {row["id"]: row["answer"] for row in rows.values()} == {i: row["answer"] for i, row in kept_all.items()}
 
   def test_profile(self, config, tmp_path):
@@ -166,13 +159,13 @@ class TestAnswers:
     config = changed(
       config, sampling=Sampling(1.5, 0.9), emit=frozenset({"tokens"}), ignore_eos=True, prompt_buckets=(64,)
     )
-    expected = answers_of(config, seed=1)
+    expected = running.answers_of(config, seed=1)
     assert all(len(row["token_ids"]) == MAX_NEW for row in expected.values())
     rows = list(map(json.loads, config.prompts.read_text().splitlines()))
     write_rows(config.prompts, rows[::-1])
-    assert answers_of(config, seed=1) == expected
+    assert running.answers_of(config, seed=1) == expected
     write_rows(config.prompts, [rows[0] | {"id": 7}, rows[0] | {"id": "8"}])
-    assert len({tuple(row["token_ids"]) for row in answers_of(config, seed=1).values()}) == 2
+    assert len({tuple(row["token_ids"]) for row in running.answers_of(config, seed=1).values()}) == 2
     write_rows(config.prompts, rows)
-    other = answers_of(config, seed=2)
+    other = running.answers_of(config, seed=2)
     assert sum(other[row_id] != row for row_id, row in expected.items()) >= 3
