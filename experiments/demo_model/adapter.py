@@ -66,8 +66,7 @@ class Adapter:
     tensors = traverse_util.flatten_dict({PROJECTOR: self.projector}, sep=".")
     for start, modules in (("lora_", self.lora), ("", self.cross)):
       for module, leaves in modules.items():
-        name = module.replace("/", ".").replace("layers_", "layers.")
-        tensors |= {f"{name}.{start}{leaf}": x for leaf, x in leaves.items()}
+        tensors |= {f"{checkpoint_name(module)}.{start}{leaf}": x for leaf, x in leaves.items()}
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
@@ -89,6 +88,11 @@ class Adapter:
         part, leaf = (lora, leaf.removeprefix("lora_")) if leaf.startswith("lora_") else (cross, leaf)
         part.setdefault(module, {})[leaf] = jnp.asarray(value)
     return cls(projector, lora, cross)
+
+
+def checkpoint_name(module: str) -> str:
+  """The name in the checkpoint of the module at a path."""
+  return module.replace("/", ".").replace("layers_", "layers.")
 
 
 def _module_and_leaf(name: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from torch.nn import functional
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from experiments.demo_model.adapter import LORA_SCALE, PROJECTOR, Adapter, Weights
+from experiments.demo_model.adapter import LORA_SCALE, PROJECTOR, Adapter, Weights, checkpoint_name
 from experiments.demo_model.packing import Batch
 
 BLOCK = 256  # queries whose products with the keys up to the last of them are computed at once
@@ -88,7 +88,7 @@ class TorchGradients:
     return self._model.lm_head(x.gather(1, slots))
 
   def _module(self, path: str) -> torch.nn.Module:
-    part, _, rest = path.replace("layers_", "layers.").replace("/", ".").partition(".")
+    part, _, rest = checkpoint_name(path).partition(".")
     return self._model.get_submodule(f"{_TRANSFORMERS_PARTS[part]}.{rest}")
 
 
