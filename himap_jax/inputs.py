@@ -234,6 +234,13 @@ class Images:
   pack_index: Int[Array, "*B N t"] | None = None
   pack_weight: Float[Array, "*B N t"] | None = None
 
+  @property
+  def is_padding(self) -> Bool[Array, "B P"]:
+    """Which of a batch's tiles or patches are padding."""
+    if self.coordinates is None:
+      return jnp.zeros(self.pixels.shape[:2], bool)
+    return self.coordinates[:, :, 0] < 0
+
 
 @pytree
 class Inputs:

@@ -8,8 +8,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 TESTS = ("tests/model/test_parity.py", "tests/engine/test_int8.py", "tests/engine/test_himap.py")
 CHOSEN = (
-  "(greedy and (clip_mha or siglip)) or (rerunning and clip_mha) or does_not_matter or row_alone"
-  " or (rounded and himap) or beside or converted"
+  "(greedy and siglip) or (rerunning and clip_gqa) or does_not_matter or (rounded and himap) or beside or converted"
 )
 
 

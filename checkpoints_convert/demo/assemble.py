@@ -25,6 +25,7 @@ MODEL_TYPES = {"demo": "llava", "demo_cross": "llava_cross"}
 # Hidden states of the tower that are its features; the last layer is fine-tuned for saliency.
 FEATURE_LAYERS = {"demo": (11, 6), "demo_cross": (11,)}
 MARKER = "assembled.json"
+SCALE = ".scale"  # ends the name of what the tensor of that name is multiplied by
 
 IMAGE_TOKEN = "<image>"
 IMAGE_SIZE = 336
@@ -103,21 +104,25 @@ def random_projector(num_features: int, model_dim: int, *, seed: int = 0) -> dic
 
 
 def read_adapter(path: Path) -> tuple[dict[str, np.ndarray], float]:
-  """The float32 tensors of an adapter file and its LoRA scale; raises `CheckpointError` if either cannot be read."""
+  """The float32 tensors of an adapter file and its LoRA scale; raises `CheckpointError` if either cannot be read.
+
+  A tensor `X` that is stored in whole numbers is to be multiplied by another, `X.scale`.
+  """
   import ml_dtypes  # noqa: F401  (gives numpy the bfloat16 that safetensors asks for)
   from safetensors import SafetensorError, safe_open
 
   try:
     with safe_open(str(path), framework="np") as file:
       metadata = file.metadata() or {}
-      tensors = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
+      stored = {name: file.get_tensor(name).astype(np.float32) for name in file.keys()}
   except SafetensorError as error:
     raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
   try:
     scale = float(metadata["lora_scale"])
   except (KeyError, ValueError):
     raise CheckpointError(f"{path} has no number `lora_scale` in its metadata") from None
-  return tensors, scale
+  tensors = {name: value for name, value in stored.items() if not name.endswith(SCALE)}
+  return {name: value * stored.get(f"{name}{SCALE}", np.float32(1)) for name, value in tensors.items()}, scale
 
 
 def merge_adapter(

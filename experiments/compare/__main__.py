@@ -47,6 +47,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each question when timing.", 1)
   repeats = "Turns of no pruning and a cell; the median of their ratios counts; 0 disables timing."
   flags.DEFINE_integer("timing_repeats", 5, repeats, 0)
+  kept = "Memory on the host, in GiB, for what the tower makes of pictures, which all cells share."
+  flags.DEFINE_float("encoding_gib", 4.0, kept, 0.0)
   flags.DEFINE_integer("num_seeds", 3, "Seeds of every cell that uses chance.", 1)
   least = "Stop before any answer if the questions cannot show a difference of so many points, with correction."
   flags.DEFINE_float("least_difference", None, least)
@@ -81,7 +83,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   for name in ("answers", "timings"):
     (workdir / name).mkdir(exist_ok=True)
   print(power(len(questions), cells, values), flush=True)
-  runner = measure.Runner(subject, workdir, settings, generation)
+  runner = measure.Runner(subject, workdir, settings, generation, int(values.encoding_gib * 2**30))
   answers, timings, repeats = {}, {}, {}
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 from PIL import Image
 
+from experiments.compare.encoding import EncodingEngine, Encodings
 from experiments.compare.grid import Cell
 from experiments.shared import kept
 from experiments.shared.subject import Subject
+from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.inputs import Inputs
@@ -29,13 +31,16 @@ from himap_jax.run.answering import Answerer
 class Runner:
   """Runs the cells of one comparison.
 
-  `settings` are all that answers and times depend on besides the cell, whose schedule is part of the file names.
+  Attributes:
+    settings: all that answers and times depend on besides the cell, whose schedule is part of the file names.
+    encoding_bytes: memory on the host for encoded pictures, which all cells share.
   """
 
   subject: Subject
   workdir: pathlib.Path
   settings: Mapping[str, Any]
   generation: GenerationConfig
+  encoding_bytes: int = 0
 
   def answer(self, cell: Cell, *, repeat: int = 0) -> dict[str, dict[str, Any]]:
     """Answers the remaining questions; returns all output rows by id. Every repeat has a seed of its own."""
@@ -47,9 +52,18 @@ class Runner:
       settings = self.settings | {"seed": generation.seed}
       wanted = contract.Contract(path, settings, prompts.Prompts.of(asked), advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
-        engine, emit = subject.engine(cell.schedule, generation), frozenset({"tokens", "kept"})
-        Answerer(subject.processor, subject.batcher, engine, emit).answer_all(rows)
+        engine = self._engine(cell.schedule, generation)
+        Answerer(subject.processor, subject.batcher, engine, frozenset({"tokens", "kept"})).answer_all(rows)
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+  def _engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
+    loaded, batch_size = self.subject.loaded, self.subject.batch_size
+    options = {"eos_token_ids": loaded.eos_token_ids, "batch_sizes": BatchSizes(batch_size, batch_size)}
+    return EncodingEngine(self._encodings, loaded.model, schedule, generation, **options)
+
+  @functools.cached_property
+  def _encodings(self) -> Encodings:
+    return Encodings(self.subject.loaded.model, self.encoding_bytes)
 
   def time(self, cell: Cell) -> dict[str, Any]:
     """Times a cell once; returns the result of `measure_times`, or nothing without repeats."""

@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import traverse_util
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int8, Key
 from safetensors.numpy import save_file
 
-from checkpoints_convert.demo.assemble import read_adapter
+from checkpoints_convert.demo.assemble import SCALE, read_adapter
 from experiments.demo_model.packing import Batch
 from himap_jax.errors import UserError
 from himap_jax.inputs import pytree, take_slots
@@ -33,6 +33,7 @@ from himap_jax.model.network import Model
 from himap_jax.run import command
 
 LORA_SCALE = 2.0
+LEVELS = 31  # of a number's size in a stored matrix; files of more take more space and answer no better
 WHITENING_FLOOR = 1e-2  # in units of squared features; the largest variance is about 20
 
 PROJECTOR = "multi_modal_projector"
@@ -62,15 +63,20 @@ class Adapter:
     return traverse_util.unflatten_dict(flat | {path: x.astype(flat[path].dtype) for path, x in own.items()})
 
   def save(self, path: pathlib.Path) -> None:
-    """Writes the adapter atomically, in bfloat16 and under the checkpoint's names."""
+    """Writes the adapter atomically, under the checkpoint's names: matrices `rounded`, all else in bfloat16."""
     tensors = traverse_util.flatten_dict({PROJECTOR: self.projector}, sep=".")
     for start, modules in (("lora_", self.lora), ("", self.cross)):
       for module, leaves in modules.items():
         tensors |= {f"{checkpoint_name(module)}.{start}{leaf}": x for leaf, x in leaves.items()}
     partial = path.with_suffix(".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: np.asarray(value.astype(jnp.bfloat16)) for name, value in tensors.items()}
-    save_file(tensors, partial, metadata={"lora_scale": str(LORA_SCALE)})
+    stored = {}
+    for name, value in tensors.items():
+      if value.ndim == 2:
+        stored[name], stored[f"{name}{SCALE}"] = rounded(np.asarray(value, np.float32))
+      else:
+        stored[name] = np.asarray(value.astype(jnp.bfloat16))
+    save_file(stored, partial, metadata={"lora_scale": str(LORA_SCALE)})
     partial.replace(path)
 
   @classmethod
@@ -88,6 +94,13 @@ class Adapter:
         part, leaf = (lora, leaf.removeprefix("lora_")) if leaf.startswith("lora_") else (cross, leaf)
         part.setdefault(module, {})[leaf] = jnp.asarray(value)
     return cls(projector, lora, cross)
+
+
+def rounded(matrix: Float[np.ndarray, "m n"]) -> tuple[Int8[np.ndarray, "m n"], Float[np.ndarray, "..."]]:
+  """A matrix in whole numbers of six bits, and the scale of each row, or of each column if these are longer."""
+  scale = np.abs(matrix).max(axis=int(matrix.shape[0] < matrix.shape[1]), keepdims=True) / LEVELS
+  scale = np.where(scale == 0, np.float32(1), scale)
+  return np.rint(matrix / scale).astype(np.int8), scale
 
 
 def checkpoint_name(module: str) -> str:

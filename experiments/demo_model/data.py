@@ -34,12 +34,19 @@ class Pool(NamedTuple):
 
 
 class Mixture:
-  """Deterministic samples: of scenes and of details in these shares, and of easy-VQA; a share of details are drills.
+  """Deterministic samples: of scenes and of details in these shares, and of easy-VQA.
 
-  Without a share of details nothing of them is fetched or drawn. Raises `UserError` for shares above 1 together.
+  A share of details are drills, and a share of drills are busy scenes. Without a share of details nothing of them is fetched or drawn. Raises `UserError` for shares above 1 together.
   """
 
-  def __init__(self, *, scene_share: float = 0.75, detail_share: float = 0.0, drill_share: float = 0.0):
+  def __init__(
+    self,
+    *,
+    scene_share: float = 0.75,
+    detail_share: float = 0.0,
+    drill_share: float = 0.0,
+    busy_share: float = 0.0,
+  ):
     if scene_share + detail_share > 1:
       raise UserError(f"the shares of scenes and details are {scene_share + detail_share:g} together, more than 1")
     cache_dir = default_cache_dir()
@@ -47,7 +54,8 @@ class Mixture:
     self._cutouts = cutouts.load(cache_dir)["train"]
     faces = signs.faces(cache_dir, "train") if detail_share else []
     self._parts = details.Parts.of(self._cutouts, faces)
-    self._scene_share, self.detail_share, self._drill_share = scene_share, detail_share, drill_share
+    self._scene_share, self.detail_share = scene_share, detail_share
+    self._drill_share, self._busy_share = drill_share, busy_share
 
   def names(self) -> list[str]:
     return sorted({cutout.name for cutout in self._cutouts if cutout.name})
@@ -90,9 +98,10 @@ class Mixture:
     return Sample(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
 
   def _ask_about_detail(self, rng: np.random.Generator) -> Sample:
-    if self._drill_share and rng.random() < self._drill_share:  # without drills, as before there were any
-      drill = details.drill(rng, self._parts)
-      return Sample(drill.scene.picture, [own[1:] for own in drill.questions["drill"]])
+    if self._drill_share and rng.random() < self._drill_share:  # no number is drawn for what there is none of
+      make = details.busy if self._busy_share and rng.random() < self._busy_share else details.drill
+      drill = make(rng, self._parts)
+      return Sample(drill.scene.picture, [own[1:] for asked in drill.questions.values() for own in asked])
     detail = details.compose(rng, self._parts)
     asked = [[question[1:] for question in own] for own in detail.questions.values()]
     if not detail.questions["board"]:

@@ -70,7 +70,15 @@ Made = tuple[Scene, Sequence[Question], float]
 
 def _small(rng: np.random.Generator, parts: Parts, size: float) -> Made:
   """A tiny thing, and two to four large things of other kinds, of which one is close to it."""
-  tiny, *large = map(str, rng.choice(KINDS, size=int(rng.integers(3, 6)), replace=False))
+  canvas, questions = _tiny_and_next(rng, parts, rng.choice(KINDS, size=int(rng.integers(3, 6)), replace=False), size)
+  return canvas.scene(), questions, size
+
+
+def _tiny_and_next(
+  rng: np.random.Generator, parts: Parts, kinds: Sequence[str], size: float
+) -> tuple[Canvas, list[Question]]:
+  """A tiny thing of the first kind, large ones of the others, and what they are asked about."""
+  tiny, *large = map(str, kinds)
   while True:
     canvas = Canvas(scenes.background(rng))
     thing = _add_tiny_thing(rng, canvas, parts, tiny, size)
@@ -78,31 +86,43 @@ def _small(rng: np.random.Generator, parts: Parts, size: float) -> Made:
     near, *far = sorted((_distance(thing, other), other.cutout.kind) for other in others)
     if near[0] <= NEXT_TO and all(distance - near[0] >= FURTHER for distance, _ in far):
       break
-  questions = (
+  return canvas, [
     Question("tiny", "what kind of thing is the tiny one?", tiny),
     Question("next", f"what kind of thing is next to the tiny {one_of(tiny)}?", near[1]),
-  )
-  return canvas.scene(), questions, size
+  ]
 
 
 def _crowd(rng: np.random.Generator, parts: Parts, size: float) -> Made:
   """One to six tiny things of a kind, and one or two large things of other kinds."""
   tiny, *large = map(str, rng.choice(KINDS, size=int(rng.integers(2, 4)), replace=False))
-  canvas, count = Canvas(scenes.background(rng)), int(rng.integers(1, MOST + 1))
-  for _ in range(count):
-    _add_tiny_thing(rng, canvas, parts, tiny, size)
+  canvas = Canvas(scenes.background(rng))
+  question = _add_crowd(rng, canvas, parts, tiny, size)
   _add_large_things(rng, canvas, parts, large)
-  return canvas.scene(), [Question("crowd", f"how many tiny {plural(tiny)} are there?", str(count))], size
+  return canvas.scene(), [question], size
+
+
+def _add_crowd(rng: np.random.Generator, canvas: Canvas, parts: Parts, kind: str, size: float) -> Question:
+  """One to six tiny things of a kind, and how many they are."""
+  count = int(rng.integers(1, MOST + 1))
+  for _ in range(count):
+    _add_tiny_thing(rng, canvas, parts, kind, size)
+  return Question("crowd", f"how many tiny {plural(kind)} are there?", str(count))
 
 
 def _sign(rng: np.random.Generator, parts: Parts, size: float) -> Made:
   """A sign with a number or a word, and one to three large things."""
   canvas, (sign, text) = Canvas(scenes.background(rng)), _written(rng, parts)
+  question = _add_sign(rng, canvas, sign, text, size)
+  _add_large_things(rng, canvas, parts, rng.choice(KINDS, size=int(rng.integers(1, 4)), replace=False))
+  return canvas.scene(), [question], size
+
+
+def _add_sign(rng: np.random.Generator, canvas: Canvas, sign: signs.Sign, text: str, size: float) -> Question:
+  """A sign with digits of a size, and what it says."""
   thing = canvas.place(rng, SIGN, sign.pixels, max(sign.pixels.size) * size * PATCH / sign.digit_height / SIDE)
   canvas.write(thing, sign.writing)
-  _add_large_things(rng, canvas, parts, rng.choice(KINDS, size=int(rng.integers(1, 4)), replace=False))
   type, what = ("digits", "number") if text.isdigit() else ("word", "word")
-  return canvas.scene(), [Question(type, f"what {what} is on the sign?", text)], size
+  return Question(type, f"what {what} is on the sign?", text)
 
 
 def _sheet(rng: np.random.Generator, parts: Parts, size: float) -> Made:
@@ -154,11 +174,35 @@ def drill(rng: np.random.Generator, parts: Parts) -> Drawn:
   return Drawn(canvas.scene(), {"drill": [asked[i] for i in rng.permutation(len(asked))]})
 
 
+def busy(rng: np.random.Generator, parts: Parts) -> Drawn:
+  """Most of what is asked about in one scene: for training, where each picture then teaches more.
+
+  A tiny thing and what is next to it, or two kinds of tiny things to count; a sign with a number and one with a word.
+  """
+  kinds = [str(kind) for kind in rng.choice(KINDS, size=4, replace=False)]
+  sizes = rng.choice(SIZES, size=4)
+  if rng.random() < 0.5:
+    canvas, asked = _tiny_and_next(rng, parts, kinds[: int(rng.integers(3, 5))], sizes[0])
+  else:
+    canvas = Canvas(scenes.background(rng))
+    asked = [_add_crowd(rng, canvas, parts, *own) for own in zip(kinds[:2], sizes[:2], strict=True)]
+    _add_large_things(rng, canvas, parts, kinds[2 : int(rng.integers(3, 5))])
+  for text, size in zip(_number_and_word(rng), sizes[2:], strict=True):
+    sign = signs.draw(rng, parts.faces[rng.integers(len(parts.faces))], text)
+    asked.append(_add_sign(rng, canvas, sign, text, size))
+  return Drawn(canvas.scene(), {"busy": [asked[i] for i in rng.permutation(len(asked))]})
+
+
 def _written(rng: np.random.Generator, parts: Parts) -> tuple[signs.Sign, str]:
   """A sign with a number of one or two digits, or with a word."""
-  number, word = str(rng.integers(10 ** int(rng.integers(1, 3)))), signs.WORDS[rng.integers(len(signs.WORDS))]
+  number, word = _number_and_word(rng)
   text = number if rng.random() < 0.5 else word
   return signs.draw(rng, parts.faces[rng.integers(len(parts.faces))], text), text
+
+
+def _number_and_word(rng: np.random.Generator) -> tuple[str, str]:
+  """A number of one or two digits, and a word."""
+  return str(rng.integers(10 ** int(rng.integers(1, 3)))), signs.WORDS[rng.integers(len(signs.WORDS))]
 
 
 def _grid(along: int) -> dict[str, tuple[float, float]]:

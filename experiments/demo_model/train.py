@@ -59,10 +59,14 @@ _DETAIL_SHARE = flags.DEFINE_float(
 _DRILL_SHARE = flags.DEFINE_float(
   "drill_share", 0.0, "Share of details that are drills: many small things and signs, all asked about."
 )
+_BUSY_SHARE = flags.DEFINE_float(
+  "busy_share", 0.0, "Share of drills that are busy scenes instead, with questions worded as in tests."
+)
 _RANK = flags.DEFINE_integer("rank", 16, "Rank of the low-rank updates.")
 _PROJECTOR_RATE = flags.DEFINE_float("projector_rate", 5e-4, "Peak learning rate of the projector.")
 _LORA_RATE = flags.DEFINE_float("lora_rate", 8e-4, "Peak learning rate of the low-rank updates.")
 _CROSS_RATE = flags.DEFINE_float("cross_rate", 5e-4, "Peak learning rate of what is trained whole in cross-attention.")
+_SHARES = (_SCENE_SHARE, _DETAIL_SHARE, _DRILL_SHARE, _BUSY_SHARE)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation and data order.")
 _DTYPE = flags.DEFINE_enum(
   "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of the model; trained parameters are float32."
@@ -127,8 +131,7 @@ def run() -> int:
   loaded = checkpoint.load(str(base), dtype=jnp.float32)
   packers = {stage: Packer(loaded, stage.image_size, stage.question_slots) for stage in stages}
   check_settings(workdir, stages)
-  shares = dict(scene_share=_SCENE_SHARE.value, detail_share=_DETAIL_SHARE.value, drill_share=_DRILL_SHARE.value)
-  mixture = Mixture(**shares)
+  mixture = Mixture(**{flag.name: flag.value for flag in _SHARES})
   directory, base_projector = workdir / "checkpoints", None
   if _INIT_ADAPTER.value:
     adapter = Adapter.read(_INIT_ADAPTER.value)
@@ -191,9 +194,7 @@ def check_settings(workdir: pathlib.Path, stages: Sequence[Stage]) -> None:
   """Raises `UserError` if the work directory holds the training of another adapter, plan or seed."""
   flags_of = (
     _MODEL,
-    _SCENE_SHARE,
-    _DETAIL_SHARE,
-    _DRILL_SHARE,
+    *_SHARES,
     _RANK,
     _PROJECTOR_RATE,
     _LORA_RATE,

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import IMAGE, Images, Layout, pytree, take_slots
+from himap_jax.inputs import IMAGE, Layout, pytree, take_slots
 from himap_jax.model import cache, rope
 from himap_jax.model.cache import ImageMask, NewTokens, SegmentCache
 from himap_jax.model.decoder import Decoder, DecoderModule, FeedForward, Projections, decoder_norm
@@ -169,12 +169,9 @@ class CrossDecoder(Decoder):
       own[index] = cross(self.config, self.kernels)
     return own
 
-  def layout(self, layout: Layout, images: Images) -> Layout:
+  def layout(self, layout: Layout, is_padding: Bool[Array, "B P"]) -> Layout:
     if not layout.num_image_tokens:
       return CrossLayout(**vars(layout), group=layout.image_id)
-    is_padding = jnp.zeros(images.pixels.shape[:2], bool)
-    if images.coordinates is not None:
-      is_padding = images.coordinates[:, :, 0] < 0
     return CrossLayout.of(layout, jnp.repeat(is_padding, layout.num_image_tokens // is_padding.shape[1], axis=1))
 
   def __call__(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from himap_jax.inputs import IMAGE, Images, Layout, pytree, take_slots
+from himap_jax.inputs import IMAGE, Layout, pytree, take_slots
 from himap_jax.model import cache, calibration, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import RopeConfig, TextConfig
@@ -178,9 +178,9 @@ class Decoder(DecoderModule):
     layer = traced_once(DecoderLayer, "__call__", "project", "update", "extend")
     return [layer(self.config, self.kernels) for _ in range(self.config.num_hidden_layers)]
 
-  def layout(self, layout: Layout, images: Images) -> Layout:
-    """The layout of unpruned rows as the decoder sees them, from fields of `Inputs`."""
-    del images
+  def layout(self, layout: Layout, is_padding: Bool[Array, "B P"]) -> Layout:
+    """The layout of unpruned rows as the decoder sees them; `is_padding` is that of their images."""
+    del is_padding
     return layout
 
   def embed(self, tokens: Int[Array, "B S"], dtype: Any) -> Float[Array, "B S D"]:

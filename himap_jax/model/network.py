@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from himap_jax.inputs import Images, Inputs, Layout, put_image_tokens, pytree, take_slots
 from himap_jax.model.config import ModelConfig
@@ -61,6 +61,20 @@ class Embedded(NamedTuple):
   injections: tuple[Float[Array, "B N D"], ...] = ()
 
 
+class EncodedImages(NamedTuple):
+  """Pictures behind the tower and the connector, which `Inputs.images` may hold in place of their pixels.
+
+  Attributes:
+    tokens: image tokens in the decoder's width.
+    tower: output of the vision tower, by image token.
+    is_padding: as in `Images`.
+  """
+
+  tokens: Float[Array, "B N D"]
+  tower: TowerOutput
+  is_padding: Bool[Array, "B P"]
+
+
 class Network(nn.Module):
   """The computation, in `dtype`; softmax, norms, products and logits accumulate in float32."""
 
@@ -83,8 +97,10 @@ class Network(nn.Module):
     if not text.tie_word_embeddings:
       self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))
 
-  def encode_images(self, images: Images) -> tuple[Float[Array, "B N D"], TowerOutput]:
-    """Image tokens in the decoder's width, and the tower output by image token, both of all pictures of a row."""
+  def encode_images(self, images: Images | EncodedImages) -> EncodedImages:
+    """Encodes the pictures of each row together, unless they are encoded."""
+    if isinstance(images, EncodedImages):
+      return images
     batch = images.pixels.shape[0]
     with jax.named_scope("vision_tower"):
       tower = self.vision_tower(images.replace(pixels=images.pixels.astype(self.dtype)))
@@ -99,7 +115,7 @@ class Network(nn.Module):
       tower = jax.tree.map(lambda x: pack(x, images, None), tower)
       if newline is not None and images.pack_index is not None:
         tower = tower.replace(is_newline=images.pack_index[..., 0] < 0)
-      return pack(image_tokens, images, newline), tower
+      return EncodedImages(pack(image_tokens, images, newline), tower, images.is_padding)
 
   def _grid(self, images: Images, num_features: int) -> Int[Array, "b Q 3"]:
     """Tile of the row, row and column of each of the features of every tile."""
@@ -113,14 +129,14 @@ class Network(nn.Module):
     """Embeds tokens and images, with the image tokens in their slots."""
     layout = inputs.layout.replace(is_bidirectional=self.config.text.is_bidirectional)
     x = self.language_model.embed(inputs.tokens, self.dtype)
-    layout = self.language_model.layout(layout, inputs.images)
+    layout = self.language_model.layout(layout, inputs.images.is_padding)
     if not layout.num_image_tokens:
       return Embedded(x, inputs.positions, layout, None)
-    image_tokens, tower = self.encode_images(inputs.images)
-    x = put_image_tokens(x, image_tokens, layout)
-    pairs = zip(self.deepstack_mergers, tower.deepstack, strict=True)
+    encoded = self.encode_images(inputs.images)
+    x = put_image_tokens(x, encoded.tokens, layout)
+    pairs = zip(self.deepstack_mergers, encoded.tower.deepstack, strict=True)
     injections = tuple(merger(features) for merger, features in pairs)
-    return Embedded(x, inputs.positions, layout, tower, injections)
+    return Embedded(x, inputs.positions, layout, encoded.tower, injections)
 
   def logits(self, x: Float[Array, "B S D"]) -> Float[Array, "B S V"]:
     """Final norm and head, in float32."""

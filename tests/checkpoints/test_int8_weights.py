@@ -44,8 +44,7 @@ def quantize(weight):
 
 
 class TestStreaming:
-  @pytest.mark.parametrize("name", ["clip_mha", "clip_gqa_tied"])
-  @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+  @pytest.mark.parametrize(("name", "dtype"), [("clip_mha", jnp.float32), ("clip_gqa_tied", jnp.bfloat16)])
   @pytest.mark.parametrize("axes", MESHES, ids=str)
   @pytest.mark.parametrize("is_converted", [False, True], ids=["direct", "converted"])
   def test_the_same_as_of_a_model_that_was_read_whole(self, checkpoints, tmp_path, name, dtype, axes, is_converted):

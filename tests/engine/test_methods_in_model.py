@@ -55,7 +55,7 @@ def test_class_attention_and_keys_are_those_of_transformers(name, checkpoints, l
     hook.remove()
   last = max(model.config.vision.feature_layers) - 1
   first = 0 if model.config.vision.select_strategy == "full" else 1
-  _, actual = model.model.bind().encode_images(Images(jnp.asarray(pixels.numpy())[:, None]))
+  _, actual = model.model.bind().encode_images(Images(jnp.asarray(pixels.numpy())[:, None]))[:2]
   expected = attentions[last][:, :, 0].mean(1)[:, first:]
   np.testing.assert_allclose(actual.class_attention, expected, atol=1e-5, rtol=0)
   np.testing.assert_allclose(actual.keys.reshape(*actual.keys.shape[:2], -1), keys[last][:, first:], atol=1e-4, rtol=0)
@@ -66,7 +66,7 @@ def test_the_grid_of_features(name, has_grid, loaded):
   """None where the class token is an image token."""
   model = loaded(name)
   side = model.config.vision.image_size
-  _, tower = model.model.bind().encode_images(Images(jnp.zeros((2, 3, 3, side, side))))
+  _, tower = model.model.bind().encode_images(Images(jnp.zeros((2, 3, 3, side, side))))[:2]
   assert model.config.has_grid == has_grid == (tower.grid is not None)
   if has_grid:
     patches = side // model.config.vision.patch_size
@@ -77,7 +77,7 @@ def test_the_grid_of_features(name, has_grid, loaded):
 def test_a_tower_without_class_token_has_no_class_attention(loaded):
   model = loaded("siglip")
   side = model.config.vision.image_size
-  _, tower = model.model.bind().encode_images(Images(jnp.zeros((1, 1, 3, side, side))))
+  _, tower = model.model.bind().encode_images(Images(jnp.zeros((1, 1, 3, side, side))))[:2]
   assert tower.class_attention is None
 
 

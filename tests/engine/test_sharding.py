@@ -83,8 +83,8 @@ BATCH, TEXT_SLOTS, NUM_IMAGE_TOKENS = 8, 24, 16
 
 
 @functools.cache
-def lowered(method, sizes):
-  """The programs of CONFIG on a mesh, from shapes alone."""
+def exchanged(program, method, sizes):
+  """The collectives of one of the programs of CONFIG on a mesh, compiled from shapes alone."""
   mesh = sharding.make_mesh(*sizes)
   config = sharding.with_divisible_key_heads(CONFIG, mesh)
   own = {"none": {}, "shortv": dict(prune_layers=(1, 2)), "fitprune": {}, "dart": dict(prune_layers=(2,), keep=(8,))}
@@ -95,13 +95,10 @@ def lowered(method, sizes):
   model = Model(params, Network(config, jnp.float32, sharding.kernels_for(mesh)))
   inputs = programs.abstract_inputs(config, mesh, batch_size=BATCH, num_text_slots=TEXT_SLOTS, image_shape=(28, 28))
   parameters = programs.method_parameters(schedule)
-  return programs.Programs(model, schedule, DecodeConfig(4)).lower(*inputs, parameters, num_slots=BATCH)
-
-
-@functools.cache
-def exchanged(program, method, sizes):
-  """The collectives of one of the programs."""
-  return collectives(getattr(lowered(method, sizes), program).compile())
+  own = programs.Programs(model, schedule, DecodeConfig(4))
+  if program == "prefill":
+    return collectives(own.prefill.lower(model, *inputs, parameters).compile())
+  return collectives(getattr(own.lower(*inputs, parameters, num_slots=BATCH), program).compile())
 
 
 class TestCollectives:

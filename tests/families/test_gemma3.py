@@ -136,7 +136,7 @@ def test_image_features(tiny, loaded, examples):
 
   @jax.jit
   def encode(model, images):
-    tokens, tower = model.bind().encode_images(images)
+    tokens, tower = model.bind().encode_images(images)[:2]
     return tokens, tower, model.bind().multi_modal_projector(tower.features)
 
   actual, tower, projected = encode(loaded.model, Images(jnp.asarray(pixels)[None]))

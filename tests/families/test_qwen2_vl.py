@@ -156,9 +156,9 @@ def test_himap_is_the_slow_one(tiny, loaded, rows, encoded):
         np.testing.assert_allclose(answer.first_logits, logits, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("restore", [False, True])
-def test_before_the_decoder_positions_stay(tiny, loaded, rows, encoded, restore):
-  """A stage before layer 0 keeps the positions of the tokens along all axes."""
+def test_before_the_decoder_positions_stay(tiny, loaded, rows, encoded):
+  """A stage before layer 0 keeps the positions of the tokens along all axes; in Qwen3-VL, with RESTORE."""
+  restore = bool(loaded.config.vision.deepstack_layers)
   schedule = loaded.schedule("divprune", (0,), (0.5,), restore=restore)
   answers = generate(loaded, rows[1:2], QUESTIONS[1:2], schedule=schedule, generation=GENERATION, inputs=INPUTS)
   _, logits = slow_himap(tiny, encoded[1], [], given=answers[0].kept[0], restore=restore)

@@ -140,7 +140,7 @@ def test_image_features(tiny, loaded, examples):
   pixels = np.concatenate([example.images.pixels for example in examples])
   with torch.no_grad():
     expected = tiny.visual(torch.from_numpy(pixels)).numpy()
-  actual, tower = jax.jit(lambda model, x: model.bind().encode_images(x))(
+  actual, tower = jax.jit(lambda model, x: model.bind().encode_images(x)[:2])(
     loaded.model, Images(jnp.asarray(pixels)[:, None])
   )
   assert actual.shape == (4, tiny_qwen.NUM_QUERIES, tiny_qwen.HIDDEN) and tower.class_attention is None

@@ -154,7 +154,7 @@ def assert_similar(picture, expected):
 def test_features_and_class_attention(tiny, loaded, rows):
   example = loaded.prompts().prepare(rows[1], "Why?")
   pixels = torch.from_numpy(example.images.pixels)
-  features, tower = jax.jit(lambda model, images: model.bind().encode_images(images))(
+  features, tower = jax.jit(lambda model, images: model.bind().encode_images(images)[:2])(
     loaded.model, jax.tree.map(lambda x: jnp.asarray(x)[None], example.images)
   )
   with torch.no_grad():

@@ -10,7 +10,6 @@ from himap_jax import GenerationConfig, InputConfig, checkpoint, generate
 from himap_jax.engine import sharding
 
 QUESTIONS = ("What is it?", "Why?", "A rather longer question <image> here?", "So?", "And now?")
-MESHES = [(8, 1), (4, 2), (2, 4), (1, 4), (3, 2)]
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +34,15 @@ def answers(checkpoints, images, tmp_path_factory):
   return answer
 
 
-# Every mesh with every number of key heads (4, 2, 1) and with batches that it divides and does not.
-CASES = [("internvit", sizes, 5) for sizes in MESHES] + [("clip_gqa_tied", sizes, 2) for sizes in MESHES]
-CASES += [("gemma", sizes, batch_size) for sizes, batch_size in zip(MESHES, (2, 5, 2, 5, 2), strict=True)]
+# Four, two and one key heads, that the tensor axis divides and does not; batches that the data axis divides and does not.
+CASES = [
+  ("internvit", (4, 2), 5),
+  ("internvit", (3, 2), 5),
+  ("clip_gqa_tied", (8, 1), 2),
+  ("clip_gqa_tied", (2, 4), 2),
+  ("gemma", (2, 4), 5),
+  ("gemma", (1, 4), 2),
+]
 
 
 @pytest.mark.parametrize(("name", "sizes", "batch_size"), CASES)

@@ -125,6 +125,26 @@ def test_drills_ask_about_everything(parts):
       assert max(right - left, bottom - top) >= 8
 
 
+def test_busy_scenes_are_asked_as_tests_are(parts):
+  """A sign's question names what is written on it, a number or a word; all other questions are about the other things."""
+  seen = collections.Counter()
+  for index in range(20):
+    scene, questions, _ = details.busy(np.random.default_rng(index), parts)
+    seen.update(own.type for own in questions["busy"])
+    signs = [thing for thing in scene.things if thing.cutout is details.SIGN]
+    others = scene._replace(things=tuple(thing for thing in scene.things if thing.cutout is not details.SIGN))
+    texts = []
+    for sign in signs:
+      left, top, right, bottom = (max(0, round(side * SIDE)) for side in sign.box)
+      texts.append(read(scene.writing[top:bottom, left:right]))
+    assert len(questions["busy"]) == 4 and len(texts) == 2
+    for own in questions["busy"]:
+      found = [answer(own, others)] if own.type in ("tiny", "next", "crowd") else texts
+      assert own.answer in found or once(own.answer) in found, own
+      assert own.answer.isdigit() == (own.type in ("digits", "crowd"))
+  assert seen["digits"] == seen["word"] == 20 and seen["tiny"] == seen["next"] == 20 - seen["crowd"] / 2 > 4
+
+
 def test_characters_are_described_where_they_are(drawn):
   words = align.vocabulary([])
   for detail in drawn[:20]:
