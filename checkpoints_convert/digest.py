@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import MARKER
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.source import SMALL_FILES, read_json, write_json
@@ -18,7 +19,7 @@ def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cac
 
   These are the files `weights`, in the directory, configuration, tokenizer, image processor, chat template and
   generation settings. File digests are cached in `cache_dir` until a file's size, modification time or inode changes; a
-  cache that cannot be written is ignored.
+  cache that cannot be written is ignored. Raises `CheckpointError` if a file cannot be read.
   """
   directory = directory.resolve()
   small = [path for pattern in SMALL_FILES for path in directory.glob(pattern) if path.name != MARKER]
@@ -37,12 +38,15 @@ def _digest(directory: pathlib.Path, paths: list[pathlib.Path], cache_dir: pathl
   with contextlib.suppress(ValueError):
     known = {name: entry for name, entry in read_json(kept_in).items() if isinstance(entry, list)}
   name_of = {path: path.relative_to(directory).as_posix() for path in paths}
-  found = {name_of[path]: _state(path) for path in paths}
-  unread = [path for path in paths if known.get(name_of[path], [])[:-1] != found[name_of[path]]]
-  with byte_bar(sum(path.stat().st_size for path in unread), "identifying the checkpoint") as bar:
-    for path in paths:
-      digest = _sha256(path, bar.update) if path in unread else known[name_of[path]][-1]
-      found[name_of[path]].append(digest)
+  try:
+    found = {name_of[path]: _state(path) for path in paths}
+    unread = [path for path in paths if known.get(name_of[path], [])[:-1] != found[name_of[path]]]
+    with byte_bar(sum(path.stat().st_size for path in unread), "identifying the checkpoint") as bar:
+      for path in paths:
+        digest = _sha256(path, bar.update) if path in unread else known[name_of[path]][-1]
+        found[name_of[path]].append(digest)
+  except OSError as error:
+    raise CheckpointError(f"{error.filename}: {error.strerror}") from error
   if unread:
     with contextlib.suppress(OSError):
       kept_in.parent.mkdir(parents=True, exist_ok=True)

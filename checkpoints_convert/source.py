@@ -30,10 +30,14 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
   elsewhere.
   """
   path = pathlib.Path(os.path.expanduser(name))
-  if path.is_dir():
-    _check_links(path.resolve())
-    return path.resolve()
-  if path.exists() or not _HUB_ID.fullmatch(name):
+  try:
+    if path.is_dir():
+      _check_links(path.resolve())
+      return path.resolve()
+    is_file = path.exists()
+  except OSError as error:
+    raise CheckpointError(f"{name}: {error.strerror}") from error
+  if is_file or not _HUB_ID.fullmatch(name):
     raise CheckpointError(f"{name}: neither a directory nor a Hugging Face id (owner/name)")
   import huggingface_hub  # slow to import, not needed for a local checkpoint
 

@@ -301,4 +301,7 @@ def _eos_token_ids(directory: pathlib.Path, processor: Any) -> tuple[int, ...]:
   path = directory / "generation_config.json"
   ids = read_json(path).get("eos_token_id") if path.exists() else None
   ids = processor.tokenizer.eos_token_id if ids is None else ids
-  return tuple(ids) if isinstance(ids, list) else () if ids is None else (ids,)
+  ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+  if any(type(own) is not int or own < 0 for own in ids):
+    raise CheckpointError(f"{path}: eos_token_id is {ids}; needed: a token id, or a list of them")
+  return tuple(ids)

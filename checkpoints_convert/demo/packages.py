@@ -60,7 +60,10 @@ def fetch(cache_dir: Path, *, requirements: Path = REQUIREMENTS) -> Path:
   if not target.is_dir():
     with locked(target):
       if not target.is_dir():  # another process may have unpacked them by now
-        _unpack(packages, requirements, target)
+        try:
+          _unpack(packages, requirements, target)
+        except (OSError, zipfile.BadZipFile) as error:
+          raise CheckpointError(f"the demo checkpoint's packages cannot be unpacked into {target}: {error}") from error
   return target
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import threading
+import zlib
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -118,6 +119,19 @@ def fullest(counts: Sequence[float]) -> int | None:
   """The index of the largest count over all processes, the same in each; None if all counts are zero."""
   total = sum_over_processes(counts)
   return int(total.argmax()) if total.any() else None
+
+
+def is_equal(text: str, among: Share | None = None) -> bool:
+  """Whether a text is the same in all processes, or in those of every share; the same answer in each process.
+
+  Args:
+    among: this process's share, if processes of the same share are compared.
+  """
+  if jax.process_count() == 1:
+    return True
+  group = 0 if among is None else among.index
+  own = multihost_utils.process_allgather(np.array([group, zlib.crc32(text.encode())], np.uint32))
+  return len(np.unique(own, axis=0)) == len(np.unique(own[:, 0]))
 
 
 def sum_over_processes(values: Sequence[float | int] | np.ndarray) -> np.ndarray:

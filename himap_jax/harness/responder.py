@@ -136,8 +136,13 @@ class Responder:
       by_prompt[continuation.prompt].append(continuation)
     engine = self._engine(GenerationConfig(seed=self.settings.seed))
     for inputs, batch in self._batches([own[0] for own in by_prompt.values()], engine, ROOM):
-      groups = [by_prompt[first.prompt] for first, _ in batch]
-      wanted = [[self._tokens(own.text, own.target) for own in group] for group in groups]
+      groups, wanted = [], []
+      for first, example in batch:
+        given = [(own, self._tokens(own.text, own.target, example.num_images)) for own in by_prompt[first.prompt]]
+        for own in (own for own, tokens in given if not tokens):
+          logging.warning("request %d is not answered: its continuation %r has no tokens", own.place, own.target)
+        groups.append([own for own, tokens in given if tokens])
+        wanted.append([tokens for _, tokens in given if tokens])
       scores = engine.score(inputs, [first.place for first, _ in batch], wanted)
       for group, given, own in zip(groups, wanted, scores, strict=True):
         for continuation, tokens, score in zip(group, given, own, strict=True):
@@ -146,10 +151,10 @@ class Responder:
             continue
           yield continuation, Loss(-score.log_probability / len(tokens), score.is_greedy)
 
-  def _tokens(self, text: str, target: str) -> list[int]:
+  def _tokens(self, text: str, target: str, num_images: int) -> list[int]:
     """The tokens that a continuation adds to the prompt, or its own if the two grow together."""
     tokenize = functools.partial(self.loaded.processor.tokenizer, add_special_tokens=False)
-    prompt = self.processor.prompt(text, 0)
+    prompt = self.processor.prompt(text, num_images)
     before, both = tokenize(prompt)["input_ids"], tokenize(prompt + target)["input_ids"]
     added = both[len(before) :] if both[: len(before)] == before else []
     return added or tokenize(target)["input_ids"]
@@ -191,4 +196,8 @@ class Responder:
     for picture in pictures:
       if not isinstance(picture, PIL.Image.Image):
         raise UserError(f"only pictures are supported, not {type(picture).__name__}")
-    return self.processor.prepare([picture.convert("RGB") for picture in pictures], request.text)
+    try:
+      pictures = [picture.convert("RGB") for picture in pictures]
+    except OSError as error:
+      raise UserError(f"damaged image: {error}") from error
+    return self.processor.prepare(pictures, request.text)

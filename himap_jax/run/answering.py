@@ -180,6 +180,7 @@ class Answerer:
         reading = thread.submit(reader.read)
         continue
       group = reader.take(bucket)
+      _check_equal([row.digest for row in group], share)
       reading = thread.submit(reader.read)
       inputs = pack([row.example for row in group], bucket=bucket, batch_size=reader.num_rows[bucket])
       yield Batch(inputs, [dataclasses.replace(row.request, tag=(row, bucket)) for row in group])
@@ -236,6 +237,15 @@ class Answerer:
     path = self.pictures / f"{prompt.file_name}.png"
     with user_error(f"--pictures: cannot write {path}"):
       picture.save(path, format="PNG")
+
+
+def _check_equal(digests: Sequence[str], share: Share) -> None:
+  """Raises `UserError` in all processes if some that prepare the same rows, for devices of theirs, read others."""
+  if share.count < jax.process_count() and not processes.is_equal(" ".join(digests), share):
+    raise UserError(
+      "processes that prepare the same rows have read different prompts or pictures; see that all can read them, and "
+      "start the same command again"
+    )
 
 
 def _gather_results(results: list[Result]) -> list[Result]:

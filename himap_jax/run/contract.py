@@ -2,7 +2,7 @@
 
 A row's `digest` is `<settings>-<question>-<pictures>`, each the first 16 hexadecimal digits of a SHA-256: of everything
 that answers depend on besides the prompts, of the question's text (with the row's own options, if it has any), and of
-the picture's file or, of several, of their digests. `<output>.settings.json` lists the settings for people; only the
+the picture's file (or its address on the web) or, of several, of their digests. `<output>.settings.json` lists the settings for people; only the
 digests in the rows decide whether a run may resume.
 """
 
@@ -54,7 +54,7 @@ class Contract:
     return digest_of(self.settings)
 
   def row_digest(self, prompt: Prompt, pictures: Sequence[str] | None = None) -> str:
-    """A row's digest; `pictures` are the SHA-256 of the pictures' files, None if they were not read."""
+    """A row's digest; `pictures` are the pictures' digests, None if they were not read."""
     return f"{self.digest}-{_hex(prompt.asked)}-{_joint(pictures)}"
 
   def write_settings(self) -> None:
@@ -110,8 +110,8 @@ class Comparison:
   def changed(self) -> set[str]:
     """Ids of the rows so far whose question or a picture has changed; reads the prompts of rows once.
 
-    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `num_unreadable`. So
-    does one on the web.
+    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `num_unreadable`. One
+    on the web is compared by its address.
     """
     prompts = self._contract.prompts
     positions = np.flatnonzero(self._has_row).tolist()
@@ -130,12 +130,8 @@ class Comparison:
     question, _, pictures = digests.partition("-")
     if question != _hex(prompt.asked):
       return True
-    now = [
-      self._digest_of_name(image) if sources.is_name(image) else self._digest(image)
-      for image in prompt.images
-      if not sources.is_url(image)
-    ]
-    return len(now) == len(prompt.images) and None not in now and pictures != _joint(now)
+    now = [self._digest_of_name(image) if sources.is_name(image) else self._digest(image) for image in prompt.images]
+    return None not in now and pictures != _joint(now)
 
   def _digest(self, image: str | bytes) -> str | None:
     digest = self._contract.files.digest(image)

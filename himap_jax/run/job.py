@@ -44,6 +44,7 @@ def run(config: RunConfig) -> int:
   jax.devices()
   logging.info("ready: devices")
   opened = config.open()
+  _check_outside(config.output, opened.directory)
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   any_prompt = processor.prepare([Image.new("RGB", (64, 64))], "?")  # what is wrong with every prompt is said once
@@ -115,6 +116,12 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
     "int8_weights": config.int8_weights,
     "emit": sorted(config.emit),
   }
+
+
+def _check_outside(output: pathlib.Path, checkpoint: pathlib.Path) -> None:
+  """Raises `UserError` for an output among the files by which a checkpoint is known, which it would change."""
+  if output.resolve().is_relative_to(checkpoint.resolve()):
+    raise UserError(f"--output={output} is in the directory of the checkpoint; name another directory")
 
 
 def _check_paths(config: RunConfig) -> None:

@@ -24,7 +24,8 @@ class Output(contextlib.AbstractContextManager):
     """Opens the file and finds the answered prompts; see `OutputWriter`, and `TableWriter` for `.parquet`.
 
     Raises:
-      UserError: in all processes, if the first cannot use the file or its rows were made with other settings.
+      UserError: in all processes, if the first cannot use the file or its rows were made with other settings, or if
+        they differ in settings.
     """
     self.contract = contract
     self._writer, refusal = None, None
@@ -36,6 +37,8 @@ class Output(contextlib.AbstractContextManager):
           has_row[:] = [key in self._writer.answered for key in contract.prompts.keys]
         except UserError as error:
           refusal = error
+      if not processes.is_equal(contract.digest):
+        raise UserError("the processes of this run have different flags or checkpoints; give all of them the same")
       *has_row, is_refused = processes.sum_over_processes(np.append(has_row, np.int32(refusal is not None)))
       if is_refused:
         raise refusal or UserError("the first process of this run cannot start; its own message says why")

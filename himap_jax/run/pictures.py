@@ -55,10 +55,10 @@ class PictureFiles:
   allow_urls: bool = False
 
   def load(self, image: str | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
-    """As `load_image`, with the SHA-256 in hex of the bytes that were read."""
+    """As `load_image`, with the picture's `digest`."""
 
     def read(file: io.BufferedIOBase) -> tuple[Image.Image, str]:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
+      digest = _digest(image, file)
       picture = _open_image(file)
       _limit_size(picture, max_pixels)
       picture.load()
@@ -74,6 +74,8 @@ class PictureFiles:
       picture = _open_image(file)
       _limit_size(picture, max_pixels)
       is_turned = False
+      if picture.format == "TIFF":  # of which Pillow gives the size after turning
+        return picture.size
       with contextlib.suppress(Exception), _without_warnings():
         is_turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
       return picture.size[::-1] if is_turned else picture.size
@@ -81,10 +83,12 @@ class PictureFiles:
     return self._read(image, read)
 
   def digest(self, image: str | bytes) -> str | None:
-    """SHA-256 of a picture's bytes in hex; None if they cannot be read."""
+    """SHA-256 in hex of a picture's bytes, or of an address on the web; None if the bytes cannot be read."""
+    if sources.is_url(image):
+      return _digest(image, io.BytesIO())
     try:
       with sources.open_source(image, self.image_dir, allow_urls=self.allow_urls) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _digest(image, file)
     except (UserError, OSError):
       return None
 
@@ -101,6 +105,12 @@ class PictureFiles:
         raise ImageError(f"{name}: {error}") from error
       except Exception as error:  # Pillow's readers raise any type on damaged data.
         raise ImageError(f"{name}: damaged image: {str(error) or type(error).__name__}") from error
+
+
+def _digest(image: str | bytes, file: io.BufferedIOBase) -> str:
+  """What identifies a picture: its bytes, or its address on the web, so that it is not downloaded to be compared."""
+  own = io.BytesIO(image.encode(errors="surrogatepass")) if sources.is_url(image) else file
+  return hashlib.file_digest(own, "sha256").hexdigest()
 
 
 def _open_image(file: io.BufferedIOBase) -> Image.Image:

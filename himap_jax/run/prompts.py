@@ -251,7 +251,7 @@ def _options(record: Mapping[str, Any]) -> Options:
     try:
       if isinstance(value, bool) or not isinstance(value, int | float | str) or kind(value) != float(value):
         raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
       raise BadRow(f'"{name}" must be {"an integer" if kind is int else "a number"}, not {value!r}') from None
     numbers[name] = kind(value)
   if numbers.get("max_new_tokens", 1) < 1:

@@ -118,6 +118,8 @@ def open_records(path: pathlib.Path, split: str | None = None) -> Records:
 
 
 def _of_files(name: pathlib.Path, files: Sequence[pathlib.Path], kind: str) -> Records:
+  if not files:
+    raise UserError(f"{name} has no rows")
   if kind == "json":
     _check_lines(files[0])
     return Records(str(name), files, None, "line", _read_lines)

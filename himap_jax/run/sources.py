@@ -1,9 +1,9 @@
 """Where a picture's bytes come from: the row itself, a file, a `data:` URL, base64, or an address on the web."""
 
 import base64
-import binascii
 import errno
 import functools
+import http.client
 import io
 import os
 import pathlib
@@ -11,7 +11,6 @@ import re
 import shutil
 import stat
 import tempfile
-import urllib.error
 import urllib.request
 
 from himap_jax.errors import UserError
@@ -79,7 +78,7 @@ def open_source(image: str | bytes, image_dir: pathlib.Path, *, allow_urls: bool
 def _decoded(text: str, image: str) -> io.BufferedIOBase:
   try:
     return io.BytesIO(base64.b64decode("".join(text.split()), validate=True))
-  except binascii.Error as error:
+  except ValueError as error:
     raise UserError(f"{short_name(image)}: not base64: {error}") from error
 
 
@@ -101,5 +100,5 @@ def _downloaded(url: str) -> pathlib.Path:
       if file.tell() > MAX_URL_BYTES:
         raise UserError(f"{short_name(url)}: larger than {MAX_URL_BYTES:,} bytes")
       return pathlib.Path(file.name)
-  except (OSError, ValueError, urllib.error.URLError) as error:
-    raise UserError(f"{short_name(url)}: cannot be downloaded ({error})") from error
+  except (OSError, ValueError, http.client.HTTPException) as error:
+    raise UserError(f"{short_name(url)}: cannot be downloaded ({str(error) or type(error).__name__})") from error

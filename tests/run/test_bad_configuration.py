@@ -92,6 +92,10 @@ class TestBadConfiguration:
   def test_checkpoints(self, config, checkpoints, tmp_path, monkeypatch, cache):
     monkeypatch.setenv("HIMAP_JAX_CACHE", str(cache))
     refuses(changed(config, checkpoint="/nowhere"), "neither a directory nor a Hugging Face id")
+    refuses(changed(config, checkpoint="x" * 300), "File name too long")
+    inside = shutil.copytree(checkpoints(NAME).directory, tmp_path / "inside")
+    message = "answers.jsonl is in the directory of the checkpoint"
+    refuses(changed(config, checkpoint=str(inside), output=inside / "answers.jsonl"), message)
     for name, spoil, message in (
       ("missing", lambda path: split(path)[1].unlink(), "1 of 2 shards are missing"),
       ("truncated", lambda path: os.truncate(split(path)[1], 5000), "truncated"),
@@ -101,6 +105,12 @@ class TestBadConfiguration:
       ("config", lambda path: (path / "config.json").write_text("{"), "cannot be read"),
       ("nothing", lambda path: (path / "config.json").unlink(), "cannot be read"),
       ("token", lambda path: edit(path, image_token_index=7), "tokenizer and config.json disagree"),
+      (
+        "end",
+        lambda path: (path / "generation_config.json").write_text('{"eos_token_id": "2"}'),
+        "eos_token_id is ['2']",
+      ),
+      ("link", lambda path: (path / "notes.txt").symlink_to(path / "none.txt"), "No such file"),
       ("pickled", lambda path: (path / "model.safetensors").rename(path / "model.bin"), "only pickled weights"),
     ):
       path = shutil.copytree(checkpoints(NAME).directory, tmp_path / name)

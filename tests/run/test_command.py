@@ -6,6 +6,7 @@ import signal
 import time
 import types
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
@@ -41,6 +42,12 @@ def raising(error):
     raise error
 
   return action
+
+
+def test_an_answer_that_the_terminal_cannot_show():
+  code = "import sys\nsys.stdout.reconfigure(encoding='latin-1')\nfrom himap_jax.run import command\n"
+  code += "command.start_action('tool', lambda: print('猫') or 0)\n"
+  assert commands.Command(code).succeeded() == "\\u732b\n"
 
 
 @pytest.mark.parametrize(

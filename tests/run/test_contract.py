@@ -1,5 +1,6 @@
 """What an output promises: its rows are the answers to its prompts with its settings, whatever happened in between."""
 
+import dataclasses
 import json
 import shutil
 
@@ -239,6 +240,16 @@ class TestContract:
           self.is_stale(contract, self.row(contract, id=row_id, digest=refused))
       assert self.is_stale(contract, self.row(contract, digest=refused, error="failed"))
 
+  @pytest.mark.parametrize(
+    "now", [("http://h/b.png",), ("http://h/a.png", "http://h/c.png"), ("http://h/a.png", "b"), ()]
+  )
+  def test_another_address_is_another_picture(self, contract, now):
+    """No picture on the web is downloaded to compare it."""
+    before = Prompt(1, ("http://h/a.png",), "What?")
+    row = before.row(contract.row_digest(before, [contract.files.digest("http://h/a.png")]), answer="yes")
+    assert not self.is_stale(dataclasses.replace(contract, prompts=Prompts.of([before])), row)
+    assert self.is_stale(dataclasses.replace(contract, prompts=Prompts.of([Prompt(1, now, "What?")])), row)
+
   def test_every_picture_is_read_once(self, contract, monkeypatch):
     calls = []
     monkeypatch.setattr(PictureFiles, "digest", lambda self, path: calls.append(path))
@@ -274,6 +285,9 @@ class TestContract:
     monkeypatch.setattr("himap_jax.engine.processes.is_leader", lambda: False)
     monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array(sums[0]) + values)
     with pytest.raises(UserError, match="the first process of this run cannot start"):
+      Output(contract, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="have different flags or checkpoints"):
+      patch.setattr("himap_jax.engine.processes.is_equal", lambda text: text != contract.digest)
       Output(contract, resume=True)
     monkeypatch.setattr("himap_jax.engine.processes.sum_over_processes", lambda values: np.array([0, 1, 0, 0]) + values)
     with Output(contract, resume=True) as output:

@@ -1,6 +1,7 @@
 import concurrent.futures
 import hashlib
 import io
+import itertools
 import os
 import struct
 import tracemalloc
@@ -332,11 +333,11 @@ def test_digests_are_those_of_the_bytes_that_were_read(tmp_path):
 
 def test_the_size_is_that_of_the_loaded_picture(tmp_path):
   files = PictureFiles(tmp_path)
-  for orientation in range(1, 9):
-    exif = Image.Exif()
+  for orientation, suffix in itertools.product(range(1, 9), ("jpg", "tif", "png", "webp")):
+    exif, name = Image.Exif(), f"a.{suffix}"
     exif[ExifTags.Base.Orientation] = orientation
-    photo().save(tmp_path / "a.jpg", exif=exif)
-    assert files.size("a.jpg") == files.load("a.jpg")[0].size == ((64, 48) if orientation < 5 else (48, 64))
+    photo().save(tmp_path / name, exif=exif)
+    assert files.size(name) == files.load(name)[0].size == ((64, 48) if orientation < 5 else (48, 64)), name
   photo((101, 99)).save(tmp_path / "large.jpg")  # above the limit, so that it is decoded at half its size
   small = files.load("large.jpg", max_pixels=3000)[0].size
   assert files.size("large.jpg", max_pixels=3000) == small and small[0] < 60

@@ -127,6 +127,9 @@ class TestLayouts:
     saved = datasets.Dataset.from_list(own, features=datasets.Features(types))
     saved.save_to_disk(tmp_path / "one")
     assert list(read(tmp_path / "one")) == expected(range(40))
+    saved.select([]).save_to_disk(tmp_path / "none")
+    with pytest.raises(UserError, match="none is no data set with rows"):
+      read(tmp_path / "none")
     (tmp_path / "one" / "cache-0123.arrow").write_bytes(b"left by datasets.map")
     wanted = np.arange(40) % 19 == 3
     assert list(read(tmp_path / "one").where(wanted)) == expected([3, 22])

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import socket
+import zlib
 
 import commands
 import jax
@@ -259,6 +260,41 @@ class TestShare:
   def test_rows_that_overlap_in_part(self):
     with pytest.raises(ValueError, match="overlap in part"):
       processes.share(mesh_of([[0, 1], [1, 0], [0, 0]]))
+
+
+class TestEqual:
+  """What processes must have in common."""
+
+  @pytest.mark.parametrize(
+    ("texts", "groups", "all_equal", "equal_in_groups"),
+    [
+      ("aa", (0, 1), True, True),
+      ("ab", (0, 1), False, True),
+      ("abab", (0, 1, 0, 1), False, True),
+      ("abaa", (0, 1, 0, 1), False, False),
+    ],
+  )
+  def test_in_all_and_in_groups(self, monkeypatch, texts, groups, all_equal, equal_in_groups):
+    monkeypatch.setattr(jax, "process_count", lambda: len(texts))
+    own = [np.array([group, zlib.crc32(text.encode())], np.uint32) for text, group in zip(texts, groups, strict=True)]
+
+    def gather(array):
+      assert array.tolist() == [own[0][0] if by_group else 0, own[0][1]]
+      return np.stack([[array[0] if not by_group else group, code] for group, code in own])
+
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", gather)
+    by_group = False
+    assert processes.is_equal(texts[0]) == all_equal
+    by_group = True
+    assert processes.is_equal(texts[0], Share(groups[0], 2)) == equal_in_groups
+
+  def test_rows_of_processes_that_share_them(self, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "is_equal", lambda text, share: text == "a b")
+    answering._check_equal(["a", "b"], Share(0, 1))
+    answering._check_equal(["a", "c"], Share(0, 2))
+    with pytest.raises(UserError, match="have read different prompts or pictures"):
+      answering._check_equal(["a", "c"], Share(0, 1))
 
 
 class TestResults:

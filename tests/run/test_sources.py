@@ -2,8 +2,10 @@
 
 import base64
 import functools
+import hashlib
 import http.server
 import io
+import socket
 import threading
 
 import numpy as np
@@ -48,6 +50,7 @@ def test_a_file_comes_before_base64(png, tmp_path):
   [
     ("data:image/png,abc", "only data: URLs in base64"),
     ("data:image/png;base64,abc", "not base64"),
+    ("data:image/png;base64,é", "not base64"),
     ("data:image/png;base64,QUFBQUFBQUE=", "not an image of a supported format"),
     ("A" * 64, "not an image of a supported format"),
     ("A" * 65, "not base64"),
@@ -62,7 +65,7 @@ def test_what_names_no_picture(image, message, tmp_path):
   with pytest.raises(ImageError, match=message) as error:
     files.load(image)
   assert "\n" not in str(error.value) and len(str(error.value)) < 500
-  assert files.digest(image) is None or "format" in message
+  assert files.digest(image) is None or "format" in message or image.startswith("http")
 
 
 @pytest.fixture
@@ -98,5 +101,38 @@ def test_pictures_on_the_web_are_downloaded_once(server, png, monkeypatch):
   monkeypatch.setattr(sources, "MAX_URL_BYTES", 10)
   with pytest.raises(ImageError, match="larger than 10 bytes"):
     files.load(f"{address}/a.png?again")
-  with pytest.raises(ImageError, match="cannot be downloaded"):
-    files.load("http://localhost:1/a.png")
+  port = address.rpartition(":")[2]
+  for name in ("http://localhost:1/a.png", "http://localhost:x/a.png", f"http://localhost:{port}/a b.png"):
+    with pytest.raises(ImageError, match="cannot be downloaded") as error:
+      files.load(name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_server_that_breaks_off(monkeypatch):
+  """What `http.client` raises is neither an `OSError` nor a `ValueError`."""
+  listener = socket.create_server(("localhost", 0))
+  replies = [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", b"nonsense\r\n\r\n"]
+
+  def serve():
+    for reply in replies:
+      connection, _ = listener.accept()
+      connection.recv(1000)
+      connection.sendall(reply)
+      connection.close()
+
+  thread = threading.Thread(target=serve)
+  thread.start()
+  for number in range(len(replies)):
+    with pytest.raises(ImageError, match="cannot be downloaded"):
+      PictureFiles(allow_urls=True).load(f"http://localhost:{listener.getsockname()[1]}/{number}.png")
+  thread.join()
+  listener.close()
+
+
+def test_a_picture_on_the_web_is_known_by_its_address(server, png, tmp_path):
+  address, asked = server
+  files = PictureFiles(tmp_path, allow_urls=True)
+  _, digest = files.load(f"{address}/a.png")
+  asked.clear()
+  assert digest == files.digest(f"{address}/a.png") == hashlib.sha256(f"{address}/a.png".encode()).hexdigest()
+  assert PictureFiles().digest(f"{address}/b.png") not in (digest, None) and asked == []

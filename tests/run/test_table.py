@@ -93,6 +93,15 @@ class TestResume:
       assert path.read_bytes() == before
     assert read(path) == [row("a"), row("b", "now"), row("c", "new")] and names(path) == [path.name]
 
+  def test_a_link_stays(self, path, before, tmp_path):
+    target = tmp_path / "disk" / "table.parquet"
+    target.parent.mkdir()
+    path.rename(target)
+    path.symlink_to(target)
+    with TableWriter(path, resume=True) as writer:
+      writer.write([row("d")])
+    assert path.is_symlink() and len(read(target)) == 4
+
   def test_nothing_new_changes_nothing(self, path, before):
     times = path.stat().st_mtime_ns
     TableWriter(path, resume=True).__exit__(None)

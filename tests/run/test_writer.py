@@ -247,6 +247,18 @@ with OutputWriter(sys.argv[1], resume=True) as writer:
   assert [r["id"] for r in read(path)] == ["a"]
 
 
+def test_a_link_stays_and_leads_to_the_new_rows(path, tmp_path):
+  (tmp_path / "disk").mkdir()
+  target = tmp_path / "disk" / "rows.jsonl"
+  path.symlink_to(target)
+  with OutputWriter(path, resume=True) as writer:
+    writer.write([row("1", "old"), row("2")])
+  with OutputWriter(path, resume=True, is_stale=lambda own: own["answer"] == "old") as writer:
+    writer.write([row("1", "new")])
+  assert path.is_symlink() and read(target) == [row("2"), row("1", "new")]
+  assert [own.name for own in (tmp_path / "disk").iterdir()] == ["rows.jsonl"]
+
+
 def test_two_writers(path):
   with OutputWriter(path, resume=True) as writer:
     writer.write([row("a")])

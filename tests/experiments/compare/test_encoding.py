@@ -27,7 +27,9 @@ def by_cross_attention(images, tmp_path):
   """A picture of four tiles, and one of two, which is padded to as many."""
   model = checkpoint.load(str(tiny_mllama.make(tmp_path).directory), dtype=jnp.float32, cache_dir=tmp_path / "cache")
   processor = model.prompts()
-  examples = [processor.prepare([image.resize(size)], "Why?") for image, size in zip(images, [(60, 60), (20, 50)], strict=False)]
+  examples = [
+    processor.prepare([image.resize(size)], "Why?") for image, size in zip(images, [(60, 60), (20, 50)], strict=False)
+  ]
   batcher = Batcher(512, processor.blank, [ImageBucket(*examples[0].size, is_ragged=True)], buckets=(80,))
   return model, batcher.pack(examples, bucket=batcher.buckets[0], batch_size=2)
 
