@@ -40,13 +40,13 @@ torch.set_num_threads(1)  # tiny products lose far more time to torch's thread p
 
 # Files that compile many programs or start processes, the slowest first; `-m "not slow"` leaves them out.
 SLOW = """
-  test_several_processes test_answers_on_meshes test_run test_bad_rows test_processes test_speed test_flow_commands
-  test_qwen2_vl test_mllama test_several_pictures test_tiled test_parity test_demo test_notebook test_himap
-  test_pickled test_golden test_optimized test_compile_study test_gemma3 test_llava_next test_convert test_calibrate
-  test_int8_weights test_sharding test_int8 test_compare_study test_qwen_vl test_disruption test_saliency
-  test_methods_in_model test_direct_loading test_dynamic test_adaptive test_adaptive_study test_demo_assembly
-  test_importance test_llava_onevision test_abstract test_demo_training test_against_lmms_eval test_restore test_page
-  test_demo_command
+  test_notebook test_several_processes test_campaign test_lmms_eval test_speed test_flow_commands test_demo test_run
+  test_bad_rows test_processes test_answers_on_meshes test_engine test_qwen2_vl test_mllama test_several_pictures
+  test_tiled test_parity test_himap test_pickled test_golden test_optimized test_compile_study test_gemma3
+  test_llava_next test_convert test_calibrate test_int8_weights test_sharding test_int8 test_compare_study test_qwen_vl
+  test_disruption test_saliency test_methods_in_model test_direct_loading test_dynamic test_adaptive
+  test_adaptive_study test_demo_assembly test_importance test_llava_onevision test_abstract test_demo_training
+  test_against_lmms_eval test_restore test_page test_demo_command test_encoding test_soak
 """.split()
 
 

@@ -54,8 +54,9 @@ def answers(engine, batches):
   return found
 
 
-@pytest.mark.parametrize("data", [1, 2])
-@pytest.mark.parametrize("setting", [("none", None, None), ("himap", (2, 3), (8, 3))], ids=["none", "himap"])
+@pytest.mark.parametrize(
+  ("setting", "data"), [(("none", None, None), 1), (("himap", (2, 3), (8, 3)), 2)], ids=["none", "himap"]
+)
 def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded, images):
   """Every row has another length and sampling, some have no picture, and two buckets share the slots.
 

@@ -21,9 +21,8 @@ FIRST_TO_LAST = ("clip_mha", (1, 5), (14, 3))
 TIED_GQA = ("clip_gqa_tied", (1, 3), (9, 5))
 CONSECUTIVE = ("siglip", (2, 3), (12, 11))
 ONE_KEY_HEAD = ("dinov2", (2, 4), (12, 6))
-WINDOW = ("mistral", (2, 4), (8, 4))
 WINDOW_FROM_LAYER_3 = ("qwen2", (2, 4), (8, 4))
-QWEN3, GEMMA, PHI3 = ("qwen3", (1, 3), (9, 4)), ("gemma", (1, 3), (12, 5)), ("phi3", (1, 3), (9, 5))
+QWEN3, GEMMA = ("qwen3", (1, 3), (9, 4)), ("gemma", (1, 3), (12, 5))
 
 jitted_prefill = jax.jit(
   lambda model, inputs, keys, schedule: prefill(model.bind(), inputs, keys, schedule), static_argnums=3
@@ -90,7 +89,7 @@ def test_keeping_every_token_is_not_pruning(checkpoints, loaded, images):
   assert_close(pruned.logits, plain.logits, 1e-6)
 
 
-@pytest.mark.parametrize("name, prune_layers, keep", [TIED_GQA, ONE_KEY_HEAD, WINDOW, PHI3])
+@pytest.mark.parametrize("name, prune_layers, keep", [TIED_GQA, ONE_KEY_HEAD])
 def test_decoding_is_rerunning_the_pruned_sequence(name, prune_layers, keep, checkpoints, loaded, images):
   tiny = checkpoints(name)
   answers = generate(
@@ -159,13 +158,6 @@ def test_batch_mates_do_not_matter(run, rows, expected):
     for copy in range(len(rows)):
       assert row_of(actual, copy) == row_of(expected, index)
       assert_close(actual.logits[copy], expected.logits[index], 1e-5)
-
-
-def test_a_row_alone_is_the_same(run, rows, expected):
-  for index, row in enumerate(rows):
-    actual = run([row])
-    assert row_of(actual, 0) == row_of(expected, index)
-    assert_close(actual.logits[0], expected.logits[index], 1e-5)
 
 
 def test_the_bucket_does_not_matter(run, rows, expected):

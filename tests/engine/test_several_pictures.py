@@ -92,10 +92,9 @@ def test_a_count_above_a_row_s_tokens_keeps_all(loaded, pictures):
     answer(model, pictures, QUESTIONS, model.schedule("himap", (2, 4), (49, 3)))
 
 
-@pytest.mark.parametrize("method", ["visionzip", "prumerge"])
-def test_a_row_is_as_alone(method, loaded, pictures):
+def test_a_row_is_as_alone(loaded, pictures):
   model, rows = loaded(NAME), (0, 1, 3)  # two of two pictures, which share a batch, and one of one
-  schedule = model.schedule(method)
+  schedule = model.schedule("visionzip")
   pictures, questions = ([own[row] for row in rows] for own in (pictures, QUESTIONS))
   together = answer(model, pictures, questions, schedule)
   for own, question, found in zip(pictures, questions, together, strict=True):
@@ -104,11 +103,10 @@ def test_a_row_is_as_alone(method, loaded, pictures):
     assert all(0 <= index < len(own) * N for stage in found.kept for index in stage)
 
 
-@pytest.mark.parametrize("restore", [False, True])
-def test_rows_padded_to_more_image_tokens(restore, loaded, pictures):
+def test_rows_padded_to_more_image_tokens(loaded, pictures):
   """Rows of one to three pictures in one batch keep and answer what each does alone, their shares included."""
   model = loaded(NAME)
-  schedule = model.schedule("himap", *SHARES, restore=restore)
+  schedule = model.schedule("himap", *SHARES, restore=True)
   expected = answer(model, pictures, QUESTIONS, schedule)
   batch = packed(model, examples_of(model, pictures))
   result = Engine(model.model, schedule, GenerationConfig(NUM_NEW, ignore_eos=True))(batch, range(4))
@@ -134,19 +132,17 @@ def test_methods_on_rows_padded_to_more_image_tokens(method, loaded, pictures):
       np.testing.assert_allclose(together.logits[row], alone.logits[place], atol=1e-4, rtol=0)
 
 
-def test_other_methods_have_batches_of_equal_rows(loaded, pictures):
+def test_other_methods_have_batches_of_equal_rows(loaded):
   model = loaded(NAME)
   for method in ("dart", "visionzip", "vispruner", "prumerge", "fsr", "visiontrim", "uniform", "himap_adaptive"):
     schedule = model.schedule(method, (2, 4) if method == "himap_adaptive" else None)
     assert not schedule.is_ranking
-  answers = answer(model, [*pictures[:2], pictures[0]], [*QUESTIONS[:2], QUESTIONS[0]], schedule)
-  assert answers[0].token_ids == answers[-1].token_ids
 
 
-@pytest.mark.parametrize("method", ["none", "himap", "divprune", "shortv"])
+@pytest.mark.parametrize("method", ["divprune", "shortv"])
 def test_rows_without_pictures(method, checkpoints, loaded):
   tiny, model = checkpoints(NAME), loaded(NAME)
-  schedule = model.schedule(method, (1, 3) if method in ("shortv", "himap") else None)
+  schedule = model.schedule(method, (1, 3) if method == "shortv" else None)
   questions = ("Why?", "Where is it?")
   answers = answer(model, [[], []], questions, schedule)
   for text, found in zip(questions, answers, strict=True):

@@ -157,16 +157,6 @@ def test_logits_at_every_position(tiny, loaded, examples):
     np.testing.assert_allclose(row[: len(example.tokens)], expected, atol=TOLERANCE, rtol=0)
 
 
-def test_greedy_tokens(tiny, loaded, examples, images):
-  answers = generate(loaded, images, QUESTIONS, generation=GENERATION, inputs=INPUTS)
-  for example, answer in zip(examples, answers, strict=True):
-    ids, pixels = torch.from_numpy(example.tokens).long(), torch.from_numpy(example.images.pixels)
-    expected = []
-    while len(expected) < 8 and not (expected and expected[-1] in loaded.eos_token_ids):
-      expected.append(int(tiny.logits(torch.cat([ids, torch.tensor(expected, dtype=torch.long)]), pixels)[-1].argmax()))
-    assert answer.token_ids == expected
-
-
 class TestPruning:
   def test_himap_is_the_slow_one(self, tiny, loaded, examples, images):
     """Rows of one picture and one of three, whose shares are of its own image tokens."""

@@ -61,7 +61,7 @@ def answers_of(name, sample):
     images,
     [prompt["question"] for prompt in sample],
     generation=himap_jax.GenerationConfig(max_new_tokens=6),
-    inputs=himap_jax.InputConfig(batch_size=3, prompt_buckets=(64,)),
+    inputs=himap_jax.InputConfig(batch_size=len(sample), prompt_buckets=(64,)),
   )
 
 
@@ -72,7 +72,7 @@ def test_the_second_model_answers_by_cross_attention():
 
 
 def test_transformers_answers_the_same():
-  sample = prompts()[:3]
+  sample = prompts()[:2]
   images, ours = answers_of("demo", sample)
   directory = checkpoint.default_cache_dir() / "demo"
   model = transformers.LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()

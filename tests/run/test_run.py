@@ -140,12 +140,19 @@ class TestAnswers:
     ):
       job.run(changed(adaptive, parameters=(("threshold", 0.7),)))
 
-  def test_no_pruning(self, config):
-    config = changed(config, prompt_buckets=(64,))
-    rows = running.answers_of(config, method="none", prune_layers=None, keep=None, emit=frozenset({"kept"}))
+  def test_no_pruning(self, config, loaded, tmp_path):
+    rows = running.answers_of(
+      changed(config, prompt_buckets=(64,)), method="none", prune_layers=None, keep=None, emit=frozenset({"kept"})
+    )
     assert [row["kept"] for row in rows.values()] == [[]] * 4
-    kept_all = running.answers_of(config, keep=(N, N))
-    assert {row["id"]: row["answer"] for row in rows.values()} == {i: row["answer"] for i, row in kept_all.items()}
+    expected = himap_jax.generate(
+      loaded(NAME, batch_size=2),
+      [load_image(tmp_path / f"{index}.png") for index in range(4)],
+      list(QUESTIONS.values()),
+      generation=himap_jax.GenerationConfig(max_new_tokens=MAX_NEW),
+      inputs=himap_jax.InputConfig("<image>{question}", prompt_buckets=(64,), batch_size=2),
+    )
+    assert [rows[row_id]["answer"] for row_id in QUESTIONS] == [answer.text for answer in expected]
 
   def test_profile(self, config, tmp_path):
     job.run(changed(config, profile_dir=tmp_path / "profile"))

@@ -19,7 +19,7 @@ from himap_jax.run import answering
 from himap_jax.run.summary import Result
 
 COUNT = 60
-FEW = 24  # rows for meshes with a tensor axis, whose many threads wait for one another at every layer
+FEW = 12  # rows for meshes with a tensor axis, whose many threads wait for one another at every layer
 
 
 def free_port():
@@ -112,7 +112,8 @@ def first(count, rows):
 
 
 @pytest.mark.parametrize(
-  ("count", "arguments"), [(FEW, ("--mesh=data:2,tensor:4", "--batch_size=3")), (COUNT, ("--batch_size=5",))]
+  ("count", "arguments"),
+  [(FEW, ("--mesh=data:2,tensor:4", "--batch_size=3", "--prompt_buckets=40")), (COUNT, ("--batch_size=5",))],
 )
 def test_two_processes_answer_as_one(make_command, expected, count, arguments):
   command = make_command(count)
@@ -121,12 +122,13 @@ def test_two_processes_answer_as_one(make_command, expected, count, arguments):
   assert f"{count - 1} answered, 1 errors, 0 answered before" in table
   assert "mesh: data:" in errors
   assert command.files() == {"output.jsonl", "output.jsonl.settings.json"}
-  (table, _), again = command.run(2, *arguments)
-  assert again == rows and f"0 answered, 1 errors, {count - 1} answered before" in table
+  if count == COUNT:
+    (table, _), again = command.run(2, *arguments)
+    assert again == rows and f"0 answered, 1 errors, {count - 1} answered before" in table
 
 
 def test_tensor_spans_two_processes(make_command, expected):
-  _, rows = make_command(FEW).run(2, "--mesh=data:1,tensor:4", "--batch_size=8", num_devices=2)
+  _, rows = make_command(FEW).run(2, "--mesh=data:1,tensor:4", "--batch_size=8", "--prompt_buckets=40", num_devices=2)
   assert rows == first(FEW, expected)
 
 

@@ -74,6 +74,7 @@ def test_a_wider_projector_says_the_same(loaded):
 def test_alignment_adds_characters_to_what_a_projector_says(loaded, monkeypatch):
   """Of three kinds of patches two show a character: their image tokens move by its embedding, the others stay."""
   monkeypatch.setattr(align, "STEPS", 400)
+  monkeypatch.setattr(align, "PATCHES_A_STEP", 512)
   model, rng = loaded("clip_mha").model, np.random.default_rng(0)
   base = model.params[adapter.PROJECTOR]
   kinds = rng.normal(size=(3, base["linear_1"]["weight"].shape[1]))

@@ -37,7 +37,7 @@ COMMANDS = {
     | {"maps_to_instruction.png", "maps_to_image.png"},
   ),
   "disruption": Command(
-    ("--layers=1,3", "--how=mask,mean", "--chosen=block"),
+    ("--layers=1,3", "--how=mean", "--chosen=block"),
     "3 questions",
     "outcome-*.npz",
     2,

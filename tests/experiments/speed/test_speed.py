@@ -3,9 +3,8 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -155,9 +154,28 @@ def test_decoded_tokens_read_weights_and_cache(weights):
   assert accounting["decode_bytes"] > accounting["decode_bytes_needed"]
 
 
+class Here(Worker):
+  """A worker without a process of its own."""
+
+  def _start(self):
+    self._side = side.make(*self._arguments)
+    self.device = self._side.device
+
+  def __exit__(self, *_):
+    pass
+
+  def _exchange(self, method, arguments):
+    try:
+      return getattr(self._side, method)(*arguments)
+    except NotImplementedError as error:
+      raise CannotRun(str(error)) from error
+
+
 def test_a_worker_that_is_killed_begins_anew(weights):
-  with Worker("transformers", TINY, weights) as worker:
+  with Worker("authors", TINY, weights) as worker:
     assert worker.device == "cpu"
+    with pytest.raises(CannotRun, match="one sequence"):
+      worker.call("prepare", dataclasses.replace(SCENARIO, batch_size=2))
     worker.call("prepare", SCENARIO)
     os.kill(worker._process.pid, signal.SIGKILL)
     with pytest.raises(CannotRun, match="killed"):
@@ -170,6 +188,7 @@ def test_a_worker_that_is_killed_begins_anew(weights):
 
 def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
   monkeypatch.setitem(geometries.GEOMETRIES, "tiny", TINY)
+  monkeypatch.setattr(measure, "Worker", Here)
   grid = [Scenario("tiny", 9, 2, 1)]
   for directory in ("work", "output"):
     (tmp_path / directory).mkdir()
@@ -217,14 +236,8 @@ def test_starts_by_phase(checkpoints, tmp_path):
   tiny_checkpoints.noise_image((40, 40), seed=0).save(tmp_path / "0.png")
   (tmp_path / "prompts.jsonl").write_text('{"id": 0, "image": "0.png", "question": "Why?"}\n')
   where = [f"--checkpoint={checkpoints('clip_mha').directory}", f"--prompts={tmp_path / 'prompts.jsonl'}"]
-  command = "-m experiments.speed.startup --starts=1 --dtype=float32 --prune_layers=2,4".split()
-  done = subprocess.run(
-    [sys.executable, *command, *where, f"--image_dir={tmp_path}"],
-    env={**os.environ, "COLUMNS": "200"},
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 0, done.stderr
+  command = "experiments.speed.startup --starts=1 --dtype=float32 --prune_layers=2,4".split()
+  printed = commands.Command(*command, *where, f"--image_dir={tmp_path}", COLUMNS="200").succeeded()
   for phase in ("imports", "tokenizer", "reading the weights", "compiled programs", "the first answer", "the end"):
-    assert phase in done.stdout
-  assert float(done.stdout.split("later ÷ first:")[1]) > 0
+    assert phase in printed
+  assert float(printed.split("later ÷ first:")[1]) > 0
