@@ -80,17 +80,19 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
     "questions": question_sets.digest(questions),
   }
   workdir = study.open_workdir(**settings)
-  for name in ("answers", "timings"):
+  for name in ("answers", "shown", "timings"):
     (workdir / name).mkdir(exist_ok=True)
   print(power(len(questions), cells, values), flush=True)
   runner = measure.Runner(subject, workdir, settings, generation, int(values.encoding_gib * 2**30))
-  answers, timings, repeats = {}, {}, {}
+  answers, timings, repeats, shown = {}, {}, {}, {}
+  examples = report.choose(questions, values.num_examples)
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
     if cell.schedule is not None:
       answers[cell.label] = runner.answer(cell)
       if cell.method == REFERENCE:
         measure.report_errors(answers[cell.label])
+      shown[cell.label] = runner.show(cell, examples)
       timings[cell.label] = runner.time(cell)
       if cell.uses_chance:
         repeats[cell.label] = [runner.answer(cell, repeat=repeat) for repeat in range(1, values.num_seeds)]
@@ -99,7 +101,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes
   sizes = PromptSizes(sizes, num_image_tokens, num_text_tokens, bytes_per_value, num_tiles)
   comparison = Comparison(questions, cells, answers, timings, sizes, repeats)
-  return comparison, report.collect(report.choose(questions, values.num_examples), comparison, subject)
+  return comparison, report.collect(examples, shown, cells, subject)
 
 
 def power(num_questions: int, cells: Sequence[Cell], values: Any) -> str:

@@ -144,7 +144,7 @@ class Comparison:
   def _costs(self, cell: Cell) -> Costs:
     """Costs of a prompt with a cell's schedule, averaged over rows if they keep different counts."""
     rows = self.answers[cell.label].values()
-    counts = collections.Counter(tuple(map(len, row["kept"])) for row in rows if row.get("kept") is not None)
+    counts = collections.Counter(tuple(row["counts"]["kept"]) for row in rows if row.get("counts") is not None)
     each = [self.sizes.costs(cell.schedule.with_counts(kept)) for kept in counts] or [self.sizes.costs(cell.schedule)]
     if len(each) == 1:
       return each[0]

@@ -7,7 +7,7 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from PIL import Image
 
 from experiments.compare.encoding import EncodingEngine, Encodings
 from experiments.compare.grid import Cell
+from experiments.question_sets import Question
 from experiments.shared import kept
 from experiments.shared.subject import Subject
 from himap_jax.engine.capacity import BatchSizes
@@ -46,14 +47,27 @@ class Runner:
     """Answers the remaining questions; returns all output rows by id. Every repeat has a seed of its own."""
     generation = dataclasses.replace(self.generation, seed=self.generation.seed + repeat)
     name = f"{cell.file_name}.repeat{repeat}" if repeat else cell.file_name
-    subject, path = self.subject, self.workdir / "answers" / f"{name}.jsonl"
-    if not path.exists() or path.read_bytes().count(b"\n") < len(subject.questions):
-      asked = [prompts.Prompt(q.id, (str(q.image.absolute()),), q.question) for q in subject.questions]
-      settings = self.settings | {"seed": generation.seed}
+    path = self.workdir / "answers" / f"{name}.jsonl"
+    return self._rows(path, self.subject.questions, cell, generation, emit="counts")
+
+  def show(self, cell: Cell, questions: Sequence[Question]) -> dict[str, dict[str, Any]]:
+    """As `answer`, of some questions, with their kept image tokens."""
+    path = self.workdir / "shown" / f"{cell.file_name}.jsonl"
+    return self._rows(path, questions, cell, self.generation, emit="kept")
+
+  def _rows(
+    self, path: pathlib.Path, questions: Sequence[Question], cell: Cell, generation: GenerationConfig, *, emit: str
+  ) -> dict[str, dict[str, Any]]:
+    subject = self.subject
+    if not questions:
+      return {}
+    if not path.exists() or path.read_bytes().count(b"\n") < len(questions):
+      asked = [prompts.Prompt(q.id, (str(q.image.absolute()),), q.question) for q in questions]
+      settings = self.settings | {"seed": generation.seed, "emit": [emit]}
       wanted = contract.Contract(path, settings, prompts.Prompts.of(asked), advice="use another --workdir")
       with output.Output(wanted, resume=True) as rows:
         engine = self._engine(cell.schedule, generation)
-        Answerer(subject.processor, subject.batcher, engine, frozenset({"tokens", "kept"})).answer_all(rows)
+        Answerer(subject.processor, subject.batcher, engine, frozenset({emit})).answer_all(rows)
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
   def _engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image
 
-from experiments.compare.comparison import Comparison, Row
+from experiments.compare.comparison import Row
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question, is_right
 from experiments.shared.subject import Subject
@@ -74,8 +74,15 @@ def choose(questions: Sequence[Question], num_examples: int) -> list[Question]:
   return list(chosen.values())
 
 
-def collect(questions: Sequence[Question], comparison: Comparison, subject: Subject) -> list[Example]:
+def collect(
+  questions: Sequence[Question],
+  shown_rows: Mapping[str, Mapping[str, Mapping[str, Any]]],
+  cells: Sequence[Cell],
+  subject: Subject,
+) -> list[Example]:
   """Results of all cells that have run on some questions; failed answers are left out.
+
+  `shown_rows` are, by label and question id, output rows with kept image tokens.
 
   There is nothing to show of a model whose image tokens form no grid.
   """
@@ -84,8 +91,8 @@ def collect(questions: Sequence[Question], comparison: Comparison, subject: Subj
     return examples
   for question in questions:
     shown = {}
-    for cell in comparison.cells:
-      row = comparison.answers.get(cell.label, {}).get(question.id)
+    for cell in cells:
+      row = shown_rows.get(cell.label, {}).get(question.id)
       if row is not None and row["error"] is None:
         layers = [stage.layer for stage in cell.schedule.stages]
         shown[cell.label] = Shown(row["answer"], list(zip(layers, row["kept"], strict=True)))

@@ -132,7 +132,7 @@ def rows(config):
   with pytest.MonkeyPatch.context() as patch:
 
     def dying(self, rows):
-      if next(count) == 6:
+      if next(count) == 7:
         raise Killed
       write(self, rows)
 
@@ -201,7 +201,7 @@ def test_rows_equal_what_the_answers_say(config, rows):
       sum(4 * n * d * d + 2 * n * n * d + 2 * n * d * m for n in counts) for counts in (kept, [N] * NUM_LAYERS_STUDIED)
     ]
     assert row["image_token_flops"] == pytest.approx(eq10[0] / eq10[1])
-    lengths = [len(stage) for stage in own[questions[1].id]["kept"]]
+    lengths = own[questions[1].id]["counts"]["kept"]
     assert lengths == [int(count) for count in (row["keep"] or "").split("/") if count]
     (timing,) = (config.workdir / "timings").glob(f"{label.replace('/', '-').replace(' ', '-')}.*.json")
     measured = json.loads(timing.read_text())
@@ -358,8 +358,8 @@ def test_costs_are_means_where_rows_keep_different_counts(loaded):
   cells = [Cell("none", "none", schedule=Schedule()), Cell("himap_adaptive", "adaptive", schedule=schedule)]
   questions = [question(i) for i in range(4)]
   counts = [(4, 1), (12, 6), (12, 6), None]  # the last one could not be answered
-  rows = [{"answer": None} if own is None else {"answer": "a", "kept": [[*range(n)] for n in own]} for own in counts]
-  answers = {"none": {q.id: {"answer": "a", "kept": []} for q in questions}}
+  rows = [{"answer": None} if own is None else {"answer": "a", "counts": {"kept": own}} for own in counts]
+  answers = {"none": {q.id: {"answer": "a", "counts": {"kept": []}} for q in questions}}
   answers["adaptive"] = {q.id: row for q, row in zip(questions, rows, strict=True)}
   sizes = PromptSizes(model_sizes(loaded(NAME).config, (28, 28)), N, num_text_tokens=10)
   *_, row = Comparison(questions, cells, answers, {"none": {}, "adaptive": {}}, sizes).rows(seed=0)
