@@ -269,10 +269,16 @@ def _is_finite(weight: Any) -> bool:
 
 @jax.jit
 def _all_finite(x: Array) -> Bool[Array, ""]:
-  """By the bits without the sign, which need no memory: those of infinite and NaN are above all others."""
-  kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-  bits, infinite = (jax.lax.bitcast_convert_type(own, kind) for own in (x, jnp.array(jnp.inf, x.dtype)))
-  return (bits << 1).max() < infinite << 1
+  """By the bits, which need no memory: infinite and NaN are above all others, with and without their sign."""
+
+  def is_below(kind: str, limit: float) -> Bool[Array, ""]:
+    bits, most = (
+      jax.lax.bitcast_convert_type(own, jnp.dtype(f"{kind}{8 * x.dtype.itemsize}"))
+      for own in (x, jnp.array(limit, x.dtype))
+    )
+    return bits.max() < most
+
+  return is_below("int", jnp.inf) & is_below("uint", -jnp.inf)
 
 
 def _repeat_heads(array: jax.Array, target: jax.ShapeDtypeStruct, num_heads: int) -> jax.Array:
