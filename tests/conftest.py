@@ -47,6 +47,7 @@ SLOW = """
   test_disruption test_saliency test_methods_in_model test_direct_loading test_dynamic test_adaptive
   test_adaptive_study test_demo_assembly test_importance test_llava_onevision test_abstract test_demo_training
   test_against_lmms_eval test_restore test_page test_demo_command test_encoding test_soak
+  test_capacity test_cross_layers test_recompilation test_comparing test_dtypes test_evaluate_command test_busy
 """.split()
 
 
