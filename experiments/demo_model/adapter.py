@@ -33,7 +33,7 @@ from himap_jax.model.network import Model
 from himap_jax.run import command
 
 LORA_SCALE = 2.0
-LEVELS = 31  # of a number's size in a stored matrix; files of more take more space and answer no better
+LEVELS = 31  # of a number's size in a stored matrix: with its sign, six bits
 WHITENING_FLOOR = 1e-2  # in units of squared features; the largest variance is about 20
 
 PROJECTOR = "multi_modal_projector"

@@ -36,7 +36,8 @@ class Pool(NamedTuple):
 class Mixture:
   """Deterministic samples: of scenes and of details in these shares, and of easy-VQA.
 
-  A share of details are drills, and a share of drills are busy scenes. Without a share of details nothing of them is fetched or drawn. Raises `UserError` for shares above 1 together.
+  A share of details are drills, and a share of drills are busy scenes. Without a share of details nothing of them is
+  fetched or drawn. Raises `UserError` for shares above 1 together.
   """
 
   def __init__(

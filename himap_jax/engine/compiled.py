@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -37,6 +39,16 @@ def _compiled(key: ProgramKey) -> dict[Any, Any]:
   """Compiled programs by name, decode config if they depend on it, and input shapes; shared by all engines."""
   del key
   return {}
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...]) -> Callable[[], list[jax.Array]]:
+  """One program that makes arrays of zeros."""
+
+  def zeros() -> list[jax.Array]:
+    return [jnp.zeros(x.shape, x.dtype) for x in shapes]
+
+  return jax.jit(zeros, out_shardings=[x.sharding for x in shapes])
 
 
 class CompiledPrograms:
@@ -83,12 +95,8 @@ class CompiledPrograms:
 
   def empty_slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Free slots for prompts of the shapes of `state`."""
-
-    def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:  # from the host, so that nothing is compiled
-      shard = np.zeros(x.sharding.shard_shape(x.shape), x.dtype)
-      return jax.make_array_from_callback(x.shape, x.sharding, lambda _: shard)
-
-    return jax.tree.map(zeros, self.slots(state, num_slots))
+    shapes, structure = jax.tree.flatten(self.slots(state, num_slots))
+    return jax.tree.unflatten(structure, _zeros(tuple(shapes))())
 
   def slots(self, state: PrefillState, num_slots: int) -> Slots:
     """Their `jax.ShapeDtypeStruct`s."""

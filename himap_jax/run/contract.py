@@ -2,8 +2,8 @@
 
 A row's `digest` is `<settings>-<question>-<pictures>`, each the first 16 hexadecimal digits of a SHA-256: of everything
 that answers depend on besides the prompts, of the question's text (with the row's own options, if it has any), and of
-the picture's file (or its address on the web) or, of several, of their digests. `<output>.settings.json` lists the settings for people; only the
-digests in the rows decide whether a run may resume.
+the picture's file (or its address on the web) or, of several, of their digests. `<output>.settings.json` lists the
+settings for people; only the digests in the rows decide whether a run may resume.
 """
 
 import dataclasses

@@ -73,9 +73,9 @@ class PictureFiles:
     def read(file: io.BufferedIOBase) -> tuple[int, int]:
       picture = _open_image(file)
       _limit_size(picture, max_pixels)
-      is_turned = False
       if picture.format == "TIFF":  # of which Pillow gives the size after turning
         return picture.size
+      is_turned = False
       with contextlib.suppress(Exception), _without_warnings():
         is_turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
       return picture.size[::-1] if is_turned else picture.size
