@@ -34,8 +34,19 @@ class ProgramKey:
   schedule: Schedule | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program."""
+
+  run: jax.stages.Compiled
+
+  @functools.cached_property
+  def memory(self) -> Memory:
+    return Memory.of(self.run)  # takes the compiler tens of milliseconds
+
+
 @functools.lru_cache(maxsize=64)
-def _compiled(key: ProgramKey) -> dict[Any, Any]:
+def _compiled(key: ProgramKey) -> dict[Any, Program]:
   """Compiled programs by name, decode config if they depend on it, and input shapes; shared by all engines."""
   del key
   return {}
@@ -75,14 +86,14 @@ class CompiledPrograms:
 
   def prefill_memory(self, inputs: Inputs, seeds: jax.Array | jax.ShapeDtypeStruct) -> Memory:
     """The memory of `prefill`; arguments may be `jax.ShapeDtypeStruct`s."""
-    return Memory.of(self._ready("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters)))
+    return self._ready("prefill", None, (inputs,), (self._model, inputs, seeds, self._parameters)).memory
 
   def memory_with_slots(self, kind: Kind, batch: tuple[PrefillState, Rows], num_slots: int) -> dict[str, Memory]:
     """The memory of `enter` and `decode` with so many slots for rows like those of a batch."""
     slots = self.slots(batch[0], num_slots)
     enter = self._ready("enter", kind, (slots.caches, batch[0]), (slots, *batch, np.bool_(False)))
     decode = self._ready("decode", kind, (slots.caches,), (self._model, slots, slots.active, np.int32(0)))
-    return {"enter": Memory.of(enter), "decode": Memory.of(decode)}
+    return {"enter": enter.memory, "decode": decode.memory}
 
   def score(self, state: PrefillState, tokens: Int[Array, "B C"]) -> tuple[Array, Array]:
     return self._run("score", None, (state, tokens), (self._model, state, tokens))
@@ -103,17 +114,18 @@ class CompiledPrograms:
     return self._jitted(self._decoding).slots(state, num_slots)
 
   def _run(self, name: str, kind: Kind | None, shaped: Any, arguments: tuple[Any, ...]) -> Any:
-    return self._ready(name, kind, shaped, arguments)(*arguments)
+    return self._ready(name, kind, shaped, arguments).run(*arguments)
 
-  def _ready(self, name: str, kind: Kind | None, shaped: Any, arguments: tuple[Any, ...]) -> Any:
-    """A compiled program; `kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
+  def _ready(self, name: str, kind: Kind | None, shaped: Any, arguments: tuple[Any, ...]) -> Program:
+    """`kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
     decoding = None if kind is None else dataclasses.replace(self._decoding, kind=kind)
     leaves, structure = jax.tree.flatten(shaped)
     key = (name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
     compiled = self._prefills if name == "prefill" else self._others
     if key not in compiled:
       start = time.perf_counter()
-      compiled[key] = getattr(self._jitted(decoding or self._decoding), name).lower(*arguments).compile()
+      jitted = getattr(self._jitted(decoding or self._decoding), name)
+      compiled[key] = Program(jitted.lower(*arguments).compile())
       self.num_programs += 1
       self.seconds += time.perf_counter() - start
       logging.info("ready: %s, a program", name)

@@ -5,6 +5,7 @@ Axes: B slots, P rows of a prefilled batch, M new tokens, n devices of the mesh 
 Slots and rows are sharded alike, and rows enter slots of their own device.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -124,13 +125,7 @@ def put(
   stays = ~ends & (rows.limits > 1)
   place = _free_places(*(x.reshape(num_shards, -1) for x in (slots.active, stays)))
 
-  def write(old: Shaped[Array, "B *D"], new: Shaped[Array, "P *d"]) -> Shaped[Array, "B *D"]:
-    room = [(0, 0), *((0, x - y) for x, y in zip(old.shape[1:], new.shape[1:], strict=True))]
-    new = jnp.pad(new, room, constant_values=UNUSED_ORDER if new.dtype == jnp.int32 else 0)  # of integers only orders
-    old, new = (x.reshape(num_shards, len(x) // num_shards, *x.shape[1:]) for x in (old, new))
-    written = jax.vmap(lambda old, at, new: old.at[at].set(new, mode="drop", unique_indices=True))(old, place, new)
-    return written.reshape(slots.active.shape[0], *old.shape[2:])
-
+  write = functools.partial(_write, place)
   unread = jnp.full((first.shape[0], slots.new.order.shape[1]), UNUSED_ORDER, jnp.int32)
   entered = slots.replace(
     caches=jax.tree.map(write, slots.caches, prompts.caches),
@@ -144,6 +139,17 @@ def put(
   )
   num_places = slots.active.shape[0] // num_shards
   return entered, Entered(first, jnp.where(place < num_places, place, -1).reshape(-1))
+
+
+@jax.jit  # traced once for all arrays of a shape
+def _write(place: Int[Array, "n p"], old: Shaped[Array, "B *D"], new: Shaped[Array, "P *d"]) -> Shaped[Array, "B *D"]:
+  """Writes rows to their places among those of their device."""
+  num_shards = len(place)
+  room = [(0, 0), *((0, x - y) for x, y in zip(old.shape[1:], new.shape[1:], strict=True))]
+  new = jnp.pad(new, room, constant_values=UNUSED_ORDER if new.dtype == jnp.int32 else 0)  # of integers only orders
+  sharded = (x.reshape(num_shards, len(x) // num_shards, *x.shape[1:]) for x in (old, new))
+  written = jax.vmap(lambda old, new, at: old.at[at].set(new, mode="drop", unique_indices=True))(*sharded, place)
+  return written.reshape(old.shape)
 
 
 def _free_places(active: Bool[Array, "n b"], stays: Bool[Array, "n p"]) -> Int[Array, "n p"]:

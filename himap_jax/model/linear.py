@@ -26,6 +26,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "silu": nn.silu,
 }
 
+# Jitted, so that they are traced once a shape: Flax traces a parameter's initialiser at every use to check its shape.
+INIT_LINEAR = jax.jit(nn.initializers.lecun_normal(in_axis=1, out_axis=0), static_argnums=1)
+INIT_NORMAL = jax.jit(nn.initializers.normal(0.02), static_argnums=1)
+
 # `[F, D]`, or a `qwix.QArray` of that shape.
 Weight = Any
 
@@ -74,7 +78,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S F"]:
-    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(in_axis=1, out_axis=0), self.axes)
+    init = nn.with_logical_partitioning(INIT_LINEAR, self.axes)
     weight = self.param("weight", init, (self.features, x.shape[-1]))
     y = matmul(x, cast(weight, x.dtype), self.kernels)
     if self.use_bias:
@@ -93,7 +97,7 @@ class Embedding(nn.Module):
   axes: WeightAxes = (None, None)
 
   def setup(self) -> None:
-    init = nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes)
+    init = nn.with_logical_partitioning(INIT_NORMAL, self.axes)
     self.weight = self.param("weight", init, (self.num_embeddings, self.features))
 
   def __call__(self, ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from himap_jax.inputs import pytree
 from himap_jax.model.config import VisionConfig
 from himap_jax.model.kernels import Kernels
-from himap_jax.model.linear import ACTIVATIONS, NORMS, Linear
+from himap_jax.model.linear import ACTIVATIONS, INIT_NORMAL, NORMS, Linear
 
 
 @pytree
@@ -116,7 +116,7 @@ class PatchEmbedding(nn.Module):
   @nn.compact
   def __call__(self, pixel_values: Float[Array, "B 3 h w"]) -> Float[Array, "B P D"]:
     shape = (self.features, 3, self.patch_size, self.patch_size)
-    weight = self.param("weight", nn.initializers.normal(0.02), shape)
+    weight = self.param("weight", INIT_NORMAL, shape)
     patches = patchify(pixel_values, self.patch_size)
     kernel = weight.reshape(self.features, -1).astype(patches.dtype)
     x = jnp.einsum("BPF,DF->BPD", patches, kernel, preferred_element_type=jnp.float32).astype(patches.dtype)
