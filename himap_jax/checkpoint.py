@@ -161,15 +161,18 @@ class LoadedModel(OpenCheckpoint):
     schedule: Schedule,
     generation: GenerationConfig = GenerationConfig(),
     batch_sizes: BatchSizes = BatchSizes(),
+    *,
+    make: Callable[..., Engine] = Engine,
     **options: Any,
   ) -> Engine:
     """An engine of the model; by default its batch sizes are chosen from the memory of the devices.
 
     Args:
+      make: called as `Engine` is.
       options: others of `Engine`.
     """
     own = {"eos_token_ids": self.eos_token_ids, "batch_sizes": batch_sizes}
-    return Engine(self.model, schedule, generation, **own, **options)
+    return make(self.model, schedule, generation, **own, **options)
 
 
 def load(

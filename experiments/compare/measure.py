@@ -71,9 +71,9 @@ class Runner:
     return {row["id"]: row for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
 
   def _engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:
-    loaded, batch_size = self.subject.loaded, self.subject.batch_size
-    options = {"eos_token_ids": loaded.eos_token_ids, "batch_sizes": BatchSizes(batch_size, batch_size)}
-    return EncodingEngine(self._encodings, loaded.model, schedule, generation, **options)
+    batch_sizes = BatchSizes(self.subject.batch_size, self.subject.batch_size)
+    make = functools.partial(EncodingEngine, self._encodings)
+    return self.subject.loaded.engine(schedule, generation, batch_sizes, make=make)
 
   @functools.cached_property
   def _encodings(self) -> Encodings:
