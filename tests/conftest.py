@@ -4,6 +4,7 @@ import functools
 import gc
 import os
 import pathlib
+import secrets
 import sys
 
 import commands
@@ -12,6 +13,7 @@ FLAGS = ["--xla_force_host_platform_device_count=8"]
 if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longer to compile than to run
   os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
   FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+  FLAGS += ["--xla_cpu_experimental_ynn_fusion_type="]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # operations are named by scopes; tracing takes less time
@@ -29,6 +31,7 @@ install_import_hook(["himap_jax", "checkpoints_convert"], "beartype.beartype")  
 
 import jax
 import pytest
+import sampling
 import tiny_checkpoints
 import torch
 
@@ -51,13 +54,39 @@ SLOW = """
 """.split()
 
 
+def pytest_addoption(parser):
+  parser.addoption("--all_cases", action="store_true", help="Run every case of the tests marked `sampled`.")
+  parser.addoption("--case_seed", type=int, help="Seed that draws their cases; printed at the end of a run.")
+
+
+def pytest_configure(config):
+  if config.option.case_seed is None:
+    started_with = getattr(config, "workerinput", {})  # of xdist's workers, all of which draw the same cases
+    config.option.case_seed = started_with.get("case_seed", secrets.randbelow(1 << 31))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+  node.workerinput["case_seed"] = node.config.option.case_seed
+
+
+def pytest_terminal_summary(terminalreporter, config):
+  if not config.option.all_cases:
+    terminalreporter.write_line(f"cases of sampled tests were drawn by --case_seed={config.option.case_seed}")
+
+
 def pytest_collection_finish():
   """Takes the many objects of imported modules out of garbage collection, which tracing triggers often."""
   gc.freeze()
   gc.set_threshold(200_000, 10, 100)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+  if not config.option.all_cases and not any("[" in argument for argument in config.args):
+    drawn = sampling.draw(items, config.option.case_seed)
+    left_out = [item for item in items if item.get_closest_marker("sampled") and item.nodeid not in drawn]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
   for item in items:
     if item.path.stem in SLOW:
       item.add_marker(pytest.mark.slow)

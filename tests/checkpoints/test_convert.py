@@ -66,6 +66,7 @@ class TestLayouts:
     for path, leaf in expected.items():
       np.testing.assert_array_equal(np.asarray(leaf), tensors[path])
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("rename", [older_name, newer_name, lambda name: newer_name(older_name(name))])
   @pytest.mark.parametrize("sharded", [False, True])
   def test_hugging_face_names(self, clip, expected, tmp_path, rename, sharded):
@@ -107,6 +108,7 @@ class TestLayouts:
     target = convert_to(directory, tmp_path / "target", vision_tower=str(tmp_path / "elsewhere"))
     assert_same_trees(flat_params(target), expected)
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("name", ["clip_gqa_tied", "siglip", "dinov2"])
   def test_other_towers_and_tied_heads(self, checkpoints, tmp_path, name):
     directory = checkpoints(name).directory
@@ -141,6 +143,7 @@ class TestLayouts:
 
 
 class TestDtypesAndShardings:
+  @pytest.mark.sampled
   @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
   def test_stored_dtype_is_kept_and_cast_on_loading(self, clip, expected, tmp_path, dtype):
     def cast(tensors):

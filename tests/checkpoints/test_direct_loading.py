@@ -44,6 +44,7 @@ class TestNumbers:
     for path, leaf in found.items():
       np.testing.assert_array_equal(np.asarray(leaf), expected[path], err_msg=path)
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("name", KINDS)
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
   def test_a_converted_copy_gives_the_same(self, checkpoints, tmp_path, name, dtype):
@@ -51,6 +52,7 @@ class TestNumbers:
     target = convert_to(directory, tmp_path / "target")
     assert_same_trees(flat_params(directory, dtype), flat_params(target, dtype))
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("stored", [np.float16, ml_dtypes.bfloat16, np.float32])
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
   def test_stored_dtypes(self, clip, tmp_path, stored, dtype):

@@ -44,6 +44,7 @@ def quantize(weight):
 
 
 class TestStreaming:
+  @pytest.mark.sampled
   @pytest.mark.parametrize(("name", "dtype"), [("clip_mha", jnp.float32), ("clip_gqa_tied", jnp.bfloat16)])
   @pytest.mark.parametrize("axes", MESHES, ids=str)
   @pytest.mark.parametrize("is_converted", [False, True], ids=["direct", "converted"])
@@ -66,6 +67,7 @@ class TestStreaming:
     assert layer["self_attn"]["q_proj"]["weight"] and layer["mlp"]["down_proj"]["weight"] and kinds["lm_head"]["weight"]
     assert sum(jax.tree.leaves(kinds)) == 7 * tiny_checkpoints.LLAMA["num_hidden_layers"] + 1
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("is_converted", [False, True], ids=["direct", "converted"])
   def test_memory(self, clip, tmp_path, monkeypatch, is_converted):
     """At no time is more on the devices than the int8 model and one weight as it is stored."""
@@ -107,6 +109,7 @@ def target(checkpoints, cache, tmp_path_factory):
 
 
 class TestConverted:
+  @pytest.mark.sampled
   @pytest.mark.parametrize("name", ["clip_mha", "clip_gqa_tied"])
   @pytest.mark.parametrize("axes", MESHES, ids=str)
   def test_loads_as_what_it_was_made_from(self, checkpoints, target, name, axes):

@@ -105,6 +105,7 @@ def pickled(clip, tmp_path):
 
 
 class TestNumbers:
+  @pytest.mark.sampled
   @pytest.mark.parametrize("form", FORMS)
   def test_read_directly_on_a_mesh_and_converted(self, clip, expected, tmp_path, form):
     directory = as_pickled(clip, tmp_path / "source", form)
@@ -117,6 +118,7 @@ class TestNumbers:
     assert {path.name for path in target.iterdir()} == copied | {"himap_jax.json", "params"}
     assert not (directory / "ran").exists()
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
   @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
   def test_stored_dtypes(self, clip, tmp_path, stored, dtype):
@@ -128,6 +130,7 @@ class TestNumbers:
     target = convert_to(directory, tmp_path / "target", allow_pickle=True)
     assert json.loads((target / "himap_jax.json").read_text())["dtypes"] == [name]
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
   def test_strides_and_shared_storages(self, clip, tmp_path, stored):
     """Transposed, reversed by a stride, a part of a larger storage, a Parameter, and two names of one tensor."""

@@ -122,6 +122,7 @@ def test_what_fits_beside_slots():
   assert own.fits_beside_slots(Memory(110, 250, 40)) and not own.fits_beside_slots(Memory(110, 251, 40))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("data", [1, 2])
 def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, monkeypatch):
   """And answers as one with given sizes; the programs that were asked about are those that run."""

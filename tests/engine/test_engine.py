@@ -54,6 +54,7 @@ def answers(engine, batches):
   return found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   ("setting", "data"), [(("none", None, None), 1), (("himap", (2, 3), (8, 3)), 2)], ids=["none", "himap"]
 )

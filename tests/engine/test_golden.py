@@ -55,6 +55,7 @@ def in_reverse(model, images):
   return batch.replace(tokens=np.where(batch.layout.kind == PADDING, 9, batch.tokens))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES)
 def test_answers_are_those_recorded(case, loaded, images):
   method, *sampled = case.split("/")

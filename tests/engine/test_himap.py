@@ -40,6 +40,7 @@ def assert_close(actual, expected, share):
   np.testing.assert_allclose(actual, expected, atol=share * np.abs(expected).max(), rtol=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   "name, prune_layers, keep", [MHA, FIRST_TO_LAST, CONSECUTIVE, WINDOW_FROM_LAYER_3, QWEN3, GEMMA]
 )
@@ -89,6 +90,7 @@ def test_keeping_every_token_is_not_pruning(checkpoints, loaded, images):
   assert_close(pruned.logits, plain.logits, 1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name, prune_layers, keep", [TIED_GQA, ONE_KEY_HEAD])
 def test_decoding_is_rerunning_the_pruned_sequence(name, prune_layers, keep, checkpoints, loaded, images):
   tiny = checkpoints(name)

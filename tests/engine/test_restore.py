@@ -82,6 +82,7 @@ def assert_tokens(tiny, row, prune_layers, kept, gain, result, index):
       np.testing.assert_allclose(result.logits[index], found.logits[-1], atol=1e-4, rtol=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name, prune_layers, keep", [NEXT_TO_EACH_OTHER, WINDOW, HALF_ROTATED])
 def test_inside_the_decoder(name, prune_layers, keep, checkpoints, loaded, images):
   """Kept sets too: later stages read calibrated attention."""
@@ -96,6 +97,7 @@ def test_inside_the_decoder(name, prune_layers, keep, checkpoints, loaded, image
     assert_tokens(tiny, row, prune_layers, expected.kept, gain, result, index)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   "name, method, prune_layers, keep",
   [

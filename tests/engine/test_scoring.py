@@ -14,6 +14,7 @@ NUM_SLOTS = 128
 GREEDY = 5  # tokens of the greedy answer that are one continuation
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "layers", "keep"), [("clip_mha", (), ()), ("mistral", (2, 4), (8, 4))])
 def test_scores_are_the_reference_s(checkpoints, loaded, images, name, layers, keep):
   """Of one, two and three continuations, one of them the greedy answer."""

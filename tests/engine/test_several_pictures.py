@@ -115,6 +115,7 @@ def test_rows_padded_to_more_image_tokens(loaded, pictures):
     np.testing.assert_allclose(result.logits[row], alone.first_logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", ["sparsevlm", "divprune", "cdpruner"])
 def test_methods_on_rows_padded_to_more_image_tokens(method, loaded, pictures):
   """Their prefill; decoding is the same after all methods."""
@@ -139,6 +140,7 @@ def test_other_methods_have_batches_of_equal_rows(loaded):
     assert not schedule.is_ranking
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", ["divprune", "shortv"])
 def test_rows_without_pictures(method, checkpoints, loaded):
   tiny, model = checkpoints(NAME), loaded(NAME)

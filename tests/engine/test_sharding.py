@@ -102,14 +102,17 @@ def exchanged(program, method, sizes):
 
 
 class TestCollectives:
+  @pytest.mark.sampled
   @pytest.mark.parametrize("method", [name for name in METHODS if name not in reference_himap.ABLATIONS])
   def test_rows_need_none(self, method):
     assert exchanged("prefill", method, (8, 1)) == []
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("method", ["none", "himap", "himap_adaptive"])
   def test_decoding_rows_needs_none(self, method):
     assert exchanged("decode", method, (8, 1)) == []
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("sizes", [(8, 1), (4, 2)])
   def test_rows_enter_slots_of_their_device(self, sizes):
     assert exchanged("enter", "himap", sizes) == []

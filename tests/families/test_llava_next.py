@@ -188,6 +188,7 @@ class TestPruning:
       assert (found.token_ids, found.kept) == (other.token_ids, other.kept)
       np.testing.assert_allclose(found.first_logits, other.first_logits, atol=TOLERANCE, rtol=0)
 
+  @pytest.mark.sampled
   @pytest.mark.parametrize("method", ["prumerge", "visionzip", "vispruner", "fastervlm", "fsr", "visiontrim"])
   def test_newlines_have_no_feature(self, loaded, embedded, method):
     """Methods that read features keep newlines last, and never replace one by a projection."""

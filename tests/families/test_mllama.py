@@ -173,6 +173,7 @@ def answers_of(loaded, pictures, rows, method, layers, shares):
 
 
 class TestPruning:
+  @pytest.mark.sampled
   @pytest.mark.parametrize(
     ("method", "layers", "shares", "rows"),
     [

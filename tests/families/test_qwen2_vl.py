@@ -133,6 +133,7 @@ def test_features_and_logits_at_every_position(tiny, loaded, rows, encoded):
         np.testing.assert_allclose(features[row, : len(expected)], expected, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.sampled
 def test_himap_is_the_slow_one(tiny, loaded, rows, encoded):
   """Rows of no, two and three pictures in one call, each as alone; without pictures nothing is pruned."""
   assert loaded.eos_token_ids == (2, 0)
@@ -148,6 +149,7 @@ def test_himap_is_the_slow_one(tiny, loaded, rows, encoded):
         np.testing.assert_allclose(answer.first_logits, logits, atol=TOLERANCE, rtol=0)
 
 
+@pytest.mark.sampled
 def test_before_the_decoder_positions_stay(tiny, loaded, rows, encoded):
   """A stage before layer 0 keeps the positions of the tokens along all axes; in Qwen3-VL, with RESTORE."""
   restore = bool(loaded.config.vision.deepstack_layers)

@@ -183,6 +183,7 @@ def test_logits_at_every_position(tiny, loaded, rows):
 
 @pytest.mark.parametrize("tiny", ["internvl", "idefics3"], indirect=True, scope="module")
 class TestHimap:
+  @pytest.mark.sampled
   def test_rows_of_no_and_three_pictures_are_the_reference_s(self, tiny, loaded, rows, answers):
     for own, question, found in zip(rows[::2], QUESTIONS[::2], answers, strict=True):
       example = loaded.prompts().prepare(own, question)
@@ -207,6 +208,7 @@ class TestHimap:
       np.testing.assert_allclose(found.first_logits, prompt.logits[-1], atol=TOLERANCE, rtol=0)
       assert found.token_ids == tokens
 
+  @pytest.mark.sampled
   def test_a_row_alone_on_a_mesh_is_as_with_others_on_one_device(self, tiny, rows, answers, tmp_path):
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)
     spread = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(data=4, tensor=2))

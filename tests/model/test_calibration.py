@@ -33,6 +33,7 @@ AXES = {  # rotated features, RopeConfig, axis of every frequency
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("rotary_dim", "config", "axis"), AXES.values(), ids=AXES)
 @pytest.mark.parametrize("is_first", [False, True])
 def test_is_the_slow_one(rotary_dim, config, axis, is_first):

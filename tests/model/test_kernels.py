@@ -51,6 +51,7 @@ def random_mask(queries, keys):
   return seen | np.eye(queries, keys, keys - queries, dtype=bool)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("attend", [xla.attention, cpu.attention])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("masked", [False, True])
@@ -141,6 +142,7 @@ SPLASH = {  # query and key heads, head dim, query slots, whether causal, in seg
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 4, "tensor": 2}], ids=["rows", "rows and heads"])
 @pytest.mark.parametrize(
   ("heads", "head_dim", "queries", "is_causal", "in_segments", "masked"), SPLASH.values(), ids=SPLASH
@@ -239,6 +241,7 @@ def test_every_platform_has_one(platform, capability, expected, monkeypatch):
     assert own is mesh and spec_of(4, 2) == "spec"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("int8", [False, True], ids=["plain", "int8"])

@@ -9,6 +9,7 @@ from himap_jax.model.kernels import cpu, xla
 from himap_jax.model.linear import matmul
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("in_features", "out_features"), [(24, 8), (8, 24), (8, 8)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("kernels", [xla.KERNELS, cpu.KERNELS], ids=["xla", "cpu"])

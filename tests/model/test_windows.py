@@ -25,6 +25,7 @@ def test_windows_count_in_order():
   np.testing.assert_array_equal(cache.visible(order, order[:, 3] + 1, 5)[0, 0, 0], [False, False, True, True, False])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   ("name", "length", "masked"),
   [

@@ -58,6 +58,7 @@ def assert_same_row(ours, row, theirs):
   assert [stage[row] for stage in ours.kept] == [stage[row] for stage in theirs.kept]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("threshold, rung", [(1e-6, 0), (1.0, 2)])
 def test_all_rows_on_one_rung_are_its_schedule(subject, threshold, rung):
   _, _, inputs, model, fixed = subject

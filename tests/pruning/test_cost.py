@@ -144,6 +144,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   "method", [*(name for name in METHODS if name not in reference_himap.ABLATIONS), "divprune+himap"]
 )
@@ -153,6 +154,7 @@ def test_prefill_is_what_xla_counts(method):
   assert costs(model_sizes(SHALLOW, PICTURE), schedule, N, 60).prefill == pytest.approx(counted, rel=0.005)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   "name, side, size, tolerance",
   [

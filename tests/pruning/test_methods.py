@@ -204,6 +204,7 @@ def test_order_is_that_in_which_the_slow_version_would_keep_more(name, stage, ro
       assert kept[order < count].tolist() == slow(sequence, count)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name, stage", STAGES)
 @pytest.mark.parametrize("keep", [1, 33, N])
 def test_selection_keeps_exactly_the_count_in_order(name, stage, keep, row_arrays, keys):
@@ -273,6 +274,7 @@ def test_rows_of_two_runs_and_other_counts_choose_as_they_do_alone(name, stage, 
   assert_row(selection, index, SLOW[name][stage](row_of(row_arrays, index, RUNS[index], RUN_LENGTHS[index]), keep))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name, stage", STAGES)
 @pytest.mark.parametrize("keep", [1, 13, 30, N])
 def test_tokens_that_a_row_lacks_are_kept_last(name, stage, keep, row_arrays, keys):

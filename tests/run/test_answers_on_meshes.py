@@ -43,6 +43,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("name", "sizes", "batch_size"), CASES)
 def test_answers_are_those_of_one_device(answers, name, sizes, batch_size):
   for actual, expected in zip(answers(name, sizes, batch_size), answers(name, (1, 1), 5), strict=True):

@@ -99,6 +99,7 @@ def test_budget_of_frozen_layers(num_layers):
     scaled("shortv", 64, shape, ranking=ranking[:3])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("method", [name for name in PRUNING if methods.METHODS[name].prune_layers == (0,)])
 def test_methods_take_the_extreme_counts(loaded, prompt, method):
   budgets = (1, 2, N - 1, N)

@@ -34,6 +34,7 @@ def by_cross_attention(images, tmp_path):
   return model, batcher.pack(examples, bucket=batcher.buckets[0], batch_size=2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   ("rows", "method", "layers", "keep"),
   [

@@ -46,6 +46,7 @@ def expected(prefill):
   return prefill("gather")[0]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SAME)
 def test_gives_the_library_s_logits(name, prefill, expected):
   logits, recorder = prefill(name)
@@ -65,6 +66,7 @@ def test_dynamic_counts_cover_the_scores(prefill, expected, monkeypatch):
   assert layouts == sorted(layouts, reverse=True) and all(count % 4 == 0 for count in layouts)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.can_be_abstract])
 def test_compiles_from_shapes_alone(name, loaded):
   config = loaded("clip_mha").config

@@ -149,6 +149,7 @@ def packer_of(tiny, question_slots):
 answer_logits = jax.jit(adapter.answer_logits)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["clip_mha", "cross"])
 def test_packed_answers_are_predicted_as_one_by_one(load, samples, name):
   tiny = load(name)
@@ -180,6 +181,7 @@ def test_packed_answers_are_predicted_as_one_by_one(load, samples, name):
   assert int(batch.answer_valid.sum()) == sum(len(answer) + 1 for sample in samples for _, answer in sample.questions)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ["clip_mha", "cross"])
 def test_updates_are_those_of_merged_weights(load, samples, name):
   tiny = load(name)
@@ -222,6 +224,6 @@ def test_gradients_of_pytorch_and_jax_are_equal(loaded, checkpoints, samples, mo
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
   np.testing.assert_allclose(right, expected_right, rtol=1e-6)
   size = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * size), grads, expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-5 * size), grads, expected)
   again = in_torch(own, batch)[2]
   jax.tree.map(np.testing.assert_array_equal, again, grads)

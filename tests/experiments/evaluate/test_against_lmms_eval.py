@@ -198,6 +198,7 @@ OTHER_QUESTIONS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", YAML)
 def test_questions(name, theirs):
   same = OTHER_QUESTIONS.get(name, str)

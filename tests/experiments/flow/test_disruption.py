@@ -69,6 +69,7 @@ def in_torch(tiny, row, block, active, how, monkeypatch):
     return tiny.model.lm_head(decoder.norm(hidden))[-1].numpy()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", ["mask", "zero"])
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("active", [[0, 0, 1, 0], [0, 0, 1, 1], [1, 1, 1, 1]])
@@ -81,6 +82,7 @@ def test_against_transformers_layers(subject, block, how, active, monkeypatch):
     assert np.abs(theirs - subject.plain[number]).max() > 1e-3
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("block", BLOCKS)
 def test_one_question_s_own_mean_changes_nothing(subject, block):
   result = subject.logits(Intervention(block, "block", "mean"), np.ones(NUM_LAYERS, bool), subject.flows)

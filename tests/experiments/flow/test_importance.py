@@ -60,6 +60,7 @@ def test_manipulated_scores(run, own):
   assert (shuffled != first).any() and all(len(set(row)) == KEEP[0] for row in shuffled.tolist())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("chosen_by_partner", [True, False])
 def test_a_partner_like_oneself_changes_nothing(run, own, chosen_by_partner):
   schedule = importance.with_partner_contents(own, chosen_by_partner=chosen_by_partner)

@@ -78,6 +78,7 @@ def test_lengths_of_a_job():
   assert kinds == [100, 100, 100] and lengths != tuple(sorted(lengths))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", SIDES)
 def test_a_side_gives_every_figure(name, weights):
   ran = side.make(name, TINY, weights)
