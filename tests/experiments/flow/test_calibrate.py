@@ -138,6 +138,12 @@ def test_a_calibration(tiny_subject, tmp_path, monkeypatch):
   expected = {"agreement": 0.5, "agreement_low": 0.2, "agreement_high": 0.7}
   content = calibrate.describe(chosen, expected, found, "tiny")
   assert content["prune_layers"] == list(chosen.proposal.prune_layers) and content["keep"] == list(chosen.proposal.keep)
+
+  def drawn(own, schedules, *_, **__):
+    """In place of answers of the model, which were tried above."""
+    return {name: {q.id: "yes" if number % 2 else q.id for q in own.questions} for number, name in enumerate(schedules)}
+
+  monkeypatch.setattr(type(subject), "answers", drawn)
   for name, value in (("PAPER", ((1, 3), (8, 2))), ("GRID_FIRST", (1,)), ("GRID_SECOND", (0.75,))):
     monkeypatch.setattr(calibrate, name, value)
   compared = calibrate.compare(Trials(subject, tmp_path / "heldout", 3), chosen, found, 0.6)
