@@ -29,9 +29,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["himap_jax", "checkpoints_convert"], "beartype.beartype")  # annotations hold, shapes included
 
+import cases
 import jax
 import pytest
-import sampling
 import tiny_checkpoints
 import torch
 
@@ -83,7 +83,7 @@ def pytest_collection_finish():
 
 def pytest_collection_modifyitems(config, items):
   if not config.option.all_cases and not any("[" in argument for argument in config.args):
-    drawn = sampling.draw(items, config.option.case_seed)
+    drawn = cases.draw(items, config.option.case_seed)
     left_out = [item for item in items if item.get_closest_marker("sampled") and item.nodeid not in drawn]
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=left_out)

@@ -12,12 +12,12 @@ SHARE = 3
 
 def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
   """Ids of the cases to run: of every test marked `sampled` one in three of its cases, at least one."""
-  cases = collections.defaultdict(list)
+  by_test = collections.defaultdict(list)
   for item in items:
     if item.get_closest_marker("sampled"):
-      cases[item.nodeid.partition("[")[0]].append(item.nodeid)
+      by_test[item.nodeid.partition("[")[0]].append(item.nodeid)
   return {
     case
-    for test, of_test in cases.items()
+    for test, of_test in by_test.items()
     for case in random.Random(f"{seed} {test}").sample(of_test, math.ceil(len(of_test) / SHARE))
   }
