@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax import GenerationConfig
-from himap_jax.engine import capacity, sharding
+from himap_jax.engine import capacity, compiled, sharding
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.capacity import PROGRAMS, BatchSizes, Capacity, Memory, most_that_fit, needed
 from himap_jax.engine.engine import Batch
@@ -157,7 +157,11 @@ def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, m
 
 
 def test_a_batch_with_more_rows_than_there_are_slots_gets_others(loaded, images, monkeypatch):
+  """And the compiler, which takes tens of milliseconds to tell a program's memory, is asked once for each."""
   monkeypatch.setattr(capacity, "free_memory", lambda mesh: 1)
+  compiled._compiled.cache_clear()
+  asked, memory_of = [], Memory.of
+  monkeypatch.setattr(Memory, "of", lambda program: asked.append(program) or memory_of(program))
   model = loaded("clip_mha")
   processor = model.prompts()
   examples = [processor.prepare([image], "what is it?") for image in images]
@@ -172,7 +176,8 @@ def test_a_batch_with_more_rows_than_there_are_slots_gets_others(loaded, images,
     )
     for own in groups
   ]
-  found = {row.request.tag: row.tokens for turn in engine.answer(batches) for row in turn}
+  found = {row.request.tag: row.tokens for turn in engine.answer([*batches, *batches[1:]]) for row in turn}
+  assert len(asked) == len({id(program) for program in asked}) > 2
   alone = model.engine(model.schedule("none"), GenerationConfig(3, ignore_eos=True), BatchSizes(1, 1))
   for index, example in enumerate(examples):
     inputs = batcher.pack([example], bucket=bucket, batch_size=1)
