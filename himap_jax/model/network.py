@@ -20,7 +20,7 @@ from himap_jax.model.connectors import CONNECTORS
 from himap_jax.model.cross_attention import CrossDecoder
 from himap_jax.model.decoder import Decoder
 from himap_jax.model.kernels import Kernels, xla
-from himap_jax.model.linear import Embedding, cast
+from himap_jax.model.linear import INIT_NORMAL, Embedding, cast
 from himap_jax.model.towers import abstract_images, vision_tower
 from himap_jax.model.towers.common import TowerOutput
 
@@ -93,7 +93,7 @@ class Network(nn.Module):
     ]
     self.language_model = (CrossDecoder if text.cross_attention_layers else Decoder)(text, self.kernels)
     if config.has_newline:
-      self.image_newline = self.param("image_newline", nn.initializers.normal(0.02), (text.hidden_size,))
+      self.image_newline = self.param("image_newline", INIT_NORMAL, (text.hidden_size,))
     if not text.tie_word_embeddings:
       self.lm_head = Embedding(text.vocab_size, text.hidden_size, self.kernels, axes=("vocabulary", None))
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from himap_jax.model.config import ResamplerConfig
 from himap_jax.model.kernels import Kernels
-from himap_jax.model.linear import LayerNorm, Linear
+from himap_jax.model.linear import INIT_NORMAL, LayerNorm, Linear
 from himap_jax.model.towers.common import resize_positions
 
 
@@ -27,8 +27,8 @@ class Resampler(nn.Module):
     c, width, k = self.config, self.width, self.kernels
     batch, side = features.shape[0], round(features.shape[1] ** 0.5)
     x = LayerNorm(c.layer_norm_eps, name="ln_kv")(Linear(width, k, name="kv_proj")(features))
-    query = self.param("query", nn.initializers.normal(0.02), (c.num_queries, width)).astype(x.dtype)
-    positions = self.param("pos_embed", nn.initializers.normal(0.02), (c.num_queries, width)).astype(x.dtype)
+    query = self.param("query", INIT_NORMAL, (c.num_queries, width)).astype(x.dtype)
+    positions = self.param("pos_embed", INIT_NORMAL, (c.num_queries, width)).astype(x.dtype)
     query = LayerNorm(c.layer_norm_eps, name="ln_q")(query) + positions
     key = x + resize_positions(positions, side, side)[None]
     y = CrossAttention(c, width, k, name="attn")(jnp.broadcast_to(query, (batch, *query.shape)), key, x)

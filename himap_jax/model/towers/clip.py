@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from himap_jax.model.linear import Embedding, LayerNorm, Linear
+from himap_jax.model.linear import INIT_NORMAL, Embedding, LayerNorm, Linear
 from himap_jax.model.towers import common
 
 
@@ -47,6 +47,6 @@ class ClipEmbeddings(common.TowerModule):
     grid = positions[int(config.has_class_token) :]
     x = x + common.resize_positions(grid, pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)[None]
     if config.has_class_token:
-      class_token = self.param("class_embedding", nn.initializers.normal(0.02), (width,)).astype(x.dtype)
+      class_token = self.param("class_embedding", INIT_NORMAL, (width,)).astype(x.dtype)
       x = common.prepend(class_token + positions[0], x)
     return x

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from himap_jax.model.linear import LayerNorm, Linear
+from himap_jax.model.linear import INIT_NORMAL, LayerNorm, Linear
 from himap_jax.model.towers import common
 
 
@@ -72,7 +72,7 @@ class DinoEmbeddings(common.TowerModule):
     width, patch = self.config.hidden_size, self.config.patch_size
     x = DinoPatchEmbeddings(self.config, self.kernels, name="patch_embeddings")(pixel_values)
     num_positions = (self.config.image_size // patch) ** 2 + 1
-    positions = self.param("position_embeddings", nn.initializers.normal(0.02), (1, num_positions, width))[0]
-    class_token = self.param("cls_token", nn.initializers.normal(0.02), (1, 1, width))[0, 0]
+    positions = self.param("position_embeddings", INIT_NORMAL, (1, num_positions, width))[0]
+    class_token = self.param("cls_token", INIT_NORMAL, (1, 1, width))[0, 0]
     grid = common.resize_positions(positions[1:], pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
     return common.prepend((class_token + positions[0]).astype(x.dtype), x + grid[None].astype(x.dtype))

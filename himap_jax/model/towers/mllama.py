@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.inputs import Images
 from himap_jax.model.config import TilingConfig
-from himap_jax.model.linear import Embedding, LayerNorm, Linear
+from himap_jax.model.linear import INIT_NORMAL, Embedding, LayerNorm, Linear
 from himap_jax.model.towers import common
 from himap_jax.model.tracing import traced_once
 
@@ -36,7 +36,7 @@ class MllamaTower(common.TowerModule):
     x = common.PatchEmbedding(c.hidden_size, c.patch_size, use_bias=False, name="patch_embedding")(pixels)
     x = _by_picture(x, tiles)
     x = TileEmbedding(c, k, name="pre_tile_positional_embedding")(x, arrangement)
-    class_token = self.param("class_embedding", nn.initializers.normal(0.02), (c.hidden_size,)).astype(x.dtype)
+    class_token = self.param("class_embedding", INIT_NORMAL, (c.hidden_size,)).astype(x.dtype)
     x = _by_picture(common.prepend(class_token, x.reshape(-1, *x.shape[2:])), tiles)
     x = PositionEmbedding(c, k, name="gated_positional_embedding")(x, arrangement)
     x = LayerNorm(NORM_EPSILON, name="layernorm_pre")(x)
@@ -76,7 +76,7 @@ class PositionEmbedding(common.TowerModule):
   def __call__(self, x: Float[Array, "I t n D"], arrangement: Int[Array, "I"]) -> Float[Array, "I t n D"]:
     tiling, own = self.config.tiling, x.shape[1:]
     weight = gate(self, "gate", x)
-    position = self.param("embedding", nn.initializers.normal(0.02), own[1:]).astype(x.dtype)
+    position = self.param("embedding", INIT_NORMAL, own[1:]).astype(x.dtype)
     table = Embedding(len(tiling.arrangements) + 1, int(np.prod(own)), self.kernels, name="tile_embedding")
     x = x + (1 - weight) * position[None, None]
     return x + weight * table(arrangement).reshape(x.shape).astype(x.dtype)
