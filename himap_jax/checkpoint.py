@@ -94,12 +94,13 @@ class OpenCheckpoint:
     parameters: Mapping[str, float] | None = None,
     *,
     restore: bool = False,
+    keep_positions: bool = False,
   ) -> Schedule:
     """The schedule of a pruning method for this model, for prompts with any number of image tokens.
 
     Arguments and errors as in `pruning.methods.build_schedule` and `PruningConfig`.
     """
-    choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()), restore)
+    choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()), restore, keep_positions)
     return choice.schedule(**method_inputs(self.config))
 
   def digest(self) -> str:

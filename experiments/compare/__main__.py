@@ -34,7 +34,7 @@ DEFAULTS["prompt_buckets"] = list(map(str, DEFAULT_BUCKETS))
 def define_flags() -> None:
   form = "each as METHOD or METHOD@LAYERS with layers joined by /, such as himap,himap@1/4"
   known = f"Methods: {', '.join(methods.METHODS)}; or one before the decoder + one inside, as divprune+himap; with "
-  known += "RESTORE, as himap+restore or divprune+himap+restore."
+  known += "RESTORE, as himap+restore or divprune+himap+restore; with positions kept, as divprune+positions."
   flags.DEFINE_list("methods", ["random", "uniform", "himap"], f"Methods to run at every budget, {form}. {known}")
   budget = "Image tokens that enter a layer, averaged over layers; for shortv, those that a layer updates."
   flags.DEFINE_list("budgets", ["192", "128", "64"], budget)

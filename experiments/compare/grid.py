@@ -21,13 +21,13 @@ from himap_jax.run.command import keep_count
 
 REFERENCE = "none"
 _SETTING = re.compile(
-  r"(?P<method>[^@:]+?)(?P<restore>\+restore)?(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?"
+  r"(?P<method>[^@:]+?)(?P<option>\+restore|\+positions)?(@(?P<layers>\d+(/\d+)*))?(:(?P<keep>[\d.]+%?(/[\d.]+%?)*))?"
 )
 
 
 def method_names(method: str) -> list[str]:
-  """The names in a cell's method, without RESTORE and layers."""
-  return parse(method.partition("@")[0].removesuffix("+restore"))
+  """The names in a cell's method, without options and layers."""
+  return parse(method.partition("@")[0].removesuffix("+restore").removesuffix("+positions"))
 
 
 class Shape(NamedTuple):
@@ -100,8 +100,8 @@ def scale(keep: Sequence[int], layers: Sequence[int], budget: float, shape: Shap
 class Cell:
   """A method with a schedule, or a note on why its budget cannot be reached.
 
-  The method's name ends with `+restore` where that is used, and then with `@` and layers where they are not its own; the
-  label is unique and ends with the budget.
+  The method's name ends with `+restore` or `+positions` where that is used, and then with `@` and layers where they are
+  not its own; the label is unique and ends with the budget.
   """
 
   method: str
@@ -139,7 +139,8 @@ def make_cells(
 ) -> list[Cell]:
   """Methods such as `himap@1/4` at budgets, and settings such as `himap@2/8:288/72`; no pruning first.
 
-  `+restore` after a method's name is RESTORE: `divprune+restore`, `himap+restore@2/8:288/72`.
+  `+restore` after a method's name is RESTORE: `divprune+restore`, `himap+restore@2/8:288/72`; `+positions` keeps the
+  positions of tokens before the decoder.
 
   `ranking` is as in `schedule_for_budget`. Raises `UserError` as `check`, or for a budget above the image's tokens.
   """
@@ -161,7 +162,7 @@ def make_cells(
 
 
 def parse_setting(text: str) -> PruningConfig:
-  """A method, `method@layers` or `method@layers:keep`, with `+restore` after the method's name for RESTORE.
+  """A method, `method@layers` or `method@layers:keep`, with `+restore` or `+positions` after the method's name.
 
   Raises:
     UserError: for anything else.
@@ -176,7 +177,8 @@ def parse_setting(text: str) -> PruningConfig:
       method,
       layers and tuple(map(int, layers.split("/"))),
       keep and tuple(map(keep_count, keep.split("/"))),
-      restore=match["restore"] is not None,
+      restore=match["option"] == "+restore",
+      keep_positions=match["option"] == "+positions",
     )
   except ValueError as error:
     raise UserError(f"{text!r}: {error}") from error

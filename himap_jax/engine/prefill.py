@@ -104,7 +104,8 @@ def prefill(
       rank = None
       if has_images:
         scored = network.language_model.scored(projections, layout)
-        sequence, rank = prune(network, segment.stage, sequence, scored, context, restore=schedule.restore)
+        keep_positions = schedule.restore or schedule.keep_positions
+        sequence, rank = prune(network, segment.stage, sequence, scored, context, keep_positions=keep_positions)
       if schedule.restore:
         own = calibration(layout, sequence.layout, embedded.layout, segment.stage.layer)
         sequence = sequence._replace(layout=sequence.layout.replace(calibration=own))
@@ -139,12 +140,12 @@ def prune(
   projections: Projections | None,
   context: Context,
   *,
-  restore: bool = False,
+  keep_positions: bool = False,
 ) -> tuple[Sequence, Int[Array, "B M"] | None]:
   """Applies a stage to the sequence that enters its layer.
 
-  `projections` are those of the previous layer in which image tokens are read; None at layer 0. With `restore` (see
-  `Schedule`) positions and order keep their gaps at layer 0, too. The ranks are as in `PrefillState`.
+  `projections` are those of the previous layer in which image tokens are read; None at layer 0. With
+  `keep_positions` positions and order keep their gaps at layer 0, too. The ranks are as in `PrefillState`.
   """
   with jax.named_scope(f"prune_before_layer_{stage.layer}"):
     with jax.named_scope("score"):
@@ -154,7 +155,7 @@ def prune(
       pruned = apply(selection, sequence, None if tower is None else tower.is_newline)
       in_sequence = not network.config.text.cross_attention_layers
       # the decoder never sees the others: neither positions nor order have gaps
-      if stage.layer == 0 and in_sequence and not restore:
+      if stage.layer == 0 and in_sequence and not keep_positions:
         slot, layout = jnp.arange(pruned.layout.num_slots, dtype=jnp.int32)[None], pruned.layout
         positions, order = (jnp.where(layout.kind == PADDING, unused, slot) for unused in (0, UNUSED_ORDER))
         if pruned.positions.ndim > 2:  # places in the picture, which stay

@@ -25,6 +25,7 @@ class Settings:
   prune_layers: tuple[int, ...] | None = None
   keep: tuple[int | float, ...] | None = None
   restore: bool = False
+  keep_positions: bool = False
   dtype: str = "bfloat16"
   batch_size: int = 1
   max_new_tokens: int = 128
@@ -55,7 +56,8 @@ class Settings:
 
   @property
   def pruning(self) -> PruningConfig:
-    return PruningConfig(self.method, self.prune_layers, self.keep, restore=self.restore)
+    options = dict(restore=self.restore, keep_positions=self.keep_positions)
+    return PruningConfig(self.method, self.prune_layers, self.keep, **options)
 
 
 def _read(name: str, value: Any, default: Any) -> Any:

@@ -46,6 +46,7 @@ class Schedule:
     frozen_layers: layers that do not update image tokens, ascending.
     parameters: the methods' parameters by name; not part of a schedule's identity, since programs take them as inputs.
     restore: whether attention to the image tokens that are left is calibrated (RESTORE, arXiv 2606.01711).
+    keep_positions: whether tokens that are left before the decoder keep their positions, which RESTORE does anyway.
     tells_ranks: whether prefill also returns how the stages rank what they keep.
   """
 
@@ -53,6 +54,7 @@ class Schedule:
   frozen_layers: tuple[int, ...] = ()
   parameters: tuple[tuple[str, float], ...] = dataclasses.field(default=(), compare=False)
   restore: bool = False
+  keep_positions: bool = False
   tells_ranks: bool = False
 
   @property

@@ -12,7 +12,7 @@ TOPICS = {
     *("prompts", "split", "columns", "image_dir", "allow_urls", "prompt_template", "image_aspect_ratio"),
     *("max_image_tokens", "prompt_buckets", "batch_size", "prefill_batch_size"),
   ),
-  "Pruning": ("method", "prune_layers", "keep", "method_parameters", "restore", "schedule"),
+  "Pruning": ("method", "prune_layers", "keep", "method_parameters", "restore", "keep_positions", "schedule"),
   "Generation": ("max_new_tokens", "temperature", "top_p", "seed", "ignore_eos"),
   "Output": ("output", "emit", "pictures", "show", "resume", "strict", "profile_dir"),
   "Devices": ("mesh", "distributed", "coordinator", "num_processes", "process_id", "compilation_cache_dir"),

@@ -108,6 +108,7 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
     "keep": [stage.keep for stage in schedule.stages],
     "method_parameters": dict(schedule.parameters),
     "restore": schedule.restore,
+    "keep_positions": schedule.keep_positions,
     **dataclasses.asdict(config.generation),
     "prompt_template": config.inputs.prompt_template,
     "max_image_tokens": config.inputs.max_image_tokens,

@@ -145,4 +145,4 @@ def _pruning() -> PruningConfig:
     wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
     raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
   methods.parse(method)
-  return PruningConfig(method, layers, keep, chosen.parameters, chosen.restore)
+  return PruningConfig(method, layers, keep, chosen.parameters, chosen.restore, chosen.keep_positions)

@@ -9,7 +9,8 @@ from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 
-NAMES = ("method", "prune_layers", "keep", "method_parameters", "restore")
+NAMES = ("method", "prune_layers", "keep", "method_parameters", "restore", "keep_positions")
+SWITCHES = ("restore", "keep_positions")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -47,6 +48,12 @@ def define(values: flags.FlagValues) -> None:
     "removed (RESTORE). An option of every method that removes some.",
     flag_values=values,
   )
+  flags.DEFINE_bool(
+    "keep_positions",
+    False,
+    "Let image tokens that are left before the decoder keep their positions, in place of new ones without gaps.",
+    flag_values=values,
+  )
 
 
 def config(values: flags.FlagValues) -> PruningConfig:
@@ -57,7 +64,7 @@ def config(values: flags.FlagValues) -> PruningConfig:
     command.numbers(values["prune_layers"], int),
     command.numbers(values["keep"], command.keep_count),
     command.numbers(values["method_parameters"], command.named_number, "such as threshold:0.8") or (),
-    values["restore"].value,
+    *(values[name].value for name in SWITCHES),
   )
 
 
@@ -69,7 +76,7 @@ def parse(text: str) -> PruningConfig:
   """
   parts = text.split()
   for part in parts:
-    if part != "--restore" and not re.fullmatch(rf"--({'|'.join(NAMES)})=.+", part):
+    if part not in {f"--{name}" for name in SWITCHES} and not re.fullmatch(rf"--({'|'.join(NAMES)})=.+", part):
       raise UserError(f"{part[:100]!r} is none of {', '.join(f'--{name}=' for name in NAMES)}")
   values = flags.FlagValues()
   define(values)
@@ -86,4 +93,5 @@ def text(pruning: PruningConfig) -> str:
   parameters = [f"{name}:{value:.12g}" for name, value in pruning.parameters]
   lists = {"prune_layers": pruning.prune_layers, "keep": keep, "method_parameters": parameters}
   given = [f"--{name}={','.join(map(str, values))}" for name, values in lists.items() if values]
-  return " ".join([f"--method={pruning.method}", *given, *["--restore"] * pruning.restore])
+  switches = [f"--{name}" for name in SWITCHES if getattr(pruning, name)]
+  return " ".join([f"--method={pruning.method}", *given, *switches])

@@ -29,7 +29,7 @@ FLAG = (
   | LIST.map("--prune_layers={}".format)
   | LIST.map("--keep={}".format)
   | PARAMETERS.map(lambda own: f"--method_parameters={','.join(own)}")
-  | st.just("--restore")
+  | st.sampled_from(["--restore", "--keep_positions"])
   | mutations.TEXTS.map("--{}".format)
 )
 COUNTS = st.lists(st.integers(-1, 40) | mutations.VALUES, max_size=3) | mutations.VALUES

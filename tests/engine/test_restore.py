@@ -99,24 +99,28 @@ def test_inside_the_decoder(name, prune_layers, keep, checkpoints, loaded, image
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
-  "name, method, prune_layers, keep",
+  "name, method, prune_layers, keep, restore",
   [
-    ("mistral", "fastervlm", (0,), (7,)),
-    ("clip_mha", "fastervlm+himap", (0, 2, 4), (12, 8, 4)),
+    ("mistral", "fastervlm", (0,), (7,), True),
+    ("clip_mha", "fastervlm+himap", (0, 2, 4), (12, 8, 4), True),
+    ("mistral", "fastervlm", (0,), (7,), False),
+    ("clip_mha", "fastervlm+himap", (0, 2, 4), (12, 8, 4), False),
   ],
 )
-def test_before_the_decoder(name, method, prune_layers, keep, checkpoints, loaded, images):
-  """The tokens that are left keep their positions in the whole prompt."""
+def test_before_the_decoder(name, method, prune_layers, keep, restore, checkpoints, loaded, images):
+  """The tokens that are left keep their positions in the whole prompt; without RESTORE nothing else changes."""
   tiny = checkpoints(name)
   rows, model = tiny.rows(images), loaded(name, batch_size=4)
-  result = generate(model, rows, model.schedule(method, prune_layers, keep, restore=True))
+  options = {"restore": True} if restore else {"keep_positions": True}
+  result = generate(model, rows, model.schedule(method, prune_layers, keep, **options))
   plain = model.schedule(method, prune_layers, keep)
   batch, keys = tiny_checkpoints.pad_batch(rows, NUM_SLOTS), jax.random.split(jax.random.key(0), len(rows))
   first = jax.jit(lambda model, *own: prefill(model.bind(), *own, plain).kept[0])(model.model, batch, keys)
   assert result.kept[0] == first.tolist()
   for index, row in enumerate(rows):
     kept = tuple(tuple(stage[index]) for stage in result.kept)
-    assert_tokens(tiny, row, prune_layers, kept, gain_for(tiny, row, prune_layers, keep), result, index)
+    gain = gain_for(tiny, row, prune_layers, keep) if restore else None
+    assert_tokens(tiny, row, prune_layers, kept, gain, result, index)
 
 
 def test_attention_in_the_next_layer(checkpoints, loaded, rows):

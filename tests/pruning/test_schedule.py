@@ -164,6 +164,16 @@ def test_restore_needs_tokens_to_be_removed(method):
     PruningConfig(method, restore=True).schedule(32, 576)
 
 
+def test_positions_are_lost_before_the_decoder_alone():
+  with pytest.raises(UserError, match="method 'himap' keeps them"):
+    PruningConfig("himap", keep_positions=True).schedule(32, 576)
+  with pytest.raises(UserError, match="no positions to keep"):
+    PruningConfig("divprune", keep_positions=True).schedule(32, 576, {"features"}, (3, 8))
+  plain, own = (PruningConfig("divprune", keep_positions=kept).schedule(32) for kept in (False, True))
+  assert own.keep_positions and not plain.keep_positions and own != plain and own.stages == plain.stages
+  assert PruningConfig("divprune", restore=True, keep_positions=True).label == "divprune+positions+restore"
+
+
 def test_restore_is_a_part_of_a_schedule():
   plain, restored = (PruningConfig("himap", restore=restore).schedule(32) for restore in (False, True))
   assert restored.restore and not plain.restore

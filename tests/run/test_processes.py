@@ -14,7 +14,7 @@ NAME = running.NAME
 FLAGS = """
   checkpoint [no]allow_pickle prompts split columns image_dir output method prune_layers keep max_new_tokens
   temperature top_p seed [no]ignore_eos batch_size prompt_buckets prompt_template image_aspect_ratio dtype emit
-  [no]resume compilation_cache_dir [no]strict pictures profile_dir method_parameters schedule [no]restore
+  [no]resume compilation_cache_dir [no]strict pictures profile_dir method_parameters schedule [no]restore [no]keep_positions
   [no]int8_weights mesh [no]distributed coordinator num_processes process_id
 """.split()
 

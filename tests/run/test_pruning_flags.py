@@ -13,6 +13,7 @@ TEXTS = {
   "--method=fastv --keep=12.5%": PruningConfig("fastv", None, (0.125,)),
   "--method=none": PruningConfig("none"),
   "--method=fastv --keep=25% --restore": PruningConfig("fastv", None, (0.25,), restore=True),
+  "--method=divprune --keep=64 --keep_positions": PruningConfig("divprune", None, (64,), keep_positions=True),
   "--method=divprune+himap --prune_layers=0,2,8 --keep=300,288,72": PruningConfig(
     "divprune+himap", (0, 2, 8), (300, 288, 72)
   ),
@@ -38,6 +39,7 @@ def test_a_text_is_what_the_command_reads(text):
     ("--method=himap --schedule=x.json", "'--schedule=x.json' is none of"),
     ("--checkpoint=demo", "is none of"),
     ("himap", "'himap' is none of"),
+    ("restore", "'restore' is none of"),
     ("--method=magic", "unknown method 'magic'"),
     ("--keep=many", "--keep=many: not a list of numbers"),
     ("--restore=maybe", "maybe"),

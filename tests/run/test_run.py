@@ -92,6 +92,7 @@ class TestAnswers:
       ({"sampling": Sampling(0.5)}, "sampling was"),
       ({"image_aspect_ratio": "pad"}, "image_aspect_ratio was 'checkpoint', now 'pad'"),
       ({"restore": True}, "restore was False, now True"),
+      ({"method": "divprune", "prune_layers": (0,), "keep": (8,), "keep_positions": True}, "keep_positions was False"),
     ):
       with pytest.raises(UserError, match=f"output.jsonl: made with other settings .*{message}.*--noresume"):
         job.run(changed(config, **changes))

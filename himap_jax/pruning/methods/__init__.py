@@ -83,7 +83,7 @@ class PruningConfig:
   """A choice of pruning for any model: arguments of `build_schedule`, with parameters as pairs of name and value.
 
   Attributes:
-    restore: see `Schedule`.
+    restore, keep_positions: see `Schedule`.
   """
 
   method: str = "himap"
@@ -91,11 +91,12 @@ class PruningConfig:
   keep: tuple[int | float, ...] | None = None
   parameters: tuple[tuple[str, float], ...] = ()
   restore: bool = False
+  keep_positions: bool = False
 
   @property
   def label(self) -> str:
     """The method's name for people."""
-    return f"{self.method}+restore" if self.restore else self.method
+    return self.method + "+positions" * self.keep_positions + "+restore" * self.restore
 
   def schedule(
     self,
@@ -116,7 +117,9 @@ class PruningConfig:
       _check_cross_layers(self.method, schedule, cross_layers)
     if self.restore:
       _check_restore(self.method, schedule, cross_layers)
-    return dataclasses.replace(schedule, restore=self.restore)
+    if self.keep_positions:
+      _check_positions(self.method, schedule, cross_layers)
+    return dataclasses.replace(schedule, restore=self.restore, keep_positions=self.keep_positions)
 
 
 def _check_provided(method: str, provides: Collection[Need]) -> None:
@@ -197,6 +200,14 @@ def _check_restore(method: str, schedule: Schedule, cross_layers: tuple[int, ...
     )
   if not schedule.stages:
     raise UserError(f"RESTORE makes up for image tokens that were removed, and method {method!r} removes none")
+
+
+def _check_positions(method: str, schedule: Schedule, cross_layers: tuple[int, ...]) -> None:
+  """Raises `UserError` where image tokens have no positions that could be kept, or keep them anyway."""
+  if cross_layers:
+    raise UserError("image tokens have no positions to keep: this model's text reads them by cross-attention alone")
+  if not schedule.stages or schedule.stages[0].layer > 0:
+    raise UserError(f"positions change only where tokens are removed before the decoder; method {method!r} keeps them")
 
 
 def _shares(entries: list[Method], num_layers: int) -> tuple[float, ...]:

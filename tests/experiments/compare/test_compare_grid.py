@@ -165,6 +165,14 @@ def test_cells_with_restore():
   assert "removes none" in ranked.note
 
 
+def test_cells_that_keep_positions():
+  plain, own = make(names=["divprune", "divprune+positions"], budgets=[64])[1:]
+  assert own.schedule.keep_positions and not plain.schedule.keep_positions
+  assert own.schedule.stages == plain.schedule.stages and own.file_name != plain.file_name
+  assert "keeps them" in make(names=["himap+positions"], budgets=[64])[1].note
+  assert make(settings=["divprune+positions:64"])[1].schedule == own.schedule
+
+
 @pytest.mark.parametrize(
   "changes, message",
   [
