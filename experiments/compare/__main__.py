@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import question_sets
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes, controls
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, Pair, PromptSizes, controls, parse_pair
 from experiments.compare.grid import REFERENCE, Cell, Shape, check, make_cells
 from experiments.shared import study, tabular
 from experiments.shared.statistics import POWER, smallest_difference
@@ -41,6 +41,8 @@ def define_flags() -> None:
   form = "METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%"
   flags.DEFINE_list("settings", [], f"Further cells, each as {form}; omitted parts are the method's own.")
   ranking = "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
+  two = "Cells to compare with each other, each as LABEL~LABEL or LABEL~LABEL in TYPE/TYPE: divprune 64~random 64."
+  flags.DEFINE_list("pairs", [], two)
   flags.DEFINE_list("shortv_ranking", None, ranking)
   flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", 1)
   flags.DEFINE_integer("timing_batch_size", 1, "Questions in the timed batch.", 1)
@@ -58,8 +60,8 @@ def define_flags() -> None:
   flags.DEFINE_integer("num_strips", 4, "Number of these questions in strips.png.")
 
 
-def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
-  """Runs the missing cells; returns the comparison and the report's examples."""
+def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
+  """Runs the missing cells; returns the comparison, the report's examples, and the pairs to compare."""
   budgets, ranking = command.numbers(values["budgets"], float), command.numbers(values["shortv_ranking"], int)
   check(values.methods, budgets, values.settings)
   generation = GenerationConfig(values.max_new_tokens, seed=values.seed)
@@ -71,6 +73,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   opened, questions, num_image_tokens = subject.opened, subject.questions, subject.processor.num_image_tokens
   shape = Shape(num_image_tokens=num_image_tokens, **method_inputs(opened.config))
   cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
+  pairs = [parse_pair(text, cells, questions) for text in values.pairs]
   settings = {
     **{name: values[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")},
     **dataclasses.asdict(generation),
@@ -101,7 +104,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example]]:
   num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes
   sizes = PromptSizes(sizes, num_image_tokens, num_text_tokens, bytes_per_value, num_tiles)
   comparison = Comparison(questions, cells, answers, timings, sizes, repeats)
-  return comparison, report.collect(examples, shown, cells, subject)
+  return comparison, report.collect(examples, shown, cells, subject), pairs
 
 
 def power(num_questions: int, cells: Sequence[Cell], values: Any) -> str:
@@ -122,7 +125,7 @@ def power(num_questions: int, cells: Sequence[Cell], values: Any) -> str:
   return text
 
 
-def write(comparison: Comparison, examples: Sequence[report.Example], values: Any) -> str:
+def write(comparison: Comparison, examples: Sequence[report.Example], pairs: Sequence[Pair], values: Any) -> str:
   """Writes tables, plots and the report; returns the table to print."""
   rows, directory = comparison.rows(seed=values.seed), study.directory("output")
   columns, num_layers = tables.readable_columns(rows), comparison.sizes.model.num_layers
@@ -132,6 +135,7 @@ def write(comparison: Comparison, examples: Sequence[report.Example], values: An
     "findings.md": tables.findings(rows),
     "types.md": tables.by_group(rows, BY_TYPE),
     **({"sizes.md": tables.by_group(rows, BY_SIZE)} if tables.groups_of(rows, BY_SIZE) else {}),
+    **({"pairs.md": tables.pairs(comparison.pairs(pairs, seed=values.seed))} if pairs else {}),
     "report.html": report.render(columns, tables.readable_rows(rows), examples, title=title, num_layers=num_layers),
   }
   for name, text in texts.items():

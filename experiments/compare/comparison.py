@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jaxtyping import Float
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question, is_right, score
 from experiments.shared.statistics import accuracy_by_type, group_sums, holm, paired_p_values, resample, with_interval
+from himap_jax.errors import UserError
 from himap_jax.pruning.cost import Costs, ModelSizes, costs
 from himap_jax.pruning.schedule import Schedule
 
@@ -19,7 +21,36 @@ CONTROL = "random"
 BY_TYPE, BY_SIZE = "accuracy: ", "accuracy at size "
 SIZE_CLASSES = {"1": 1.25, "1.5": 1.75, "2": 2.5, "3": 3.5, "4": 6.0, "above 6": np.inf}  # and their upper bounds
 
+_PAIR = re.compile(r"\s*(?P<label>.+?)\s*~\s*(?P<other>.+?)\s*( in (?P<types>.+))?")
+
 Row = dict[str, Any]
+
+
+class Pair(NamedTuple):
+  """Two cells that are compared with each other, on questions of some types or, without types, on all."""
+
+  label: str
+  other: str
+  types: tuple[str, ...] = ()
+
+
+def parse_pair(text: str, cells: Sequence[Cell], questions: Sequence[Question]) -> Pair:
+  """Reads `LABEL~LABEL` or `LABEL~LABEL in TYPE/TYPE`; raises `UserError` for anything that is not there."""
+  match = _PAIR.fullmatch(text)
+  if not match:
+    raise UserError(
+      f"--pairs: {text!r} is not two cells, such as divprune 64~random 64, or divprune 64~random 64 in TYPE"
+    )
+  pair = Pair(match["label"], match["other"], tuple((match["types"] or "").split("/")) if match["types"] else ())
+  run = [cell.label for cell in cells if cell.schedule is not None]
+  for label in pair[:2]:
+    if label not in run:
+      raise UserError(f"--pairs: no cell {label!r}; there are: {', '.join(run)}")
+  known = sorted({question.type for question in questions})
+  for type in pair.types:
+    if type not in known:
+      raise UserError(f"--pairs: no questions of type {type!r}; there are: {', '.join(known)}")
+  return pair
 
 
 class PromptSizes(NamedTuple):
@@ -127,6 +158,26 @@ class Comparison:
       for label, p_value, mean_square in zip(held, corrected.tolist(), mean_squares.tolist(), strict=True):
         figures[label] |= {"beyond_random_p": p_value, "mean_square": mean_square}
     return figures
+
+  def pairs(self, pairs: Sequence[Pair], *, seed: int) -> list[Row]:
+    """The differences of pairs of cells; p-values of sign-flip tests over pictures are corrected for all pairs (Holm)."""
+    given = {label: self._given(self.answers[label]) for pair in pairs for label in pair[:2]}
+    right = dict(zip(given, self._right(given), strict=True))
+    rows, by_picture, pictures = [], [], [question.image for question in self.questions]
+    for pair in pairs:
+      is_asked = np.array([not pair.types or question.type in pair.types for question in self.questions])
+      values = np.stack([right[pair.label], right[pair.other]])
+      groups = [picture for picture, asked in zip(pictures, is_asked, strict=True) if asked]
+      resampled, (own, other) = (
+        resample(values[:, is_asked], groups=groups, seed=seed),
+        values[:, is_asked].mean(axis=1),
+      )
+      row = {"cell": pair.label, "other": pair.other, "types": "/".join(pair.types), "questions": int(is_asked.sum())}
+      row |= {"accuracy": own, "its_accuracy": other}
+      rows.append(row | with_interval("difference", own - other, resampled[:, 0] - resampled[:, 1]))
+      by_picture.append(group_sums((values[:1] - values[1:]) * is_asked, pictures)[0])
+    corrected = holm(paired_p_values(np.stack(by_picture), seed=seed)) if rows else ()
+    return [row | {"p": float(p)} for row, p in zip(rows, corrected, strict=True)]
 
   def _given(self, rows: Mapping[str, Mapping[str, Any]]) -> list[str | None]:
     return [rows[question.id]["answer"] for question in self.questions]

@@ -112,6 +112,28 @@ def by_group(rows: Sequence[Row], prefix: str) -> str:
   return "\n".join(tabular.markdown(["budget", "", *groups_of(rows, prefix)], means)) + "\n"
 
 
+def pairs(rows: Sequence[Row]) -> str:
+  """Pairs of cells, as `Comparison.pairs` compares them."""
+  heads = ["cell", "other cell", "questions", "accuracy", "of the other", "difference", "95% interval", "p, corrected"]
+  table = []
+  for row in rows:
+    low, high = (f"{100 * row[f'difference_{end}']:+.1f}" for end in ("low", "high"))
+    asked = f"{row['questions']} ({row['types'].replace('/', ', ')})" if row["types"] else str(row["questions"])
+    shares = [f"{row[name]:.1%}" for name in ("accuracy", "its_accuracy")]
+    table.append(
+      [
+        row["cell"],
+        row["other"],
+        asked,
+        *shares,
+        f"{100 * row['difference']:+.1f}",
+        f"{low} to {high}",
+        f"{row['p']:.3f}",
+      ]
+    )
+  return "\n".join(tabular.markdown(heads, table)) + "\n"
+
+
 def findings(rows: Sequence[Row]) -> str:
   """At every budget: the methods above random tokens and below them, at 5% together (Holm), and all others."""
   held = [row for row in rows if "beyond_random_p" in row]

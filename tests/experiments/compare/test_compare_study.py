@@ -80,8 +80,8 @@ def arguments_of(config, **changes):
 def run(config, **changes):
   """Runs the command in this process; returns the rows of its table."""
   with flags_of(*arguments_of(config, **changes)) as values:
-    comparison, examples = command.compare(values)
-    command.write(comparison, examples, values)
+    comparison, *others = command.compare(values)
+    command.write(comparison, *others, values)
     return comparison.rows(seed=values.seed)
 
 
@@ -112,6 +112,7 @@ def config(loaded, images, tmp_path_factory):
     output=folder / "output",
     methods="himap@2/3,fastervlm",
     budgets="10,8",
+    pairs="fastervlm 8~none in why",
     num_questions=9,
     max_new_tokens=3,
     prompt_template=inputs.prompt_template,
@@ -396,6 +397,7 @@ def test_a_budget_that_cannot_be_reached_is_a_row(config, rows):
 
 
 def test_outputs(config, rows):
+  assert "| fastervlm 8 | none | 4 (why) |" in (config.output / "pairs.md").read_text()
   with open(config.output / "table.csv", encoding="utf-8") as file:
     written = list(csv.DictReader(file))
   for row, expected in zip(written, rows.values(), strict=True):
