@@ -1,6 +1,6 @@
 """Compares pruning methods at equal numbers of image tokens.
 
-    python -m experiments.compare --flagfile=experiments/flags/compare_demo.flags
+    python -m experiments.compare --flagfile=experiments/flags/compare_scenes.flags
 
 Answers a question set with every cell of a grid (methods × budgets, and explicit settings) and measures accuracy, costs
 and time relative to no pruning. Repeating an interrupted command resumes it.

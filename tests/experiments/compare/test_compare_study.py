@@ -435,8 +435,8 @@ def test_flags():
   with flags_of(*needed) as values:
     defaults = values.question_set, values.num_questions, values.batch_size, values.prompt_buckets
     assert defaults == ("easyvqa", None, 8, ["64", "128", "256", "512", "1024", "2048"])
-  with flags_of(f"--flagfile={ROOT / 'experiments/flags/compare_demo.flags'}") as values:
-    assert (values.question_set, values.num_questions, values.prompt_buckets) == ("scenes", 200, ["64"])
+  with flags_of(f"--flagfile={ROOT / 'experiments/flags/compare_scenes.flags'}") as values:
+    assert (values.question_set, values.num_questions, values.prompt_buckets) == ("scenes", 1438, ["64"])
 
 
 def test_examples_take_types_in_turns():
