@@ -111,6 +111,7 @@ def first(count, rows):
   return {i: row for i, row in rows.items() if i < count}
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
   ("count", "arguments"),
   [(FEW, ("--mesh=data:2,tensor:4", "--batch_size=3", "--prompt_buckets=40")), (COUNT, ("--batch_size=5",))],
