@@ -13,8 +13,11 @@ import signal
 import sys
 import tempfile
 import time
+from multiprocessing import forkserver
+from unittest import mock
 
 ROOT = pathlib.Path(__file__).parent.parent
+WITHOUT_TORCH = str(pathlib.Path(__file__).parent / "without_torch")
 IMPORTED = ("himap_jax.run.answering", "matplotlib.pyplot", "transformers.models.auto.processing_auto")
 
 
@@ -90,6 +93,8 @@ def _directory():
 def _server():
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(list(IMPORTED))
+  with mock.patch.dict(os.environ, PYTHONPATH=WITHOUT_TORCH):  # whatever the test has set that starts it
+    forkserver.ensure_running()
   return context
 
 

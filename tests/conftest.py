@@ -3,7 +3,6 @@
 import functools
 import gc
 import os
-import pathlib
 import secrets
 import sys
 
@@ -20,7 +19,7 @@ os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # operations are named by 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["PYTHONPATH"] = str(pathlib.Path(__file__).parent / "without_torch")  # for the commands that tests start
+os.environ["PYTHONPATH"] = commands.WITHOUT_TORCH  # for the commands that tests start
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # many processes import the same modules
 sys.dont_write_bytecode = False
 commands.allow_torch()  # to a worker of the tests themselves
