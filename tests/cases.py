@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import pytest
 
-SHARE = 3
+ONE_IN = 3
 
 
 def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
@@ -19,5 +19,5 @@ def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
   return {
     case
     for test, of_test in by_test.items()
-    for case in random.Random(f"{seed} {test}").sample(of_test, math.ceil(len(of_test) / SHARE))
+    for case in random.Random(f"{seed} {test}").sample(of_test, math.ceil(len(of_test) / ONE_IN))
   }

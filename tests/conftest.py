@@ -81,10 +81,12 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-  if not config.option.all_cases and not any("[" in argument for argument in config.args):
-    drawn = cases.draw(items, config.option.case_seed)
-    left_out = [item for item in items if item.get_closest_marker("sampled") and item.nodeid not in drawn]
-    items[:] = [item for item in items if item not in left_out]
+  if not config.option.all_cases and not any("[" in argument for argument in config.args):  # which names a case
+    drawn, left_out, kept = cases.draw(items, config.option.case_seed), [], []
+    for item in items:
+      is_left_out = item.get_closest_marker("sampled") is not None and item.nodeid not in drawn
+      (left_out if is_left_out else kept).append(item)
+    items[:] = kept
     config.hook.pytest_deselected(items=left_out)
   for item in items:
     if item.path.stem in SLOW:

@@ -11,18 +11,8 @@ CHOSEN = "(greedy and siglip) or (rerunning and clip_gqa) or does_not_matter or 
 
 
 def test_parity_int8_and_decoding_with_optimizations():
-  command = [
-    sys.executable,
-    "-m",
-    "pytest",
-    "-p",
-    "no:cacheprovider",
-    "-p",
-    "no:xdist",
-    "-o",
-    "addopts=-q",
-    "--all_cases",
-  ]
+  options = "-p no:cacheprovider -p no:xdist -o addopts=-q --all_cases".split()
+  command = [sys.executable, "-m", "pytest", *options]
   result = subprocess.run(
     [*command, "-k", CHOSEN, *TESTS],
     cwd=ROOT,

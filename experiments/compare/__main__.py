@@ -40,9 +40,9 @@ def define_flags() -> None:
   flags.DEFINE_list("budgets", ["192", "128", "64"], budget)
   form = "METHOD, METHOD@LAYERS or METHOD@LAYERS:KEEP, such as himap@2/8:288/72 or fastv:25%"
   flags.DEFINE_list("settings", [], f"Further cells, each as {form}; omitted parts are the method's own.")
-  ranking = "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
   two = "Cells to compare with each other, each as LABEL~LABEL or LABEL~LABEL in TYPE/TYPE: divprune 64~random 64."
   flags.DEFINE_list("pairs", [], two)
+  ranking = "Layers from least to most useful, for shortv's budgets; see experiments.flow.rank_layers."
   flags.DEFINE_list("shortv_ranking", None, ranking)
   flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", 1)
   flags.DEFINE_integer("timing_batch_size", 1, "Questions in the timed batch.", 1)

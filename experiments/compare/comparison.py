@@ -41,7 +41,7 @@ def parse_pair(text: str, cells: Sequence[Cell], questions: Sequence[Question]) 
     raise UserError(
       f"--pairs: {text!r} is not two cells, such as divprune 64~random 64, or divprune 64~random 64 in TYPE"
     )
-  pair = Pair(match["label"], match["other"], tuple((match["types"] or "").split("/")) if match["types"] else ())
+  pair = Pair(match["label"], match["other"], tuple(match["types"].split("/")) if match["types"] else ())
   run = [cell.label for cell in cells if cell.schedule is not None]
   for label in pair[:2]:
     if label not in run:
@@ -168,10 +168,8 @@ class Comparison:
       is_asked = np.array([not pair.types or question.type in pair.types for question in self.questions])
       values = np.stack([right[pair.label], right[pair.other]])
       groups = [picture for picture, asked in zip(pictures, is_asked, strict=True) if asked]
-      resampled, (own, other) = (
-        resample(values[:, is_asked], groups=groups, seed=seed),
-        values[:, is_asked].mean(axis=1),
-      )
+      resampled = resample(values[:, is_asked], groups=groups, seed=seed)
+      own, other = values[:, is_asked].mean(axis=1)
       row = {"cell": pair.label, "other": pair.other, "types": "/".join(pair.types), "questions": int(is_asked.sum())}
       row |= {"accuracy": own, "its_accuracy": other}
       rows.append(row | with_interval("difference", own - other, resampled[:, 0] - resampled[:, 1]))

@@ -27,7 +27,7 @@ _SETTING = re.compile(
 
 def method_names(method: str) -> list[str]:
   """The names in a cell's method, without options and layers."""
-  return parse(method.partition("@")[0].removesuffix("+restore").removesuffix("+positions"))
+  return parse(parse_setting(method).method)
 
 
 class Shape(NamedTuple):

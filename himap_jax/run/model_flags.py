@@ -127,7 +127,7 @@ def values_from_flags() -> dict[str, Any]:
 
 
 def _pruning() -> PruningConfig:
-  """Method, layers and keep counts from their flags or a schedule file; parameters and RESTORE from their flags."""
+  """Method, layers and keep counts from their flags or a schedule file; parameters and options from their flags."""
   chosen = pruning_flags.config(flags.FLAGS)
   if _SCHEDULE.value is None:
     return chosen
@@ -145,4 +145,4 @@ def _pruning() -> PruningConfig:
     wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
     raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
   methods.parse(method)
-  return PruningConfig(method, layers, keep, chosen.parameters, chosen.restore, chosen.keep_positions)
+  return dataclasses.replace(chosen, method=method, prune_layers=layers, keep=keep)
