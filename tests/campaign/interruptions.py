@@ -89,7 +89,10 @@ def _run(*command: str) -> None:
   subprocess.run(command, check=True, capture_output=True)
 
 
-OTHER = (2, -signal.SIGABRT)  # of a process whose first process ended; JAX aborts it where it is not waiting for it
+# How JAX ends a process whose other process ended while it was not waiting for it. The fault handler that absl switches
+# on prints the stacks of all threads then, also of those that go on running, and may itself crash over them.
+ABORTED = (-signal.SIGABRT, -signal.SIGSEGV)
+OTHER = (2, *ABORTED)  # of a process whose other process ended
 TWO = {"message": "another process of this run ended|cannot join|cannot write", "options": {"num_processes": 2}}
 UNWRITABLE = {"codes": (2,), "message": "cannot (write|use)"}
 INTERRUPTIONS = {
@@ -219,7 +222,7 @@ def _interrupt(
   for command, code in zip(running, codes, strict=True):
     assert code != 2 or re.search(own.message, jobs.last_line(command)), texts
     assert "this is a bug" not in command.text()[1], texts
-    assert code != -signal.SIGABRT or "JAX distributed service detected fatal errors" in command.text()[1], texts
+    assert code not in ABORTED or "JAX distributed service detected fatal errors" in command.text()[1], texts
   if own.codes[0] != 2 and not any(codes):
     assert is_complete, ("a signal that was swallowed", texts)
   return any(codes) or not job.is_right()
