@@ -1,4 +1,7 @@
-"""Draws some cases of expensive tests that have many: every test runs every time, and over many runs with every case."""
+"""Draws some cases of expensive tests that have many, and some of expensive tests that resemble one another.
+
+Over many runs all of them run.
+"""
 
 import collections
 import math
@@ -11,13 +14,13 @@ ONE_IN = 3
 
 
 def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
-  """Ids of the cases to run: of every test marked `sampled` one in three of its cases, at least one."""
-  by_test = collections.defaultdict(list)
+  """Ids of the items to run: one in three, at least one, of each test marked `sampled` and of all `sampled(of=group)`."""
+  groups = collections.defaultdict(list)
   for item in items:
-    if item.get_closest_marker("sampled"):
-      by_test[item.nodeid.partition("[")[0]].append(item.nodeid)
+    if marker := item.get_closest_marker("sampled"):
+      groups[marker.kwargs.get("of", item.nodeid.partition("[")[0])].append(item.nodeid)
   return {
-    case
-    for test, of_test in by_test.items()
-    for case in random.Random(f"{seed} {test}").sample(of_test, math.ceil(len(of_test) / ONE_IN))
+    drawn
+    for group, nodeids in groups.items()
+    for drawn in random.Random(f"{seed} {group}").sample(nodeids, math.ceil(len(nodeids) / ONE_IN))
   }

@@ -54,7 +54,7 @@ SLOW = """
 
 
 def pytest_addoption(parser):
-  parser.addoption("--all_cases", action="store_true", help="Run every case of the tests marked `sampled`.")
+  parser.addoption("--all_cases", action="store_true", help="Run all tests marked `sampled` and all of their cases.")
   parser.addoption("--case_seed", type=int, help="Seed that draws their cases; printed at the end of a run.")
 
 
@@ -71,7 +71,7 @@ def pytest_configure_node(node):
 
 def pytest_terminal_summary(terminalreporter, config):
   if not config.option.all_cases:
-    terminalreporter.write_line(f"cases of sampled tests were drawn by --case_seed={config.option.case_seed}")
+    terminalreporter.write_line(f"sampled tests and cases were drawn by --case_seed={config.option.case_seed}")
 
 
 def pytest_collection_finish():
@@ -81,7 +81,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-  if not config.option.all_cases and not any("[" in argument for argument in config.args):  # which names a case
+  if not config.option.all_cases and not any("::" in argument for argument in config.args):  # which names a test
     drawn, left_out, kept = cases.draw(items, config.option.case_seed), [], []
     for item in items:
       is_left_out = item.get_closest_marker("sampled") is not None and item.nodeid not in drawn

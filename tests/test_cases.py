@@ -5,8 +5,9 @@ import types
 import cases
 
 
-def item(nodeid, marked=True):
-  return types.SimpleNamespace(nodeid=nodeid, get_closest_marker=lambda name: marked and name == "sampled")
+def item(nodeid, marked=True, **arguments):
+  marker = types.SimpleNamespace(kwargs=arguments) if marked else None
+  return types.SimpleNamespace(nodeid=nodeid, get_closest_marker={"sampled": marker}.get)
 
 
 def test_a_third_of_every_test_and_in_time_all():
@@ -17,3 +18,11 @@ def test_a_third_of_every_test_and_in_time_all():
     assert [sum(case.startswith(name) for case in drawn) for name in tests] == [3, 1, 1] and len(drawn) == 5
   assert set.union(*runs) == {own.nodeid for own in items}
   assert cases.draw(items, seed=3) == cases.draw(items, seed=3)
+
+
+def test_a_third_of_a_group():
+  names = [f"{file}.py::test_on_a_mesh" for file in "abcdef"]
+  items = [*(item(name, of="meshes") for name in names), item("g.py::test_a_command", of="commands")]
+  runs = [cases.draw(items, seed) for seed in range(40)]
+  assert all(len(drawn & set(names)) == 2 and "g.py::test_a_command" in drawn for drawn in runs)
+  assert set.union(*runs) == {own.nodeid for own in items}

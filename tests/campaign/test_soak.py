@@ -14,6 +14,7 @@ def compilation_cache_of_this_test_alone():
   jax.config.update("jax_compilation_cache_dir", before)
 
 
+@pytest.mark.sampled(of="commands of studies")
 def test_equal_answers_are_measured_and_others_fail(checkpoints, tmp_path, monkeypatch):
   monkeypatch.setenv("HIMAP_JAX_CACHE", str(tmp_path / "cache"))
   part = soak.part(str(checkpoints("clip_mha").directory), 12)

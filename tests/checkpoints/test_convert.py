@@ -436,6 +436,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_finished(clip, expected, 
   assert list(tmp_path.iterdir()) == [target]
 
 
+@pytest.mark.sampled(of="memory")
 def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
   """Eight layers of 3 x 25 MB: 600 MB."""
   directory = tmp_path / "source"

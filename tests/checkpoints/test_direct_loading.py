@@ -176,6 +176,7 @@ print(peak[0] - before - sum(leaves), max(leaves))
 """
 
 
+@pytest.mark.sampled(of="memory")
 def test_memory_beside_the_parameters_is_one_of_them(clip, tmp_path):
   """Two layers of 4 x 4 MB and 3 x 25 MB, stored in float32 and wanted in bfloat16."""
   directory = tmp_path / "source"

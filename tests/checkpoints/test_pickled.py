@@ -514,6 +514,7 @@ print(open("/proc/self/maps").read().count("pytorch_model"))
 """
 
 
+@pytest.mark.sampled(of="memory")
 def test_memory_is_bounded_by_tensors_and_not_by_the_model(clip, tmp_path):
   """Four layers of 3 x 25 MB in bfloat16, in two shards."""
   directory = tmp_path / "source"

@@ -5,9 +5,11 @@ import pathlib
 import urllib.request
 
 import commands
+import pytest
 from served import NAME
 
 
+@pytest.mark.sampled(of="demos")
 def test_the_command(checkpoints):
   command = commands.Command(
     "himap_jax.demo", f"--checkpoint={checkpoints(NAME).directory}", "--prompt_template=<image>{question}",

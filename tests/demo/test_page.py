@@ -77,6 +77,7 @@ def is_kept(pixels):
   return (pixels[places][:, places].reshape(-1, 3) < 255 * 0.85 - 1).any(axis=1)
 
 
+@pytest.mark.sampled(of="demos")
 def test_a_slider_changes_the_answer_and_the_overlay(tab, files, images, answers):
   give(tab, files[1])
   tab.write("#question textarea", QUESTION)

@@ -39,6 +39,7 @@ def compilations():
   jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.sampled(of="recompilation")
 def test_prefill_is_traced_once(checkpoints, loaded, images):
   tiny, model = checkpoints(NAME), loaded(NAME)
   schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(10, 5))
@@ -54,6 +55,7 @@ def test_prefill_is_traced_once(checkpoints, loaded, images):
     once(model.model, jax.tree.map(jnp.asarray, tiny_checkpoints.pad_batch(rows, 96)), keys)
 
 
+@pytest.mark.sampled(of="recompilation")
 def test_batches_of_one_bucket(loaded, images, compilations):
   model = loaded(NAME, batch_size=2)
   schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(10, 5))
@@ -75,6 +77,7 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   assert compilations == []
 
 
+@pytest.mark.sampled(of="recompilation")
 def test_methods_of_equal_counts_share_all_but_prefill(loaded, images):
   model = loaded(NAME, batch_size=2)
   processor = model.prompts("<image>{question}:")
@@ -90,6 +93,7 @@ def test_methods_of_equal_counts_share_all_but_prefill(loaded, images):
   assert result.tokens == first.tokens and result.kept == first.kept
 
 
+@pytest.mark.sampled(of="recompilation")
 def test_another_length_of_answers_shares_the_prefill(loaded):
   model = loaded(NAME)
   schedule = build_schedule("himap", num_layers=4, num_image_tokens=25, prune_layers=(1, 2), keep=(11, 5))
@@ -115,6 +119,7 @@ def test_the_library_call_compiles_once(loaded, images, compilations):
   assert not compilations
 
 
+@pytest.mark.sampled(of="recompilation")
 def test_another_picture_size_is_another_program(loaded, images):
   """The same number of slots, but pictures of another shape."""
   model = loaded("dinov2").model

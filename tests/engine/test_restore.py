@@ -185,6 +185,7 @@ def test_scores_gain_by_count_in_the_first_layer_alone(loaded, rows):
   np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.sampled(of="restore")
 def test_a_row_that_keeps_every_token_is_not_calibrated(loaded, rows):
   method, layers, model = "fastervlm+himap", (0, 2, 4), loaded(MHA[0], batch_size=4)
   everything = generate(model, rows, model.schedule(method, layers, (N,) * len(layers), restore=True))
@@ -193,6 +194,7 @@ def test_a_row_that_keeps_every_token_is_not_calibrated(loaded, rows):
   np.testing.assert_allclose(everything.logits, plain.logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(of="restore")
 def test_a_prompt_without_pictures_is_answered_as_without_pruning(loaded, images):
   """In one call with others, in whose slots it is decoded."""
   model = loaded(MHA[0])
@@ -212,6 +214,7 @@ def test_a_prompt_without_pictures_is_answered_as_without_pruning(loaded, images
     np.testing.assert_allclose(found.first_logits, expected.first_logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.sampled(of="restore")
 def test_rows_that_keep_different_counts_are_their_own(loaded, rows):
   """The same program on the rows in another order and with other padding gives every row what it had."""
   model, keys = loaded(MHA[0]).model, jax.random.split(jax.random.key(3), len(rows))

@@ -31,6 +31,7 @@ def test_agreement_of_rows(tmp_path):
   assert "| himap | int8 | 2 | 50.0% | 50.0% | 68.8% |" in compare.table([("himap", "int8", own)])
 
 
+@pytest.mark.sampled(of="commands of studies")
 @pytest.mark.slow
 def test_dtypes_of_a_tiny_checkpoint(checkpoints, images, tmp_path):
   images[0].save(tmp_path / "a.png")

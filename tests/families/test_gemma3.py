@@ -197,6 +197,7 @@ class TestPruning:
         if number == 0:
           np.testing.assert_allclose(found.first_logits, logits[-1], atol=TOLERANCE, rtol=0)
 
+  @pytest.mark.sampled(of="meshes")
   def test_a_ragged_batch_on_a_mesh(self, tiny, loaded, examples, batch, tmp_path):
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)
     spread = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(data=2, tensor=4))

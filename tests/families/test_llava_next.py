@@ -179,6 +179,7 @@ class TestPruning:
       np.testing.assert_allclose(found.first_logits, prompt.logits[-1], atol=TOLERANCE, rtol=0)
       assert found.token_ids == tokens
 
+  @pytest.mark.sampled(of="meshes")
   def test_on_a_mesh(self, tiny, loaded, rows, together, tmp_path):
     schedule = loaded.schedule("himap", *SHARES)
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)

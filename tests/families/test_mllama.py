@@ -213,6 +213,7 @@ class TestPruning:
       slow = tiny_mllama.slow_pruned(tiny, batch, given, [], "given")
       np.testing.assert_allclose(answer.first_logits, slow.logits[-1], atol=TOLERANCE, rtol=0)
 
+  @pytest.mark.sampled(of="meshes")
   def test_rows_of_different_numbers_of_image_tokens_on_a_mesh(self, tiny, loaded, pictures, examples, tmp_path):
     method, shares = ("instruction_attention", (2, 4)), (0.25, 0.05)
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)

@@ -172,6 +172,7 @@ class TestPruning:
         if number == 0:
           np.testing.assert_allclose(answer.first_logits, logits, atol=TOLERANCE, rtol=0)
 
+  @pytest.mark.sampled(of="meshes")
   def test_a_row_alone_and_on_a_mesh(self, tiny, loaded, images, tmp_path):
     schedule = loaded.schedule("himap", (1, 3), SHARES)
     together = generate(loaded, images, QUESTIONS, schedule=schedule, generation=GENERATION, inputs=INPUTS)

@@ -129,6 +129,7 @@ def test_another_threshold_is_not_traced_again(subject):
   assert (counts[0] < counts[-1]).all()
 
 
+@pytest.mark.sampled(of="meshes")
 def test_on_several_devices(checkpoints, images, tmp_path):
   tiny = checkpoints(NAME)
   inputs = tiny_checkpoints.pad_batch(rows_of(tiny, images), SLOTS)

@@ -52,6 +52,7 @@ def test_answers_are_those_of_one_device(answers, name, sizes, batch_size):
     np.testing.assert_allclose(actual.first_logits, expected.first_logits, atol=1e-4, rtol=0)
 
 
+@pytest.mark.sampled(of="meshes")
 def test_answers_with_restore(answers):
   plain = answers("internvit", (1, 1), 5)
   found, alone = (answers("internvit", sizes, 5, restore=True) for sizes in ((2, 4), (1, 1)))
@@ -61,6 +62,7 @@ def test_answers_with_restore(answers):
     assert np.abs(actual.first_logits - other.first_logits).max() > 1e-3
 
 
+@pytest.mark.sampled(of="meshes")
 def test_answers_of_int8_weights(answers):
   for actual, expected in zip(
     answers("clip_gqa_tied", (2, 4), 4, True), answers("clip_gqa_tied", (1, 1), 5, True), strict=True

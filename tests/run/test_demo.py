@@ -65,6 +65,7 @@ def answers_of(name, sample):
   )
 
 
+@pytest.mark.sampled(of="demos")
 def test_the_second_model_answers_by_cross_attention():
   _, answers = answers_of("demo_cross", prompts()[:3])
   assert [answer.text for answer in answers] == ["blue", "circle", "triangle"]

@@ -128,6 +128,7 @@ def test_two_processes_answer_as_one(make_command, expected, count, arguments):
     assert again == rows and f"0 answered, 1 errors, {count - 1} answered before" in table
 
 
+@pytest.mark.sampled(of="meshes")
 def test_tensor_spans_two_processes(make_command, expected):
   _, rows = make_command(FEW).run(2, "--mesh=data:1,tensor:4", "--batch_size=8", "--prompt_buckets=40", num_devices=2)
   assert rows == first(FEW, expected)

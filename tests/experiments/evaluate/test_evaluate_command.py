@@ -43,6 +43,7 @@ def samples_of(folder, task, setting):
   return [json.loads(line) for line in (folder / "out" / f"{task}-{setting}.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.sampled(of="commands of studies")
 def test_a_task_is_scored(evaluate):
   status, printed, work = evaluate("pope")
   assert status == 0, printed

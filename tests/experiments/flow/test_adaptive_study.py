@@ -30,6 +30,7 @@ def measured(tiny_subject, tmp_path_factory):
   jax.clear_caches()
 
 
+@pytest.mark.sampled(of="studies")
 def test_answers_and_rungs_are_those_of_the_method(measured):
   subject, outcomes, workdir = measured
   threshold = float(np.sort(outcomes.mass[0])[2]) - 1e-6  # some on the first rung, some above

@@ -4,11 +4,13 @@ import os
 import pathlib
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).parents[3]
 
 
+@pytest.mark.sampled(of="commands of studies")
 def test_visual_flow(checkpoints, monkeypatch):
   """On a tiny checkpoint in place of the demo model: what it shows of that is in `experiments/results`."""
   monkeypatch.setenv(

@@ -52,6 +52,7 @@ def test_weights_lie_in_the_file_and_begin_again_where_it_ends(weights):
   assert abs((second > 0).mean() - 0.5) < 0.01
 
 
+@pytest.mark.sampled(of="studies")
 def test_a_job(weights):
   """Every row has its length, in slots, in static batches and in PyTorch."""
   lengths = (3, 1, 6, 2, 4, 2)
@@ -141,6 +142,7 @@ def _amplified(name, shape):
   return torch.randn(shape, generator=generator) * (2.0 if "proj" in name else 1.0) / shape[-1] ** 0.5
 
 
+@pytest.mark.sampled(of="studies")
 def test_decoded_tokens_read_weights_and_cache(weights):
   ran = side.make("himap", TINY, weights)
   ran.prepare(SCENARIO)
@@ -172,6 +174,7 @@ class Here(Worker):
       raise CannotRun(str(error)) from error
 
 
+@pytest.mark.sampled(of="commands of studies")
 def test_a_worker_that_is_killed_begins_anew(weights):
   with Worker("authors", TINY, weights) as worker:
     assert worker.device == "cpu"
@@ -187,6 +190,7 @@ def test_a_worker_that_is_killed_begins_anew(weights):
     assert worker.call("turn")["example"] > 0
 
 
+@pytest.mark.sampled(of="studies")
 def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
   monkeypatch.setitem(geometries.GEOMETRIES, "tiny", TINY)
   monkeypatch.setattr(measure, "Worker", Here)
@@ -233,6 +237,7 @@ def test_ratios_are_medians_over_turns():
   assert rows["authors"]["prefill"] is None and rows["authors"]["cannot"] == "no"
 
 
+@pytest.mark.sampled(of="commands of studies")
 def test_starts_by_phase(checkpoints, tmp_path):
   tiny_checkpoints.noise_image((40, 40), seed=0).save(tmp_path / "0.png")
   (tmp_path / "prompts.jsonl").write_text('{"id": 0, "image": "0.png", "question": "Why?"}\n')
