@@ -68,22 +68,25 @@ class Handlers:
     self._most, self._numbers = asker.processor.num_image_tokens, itertools.count()
 
   def shown(self, pruning: PruningConfig) -> list[Any]:
-    """The settings, the start of the sliders, the methods before and inside the decoder, and whether RESTORE is used."""
+    """The settings, the start of the sliders, the methods before and inside the decoder, and the switches."""
     pruning = choices.spelled_out(self._asker, pruning)
-    settings = pruning_flags.text(pruning)
-    return [settings, (next(self._numbers), settings), *choices.split(pruning.method), pruning.restore]
+    settings, (before, inside) = pruning_flags.text(pruning), choices.split(pruning.method)
+    can_keep = gr.Checkbox(pruning.keep_positions, interactive=before != choices.NOTHING)
+    return [settings, (next(self._numbers), settings), before, inside, pruning.restore, can_keep]
 
-  def choose(self, before: str, inside: str, restored: bool) -> list[Any]:
+  def choose(self, before: str, inside: str, restored: bool, kept: bool) -> list[Any]:
     with _one_line():
-      return self.shown(PruningConfig(choices.joined(before, inside), restore=restored))
+      kept &= before != choices.NOTHING
+      return self.shown(PruningConfig(choices.joined(before, inside), restore=restored, keep_positions=kept))
 
   def paste(self, settings: str) -> list[Any]:
     with _one_line():
       return self.shown(pruning_flags.parse(settings))
 
-  def restore(self, settings: str, restored: bool) -> str:
+  def switch(self, settings: str, restored: bool, kept: bool) -> str:
     with _one_line():
-      return pruning_flags.text(dataclasses.replace(pruning_flags.parse(settings), restore=restored))
+      pruning = dataclasses.replace(pruning_flags.parse(settings), restore=restored, keep_positions=kept)
+      return pruning_flags.text(pruning)
 
   def move(self, settings: str, *values: int | float) -> str:
     """The settings with other layers, keep counts and parameters, in this order."""
@@ -142,7 +145,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
     UserError: the model cannot run the configured pruning.
   """
   handlers = Handlers(asker, limits)
-  text, first, *names, is_restored = handlers.shown(asker.config.pruning)
+  text, first, *names, is_restored, can_keep = handlers.shown(asker.config.pruning)
   example = examples[0] if examples else (None, "")
   with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS // 10, KEPT_SECONDS)) as page:
     gr.Markdown(f"# {TITLE}\n{ABOUT}")
@@ -158,6 +161,10 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
           before = gr.Dropdown(choices.before(asker), value=names[0], label="before the decoder", elem_id="before")
           inside = gr.Dropdown(choices.inside(asker), value=names[1], label="inside the decoder", elem_id="inside")
         restored = gr.Checkbox(is_restored, label="RESTORE: make up for what is removed", elem_id="restored")
+        kept = gr.Checkbox(
+          can_keep.value, label="let tokens left before the decoder keep their positions",
+          interactive=can_keep.interactive, elem_id="kept",
+        )  # fmt: skip
         controls = gr.Column()
         settings = gr.Textbox(
           text, label="these settings, to copy; others can be pasted", lines=2, buttons=["copy"], elem_id="settings"
@@ -187,12 +194,14 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
         for control in moving:
           control.input(handlers.move, [settings, *moving], settings, **QUIET)
 
-    everything = [settings, start, before, inside, restored]
-    for chosen in (before.input, inside.input):
-      chosen(handlers.choose, [before, inside, restored], everything, **QUIET)
+    chosen, switches = [before, inside], [restored, kept]
+    everything = [settings, start, *chosen, *switches]
+    for control in chosen:
+      control.input(handlers.choose, [*chosen, *switches], everything, **QUIET)
     for pasted in (settings.submit, settings.blur):
       pasted(handlers.paste, settings, everything, **QUIET)
-    restored.input(handlers.restore, [settings, restored], settings, **QUIET)
+    for control in switches:
+      control.input(handlers.switch, [settings, *switches], settings, **QUIET)
     shown = [plain, pruned, table, gallery, legend]
     asked = [ask.click, question.submit]
     inputs = [picture, question, settings]

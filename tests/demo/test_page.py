@@ -30,6 +30,7 @@ def opened(page, tmp_path_factory):
 @pytest.fixture
 def tab(opened, page):
   """The freshly opened page; at the end nothing may have gone wrong in it or have been asked of others."""
+  opened.open("about:blank")  # ends what the page before still waits for, which is an error there
   opened.errors.clear()
   opened.requests.clear()
   opened.open(page)
@@ -50,6 +51,14 @@ def wait_for(tab, selector, expected, name="value", patience=10):
 
 def settings(tab, expected):
   wait_for(tab, "#settings textarea", expected)
+
+
+def choose(tab, control, name):
+  tab.click(f"#{control} input")
+  tab.wait("document.querySelectorAll('[role=option]').length > 3")
+  own = f"[...document.querySelectorAll('[role=option]')].find((x) => x.innerText.includes('{name}'))"
+  tab.evaluate(f"{own}.id = 'chosen'")
+  tab.click("#chosen")
 
 
 def give(tab, picture):
@@ -152,17 +161,18 @@ def test_settings_can_be_pasted(tab):
   assert value(tab, "#restored input", "checked")
   tab.click("#restored input")
   settings(tab, "--method=divprune+fastv --prune_layers=0,3 --keep=12,4")
+  tab.click("#kept input")
+  settings(tab, "--method=divprune+fastv --prune_layers=0,3 --keep=12,4 --keep_positions")
   tab.evaluate("document.querySelector('#layer-1 input[type=range]').focus()")
   tab.key("ArrowRight", 39)
-  settings(tab, "--method=divprune+fastv --prune_layers=0,4 --keep=12,4")
+  settings(tab, "--method=divprune+fastv --prune_layers=0,4 --keep=12,4 --keep_positions")
+  choose(tab, "before", "none")
+  settings(tab, "--method=fastv --prune_layers=2 --keep=8")
+  tab.wait("document.querySelector('#kept input').disabled && !document.querySelector('#kept input').checked")
+  tab.wait("document.querySelector('#keep-0') !== null && document.querySelector('#keep-1') === null")
 
 
 def test_a_method_brings_its_sliders(tab):
-  tab.click("#inside input")
-  tab.wait("document.querySelectorAll('[role=option]').length > 3")
-  tab.evaluate(
-    "[...document.querySelectorAll('[role=option]')].find((x) => x.innerText.includes('fastv')).id = 'fastv'"
-  )
-  tab.click("#fastv")
+  choose(tab, "inside", "fastv")
   settings(tab, "--method=fastv --prune_layers=2 --keep=8")
   tab.wait("document.querySelector('#keep-0') !== null && document.querySelector('#keep-1') === null")
