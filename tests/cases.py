@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 import pytest
 
-ONE_IN = 3
+ONE_IN = 4
 
 
 def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
-  """Ids of the items to run: one in three, at least one, of each test marked `sampled` and of all `sampled(of=group)`."""
+  """Ids of the items to run: one in four, at least one, of each test marked `sampled` and of all `sampled(of=group)`."""
   groups = collections.defaultdict(list)
   for item in items:
     if marker := item.get_closest_marker("sampled"):
