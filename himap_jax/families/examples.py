@@ -17,10 +17,10 @@ IMAGE_TAG = "<image>"
 MAX_ASPECT_RATIO = 200
 
 
-def messages_of(question: Question, num_pictures: int, tag: str = IMAGE_TAG) -> list[Message]:
+def messages_of(question: Question, num_pictures: int) -> list[Message]:
   """The messages of a conversation, with one `<image>` for every picture.
 
-  Without any, all pictures are put before the text of the first message of the user, as `tag`.
+  Without any, all are put before the text of the first message of the user.
 
   Raises:
     UserError: another number of `<image>` than of pictures.
@@ -29,7 +29,7 @@ def messages_of(question: Question, num_pictures: int, tag: str = IMAGE_TAG) -> 
   count = sum(message.text.count(IMAGE_TAG) for message in messages)
   if not count and num_pictures:
     first = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
-    messages[first] = Message(messages[first].role, tag * num_pictures + messages[first].text)
+    messages[first] = Message(messages[first].role, IMAGE_TAG * num_pictures + messages[first].text)
   elif count != num_pictures:
     pictures = number_of_pictures(num_pictures)
     raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")

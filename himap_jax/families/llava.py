@@ -14,6 +14,7 @@ from himap_jax.families import files, templates
 from himap_jax.families.examples import (
   IMAGE_TAG,
   blank,
+  chat_prompt,
   check_aspect_ratio,
   expand,
   fill,
@@ -150,14 +151,13 @@ class LlavaPrompts:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
       return fill(self._template, question, num_pictures)
-    conversation = [
-      {"role": message.role, "content": [{"type": "text", "text": message.text}]}
-      for message in messages_of(question, num_pictures, tag="")
-    ]
-    if not any(IMAGE_TAG in message["content"][0]["text"] for message in conversation):
-      first = next(message for message in conversation if message["role"] == "user")
-      first["content"][:0] = [{"type": "image"}] * num_pictures
-    return templates.filled(self._processor.apply_chat_template, conversation)
+    apply = self._processor.apply_chat_template
+    if not isinstance(question, str) or IMAGE_TAG not in question:
+      return chat_prompt(apply, question, num_pictures)
+    (message,) = messages_of(
+      question, num_pictures
+    )  # whose pictures stand where it says, not where the template has them
+    return templates.filled(apply, [{"role": message.role, "content": [{"type": "text", "text": message.text}]}])
 
   def ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with one beginning of sequence if the tokenizer has one."""

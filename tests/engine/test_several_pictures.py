@@ -156,11 +156,19 @@ def test_rows_without_pictures(method, checkpoints, loaded):
 
 
 def test_conversations(checkpoints, loaded, images):
-  """The chat template's own text, with pictures where they stand."""
+  """The chat template's own text, as of transformers; pictures that a question places stand there."""
   processor = loaded(NAME).prompts("chat")
-  messages = [Message("user", "Is <image> it?"), Message("assistant", "No."), Message("user", "And <image>?")]
-  expected = "<s>USER: Is <image> it? ASSISTANT: No. USER: And <image>? ASSISTANT:"
+  messages = [Message("user", "Is <image> it?"), Message("assistant", "No."), Message("user", "<image>And?")]
+  picture, said = {"type": "image"}, [{"type": "text", "text": text} for text in ("Is ", " it?", "No.", "And?")]
+  conversation = [
+    {"role": "user", "content": [said[0], picture, said[1]]},
+    {"role": "assistant", "content": [said[2]]},
+    {"role": "user", "content": [picture, said[3]]},
+  ]
+  expected = checkpoints(NAME).processor.apply_chat_template(conversation, add_generation_prompt=True)
+  assert expected == "<s>USER: Is <image>\n it? ASSISTANT: No. USER: <image>\nAnd? ASSISTANT:"
   assert processor.prompt(messages, 2) == expected
+  assert processor.prompt("Is <image> or <image> it?", 2) == "<s>USER: Is <image> or <image> it? ASSISTANT:"
   ids, _ = checkpoints(NAME).encode(images[:2], expected)
   assert processor.prepare(images[:2], messages).tokens.tolist() == ids.tolist()
   first = [Message("system", "Be brief."), Message("user", "Same?")]
