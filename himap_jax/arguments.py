@@ -1,4 +1,4 @@
-"""What the library's functions are given by people, refused in one line where it cannot be meant."""
+"""Validates arguments of the public API."""
 
 from collections.abc import Sequence
 from typing import Any

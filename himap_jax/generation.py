@@ -44,7 +44,7 @@ class InputConfig:
         check_whole(name, getattr(self, name))
 
   def batch_sizes(self, num_rows: int | None = None) -> BatchSizes:
-    """For so many rows in all."""
+    """Batch sizes for `num_rows` rows."""
     return BatchSizes(self.batch_size, self.prefill_batch_size, num_rows)
 
 
@@ -115,7 +115,7 @@ def generate(
   """Answers questions about images, without pruning by default.
 
   Args:
-    images: for each question its image, or its images in the order of `<image>` in the prompt; none is a list, too.
+    images: for each question its image, or its images in the order of `<image>` in the prompt; use `[]` for no image.
     questions: a text, or the messages of a conversation.
 
   Raises:

@@ -47,9 +47,9 @@ def define_flags() -> None:
   flags.DEFINE_integer("max_new_tokens", 8, "Maximum answer length, in tokens.", 1)
   flags.DEFINE_integer("timing_batch_size", 1, "Questions in the timed batch.", 1)
   flags.DEFINE_integer("timing_new_tokens", 16, "Tokens decoded for each question when timing.", 1)
-  repeats = "Turns of no pruning and a cell; the median of their ratios counts; 0 disables timing."
+  repeats = "Timing repetitions, alternating with no pruning; the median ratio is reported; 0 disables timing."
   flags.DEFINE_integer("timing_repeats", 5, repeats, 0)
-  kept = "Memory on the host, in GiB, for what the tower makes of pictures, which all cells share."
+  kept = "Host memory, in GiB, for cached tower outputs, which all cells share."
   flags.DEFINE_float("encoding_gib", 4.0, kept, 0.0)
   flags.DEFINE_integer("num_seeds", 3, "Seeds of every cell that uses chance.", 1)
   least = "Stop before any answer if the questions cannot show a difference of so many points, with correction."
@@ -121,7 +121,7 @@ def power(num_questions: int, cells: Sequence[Cell], values: Any) -> str:
     f"{100 * all_:.1f} points corrected for {comparisons} comparisons"
   )
   if values.least_difference is not None and 100 * all_ > values.least_difference:
-    raise UserError(f"{text}; wanted are {values.least_difference:g} points: take more questions")
+    raise UserError(f"{text}; the requested limit is {values.least_difference:g} points: take more questions")
   return text
 
 

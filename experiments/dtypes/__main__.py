@@ -25,7 +25,7 @@ def define_flags() -> None:
   flags.DEFINE_string("questions", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file.")
   flags.DEFINE_integer("num_questions", 1000, "Questions drawn.", lower_bound=1)
   flags.DEFINE_list("methods", ["none", "himap", "fastv", "divprune"], "Pruning methods, each with its own defaults.")
-  flags.DEFINE_string("workdir", "dtypes_work", "Directory for questions and answers, which are continued.")
+  flags.DEFINE_string("workdir", "dtypes_work", "Directory for questions and answers; resumed on restart.")
 
 
 def measure(config: RunConfig, names: list[str], workdir: pathlib.Path) -> list[tuple[str, str, compare.Agreement]]:

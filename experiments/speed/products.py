@@ -22,7 +22,7 @@ from himap_jax.model.linear import matmul
 from himap_jax.run import command
 
 _ROWS = flags.DEFINE_list("rows", ["1", "4", "167", "671"], "Rows of the left factor: tokens per product.")
-_TURNS = flags.DEFINE_integer("turns", 11, "Turns of each.", lower_bound=1)
+_TURNS = flags.DEFINE_integer("turns", 11, "Repetitions per product.", lower_bound=1)
 
 SIZES = ((4096, 4096), (4096, 11_008), (11_008, 4096))  # in and out features of LLaVA-1.5-7B's decoder
 COPIES = 6  # of each weight, so that none is still in the processor's cache

@@ -1,4 +1,4 @@
-"""What pruning knows of a model: what it provides, and sizes; FLOPs are multiplications in matrix products."""
+"""Model capabilities and sizes for pruning; FLOPs are multiplications in matrix products."""
 
 from typing import Any
 

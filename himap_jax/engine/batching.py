@@ -41,10 +41,10 @@ class Bucket(NamedTuple):
 
 
 def image_buckets(sizes: Mapping[ImageSize, int], *, exact: bool = False) -> tuple[ImageBucket, ...]:
-  """As few buckets as waste at most `IMAGE_WASTE`, at most `MAX_IMAGE_BUCKETS`; rows without pictures have their own.
+  """The fewest buckets whose padding is at most `IMAGE_WASTE`, at most `MAX_IMAGE_BUCKETS`; one more without pictures.
 
   Args:
-    sizes: how many rows have which.
+    sizes: row count per size.
     exact: pad nothing.
   """
   rows = sorted((size for size in sizes if size.num_tokens), key=lambda size: (size.num_tokens, size.num_tiles))

@@ -86,16 +86,16 @@ def needed(programs: Mapping[str, Memory], weights: int) -> dict[str, int]:
 
 
 def free_memory(mesh: Mesh) -> int:
-  """Bytes that are free on each of the mesh's devices, the least of all processes."""
+  """Bytes that are free on each of the mesh's devices, the minimum over processes."""
   own = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
   stats = own[0].memory_stats()
   free = stats["bytes_limit"] - stats["bytes_in_use"] if stats else host_memory.available() // len(own)
-  return int(USABLE * processes.sum_and_least(0, free // MIB)[1]) * MIB
+  return int(USABLE * processes.sum_and_min(0, free // MIB)[1]) * MIB
 
 
 @contextlib.contextmanager
 def refused_by_compiler() -> Iterator[None]:
-  """Ends at a program whose memory the compiler refuses."""
+  """Leaves the block, without an error, at a program that does not fit into memory according to the compiler."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:

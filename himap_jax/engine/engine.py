@@ -226,7 +226,7 @@ class Engine:
     )
     inputs, rows = sharding.from_local_rows((inputs, rows), self._mesh)
     own = max(map(Kind.of, (*samplings, self.generation.sampling)))
-    kind = Kind(-processes.sum_and_least(0, -own)[1])  # all processes run the same programs
+    kind = Kind(-processes.sum_and_min(0, -own)[1])  # all processes run the same programs
     shapes = sharding.abstract_rows((inputs, rows.seeds), self._mesh, len(inputs.tokens))
     memory = functools.partial(self.programs.prefill_memory, *shapes)
     return Prefilled(requests, self.programs.prefill(inputs, rows.seeds), rows, kind, memory)

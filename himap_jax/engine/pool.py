@@ -184,7 +184,7 @@ class Pool:
     tokens, num_tokens, active = sharding.to_local_rows((decoded.tokens, decoded.num_tokens, decoded.active))
     num_steps = int(decoded.num_steps)
     num_free = (~active).reshape(-1, self._slots_per_shard).sum(axis=1)
-    self.num_active, self._num_free = processes.sum_and_least(int(active.sum()), int(num_free.min()))
+    self.num_active, self._num_free = processes.sum_and_min(int(active.sum()), int(num_free.min()))
     seconds, num_all = clock.lap(), int(num_tokens.sum())
     usage.decode_seconds += seconds
     usage.slot_steps += num_steps * len(active)

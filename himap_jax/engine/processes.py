@@ -140,8 +140,8 @@ def sum_over_processes(values: Sequence[float | int] | np.ndarray) -> np.ndarray
   return multihost_utils.process_allgather(values).sum(axis=0) if jax.process_count() > 1 else values
 
 
-def sum_and_least(added: int, compared: int) -> tuple[int, int]:
-  """The sum of the first number and the least of the second, over all processes."""
+def sum_and_min(added: int, compared: int) -> tuple[int, int]:
+  """The sum of the first number and the minimum of the second, over all processes."""
   if jax.process_count() == 1:
     return added, compared
   own = multihost_utils.process_allgather(np.array([added, compared]))

@@ -103,7 +103,7 @@ def text_config(
     hf: the config.
     where: its file, for messages.
     tied: `tie_word_embeddings` of the whole model; either config can tie the head.
-    options: what another model than those computes besides what all have in common.
+    options: extra `TextConfig` fields for models outside `TEXT_MODELS`.
 
   Raises:
     UserError: the activation, RoPE scaling or attention is not supported; the message names what is.

@@ -1,4 +1,4 @@
-"""What commands say of their flags: `--help` by topic, and what a flag that does not exist was meant to be."""
+"""What commands say of their flags: `--help` by topic, and suggestions for unknown flags."""
 
 import difflib
 import sys

@@ -56,7 +56,7 @@ def run(config: RunConfig) -> int:
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
   batcher = make_batcher(opened, processor, sizes, buckets, max_new_tokens, schedule)
   if processes.is_leader() and prompts.ignored:
-    print(f"fields of the prompts that mean nothing here: {', '.join(prompts.ignored)}", file=sys.stderr)
+    print(f"ignored prompt fields: {', '.join(prompts.ignored)}", file=sys.stderr)
   if processes.is_leader() and len(sizes) > 1:
     print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   mesh = config.make_mesh(opened)

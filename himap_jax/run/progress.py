@@ -1,8 +1,8 @@
 """Progress of a command: a bar on a terminal, otherwise periodic lines."""
 
 import contextlib
-import math
 import sys
+import threading
 import time
 
 from tqdm import tqdm
@@ -11,8 +11,8 @@ from tqdm import tqdm
 class Progress(contextlib.AbstractContextManager):
   """Counts and shows progress; a context manager.
 
-  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr at most every `interval` seconds: the count, the rate
-  since the previous line, and the time left at that rate.
+  On a terminal it is tqdm's bar. Elsewhere it is a line on stderr every `interval` seconds: the count, the rate since the
+  previous line, and the time left at that rate; or the time so far if nothing has been counted since.
   """
 
   def __init__(self, total: int, unit: str, label: str, *, shown: bool = True, interval: int | float = 30):
@@ -20,11 +20,21 @@ class Progress(contextlib.AbstractContextManager):
     is_terminal = sys.stderr.isatty()
     self._bar = tqdm(total=total, unit=unit, desc=label, file=sys.stderr, disable=not (shown and is_terminal))
     self._total, self._unit, self._label = total, unit, label
-    self._interval = math.inf if is_terminal or not shown else interval
     self._done = self._done_before = 0
-    self._time_before = time.monotonic()
+    self._start = self._time_before = time.monotonic()
+    self._ended = threading.Event()
+    has_lines = shown and not is_terminal
+    self._thread = threading.Thread(target=self._lines, args=(interval,), daemon=True) if has_lines else None
+
+  def __enter__(self) -> "Progress":
+    if self._thread is not None:
+      self._thread.start()
+    return self
 
   def __exit__(self, *exception: object) -> None:
+    self._ended.set()
+    if self._thread is not None:
+      self._thread.join()
     self._bar.close()
 
   def print(self, text: str) -> None:
@@ -34,10 +44,18 @@ class Progress(contextlib.AbstractContextManager):
   def update(self, count: int = 1) -> None:
     self._bar.update(count)
     self._done += count
-    now = time.monotonic()
-    if now - self._time_before >= self._interval and self._done > self._done_before:
-      rate = (self._done - self._done_before) / (now - self._time_before)
-      left = tqdm.format_interval(round((self._total - self._done) / rate))
-      done = f"{self._unit} {self._done} of {self._total}, {rate:.3g} {self._unit}/s"
-      print(f"{self._label}: {done}, {left} left", file=sys.stderr, flush=True)
-      self._done_before, self._time_before = self._done, now
+
+  def line(self) -> str:
+    """The count and, if it has grown since the previous line, the rate and the time left; otherwise the time so far."""
+    now, done = time.monotonic(), self._done
+    counted, seconds = done - self._done_before, now - self._time_before
+    text = f"{self._label}: {self._unit} {done} of {self._total}"
+    if not counted:
+      return f"{text} after {tqdm.format_interval(round(now - self._start))}"
+    self._done_before, self._time_before = done, now
+    rate = counted / seconds
+    return f"{text}, {rate:.3g} {self._unit}/s, {tqdm.format_interval(round((self._total - done) / rate))} left"
+
+  def _lines(self, interval: int | float) -> None:
+    while not self._ended.wait(interval):
+      print(self.line(), file=sys.stderr, flush=True)

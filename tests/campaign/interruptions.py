@@ -201,7 +201,8 @@ def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path
       arguments = ("--noresume",) if is_over_others else ()
       is_interrupted = _interrupt(job, INTERRUPTIONS[name], moment, random, arguments)
       what = _restart(job, CHANGES[change](job, random))
-    return {f"interrupted by {name if is_interrupted else 'nothing in time'}: {what}": 1, f"then {change}: {what}": 1}
+    how = f"interrupted by {name}" if is_interrupted else "not interrupted"
+    return {f"{how}: {what}": 1, f"then {change}: {what}": 1}
 
   return trial
 

@@ -291,7 +291,7 @@ def test_statements_hold_together_and_chance_is_averaged(loaded, tmp_path):
 def test_a_comparison_that_cannot_tell_stops_before_any_work():
   values = SimpleNamespace(disagreement=0.2, least_difference=3.0)
   cells = [Cell("fastv", "fastv 8", 8.0, Schedule())]
-  with pytest.raises(ValueError, match=r"8\.9 points .* wanted are 3 points: take more questions"):
+  with pytest.raises(ValueError, match=r"8\.9 points .* the requested limit is 3 points: take more questions"):
     command.power(200, cells, values)
   assert "3.0 points" in command.power(1750, cells, values)
 
