@@ -14,8 +14,8 @@ from himap_jax.errors import UserError
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Example, Images, ImageSize, Inputs, Layout
 
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048)
-MAX_IMAGE_BUCKETS = 12
-IMAGE_WASTE = 0.05  # of the image slots; more buckets are made until no more is wasted
+MAX_IMAGE_BUCKETS = 16
+IMAGE_WASTE = ImageSize(num_tiles=0.1, num_tokens=0.05)  # more buckets are made until no larger shares are padding
 
 
 class ImageBucket(NamedTuple):
@@ -41,7 +41,9 @@ class Bucket(NamedTuple):
 
 
 def image_buckets(sizes: Mapping[ImageSize, int], *, exact: bool = False) -> tuple[ImageBucket, ...]:
-  """The fewest buckets whose padding is at most `IMAGE_WASTE`, at most `MAX_IMAGE_BUCKETS`; one more without pictures.
+  """The fewest buckets whose padding is at most `IMAGE_WASTE`, but at most `MAX_IMAGE_BUCKETS`.
+
+  Rows without pictures have their own.
 
   Args:
     sizes: row count per size.
@@ -51,11 +53,8 @@ def image_buckets(sizes: Mapping[ImageSize, int], *, exact: bool = False) -> tup
   without = (ImageBucket(0, 0),) * (len(rows) < len(sizes))
   if exact or len(rows) < 2:
     return without + tuple(ImageBucket(*size) for size in rows)
-  used = sum(size.num_tokens * count for size, count in sizes.items())
-  for count in range(1, MAX_IMAGE_BUCKETS + 1):
-    chosen = _best_groups(rows, sizes, min(count, len(rows)))
-    slots = sum(_largest(group).num_tokens * sum(sizes[size] for size in group) for group in chosen)
-    if slots * (1 - IMAGE_WASTE) <= used:
+  for chosen in _best_groups(rows, sizes, min(MAX_IMAGE_BUCKETS, len(rows))):
+    if all(own <= most for own, most in zip(_waste(chosen, sizes), IMAGE_WASTE, strict=True)):
       break
   return without + tuple(ImageBucket(*_largest(group), len(group) > 1) for group in chosen)
 
@@ -64,24 +63,40 @@ def _largest(group: Sequence[ImageSize]) -> ImageSize:
   return ImageSize(*(max(values) for values in zip(*group, strict=True)))
 
 
-def _best_groups(rows: Sequence[ImageSize], counts: Mapping[ImageSize, int], num_groups: int) -> list[list[ImageSize]]:
-  """Splits sorted sizes into consecutive groups with the fewest padded slots, by dynamic programming."""
-  below = np.concatenate([[0], np.cumsum([counts[size] for size in rows])])
-  tokens = np.array([size.num_tokens for size in rows])
-  best = np.full((num_groups + 1, len(rows) + 1), np.inf)
-  start = np.zeros((num_groups + 1, len(rows) + 1), int)
+def _waste(groups: Sequence[Sequence[ImageSize]], counts: Mapping[ImageSize, int]) -> tuple[float, float]:
+  """Shares of the tiles and of the image tokens that are padding if every group is padded to its largest."""
+  num_rows = [np.array([counts[size] for size in group]) for group in groups]
+  used = sum(own @ np.array(group) for own, group in zip(num_rows, groups, strict=True))
+  padded = sum(own.sum() * np.array(_largest(group)) for own, group in zip(num_rows, groups, strict=True))
+  tiles, tokens = 1 - used / np.maximum(padded, 1)
+  return float(tiles), float(tokens)
+
+
+def _best_groups(
+  rows: Sequence[ImageSize], counts: Mapping[ImageSize, int], most: int
+) -> Iterator[list[list[ImageSize]]]:
+  """Splits sorted sizes into one, two, … and `most` consecutive groups with the least padding, by dynamic programming.
+
+  Padding is the sum of two ratios to what is used: of tiles and of image tokens.
+  """
+  num_rows, sizes = np.array([counts[size] for size in rows]), np.array(rows)
+  below, used = np.concatenate([[0], np.cumsum(num_rows)]), np.maximum(num_rows @ sizes, 1)
+  best = np.full((most + 1, len(rows) + 1), np.inf)
+  start = np.zeros((most + 1, len(rows) + 1), int)
   best[0, 0] = 0
-  for group in range(1, num_groups + 1):
-    for end in range(group, len(rows) + 1):
-      slots = best[group - 1, :end] + (below[end] - below[:end]) * tokens[end - 1]
-      start[group, end] = int(slots.argmin())
-      best[group, end] = slots[start[group, end]]
-  groups, end = [], len(rows)
-  for group in range(num_groups, 0, -1):
-    first = start[group, end]
-    groups.append(list(rows[first:end]))
-    end = first
-  return groups[::-1]
+  for end in range(1, len(rows) + 1):
+    largest = np.maximum.accumulate(sizes[:end][::-1])[::-1]  # of the sizes from each start on
+    padded = (below[end] - below[:end]) * (largest / used).sum(axis=1)
+    total = best[:-1, :end] + padded
+    start[1:, end] = total.argmin(axis=1)
+    best[1:, end] = total.min(axis=1)
+  for num_groups in range(1, most + 1):
+    groups, end = [], len(rows)
+    for group in range(num_groups, 0, -1):
+      first = start[group, end]
+      groups.append(list(rows[first:end]))
+      end = first
+    yield groups[::-1]
 
 
 def in_batches(

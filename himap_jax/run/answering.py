@@ -228,7 +228,7 @@ class Answerer:
       more["timing"] = {name: getattr(answered, name) for name in ("prefill_seconds", "decode_seconds")}
     row = prompt.row(digest, answer=cut(self.processor.decode(tokens), prompt.options.stop), **more)
     num_slots = bucket.num_image_tokens + bucket.num_text_slots
-    return Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots)
+    return Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots, bucket.num_tiles)
 
   def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:
     if not example.num_images:

@@ -20,18 +20,19 @@ class Result(NamedTuple):
   """The outcome of a prompt: its output row and token counts.
 
   Attributes:
-    num_pictures: pictures, or tiles of them.
+    num_tiles: its pictures, or tiles or patches of them.
     kept: image tokens after each stage.
-    num_slots: slots of its prompt, padding included.
+    num_slots, num_padded_tiles: slots of its prompt and tiles, padding included.
   """
 
   row: dict[str, Any]
   num_new_tokens: int = 0
-  num_pictures: int = 0
+  num_tiles: int = 0
   num_image_tokens: int = 0
   num_text_tokens: int = 0
   kept: Sequence[int] = ()
   num_slots: int = 0
+  num_padded_tiles: int = 0
 
 
 @dataclasses.dataclass
@@ -41,7 +42,7 @@ class Summary:
   Attributes:
     num_skipped: rows that were already in the output.
     first_error: the id and the error of the first row that has one.
-    answered: answered rows by their pictures, image tokens, text tokens, and image tokens kept at each stage.
+    answered: answered rows by their tiles, image tokens, text tokens, and image tokens kept at each stage.
     seconds: from the first prompt to the last row, including compilation.
   """
 
@@ -50,6 +51,7 @@ class Summary:
   first_error: str = ""
   num_new_tokens: int = 0
   num_slots: int = 0
+  num_padded_tiles: int = 0
   answered: collections.Counter[tuple] = dataclasses.field(default_factory=collections.Counter)
   seconds: float = 0.0
 
@@ -61,6 +63,15 @@ class Summary:
   def is_all_errors(self) -> bool:
     return self.num_errors > 0 and not self.num_answered + self.num_skipped
 
+  def padding(self) -> str:
+    """Shares of the prompts' slots and of the tiles that are padding."""
+    slots = sum(count * (image + text) for (_, image, text, _), count in self.answered.items())
+    tiles = sum(count * own for (own, *_), count in self.answered.items())
+    shares = {"prompts' slots": 1 - slots / self.num_slots}
+    if self.num_padded_tiles > tiles:
+      shares["pictures' tiles or patches"] = 1 - tiles / self.num_padded_tiles
+    return ", ".join(f"{share:.1%} of the {name}" for name, share in shares.items())
+
   def count(self, results: Iterable[Result]) -> None:
     for result in results:
       if result.row["error"] is not None:
@@ -69,7 +80,8 @@ class Summary:
         continue
       self.num_new_tokens += result.num_new_tokens
       self.num_slots += result.num_slots
-      counts = (result.num_pictures, result.num_image_tokens, result.num_text_tokens)
+      self.num_padded_tiles += result.num_padded_tiles
+      counts = (result.num_tiles, result.num_image_tokens, result.num_text_tokens)
       self.answered[*counts, tuple(result.kept)] += 1
 
 
@@ -108,8 +120,7 @@ class Report:
     table.add_row("method", self.method)
     if answered:
       table.add_row("image tokens", self._image_tokens(summary))
-      used = sum(count * (image + text) for (_, image, text, _), count in summary.answered.items())
-      table.add_row("padding", f"{1 - used / summary.num_slots:.1%} of the prompts' slots")
+      table.add_row("padding", summary.padding())
       self._add_costs(table, summary)
     Console().print(table)
 
@@ -119,7 +130,7 @@ class Report:
     def mean(count: Callable[..., int]) -> str:
       return f"{sum(rows * count(*row) for row, rows in summary.answered.items()) / summary.num_answered:.4g}"
 
-    texts = [mean(lambda pictures, image, text, kept: image)]
+    texts = [mean(lambda tiles, image, text, kept: image)]
     for index, stage in enumerate(self.schedule.stages):
       texts.append(f"{mean(lambda *row, index=index: row[-1][index])} from layer {stage.layer} on")
     frozen = self.schedule.frozen_layers

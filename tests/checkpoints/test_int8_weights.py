@@ -67,7 +67,6 @@ class TestStreaming:
     assert layer["self_attn"]["q_proj"]["weight"] and layer["mlp"]["down_proj"]["weight"] and kinds["lm_head"]["weight"]
     assert sum(jax.tree.leaves(kinds)) == 7 * tiny_checkpoints.LLAMA["num_hidden_layers"] + 1
 
-  @pytest.mark.sampled
   @pytest.mark.parametrize("is_converted", [False, True], ids=["direct", "converted"])
   def test_memory(self, clip, tmp_path, monkeypatch, is_converted):
     """At no time is more on the devices than the int8 model and one weight as it is stored."""

@@ -20,19 +20,37 @@ def realistic_sizes(num_rows=2000):
   return collections.Counter(ImageSize(int(count), int(count)) for count in tokens)
 
 
+def sizes_of_tiles(num_rows=2000):
+  """Rows of up to four pictures, each of two to ten tiles whose tokens are cut and limited as LLaVA-OneVision's."""
+  rng = np.random.default_rng(1)
+  sizes = collections.Counter()
+  for _ in range(num_rows):
+    pictures = int(rng.choice([1, 1, 1, 1, 2, 3, 4]))
+    tiles = rng.integers(1, 10, pictures)
+    tokens = [729 + min(int(count * 729 * rng.uniform(0.6, 1)), 6561) for count in tiles]
+    sizes[ImageSize(int(tiles.sum()) + pictures, sum(tokens))] += 1
+  return sizes
+
+
 def waste(buckets, sizes):
+  """Shares of the tiles and of the image tokens that are padding."""
+
   def of(size):
     return next(b for b in buckets if Bucket(b.num_tiles, b.num_image_tokens, 64, b.is_ragged).holds(size))
 
-  slots = sum(of(size).num_image_tokens * count for size, count in sizes.items())
-  return 1 - sum(size.num_tokens * count for size, count in sizes.items()) / slots
+  used, slots = np.zeros(2), np.zeros(2)
+  for size, count in sizes.items():
+    used += count * np.array(size)
+    slots += count * np.array([of(size).num_tiles, of(size).num_image_tokens])
+  return 1 - used / slots
 
 
-def test_few_buckets_waste_little():
-  sizes = realistic_sizes()
+@pytest.mark.parametrize("sizes", [realistic_sizes(), sizes_of_tiles()], ids=["patches", "tiles"])
+def test_few_buckets_waste_little(sizes):
   buckets = image_buckets(sizes)
-  assert len(buckets) <= batching.MAX_IMAGE_BUCKETS and waste(buckets, sizes) < 0.1
-  assert max(sizes).num_tokens == buckets[-1].num_image_tokens
+  tiles, tokens = waste(buckets, sizes)
+  assert len(buckets) <= batching.MAX_IMAGE_BUCKETS and tokens < 0.1 and tiles < 0.17, (len(buckets), tiles, tokens)
+  assert max(size.num_tokens for size in sizes) == buckets[-1].num_image_tokens
 
 
 def test_equal_pictures_have_buckets_without_padding():
@@ -59,7 +77,7 @@ def test_the_best_split_is_found():
   def slots(groups):
     return sum(group[-1].num_tokens * sum(sizes[size] for size in group) for group in groups)
 
-  groups = batching._best_groups(ordered, sizes, 3)
+  *_, groups = batching._best_groups(ordered, sizes, 3)
   assert list(itertools.chain(*groups)) == ordered
   splits = [(i, j) for i in range(1, 8) for j in range(i + 1, 9)]
   assert slots(groups) == min(slots([ordered[:i], ordered[i:j], ordered[j:]]) for i, j in splits)

@@ -119,7 +119,6 @@ def test_the_library_call_compiles_once(loaded, images, compilations):
   assert not compilations
 
 
-@pytest.mark.sampled(of="recompilation")
 def test_another_picture_size_is_another_program(loaded, images):
   """The same number of slots, but pictures of another shape."""
   model = loaded("dinov2").model

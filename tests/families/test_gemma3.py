@@ -181,7 +181,6 @@ def test_studies_use_the_model_s_attention(loaded, batch):
 
 
 class TestPruning:
-  @pytest.mark.sampled
   @pytest.mark.parametrize(("method", "rows", "restore"), [("himap", (2,), False), ("himap", (1,), True)])
   def test_rows_of_no_and_several_pictures(self, tiny, loaded, examples, pictures, method, rows, restore):
     """Kept sets, logits and tokens are those of the slow version; decoding is running the pruned sequence again."""

@@ -31,7 +31,7 @@ QUESTIONS = (
 NUM_PICTURES = (1, 3, 0, 3)
 INPUTS = InputConfig("chat", prompt_buckets=(80,), batch_size=2)
 GENERATION = GenerationConfig(NUM_NEW, ignore_eos=True)
-WORK = ("divprune", "fastv", "instruction_attention", "none", "pyramiddrop", "random", "uniform", "visipruner")
+WORK = sorted(name for name, method in METHODS.items() if not method.needs)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,6 @@ def answers_of(loaded, pictures, rows, method, layers, shares):
 
 
 class TestPruning:
-  @pytest.mark.sampled
   @pytest.mark.parametrize(
     ("method", "layers", "shares", "rows"),
     [

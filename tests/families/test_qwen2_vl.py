@@ -133,7 +133,6 @@ def test_features_and_logits_at_every_position(tiny, loaded, rows, encoded):
         np.testing.assert_allclose(features[row, : len(expected)], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.sampled
 def test_himap_is_the_slow_one(tiny, loaded, rows, encoded):
   """Rows of no, two and three pictures in one call, each as alone; without pictures nothing is pruned."""
   assert loaded.eos_token_ids == (2, 0)

@@ -183,7 +183,6 @@ def test_logits_at_every_position(tiny, loaded, rows):
 
 @pytest.mark.parametrize("tiny", ["internvl", "idefics3"], indirect=True, scope="module")
 class TestHimap:
-  @pytest.mark.sampled
   def test_rows_of_no_and_three_pictures_are_the_reference_s(self, tiny, loaded, rows, answers):
     for own, question, found in zip(rows[::2], QUESTIONS[::2], answers, strict=True):
       example = loaded.prompts().prepare(own, question)
