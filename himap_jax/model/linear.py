@@ -53,16 +53,9 @@ def _matmul_forward(x: Array, weight: Array, kernels: Kernels) -> tuple[Array, t
 
 
 def _matmul_backward(kernels: Kernels, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-  del kernels
   x, weight = residuals
-  dtype = x.dtype
   dx = jnp.einsum("BSF,FD->BSD", g, weight, preferred_element_type=jnp.float32)
-  x, g = x.astype(jnp.float32), g.astype(jnp.float32)  # XLA on CPU lacks this product in bfloat16
-  if g.shape[-1] <= x.shape[-1]:  # XLA on CPU transposes a copy of the left operand, so it is the smaller
-    dw = jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
-  else:
-    dw = jnp.einsum("BSD,BSF->DF", x, g, preferred_element_type=jnp.float32).T
-  return dx.astype(dtype), dw.astype(weight.dtype)
+  return dx.astype(x.dtype), kernels.weight_gradient(g, x).astype(weight.dtype)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -21,6 +21,7 @@ class Kernels:
       of other segments.
     cache_attention: attention of one new token per row; as `xla.cache_attention`.
     product: `(x [B,S,D], weight [F,D])` to `x · weightᵀ` `[B,S,F]` in float32; the weight may be int8.
+    weight_gradient: `(g [B,S,F], x [B,S,D])` to `gᵀ · x` `[F,D]` in float32, summed over rows.
     take_rows: `(table [V,D], ids)` to rows of the table.
     new_token_dtype: dtype of new tokens' keys and values, given that of the activations.
     received_attention: from a number of slots to what takes the place of `pruning.scoring.received_by_slots`, which is
@@ -34,6 +35,7 @@ class Kernels:
   attention: Callable[..., jax.Array]
   cache_attention: Callable[..., jax.Array]
   product: Callable[[jax.Array, Any], jax.Array]
+  weight_gradient: Callable[[jax.Array, jax.Array], jax.Array]
   take_rows: Callable[[jax.Array, jax.Array], jax.Array]
   new_token_dtype: Callable[[Any], jnp.dtype]
   received_attention: Callable[[int], Callable[..., jax.Array] | None] = lambda num_slots: None

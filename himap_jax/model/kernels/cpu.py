@@ -121,6 +121,15 @@ def _int8_product(x: Float[Array, "B 1 D"], weight: Any) -> Float[Array, "F B 1"
   return (y * jnp.broadcast_to(weight.scale, y.shape))[:, :, None]
 
 
+def weight_gradient(g: Float[Array, "B S F"], x: Float[Array, "B S D"]) -> Float[Array, "F D"]:
+  """As `xla.weight_gradient`, in float32, since XLA lacks this product in bfloat16.
+
+  XLA transposes a copy of the left operand, so it is the smaller.
+  """
+  g, x = g.astype(jnp.float32), x.astype(jnp.float32)
+  return xla.weight_gradient(g, x) if g.shape[-1] <= x.shape[-1] else xla.weight_gradient(x, g).T
+
+
 def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
   """Rows of a table; the barrier keeps XLA from converting the table ahead of a decode loop."""
   return xla.take_rows(*jax.lax.optimization_barrier((table, ids)))
@@ -130,6 +139,7 @@ KERNELS = Kernels(
   attention,
   cache_attention,
   product,
+  weight_gradient,
   take_rows,
   new_token_dtype=lambda dtype: jnp.dtype(jnp.float32),  # written in place, and read faster
   # Otherwise XLA converts all int8 weights at the start of a program and holds every copy.

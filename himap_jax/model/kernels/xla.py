@@ -72,9 +72,14 @@ def product(x: Float[Array, "B S D"], weight: Any) -> Float[Array, "B S F"]:
   return jnp.einsum("BSD,FD->BSF", x, weight, preferred_element_type=jnp.float32)
 
 
+def weight_gradient(g: Float[Array, "B S F"], x: Float[Array, "B S D"]) -> Float[Array, "F D"]:
+  """The gradient of a product's weight, from those of its result, in float32."""
+  return jnp.einsum("BSF,BSD->FD", g, x, preferred_element_type=jnp.float32)
+
+
 def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*I"]) -> Float[Array, "*I D"]:
   """Rows of a table."""
   return jnp.take(table, ids, axis=0, mode="clip")
 
 
-KERNELS = Kernels(attention, cache_attention, product, take_rows, new_token_dtype=jnp.dtype)
+KERNELS = Kernels(attention, cache_attention, product, weight_gradient, take_rows, new_token_dtype=jnp.dtype)
