@@ -2,8 +2,10 @@
 
 import ast
 import pathlib
+import tomllib
 
 import pytest
+import setuptools
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -63,6 +65,15 @@ def test_packages_depend_one_way(package):
     if is_in(name, package):
       for other in names:
         assert not any(is_in(other, never) for never in NEVER[package]), f"{path}: {name} imports {other}"
+
+
+def test_what_is_installed():
+  find = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]["find"]
+  assert find.pop("namespaces") is False
+  packages = set(setuptools.find_packages(ROOT, **find))
+  assert {name.partition(".")[0] for name in packages} == {"himap_jax", "checkpoints_convert"}
+  files = [path.relative_to(ROOT) for name, path, _ in modules() if not is_in(name, "experiments")]
+  assert packages == {".".join(path.parent.parts) for path in files}
 
 
 def test_the_model_and_pruning_read_no_flags_and_no_files():

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
-from himap_jax.inputs import IMAGE, PADDING, TEXT, UNUSED_ORDER, Layout, put_image_tokens
+from himap_jax.inputs import IMAGE, PADDING, TEXT, UNUSED_ORDER, Layout, put_image_tokens, take_slots
 
 # t text, 0 and 1 the image that a token is of, . padding
 ROWS = ("tt000t11tt..", "000tttttt...", "t0t0t0t1t1t.", "t0ttttt.....")
@@ -17,6 +18,17 @@ def layout():
   kind = np.array([[{"t": TEXT, ".": PADDING}.get(slot, IMAGE) for slot in row] for row in ROWS])
   image_id = np.array([[int(slot) if slot.isdecimal() else -1 for slot in row] for row in ROWS])
   return jax.tree.map(jnp.asarray, Layout.of_rows(kind, image_id, MOST))
+
+
+@pytest.mark.parametrize(
+  "slots",
+  [np.zeros((2, 3), np.float32), np.zeros(2, np.int32), np.zeros((4, 3), np.int32)],
+  ids=["dtype", "rank", "axis"],
+)
+def test_annotations_are_checked(slots):
+  """In all tests, by the import hook of `conftest`."""
+  with pytest.raises(jaxtyping.TypeCheckError):
+    take_slots(jnp.zeros((2, 12)), jnp.asarray(slots))
 
 
 def places(row, kinds):

@@ -31,7 +31,7 @@ def define_flags() -> None:
     "Our methods, with /int8 for int8 weights; in PyTorch, transformers and the HiMAP authors' algorithm without and "
     "with a cache.",
   )
-  flags.DEFINE_integer("turns", 5, "Turns of each side.", lower_bound=1)
+  flags.DEFINE_integer("turns", 5, "Repetitions per side, in turns.", lower_bound=1)
   flags.DEFINE_integer(
     "at_once", 1, "Sides that load and compile at a time; more need more memory and cores.", lower_bound=1
   )

@@ -20,6 +20,7 @@ from experiments.speed import side
 from himap_jax.engine import sharding
 from himap_jax.model.linear import matmul
 from himap_jax.run import command
+from himap_jax.run.progress import Progress
 
 _ROWS = flags.DEFINE_list("rows", ["1", "4", "167", "671"], "Rows of the left factor: tokens per product.")
 _TURNS = flags.DEFINE_integer("turns", 11, "Repetitions per product.", lower_bound=1)
@@ -44,18 +45,26 @@ def pytorch(rows: int, features: int, out: int) -> Callable[[], Any]:
   return lambda: [torch.nn.functional.linear(x, weight) for weight in weights]
 
 
+def measure(count: int, features: int, out: int) -> tuple[str, ...]:
+  """A row of the table: medians of both sides, which take turns."""
+  calls = ours(count, features, out), pytorch(count, features, out)
+  for call in calls:
+    call()
+  turns = [[side.seconds(call) / COPIES for call in calls] for _ in range(_TURNS.value)]
+  pair = [statistics.median(taken) for taken in zip(*turns, strict=True)]
+  operations, num_bytes = 2 * count * features * out, 2 * features * out
+  speeds = [f"{operations / taken / 1e9:.0f}" for taken in pair]
+  speeds += [f"{num_bytes / taken / 1e9:.1f}" for taken in pair]
+  return *map(str, (count, features, out)), *speeds, f"{pair[0] / pair[1]:.2f}"
+
+
 def run() -> int:
-  rows = []
-  for count, (features, out) in itertools.product(command.numbers(_ROWS, int), SIZES):
-    calls = ours(count, features, out), pytorch(count, features, out)
-    for call in calls:
-      call()
-    turns = [[side.seconds(call) / COPIES for call in calls] for _ in range(_TURNS.value)]
-    pair = [statistics.median(taken) for taken in zip(*turns, strict=True)]
-    operations, num_bytes = 2 * count * features * out, 2 * features * out
-    speeds = [f"{operations / taken / 1e9:.0f}" for taken in pair]
-    speeds += [f"{num_bytes / taken / 1e9:.1f}" for taken in pair]
-    rows.append((*map(str, (count, features, out)), *speeds, f"{pair[0] / pair[1]:.2f}"))
+  sizes = list(itertools.product(command.numbers(_ROWS, int), SIZES))
+  with Progress(len(sizes), "product", "products") as progress:
+    rows = []
+    for count, (features, out) in sizes:
+      rows.append(measure(count, features, out))
+      progress.update()
   header = "rows", "in", "out", "XLA, GFLOP/s", "PyTorch, GFLOP/s", "XLA, GB/s", "PyTorch, GB/s", "time ÷ PyTorch's"
   print("\n".join(tabular.markdown(header, rows)))
   return 0

@@ -24,6 +24,7 @@ from experiments.shared import tabular
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.run import command
+from himap_jax.run.progress import Progress
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "demo", "`demo` or `demo_cross`, or a directory in the Hugging Face layout."
@@ -81,7 +82,11 @@ def run() -> int:
       *("--batch_size=1", "--prompt_buckets=64", "--max_new_tokens=8", "--noresume"),
     ]
     environment = {**os.environ, "HIMAP_JAX_CACHE": f"{scratch}/cache"}
-    starts = [start(arguments, environment) for _ in range(1 + _STARTS.value)]
+    starts = []
+    with Progress(1 + _STARTS.value, "start", "startup") as progress:
+      while len(starts) <= _STARTS.value:
+        starts.append(start(arguments, environment))
+        progress.update()
   rows = {label: [one[phase] for one in starts] for phase, label in PHASES.items()}
   rows[TOTAL] = [sum(one.values()) - one["end"] for one in starts]
   medians = {label: statistics.median(later) for label, (_, *later) in rows.items()}

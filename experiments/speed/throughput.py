@@ -42,7 +42,7 @@ def define_flags() -> None:
     lower_bound=1,
   )
   flags.DEFINE_list("pytorch_batch_sizes", ["4", "16"], "Rows of batches of transformers.")
-  flags.DEFINE_integer("turns", 3, "Turns of each side.", lower_bound=1)
+  flags.DEFINE_integer("turns", 3, "Repetitions per side, in turns.", lower_bound=1)
   flags.DEFINE_string("weights_dir", "/dev/shm", "Directory of the random weights during the run.")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import method_inputs, model_sizes
-from himap_jax.engine.batching import Batcher
+from himap_jax.engine.batching import MAX_IMAGE_BUCKETS, Batcher
 from himap_jax.errors import UserError
 from himap_jax.generation import make_batcher
 from himap_jax.pruning.schedule import Schedule
@@ -94,8 +94,14 @@ def _profile(directory: pathlib.Path | None) -> Iterator[None]:
 
 
 def describe_buckets(batcher: Batcher) -> str:
-  """The numbers of image tokens to which prompts are padded."""
+  """The numbers of image tokens to which prompts are padded, or how many there are where a method cannot pad."""
   counts = dict.fromkeys((bucket.num_image_tokens, bucket.is_ragged) for bucket in batcher.buckets)
+  if len(counts) > 1 + MAX_IMAGE_BUCKETS:
+    least, *_, most = sorted(count for count, _ in counts)
+    return (
+      f"{len(counts)} numbers from {least} to {most}, each with programs of its own, since the method pads none; "
+      "--max_image_tokens bounds them"
+    )
   return ", ".join(f"up to {count}" if is_ragged else str(count) for count, is_ragged in counts)
 
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_checkpoints
+import tiny_qwen2_vl
 
-from himap_jax import GenerationConfig, InputConfig, build_schedule, generate
+from himap_jax import GenerationConfig, InputConfig, build_schedule, checkpoint, generate
 from himap_jax.engine import compiled
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.engine import Engine
@@ -75,6 +76,28 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   run(images[:1], ["<image> before the question?"])
   assert engine.programs.num_programs == 3
   assert compilations == []
+
+
+def test_pictures_of_other_sizes_in_a_ragged_bucket(tmp_path, compilations):
+  tiny = tiny_qwen2_vl.make("qwen2_5_vl", tmp_path / "tiny")
+  model = checkpoint.load(str(tiny.directory), dtype=jnp.float32, cache_dir=tmp_path)
+  processor, bucket = model.prompts("<image>{question}"), Bucket(96, 24, 32, is_ragged=True)
+  batcher = Batcher(512, processor.blank, [ImageBucket(*bucket[:2], is_ragged=True)], buckets=(32,), max_new_tokens=3)
+  engine = Engine(model.model, model.schedule("himap", (1, 2), (0.5, 0.25)), GenerationConfig(3))
+
+  def run(sizes):
+    pictures = [tiny_checkpoints.noise_image(size, seed) for seed, size in enumerate(sizes)]
+    examples = [processor.prepare([own], "Why?") for own in pictures]
+    found = engine(batcher.pack(examples, bucket=bucket, batch_size=2), range(2))
+    counts = [example.num_image_tokens for example in examples]
+    assert list(map(len, found.kept[0])) == [round(count / 2) for count in counts]
+    return counts
+
+  first = run([(40, 40), (64, 24)])
+  assert engine.programs.num_programs == 3 and len(compilations) >= 3
+  compilations.clear()
+  assert not set(run([(32, 24), (16, 56)])) & set(first)
+  assert engine.programs.num_programs == 3 and compilations == []
 
 
 @pytest.mark.sampled(of="recompilation")

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision on pictures against transformers: tiles, shrunk grids, features, logits, and HiMAP."""
+"""LLaVA-OneVision on pictures against transformers: prompts, tiles, shrunk grids, features, logits, and HiMAP."""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,14 @@ import reference_himap
 import tiny_anyres
 import tiny_checkpoints
 import torch
+import transformers
 from PIL import Image
 from test_llava_next import changed
 
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
-from himap_jax.engine.batching import Batcher, ImageBucket
+from himap_jax.engine import sharding
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
+from himap_jax.engine.engine import Engine
 from himap_jax.families.llava_onevision import LlavaOnevisionProcessor
 
 # The third and the last have more than 1.1² times the image tokens of two tiles.
@@ -21,6 +24,7 @@ QUESTIONS = ("No picture here.", "<image>What is it?", "<image><image> or <image
 TEMPLATE = "<image>{question}"
 SHARES = ((2, 3), (0.5, 0.125))
 NUM_NEW = 5
+GENERATION = GenerationConfig(NUM_NEW, ignore_eos=True)
 TOLERANCE = 1e-4
 
 
@@ -39,9 +43,63 @@ def noise():
   return [tiny_checkpoints.noise_image(size, seed) for seed, size in enumerate(SIZES)]
 
 
+@pytest.fixture(scope="module")
+def rows(noise):
+  """The pictures of each question; those with pictures have five and three tiles."""
+  return [[], [noise[2]], [noise[0], noise[1], noise[5]]]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny, loaded, rows):
+  """The reference's prompt, with logits and kept sets, and tokens of each row with pictures, alone."""
+  answers = []
+  for own, question in zip(rows[1:], QUESTIONS[1:], strict=True):
+    example = loaded.prompts(TEMPLATE).prepare(own, question)
+    keep = tuple(round(share * example.num_image_tokens) for share in SHARES[1])
+    prompt, tokens, lead = reference_himap.generate(
+      tiny.model,
+      torch.from_numpy(example.tokens).long(),
+      tiny.pictures(own),
+      prune_layers=SHARES[0],
+      keep=keep,
+      max_new_tokens=NUM_NEW,
+    )
+    assert min(prompt.margin, 0.1 * lead) > 1e-6, "so close that rounding decides; draw other weights"
+    answers.append((prompt, tokens))
+  return answers
+
+
+class Reference(transformers.LlavaOnevisionProcessor):
+  """Does without the processor of videos, which needs torchvision."""
+
+  def check_argument_for_proper_class(self, argument_name, argument):
+    if argument_name != "video_processor":
+      super().check_argument_for_proper_class(argument_name, argument)
+
+
 @torch.no_grad()
 def reference_features(tiny, images):
   return torch.cat(list(tiny.model.get_image_features(**tiny.pictures(images)).pooler_output))
+
+
+def test_prompts_and_tokens_are_transformers_own(tiny, loaded, noise):
+  """Of no picture, of one of any size, and of several."""
+  reference = Reference(
+    tiny.image_processor,
+    tiny_checkpoints.byte_tokenizer(),
+    None,
+    num_image_tokens=25,
+    vision_feature_select_strategy="full",
+    chat_template=tiny_checkpoints.CHAT_TEMPLATE,
+    vision_aspect_ratio="anyres_max_2",
+  )
+  processor = loaded.prompts()
+  for own in [[], *([image] for image in noise), noise[:2], noise[4:7]]:
+    parts = [{"type": "image"}] * len(own) + [{"type": "text", "text": "Why?"}]
+    text = reference.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    inputs = reference(images=[own] if own else None, text=text, add_special_tokens=False)
+    assert processor.prompt("Why?", len(own)) == text
+    assert processor.prepare(own, "Why?").tokens.tolist() == inputs["input_ids"][0]
 
 
 class TestPictures:
@@ -101,28 +159,35 @@ def test_image_features_and_logits_at_every_position(tiny, loaded, noise):
 
 
 class TestPruning:
-  def test_himap_and_decoding_are_the_reference(self, tiny, loaded, noise):
+  def test_himap_and_decoding_are_the_reference(self, tiny, loaded, rows, expected):
     """Rows of no, one and three pictures in one call; each is as the reference has it alone."""
-    rows = [[], [noise[2]], [noise[0], noise[1], noise[5]]]
-    generation, inputs = GenerationConfig(NUM_NEW, ignore_eos=True), InputConfig(TEMPLATE, (60,), 2)
-    schedule = loaded.schedule("himap", *SHARES)
-    answers = generate(loaded, rows, QUESTIONS, schedule=schedule, generation=generation, inputs=inputs)
-    assert answers[0].kept == [[], []]
-    for own, question, found in [*zip(rows, QUESTIONS, answers, strict=True)][1:]:
-      example = loaded.prompts(TEMPLATE).prepare(own, question)
-      keep = tuple(round(share * example.num_image_tokens) for share in SHARES[1])
-      prompt, tokens, lead = reference_himap.generate(
-        tiny.model,
-        torch.from_numpy(example.tokens).long(),
-        tiny.pictures(own),
-        prune_layers=SHARES[0],
-        keep=keep,
-        max_new_tokens=NUM_NEW,
-      )
-      assert min(prompt.margin, 0.1 * lead) > 1e-6, "so close that rounding decides; draw other weights"
+    schedule, inputs = loaded.schedule("himap", *SHARES), InputConfig(TEMPLATE, (60,), 2)
+    text, *answers = generate(loaded, rows, QUESTIONS, schedule=schedule, generation=GENERATION, inputs=inputs)
+    ids = torch.from_numpy(loaded.prompts(TEMPLATE).prepare([], QUESTIONS[0]).tokens).long()
+    with torch.no_grad():
+      whole = tiny.model.generate(ids[None], max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, do_sample=False)
+    assert text.token_ids == whole[0, len(ids) :].tolist() and text.kept == [[], []]
+    for found, (prompt, tokens) in zip(answers, expected, strict=True):
       assert [tuple(stage) for stage in found.kept] == list(prompt.kept)
       np.testing.assert_allclose(found.first_logits, prompt.logits[-1], atol=TOLERANCE, rtol=0)
       assert found.token_ids == tokens
+
+  def test_rows_padded_to_one_bucket_on_a_mesh(self, tiny, rows, expected, tmp_path):
+    """Two on each pair of devices, each padded to more tiles and image tokens; all are as the reference has them alone."""
+    opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)
+    spread = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(data=2, tensor=2))
+    processor, order = opened.prompts(TEMPLATE), (0, 1, 1, 0)
+    examples = [processor.prepare(rows[1 + row], QUESTIONS[1 + row]) for row in order]
+    assert {example.size.num_tiles for example in examples} == {3, 5}
+    bucket = Bucket(6, max(example.num_image_tokens for example in examples) + 3, 60, is_ragged=True)
+    batcher = Batcher(512, processor.blank, [ImageBucket(*bucket[:2], is_ragged=True)], buckets=(60,))
+    engine = Engine(spread.model, opened.schedule("himap", *SHARES), GENERATION)
+    found = engine(batcher.pack(examples, bucket=bucket, batch_size=4), range(4))
+    for number, row in enumerate(order):
+      prompt, tokens = expected[row]
+      assert [tuple(stage[number]) for stage in found.kept] == list(prompt.kept)
+      np.testing.assert_allclose(found.logits[number], prompt.logits[-1], atol=TOLERANCE, rtol=0)
+      assert found.tokens[number] == tokens
 
   @pytest.mark.parametrize("method", ["fastervlm", "visionzip", "vispruner", "prumerge+himap"])
   def test_methods_that_read_the_tower_list_those_that_do_not(self, loaded, method):

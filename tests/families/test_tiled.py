@@ -16,7 +16,8 @@ from tiny_checkpoints import noise_image
 from checkpoints_convert import convert
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
 from himap_jax.engine import sharding
-from himap_jax.engine.batching import Batcher, image_buckets
+from himap_jax.engine.batching import Batcher, Bucket, ImageBucket, image_buckets
+from himap_jax.engine.engine import Engine
 from himap_jax.families.family import Message
 
 NAMES = ("internvl", "idefics3", "smolvlm")
@@ -181,7 +182,21 @@ def test_logits_at_every_position(tiny, loaded, rows):
     np.testing.assert_allclose(row[: len(example.tokens)], expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("tiny", ["internvl", "idefics3"], indirect=True, scope="module")
+def reference_answer(tiny, example):
+  """The reference's prompt, with logits and kept sets, and tokens of a row with pictures, alone."""
+  prompt, tokens, lead = reference_himap.generate(
+    tiny.model,
+    torch.from_numpy(example.tokens).long(),
+    tiny.batched(torch.from_numpy(example.images.pixels)),
+    prune_layers=SHARES[0],
+    keep=tuple(round(share * example.num_image_tokens) for share in SHARES[1]),
+    max_new_tokens=NUM_NEW,
+  )
+  assert min(prompt.margin, 0.1 * lead) > 1e-5, "so close that rounding decides; draw other weights"
+  return prompt, tokens
+
+
+@pytest.mark.parametrize("tiny", NAMES, indirect=True, scope="module")
 class TestHimap:
   def test_rows_of_no_and_three_pictures_are_the_reference_s(self, tiny, loaded, rows, answers):
     for own, question, found in zip(rows[::2], QUESTIONS[::2], answers, strict=True):
@@ -193,16 +208,7 @@ class TestHimap:
           assert token == tiny_tiled.logits(tiny, ids.numpy(), None)[-1].argmax()
           ids = torch.cat([ids, torch.tensor([token])])
         continue
-      keep = tuple(round(share * example.num_image_tokens) for share in SHARES[1])
-      prompt, tokens, lead = reference_himap.generate(
-        tiny.model,
-        ids,
-        tiny.batched(torch.from_numpy(example.images.pixels)),
-        prune_layers=SHARES[0],
-        keep=keep,
-        max_new_tokens=NUM_NEW,
-      )
-      assert min(prompt.margin, 0.1 * lead) > 1e-5, "so close that rounding decides; draw other weights"
+      prompt, tokens = reference_answer(tiny, example)
       assert [tuple(stage) for stage in found.kept] == list(prompt.kept)
       np.testing.assert_allclose(found.first_logits, prompt.logits[-1], atol=TOLERANCE, rtol=0)
       assert found.token_ids == tokens
@@ -214,6 +220,23 @@ class TestHimap:
     (alone,) = answer(spread, rows[2:], QUESTIONS[2:], batch_size=4)
     assert (alone.token_ids, alone.kept) == (answers[1].token_ids, answers[1].kept)
     np.testing.assert_allclose(alone.first_logits, answers[1].first_logits, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("tiny", ["internvl"], indirect=True, scope="module")
+def test_rows_padded_to_more_image_tokens(tiny, loaded, rows):
+  """In one batch, and even the largest row to more than its own, they keep and answer what each does alone."""
+  processor = loaded.prompts()
+  examples = [processor.prepare(own, question) for own, question in zip(rows[:0:-1], QUESTIONS[:0:-1], strict=True)]
+  tiles = max(example.size.num_tiles for example in examples) + 2
+  bucket = Bucket(tiles, tiles * tiny_tiled.TILE_TOKENS, 400, is_ragged=True)
+  batcher = Batcher(1024, processor.blank, [ImageBucket(*bucket[:2], is_ragged=True)], buckets=(400,))
+  engine = Engine(loaded.model, loaded.schedule("himap", *SHARES), GENERATION)
+  found = engine(batcher.pack(examples, bucket=bucket, batch_size=2), range(2))
+  for number, example in enumerate(examples):
+    prompt, tokens = reference_answer(tiny, example)
+    assert [tuple(stage[number]) for stage in found.kept] == list(prompt.kept)
+    np.testing.assert_allclose(found.logits[number], prompt.logits[-1], atol=TOLERANCE, rtol=0)
+    assert found.tokens[number] == tokens
 
 
 @pytest.mark.parametrize("tiny", ["internvl"], indirect=True, scope="module")

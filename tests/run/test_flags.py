@@ -92,6 +92,10 @@ class TestFlags:
       ("qwen2_5_vl", "Qwen/Qwen2.5-VL-3B-Instruct", "chat", (128, 32), False),
       ("qwen3_vl", "Qwen/Qwen3-VL-2B-Instruct", "chat", (128, 32), False),
       ("gemma3_4b", "google/gemma-3-4b-it", "chat", (128, 32), False),
+      ("llava_next_7b", "llava-hf/llava-v1.6-mistral-7b-hf", "chat", (1170, 292), False),
+      ("llava_onevision_7b", "llava-hf/llava-onevision-qwen2-7b-ov-hf", "chat", (1464, 366), False),
+      ("internvl3_1b", "OpenGVLab/InternVL3-1B-hf", "chat", (128, 32), False),
+      ("smolvlm_256m", "HuggingFaceTB/SmolVLM-256M-Instruct", "chat", (32, 8), False),
     ],
   )
   def test_flagfiles_of_models(self, name, checkpoint, template, kept, is_pickled, monkeypatch):
