@@ -15,7 +15,7 @@ from himap_jax.inputs import IMAGE, PADDING, TEXT, Example, Images, ImageSize, I
 
 DEFAULT_BUCKETS = (64, 128, 256, 512, 1024, 2048)
 MAX_IMAGE_BUCKETS = 16
-IMAGE_WASTE = ImageSize(num_tiles=0.1, num_tokens=0.05)  # more buckets are made until no larger shares are padding
+IMAGE_WASTE = 0.1, 0.05  # shares of the tiles and of the image tokens; more buckets are made until no more is padding
 
 
 class ImageBucket(NamedTuple):

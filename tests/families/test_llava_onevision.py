@@ -173,7 +173,7 @@ class TestPruning:
       assert found.token_ids == tokens
 
   def test_rows_padded_to_one_bucket_on_a_mesh(self, tiny, rows, expected, tmp_path):
-    """Two on each pair of devices, each padded to more tiles and image tokens; all are as the reference has them alone."""
+    """Two on each pair of devices, each padded to more tiles and tokens; all are as the reference has them alone."""
     opened = checkpoint.open_checkpoint(str(tiny.directory), cache_dir=tmp_path)
     spread = opened.restore(dtype=jnp.float32, mesh=sharding.make_mesh(data=2, tensor=2))
     processor, order = opened.prompts(TEMPLATE), (0, 1, 1, 0)
