@@ -9,6 +9,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 import socket
@@ -70,26 +71,36 @@ class Handlers:
   def shown(self, pruning: PruningConfig) -> list[Any]:
     """The settings, the start of the sliders, the methods before and inside the decoder, and the switches."""
     pruning = choices.spelled_out(self._asker, pruning)
-    settings, (before, inside) = pruning_flags.text(pruning), choices.split(pruning.method)
-    can_keep = gr.Checkbox(pruning.keep_positions, interactive=before != choices.NOTHING)
-    return [settings, (next(self._numbers), settings), before, inside, pruning.restore, can_keep]
+    settings, names = pruning_flags.text(pruning), choices.split(pruning.method)
+    return [settings, (next(self._numbers), settings), *names, pruning.restore, self.kept(pruning)]
+
+  def kept(self, pruning: PruningConfig) -> gr.Checkbox:
+    """Whether positions are kept, which can be changed if the method removes tokens before the decoder."""
+    return gr.Checkbox(pruning.keep_positions, interactive=self._can_keep_positions(pruning))
+
+  def _can_keep_positions(self, pruning: PruningConfig) -> bool:
+    try:
+      self._asker.schedule(dataclasses.replace(pruning, keep_positions=True))
+    except UserError:
+      return False
+    return True
 
   def choose(self, before: str, inside: str, restored: bool, kept: bool) -> list[Any]:
     with _one_line():
-      kept &= before != choices.NOTHING
-      return self.shown(PruningConfig(choices.joined(before, inside), restore=restored, keep_positions=kept))
+      pruning = PruningConfig(choices.joined(before, inside), restore=restored)
+      return self.shown(dataclasses.replace(pruning, keep_positions=kept and self._can_keep_positions(pruning)))
 
   def paste(self, settings: str) -> list[Any]:
     with _one_line():
       return self.shown(pruning_flags.parse(settings))
 
-  def switch(self, settings: str, restored: bool, kept: bool) -> str:
+  def switch(self, name: str, settings: str, is_on: bool) -> str:
+    """The settings with one of the switches, such as `restore`, on or off."""
     with _one_line():
-      pruning = dataclasses.replace(pruning_flags.parse(settings), restore=restored, keep_positions=kept)
-      return pruning_flags.text(pruning)
+      return pruning_flags.text(dataclasses.replace(pruning_flags.parse(settings), **{name: is_on}))
 
-  def move(self, settings: str, *values: int | float) -> str:
-    """The settings with other layers, keep counts and parameters, in this order."""
+  def move(self, settings: str, *values: int | float) -> list[Any]:
+    """The settings with other layers, keep counts and parameters, in this order, and whether positions are kept."""
     with _one_line():
       pruning = pruning_flags.parse(settings)
       count = len(pruning.keep or ())
@@ -103,7 +114,9 @@ class Handlers:
         keep=tuple(value / 100 if self._most is None else int(value) for value in keep),
         parameters=tuple(zip(names, parameters, strict=True)),
       )
-      return pruning_flags.text(moved)
+      is_kept = moved.keep_positions and self._can_keep_positions(moved)
+      moved = dataclasses.replace(moved, keep_positions=is_kept)
+      return [pruning_flags.text(moved), self.kept(moved)]
 
   def controls(self, settings: str) -> list[gr.Slider | gr.Number]:
     """Makes sliders of layers and of keep counts, and fields of parameters."""
@@ -192,7 +205,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
           return
         moving = handlers.controls(start[1])
         for control in moving:
-          control.input(handlers.move, [settings, *moving], settings, **QUIET)
+          control.input(handlers.move, [settings, *moving], [settings, kept], **QUIET)
 
     chosen, switches = [before, inside], [restored, kept]
     everything = [settings, start, *chosen, *switches]
@@ -200,8 +213,8 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
       control.input(handlers.choose, [*chosen, *switches], everything, **QUIET)
     for pasted in (settings.submit, settings.blur):
       pasted(handlers.paste, settings, everything, **QUIET)
-    for control in switches:
-      control.input(handlers.switch, [settings, *switches], settings, **QUIET)
+    for name, control in zip(pruning_flags.SWITCHES, switches, strict=True):
+      control.input(functools.partial(handlers.switch, name), [settings, control], settings, **QUIET)
     shown = [plain, pruned, table, gallery, legend]
     asked = [ask.click, question.submit]
     inputs = [picture, question, settings]

@@ -173,6 +173,15 @@ def test_settings_can_be_pasted(tab):
 
 
 def test_a_method_brings_its_sliders(tab):
+  tab.write("#settings textarea", "--method=random --prune_layers=0 --keep=8 --keep_positions")
+  tab.click("#question textarea")
+  tab.wait("document.querySelector('#kept input').checked && document.querySelector('#keep-1') === null")
+  wait_for(tab, "#layer-0 input[type=range]", "0")
+  tab.evaluate("document.querySelector('#layer-0 input[type=range]').focus()")
+  tab.key("ArrowRight", 39)
+  settings(tab, "--method=random --prune_layers=1 --keep=8")
+  tab.wait("document.querySelector('#kept input').disabled && !document.querySelector('#kept input').checked")
+  choose(tab, "before", "none")
   choose(tab, "inside", "fastv")
   settings(tab, "--method=fastv --prune_layers=2 --keep=8")
   tab.wait("document.querySelector('#keep-0') !== null && document.querySelector('#keep-1') === null")
