@@ -18,6 +18,7 @@ def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
   groups = collections.defaultdict(list)
   for item in items:
     if marker := item.get_closest_marker("sampled"):
+      assert not marker.args and set(marker.kwargs) <= {"of"}, item.nodeid
       groups[marker.kwargs.get("of", item.nodeid.partition("[")[0])].append(item.nodeid)
   return {
     drawn

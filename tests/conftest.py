@@ -81,7 +81,10 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
-  if not config.option.all_cases and not any("::" in argument for argument in config.args):  # which names a test
+  is_named = (
+    config.option.keyword or getattr(config.option, "lf", False) or any("::" in argument for argument in config.args)
+  )
+  if not config.option.all_cases and not is_named:
     drawn, left_out, kept = cases.draw(items, config.option.case_seed), [], []
     for item in items:
       is_left_out = item.get_closest_marker("sampled") is not None and item.nodeid not in drawn

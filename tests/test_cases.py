@@ -6,7 +6,7 @@ import cases
 
 
 def item(nodeid, marked=True, **arguments):
-  marker = types.SimpleNamespace(kwargs=arguments) if marked else None
+  marker = types.SimpleNamespace(args=(), kwargs=arguments) if marked else None
   return types.SimpleNamespace(nodeid=nodeid, get_closest_marker={"sampled": marker}.get)
 
 

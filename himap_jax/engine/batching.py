@@ -41,9 +41,9 @@ class Bucket(NamedTuple):
 
 
 def image_buckets(sizes: Mapping[ImageSize, int], *, exact: bool = False) -> tuple[ImageBucket, ...]:
-  """The fewest buckets whose padding is at most `IMAGE_WASTE`, but at most `MAX_IMAGE_BUCKETS`.
+  """Buckets with the least padding, as few as bring it to `IMAGE_WASTE` or below, but at most `MAX_IMAGE_BUCKETS`.
 
-  Rows without pictures have their own.
+  Rows without pictures have one more.
 
   Args:
     sizes: row count per size.

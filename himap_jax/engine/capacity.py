@@ -186,7 +186,8 @@ class Capacity:
       wanted = "more" if size is None else f"{size / GIB:.3g} GiB"
       raise UserError(
         f"a prompt of {num_slots} tokens, padding included, needs {wanted} of a device's memory, and {self._room / GIB:.3g} "
-        "GiB are free beside the weights; --max_image_tokens bounds those of pictures, and finer --prompt_buckets pad less"
+        "GiB are free beside the weights; fewer pictures, --max_image_tokens where a picture's size decides how many it has, "
+        "or finer --prompt_buckets make it shorter"
       )
     own = memory(count)
     if own is not None:

@@ -154,9 +154,8 @@ class LlavaPrompts:
     apply = self._processor.apply_chat_template
     if not isinstance(question, str) or IMAGE_TAG not in question:
       return chat_prompt(apply, question, num_pictures)
-    (message,) = messages_of(
-      question, num_pictures
-    )  # whose pictures stand where it says, not where the template has them
+    # As text, it stays where it is: a template may move parts that are pictures to the front.
+    (message,) = messages_of(question, num_pictures)
     return templates.filled(apply, [{"role": message.role, "content": [{"type": "text", "text": message.text}]}])
 
   def ids(self, text: str) -> list[int]:

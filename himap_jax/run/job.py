@@ -94,14 +94,12 @@ def _profile(directory: pathlib.Path | None) -> Iterator[None]:
 
 
 def describe_buckets(batcher: Batcher) -> str:
-  """The numbers of image tokens to which prompts are padded, or how many there are where a method cannot pad."""
+  """The numbers of image tokens to which prompts are padded, or how many shapes there are where a method cannot pad."""
+  shapes = {bucket[:2] for bucket in batcher.buckets}
   counts = dict.fromkeys((bucket.num_image_tokens, bucket.is_ragged) for bucket in batcher.buckets)
-  if len(counts) > 1 + MAX_IMAGE_BUCKETS:
-    least, *_, most = sorted(count for count, _ in counts)
-    return (
-      f"{len(counts)} numbers from {least} to {most}, each with programs of its own, since the method pads none; "
-      "--max_image_tokens bounds them"
-    )
+  if len(shapes) > 1 + MAX_IMAGE_BUCKETS:
+    least, most = (choose(count for count, _ in counts if count) for choose in (min, max))
+    return f"from {least} to {most} in {len(shapes)} shapes, each with programs of its own, since the method pads none"
   return ", ".join(f"up to {count}" if is_ragged else str(count) for count, is_ragged in counts)
 
 

@@ -12,7 +12,7 @@ class Progress(contextlib.AbstractContextManager):
   """Counts and shows progress; a context manager.
 
   On a terminal it is tqdm's bar. Elsewhere it is a line on stderr every `interval` seconds: the count, the rate since the
-  previous line, and the time left at that rate; or the time so far if nothing has been counted since.
+  previous line with a rate, and the time left at that rate; or the time so far if nothing has been counted since.
   """
 
   def __init__(self, total: int, unit: str, label: str, *, shown: bool = True, interval: int | float = 30):
@@ -23,18 +23,15 @@ class Progress(contextlib.AbstractContextManager):
     self._done = self._done_before = 0
     self._start = self._time_before = time.monotonic()
     self._ended = threading.Event()
-    has_lines = shown and not is_terminal
-    self._thread = threading.Thread(target=self._lines, args=(interval,), daemon=True) if has_lines else None
+    self._has_lines, self._interval = shown and not is_terminal, interval
 
   def __enter__(self) -> "Progress":
-    if self._thread is not None:
-      self._thread.start()
+    if self._has_lines:
+      threading.Thread(target=self._lines, daemon=True).start()
     return self
 
   def __exit__(self, *exception: object) -> None:
     self._ended.set()
-    if self._thread is not None:
-      self._thread.join()
     self._bar.close()
 
   def print(self, text: str) -> None:
@@ -46,7 +43,7 @@ class Progress(contextlib.AbstractContextManager):
     self._done += count
 
   def line(self) -> str:
-    """The count and, if it has grown since the previous line, the rate and the time left; otherwise the time so far."""
+    """The count, and the rate and the time left if it has grown since the previous line with these; or the time so far."""
     now, done = time.monotonic(), self._done
     counted, seconds = done - self._done_before, now - self._time_before
     text = f"{self._label}: {self._unit} {done} of {self._total}"
@@ -56,6 +53,7 @@ class Progress(contextlib.AbstractContextManager):
     rate = counted / seconds
     return f"{text}, {rate:.3g} {self._unit}/s, {tqdm.format_interval(round((self._total - done) / rate))} left"
 
-  def _lines(self, interval: int | float) -> None:
-    while not self._ended.wait(interval):
-      print(self.line(), file=sys.stderr, flush=True)
+  def _lines(self) -> None:
+    while not self._ended.wait(self._interval):
+      sys.stderr.write(f"{self.line()}\n")
+      sys.stderr.flush()

@@ -84,7 +84,7 @@ class Prompts:
   Attributes:
     keys: the ids of all as text, in their order.
     where: reads those for which a flag is true, of a flag for each; raises `UserError` if they cannot be read any more.
-    ignored: ignored fields of the rows, the first of them.
+    ignored: names of fields that are ignored, the first of them.
   """
 
   keys: Sequence[str]

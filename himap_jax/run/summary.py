@@ -22,7 +22,8 @@ class Result(NamedTuple):
   Attributes:
     num_tiles: its pictures, or tiles or patches of them.
     kept: image tokens after each stage.
-    num_slots, num_padded_tiles: slots of its prompt and tiles, padding included.
+    num_slots: slots of its prompt, padding included.
+    num_padded_tiles: tiles, padding included.
   """
 
   row: dict[str, Any]
@@ -64,7 +65,7 @@ class Summary:
     return self.num_errors > 0 and not self.num_answered + self.num_skipped
 
   def padding(self) -> str:
-    """Shares of the prompts' slots and of the tiles that are padding."""
+    """Shares of the prompts' slots and, if any, of the tiles that are padding."""
     slots = sum(count * (image + text) for (_, image, text, _), count in self.answered.items())
     tiles = sum(count * own for (own, *_), count in self.answered.items())
     shares = {"prompts' slots": 1 - slots / self.num_slots}
@@ -139,9 +140,9 @@ class Report:
   def _add_costs(self, table: Table, summary: Summary) -> None:
     """Costs of all rows, each with its own keep counts, relative to no pruning."""
     own, plain, num_text_tokens = collections.Counter(), collections.Counter(), 0
-    for (pictures, image, text, kept), count in summary.answered.items():
+    for (tiles, image, text, kept), count in summary.answered.items():
       for total, schedule in ((own, self.schedule.with_counts(kept)), (plain, Schedule())):
-        cost = costs(self.sizes, schedule, image, text, num_pictures=pictures)
+        cost = costs(self.sizes, schedule, image, text, num_pictures=tiles)
         total.update({name: count * getattr(cost, name) for name in _COSTS})
       num_text_tokens += count * text
     text = round(num_text_tokens / summary.num_answered)

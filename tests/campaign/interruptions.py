@@ -90,7 +90,7 @@ def _run(*command: str) -> None:
 
 
 # How JAX ends a process whose other process ended while it was not waiting for it. The fault handler that absl switches
-# on prints the stacks of all threads then, also of those that go on running, and may itself crash over them.
+# on then prints the stacks of all threads, some of which still run, and may crash while doing so.
 ABORTED = (-signal.SIGABRT, -signal.SIGSEGV)
 OTHER = (2, *ABORTED)  # of a process whose other process ended
 TWO = {"message": "another process of this run ended|cannot join|cannot write", "options": {"num_processes": 2}}

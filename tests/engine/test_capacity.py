@@ -107,7 +107,9 @@ def test_given_sizes_are_the_most():
 
 def test_a_room_that_holds_no_row():
   own = capacity_of(2, BatchSizes(), room=capacity.GIB)
-  message = "a prompt of 700 tokens, padding included, needs 3 GiB .* 1 GiB are free .*; --max_image_tokens bounds"
+  message = (
+    "a prompt of 700 tokens, padding included, needs 3 GiB .* 1 GiB are free .*; fewer pictures, --max_image_tokens"
+  )
   with pytest.raises(UserError, match=message):
     own.prefill_rows(700, lambda count: Memory(0, count * capacity.GIB // 2, count * capacity.GIB // 2))
   with pytest.raises(UserError, match="needs more of a device's memory"):

@@ -14,9 +14,8 @@ from himap_jax.run import job
   [
     ([ImageBucket(0, 0), ImageBucket(1, 64), ImageBucket(3, 192, True)], "0, 64, up to 192"),
     (
-      [ImageBucket(1, count) for count in range(10, 40)],
-      "30 numbers from 10 to 39, each with programs of its own, since the method pads none; "
-      "--max_image_tokens bounds them",
+      [ImageBucket(0, 0), *(ImageBucket(tiles, count) for count in range(10, 20) for tiles in (1, 2))],
+      "from 10 to 19 in 21 shapes, each with programs of its own, since the method pads none",
     ),
   ],
 )
