@@ -144,7 +144,7 @@ def test_percent_where_pictures_differ_in_image_tokens(make_handlers, tmp_path):
     choices.spelled_out(asker, PruningConfig("fastv", (2,), (8,)))
   handlers, settings = make_handlers(asker), "--method=fastv --prune_layers=2 --keep=12.5%"
   assert values_of(handlers, settings) == [2, 12.5]
-  assert handlers.move(settings, 3, 30.5) == "--method=fastv --prune_layers=3 --keep=30.5%"
+  assert handlers.move(settings, 3, 30.5)[0] == "--method=fastv --prune_layers=3 --keep=30.5%"
 
 
 def test_parameters_have_fields(asker, make_handlers):
@@ -154,8 +154,9 @@ def test_parameters_have_fields(asker, make_handlers):
   settings = handlers.paste("--method=himap_adaptive --prune_layers=2,4 --keep=12,6")[0]
   assert settings == "--method=himap_adaptive --prune_layers=2,4 --keep=12,6 --method_parameters=threshold:0.8"
   assert values_of(handlers, settings) == [2, 4, 12, 6, 0.8]
-  moved = handlers.move(settings, 2, 5, 12, 6, 0.7)
+  moved, kept = handlers.move(settings, 2, 5, 12, 6, 0.7)
   assert moved == "--method=himap_adaptive --prune_layers=2,5 --keep=12,6 --method_parameters=threshold:0.7"
+  assert not kept.value and not kept.interactive
   with pytest.raises(gradio.Error, match="not those of the sliders"):
     handlers.move("--method=fastv --prune_layers=2 --keep=8", 2, 5, 12, 6, 0.7)
 
