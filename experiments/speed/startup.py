@@ -84,7 +84,7 @@ def run() -> int:
     environment = {**os.environ, "HIMAP_JAX_CACHE": f"{scratch}/cache"}
     starts = []
     with Progress(1 + _STARTS.value, "start", "startup") as progress:
-      while len(starts) <= _STARTS.value:
+      for _ in range(1 + _STARTS.value):
         starts.append(start(arguments, environment))
         progress.update()
   rows = {label: [one[phase] for one in starts] for phase, label in PHASES.items()}

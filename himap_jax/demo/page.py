@@ -85,10 +85,14 @@ class Handlers:
       return False
     return True
 
+  def _possible(self, pruning: PruningConfig) -> PruningConfig:
+    """The same without positions that the method cannot keep."""
+    return dataclasses.replace(pruning, keep_positions=pruning.keep_positions and self._can_keep_positions(pruning))
+
   def choose(self, before: str, inside: str, restored: bool, kept: bool) -> list[Any]:
     with _one_line():
-      pruning = PruningConfig(choices.joined(before, inside), restore=restored)
-      return self.shown(dataclasses.replace(pruning, keep_positions=kept and self._can_keep_positions(pruning)))
+      pruning = PruningConfig(choices.joined(before, inside), restore=restored, keep_positions=kept)
+      return self.shown(self._possible(pruning))
 
   def paste(self, settings: str) -> list[Any]:
     with _one_line():
@@ -114,8 +118,7 @@ class Handlers:
         keep=tuple(value / 100 if self._most is None else int(value) for value in keep),
         parameters=tuple(zip(names, parameters, strict=True)),
       )
-      is_kept = moved.keep_positions and self._can_keep_positions(moved)
-      moved = dataclasses.replace(moved, keep_positions=is_kept)
+      moved = self._possible(moved)
       return [pruning_flags.text(moved), self.kept(moved)]
 
   def controls(self, settings: str) -> list[gr.Slider | gr.Number]:

@@ -24,14 +24,18 @@ class Progress(contextlib.AbstractContextManager):
     self._start = self._time_before = time.monotonic()
     self._ended = threading.Event()
     self._has_lines, self._interval = shown and not is_terminal, interval
+    self._thread: threading.Thread | None = None
 
   def __enter__(self) -> "Progress":
     if self._has_lines:
-      threading.Thread(target=self._lines, daemon=True).start()
+      self._thread = threading.Thread(target=self._lines, daemon=True)
+      self._thread.start()
     return self
 
   def __exit__(self, *exception: object) -> None:
     self._ended.set()
+    if self._thread is not None:
+      self._thread.join()  # no line comes after the end
     self._bar.close()
 
   def print(self, text: str) -> None:

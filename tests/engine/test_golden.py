@@ -15,6 +15,7 @@ from himap_jax import GenerationConfig, InputConfig, Sampling, generate
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.engine import Engine
 from himap_jax.inputs import PADDING
+from himap_jax.pruning.methods import METHODS
 
 GOLDEN = np.load(pathlib.Path(__file__).with_name("golden.npz"))
 QUESTIONS = (
@@ -78,6 +79,11 @@ def test_answers_are_those_recorded(case, loaded, images):
     assert reverse.tokens[3 - row] == answer.token_ids
     assert [stage[3 - row] for stage in reverse.kept] == answer.kept
     np.testing.assert_allclose(reverse.logits[3 - row], answer.first_logits, atol=1e-5, rtol=0)
+
+
+def test_every_method_of_a_fixed_count_is_recorded():
+  later = {"scope", "fsr", "visiontrim", "visipruner"}  # than the recording
+  assert set(METHODS) - {"himap_adaptive"} - later <= set(CASES)
 
 
 def test_all_recorded_answers_are_compared():
