@@ -1,4 +1,4 @@
-"""The collectives of a compiled program."""
+"""The collectives and the kernels of a compiled program."""
 
 import collections
 import math
@@ -10,6 +10,12 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 _COLLECTIVE = re.compile(rf"= (?P<shapes>.+?) (?P<kind>{'|'.join(KINDS)})(-start)?\((?P<rest>.*)")
 _SHAPE = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
 _SCOPE = re.compile(r'op_name="([^"]*)"')
+_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{$")
+_OPERATION = re.compile(r"  (?:ROOT )?%?[\w.\-]+ = .*?[\])}] (?P<kind>[\w\-]+)\((?P<rest>.*)")
+_BODY = re.compile(r"(?:body|to_apply)=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Operations without a kernel of their own.
+FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota", "after-all", "partition-id"}
 
 
 class Collective(NamedTuple):
@@ -44,3 +50,38 @@ def summarize(found: Iterable[Collective]) -> str:
     counts[one.kind] += 1
     sizes[one.kind] += one.num_bytes
   return ", ".join(f"{count} {kind} {sizes[kind] / 2**20:.1f} MiB" for kind, count in counts.items()) or "none"
+
+
+class Kernels(NamedTuple):
+  """What one run of a program starts, by the scope of each operation: kernels, and passes through loops."""
+
+  kernels: collections.Counter[str]
+  turns: collections.Counter[str]
+
+
+def kernels(compiled: Any) -> Kernels:
+  """Counts the kernels of a program for a GPU; a loop counts as often as it runs, once if that is unknown."""
+  computations: dict[str, list[re.Match[str]]] = {}
+  for line in compiled.as_text().splitlines():
+    if start := _COMPUTATION.match(line):
+      own = computations.setdefault("" if start["entry"] else start["name"], [])
+    elif operation := _OPERATION.match(line):
+      own.append(operation)
+  found = Kernels(collections.Counter(), collections.Counter())
+
+  def walk(name: str, times: int, loop: str | None) -> None:
+    for operation in computations[name]:
+      named = _SCOPE.search(operation["rest"])
+      scope = loop or (named[1] if named else "")
+      if operation["kind"] == "while":
+        trips = _TRIPS.search(operation["rest"])
+        turns = times * (int(trips[1]) if trips else 1)
+        found.turns[scope] += turns
+        walk(_BODY.search(operation["rest"])[1], turns, scope)
+      elif operation["kind"] == "call":
+        walk(_BODY.search(operation["rest"])[1], times, loop)
+      elif operation["kind"] not in FREE and not operation["kind"].endswith("-done"):
+        found.kernels[scope] += times
+
+  walk("", 1, None)
+  return found

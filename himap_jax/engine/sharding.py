@@ -142,11 +142,13 @@ def kernels_for(mesh: Mesh) -> Kernels:
   device = mesh.devices.flat[0]
   if device.platform == "cpu":
     return cpu.KERNELS
+  spec_of = functools.partial(heads, mesh)
   if device.platform == "tpu":
-    return tpu.kernels(mesh, functools.partial(heads, mesh))
+    return tpu.kernels(mesh, spec_of)
   generation = getattr(device, "compute_capability", "").partition(".")[0]
   # cuDNN's attention needs Ampere (8) or later; AMD's capabilities are not numbers
-  return gpu.KERNELS if generation.isdecimal() and int(generation) >= 8 else xla.KERNELS
+  is_known = generation.isdecimal() and int(generation) >= 8
+  return gpu.kernels(mesh, spec_of, int(generation)) if is_known else xla.KERNELS
 
 
 def with_divisible_key_heads(config: ModelConfig, mesh: Mesh) -> ModelConfig:

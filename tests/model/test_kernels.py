@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from himap_jax.engine import sharding
-from himap_jax.model.kernels import HIDDEN, cpu, gpu, masks, tpu, xla
+from himap_jax.model.kernels import HIDDEN, Devices, cpu, gpu, masks, tpu, xla
 
 SHAPES = {  # query slots, key slots, query heads, key heads
   "one block": (100, 100, 4, 4),
@@ -130,7 +130,7 @@ def test_gradients_of_blocks():
 
 
 def devices(mesh, **options):
-  return tpu.Devices(mesh, functools.partial(sharding.heads, mesh), **options)
+  return Devices(mesh, functools.partial(sharding.heads, mesh), **options)
 
 
 SPLASH = {  # query and key heads, head dim, query slots, whether causal, in segments, masked
@@ -196,6 +196,10 @@ def test_cudnn_takes_what_it_can(monkeypatch):
   gpu.attention(half, half, half, jnp.ones((1, 1, 4, 4), bool))
   gpu.attention(*[jnp.ones((1, 4, 2, 60), jnp.bfloat16)] * 3)
   assert taken == ["cudnn", "cudnn", None, "cudnn", None]
+  mesh, wide = sharding.make_mesh(), [jnp.ones((1, 4, 2, 256), jnp.bfloat16)] * 3  # Gemma 3's heads
+  for generation in (8, 9):
+    gpu.kernels(mesh, functools.partial(sharding.heads, mesh), generation).attention(*wide)
+  assert taken[5:] == [None, "cudnn"]
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["one query head a key head", "four"])
@@ -234,8 +238,11 @@ def test_every_platform_has_one(platform, capability, expected, monkeypatch):
   mesh = unittest.mock.Mock(spec=Mesh, devices=np.array([device]))
   monkeypatch.setattr(sharding, "heads", lambda mesh, num_heads, num_key_heads: "spec")
   monkeypatch.setattr(tpu, "kernels", tpu.kernels.__wrapped__)
-  attend = sharding.kernels_for.__wrapped__(mesh).attention
+  monkeypatch.setattr(gpu, "kernels", gpu.kernels.__wrapped__)
+  kernels = sharding.kernels_for.__wrapped__(mesh)
+  attend = kernels.attention
   assert getattr(attend, "func", attend) is expected
+  assert (kernels.received_attention(600) is not None) == (expected in (gpu.attention, tpu.attention))
   if platform == "tpu":
     own, spec_of, _ = attend.keywords["devices"]
     assert own is mesh and spec_of(4, 2) == "spec"

@@ -2,12 +2,26 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 HIDDEN = -1e30  # logit of a key that a query does not see; within the range of bfloat16
+
+
+class Devices(NamedTuple):
+  """Where kernels in Pallas run, of which each device runs its own.
+
+  Attributes:
+    spec_of: from the numbers of query and key heads to the sharding of `[B, heads, S, H]`.
+    interpret: whether they run in Pallas' interpreter.
+  """
+
+  mesh: Mesh
+  spec_of: Callable[[int, int], PartitionSpec]
+  interpret: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,15 +1,29 @@
-"""Kernels for NVIDIA GPUs from Ampere on: cuDNN's flash attention where it applies.
+"""Kernels for NVIDIA GPUs from Ampere on: cuDNN's flash attention where it applies, and, in Pallas, what slots receive.
 
 Axes: as in `xla`.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from himap_jax.model.kernels import masks, xla
+from himap_jax.model.kernels import Devices, Kernels, masks, xla
 from himap_jax.model.kernels.masks import Mask
+from himap_jax.model.kernels.received import Form, received
+
+HOPPER = 9  # compute capability
+WIDEST_HEAD, WIDEST_HEAD_OF_HOPPER = 128, 256  # that cuDNN takes
+
+# Triton takes powers of two alone; two stages of 64 keys of the largest heads fit into the shared memory of an A100.
+FORM = Form(
+  slots=64, unrolls=False, head_dim=pl.next_power_of_2, compiler_params=triton.CompilerParams(num_warps=4, num_stages=2)
+)
 
 
 def attention(
@@ -20,13 +34,14 @@ def attention(
   *,
   is_causal: bool = False,
   segments: Int[Array, "B S"] | None = None,
+  widest_head: int = WIDEST_HEAD,
 ) -> Float[Array, "B S N H"]:
   """cuDNN's flash attention, to which masks and segments are biases; JAX's own for other dtypes and other head dims.
 
-  cuDNN takes a mask of floats in the dtype of the queries.
+  cuDNN takes a mask of floats in the dtype of the queries, and heads of `widest_head` numbers at most.
   """
   head_dim, mask = query.shape[-1], masks.in_segments(mask, segments)
-  if query.dtype.itemsize != 2 or head_dim % 8 or head_dim > 128:
+  if query.dtype.itemsize != 2 or head_dim % 8 or head_dim > widest_head:
     return xla.attention(query, key, value, mask, is_causal=is_causal)
   if mask is not None and mask.dtype != bool:
     mask = mask.astype(query.dtype)
@@ -36,4 +51,13 @@ def attention(
     )
 
 
-KERNELS = dataclasses.replace(xla.KERNELS, attention=attention)
+@functools.lru_cache
+def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec], generation: int) -> Kernels:
+  """The kernels for a mesh of GPUs, the major number of whose compute capability is `generation`."""
+  own = functools.partial(received, devices=Devices(mesh, spec_of), form=FORM)
+  widest = WIDEST_HEAD if generation < HOPPER else WIDEST_HEAD_OF_HOPPER
+  return dataclasses.replace(
+    xla.KERNELS,
+    attention=functools.partial(attention, widest_head=widest),
+    received_attention=lambda num_slots: own,
+  )

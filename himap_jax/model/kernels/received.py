@@ -1,20 +1,39 @@
 """Attention that slots receive from some rows, in one Pallas kernel: no row's attention leaves a core's own memory.
 
-Axes: B batch, Q rows, T slots, N query heads, K key heads, H head dim, n blocks of rows.
+Axes: B batch, Q rows, T slots, N query heads, K key heads, H head dim, n blocks of rows, R rows of a block.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.inputs import pad_to
-from himap_jax.model.kernels import HIDDEN
+from himap_jax.model.kernels import HIDDEN, Devices
 
-ROWS, SLOTS = 64, 128  # of a block
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+  """How the kernel is built for a platform.
+
+  Attributes:
+    rows, slots: of a block.
+    unrolls: whether its loop over blocks of slots is unrolled.
+    head_dim: from the head dim to the one to which heads are padded.
+    compiler_params: of `pallas_call`.
+  """
+
+  rows: int = 64
+  slots: int = 128
+  unrolls: bool = True
+  head_dim: Callable[[int], int] = lambda head_dim: head_dim
+  compiler_params: Any = None
 
 
 def received(
@@ -23,56 +42,92 @@ def received(
   visible: Bool[Array, "B Q T"],
   valid: Bool[Array, "B Q"],
   scale: float,
-  **options: Any,
+  *,
+  devices: Devices,
+  form: Form,
 ) -> Float[Array, "B T"]:
-  """Attention that slots receive from the valid rows, summed over rows and heads, on one device.
+  """Attention that slots receive from the valid rows, summed over rows, averaged over heads, on all devices."""
+  num_heads, (mesh, spec_of, interpret) = query.shape[2], devices
+  batch, heads = spec_of(num_heads, key.shape[2])
+
+  def of_own_heads(*arguments: Array) -> Float[Array, "B T"]:
+    own = received_from_heads(*arguments, scale, form=form, interpret=interpret)
+    return jax.lax.psum(own, heads) if heads else own
+
+  by_head, by_row = PartitionSpec(batch, None, heads), PartitionSpec(batch)
+  program = jax.shard_map(
+    of_own_heads, mesh=mesh, in_specs=(by_head, by_head, by_row, by_row), out_specs=by_row, check_vma=False
+  )
+  return program(query, key, visible, valid) / num_heads
+
+
+def received_from_heads(
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B T K H"],
+  visible: Bool[Array, "B Q T"],
+  valid: Bool[Array, "B Q"],
+  scale: float,
+  *,
+  form: Form,
+  interpret: bool = False,
+) -> Float[Array, "B T"]:
+  """As `received`, summed over heads, on one device.
 
   Every program of the grid takes a block of rows of one head, and goes over the slots twice: for the maximum and the
   sum of the row's weights, and for what the slots receive.
-
-  Args:
-    options: of `pallas_call`.
   """
   batch, _, num_heads, head_dim = query.shape
-  num_slots, group = key.shape[1], num_heads // key.shape[2]
-  query = pad_to(jnp.swapaxes(query, 1, 2), {2: ROWS})
-  key = pad_to(jnp.swapaxes(key, 1, 2), {2: SLOTS})
-  visible = pad_to(visible.astype(jnp.int32), {1: ROWS, 2: SLOTS})
-  weight = pad_to(valid.astype(jnp.float32)[:, :, None], {1: ROWS})
-  padded, num_blocks = key.shape[2], query.shape[2] // ROWS
+  num_slots, group, rows = key.shape[1], num_heads // key.shape[2], form.rows
+  wide = {3: form.head_dim(head_dim)}
+  query = pad_to(jnp.swapaxes(query, 1, 2), {2: rows} | wide)
+  key = pad_to(jnp.swapaxes(key, 1, 2), {2: form.slots} | wide)
+  visible = pad_to(visible.astype(jnp.int32), {1: rows, 2: form.slots})
+  weight = pad_to(valid.astype(jnp.float32)[:, :, None], {1: rows})
+  (padded, head_dim), num_blocks = key.shape[2:], query.shape[2] // rows
   by_block = pl.pallas_call(
-    functools.partial(_block, scale=scale),
+    functools.partial(_block, scale=scale, form=form),
     grid=(batch, num_heads, num_blocks),
     in_specs=[
-      pl.BlockSpec((None, None, ROWS, head_dim), lambda b, head, rows: (b, head, rows, 0)),
-      pl.BlockSpec((None, None, padded, head_dim), lambda b, head, rows: (b, jax.lax.div(head, group), 0, 0)),
-      pl.BlockSpec((None, ROWS, padded), lambda b, head, rows: (b, rows, 0)),
-      pl.BlockSpec((None, ROWS, 1), lambda b, head, rows: (b, rows, 0)),
+      pl.BlockSpec((None, None, rows, head_dim), lambda b, head, block: (b, head, block, 0)),
+      pl.BlockSpec((None, None, padded, head_dim), lambda b, head, block: (b, jax.lax.div(head, group), 0, 0)),
+      pl.BlockSpec((None, rows, padded), lambda b, head, block: (b, block, 0)),
+      pl.BlockSpec((None, rows, 1), lambda b, head, block: (b, block, 0)),
     ],
-    out_specs=pl.BlockSpec((None, None, None, 1, padded), lambda b, head, rows: (b, head, rows, 0, 0)),
+    out_specs=pl.BlockSpec((None, None, None, 1, padded), lambda b, head, block: (b, head, block, 0, 0)),
     out_shape=jax.ShapeDtypeStruct((batch, num_heads, num_blocks, 1, padded), jnp.float32),
     name="received_attention",
-    **options,
+    compiler_params=form.compiler_params,
+    interpret=interpret,
   )(query, key, visible, weight)
   return by_block.sum(axis=(1, 2, 3))[:, :num_slots]
 
 
-def _block(query_ref: Any, key_ref: Any, visible_ref: Any, weight_ref: Any, received_ref: Any, *, scale: float) -> None:
-  query = query_ref[...]
+def _block(
+  query_ref: Any, key_ref: Any, visible_ref: Any, weight_ref: Any, received_ref: Any, *, scale: float, form: Form
+) -> None:
+  query, num_blocks = query_ref[...], key_ref.shape[0] // form.slots
+  unroll = num_blocks if form.unrolls else 1
 
-  def logits(slots: slice) -> Float[Array, "R T"]:
+  def logits(number: Int[Array, ""]) -> tuple[Any, Float[Array, "R T"]]:
+    slots = pl.ds(number * form.slots, form.slots)
     products = jax.lax.dot_general(
       query, key_ref[slots, :], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return jnp.where(visible_ref[:, slots] != 0, products * scale, HIDDEN)
+    return slots, jnp.where(visible_ref[:, slots] != 0, products * scale, HIDDEN)
 
-  blocks = [slice(first, first + SLOTS) for first in range(0, key_ref.shape[0], SLOTS)]
-  highest = jnp.full((ROWS, 1), HIDDEN, jnp.float32)
-  total = jnp.zeros((ROWS, 1), jnp.float32)
-  for slots in blocks:
-    own = logits(slots)
-    before, highest = highest, jnp.maximum(highest, own.max(axis=1, keepdims=True))
-    total = total * jnp.exp(before - highest) + jnp.exp(own - highest).sum(axis=1, keepdims=True)
+  def add(
+    number: Int[Array, ""], before: tuple[Float[Array, "R 1"], Float[Array, "R 1"]]
+  ) -> tuple[Float[Array, "R 1"], Float[Array, "R 1"]]:
+    (highest, total), (_, own) = before, logits(number)
+    now = jnp.maximum(highest, own.max(axis=1, keepdims=True))
+    return now, total * jnp.exp(highest - now) + jnp.exp(own - now).sum(axis=1, keepdims=True)
+
+  nothing = jnp.full((form.rows, 1), HIDDEN, jnp.float32), jnp.zeros((form.rows, 1), jnp.float32)
+  highest, total = jax.lax.fori_loop(0, num_blocks, add, nothing, unroll=unroll)
   share = weight_ref[...] / total
-  for slots in blocks:
-    received_ref[:, slots] = (jnp.exp(logits(slots) - highest) * share).sum(axis=0, keepdims=True)
+
+  def write(number: Int[Array, ""], _: None) -> None:
+    slots, own = logits(number)
+    received_ref[:, slots] = (jnp.exp(own - highest) * share).sum(axis=0, keepdims=True)
+
+  jax.lax.fori_loop(0, num_blocks, write, None, unroll=unroll)

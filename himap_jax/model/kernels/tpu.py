@@ -6,36 +6,23 @@ Axes: as in `xla`.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from himap_jax.inputs import pad_to
-from himap_jax.model.kernels import Kernels, masks, xla
+from himap_jax.model.kernels import Devices, Kernels, masks, xla
 from himap_jax.model.kernels.masks import Mask
-from himap_jax.model.kernels.received import received
+from himap_jax.model.kernels.received import Form, received
 
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
 LANES = 128
 MOST_SLOTS = 4096  # of which one program of `received` holds keys and mask in a core's own memory
 UNUSED = -2  # segment of slots that fill a block
-
-
-class Devices(NamedTuple):
-  """Where splash attention runs.
-
-  Attributes:
-    spec_of: from the numbers of query and key heads to the sharding of `[B, heads, S, H]`.
-    interpret: whether it runs in Pallas' interpreter.
-  """
-
-  mesh: Mesh
-  spec_of: Callable[[int, int], PartitionSpec]
-  interpret: bool = False
+FORM = Form()
 
 
 def attention(
@@ -91,30 +78,6 @@ def attention(
   return jnp.swapaxes(by_device(*heads_first, *hidden)[:, :, :slots, :head_dim], 1, 2)
 
 
-def received_attention(
-  query: Float[Array, "B Q N H"],
-  key: Float[Array, "B T K H"],
-  visible: Bool[Array, "B Q T"],
-  valid: Bool[Array, "B Q"],
-  scale: float,
-  *,
-  devices: Devices,
-) -> Float[Array, "B T"]:
-  """Attention that slots receive from the valid rows, summed over rows, averaged over heads."""
-  num_heads, (mesh, spec_of, interpret) = query.shape[2], devices
-  batch, heads = spec_of(num_heads, key.shape[2])
-
-  def of_own_heads(*arguments: Array) -> Float[Array, "B T"]:
-    own = received(*arguments, scale, interpret=interpret)
-    return jax.lax.psum(own, heads) if heads else own
-
-  by_head, by_row = PartitionSpec(batch, None, heads), PartitionSpec(batch)
-  program = jax.shard_map(
-    of_own_heads, mesh=mesh, in_specs=(by_head, by_head, by_row, by_row), out_specs=by_row, check_vma=False
-  )
-  return program(query, key, visible, valid) / num_heads
-
-
 def cache_multiple(head_dim: int) -> int:
   """The lanes of a register if a head does not fill them.
 
@@ -128,7 +91,7 @@ def cache_multiple(head_dim: int) -> int:
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
   """The kernels for a mesh."""
   devices = Devices(mesh, spec_of)
-  own = functools.partial(received_attention, devices=devices)
+  own = functools.partial(received, devices=devices, form=FORM)
   return dataclasses.replace(
     xla.KERNELS,
     attention=functools.partial(attention, devices=devices),
