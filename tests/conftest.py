@@ -1,10 +1,13 @@
 """Eight simulated devices, strict dtypes and shapes, and one tiny LLaVA of every kind for the whole session."""
 
+import atexit
 import functools
 import gc
 import os
 import secrets
+import shutil
 import sys
+import tempfile
 
 import commands
 
@@ -15,6 +18,10 @@ if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longe
   FLAGS += ["--xla_cpu_experimental_ynn_fusion_type="]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers and commands, of which many compile the same
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled_")
+  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # operations are named by scopes; tracing takes less time
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"

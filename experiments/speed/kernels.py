@@ -43,7 +43,10 @@ def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slot
   model, inputs, seeds = planned.shapes_on(mesh, geometry, **sizes)
   schedule = geometries.schedule_of(model.config, method)
   own = programs.Programs(model, schedule, DecodeConfig(1))
-  lowered = own.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=batch_size)
+  try:
+    lowered = own.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=batch_size)
+  except NotImplementedError as error:  # JAX checks wide heads against the GPU that is present
+    raise UserError(f"{geometry} cannot be lowered without a GPU: {error}") from error
   found = compiler_report.kernels(lowered.prefill.compile(NOT_TUNED))
   kernels, turns = collections.Counter(), collections.Counter()
   for counts, total in ((found.kernels, kernels), (found.turns, turns)):
