@@ -8,17 +8,19 @@ import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
+from experiments.compare.comparison import PromptSizes
 from experiments.compare.encoding import EncodingEngine, Encodings
-from experiments.compare.grid import Cell
+from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question
 from experiments.shared import kept
 from experiments.shared.subject import Subject
+from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
@@ -106,6 +108,34 @@ class Runner:
     return self.subject.batcher.pack(examples, bucket=max(buckets), batch_size=batch_size)
 
 
+class Measured(NamedTuple):
+  """Output rows by id, times, and kept tokens of examples, of every cell that ran; rows of more seeds, if any."""
+
+  answers: dict[str, dict[str, Any]]
+  timings: dict[str, dict[str, Any]]
+  shown: dict[str, dict[str, Any]]
+  repeats: dict[str, list[dict[str, Any]]]
+
+
+def run_cells(runner: Runner, cells: Sequence[Cell], examples: Sequence[Question], num_seeds: int) -> Measured:
+  """Runs the cells that have a schedule; `UserError` if no question has an answer without pruning."""
+  for name in ("answers", "shown", "timings"):
+    (runner.workdir / name).mkdir(exist_ok=True)
+  measured = Measured({}, {}, {}, {})
+  for number, cell in enumerate(cells, start=1):
+    print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
+    if cell.schedule is None:
+      continue
+    measured.answers[cell.label] = runner.answer(cell)
+    if cell.method == REFERENCE:
+      report_errors(measured.answers[cell.label])
+    measured.shown[cell.label] = runner.show(cell, examples)
+    measured.timings[cell.label] = runner.time(cell)
+    if cell.uses_chance:
+      measured.repeats[cell.label] = [runner.answer(cell, repeat=repeat) for repeat in range(1, num_seeds)]
+  return measured
+
+
 def report_errors(rows: Mapping[str, Mapping[str, Any]]) -> None:
   """Says how many questions have no answer, which counts as wrong; raises `UserError` if none has one."""
   bad = [row for row in rows.values() if row["error"] is not None]
@@ -129,6 +159,13 @@ def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats:
   names, compiling = ("prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds"), engine.programs.seconds
   measured = dict(zip(names, [*ratios.tolist(), *seconds.tolist()], strict=True))
   return measured | {"compile_seconds": compiling, "device": jax.devices()[0].device_kind}
+
+
+def prompt_sizes(subject: Subject, bytes_per_value: int) -> PromptSizes:
+  """What the costs of the questions depend on."""
+  sizes = model_sizes(subject.opened.config, subject.processor.image_shape)
+  num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes
+  return PromptSizes(sizes, subject.processor.num_image_tokens, mean_text_length(subject), bytes_per_value, num_tiles)
 
 
 def mean_text_length(subject: Subject) -> int:

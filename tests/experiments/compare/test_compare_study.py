@@ -19,7 +19,7 @@ import himap_jax
 from experiments import question_sets
 from experiments.compare import __main__ as command
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes, power
 from experiments.compare.grid import Cell, Shape, make_cells
 from experiments.compare.report import Example, Shown
 from experiments.question_sets import Question, is_right
@@ -289,11 +289,10 @@ def test_statements_hold_together_and_chance_is_averaged(loaded, tmp_path):
 
 
 def test_a_comparison_that_cannot_tell_stops_before_any_work():
-  values = SimpleNamespace(disagreement=0.2, least_difference=3.0)
   cells = [Cell("fastv", "fastv 8", 8.0, Schedule())]
   with pytest.raises(ValueError, match=r"8\.9 points .* the requested limit is 3 points: take more questions"):
-    command.power(200, cells, values)
-  assert "3.0 points" in command.power(1750, cells, values)
+    power(200, cells, disagreement=0.2, least_difference=3.0)
+  assert "3.0 points" in power(1750, cells, disagreement=0.2, least_difference=3.0)
 
 
 def test_figures_of_a_cell(loaded):
