@@ -18,10 +18,6 @@ if "HIMAP_JAX_TEST_OPTIMIZED" not in os.environ:  # tiny programs take far longe
   FLAGS += ["--xla_cpu_experimental_ynn_fusion_type="]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers and commands, of which many compile the same
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled_")
-  atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"  # operations are named by scopes; tracing takes less time
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -44,6 +40,11 @@ import torch
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
+# Many tests compile the same program. Every process has a cache of its own, since JAX's files are not written at once.
+jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="compiled_"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # tests read names of scopes
+atexit.register(shutil.rmtree, jax.config.jax_compilation_cache_dir, ignore_errors=True)
 torch.set_num_threads(1)  # tiny products lose far more time to torch's thread pool than they gain
 
 
@@ -103,6 +104,16 @@ def pytest_collection_modifyitems(config, items):
       item.add_marker(pytest.mark.slow)
   place = {name: index for index, name in enumerate(SLOW)}
   items.sort(key=lambda item: place.get(item.path.stem, len(SLOW)))  # so that no worker waits long for the last file
+
+
+@pytest.fixture(autouse=True)
+def own_compilation_cache():
+  """Commands that run in this process set another."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -126,38 +126,39 @@ class Engine:
 
     All processes take batches of the same shapes at the same turns, and have as many turns.
     """
-    source, clock, pool = iter(batches), Clock(self.programs), None
+    source, clock, pool, kind = iter(batches), Clock(self.programs), None, Kind.GREEDY
     waiting = self._prefill(next(source, None))
     following = next(source, None)
     while waiting is not None or following is not None or (pool is not None and pool.num_active):
       if waiting is None and following is not None and not pool.num_active:
         pool = None  # its memory is free before this prefill, which needs it
         waiting, following = self._prefill(following), next(source, None)
-      if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting.state))):
+      if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting))):
         pool = None  # its memory is free before there are other slots
-        pool = Pool(self.programs, self._mesh, waiting.state, self._num_slots(waiting))
-      if waiting is not None and pool.has_room(waiting.state):
-        turn = pool.start(waiting, room_for=None if following is None else waiting.state)
+        kind = max(kind, waiting.kind)
+        pool = Pool(self.programs, self._mesh, waiting.state, self._num_slots(waiting, kind), kind)
+      if waiting is not None and pool.has_room(waiting):
+        turn = pool.start(waiting, room_for=None if following is None else waiting)
         waiting = None
         if self._fits_beside_slots(following):
           waiting = self._prefill(following)  # the devices have work until the next turn, whatever the host does
           following = next(source, None)
       else:
-        turn = pool.start(None, room_for=None if waiting is None else waiting.state)
+        turn = pool.start(None, room_for=waiting)
       with jax.profiler.TraceAnnotation(TURN):
         answered = pool.finish(turn, clock, self.usage)
       turn = None  # its batch is in the slots
       yield answered
 
-  def _num_slots(self, waiting: Prefilled) -> int:
-    """Slots for prompts like those that wait."""
+  def _num_slots(self, waiting: Prefilled, kind: Kind) -> int:
+    """Slots for rows of a kind with prompts like those that wait."""
     num_rows, batch = len(waiting.state.logits), (waiting.state, waiting.rows)
     if self.capacity is None:
       return num_rows
 
     def memory(count: int) -> dict[str, Memory] | None:
       with refused_by_compiler():
-        return {"prefill": waiting.memory()} | self.programs.memory_with_slots(waiting.kind, batch, count)
+        return {"prefill": waiting.memory()} | self.programs.memory_with_slots(kind, batch, count)
 
     one = self.programs.slots(waiting.state, sharding.num_shards(self._mesh))
     return self.capacity.slots(num_rows, sharding.device_bytes(one), memory)

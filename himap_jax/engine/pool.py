@@ -134,8 +134,11 @@ class Pool:
     num_active: slots, of all processes, whose rows go on.
   """
 
-  def __init__(self, programs: CompiledPrograms, mesh: Mesh, state: PrefillState, num_slots: int):
-    """Makes slots for prompts of the shapes of `state`; `num_slots` is over all processes, no fewer than its rows."""
+  def __init__(self, programs: CompiledPrograms, mesh: Mesh, state: PrefillState, num_slots: int, kind: Kind):
+    """Makes slots for rows of a kind with prompts of the shapes of `state`.
+
+    `num_slots` is over all processes, no fewer than the rows of `state`.
+    """
     if num_slots < len(state.logits):
       raise ValueError(f"{len(state.logits)} rows do not fit into {num_slots} slots")
     self._programs, self._mesh = programs, mesh
@@ -143,30 +146,30 @@ class Pool:
     self._slots_per_shard = num_slots // sharding.num_shards(mesh)
     self._rows: dict[int, Answered] = {}  # by slot, among those of this process
     self._stopped = np.zeros_like(sharding.to_local_rows(self._slots.active))
-    self._kind, self._num_free, self.num_active = Kind.GREEDY, self._slots_per_shard, 0
+    self._kind, self._num_free, self.num_active = kind, self._slots_per_shard, 0
 
-  def holds(self, state: PrefillState) -> bool:
-    """Whether the slots are large enough for prompts, and no fewer than these."""
-    return self._wanted(state) <= self._slots_per_shard and hold(self._slots, state)
+  def holds(self, batch: Prefilled) -> bool:
+    """Whether the slots are large enough for a batch's prompts, no fewer than these, and for rows of its kind."""
+    is_enough = batch.kind <= self._kind and self._wanted(batch) <= self._slots_per_shard
+    return is_enough and hold(self._slots, batch.state)
 
-  def has_room(self, state: PrefillState) -> bool:
-    """Whether there are enough free slots for prompts, too."""
-    return self.holds(state) and self._num_free >= self._wanted(state)
+  def has_room(self, batch: Prefilled) -> bool:
+    """Whether there are enough free slots for a batch, too."""
+    return self.holds(batch) and self._num_free >= self._wanted(batch)
 
-  def _wanted(self, state: PrefillState) -> int:
+  def _wanted(self, batch: Prefilled) -> int:
     """Free slots that every device needs."""
-    return len(state.logits) // sharding.num_shards(self._mesh)
+    return len(batch.state.logits) // sharding.num_shards(self._mesh)
 
-  def start(self, entering: Prefilled | None, *, room_for: PrefillState | None) -> Turn:
+  def start(self, entering: Prefilled | None, *, room_for: Prefilled | None) -> Turn:
     """Starts a turn.
 
     Args:
       entering: rows to put into slots, for which there is room.
-      room_for: prompts like those that enter next, for which decoding makes room.
+      room_for: a batch like the one that enters next, for which decoding makes room.
     """
     entered = None
     if entering is not None:
-      self._kind = max(self._kind, entering.kind)
       self._slots, entered = self._programs.enter(
         self._kind, self._slots, entering.state, entering.rows, not self.num_active
       )
@@ -211,7 +214,7 @@ class Pool:
       if place[index] < 0:
         complete.append(row)
       else:
-        shard = index // self._wanted(state)  # among those of this process
+        shard = index // self._wanted(entering)  # among those of this process
         self._rows[shard * self._slots_per_shard + int(place[index])] = row
     return complete
 

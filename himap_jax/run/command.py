@@ -52,10 +52,9 @@ def compilation_cache_dir(given: str | None) -> str:
 
 
 def use_compilation_cache(directory: str) -> None:
-  """Makes JAX keep compiled programs in a directory, unless it is empty."""
-  if directory:
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  """Makes JAX keep compiled programs in a directory, or nowhere if it is empty."""
+  jax.config.update("jax_compilation_cache_dir", directory or None)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -2,16 +2,8 @@
 
 import json
 
-import jax
 import pytest
 from campaign import soak, trials
-
-
-@pytest.fixture(autouse=True)
-def compilation_cache_of_this_test_alone():
-  before = jax.config.jax_compilation_cache_dir
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.sampled(of="commands of studies")

@@ -7,14 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from himap_jax import GenerationConfig
-from himap_jax.engine import slots
+from himap_jax import GenerationConfig, checkpoint
+from himap_jax.engine import sharding, slots
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.capacity import BatchSizes
+from himap_jax.engine.compiled import CompiledPrograms
 from himap_jax.engine.engine import Batch, Engine
 from himap_jax.engine.pool import Request
 from himap_jax.engine.prefill import PrefillState
-from himap_jax.engine.sampling import RowSampling, Sampling
+from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.slots import Rows
 from himap_jax.inputs import UNUSED_ORDER
 from himap_jax.model.cache import SegmentCache
@@ -83,6 +84,48 @@ def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded,
     np.testing.assert_allclose(own.logits, other.logits, atol=1e-4, rtol=0)
   assert engine.usage.row_steps == sum(request.max_new_tokens - 1 for request in requests)
   assert engine.usage.row_steps <= engine.usage.slot_steps
+
+
+def test_rows_that_share_slots_of_eight_devices(checkpoints, loaded, images, tmp_path):
+  """Rows over four devices, heads over two: tokens are those of each row alone, and a second job compiles nothing."""
+  samplings = [Sampling(), Sampling(0.8, 0.7)]
+  requests = [Request(f"row {n}", 1 + (5 * n) % MOST, samplings[n % 2]) for n in range(11)]
+  directory, mesh = str(checkpoints(NAME).directory), sharding.make_mesh(data=4, tensor=2)
+  model = checkpoint.load(directory, dtype=jnp.float32, cache_dir=tmp_path, mesh=mesh)
+  alone, generation = loaded(NAME, 1), GenerationConfig(MOST, seed=3, ignore_eos=True)
+  asked, schedule = Asked(model, images, requests, buckets=(64,)), model.schedule("himap", (2, 3), (8, 3))
+  engine = Engine(model.model, schedule, generation, batch_sizes=BatchSizes(8, 4))
+  found = answers(engine, asked.batches(4))
+  single = Engine(alone.model, schedule, generation, batch_sizes=BatchSizes(1, 1))
+  expected = answers(single, asked.batches(1))
+  for request in requests:
+    own, other = found[request.key], expected[request.key]
+    assert own.tokens == other.tokens and len(own.tokens) == request.max_new_tokens
+    assert own.kept == other.kept
+  count = engine.programs.num_programs
+  again = answers(engine, reversed(list(asked.batches(4))))
+  assert {key: row.tokens for key, row in again.items()} == {key: row.tokens for key, row in found.items()}
+  assert engine.programs.num_programs == count
+
+
+def test_slots_are_counted_with_the_program_of_their_rows(loaded, images, monkeypatch):
+  """Choosing among the likeliest tokens takes more memory: slots for greedy rows are not used for such rows."""
+  measured, memory_of = [], CompiledPrograms.memory_with_slots
+
+  def record(self, kind, batch, num_slots):
+    measured.append(kind)
+    return memory_of(self, kind, batch, num_slots)
+
+  monkeypatch.setattr(CompiledPrograms, "memory_with_slots", record)
+  model, samplings = loaded(NAME), (Sampling(), Sampling(), Sampling(0.8, 0.7), Sampling(), Sampling(1.0))
+  requests = [Request(n, 5, own) for n, own in enumerate(samplings)]
+  asked, schedule = Asked(model, images, requests, buckets=(64,)), model.schedule("none", None, None)
+  generation = GenerationConfig(MOST, seed=3, ignore_eos=True)
+  found = answers(Engine(model.model, schedule, generation, batch_sizes=BatchSizes(2, 1)), asked.batches(1))
+  assert measured == [Kind.GREEDY, Kind.NUCLEUS]
+  for request, batch in zip(requests, asked.batches(1), strict=True):
+    (alone,) = answers(Engine(model.model, schedule, generation), [batch]).values()
+    assert alone.tokens == found[request.key].tokens
 
 
 def test_slots_are_used_again_at_once(loaded, images):

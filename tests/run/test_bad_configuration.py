@@ -17,8 +17,6 @@ from himap_jax.run import job
 NAME = running.NAME
 N = 16
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_this_module_alone")
-
 
 def refuses(config, message):
   """A run that stops with a message of one line before it has written anything."""

@@ -19,8 +19,6 @@ from himap_jax.run.pictures import load_image
 NAME = running.NAME
 MAX_NEW, PRUNE_LAYERS = running.MAX_NEW, running.PRUNE_LAYERS
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_this_module_alone")
-
 
 def save_bad_images(directory):
   """Pictures that cannot be answered, by name, each with a part of its error."""

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,15 @@ def test_the_second_model_answers_by_cross_attention():
   _, answers = answers_of("demo_cross", prompts()[:3])
   assert [answer.text for answer in answers] == ["blue", "circle", "triangle"]
   assert checkpoint.open_checkpoint("demo_cross").config.text.cross_attention_layers
+
+
+@pytest.mark.sampled(of="demos")
+def test_the_readme_s_lines_of_python(monkeypatch, capsys):
+  (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+  monkeypatch.chdir(ROOT)
+  exec(compile(code, "README.md", "exec"), {})
+  printed = capsys.readouterr().out
+  assert re.match(r"triangle \[[\d, ]+\]\n$", printed) and len(re.findall(r"\d+", printed)) == 72
 
 
 def test_transformers_answers_the_same():

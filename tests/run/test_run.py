@@ -18,8 +18,6 @@ NAME = running.NAME
 N, NUM_LAYERS, VOCAB = 16, 4, 272
 MAX_NEW, PRUNE_LAYERS, KEEP, QUESTIONS = running.MAX_NEW, running.PRUNE_LAYERS, running.KEEP, running.QUESTIONS
 
-pytestmark = pytest.mark.usefixtures("compilation_cache_of_this_module_alone")
-
 
 class TestAnswers:
   def test_rows_are_those_of_the_library(self, config, loaded, tmp_path, capsys, monkeypatch):
