@@ -56,11 +56,15 @@ class Kernels(NamedTuple):
   """What one run of a program starts, by the scope of each operation: kernels, and passes through loops."""
 
   kernels: collections.Counter[str]
-  turns: collections.Counter[str]
+  passes: collections.Counter[str]
 
 
 def kernels(compiled: Any) -> Kernels:
-  """Counts the kernels of a program for a GPU; a loop counts as often as it runs, once if that is unknown."""
+  """Counts the kernels of a program for a GPU.
+
+  A loop's body counts as often as it runs, once if that is unknown; its condition does not count. A conditional is one
+  kernel.
+  """
   computations: dict[str, list[re.Match[str]]] = {}
   for line in compiled.as_text().splitlines():
     if start := _COMPUTATION.match(line):
@@ -75,9 +79,9 @@ def kernels(compiled: Any) -> Kernels:
       scope = loop or (named[1] if named else "")
       if operation["kind"] == "while":
         trips = _TRIPS.search(operation["rest"])
-        turns = times * (int(trips[1]) if trips else 1)
-        found.turns[scope] += turns
-        walk(_BODY.search(operation["rest"])[1], turns, scope)
+        passes = times * (int(trips[1]) if trips else 1)
+        found.passes[scope] += passes
+        walk(_BODY.search(operation["rest"])[1], passes, scope)
       elif operation["kind"] == "call":
         walk(_BODY.search(operation["rest"])[1], times, loop)
       elif operation["kind"] not in FREE and not operation["kind"].endswith("-done"):

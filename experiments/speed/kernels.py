@@ -3,7 +3,7 @@
     python -m experiments.speed.kernels --geometry=7b --batch_sizes=1,16
 
 By XLA's compiler for an H200, without a GPU and without weights: it needs `pip install -e '.[cuda]'`. It says nothing
-about time. Products are not tuned, so their kernels may be others on a GPU; their number is the same.
+about time. Products are not tuned, so their kernels may be others on a GPU.
 """
 
 import collections
@@ -28,7 +28,7 @@ _TENSOR = flags.DEFINE_integer("tensor", 1, "GPUs that share the heads.", lower_
 _BUCKET = flags.DEFINE_integer("bucket", 128, "Padded text length.", lower_bound=1)
 
 STAGE = re.compile(r"prune_before_layer_\d+/(score|gather)")
-PARTS = {"score": "choosing tokens", "gather": "removing them"}
+PARTS = {"score": "choosing tokens", "gather": "dropping tokens"}
 NOT_TUNED = {"xla_gpu_autotune_level": "0"}  # which takes a GPU
 
 
@@ -48,12 +48,11 @@ def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slot
   except NotImplementedError as error:  # JAX checks wide heads against the GPU that is present
     raise UserError(f"{geometry} cannot be lowered without a GPU: {error}") from error
   found = compiler_report.kernels(lowered.prefill.compile(NOT_TUNED))
-  kernels, turns = collections.Counter(), collections.Counter()
-  for counts, total in ((found.kernels, kernels), (found.turns, turns)):
-    for scope, number in counts.items():
-      total[part_of(scope)] += number
+  kernels = collections.Counter()
+  for scope, number in found.kernels.items():
+    kernels[part_of(scope)] += number
   parts = "tower and decoder", *PARTS.values()
-  return method, str(batch_size), *(str(kernels[part]) for part in parts), str(turns.total())
+  return method, str(batch_size), *(str(kernels[part]) for part in parts), str(found.passes.total())
 
 
 def run() -> int:

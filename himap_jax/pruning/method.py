@@ -205,7 +205,7 @@ def stable_top_k(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]
 
   For `jax.lax.top_k` XLA would gather the rows of all devices.
   """
-  return jnp.argsort(-scores, axis=-1, stable=True)[..., :count]  # a descending sort is reversed twice
+  return jnp.argsort(-scores, axis=-1, stable=True)[..., :count]  # `descending` would reverse twice
 
 
 def filled(kept: Int[Array, "B K"], present: Bool[Array, "B M"]) -> Int[Array, "B K"]:

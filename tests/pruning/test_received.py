@@ -82,7 +82,7 @@ def test_heads_of_any_size(form, head_dim):
 
 @pytest.mark.parametrize(("platform", "call"), [("tpu", "tpu_custom_call"), ("cuda", "xla.gpu.triton")])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_the_kernel_lowers(platform, call, dtype, head_dim):
   form = FORMS["gpu" if platform == "cuda" else platform]
   shapes = (B, Q, 4, head_dim), (B, S, 2, head_dim), (B, Q, S), (B, Q)

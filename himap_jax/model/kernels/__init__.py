@@ -12,7 +12,7 @@ HIDDEN = -1e30  # logit of a key that a query does not see; within the range of 
 
 
 class Devices(NamedTuple):
-  """Where kernels in Pallas run, of which each device runs its own.
+  """Where kernels in Pallas run: each device runs one on its own rows and heads.
 
   Attributes:
     spec_of: from the numbers of query and key heads to the sharding of `[B, heads, S, H]`.

@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs from Ampere on: cuDNN's flash attention where it applies, and, in Pallas, what slots receive.
+"""Kernels for NVIDIA GPUs from Ampere on: cuDNN's flash attention where it applies; in Pallas, received attention.
 
 Axes: as in `xla`.
 """
@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import Mesh, PartitionSpec
@@ -20,9 +21,13 @@ from himap_jax.model.kernels.received import Form, received
 HOPPER = 9  # compute capability
 WIDEST_HEAD, WIDEST_HEAD_OF_HOPPER = 128, 256  # that cuDNN takes
 
-# Triton takes powers of two alone; two stages of 64 keys of the largest heads fit into the shared memory of an A100.
+# Triton takes powers of two alone.
 FORM = Form(
-  slots=64, unrolls=False, head_dim=pl.next_power_of_2, compiler_params=triton.CompilerParams(num_warps=4, num_stages=2)
+  slots=64,
+  unrolls=False,
+  head_dim=pl.next_power_of_2,
+  mask=jnp.int8,
+  compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
 )
 
 

@@ -26,6 +26,7 @@ class Form:
     rows, slots: of a block.
     unrolls: whether its loop over blocks of slots is unrolled.
     head_dim: from the head dim to the one to which heads are padded.
+    mask: dtype of the mask.
     compiler_params: of `pallas_call`.
   """
 
@@ -33,6 +34,7 @@ class Form:
   slots: int = 128
   unrolls: bool = True
   head_dim: Callable[[int], int] = lambda head_dim: head_dim
+  mask: Any = jnp.int32
   compiler_params: Any = None
 
 
@@ -78,10 +80,10 @@ def received_from_heads(
   """
   batch, _, num_heads, head_dim = query.shape
   num_slots, group, rows = key.shape[1], num_heads // key.shape[2], form.rows
-  wide = {3: form.head_dim(head_dim)}
-  query = pad_to(jnp.swapaxes(query, 1, 2), {2: rows} | wide)
-  key = pad_to(jnp.swapaxes(key, 1, 2), {2: form.slots} | wide)
-  visible = pad_to(visible.astype(jnp.int32), {1: rows, 2: form.slots})
+  padded_head = {3: form.head_dim(head_dim)}
+  query = pad_to(jnp.swapaxes(query, 1, 2), {2: rows} | padded_head)
+  key = pad_to(jnp.swapaxes(key, 1, 2), {2: form.slots} | padded_head)
+  visible = pad_to(visible.astype(form.mask), {1: rows, 2: form.slots})
   weight = pad_to(valid.astype(jnp.float32)[:, :, None], {1: rows})
   (padded, head_dim), num_blocks = key.shape[2:], query.shape[2] // rows
   by_block = pl.pallas_call(

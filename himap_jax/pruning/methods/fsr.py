@@ -51,7 +51,7 @@ def focused_and_scanned(
   """The focus, then by turns the token farthest from all chosen ones (Eq. 5); ascending, and a mask of the focus."""
   has_feature, present = view.has_feature(), view.layout.image_present()
   batch, num_tokens = present.shape
-  order = jnp.argsort(jnp.where(has_feature, priority, -1.0), axis=1, descending=True, stable=True)
+  order = stable_top_k(jnp.where(has_feature, priority, -1.0), num_tokens)
   size = focus_size(priority)
   last = jnp.where(present, NO_FEATURE, MISSING)
 

@@ -38,7 +38,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 def test_loops_count_as_often_as_they_run():
   found = compiler_report.kernels(types.SimpleNamespace(as_text=lambda: HLO))
   assert found.kernels == {"jit(f)/loop": 5, "jit(f)/choose": 2}
-  assert found.turns == {"jit(f)/loop": 5}
+  assert found.passes == {"jit(f)/loop": 5}
 
 
 def test_a_compiled_loop():
@@ -47,8 +47,8 @@ def test_a_compiled_loop():
       return jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ x), x)
 
   found = compiler_report.kernels(jax.jit(products).lower(jnp.ones((256, 256))).compile())
-  ((scope, turns),) = found.turns.items()
-  assert "products" in scope and turns == 7
+  ((scope, passes),) = found.passes.items()
+  assert "products" in scope and passes == 7
   assert found.kernels[scope] >= 2 * 7
 
 
@@ -58,6 +58,16 @@ def test_a_prefill(monkeypatch):
   none, himap = (list(kernels.count(mesh, "tiny", method, 2, 16)) for method in ("none", "himap"))
   assert none[:2] == ["none", "2"] and none[3:5] == ["0", "0"]
   assert himap[:2] == ["himap", "2"] and int(himap[3]) > int(himap[4]) > 0
+
+
+def test_what_takes_a_gpu_to_be_lowered(monkeypatch):
+  def lower(*arguments, **options):
+    raise NotImplementedError("heads of 256")
+
+  monkeypatch.setitem(geometries.GEOMETRIES, "tiny", TINY)
+  monkeypatch.setattr(kernels.programs.Programs, "lower", lower)
+  with pytest.raises(UserError, match="^tiny cannot be lowered without a GPU: heads of 256$"):
+    kernels.count(sharding.make_mesh(), "tiny", "none", 2, 16)
 
 
 def test_without_the_plugin(monkeypatch):
