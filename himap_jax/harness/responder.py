@@ -109,21 +109,23 @@ class Responder:
     by_config = collections.defaultdict(list)
     for question in questions:
       by_config[question.generation].append(question)
-    for config, group in by_config.items():
-      engine = self._engine(config)
-      batches = (
-        Batch(inputs, [self._request(*own) for own in batch])
-        for inputs, batch in self._batches(group, engine, config.max_new_tokens)
-      )
-      for row in itertools.chain.from_iterable(engine.answer(batches)):
-        question, example = row.request.tag
-        if not np.isfinite(row.logits).all():
-          logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
-          continue
-        counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, list(map(len, row.kept)))
-        text = generation.cut(self.processor.decode(row.tokens), question.stops)
-        timing = {name: getattr(row, name) for name in ("prefill_seconds", "decode_seconds")}
-        yield question, Answer(text, len(row.tokens), dict(zip(COUNTS, counts, strict=True)), timing)
+    with Progress(len(questions), "request", "answering") as progress:
+      for config, group in by_config.items():
+        engine = self._engine(config)
+        batches = (
+          Batch(inputs, [self._request(*own) for own in batch])
+          for inputs, batch in self._batches(group, engine, config.max_new_tokens, progress)
+        )
+        for row in itertools.chain.from_iterable(engine.answer(batches)):
+          progress.update()
+          question, example = row.request.tag
+          if not np.isfinite(row.logits).all():
+            logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
+            continue
+          counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, list(map(len, row.kept)))
+          text = generation.cut(self.processor.decode(row.tokens), question.stops)
+          timing = {name: getattr(row, name) for name in ("prefill_seconds", "decode_seconds")}
+          yield question, Answer(text, len(row.tokens), dict(zip(COUNTS, counts, strict=True)), timing)
 
   def _request(self, question: Question, example: Example) -> pool.Request:
     is_complete = generation.has_any(self.processor, question.stops)
@@ -135,21 +137,23 @@ class Responder:
     for continuation in continuations:
       by_prompt[continuation.prompt].append(continuation)
     engine = self._engine(GenerationConfig(seed=self.settings.seed))
-    for inputs, batch in self._batches([own[0] for own in by_prompt.values()], engine, ROOM):
-      groups, wanted = [], []
-      for first, example in batch:
-        given = [(own, self._tokens(own.text, own.target, example.num_images)) for own in by_prompt[first.prompt]]
-        for own in (own for own, tokens in given if not tokens):
-          logging.warning("request %d is not answered: its continuation %r has no tokens", own.place, own.target)
-        groups.append([own for own, tokens in given if tokens])
-        wanted.append([tokens for _, tokens in given if tokens])
-      scores = engine.score(inputs, [first.place for first, _ in batch], wanted)
-      for group, given, own in zip(groups, wanted, scores, strict=True):
-        for continuation, tokens, score in zip(group, given, own, strict=True):
-          if not np.isfinite(score.log_probability):
-            logging.warning("request %d is not answered: %s", continuation.place, NOT_FINITE)
-            continue
-          yield continuation, Loss(-score.log_probability / len(tokens), score.is_greedy)
+    with Progress(len(by_prompt), "prompt", "scoring") as progress:
+      for inputs, batch in self._batches([own[0] for own in by_prompt.values()], engine, ROOM, progress):
+        groups, wanted = [], []
+        for first, example in batch:
+          given = [(own, self._tokens(own.text, own.target, example.num_images)) for own in by_prompt[first.prompt]]
+          for own in (own for own, tokens in given if not tokens):
+            logging.warning("request %d is not answered: its continuation %r has no tokens", own.place, own.target)
+          groups.append([own for own, tokens in given if tokens])
+          wanted.append([tokens for _, tokens in given if tokens])
+        scores = engine.score(inputs, [first.place for first, _ in batch], wanted)
+        progress.update(len(batch))
+        for group, given, own in zip(groups, wanted, scores, strict=True):
+          for continuation, tokens, score in zip(group, given, own, strict=True):
+            if not np.isfinite(score.log_probability):
+              logging.warning("request %d is not answered: %s", continuation.place, NOT_FINITE)
+              continue
+            yield continuation, Loss(-score.log_probability / len(tokens), score.is_greedy)
 
   def _tokens(self, text: str, target: str, num_images: int) -> list[int]:
     """The tokens that a continuation adds to the prompt, or its own if the two grow together."""
@@ -163,7 +167,7 @@ class Responder:
     return self.loaded.engine(self.schedule, config, BatchSizes(self.settings.batch_size))
 
   def _batches(
-    self, requests: Sequence[R], engine: Engine, max_new_tokens: int
+    self, requests: Sequence[R], engine: Engine, max_new_tokens: int, progress: Progress
   ) -> Iterator[tuple[Inputs, list[tuple[R, Example]]]]:
     """Yields batches of requests of one bucket each; sizes of pictures are read first, then pictures are prepared."""
     sizes = collections.Counter()
@@ -175,21 +179,22 @@ class Responder:
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
     num_rows = functools.cache(lambda bucket: engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1)))
-    for bucket, batch in in_batches(self._prepared(requests, batcher), num_rows):
+    for bucket, batch in in_batches(self._prepared(requests, batcher, progress), num_rows):
       yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=num_rows(bucket)), batch
 
-  def _prepared(self, requests: Sequence[R], batcher: Batcher) -> Iterator[tuple[Bucket, tuple[R, Example]]]:
-    """Yields the requests that can be prepared; the others have a warning."""
-    with Progress(len(requests), "request", "answering") as progress:
-      for request in requests:
-        try:
-          example = self._example(request)
-          prepared = batcher.bucket(example), (request, example)
-        except UserError as error:
-          logging.warning("request %d is not answered: %s", request.place, error)
-        else:
-          yield prepared
+  def _prepared(
+    self, requests: Sequence[R], batcher: Batcher, progress: Progress
+  ) -> Iterator[tuple[Bucket, tuple[R, Example]]]:
+    """Yields the requests that can be prepared; the others have a warning, and count as done."""
+    for request in requests:
+      try:
+        example = self._example(request)
+        prepared = batcher.bucket(example), (request, example)
+      except UserError as error:
+        logging.warning("request %d is not answered: %s", request.place, error)
         progress.update()
+      else:
+        yield prepared
 
   def _example(self, request: Request) -> Example:
     pictures = request.pictures()

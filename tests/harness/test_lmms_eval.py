@@ -7,7 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import datasets
 import jax.numpy as jnp
@@ -18,8 +18,10 @@ import pytest
 from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, generate
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.engine import Engine
+from himap_jax.harness import responder as responder_module
 from himap_jax.harness.responder import Continuation, Question, Responder
 from himap_jax.harness.settings import Settings
+from himap_jax.run.progress import Progress
 
 QUESTIONS = ("what is it?", "which colour has it?", "where is the dog?", "who wrote this?")
 AFTER = "\nAnswer the question using a single word or phrase."
@@ -174,8 +176,27 @@ def test_our_command_gives_the_same_scores(results):
     assert repr(sample["filtered_resps"]) in results.printed
 
 
-def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, tmp_path):
+class Counted(Progress):
+  """Remembers the total, what has been counted, and whether it has ended."""
+
+  made: ClassVar = []
+
+  def __init__(self, total, *names):
+    super().__init__(total, *names, shown=False)
+    self.total, self.num_done, self.has_ended = total, 0, False
+    self.made.append(self)
+
+  def __exit__(self, *exception):
+    super().__exit__(*exception)
+    self.has_ended = True
+
+  def update(self, count=1):
+    self.num_done += count
+
+
+def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, monkeypatch):
   """A damaged picture, a continuation without a token, and a prompt that places its picture itself."""
+  monkeypatch.setattr(responder_module, "Progress", Counted)
   responder = Responder(loaded, loaded.prompts(), loaded.schedule("none"), Settings(prompt_buckets=(64,)))
   file = io.BytesIO()
   images[0].resize((200, 200)).save(file, "JPEG")
@@ -197,6 +218,16 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, tmp
     Question(place, "What?", lambda own=own: [own], generation) for place, own in enumerate((damaged, images[0]))
   ]
   assert [question.place for question, _ in responder.answers(questions)] == [1]
+  assert [(own.total, own.num_done, own.has_ended) for own in Counted.made] == [(4, 4, True), (2, 2, True)]
+
+  def failing(self, batches):
+    next(iter(batches))
+    raise RuntimeError("out of memory")
+
+  monkeypatch.setattr(Engine, "answer", failing)
+  with pytest.raises(RuntimeError, match="out of memory"):
+    list(responder.answers(questions))
+  assert Counted.made[-1].has_ended
 
 
 @pytest.mark.parametrize(
