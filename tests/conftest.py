@@ -36,15 +36,18 @@ import jax
 import pytest
 import tiny_checkpoints
 import torch
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Many tests compile the same program. Every process has a cache of its own, since JAX's files are not written at once.
-jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="compiled_"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_compilation_cache_include_metadata_in_key", True)  # tests read names of scopes
-atexit.register(shutil.rmtree, jax.config.jax_compilation_cache_dir, ignore_errors=True)
+# Many tests compile the same program. Every process has a cache of its own, since JAX does not write files atomically.
+OWN_CACHE = {
+  "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="compiled_"),
+  "jax_persistent_cache_min_compile_time_secs": 0,
+  "jax_compilation_cache_include_metadata_in_key": True,  # tests read names of scopes
+}
+atexit.register(shutil.rmtree, OWN_CACHE["jax_compilation_cache_dir"], ignore_errors=True)
 torch.set_num_threads(1)  # tiny products lose far more time to torch's thread pool than they gain
 
 
@@ -108,12 +111,11 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def own_compilation_cache():
-  """Commands that run in this process set another."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {name: getattr(jax.config, name) for name in names}
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
+  """Tests of commands set another in this process."""
+  if jax.config.jax_compilation_cache_dir != OWN_CACHE["jax_compilation_cache_dir"]:
+    compilation_cache.reset_cache()
+    for name, value in OWN_CACHE.items():
+      jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import question_sets
-from experiments.compare import measure, report
-from experiments.compare.comparison import Comparison, Pair, parse_pair, power
-from experiments.compare.files import Files
+from experiments.compare import files, measure, report
+from experiments.compare.comparison import Comparison, Pair, parse_pair
 from experiments.compare.grid import Shape, check, make_cells
+from experiments.compare.power import power
+from experiments.compare.prompt_sizes import prompt_sizes
 from experiments.shared import study
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.batching import DEFAULT_BUCKETS
@@ -85,15 +86,16 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
   runner = measure.Runner(subject, workdir, settings, generation, int(values.encoding_gib * 2**30))
   examples = report.choose(questions, values.num_examples)
   measured = measure.run_cells(runner, cells, examples, values.num_seeds)
-  sizes = measure.prompt_sizes(subject, jnp.dtype(command.DTYPES[values.dtype]).itemsize)
+  sizes = prompt_sizes(subject, jnp.dtype(command.DTYPES[values.dtype]).itemsize)
   comparison = Comparison(questions, cells, measured.answers, measured.timings, sizes, measured.repeats)
   return comparison, report.collect(examples, measured.shown, cells, subject), pairs
 
 
 def write(comparison: Comparison, examples: Sequence[report.Example], pairs: Sequence[Pair], values: Any) -> str:
-  """Writes all files; returns the table to print."""
+  """Writes the files by the flags; returns the table to print."""
   title = f"Pruning methods on {values.question_set}, {len(comparison.questions)} questions"
-  return Files(study.directory("output"), title, values.seed, values.num_strips).write(comparison, examples, pairs)
+  options = {"title": title, "seed": values.seed, "num_strips": values.num_strips}
+  return files.write(study.directory("output"), comparison, examples, pairs, **options)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.compare.grid import REFERENCE, Cell
+from experiments.compare.prompt_sizes import PromptSizes
 from experiments.question_sets import Question, is_right, score
-from experiments.shared.statistics import (
-  POWER,
-  accuracy_by_type,
-  group_sums,
-  holm,
-  paired_p_values,
-  resample,
-  smallest_difference,
-  with_interval,
-)
+from experiments.shared.statistics import accuracy_by_type, group_sums, holm, paired_p_values, resample, with_interval
 from himap_jax.errors import UserError
-from himap_jax.pruning.cost import Costs, ModelSizes, costs
+from himap_jax.pruning.cost import Costs
 from himap_jax.pruning.schedule import Schedule
 
 QUESTION_ONLY = "question only"
@@ -62,46 +54,11 @@ def parse_pair(text: str, cells: Sequence[Cell], questions: Sequence[Question]) 
   return pair
 
 
-class PromptSizes(NamedTuple):
-  """What the costs of a prompt depend on: the model, its tokens before pruning, bytes of a cached value, and tiles."""
-
-  model: ModelSizes
-  num_image_tokens: int
-  num_text_tokens: int
-  bytes_per_value: int = 2
-  num_tiles: int = 1
-
-  def costs(self, schedule: Schedule) -> Costs:
-    return costs(self.model, schedule, *self[1:4], num_pictures=self.num_tiles)
-
-
 def controls(cells: Sequence[Cell]) -> dict[str, str]:
   """The control at the budget of every cell that can run, itself for the control, by their labels."""
   run = [cell for cell in cells if cell.schedule is not None and cell.budget is not None]
   by_budget = {cell.budget: cell.label for cell in run if cell.method == CONTROL}
   return {cell.label: by_budget[cell.budget] for cell in run if cell.budget in by_budget}
-
-
-def power(num_questions: int, cells: Sequence[Cell], disagreement: float, least_difference: float | None) -> str:
-  """Says what difference the questions can show, as if random tokens had one seed, which is cautious.
-
-  Args:
-    disagreement: the share of questions that is answered right by only one of two methods.
-    least_difference: points.
-
-  Raises:
-    UserError: the difference with correction is more than `least_difference`.
-  """
-  comparisons = max(1, sum(label != control for label, control in controls(cells).items()))
-  one, all_ = (smallest_difference(num_questions, disagreement, comparisons=n) for n in (1, comparisons))
-  text = (
-    f"{num_questions} questions, of which {disagreement:.0%} are answered right by only one of two methods, show "
-    f"a difference of {100 * one:.1f} points with a power of {POWER:.0%} in a single test, and one of "
-    f"{100 * all_:.1f} points corrected for {comparisons} comparisons"
-  )
-  if least_difference is not None and 100 * all_ > least_difference:
-    raise UserError(f"{text}; the requested limit is {least_difference:g} points: take more questions")
-  return text
 
 
 def size_class(question: Question) -> str:

@@ -1,6 +1,5 @@
 """Measures the cells of a comparison: their answers and times; those in the work directory are reused."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,15 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from PIL import Image
 
-from experiments.compare.comparison import PromptSizes
 from experiments.compare.encoding import EncodingEngine, Encodings
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question
 from experiments.shared import kept
 from experiments.shared.subject import Subject
-from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError
@@ -63,6 +59,7 @@ class Runner:
     subject = self.subject
     if not questions:
       return {}
+    path.parent.mkdir(exist_ok=True)
     if not path.exists() or path.read_bytes().count(b"\n") < len(questions):
       asked = [prompts.Prompt(q.id, (str(q.image.absolute()),), q.question) for q in questions]
       settings = self.settings | {"seed": generation.seed, "emit": [emit]}
@@ -89,7 +86,9 @@ class Runner:
       engine = self._reference if cell.schedule == Schedule() else self._timed(cell.schedule)
       return measure_times(self._reference, engine, self._timing_inputs, repeats=repeats)
 
-    return kept.json_of(self.workdir / "timings" / f"{cell.file_name}.json", measure) if repeats else {}
+    path = self.workdir / "timings" / f"{cell.file_name}.json"
+    path.parent.mkdir(exist_ok=True)
+    return kept.json_of(path, measure) if repeats else {}
 
   @functools.cached_property
   def _reference(self) -> Engine:
@@ -109,7 +108,14 @@ class Runner:
 
 
 class Measured(NamedTuple):
-  """Output rows by id, times, and kept tokens of examples, of every cell that ran; rows of more seeds, if any."""
+  """What was measured of the cells that ran, by their labels.
+
+  Attributes:
+    answers: output rows, by id.
+    timings: of `measure_times`.
+    shown: output rows of the examples, with kept tokens, by id.
+    repeats: `answers` with further seeds, of cells that use chance.
+  """
 
   answers: dict[str, dict[str, Any]]
   timings: dict[str, dict[str, Any]]
@@ -119,8 +125,6 @@ class Measured(NamedTuple):
 
 def run_cells(runner: Runner, cells: Sequence[Cell], examples: Sequence[Question], num_seeds: int) -> Measured:
   """Runs the cells that have a schedule; `UserError` if no question has an answer without pruning."""
-  for name in ("answers", "shown", "timings"):
-    (runner.workdir / name).mkdir(exist_ok=True)
   measured = Measured({}, {}, {}, {})
   for number, cell in enumerate(cells, start=1):
     print(f"[{number}/{len(cells)}] {cell.label}{f': {cell.note}' if cell.note else ''}", flush=True)
@@ -159,21 +163,3 @@ def measure_times(reference: Engine, engine: Engine, inputs: Inputs, *, repeats:
   names, compiling = ("prefill_ratio", "decode_ratio", "prefill_seconds", "decode_seconds"), engine.programs.seconds
   measured = dict(zip(names, [*ratios.tolist(), *seconds.tolist()], strict=True))
   return measured | {"compile_seconds": compiling, "device": jax.devices()[0].device_kind}
-
-
-def prompt_sizes(subject: Subject, bytes_per_value: int) -> PromptSizes:
-  """What the costs of the questions depend on."""
-  sizes = model_sizes(subject.opened.config, subject.processor.image_shape)
-  num_tiles = subject.processor.image_size([(1, 1)]).num_tiles  # the same for pictures of all sizes
-  return PromptSizes(sizes, subject.processor.num_image_tokens, mean_text_length(subject), bytes_per_value, num_tiles)
-
-
-def mean_text_length(subject: Subject) -> int:
-  """The mean number of text tokens of the questions that the model can take, whatever their pictures."""
-  blank, lengths = Image.new("RGB", (64, 64)), {}
-  for text in {question.question for question in subject.questions}:
-    with contextlib.suppress(UserError):
-      example = subject.processor.prepare([blank], text)
-      subject.batcher.bucket(example)
-      lengths[text] = example.num_text_tokens
-  return round(float(np.mean([lengths[q.question] for q in subject.questions if q.question in lengths])))

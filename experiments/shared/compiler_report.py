@@ -52,18 +52,18 @@ def summarize(found: Iterable[Collective]) -> str:
   return ", ".join(f"{count} {kind} {sizes[kind] / 2**20:.1f} MiB" for kind, count in counts.items()) or "none"
 
 
-class Kernels(NamedTuple):
+class KernelCounts(NamedTuple):
   """What one run of a program starts, by the scope of each operation: kernels, and passes through loops."""
 
   kernels: collections.Counter[str]
   passes: collections.Counter[str]
 
 
-def kernels(compiled: Any) -> Kernels:
+def count_kernels(compiled: Any) -> KernelCounts:
   """Counts the kernels of a program for a GPU.
 
-  A loop's body counts as often as it runs, once if that is unknown; its condition does not count. A conditional is one
-  kernel.
+  A loop's body counts as often as it runs, once if that is unknown; its condition does not count. A conditional and
+  a custom call are one kernel each.
   """
   computations: dict[str, list[re.Match[str]]] = {}
   for line in compiled.as_text().splitlines():
@@ -71,7 +71,7 @@ def kernels(compiled: Any) -> Kernels:
       own = computations.setdefault("" if start["entry"] else start["name"], [])
     elif operation := _OPERATION.match(line):
       own.append(operation)
-  found = Kernels(collections.Counter(), collections.Counter())
+  found = KernelCounts(collections.Counter(), collections.Counter())
 
   def walk(name: str, times: int, loop: str | None) -> None:
     for operation in computations[name]:

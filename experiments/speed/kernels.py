@@ -29,12 +29,13 @@ _BUCKET = flags.DEFINE_integer("bucket", 128, "Padded text length.", lower_bound
 
 STAGE = re.compile(r"prune_before_layer_\d+/(score|gather)")
 PARTS = {"score": "choosing tokens", "gather": "dropping tokens"}
-NOT_TUNED = {"xla_gpu_autotune_level": "0"}  # which takes a GPU
+REST = "tower and decoder"
+NOT_TUNED = {"xla_gpu_autotune_level": "0"}  # tuning needs a GPU
 
 
 def part_of(scope: str) -> str:
   stage = STAGE.search(scope)
-  return PARTS[stage[1]] if stage else "tower and decoder"
+  return PARTS[stage[1]] if stage else REST
 
 
 def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slots: int) -> tuple[str, ...]:
@@ -47,12 +48,11 @@ def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slot
     lowered = own.lower(inputs, seeds, programs.method_parameters(schedule), num_slots=batch_size)
   except NotImplementedError as error:  # JAX checks wide heads against the GPU that is present
     raise UserError(f"{geometry} cannot be lowered without a GPU: {error}") from error
-  found = compiler_report.kernels(lowered.prefill.compile(NOT_TUNED))
+  found = compiler_report.count_kernels(lowered.prefill.compile(NOT_TUNED))
   kernels = collections.Counter()
   for scope, number in found.kernels.items():
     kernels[part_of(scope)] += number
-  parts = "tower and decoder", *PARTS.values()
-  return method, str(batch_size), *(str(kernels[part]) for part in parts), str(found.passes.total())
+  return method, str(batch_size), *(str(kernels[part]) for part in (REST, *PARTS.values())), str(found.passes.total())
 
 
 def run() -> int:
@@ -66,7 +66,7 @@ def run() -> int:
     for method, size in itertools.product(_METHODS.value, sizes):
       rows.append(count(mesh, _GEOMETRY.value, method, size, _BUCKET.value))
       progress.update()
-  header = "method", "rows", "kernels of tower and decoder", *PARTS.values(), "passes through loops"
+  header = "method", "rows", f"kernels of {REST}", *PARTS.values(), "passes through loops"
   print("\n".join(tabular.markdown(header, rows)))
   return 0
 

@@ -135,9 +135,10 @@ class Engine:
         waiting, following = self._prefill(following), next(source, None)
       if waiting is not None and (pool is None or not (pool.num_active or pool.holds(waiting))):
         pool = None  # its memory is free before there are other slots
-        kind = max(kind, waiting.kind)
+        kind = max(kind, waiting.kind)  # of later rows, too: those like the ones before may follow
         pool = Pool(self.programs, self._mesh, waiting.state, self._num_slots(waiting, kind), kind)
       if waiting is not None and pool.has_room(waiting):
+        # whose shapes and kind the following batch mostly has, too; if not, decoding stops in vain
         turn = pool.start(waiting, room_for=None if following is None else waiting)
         waiting = None
         if self._fits_beside_slots(following):

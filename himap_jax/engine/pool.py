@@ -149,7 +149,7 @@ class Pool:
     self._kind, self._num_free, self.num_active = kind, self._slots_per_shard, 0
 
   def holds(self, batch: Prefilled) -> bool:
-    """Whether the slots are large enough for a batch's prompts, no fewer than these, and for rows of its kind."""
+    """Whether the slots are as many as a batch's rows, long enough for its prompts, and decoded for its kind."""
     is_enough = batch.kind <= self._kind and self._wanted(batch) <= self._slots_per_shard
     return is_enough and hold(self._slots, batch.state)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
+from jax.experimental.compilation_cache import compilation_cache
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import read_json, write_json
@@ -53,6 +54,8 @@ def compilation_cache_dir(given: str | None) -> str:
 
 def use_compilation_cache(directory: str) -> None:
   """Makes JAX keep compiled programs in a directory, or nowhere if it is empty."""
+  if directory != (jax.config.jax_compilation_cache_dir or ""):
+    compilation_cache.reset_cache()  # JAX goes on with the first directory otherwise
   jax.config.update("jax_compilation_cache_dir", directory or None)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 

@@ -88,8 +88,7 @@ def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded,
 
 def test_rows_that_share_slots_of_eight_devices(checkpoints, loaded, images, tmp_path):
   """Rows over four devices, heads over two: tokens are those of each row alone, and a second job compiles nothing."""
-  samplings = [Sampling(), Sampling(0.8, 0.7)]
-  requests = [Request(f"row {n}", 1 + (5 * n) % MOST, samplings[n % 2]) for n in range(11)]
+  requests = [Request(f"row {n}", 1 + (5 * n) % MOST, Sampling(0.8, 0.7) if n > 5 else None) for n in range(11)]
   directory, mesh = str(checkpoints(NAME).directory), sharding.make_mesh(data=4, tensor=2)
   model = checkpoint.load(directory, dtype=jnp.float32, cache_dir=tmp_path, mesh=mesh)
   alone, generation = loaded(NAME, 1), GenerationConfig(MOST, seed=3, ignore_eos=True)
@@ -126,6 +125,17 @@ def test_slots_are_counted_with_the_program_of_their_rows(loaded, images, monkey
   for request, batch in zip(requests, asked.batches(1), strict=True):
     (alone,) = answers(Engine(model.model, schedule, generation), [batch]).values()
     assert alone.tokens == found[request.key].tokens
+
+
+def test_later_slots_are_for_all_kinds_so_far(loaded, images, monkeypatch):
+  made, memory_of, model = [], CompiledPrograms.memory_with_slots, loaded(NAME)
+  monkeypatch.setattr(
+    CompiledPrograms, "memory_with_slots", lambda self, kind, *own: made.append(kind) or memory_of(self, kind, *own)
+  )
+  asked = Asked(model, images, [Request(0, 2, Sampling(0.8, 0.7)), Request(1, 2), Request(2, 2)])  # the last is longer
+  engine = Engine(model.model, model.schedule("none", None, None), GenerationConfig(MOST), batch_sizes=BatchSizes(1, 1))
+  assert len(answers(engine, asked.batches(1))) == 3
+  assert len(made) > 1 and set(made) == {Kind.NUCLEUS}
 
 
 def test_slots_are_used_again_at_once(loaded, images):

@@ -1,13 +1,14 @@
 """lmms-eval on built-in and local tasks, without a network: its own command, ours, and our own count of right answers."""
 
 import csv
+import functools
 import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import jax.numpy as jnp
@@ -179,12 +180,10 @@ def test_our_command_gives_the_same_scores(results):
 class Counted(Progress):
   """Remembers the total, what has been counted, and whether it has ended."""
 
-  made: ClassVar = []
-
-  def __init__(self, total, *names):
+  def __init__(self, made, total, *names):
     super().__init__(total, *names, shown=False)
     self.total, self.num_done, self.has_ended = total, 0, False
-    self.made.append(self)
+    made.append(self)
 
   def __exit__(self, *exception):
     super().__exit__(*exception)
@@ -196,7 +195,8 @@ class Counted(Progress):
 
 def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, monkeypatch):
   """A damaged picture, a continuation without a token, and a prompt that places its picture itself."""
-  monkeypatch.setattr(responder_module, "Progress", Counted)
+  made = []
+  monkeypatch.setattr(responder_module, "Progress", functools.partial(Counted, made))
   responder = Responder(loaded, loaded.prompts(), loaded.schedule("none"), Settings(prompt_buckets=(64,)))
   file = io.BytesIO()
   images[0].resize((200, 200)).save(file, "JPEG")
@@ -218,7 +218,7 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
     Question(place, "What?", lambda own=own: [own], generation) for place, own in enumerate((damaged, images[0]))
   ]
   assert [question.place for question, _ in responder.answers(questions)] == [1]
-  assert [(own.total, own.num_done, own.has_ended) for own in Counted.made] == [(4, 4, True), (2, 2, True)]
+  assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (2, 2, True)]
 
   def failing(self, batches):
     next(iter(batches))
@@ -227,7 +227,7 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
   monkeypatch.setattr(Engine, "answer", failing)
   with pytest.raises(RuntimeError, match="out of memory"):
     list(responder.answers(questions))
-  assert Counted.made[-1].has_ended
+  assert made[-1].has_ended
 
 
 @pytest.mark.parametrize(

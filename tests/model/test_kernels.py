@@ -237,8 +237,6 @@ def test_every_platform_has_one(platform, capability, expected, monkeypatch):
     device.compute_capability = capability
   mesh = unittest.mock.Mock(spec=Mesh, devices=np.array([device]))
   monkeypatch.setattr(sharding, "heads", lambda mesh, num_heads, num_key_heads: "spec")
-  monkeypatch.setattr(tpu, "kernels", tpu.kernels.__wrapped__)
-  monkeypatch.setattr(gpu, "kernels", gpu.kernels.__wrapped__)
   kernels = sharding.kernels_for.__wrapped__(mesh)
   attend = kernels.attention
   assert getattr(attend, "func", attend) is expected

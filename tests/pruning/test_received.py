@@ -52,29 +52,29 @@ def test_no_array_has_the_attention_of_all_rows():
   assert memory.temp_size_in_bytes < 0.7 * 4 * B * 8 * 640 * 700  # float32
 
 
-FORMS = {"tpu": tpu.FORM, "gpu": gpu.FORM}
+CONFIGS = {"tpu": tpu.RECEIVED, "gpu": gpu.RECEIVED}
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("sizes", [{"data": 4}, {"data": 2, "tensor": 2}], ids=["rows", "rows and heads"])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=["one query head a key head", "two"])
-def test_the_kernel_is_numpy_s(heads, sizes, form):
+def test_the_kernel_is_numpy_s(heads, sizes, config):
   mesh = sharding.make_mesh(**sizes)
   arrays = case(*heads)
   devices = Devices(mesh, functools.partial(sharding.heads, mesh), interpret=True)
-  actual = jax.jit(functools.partial(received, scale=H**-0.5, devices=devices, form=form))(
+  actual = jax.jit(functools.partial(received, scale=H**-0.5, devices=devices, config=config))(
     *jax.device_put(arrays, sharding.rows(mesh))
   )
   assert actual.sharding.is_equivalent_to(sharding.rows(mesh), 2)
   np.testing.assert_allclose(actual, by_numpy(*arrays).mean(axis=1).sum(axis=1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80])
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_heads_of_any_size(form, head_dim):
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_heads_of_any_size(config, head_dim):
   query, key, visible, valid = case(4, 2)
-  query, key = (np.concatenate([x, x[..., : head_dim - H]], axis=-1) for x in (query, key))
-  actual = jax.jit(functools.partial(received_from_heads, scale=H**-0.5, form=form, interpret=True))(
+  query, key = (np.tile(x, 4)[..., :head_dim] for x in (query, key))
+  actual = jax.jit(functools.partial(received_from_heads, scale=H**-0.5, config=config, interpret=True))(
     query, key, visible, valid
   )
   np.testing.assert_allclose(actual, by_numpy(query, key, visible, valid).sum(axis=(1, 2)), atol=1e-4, rtol=0)
@@ -84,10 +84,10 @@ def test_heads_of_any_size(form, head_dim):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 def test_the_kernel_lowers(platform, call, dtype, head_dim):
-  form = FORMS["gpu" if platform == "cuda" else platform]
+  config = CONFIGS["gpu" if platform == "cuda" else platform]
   shapes = (B, Q, 4, head_dim), (B, S, 2, head_dim), (B, Q, S), (B, Q)
   arrays = map(jax.ShapeDtypeStruct, shapes, (dtype, dtype, bool, bool))
-  traced = jax.jit(functools.partial(received_from_heads, scale=0.125, form=form)).trace(*arrays)
+  traced = jax.jit(functools.partial(received_from_heads, scale=0.125, config=config)).trace(*arrays)
   assert call in traced.lower(lowering_platforms=(platform,)).as_text()
 
 

@@ -16,17 +16,17 @@ from jaxtyping import Array, Float, Int
 
 from himap_jax.model.kernels import Devices, Kernels, masks, xla
 from himap_jax.model.kernels.masks import Mask
-from himap_jax.model.kernels.received import Form, received
+from himap_jax.model.kernels.received import KernelConfig, received
 
 HOPPER = 9  # compute capability
 WIDEST_HEAD, WIDEST_HEAD_OF_HOPPER = 128, 256  # that cuDNN takes
 
 # Triton takes powers of two alone.
-FORM = Form(
+RECEIVED = KernelConfig(
   slots=64,
   unrolls=False,
-  head_dim=pl.next_power_of_2,
-  mask=jnp.int8,
+  padded_head_dim=pl.next_power_of_2,
+  mask_dtype=jnp.int8,
   compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
 )
 
@@ -56,10 +56,9 @@ def attention(
     )
 
 
-@functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec], generation: int) -> Kernels:
   """The kernels for a mesh of GPUs, the major number of whose compute capability is `generation`."""
-  own = functools.partial(received, devices=Devices(mesh, spec_of), form=FORM)
+  own = functools.partial(received, devices=Devices(mesh, spec_of), config=RECEIVED)
   widest = WIDEST_HEAD if generation < HOPPER else WIDEST_HEAD_OF_HOPPER
   return dataclasses.replace(
     xla.KERNELS,

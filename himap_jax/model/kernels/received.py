@@ -19,22 +19,21 @@ from himap_jax.model.kernels import HIDDEN, Devices
 
 
 @dataclasses.dataclass(frozen=True)
-class Form:
-  """How the kernel is built for a platform.
+class KernelConfig:
+  """How the kernel is built for a platconfig.
 
   Attributes:
     rows, slots: of a block.
     unrolls: whether its loop over blocks of slots is unrolled.
-    head_dim: from the head dim to the one to which heads are padded.
-    mask: dtype of the mask.
+    padded_head_dim: from the head dim to the one to which heads are padded.
     compiler_params: of `pallas_call`.
   """
 
   rows: int = 64
   slots: int = 128
   unrolls: bool = True
-  head_dim: Callable[[int], int] = lambda head_dim: head_dim
-  mask: Any = jnp.int32
+  padded_head_dim: Callable[[int], int] = lambda head_dim: head_dim
+  mask_dtype: Any = jnp.int32
   compiler_params: Any = None
 
 
@@ -46,14 +45,14 @@ def received(
   scale: float,
   *,
   devices: Devices,
-  form: Form,
+  config: KernelConfig,
 ) -> Float[Array, "B T"]:
   """Attention that slots receive from the valid rows, summed over rows, averaged over heads, on all devices."""
   num_heads, (mesh, spec_of, interpret) = query.shape[2], devices
   batch, heads = spec_of(num_heads, key.shape[2])
 
   def of_own_heads(*arguments: Array) -> Float[Array, "B T"]:
-    own = received_from_heads(*arguments, scale, form=form, interpret=interpret)
+    own = received_from_heads(*arguments, scale, config=config, interpret=interpret)
     return jax.lax.psum(own, heads) if heads else own
 
   by_head, by_row = PartitionSpec(batch, None, heads), PartitionSpec(batch)
@@ -70,7 +69,7 @@ def received_from_heads(
   valid: Bool[Array, "B Q"],
   scale: float,
   *,
-  form: Form,
+  config: KernelConfig,
   interpret: bool = False,
 ) -> Float[Array, "B T"]:
   """As `received`, summed over heads, on one device.
@@ -79,15 +78,15 @@ def received_from_heads(
   sum of the row's weights, and for what the slots receive.
   """
   batch, _, num_heads, head_dim = query.shape
-  num_slots, group, rows = key.shape[1], num_heads // key.shape[2], form.rows
-  padded_head = {3: form.head_dim(head_dim)}
+  num_slots, group, rows = key.shape[1], num_heads // key.shape[2], config.rows
+  padded_head = {3: config.padded_head_dim(head_dim)}
   query = pad_to(jnp.swapaxes(query, 1, 2), {2: rows} | padded_head)
-  key = pad_to(jnp.swapaxes(key, 1, 2), {2: form.slots} | padded_head)
-  visible = pad_to(visible.astype(form.mask), {1: rows, 2: form.slots})
+  key = pad_to(jnp.swapaxes(key, 1, 2), {2: config.slots} | padded_head)
+  visible = pad_to(visible.astype(config.mask_dtype), {1: rows, 2: config.slots})
   weight = pad_to(valid.astype(jnp.float32)[:, :, None], {1: rows})
   (padded, head_dim), num_blocks = key.shape[2:], query.shape[2] // rows
   by_block = pl.pallas_call(
-    functools.partial(_block, scale=scale, form=form),
+    functools.partial(_block, scale=scale, config=config),
     grid=(batch, num_heads, num_blocks),
     in_specs=[
       pl.BlockSpec((None, None, rows, head_dim), lambda b, head, block: (b, head, block, 0)),
@@ -98,38 +97,47 @@ def received_from_heads(
     out_specs=pl.BlockSpec((None, None, None, 1, padded), lambda b, head, block: (b, head, block, 0, 0)),
     out_shape=jax.ShapeDtypeStruct((batch, num_heads, num_blocks, 1, padded), jnp.float32),
     name="received_attention",
-    compiler_params=form.compiler_params,
+    compiler_params=config.compiler_params,
     interpret=interpret,
   )(query, key, visible, weight)
   return by_block.sum(axis=(1, 2, 3))[:, :num_slots]
 
 
 def _block(
-  query_ref: Any, key_ref: Any, visible_ref: Any, weight_ref: Any, received_ref: Any, *, scale: float, form: Form
+  query_ref: Any,
+  key_ref: Any,
+  visible_ref: Any,
+  weight_ref: Any,
+  received_ref: Any,
+  *,
+  scale: float,
+  config: KernelConfig,
 ) -> None:
-  query, num_blocks = query_ref[...], key_ref.shape[0] // form.slots
-  unroll = num_blocks if form.unrolls else 1
+  query, num_blocks = query_ref[...], key_ref.shape[0] // config.slots
+  unroll = num_blocks if config.unrolls else 1
 
-  def logits(number: Int[Array, ""]) -> tuple[Any, Float[Array, "R T"]]:
-    slots = pl.ds(number * form.slots, form.slots)
+  def block(number: Int[Array, ""]) -> Any:
+    return pl.ds(number * config.slots, config.slots)
+
+  def logits(slots: Any) -> Float[Array, "R T"]:
     products = jax.lax.dot_general(
       query, key_ref[slots, :], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
-    return slots, jnp.where(visible_ref[:, slots] != 0, products * scale, HIDDEN)
+    return jnp.where(visible_ref[:, slots] != 0, products * scale, HIDDEN)
 
   def add(
     number: Int[Array, ""], before: tuple[Float[Array, "R 1"], Float[Array, "R 1"]]
   ) -> tuple[Float[Array, "R 1"], Float[Array, "R 1"]]:
-    (highest, total), (_, own) = before, logits(number)
+    (highest, total), own = before, logits(block(number))
     now = jnp.maximum(highest, own.max(axis=1, keepdims=True))
     return now, total * jnp.exp(highest - now) + jnp.exp(own - now).sum(axis=1, keepdims=True)
 
-  nothing = jnp.full((form.rows, 1), HIDDEN, jnp.float32), jnp.zeros((form.rows, 1), jnp.float32)
+  nothing = jnp.full((config.rows, 1), HIDDEN, jnp.float32), jnp.zeros((config.rows, 1), jnp.float32)
   highest, total = jax.lax.fori_loop(0, num_blocks, add, nothing, unroll=unroll)
   share = weight_ref[...] / total
 
   def write(number: Int[Array, ""], _: None) -> None:
-    slots, own = logits(number)
-    received_ref[:, slots] = (jnp.exp(own - highest) * share).sum(axis=0, keepdims=True)
+    slots = block(number)
+    received_ref[:, slots] = (jnp.exp(logits(slots) - highest) * share).sum(axis=0, keepdims=True)
 
   jax.lax.fori_loop(0, num_blocks, write, None, unroll=unroll)

@@ -15,14 +15,14 @@ from jaxtyping import Array, Float, Int
 from himap_jax.inputs import pad_to
 from himap_jax.model.kernels import Devices, Kernels, masks, xla
 from himap_jax.model.kernels.masks import Mask
-from himap_jax.model.kernels.received import Form, received
+from himap_jax.model.kernels.received import KernelConfig, received
 
 BLOCK = 128  # slots of splash attention's default blocks
 HEAD_DIM = 64  # splash attention needs a multiple
 LANES = 128
 MOST_SLOTS = 4096  # of which one program of `received` holds keys and mask in a core's own memory
 UNUSED = -2  # segment of slots that fill a block
-FORM = Form()
+RECEIVED = KernelConfig()
 
 
 def attention(
@@ -87,11 +87,10 @@ def cache_multiple(head_dim: int) -> int:
   return 1 if head_dim % LANES == 0 else LANES
 
 
-@functools.lru_cache
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec]) -> Kernels:
   """The kernels for a mesh."""
   devices = Devices(mesh, spec_of)
-  own = functools.partial(received, devices=devices, form=FORM)
+  own = functools.partial(received, devices=devices, config=RECEIVED)
   return dataclasses.replace(
     xla.KERNELS,
     attention=functools.partial(attention, devices=devices),

@@ -19,8 +19,10 @@ import himap_jax
 from experiments import question_sets
 from experiments.compare import __main__ as command
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, PromptSizes, power
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison
 from experiments.compare.grid import Cell, Shape, make_cells
+from experiments.compare.power import power
+from experiments.compare.prompt_sizes import PromptSizes
 from experiments.compare.report import Example, Shown
 from experiments.question_sets import Question, is_right
 from experiments.shared import study

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.compare import tables
-from experiments.compare.comparison import Comparison, Pair, PromptSizes, parse_pair
+from experiments.compare.comparison import Comparison, Pair, parse_pair
 from experiments.compare.grid import Cell
+from experiments.compare.prompt_sizes import PromptSizes
 from experiments.question_sets import Question
 from himap_jax.errors import UserError
 from himap_jax.pruning.schedule import Schedule

@@ -1,4 +1,4 @@
-"""Kernels of a program: of a text by hand, of a compiled loop, and of a prefill, which the CPU stands for a GPU."""
+"""Kernels of a program: of a text by hand, of a compiled loop, and of a prefill, for which the CPU stands in for a GPU."""
 
 import types
 
@@ -36,7 +36,7 @@ ENTRY %main (x: f32[2]) -> f32[2] {
 
 
 def test_loops_count_as_often_as_they_run():
-  found = compiler_report.kernels(types.SimpleNamespace(as_text=lambda: HLO))
+  found = compiler_report.count_kernels(types.SimpleNamespace(as_text=lambda: HLO))
   assert found.kernels == {"jit(f)/loop": 5, "jit(f)/choose": 2}
   assert found.passes == {"jit(f)/loop": 5}
 
@@ -46,7 +46,7 @@ def test_a_compiled_loop():
     with jax.named_scope("products"):
       return jax.lax.fori_loop(0, 7, lambda _, x: jnp.tanh(x @ x), x)
 
-  found = compiler_report.kernels(jax.jit(products).lower(jnp.ones((256, 256))).compile())
+  found = compiler_report.count_kernels(jax.jit(products).lower(jnp.ones((256, 256))).compile())
   ((scope, passes),) = found.passes.items()
   assert "products" in scope and passes == 7
   assert found.kernels[scope] >= 2 * 7
