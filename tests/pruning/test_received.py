@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from himap_jax.engine import sharding
 from himap_jax.model.kernels import Devices, gpu, tpu
@@ -67,6 +68,24 @@ def test_the_kernel_is_numpy_s(heads, sizes, config):
   )
   assert actual.sharding.is_equivalent_to(sharding.rows(mesh), 2)
   np.testing.assert_allclose(actual, by_numpy(*arrays).mean(axis=1).sum(axis=1), atol=1e-5, rtol=0)
+
+
+def test_wide_heads_have_smaller_blocks_on_gpus(monkeypatch):
+  mesh, blocks, pallas_call = sharding.make_mesh(data=4), [], pl.pallas_call
+
+  def record(*arguments, in_specs, **options):
+    blocks.append(in_specs[0].block_shape[2])
+    return pallas_call(*arguments, in_specs=in_specs, **options)
+
+  monkeypatch.setattr(pl, "pallas_call", record)
+  devices = Devices(mesh, functools.partial(sharding.heads, mesh), interpret=True)
+  query, key, visible, valid = case(2, 2, 40)
+  query, key = (np.tile(x, 4) for x in (query, key))
+  by_gpu = functools.partial(gpu.received_attention, scale=H**-0.5, devices=devices)
+  actual = jax.jit(by_gpu)(query, key, visible, valid)
+  np.testing.assert_allclose(actual, by_numpy(query, key, visible, valid).mean(axis=1).sum(axis=1), atol=1e-5, rtol=0)
+  jax.eval_shape(by_gpu, query.astype(jnp.bfloat16), key.astype(jnp.bfloat16), visible, valid)
+  assert blocks == [32, 64]
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 256])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.model.kernels import Devices, Kernels, masks, xla
 from himap_jax.model.kernels.masks import Mask
@@ -20,6 +20,8 @@ from himap_jax.model.kernels.received import KernelConfig, received
 
 HOPPER = 9  # compute capability
 WIDEST_HEAD, WIDEST_HEAD_OF_HOPPER = 128, 256  # that cuDNN takes
+
+MOST_HEAD_BYTES = 512  # with which blocks of 64 fit into 99 KiB, the least that a core of these GPUs has
 
 # Triton takes powers of two alone.
 RECEIVED = KernelConfig(
@@ -56,9 +58,25 @@ def attention(
     )
 
 
+def received_attention(
+  query: Float[Array, "B Q N H"],
+  key: Float[Array, "B T K H"],
+  visible: Bool[Array, "B Q T"],
+  valid: Bool[Array, "B Q"],
+  scale: float,
+  *,
+  devices: Devices,
+) -> Float[Array, "B T"]:
+  """As `received.received`, in blocks that fit into a core's memory."""
+  head_bytes = RECEIVED.padded_head_dim(query.shape[-1]) * query.dtype.itemsize
+  smaller = {"rows": 32, "slots": 32} if head_bytes > MOST_HEAD_BYTES else {}
+  config = dataclasses.replace(RECEIVED, **smaller)
+  return received(query, key, visible, valid, scale, devices=devices, config=config)
+
+
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec], generation: int) -> Kernels:
   """The kernels for a mesh of GPUs, the major number of whose compute capability is `generation`."""
-  own = functools.partial(received, devices=Devices(mesh, spec_of), config=RECEIVED)
+  own = functools.partial(received_attention, devices=Devices(mesh, spec_of))
   widest = WIDEST_HEAD if generation < HOPPER else WIDEST_HEAD_OF_HOPPER
   return dataclasses.replace(
     xla.KERNELS,
