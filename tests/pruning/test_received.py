@@ -81,7 +81,7 @@ def test_wide_heads_have_smaller_blocks_on_gpus(monkeypatch):
   devices = Devices(mesh, functools.partial(sharding.heads, mesh), interpret=True)
   query, key, visible, valid = case(2, 2, 40)
   query, key = (np.tile(x, 4) for x in (query, key))
-  by_gpu = functools.partial(gpu.received_attention, scale=H**-0.5, devices=devices)
+  by_gpu = functools.partial(received, scale=H**-0.5, devices=devices, config=gpu.RECEIVED)
   actual = jax.jit(by_gpu)(query, key, visible, valid)
   np.testing.assert_allclose(actual, by_numpy(query, key, visible, valid).mean(axis=1).sum(axis=1), atol=1e-5, rtol=0)
   jax.eval_shape(by_gpu, query.astype(jnp.bfloat16), key.astype(jnp.bfloat16), visible, valid)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from himap_jax.model.kernels import Devices, Kernels, masks, xla
 from himap_jax.model.kernels.masks import Mask
@@ -25,7 +25,7 @@ MOST_HEAD_BYTES = 512  # with which blocks of 64 fit into 99 KiB, the least that
 
 # Triton takes powers of two alone.
 RECEIVED = KernelConfig(
-  slots=64,
+  block=lambda head_bytes: (64, 64) if head_bytes <= MOST_HEAD_BYTES else (32, 32),
   unrolls=False,
   padded_head_dim=pl.next_power_of_2,
   mask_dtype=jnp.int8,
@@ -58,25 +58,9 @@ def attention(
     )
 
 
-def received_attention(
-  query: Float[Array, "B Q N H"],
-  key: Float[Array, "B T K H"],
-  visible: Bool[Array, "B Q T"],
-  valid: Bool[Array, "B Q"],
-  scale: float,
-  *,
-  devices: Devices,
-) -> Float[Array, "B T"]:
-  """As `received.received`, in blocks that fit into a core's memory."""
-  head_bytes = RECEIVED.padded_head_dim(query.shape[-1]) * query.dtype.itemsize
-  smaller = {"rows": 32, "slots": 32} if head_bytes > MOST_HEAD_BYTES else {}
-  config = dataclasses.replace(RECEIVED, **smaller)
-  return received(query, key, visible, valid, scale, devices=devices, config=config)
-
-
 def kernels(mesh: Mesh, spec_of: Callable[[int, int], PartitionSpec], generation: int) -> Kernels:
   """The kernels for a mesh of GPUs, the major number of whose compute capability is `generation`."""
-  own = functools.partial(received_attention, devices=Devices(mesh, spec_of))
+  own = functools.partial(received, devices=Devices(mesh, spec_of), config=RECEIVED)
   widest = WIDEST_HEAD if generation < HOPPER else WIDEST_HEAD_OF_HOPPER
   return dataclasses.replace(
     xla.KERNELS,

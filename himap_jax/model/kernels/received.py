@@ -20,17 +20,17 @@ from himap_jax.model.kernels import HIDDEN, Devices
 
 @dataclasses.dataclass(frozen=True)
 class KernelConfig:
-  """How the kernel is built for a platconfig.
+  """How the kernel is built for a platform.
 
   Attributes:
-    rows, slots: of a block.
+    block: from the bytes of a padded head to the rows and slots of a block.
     unrolls: whether its loop over blocks of slots is unrolled.
     padded_head_dim: from the head dim to the one to which heads are padded.
+    mask_dtype: dtype in which it reads what rows see.
     compiler_params: of `pallas_call`.
   """
 
-  rows: int = 64
-  slots: int = 128
+  block: Callable[[int], tuple[int, int]] = lambda head_bytes: (64, 128)
   unrolls: bool = True
   padded_head_dim: Callable[[int], int] = lambda head_dim: head_dim
   mask_dtype: Any = jnp.int32
@@ -78,13 +78,13 @@ def received_from_heads(
   sum of the row's weights, and for what the slots receive.
   """
   batch, _, num_heads, head_dim = query.shape
-  num_slots, group, rows = key.shape[1], num_heads // key.shape[2], config.rows
-  padded_head = {3: config.padded_head_dim(head_dim)}
-  query = pad_to(jnp.swapaxes(query, 1, 2), {2: rows} | padded_head)
-  key = pad_to(jnp.swapaxes(key, 1, 2), {2: config.slots} | padded_head)
-  visible = pad_to(visible.astype(config.mask_dtype), {1: rows, 2: config.slots})
+  num_slots, group, head_dim = key.shape[1], num_heads // key.shape[2], config.padded_head_dim(head_dim)
+  rows, slots = config.block(head_dim * query.dtype.itemsize)
+  query = pad_to(jnp.swapaxes(query, 1, 2), {2: rows, 3: head_dim})
+  key = pad_to(jnp.swapaxes(key, 1, 2), {2: slots, 3: head_dim})
+  visible = pad_to(visible.astype(config.mask_dtype), {1: rows, 2: slots})
   weight = pad_to(valid.astype(jnp.float32)[:, :, None], {1: rows})
-  (padded, head_dim), num_blocks = key.shape[2:], query.shape[2] // rows
+  padded, num_blocks = key.shape[2], query.shape[2] // rows
   by_block = pl.pallas_call(
     functools.partial(_block, scale=scale, config=config),
     grid=(batch, num_heads, num_blocks),
@@ -113,11 +113,13 @@ def _block(
   scale: float,
   config: KernelConfig,
 ) -> None:
-  query, num_blocks = query_ref[...], key_ref.shape[0] // config.slots
+  query = query_ref[...]
+  _, num_slots = config.block(query.shape[1] * query.dtype.itemsize)
+  num_blocks = key_ref.shape[0] // num_slots
   unroll = num_blocks if config.unrolls else 1
 
   def block(number: Int[Array, ""]) -> Any:
-    return pl.ds(number * config.slots, config.slots)
+    return pl.ds(number * num_slots, num_slots)
 
   def logits(slots: Any) -> Float[Array, "R T"]:
     products = jax.lax.dot_general(
@@ -132,7 +134,7 @@ def _block(
     now = jnp.maximum(highest, own.max(axis=1, keepdims=True))
     return now, total * jnp.exp(highest - now) + jnp.exp(own - now).sum(axis=1, keepdims=True)
 
-  nothing = jnp.full((config.rows, 1), HIDDEN, jnp.float32), jnp.zeros((config.rows, 1), jnp.float32)
+  nothing = jnp.full((len(query), 1), HIDDEN, jnp.float32), jnp.zeros((len(query), 1), jnp.float32)
   highest, total = jax.lax.fori_loop(0, num_blocks, add, nothing, unroll=unroll)
   share = weight_ref[...] / total
 
