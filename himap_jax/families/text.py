@@ -147,8 +147,9 @@ def cross_text_config(hf: Any, where: str, *, tied: bool, num_extra_embeddings: 
     num_extra_embeddings: embeddings of tokens after those of the head.
 
   Raises:
-    UserError: as `text_config`; or the cross-attention layers are not some of the decoder's.
+    UserError: as `text_config`; the decoder is another; or the cross-attention layers are not some of its layers.
   """
+  check_supported(hf.model_type, ["mllama_text_model"], where=where, what="language model")
   layers, depth = hf.cross_attention_layers, hf.num_hidden_layers
   if not layers or sorted(set(layers)) != layers or layers[0] < 0 or layers[-1] >= depth:
     raise UserError(

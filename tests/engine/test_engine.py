@@ -86,6 +86,7 @@ def test_rows_that_share_slots_are_answered_as_each_alone(setting, data, loaded,
   assert engine.usage.row_steps <= engine.usage.slot_steps
 
 
+@pytest.mark.sampled(of="meshes")
 def test_rows_that_share_slots_of_eight_devices(checkpoints, loaded, images, tmp_path):
   """Rows over four devices, heads over two: tokens are those of each row alone, and a second job compiles nothing."""
   requests = [Request(f"row {n}", 1 + (5 * n) % MOST, Sampling(0.8, 0.7) if n > 5 else None) for n in range(11)]

@@ -76,3 +76,9 @@ def test_unusable_cross_layers_are_refused(tiny):
   for layers, message in (([1, 5], "some of the decoder's layers 0 to 4"), ("all", "must be a list of layers")):
     with pytest.raises(UserError, match=message):
       from_hf(fields | {"text_config": fields["text_config"] | {"cross_attention_layers": layers}})
+
+
+def test_another_language_model_is_refused(tiny):
+  fields = json.loads((tiny.directory / "config.json").read_text())
+  with pytest.raises(UserError, match="language model 'llama' is not supported; supported: mllama_text_model$"):
+    from_hf(fields | {"text_config": fields["text_config"] | {"model_type": "llama"}})

@@ -139,6 +139,7 @@ class TestBadRows:
     assert again.pop("late")["error"] and again.pop("image missing.png")["error"] is None
     assert all(again[row_id] == rows[row_id] for row_id in again)
 
+  @pytest.mark.sampled(of="runs")
   def test_rows_with_different_numbers_of_pictures(self, config, loaded, tmp_path, capsys, monkeypatch):
     """Each answer is the library's; shares are of a row's own tokens, and a row is stale if any picture changes."""
     monkeypatch.setenv("COLUMNS", "200")

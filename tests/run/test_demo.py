@@ -82,6 +82,7 @@ def test_the_readme_s_lines_of_python(monkeypatch, capsys):
   assert re.match(r"triangle \[[\d, ]+\]\n$", printed) and len(re.findall(r"\d+", printed)) == 72
 
 
+@pytest.mark.sampled(of="demos")
 def test_transformers_answers_the_same():
   sample = prompts()[:2]
   images, ours = answers_of("demo", sample)

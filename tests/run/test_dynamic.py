@@ -76,6 +76,7 @@ def test_new_pictures_in_the_same_shapes_compile_nothing(config, capsys):
   assert num_programs(capsys.readouterr().out) == 0  # engines share what they compiled
 
 
+@pytest.mark.sampled(of="runs")
 def test_a_limit_of_image_tokens(config):
   write_rows(config.prompts, [json.loads(config.prompts.read_text().splitlines()[row]) for row in (1, 4, 6)])
   assert job.run(changed(config, max_image_tokens=9, keep=(1.0, 1.0))) == 0
@@ -85,6 +86,7 @@ def test_a_limit_of_image_tokens(config):
     job.run(changed(config, keep=(1.0, 1.0)))
 
 
+@pytest.mark.sampled(of="runs")
 def test_conversations_and_pictures_in_the_row(config, tmp_path):
   data = base64.b64encode((tmp_path / "1-0.png").read_bytes()).decode()
   content = [

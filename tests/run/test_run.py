@@ -67,6 +67,7 @@ class TestAnswers:
     assert config.output.read_bytes() == before
     assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
 
+  @pytest.mark.sampled(of="runs")
   def test_restore(self, config, loaded, tmp_path):
     rows = running.answers_of(config, restore=True, emit=frozenset({"logits"}))
     expected = himap_jax.generate(
@@ -106,6 +107,7 @@ class TestAnswers:
     expected = running.answers_of(config, emit=emit)
     assert running.answers_of(config, emit=emit, batch_size=3, prompt_buckets=(100,)) == expected
 
+  @pytest.mark.sampled(of="runs")
   def test_rows_that_keep_different_counts(self, config, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     emit, threshold = frozenset({"tokens", "kept"}), 0.52
@@ -139,6 +141,7 @@ class TestAnswers:
     ):
       job.run(changed(adaptive, parameters=(("threshold", 0.7),)))
 
+  @pytest.mark.sampled(of="runs")
   def test_no_pruning(self, config, loaded, tmp_path):
     rows = running.answers_of(
       changed(config, prompt_buckets=(64,)), method="none", prune_layers=None, keep=None, emit=frozenset({"kept"})

@@ -18,6 +18,8 @@ from himap_jax.inputs import Images, Inputs, Layout
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.pruning.methods import build_schedule
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 SAME = [name for name in VARIANTS if name not in ("dynamic", "exact_length")]
 
@@ -143,7 +145,6 @@ def test_rows_are_medians_and_ratios_within_turns(tmp_path):
     assert (tmp_path / f"{plot}.png").stat().st_size > 5000
 
 
-@pytest.mark.sampled(of="studies")
 def test_static_batches_and_slots_answer_the_same_rows(loaded, tmp_path, monkeypatch):
   monkeypatch.setattr(measure, "MOST_QUESTIONS", 2)
   inputs = InputConfig("chat", (128,), 4)
@@ -155,7 +156,6 @@ def test_static_batches_and_slots_answer_the_same_rows(loaded, tmp_path, monkeyp
   assert static["memory"] > slots["memory"] > 0
 
 
-@pytest.mark.sampled(of="commands of studies")
 def test_a_study_goes_on_where_it_stopped(loaded, tmp_path, monkeypatch):
   setting = Setting(str(loaded("clip_mha").directory), "float32", 3, InputConfig("chat", (128,), 2), 0, (2, 4), (8, 3))
   arguments = measure.on_this_machine, ["gather"], setting

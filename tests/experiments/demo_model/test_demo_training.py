@@ -20,6 +20,8 @@ from himap_jax import checkpoint
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.errors import UserError
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 
 def test_whitening_folds_into_the_projector():
   rng = np.random.default_rng(0)

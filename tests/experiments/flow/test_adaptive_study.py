@@ -17,6 +17,8 @@ from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.methods.himap_adaptive import cheapest_rung, rung_counts
 from himap_jax.pruning.schedule import Schedule
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 KEEPS = tuple(zip(rung_counts(0, 12), rung_counts(1, 6), strict=True))
 TEXTS = ("Why?", "Where is it?", "What?", "How many?", "Why?")
 SIZES = dict(num_layers=4, num_image_tokens=16, prune_layers=(1, 3))
@@ -30,7 +32,6 @@ def measured(tiny_subject, tmp_path_factory):
   jax.clear_caches()
 
 
-@pytest.mark.sampled(of="studies")
 def test_answers_and_rungs_are_those_of_the_method(measured):
   subject, outcomes, workdir = measured
   threshold = float(np.sort(outcomes.mass[0])[2]) - 1e-6  # some on the first rung, some above

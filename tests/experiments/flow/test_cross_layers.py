@@ -18,6 +18,8 @@ from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
 from himap_jax.model.cross_attention import CrossLayout
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 CROSS, NUM_LAYERS, N = tiny_mllama.CROSS_LAYERS, tiny_mllama.TEXT["num_hidden_layers"], tiny_mllama.N
 QUESTIONS = ("Look: <image>What is it?", "<image>Why?")
 SIZES = ((20, 80), (28, 20))  # of three tiles and one

@@ -17,6 +17,8 @@ from experiments.flow.disruption import Disruption, Sums
 from experiments.flow.interventions import BLOCKS, Intervention, Undisturbed
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 SLOTS, NUM_LAYERS = 72, 4
 

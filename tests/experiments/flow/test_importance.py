@@ -16,6 +16,8 @@ from himap_jax.engine.prefill import prefill
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import build_schedule
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 N, KEEP = 16, (6, 3)
 PROMPTS = ("<s>USER: <image>\nWhat is it? ASSISTANT:", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 

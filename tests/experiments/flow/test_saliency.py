@@ -10,6 +10,8 @@ import torch
 from experiments.flow import saliency, tokens
 from himap_jax.inputs import IMAGE, PADDING, TEXT, Layout
 
+pytestmark = pytest.mark.sampled(of="files of studies", by="file")
+
 PROMPTS = ("<s><image>Where?", "<s>USER: <image>\nWhat is it? ASSISTANT:")
 NAMES = ("dinov2_shrunk",)
 
