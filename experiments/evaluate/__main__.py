@@ -14,7 +14,7 @@ from absl import flags
 
 from experiments.compare.grid import parse_setting
 from experiments.evaluate import report
-from experiments.evaluate.evaluator import Evaluator
+from experiments.evaluate.evaluator import EvaluationConfig, Evaluator
 from experiments.evaluate.harness import PREFIX, HarnessTask
 from experiments.evaluate.paper import TABLES, with_paper
 from experiments.evaluate.scores import REFERENCE
@@ -22,7 +22,10 @@ from experiments.evaluate.tasks import TASKS, find_task
 from experiments.shared import study
 from himap_jax import checkpoint
 from himap_jax.engine.accounting import method_inputs, model_sizes
+from himap_jax.harness.settings import Settings
 from himap_jax.run import command
+
+SETTINGS = ("checkpoint", "dtype", "batch_size", "max_new_tokens", "prompt_template", "image_aspect_ratio", "seed")
 
 
 def define_flags() -> None:
@@ -71,7 +74,11 @@ def run(values: Any) -> study.Report:
   )
   schedules = {label: pruning.schedule(**method_inputs(opened.config)) for label, pruning in settings.items()}
   sizes = model_sizes(opened.config, opened.prompts(values.prompt_template).blank.images.pixels.shape[2:])
-  evaluator = Evaluator(opened, values, schedules, sizes)
+  command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
+  common = {name: values[name].value for name in SETTINGS}
+  directories = study.directory("workdir"), study.directory("output")
+  config = EvaluationConfig(Settings(**common), *directories, values.data, values.limit, values.score_only)
+  evaluator = Evaluator(opened, config, schedules, sizes)
   rows = [row for task in tasks for row in evaluator.rows(task)]
   rows += [row for task in harness_tasks for row in evaluator.harness_rows(task)]
   if values.paper_table:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from experiments.evaluate.answers import TaskAnswerer, prompts_of, read_rows, ro
 from experiments.evaluate.harness import PREFIX, HarnessResults, HarnessTask, Recorded
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks.task import Task
-from experiments.shared import study, tabular
+from experiments.shared import tabular
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding
 from himap_jax.errors import UserError
@@ -23,68 +24,79 @@ from himap_jax.run import command
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
-  """Answers and scores tasks with every setting; the weights are loaded once, and not for `--score_only`.
+class EvaluationConfig:
+  """Which questions are answered, how, and where answers and results are written.
 
   Attributes:
-    values: of the flags.
+    data: a directory with the data set; None: the hub.
+    limit: questions of a task; None: all.
+    score_only: scores the answers in `workdir` and reads no weights.
+  """
+
+  settings: Settings
+  workdir: pathlib.Path
+  output: pathlib.Path
+  data: str | None = None
+  limit: int | None = None
+  score_only: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Answers and scores tasks with every setting; the weights are loaded once.
+
+  Attributes:
     schedules: by the label of a setting.
   """
 
   opened: OpenCheckpoint
-  values: Any
+  config: EvaluationConfig
   schedules: Mapping[str, Schedule]
   sizes: ModelSizes
 
   def rows(self, task: Task) -> list[tabular.Row]:
     """The scores of one of our tasks."""
-    samples = functools.partial(loading.load, task, self.values.data, limit=self.values.limit)
-    workdir = study.directory("workdir")
-    if not self.values.score_only:
-      answerer = TaskAnswerer(self._loaded, self._inputs, workdir, self._subject, self.values.seed)
+    config = self.config
+    samples = functools.partial(loading.load, task, config.data, limit=config.limit)
+    if not config.score_only:
+      inputs = InputConfig(config.settings.prompt_template, batch_size=config.settings.batch_size)
+      answerer = TaskAnswerer(self._loaded, inputs, config.workdir, self._subject, config.settings.seed)
       answerer.answer(task, prompts_of(samples), self.schedules)
-    answers = {label: read_rows(rows_path(workdir, task.name, label)) for label in self.schedules}
+    answers = {label: read_rows(rows_path(config.workdir, task.name, label)) for label in self.schedules}
     for label, own in answers.items():
-      if self.values.score_only and not own:
-        raise UserError(f"--score_only: {workdir} has no answers to {task.name} with {label}")
+      if config.score_only and not own:
+        raise UserError(f"--score_only: {config.workdir} has no answers to {task.name} with {label}")
     results = Results(task, report.without_pictures(samples()), answers, self.schedules, self.sizes)
     print(report.preview(results, next(iter(self.schedules))), flush=True)
-    report.write_samples(study.directory("output"), results)
-    return results.rows(seed=self.values.seed)
+    report.write_samples(config.output, results)
+    return results.rows(seed=config.settings.seed)
 
   def harness_rows(self, task: HarnessTask) -> list[tabular.Row]:
     """The scores of one of lmms-eval's tasks."""
-    names = ("batch_size", "prompt_template", "max_new_tokens", "seed")
-    settings = Settings(**{name: self.values[name].value for name in names})
-    runs = {}
+    config, settings, runs = self.config, self.config.settings, {}
     for label, schedule in self.schedules.items():
       print(f"{PREFIX}{task.name}, {label}", flush=True)
       responder = None
-      if not self.values.score_only:
+      if not config.score_only:
         processor = self._loaded.prompts(settings.prompt_template, settings.max_image_tokens)
         responder = Responder(self._loaded, processor, schedule, settings)
-      path = rows_path(study.directory("workdir"), f"lmms-{task.name}", label)
+      path = rows_path(config.workdir, f"lmms-{task.name}", label)
       recorded = Recorded(path, self._subject | {"setting": label}, settings, responder)
-      runs[label] = task.run(recorded, self.values.limit)
+      runs[label] = task.run(recorded, config.limit)
     results = HarnessResults(runs, self.schedules, self.sizes)
     print(results.preview(next(iter(runs))), flush=True)
-    results.write_samples(study.directory("output"))
-    return results.rows(seed=self.values.seed)
+    results.write_samples(config.output)
+    return results.rows(seed=settings.seed)
 
   @functools.cached_property
   def _loaded(self) -> LoadedModel:
-    command.use_compilation_cache(command.compilation_cache_dir(self.values.compilation_cache_dir))
-    dtype = command.DTYPES[self.values.dtype]
-    axes = sharding.choose_mesh(self.opened.config, self.opened.num_bytes(dtype), self.values.batch_size)
+    dtype = command.DTYPES[self.config.settings.dtype]
+    axes = sharding.choose_mesh(self.opened.config, self.opened.num_bytes(dtype), self.config.settings.batch_size)
     with command.out_of_memory_is_user_error():
       return self.opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
-
-  @property
-  def _inputs(self) -> InputConfig:
-    return InputConfig(self.values.prompt_template, batch_size=self.values.batch_size)
 
   @functools.cached_property
   def _subject(self) -> dict[str, Any]:
     """All that answers depend on besides the questions and the pruning."""
     names = ("dtype", "prompt_template", "image_aspect_ratio", "seed")
-    return {"checkpoint": self.opened.digest()} | {name: self.values[name].value for name in names}
+    return {"checkpoint": self.opened.digest()} | {name: getattr(self.config.settings, name) for name in names}
