@@ -13,6 +13,7 @@ A layer with a sliding window sees the tokens that it would see in the unpruned 
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import transformers
 
@@ -37,6 +38,27 @@ class Forward:
   kept: tuple[tuple[int, ...], ...]
   margin: float
   lengths: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+  """Tokens after a prompt, chosen greedily.
+
+  Attributes:
+    prompt: the pass over the prompt.
+    lead: the smallest lead of a chosen token over the runner-up.
+  """
+
+  prompt: Forward
+  tokens: list[int]
+  lead: float
+
+  def assert_is(self, token_ids: list[int], kept, first_logits, *, clear: float = 1e-5) -> None:
+    """Compares an answer of ours, where scores and logits differ by more than `clear` and ten times that."""
+    assert min(self.prompt.margin, 0.1 * self.lead) > clear, "so close that rounding decides; draw other weights"
+    assert [tuple(stage) for stage in kept] == list(self.prompt.kept)
+    np.testing.assert_allclose(first_logits, self.prompt.logits[-1], atol=1e-4, rtol=0)
+    assert token_ids == self.tokens
 
 
 @torch.no_grad()
@@ -94,12 +116,8 @@ def generate(
   prune_layers: tuple[int, ...],
   keep: tuple[int, ...],
   max_new_tokens: int,
-) -> tuple[Forward, list[int], float]:
-  """Greedy decoding that never stops early: each token by running the whole pruned sequence again.
-
-  Returns:
-    the pass over the prompt; the tokens; the smallest lead of a chosen token over the runner-up.
-  """
+) -> Answer:
+  """Greedy decoding that never stops early: each token by running the whole pruned sequence again."""
   prompt = forward(model, input_ids, pictures, prune_layers=prune_layers, keep=keep)
   tokens, lead, logits = [], float("inf"), prompt.logits
   for _ in range(max_new_tokens):
@@ -108,7 +126,7 @@ def generate(
     tokens.append(best.indices[0].item())
     longer = torch.cat([input_ids, torch.tensor(tokens)])
     logits = forward(model, longer, pictures, prune_layers=prune_layers, keep=keep, frozen=prompt.kept).logits
-  return prompt, tokens, lead
+  return Answer(prompt, tokens, lead)
 
 
 def image_embeddings(model, input_ids, pictures):

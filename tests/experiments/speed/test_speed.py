@@ -115,10 +115,10 @@ def test_the_authors_algorithm_is_himap(with_cache, weights, monkeypatch):
   ran = pytorch.Authors(TINY, weights, with_cache=with_cache)
   ran.prepare(Scenario("tiny", 9, 1, 4))
   eager = pytorch.Authors(TINY, weights, with_cache=False)._model
-  expected, tokens, lead = reference_himap.generate(
+  expected = reference_himap.generate(
     eager, ran._ids[0], ran._pixels, prune_layers=pytorch.PRUNE_LAYERS, keep=(8, 2), max_new_tokens=4
   )
-  assert lead > 1e-3 and expected.margin > 1e-5
+  assert expected.lead > 1e-3 and expected.prompt.margin > 1e-5
   chosen = []
   extend, run = ran._extend, ran._run
 
@@ -129,10 +129,10 @@ def test_the_authors_algorithm_is_himap(with_cache, weights, monkeypatch):
   ran._run = lambda *arguments: note(run(*arguments))
   ran._extend = lambda *arguments: note(extend(*arguments))
   with torch.inference_mode():
-    torch.testing.assert_close(ran._prefill()[0], expected.logits[-1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(ran._prefill()[0], expected.prompt.logits[-1], atol=1e-4, rtol=0)
     chosen.clear()
     ran._times()
-  assert chosen == tokens
+  assert chosen == expected.tokens
 
 
 def _amplified(name, shape):
