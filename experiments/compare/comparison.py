@@ -19,6 +19,8 @@ from himap_jax.pruning.schedule import Schedule
 
 QUESTION_ONLY = "question only"
 CONTROL = "random"
+POSITIONS, RESTORE = "+positions", "+restore"
+CONTROLS = (f"{CONTROL}{POSITIONS}", f"{CONTROL}{RESTORE}", CONTROL)
 BY_TYPE, BY_SIZE = "accuracy: ", "accuracy at size "
 SIZE_CLASSES = {"1": 1.25, "1.5": 1.75, "2": 2.5, "3": 3.5, "4": 6.0, "above 6": np.inf}  # and their upper bounds
 
@@ -55,10 +57,28 @@ def parse_pair(text: str, cells: Sequence[Cell], questions: Sequence[Question]) 
 
 
 def controls(cells: Sequence[Cell]) -> dict[str, str]:
-  """The control at the budget of every cell that can run, itself for the control, by their labels."""
+  """The control at the budget of every cell that can run, itself for a control, by their labels.
+
+  Of random tokens those with RESTORE are the control of a cell with RESTORE, and those that keep their positions the
+  control of one whose tokens keep them, as all do inside the decoder; plain ones where these are missing.
+  """
   run = [cell for cell in cells if cell.schedule is not None and cell.budget is not None]
-  by_budget = {cell.budget: cell.label for cell in run if cell.method == CONTROL}
-  return {cell.label: by_budget[cell.budget] for cell in run if cell.budget in by_budget}
+  label_of = {(cell.budget, cell.method): cell.label for cell in run if cell.method in CONTROLS}
+  found = {}
+  for cell in run:
+    like = [label_of.get((cell.budget, f"{CONTROL}{option}")) for option in _options(cell)]
+    if like := [label for label in like if label is not None]:
+      found[cell.label] = cell.label if cell.method in CONTROLS else like[0]
+  return found
+
+
+def _options(cell: Cell) -> tuple[str, ...]:
+  """Options of a fair control, the fairest first."""
+  if cell.schedule.restore:
+    return RESTORE, POSITIONS, ""
+  if cell.schedule.keep_positions or all(stage.layer > 0 for stage in cell.schedule.stages):
+    return POSITIONS, ""
+  return ("",)
 
 
 def size_class(question: Question) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from experiments.compare.comparison import BY_SIZE, BY_TYPE, QUESTION_ONLY, Row
-from experiments.compare.comparison import CONTROL as RANDOM
+from experiments.compare.comparison import CONTROLS as RANDOM
 from experiments.compare.grid import REFERENCE, method_names
 from experiments.compare.report import Example
 from experiments.compare.tables import groups_of
@@ -98,7 +98,7 @@ def plot_costs(path: pathlib.Path, rows: Sequence[Row], cost: Cost) -> None:
   methods = collections.defaultdict(list)
   for row in sorted(run, key=lambda row: row[cost.column]):
     methods[row["method"]].append(row)
-  control = methods.pop(RANDOM, [])
+  control = next((methods.pop(name) for name in RANDOM if name in methods), [])
   front = [run[i] for i in pareto_front([row[cost.column] for row in run], [row["accuracy"] for row in run])]
   panels_of = sorted(methods, key=lambda name: -np.mean([row.get("beyond_random", 0.0) for row in methods[name]]))
   num_columns = min(PANELS_ACROSS, max(1, len(panels_of)))
@@ -144,12 +144,12 @@ def plot_sizes(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
   for axes, budget in zip(panels, budgets, strict=False):
     own = sorted((row for row in _pruned(rows) if row["budget"] == budget), key=lambda row: -row["accuracy"])
-    named = [row["method"] for row in own if row["method"] != RANDOM][:NAMED_LINES]
+    named = [row["method"] for row in own if row["method"] not in RANDOM][:NAMED_LINES]
     axes.plot(sizes, values(rows[0]), marker="*", **{**NO_PRUNING, "label": "no pruning"})
     axes.plot(sizes, values(rows[1]), **{**BASELINE, "label": "question only"})
     for row in own:
-      if row["method"] == RANDOM:
-        axes.plot(sizes, values(row), color="#555555", linewidth=1.8, marker="x", zorder=4, label="random tokens")
+      if row["method"] in RANDOM:
+        axes.plot(sizes, values(row), color="#555555", linewidth=1.8, marker="x", zorder=4, label=row["method"])
       elif row["method"] in named:
         style = styles[row["method"]]
         axes.plot(sizes, values(row), linewidth=1.5, zorder=3, label=row["method"], **style.look(filled=True))

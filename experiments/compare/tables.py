@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from experiments.compare.comparison import BY_SIZE, BY_TYPE, Row
+from experiments.compare.grid import method_names
 from experiments.compare.report import Column
 from experiments.shared import tabular
 from experiments.shared.statistics import LEVEL, POWER, smallest_difference
@@ -98,7 +99,8 @@ def by_group(rows: Sequence[Row], prefix: str) -> str:
   for row in rows:
     if row.get("budget") is not None and "accuracy" in row:
       by_budget[row["budget"]][row["method"]] = row
-  controls = [name for name, method in METHODS.items() if method.acts == "anywhere"]
+  methods = dict.fromkeys(name for own in by_budget.values() for name in own)
+  controls = [name for name in methods if {METHODS[own].acts for own in method_names(name)} == {"anywhere"}]
   reached = list(by_budget.values())
   pruned = [name for name in (reached or [()])[0] if all(name in own for own in reached) and name not in controls]
   chosen = [("", row["label"], [row]) for row in rows[:2]]
@@ -142,9 +144,9 @@ def findings(rows: Sequence[Row]) -> str:
   mean_square = float(np.median([row["mean_square"] for row in held]))
   least = [smallest_difference(held[0]["questions"], mean_square, comparisons=n) for n in (1, len(held))]
   lines = [
-    f"Accuracy against random tokens at the same budget, {held[0]['questions']} questions, {len(held)} comparisons. The "
-    "statements 'above' and 'below' hold together at the level of 5% (sign-flip tests over pictures, corrected after "
-    f"Holm). The mean square of a question's difference is {mean_square:.3f} in the median comparison; with that, a test "
+    f"Accuracy against random tokens at the same budget, {held[0]['questions']} questions, {len(held)} comparisons. Random "
+    "tokens have RESTORE or keep their positions where a method's do, if such a control was run. The statements 'above' "
+    f"and 'below' hold together at the level of 5% (sign-flip tests over pictures, corrected after Holm). The mean square of a question's difference is {mean_square:.3f} in the median comparison; with that, a test "
     f"alone finds a difference of {100 * least[0]:.1f} points with a power of {POWER:.0%}, and after the correction one of "
     f"{100 * least[1]:.1f} points.",
     "",

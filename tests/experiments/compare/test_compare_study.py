@@ -19,7 +19,7 @@ import himap_jax
 from experiments import question_sets
 from experiments.compare import __main__ as command
 from experiments.compare import measure, plots, report, tables
-from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison
+from experiments.compare.comparison import BY_SIZE, BY_TYPE, Comparison, controls
 from experiments.compare.grid import Cell, Shape, make_cells
 from experiments.compare.power import power
 from experiments.compare.prompt_sizes import PromptSizes
@@ -288,6 +288,18 @@ def test_statements_hold_together_and_chance_is_averaged(loaded, tmp_path):
   for name in ("flops", "time", "sizes"):
     with Image.open(tmp_path / f"{name}.png") as picture:
       assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_the_control_keeps_positions_as_the_cell_does():
+  shape = Shape(NUM_LAYERS, N)
+  before = ["random", "random+positions", "random+restore", "divprune", "divprune+positions", "divprune+restore"]
+  cells = make_cells(shape, [*before, "himap@2/4"], [8.0], ["random:50%"], None)
+  plain, positions, restore = ("random 8", "random+positions 8", "random+restore 8")
+  expected = dict(zip(before, [plain, positions, restore] * 2, strict=True)) | {"himap@2/4": positions}
+  assert controls(cells) == {f"{name} 8": control for name, control in expected.items()}
+  without = [cell for cell in cells if cell.method not in ("random+positions", "random+restore")]
+  assert controls(without) == {cell.label: plain for cell in without if cell.budget is not None}
+  assert controls([cell for cell in without if cell.method != "random"]) == {}
 
 
 def test_a_comparison_that_cannot_tell_stops_before_any_work():
