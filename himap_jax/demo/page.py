@@ -72,22 +72,32 @@ class Handlers:
     """The settings, the start of the sliders, the methods before and inside the decoder, and the switches."""
     pruning = choices.spelled_out(self._asker, pruning)
     settings, names = pruning_flags.text(pruning), choices.split(pruning.method)
-    return [settings, (next(self._numbers), settings), *names, pruning.restore, self.kept(pruning)]
+    return [settings, (next(self._numbers), settings), *names, *self.switches(pruning)]
 
-  def kept(self, pruning: PruningConfig) -> gr.Checkbox:
-    """Whether positions are kept, which can be changed if the method removes tokens before the decoder."""
-    return gr.Checkbox(pruning.keep_positions, interactive=self._can_keep_positions(pruning))
+  def switches(self, pruning: PruningConfig) -> list[gr.Checkbox]:
+    """The switches, which can be changed where the method and its layers allow it."""
+    return [
+      gr.Checkbox(getattr(pruning, name), interactive=self._allows(pruning, name)) for name in pruning_flags.SWITCHES
+    ]
 
-  def _can_keep_positions(self, pruning: PruningConfig) -> bool:
-    try:
-      self._asker.schedule(dataclasses.replace(pruning, keep_positions=True))
-    except UserError:
-      return False
-    return True
+  def _allows(self, pruning: PruningConfig, switch: str) -> bool:
+    """Whether a switch may be on; settings that are wrong without any tell nothing about it."""
+
+    def works(**on: bool) -> bool:
+      try:
+        self._asker.schedule(dataclasses.replace(pruning, **dict.fromkeys(pruning_flags.SWITCHES, False) | on))
+      except UserError:
+        return False
+      return True
+
+    return works(**{switch: True}) or not works()
 
   def _possible(self, pruning: PruningConfig) -> PruningConfig:
-    """The same without positions that the method cannot keep."""
-    return dataclasses.replace(pruning, keep_positions=pruning.keep_positions and self._can_keep_positions(pruning))
+    """The same with the switches off that may not be on."""
+    for name in pruning_flags.SWITCHES:
+      if getattr(pruning, name) and not self._allows(pruning, name):
+        pruning = dataclasses.replace(pruning, **{name: False})
+    return pruning
 
   def choose(self, before: str, inside: str, restored: bool, kept: bool) -> list[Any]:
     with _one_line():
@@ -104,7 +114,7 @@ class Handlers:
       return pruning_flags.text(dataclasses.replace(pruning_flags.parse(settings), **{name: is_on}))
 
   def move(self, settings: str, *values: int | float) -> list[Any]:
-    """The settings with other layers, keep counts and parameters, in this order, and whether positions are kept."""
+    """The settings with other layers, keep counts and parameters, in this order, and the switches."""
     with _one_line():
       pruning = pruning_flags.parse(settings)
       count = len(pruning.keep or ())
@@ -119,7 +129,7 @@ class Handlers:
         parameters=tuple(zip(names, parameters, strict=True)),
       )
       moved = self._possible(moved)
-      return [pruning_flags.text(moved), self.kept(moved)]
+      return [pruning_flags.text(moved), *self.switches(moved)]
 
   def controls(self, settings: str) -> list[gr.Slider | gr.Number]:
     """Makes sliders of layers and of keep counts, and fields of parameters."""
@@ -161,7 +171,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
     UserError: the model cannot run the configured pruning.
   """
   handlers = Handlers(asker, limits)
-  text, first, *names, is_restored, can_keep = handlers.shown(asker.config.pruning)
+  text, first, *names, can_restore, can_keep = handlers.shown(asker.config.pruning)
   example = examples[0] if examples else (None, "")
   with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS // 10, KEPT_SECONDS)) as page:
     gr.Markdown(f"# {TITLE}\n{ABOUT}")
@@ -176,7 +186,10 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
         with gr.Row():
           before = gr.Dropdown(choices.before(asker), value=names[0], label="before the decoder", elem_id="before")
           inside = gr.Dropdown(choices.inside(asker), value=names[1], label="inside the decoder", elem_id="inside")
-        restored = gr.Checkbox(is_restored, label="RESTORE: make up for what is removed", elem_id="restored")
+        restored = gr.Checkbox(
+          can_restore.value, label="RESTORE: make up for what is removed", interactive=can_restore.interactive,
+          elem_id="restored",
+        )  # fmt: skip
         kept = gr.Checkbox(
           can_keep.value, label="let tokens left before the decoder keep their positions",
           interactive=can_keep.interactive, elem_id="kept",
@@ -208,7 +221,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
           return
         moving = handlers.controls(start[1])
         for control in moving:
-          control.input(handlers.move, [settings, *moving], [settings, kept], **QUIET)
+          control.input(handlers.move, [settings, *moving], [settings, restored, kept], **QUIET)
 
     chosen, switches = [before, inside], [restored, kept]
     everything = [settings, start, *chosen, *switches]

@@ -154,11 +154,24 @@ def test_parameters_have_fields(asker, make_handlers):
   settings = handlers.paste("--method=himap_adaptive --prune_layers=2,4 --keep=12,6")[0]
   assert settings == "--method=himap_adaptive --prune_layers=2,4 --keep=12,6 --method_parameters=threshold:0.8"
   assert values_of(handlers, settings) == [2, 4, 12, 6, 0.8]
-  moved, kept = handlers.move(settings, 2, 5, 12, 6, 0.7)
+  moved, _, kept = handlers.move(settings, 2, 5, 12, 6, 0.7)
   assert moved == "--method=himap_adaptive --prune_layers=2,5 --keep=12,6 --method_parameters=threshold:0.7"
   assert not kept.value and not kept.interactive
   with pytest.raises(gradio.Error, match="not those of the sliders"):
     handlers.move("--method=fastv --prune_layers=2 --keep=8", 2, 5, 12, 6, 0.7)
+
+
+def test_switches_are_off_where_they_may_not_be_on_and_nowhere_else(asker, make_handlers):
+  handlers = make_handlers(asker)
+  whole = "--method=divprune+himap --prune_layers=0,2,4 --keep=12,8,3 --keep_positions"
+  crossed, *_ = handlers.move(whole, 0, 5, 4, 12, 8, 3)  # layers that the next movement of a slider puts in order
+  assert crossed == whole.replace("0,2,4", "0,5,4")
+  assert handlers.move(crossed, 0, 2, 4, 12, 8, 3)[0] == whole
+  settings, *_, restored, kept = handlers.choose("divprune", "none", True, False)
+  assert "--restore" in settings and restored.value and restored.interactive and kept.interactive
+  settings, _, *names, restored, kept = handlers.choose("none", "none", True, True)
+  assert names == ["none", "none"] and settings == "--method=none"
+  assert not (restored.value or restored.interactive or kept.value or kept.interactive)
 
 
 def test_every_choice_is_one_that_the_model_runs(asker, checkpoints):

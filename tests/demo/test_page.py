@@ -182,6 +182,7 @@ def test_a_method_brings_its_sliders(tab):
   settings(tab, "--method=random --prune_layers=1 --keep=8")
   tab.wait("document.querySelector('#kept input').disabled && !document.querySelector('#kept input').checked")
   choose(tab, "before", "none")
+  settings(tab, "--method=none")
   choose(tab, "inside", "fastv")
   settings(tab, "--method=fastv --prune_layers=2 --keep=8")
   tab.wait("document.querySelector('#keep-0') !== null && document.querySelector('#keep-1') === null")
