@@ -102,7 +102,10 @@ class Handlers:
   def choose(self, before: str, inside: str, restored: bool, kept: bool) -> list[Any]:
     with _one_line():
       pruning = PruningConfig(choices.joined(before, inside), restore=restored, keep_positions=kept)
-      return self.shown(self._possible(pruning))
+      settings, start, *names, restored, kept = self.shown(self._possible(pruning))
+    chosen = zip(names, (before, inside), strict=True)
+    unchanged = gr.skip()  # which leaves alone what a visitor has opened meanwhile
+    return [settings, start, *(unchanged if name == own else name for name, own in chosen), restored, kept]
 
   def paste(self, settings: str) -> list[Any]:
     with _one_line():

@@ -59,6 +59,7 @@ def choose(tab, control, name):
   own = f"[...document.querySelectorAll('[role=option]')].find((x) => x.innerText.includes('{name}'))"
   tab.evaluate(f"{own}.id = 'chosen'")
   tab.click("#chosen")
+  tab.wait("document.querySelector('[role=option]') === null")
 
 
 def give(tab, picture):
