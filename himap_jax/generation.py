@@ -75,11 +75,15 @@ def make_batcher(
 ) -> Batcher:
   """The batcher of prompts whose pictures have these sizes; `sizes` counts them.
 
+  Buckets do not depend on sizes that the context does not hold.
+
   Raises:
     UserError: the context is too small for all, or the schedule keeps more image tokens than any prompt has.
   """
-  chosen = image_buckets(sizes or {processor.image_size([(1, 1)]): 1}, exact=not schedule.is_ranking)
   text = opened.config.text
+  sizes = sizes or {processor.image_size([(1, 1)]): 1}
+  held = {size: n for size, n in sizes.items() if size.num_tokens + max_new_tokens < text.max_position_embeddings}
+  chosen = image_buckets(held or sizes, exact=not schedule.is_ranking)
   lengths = {"buckets": prompt_buckets, "max_new_tokens": max_new_tokens}
   batcher = Batcher(text.max_position_embeddings, processor.blank, chosen, **lengths)
   if batcher.most_image_tokens:

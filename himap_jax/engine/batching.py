@@ -137,8 +137,8 @@ class Batcher:
       context: most tokens of a prompt and its answer.
       blank: any prompt, which gives the shapes of tiles and positions.
       image_buckets: as the function gives them; those that the context does not hold are left out.
-      buckets: padded text lengths, ascending; doublings of the last are added, and the longest that fits the model's
-        context.
+      buckets: padded text lengths, ascending; doublings of the last are added, and the longest that the context holds
+        beside the image tokens of any row in the bucket.
       max_new_tokens: tokens to leave room for in the context.
 
     Raises:
@@ -150,8 +150,8 @@ class Batcher:
     self.buckets = tuple(
       Bucket(own.num_tiles, own.num_image_tokens, length, own.is_ragged)
       for own in image_buckets
-      for longest in [self._longest_text(own.num_image_tokens)]
-      for length in _lengths(buckets, longest)
+      if self._longest_text(own.num_image_tokens) > 0
+      for length in _lengths(buckets, self._longest_text(1 if own.is_ragged else own.num_image_tokens))
     )
     if not self.buckets:
       raise UserError(self._too_many(min(own.num_image_tokens for own in image_buckets)))
@@ -164,18 +164,18 @@ class Batcher:
   def bucket(self, example: Example) -> Bucket:
     """The first bucket that holds an example; raises `UserError` if the prompt exceeds the context."""
     size, length = example.size, example.num_text_tokens
-    if self._longest_text(size.num_tokens) < 1:
+    longest = self._longest_text(size.num_tokens)
+    if longest < 1:
       raise UserError(self._too_many(size.num_tokens))
     fitting = [bucket for bucket in self.buckets if bucket.holds(size)]
     if not fitting:
       raise UserError(f"the pictures have another size than when the run started ({size.num_tokens} image tokens)")
-    long_enough = [bucket for bucket in fitting if length <= bucket.num_text_slots]
-    if not long_enough:
+    if length > longest:
       raise UserError(
         f"the prompt has {length} text tokens; with {size.num_tokens} image tokens the model's context leaves room for "
-        f"{max(bucket.num_text_slots for bucket in fitting)}"
+        f"{longest}"
       )
-    return long_enough[0]
+    return next(bucket for bucket in fitting if length <= bucket.num_text_slots)
 
   def pack(self, examples: Sequence[Example], *, bucket: Bucket, batch_size: int) -> Inputs:
     """Packs examples into arrays whose shape depends only on `bucket` and `batch_size`.
@@ -220,11 +220,11 @@ class Batcher:
 
 
 def _lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
-  """The buckets below the longest length, doublings of the last of them, and the longest if there is room at all."""
+  """The buckets below the longest length, doublings of the last of them, and the longest."""
   lengths = [bucket for bucket in buckets if bucket < longest]
   while lengths and 2 * lengths[-1] < longest:
     lengths.append(2 * lengths[-1])
-  return (*lengths, longest) if longest > 0 else ()
+  return (*lengths, longest)
 
 
 def _padded(images: Images, bucket: Bucket) -> Images:

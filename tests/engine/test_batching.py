@@ -132,3 +132,9 @@ def test_pictures_of_a_size_that_no_bucket_has(batcher):
     UserError, match="has 51 text tokens; with 10 image tokens the model's context leaves room for 50"
   ):
     batcher.bucket(example(4, 10, text=51))
+
+
+def test_a_row_s_room_for_text_does_not_depend_on_the_rows_beside_it(batcher):
+  assert batcher.bucket(example(1, 2, text=58)) == Bucket(4, 10, 59, True)
+  with pytest.raises(UserError, match="has 59 text tokens; with 2 image tokens the model's context leaves room for 58"):
+    batcher.bucket(example(1, 2, text=59))

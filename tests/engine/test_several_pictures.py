@@ -13,7 +13,8 @@ from himap_jax.engine.engine import Engine
 from himap_jax.engine.prefill import prefill
 from himap_jax.engine.programs import method_parameters
 from himap_jax.families.family import Message
-from himap_jax.inputs import Example, Images
+from himap_jax.generation import make_batcher
+from himap_jax.inputs import Example, Images, ImageSize
 
 NAME = "clip_mha"
 N = 16
@@ -208,6 +209,14 @@ class TestBadPrompts:
     blank = batcher.pack([], bucket=Bucket(2, 32, 8), batch_size=1)
     assert blank.images.pixels.shape == (1, 2, 3, 28, 28) and batcher.most_image_tokens == 32
     with pytest.raises(UserError, match="context of 512 tokens does not hold 640 image tokens and 2 new ones"):
+      batcher.bucket(tiny_example(40))
+
+  def test_a_row_beyond_the_context_changes_no_other_row(self, loaded):
+    model, rare = loaded(NAME), {ImageSize(n, n * N): 1 for n in (3, 40)}
+    sizes = {ImageSize(1, N): 1000} | rare
+    batcher = make_batcher(model, model.prompts(), sizes, (8,), 2, model.schedule("himap", *SHARES))
+    assert batcher.bucket(tiny_example(3)) == Bucket(3, 3 * N, 8)
+    with pytest.raises(UserError, match="does not hold 640 image tokens"):
       batcher.bucket(tiny_example(40))
 
 
