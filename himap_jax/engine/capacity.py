@@ -68,6 +68,10 @@ class Memory:
   def total(self) -> int:
     return self.arguments + self.temporaries + self.results
 
+  def beside(self, weights: int) -> int:
+    """Bytes beside those of all weights, of which the program may take a part, as it does for text alone."""
+    return max(0, self.arguments - weights) + self.temporaries + self.results
+
 
 def needed(programs: Mapping[str, Memory], weights: int) -> dict[str, int]:
   """Bytes of a device, beside those of all weights, while each of `PROGRAMS` runs, by program, and those of `slots`.
@@ -78,7 +82,7 @@ def needed(programs: Mapping[str, Memory], weights: int) -> dict[str, int]:
   prefill, enter, decode = (programs[name] for name in PROGRAMS)
   slots = enter.arguments - prefill.results
   return {
-    "prefill": prefill.total + prefill.results - weights + slots,
+    "prefill": prefill.beside(weights) + prefill.results + slots,
     "enter": enter.total,
     "decode": slots + decode.temporaries + decode.results + prefill.results,
     "slots": slots,
@@ -191,13 +195,13 @@ class Capacity:
       )
     own = memory(count)
     if own is not None:
-      self._largest_prefill = max(self._largest_prefill, own.total - self._weights)
+      self._largest_prefill = max(self._largest_prefill, own.beside(self._weights))
     self.chosen = self.chosen._replace(prefill=count)
     return count
 
   def fits_beside_slots(self, prefill: Memory) -> bool:
     """Whether a prefill can run while there are the slots that were chosen last."""
-    return self._beside_slots is None or prefill.total - self._weights <= self._beside_slots
+    return self._beside_slots is None or prefill.beside(self._weights) <= self._beside_slots
 
   def slots(self, num_rows: int, bytes_per_slot: int, memory: Callable[[int], Mapping[str, Memory] | None]) -> int:
     """Slots for decoding.
@@ -220,8 +224,7 @@ class Capacity:
       return max(*(own[name] for name in PROGRAMS), own["slots"] + self._largest_prefill)
 
     count = max(least, most_that_fit(taken, max(least, most), self._room, self._num_shards))
-    if count in taken_by_slots:
-      self._beside_slots = self._room - taken_by_slots[count]
+    self._beside_slots = self._room - taken_by_slots[count] if count in taken_by_slots else 0
     self.chosen = self.chosen._replace(decode=count)
     return count
 

@@ -61,11 +61,13 @@ def initialize(
     return
   if all(given) and not 0 <= process_id < num_processes:
     raise UserError(f"--process_id must be from 0 to {num_processes - 1}, but is {process_id}")
+  if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+    raise UserError(f"--coordinator={coordinator} is not an address with a port, such as host:1234")
   jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, and the process would go on
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-  except RuntimeError as error:
-    raise UserError(f"cannot join the other processes ({error})") from error
+  except (RuntimeError, ValueError) as error:
+    raise UserError(f"cannot join the other processes ({str(error).splitlines()[0]})") from error
 
 
 def share(mesh: Mesh) -> Share:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from himap_jax.run.records import open_records
 from himap_jax.run.sizes import image_sizes
 from himap_jax.run.summary import Report, Summary
 
+_BESIDE_OUTPUT = (".jsonl", ".settings.json", ".partial", ".jsonl.partial")  # suffixes of files that a run writes
 _OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")  # suffixes that an output cannot have
 
 
@@ -41,8 +43,14 @@ def run(config: RunConfig) -> int:
   _check_paths(config)
   prompts = read_prompts(open_records(config.prompts, config.split), config.columns)
   command.use_compilation_cache(config.compilation_cache_dir)
-  jax.devices()
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise UserError(f"JAX finds no devices: {str(error).splitlines()[0]}") from error
   logging.info("ready: devices")
+  of_prompts = hashlib.sha256("\n".join(prompts.keys).encode()).hexdigest()
+  if not processes.is_equal(f"{of_prompts} {config.inputs} {config.mesh}"):
+    raise UserError("the processes of this run have different prompts or flags; give all of them the same")
   opened = config.open()
   _check_outside(config.output, opened.directory)
   logging.info("ready: checkpoint")
@@ -133,8 +141,9 @@ def _check_paths(config: RunConfig) -> None:
   with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
     if config.output.suffix in _OTHER_TABLES:
       raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
-    if config.prompts.is_file() and config.output.exists() and config.output.samefile(config.prompts):
-      raise UserError("--output is the same file as --prompts")
+    for path in (config.output, *(config.output.with_name(config.output.name + suffix) for suffix in _BESIDE_OUTPUT)):
+      if config.prompts.is_file() and path.exists() and path.samefile(config.prompts):
+        raise UserError(f"--prompts={config.prompts} is the file {path}, which a run with this --output writes")
     if config.prompts.is_dir() and config.output.resolve().is_relative_to(config.prompts.resolve()):
       raise UserError(f"--output={config.output} is in the data set {config.prompts}")
     if not config.image_dir.is_dir():

@@ -147,7 +147,8 @@ class Report:
       num_text_tokens += count * text
     text = round(num_text_tokens / summary.num_answered)
     share = {name: f"{own[name] / plain[name]:.1%} of no pruning" for name in _COSTS if plain[name]}
-    table.add_row("FLOPs on image tokens (HiMAP Eq. 10)", share["image_tokens"])
+    if "image_tokens" in share:
+      table.add_row("FLOPs on image tokens (HiMAP Eq. 10)", share["image_tokens"])
     table.add_row(f"FLOPs on all tokens ({text} text tokens)", share["decoder"])
     table.add_row("FLOPs of choosing tokens", f"{own['scoring'] / own['prefill']:.2%} of this prefill")
     table.add_row("cache", share["cache_bytes"])

@@ -139,7 +139,10 @@ class OutputWriter(contextlib.AbstractContextManager):
             break
           if not _is_output_row(row):
             raise UserError(f"{self._path}: line {number} is not an output row ({', '.join(REQUIRED)})")
-          (self._stale if is_stale(row) else self.answered).add(str(row["id"]))
+          key = str(row["id"])
+          if key in self.answered or key in self._stale:
+            raise UserError(f"{self._path}: line {number} repeats the id {row['id']!r}; remove all but one of its rows")
+          (self._stale if is_stale(row) else self.answered).add(key)
         end += len(line)
       else:
         if not line.endswith(b"\n"):

@@ -50,6 +50,8 @@ def test_what_is_in_memory_while_a_program_runs():
   """Weights of 100, of which decoding reads 70, ten slots of 5, a waiting batch of 8 and inputs of 3."""
   programs = {"prefill": Memory(103, 40, 8), "enter": Memory(58, 2, 0), "decode": Memory(120, 6, 0)}
   assert needed(programs, 100) == {"slots": 50, "prefill": 109, "enter": 60, "decode": 64}
+  programs["prefill"] = Memory(33, 40, 8)  # of text alone, which reads less than all weights
+  assert needed(programs, 100)["prefill"] == 106
 
 
 @pytest.mark.parametrize("bound", PROGRAMS)
@@ -114,7 +116,7 @@ def test_a_room_that_holds_no_row():
     own.prefill_rows(700, lambda count: Memory(0, count * capacity.GIB // 2, count * capacity.GIB // 2))
   with pytest.raises(UserError, match="needs more of a device's memory"):
     own.prefill_rows(700, lambda count: None)
-  assert own.slots(2, 100, lambda count: None) == 2
+  assert own.slots(2, 100, lambda count: None) == 2 and not own.fits_beside_slots(Memory(100, 1, 0))
 
 
 def test_what_fits_beside_slots():
@@ -123,6 +125,7 @@ def test_what_fits_beside_slots():
   programs = {"prefill": Memory(100, 60, 20), "enter": Memory(720, 0, 0), "decode": Memory(800, 0, 0)}
   own.slots(2, 1, lambda count: programs)
   assert own.fits_beside_slots(Memory(110, 250, 40)) and not own.fits_beside_slots(Memory(110, 251, 40))
+  assert own.fits_beside_slots(Memory(30, 260, 40)) and not own.fits_beside_slots(Memory(30, 261, 40))  # of text alone
 
 
 @pytest.mark.sampled

@@ -70,9 +70,26 @@ class TestBadConfiguration:
     refuses(changed(config, **changes), message)
 
   def test_output_over_prompts(self, config, tmp_path):
-    refuses(changed(config, output=config.prompts), "--output is the same file as --prompts")
+    refuses(changed(config, output=config.prompts), "which a run with this --output writes")
     (tmp_path / "link").symlink_to(config.prompts)
-    refuses(changed(config, output=tmp_path / "link"), "--output is the same file as --prompts")
+    refuses(changed(config, output=tmp_path / "link"), "which a run with this --output writes")
+
+  def test_files_beside_the_output_over_prompts(self, config, tmp_path):
+    for name, output in (("a.parquet.jsonl", "a.parquet"), ("a.jsonl.settings.json", "a.jsonl"), ("b.partial", "b")):
+      (tmp_path / name).write_bytes(config.prompts.read_bytes())
+      own = changed(config, prompts=tmp_path / name, output=tmp_path / output, resume=False)
+      refuses(own, f"--prompts={tmp_path / name} is the file {tmp_path / name}, which a run with this --output writes")
+
+  def test_processes_with_other_prompts(self, config, monkeypatch):
+    monkeypatch.setattr("himap_jax.engine.processes.is_equal", lambda text: False)
+    refuses(config, "the processes of this run have different prompts or flags")
+
+  def test_no_devices(self, config, monkeypatch):
+    def devices():
+      raise RuntimeError("Unknown backend: 'gpus'\nSee the documentation.")
+
+    monkeypatch.setattr("jax.devices", devices)
+    refuses(config, "JAX finds no devices: Unknown backend: 'gpus'")
 
   def test_output_that_something_else_wrote(self, config):
     config.output.write_text("notes\n")

@@ -212,6 +212,12 @@ class TestBadRows:
     table = capsys.readouterr().out
     assert "0 answered, 4 errors" in table and "a: 0.png: No such file" in table
 
+  def test_a_run_without_pictures(self, small, capsys):
+    write_rows(small.prompts, [{"id": "a", "question": "Why?"}])
+    assert job.run(small) == 0
+    table = capsys.readouterr().out
+    assert "1 answered, 0 errors" in table and "FLOPs on all tokens" in table and "on image tokens" not in table
+
   def test_no_weights_are_read_where_nothing_is_left(self, small, monkeypatch, capsys):
     assert job.run(small) == 0
     monkeypatch.setattr(OpenCheckpoint, "restore", None)

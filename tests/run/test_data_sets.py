@@ -142,7 +142,7 @@ def test_outputs_among_prompts(table, tmp_path):
   for name in ("output.parquet", "deep/output.jsonl"):
     with pytest.raises(UserError, match=f"--output=.*{name} is in the data set .*set"):
       job.run(changed(config, output=directory / name))
-  with pytest.raises(UserError, match="--output is the same file as --prompts"):
+  with pytest.raises(UserError, match="which a run with this --output writes"):
     job.run(changed(config, prompts=directory / "test.parquet", output=directory / "test.parquet"))
   assert [path.name for path in directory.iterdir()] == ["test.parquet"]
   assert len(job.read_prompts(job.open_records(directory), config.columns)) == len(rows)

@@ -178,12 +178,21 @@ class TestFlags:
       (dict(coordinator="a:1", num_processes=2), "belong together"),
       (dict(coordinator="a:1", num_processes=2, process_id=0, from_environment=True), "finds the other processes"),
       (dict(coordinator="a:1", num_processes=2, process_id=2), "--process_id must be from 0 to 1, but is 2"),
+      (dict(coordinator="a", num_processes=2, process_id=0), "--coordinator=a is not an address with a port"),
     ],
   )
   def test_contradictions(self, given, message):
     values = dict(from_environment=False, coordinator=None, num_processes=None, process_id=None) | given
     with pytest.raises(ValueError, match=message):
       processes.initialize(**values)
+
+  def test_others_that_are_not_found(self, monkeypatch):
+    def initialize(*_, **__):
+      raise ValueError("coordinator_address should be defined.\nSee below.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(UserError, match=r"processes \(coordinator_address should be defined.\)$"):
+      processes.initialize(from_environment=True, coordinator=None, num_processes=None, process_id=None)
 
   def test_one_process_joins_nobody(self, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))

@@ -167,6 +167,14 @@ def test_a_file_that_is_not_an_output_is_left_alone(path, text):
   OutputWriter(path, resume=False).close()
 
 
+def test_a_row_that_is_there_twice_is_refused(path):
+  text = "".join(json.dumps(row(id)) + "\n" for id in ("1", "b", 1))
+  path.write_text(text)
+  with pytest.raises(UserError, match="line 3 repeats the id 1; remove all but one of its rows"):
+    OutputWriter(path, resume=True)
+  assert path.read_text() == text
+
+
 def test_other_bytes_are_not_an_output(path):
   path.write_bytes(b"\x89PNG\r\n\x1a\n\xff")
   with pytest.raises(ValueError, match="line 1 is not an output row"):
