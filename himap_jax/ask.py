@@ -73,9 +73,9 @@ def main(argv: Sequence[str]) -> None:
   """Runs the command and exits with its status."""
 
   def action() -> int:
-    if len(argv) < 2:
+    *images, question = argv[1:] or ("",)
+    if not question or (not images and pathlib.Path(question).is_file()):
       raise UserError('a question is needed: python -m himap_jax.ask picture.jpg "What is it?"')
-    *images, question = argv[1:]
     show = None if _SHOW.value is None else pathlib.Path(_SHOW.value)
     if show is not None and not images:
       raise UserError("--show needs a picture")

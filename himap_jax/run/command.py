@@ -113,7 +113,8 @@ def start(name: str, main: Callable[[Sequence[str]], None], needed: Sequence[str
   A wrong flag is one line and status 2; `--help` shows the flags by topic.
   """
 
-  sys.stdout.reconfigure(errors="backslashreplace")  # as stderr, so that no answer stops a run
+  if sys.stdout is not None:  # as it is where it was closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr, so that no answer stops a run
 
   def parse(argv: list[str]) -> list[str]:
     if not {"--help", "--helpshort", "-h"}.isdisjoint(argv):

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,7 +65,10 @@ def run(config: RunConfig) -> int:
   buckets, max_new_tokens = config.inputs.prompt_buckets, config.generation.max_new_tokens
   batcher = make_batcher(opened, processor, sizes, buckets, max_new_tokens, schedule)
   if processes.is_leader() and prompts.ignored:
-    print(f"ignored prompt fields: {', '.join(prompts.ignored)}", file=sys.stderr)
+    print(
+      f"ignored prompt fields: {', '.join(textwrap.shorten(name, 40, placeholder='…') for name in prompts.ignored)}",
+      file=sys.stderr,
+    )
   if processes.is_leader() and len(sizes) > 1:
     print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   mesh = config.make_mesh(opened)

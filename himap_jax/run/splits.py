@@ -45,11 +45,13 @@ def of_hub(repository: str, split: str | None) -> Files:
     paths = {name: hub.download(repository, name) for name in names}
     return of_directory(paths[saved[0]].parent, split)
   with tempfile.TemporaryDirectory() as empty:  # files of the same names, of which only descriptions are read
+    root = pathlib.Path(empty).resolve()
     for name in names:
-      path = pathlib.Path(empty, name)
+      path = (root / name).resolve()
+      if not path.is_relative_to(root):
+        raise UserError(f"{repository} names a file outside of itself: {name!r}")
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(hub.download(repository, name).read_bytes() if name in _DESCRIPTIONS else b"")
-    root = pathlib.Path(empty).resolve()
     kind, paths = _laid_out(repository, root, split)
     return Files(kind, [hub.download(repository, path.relative_to(root).as_posix()) for path in paths])
 

@@ -38,6 +38,8 @@ def test_trials_continue_repeat_and_are_counted(tmp_path, capsys):
   part = trials.Part("Numbers are small.", counted, inputs=10)
   whole = trials.run(part, tmp_path / "whole", num_trials=12, seed=3)
   trials.run(part, tmp_path / "parts", num_trials=5, seed=3)
+  with open(tmp_path / "parts" / "trials.jsonl", "a") as lines:
+    lines.write('{"trial": 5, "sec')  # killed while it wrote
   continued = trials.run(part, tmp_path / "parts", num_trials=12, seed=3)
   outcomes = [row["outcome"] for row in whole]
   assert outcomes == [row["outcome"] for row in continued] and len(set(outcomes)) == 3

@@ -49,7 +49,7 @@ def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: 
   command.check_settings(workdir / "settings.json", {"seed": seed}, advice="use another --workdir")
   path = workdir / "trials.jsonl"
   is_new = only is not None or not path.exists()
-  done = [] if is_new else [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+  done = [] if is_new else [json.loads(line) for line in _whole_lines(path)]
   numbers = range(len(done), num_trials) if only is None else [only]
   if not numbers:
     return done
@@ -67,6 +67,15 @@ def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: 
         progress.print(f"trial {number} failed; repeat it with --only={number}\n{done[-1]['error']}")
       progress.update()
   return done
+
+
+def _whole_lines(path: pathlib.Path) -> list[str]:
+  """The lines of a file, from which a last one is removed that was interrupted."""
+  text = path.read_text(encoding="utf-8")
+  whole = text[: text.rfind("\n") + 1]
+  if whole != text:
+    path.write_text(whole, encoding="utf-8")
+  return whole.splitlines()
 
 
 def _one(trial: Trial, number: int, seed: int) -> dict:

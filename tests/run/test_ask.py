@@ -73,6 +73,7 @@ def test_text_appears_as_it_is_generated(capsys):
   ("arguments", "message"),
   [
     ((), 'a question is needed: python -m himap_jax.ask picture.jpg "What is it?"'),
+    ((__file__,), "a question is needed"),
     (("why?", "--show=kept.png"), "--show needs a picture"),
     (("missing.png", "why?"), "missing.png"),
     (("why?", "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),

@@ -107,6 +107,12 @@ class TestLayouts:
     local_hub.serve(monkeypatch, tmp_path)
     assert list(read(pathlib.Path("own/er"))) == expected(range(3))
 
+  def test_of_the_hub_no_name_leads_outside(self, tmp_path, monkeypatch):
+    local_hub.serve(monkeypatch, tmp_path)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: ["a.parquet", "../b.parquet"])
+    with pytest.raises(UserError, match=r"names a file outside of itself: '\.\./b\.parquet'"):
+      read(pathlib.Path("own/er"))
+
   def test_of_an_unreachable_hub_what_was_downloaded_earlier(self, tmp_path, monkeypatch):
     write_parquet(tmp_path / "test.parquet", rows([4]))
     local_hub.serve(monkeypatch, tmp_path)
