@@ -154,6 +154,7 @@ class Comparison:
         if reference is not None:
           other = places[reference]
           row |= with_interval(name, mean[index] - mean[other], resampled[:, index] - resampled[:, other])
+      row["control"] = control_of.get(label)
       row |= {f"{BY_TYPE}{type}": float(values[index]) for type, values in by_type.items()}
       row |= {f"{BY_SIZE}{size}": float(by_size[size][index]) for size in SIZE_CLASSES if size in by_size}
       figures[label] = row | with_interval("agreement", same[index].mean(), agreed[:, index])

@@ -68,7 +68,9 @@ def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
   for method in dict.fromkeys(row["method"] for row in _pruned(rows)):
     names = method_names(method)
     place = BOTH if len(names) > 1 else PLACES[METHODS[names[0]].acts]
-    styles[method] = Style(place, *(wheel[used[place] % len(wheel)] for wheel in (PALETTES[place], MARKERS[place])))
+    colours, markers = PALETTES[place], MARKERS[place]
+    turn, index = divmod(used[place], len(colours))  # other markers in every turn
+    styles[method] = Style(place, colours[index], markers[(index + turn) % len(markers)])
     used[place] += 1
   return styles
 
@@ -90,17 +92,18 @@ TIME = Cost("prefill_time", "time of the prefill with the tower, median of turns
 
 
 def plot_costs(path: pathlib.Path, rows: Sequence[Row], cost: Cost) -> None:
-  """Plots accuracy against a cost relative to no pruning, one panel per method, the best first.
+  """Plots accuracy against a cost relative to no pruning, one panel per method, the most accurate first.
 
-  Every panel has no pruning, the control, and the Pareto front of all methods; a method's points on it are named.
+  Every panel has no pruning, the method's control, and the Pareto front of all methods; a method's points on it are named.
   """
   none, styles, run = rows[0], styles_of(rows), [row for row in _pruned(rows) if row.get(cost.column) is not None]
   methods = collections.defaultdict(list)
   for row in sorted(run, key=lambda row: row[cost.column]):
     methods[row["method"]].append(row)
-  control = next((methods.pop(name) for name in RANDOM if name in methods), [])
+  method_of = {row["label"]: row["method"] for row in run}
   front = [run[i] for i in pareto_front([row[cost.column] for row in run], [row["accuracy"] for row in run])]
-  panels_of = sorted(methods, key=lambda name: -np.mean([row.get("beyond_random", 0.0) for row in methods[name]]))
+  accuracy = {name: np.mean([row["accuracy"] for row in own]) for name, own in methods.items()}
+  panels_of = sorted((name for name in methods if name not in RANDOM), key=lambda name: -accuracy[name])
   num_columns = min(PANELS_ACROSS, max(1, len(panels_of)))
   num_rows = max(1, -(-len(panels_of) // num_columns))
   figure = Figure(figsize=(2.7 * num_columns, 2.3 * num_rows + 0.6), layout="constrained")
@@ -108,8 +111,9 @@ def plot_costs(path: pathlib.Path, rows: Sequence[Row], cost: Cost) -> None:
   for axes, method in zip(panels, panels_of, strict=False):
     axes.axhline(none["accuracy"], zorder=0, **NO_PRUNING)
     axes.step(*_points(front, cost), where="post", zorder=1, **FRONT)
-    axes.plot(*_points(control, cost), color="#777777", linewidth=1.2, marker="x", markersize=4, zorder=2)
     own, colour = methods[method], styles[method].colour
+    control = methods.get(next((method_of.get(row["control"]) for row in own if row.get("control")), None), [])
+    axes.plot(*_points(control, cost), color="#777777", linewidth=1.2, marker="x", markersize=4, zorder=2)
     for row in own:
       ends = [row["accuracy_low"], row["accuracy_high"]]
       axes.plot([row[cost.column]] * 2, ends, color=colour, linewidth=1.2, alpha=0.5, zorder=3)
@@ -251,6 +255,9 @@ def _logarithmic(axes: Axes, ticks: Sequence[float], form: Any) -> None:
   """A logarithmic axis of costs, a linear one of accuracies."""
   axes.set_xscale("log")
   axes.xaxis.set_major_locator(ticker.FixedLocator(ticks))
+  low, high = axes.get_xlim()
+  if sum(low <= tick <= high for tick in ticks) < 2:
+    axes.set_xlim(min(low, ticks[0]), max(high, ticks[-1]))
   axes.xaxis.set_minor_locator(ticker.NullLocator())
   axes.xaxis.set_major_formatter(form)
   _accuracies(axes)
