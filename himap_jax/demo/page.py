@@ -14,6 +14,7 @@ import itertools
 import pathlib
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class Limits(NamedTuple):
   Attributes:
     picture_bytes: of a picture's file.
     picture_pixels: of a picture.
-    waiting: visitors that wait for an answer.
+    waiting: questions without an answer yet, of which one is being answered.
   """
 
   picture_bytes: int = 16_000_000
@@ -67,6 +68,7 @@ class Handlers:
   def __init__(self, asker: Asker, limits: Limits):
     self._asker, self._limits = asker, limits
     self._most, self._numbers = asker.processor.num_image_tokens, itertools.count()
+    self._waiting, self._turn = threading.BoundedSemaphore(limits.waiting), threading.Lock()
 
   def shown(self, pruning: PruningConfig) -> list[Any]:
     """The settings, the start of the sliders, the methods before and inside the decoder, and the switches."""
@@ -161,10 +163,22 @@ class Handlers:
         content = pathlib.Path(file["path"]).read_bytes()
       picture, _ = PictureFiles().load(content, max_pixels=self._limits.picture_pixels)
       pruning = pruning_flags.parse(settings)
-      found = compare(self._asker, picture, question, pruning)
+      with self._in_line():
+        found = compare(self._asker, picture, question, pruning)
     table = f"{results.table(found)} Asked with `{pruning_flags.text(pruning)}`."
     gallery = gr.Gallery(results.panels(found), selected_index=len(found.spans) - 1 if found.views else None)
     return [found.plain.text, found.pruned.text, table, gallery, results.legend(found)]
+
+  @contextlib.contextmanager
+  def _in_line(self) -> Iterator[None]:
+    """Lets questions in one by one; raises `UserError` if too many wait."""
+    if not self._waiting.acquire(blocking=False):
+      raise UserError(f"{self._limits.waiting} questions wait for their answers already; ask again in a while")
+    try:
+      with self._turn:
+        yield
+    finally:
+      self._waiting.release()
 
 
 def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits = Limits()) -> gr.Blocks:
@@ -237,7 +251,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
     shown = [plain, pruned, table, gallery, legend]
     asked = [ask.click, question.submit]
     inputs = [picture, question, settings]
-    gr.on(asked, handlers.answer, inputs, shown, preprocess=False, api_visibility="private")
+    gr.on(asked, handlers.answer, inputs, shown, preprocess=False, api_visibility="private", concurrency_limit=None)
   return page
 
 
@@ -259,7 +273,7 @@ def serve(
   with tempfile.TemporaryDirectory(prefix="himap_jax_page_") as folder:
     os.environ["GRADIO_TEMP_DIR"] = folder
     page = build(asker, examples, limits)
-    page.queue(max_size=limits.waiting, default_concurrency_limit=1, api_open=False)
+    page.queue(default_concurrency_limit=1, api_open=False)  # Gradio's limit would refuse controls, too
     page.launch(
       server_name=host,
       server_port=port,

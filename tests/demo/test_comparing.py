@@ -1,7 +1,11 @@
 """The comparison behind the page: the library's answers, costs by their formula, and what is shown of them."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import re
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -145,6 +149,30 @@ def test_percent_where_pictures_differ_in_image_tokens(make_handlers, tmp_path):
   handlers, settings = make_handlers(asker), "--method=fastv --prune_layers=2 --keep=12.5%"
   assert values_of(handlers, settings) == [2, 12.5]
   assert handlers.move(settings, 3, 30.5)[0] == "--method=fastv --prune_layers=3 --keep=30.5%"
+
+
+def test_only_some_questions_may_wait(asker, make_handlers, files, limits, monkeypatch):
+  import gradio
+
+  handlers, came, go_on = make_handlers(asker), threading.Semaphore(0), threading.Event()
+
+  def refuse(*_):
+    came.release()
+    go_on.wait(60)
+    raise UserError("enough")
+
+  monkeypatch.setattr("himap_jax.demo.page.compare", refuse)
+  ask = functools.partial(handlers.answer, {"path": files[0]}, QUESTION, "--method=none")
+  with concurrent.futures.ThreadPoolExecutor(limits.waiting) as visitors:
+    waiting = [visitors.submit(ask) for _ in range(limits.waiting)]
+    came.acquire()
+    while handlers._waiting._value:
+      time.sleep(0.01)
+    with pytest.raises(gradio.Error, match="4 questions wait for their answers already"):
+      ask()
+    assert handlers.paste("--method=none")[0] == "--method=none"
+    go_on.set()
+  assert {str(done.exception()) for done in waiting} == {"'enough'"}
 
 
 def test_parameters_have_fields(asker, make_handlers):
