@@ -20,6 +20,8 @@ MAX_URL_BYTES = 1 << 28
 
 _DATA_URL = re.compile(r"data:[\w./+-]*(;[\w=.+-]+)*;base64,", re.ASCII)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{64,}={0,2}\s*", re.ASCII)
+# How base64 of JPEG, PNG, GIF, WebP, BMP, TIFF, PPM and AVIF files begins.
+_PICTURE = re.compile(r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3].{5}AAAA|SUk[qr]A|TU0AK|UD[EIMQUY][gJKN]|AAAA..Z0eXB")
 _LONGEST_PATH = 1000  # longer ones are data, of which messages show the start
 _SHOWN = 100
 
@@ -45,8 +47,8 @@ def open_source(image: str | bytes, image_dir: pathlib.Path, *, allow_urls: bool
   """Opens a picture's bytes.
 
   Args:
-    image: the bytes themselves; a path, relative to `image_dir`; a `data:` URL; base64 of a file; or with `allow_urls` an http or https URL,
-      which is downloaded once.
+    image: the bytes themselves; a path, relative to `image_dir`; a `data:` URL; base64 of a file, which is a path if it
+      is short and does not begin as a picture; or with `allow_urls` an http or https URL, which is downloaded once.
 
   Raises:
     UserError: it cannot be read.
@@ -68,7 +70,7 @@ def open_source(image: str | bytes, image_dir: pathlib.Path, *, allow_urls: bool
       raise OSError(errno.EINVAL, "not a regular file")
     return open(path, "rb")
   except OSError as error:
-    if _BASE64.fullmatch(image):
+    if _BASE64.fullmatch(image) and (_PICTURE.match(image) or not is_name(image)):
       return _decoded(image, image)
     raise UserError(f"{short_name(image)}: {error.strerror}") from error
   except ValueError as error:

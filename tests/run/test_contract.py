@@ -1,6 +1,7 @@
 """What an output promises: its rows are the answers to its prompts with its settings, whatever happened in between."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -172,9 +173,12 @@ class TestPrompts:
     assert read(tmp_path / "new.jsonl") == second
 
   def test_no_answer_is_lost_with_its_picture(self, config, capsys, tmp_path):
+    rows = list(map(json.loads, config.prompts.read_text().splitlines()))
+    (tmp_path / "1.png").rename(tmp_path / hashlib.sha256().hexdigest())  # a name that is base64, too
+    write_rows(config.prompts, [rows[0], rows[1] | {"image": hashlib.sha256().hexdigest()}, *rows[2:]])
     assert job.run(config) == 0
     before = config.output.read_bytes()
-    for path in tmp_path.glob("?.png"):
+    for path in (*tmp_path.glob("?.png"), tmp_path / hashlib.sha256().hexdigest()):
       path.unlink()
     assert answered_before(config, capsys) == 4 and config.output.read_bytes() == before
     assert job.run(config) == 0 and "4 pictures of answered rows cannot be read" in capsys.readouterr().err
