@@ -32,6 +32,8 @@ from himap_jax.run.prompts import Prompt
 from himap_jax.run.summary import Result, Summary
 from himap_jax.run.writer import COUNTS
 
+MOST_ERRORS = 256  # that wait to be written
+
 
 class Prepared(NamedTuple):
   """A prompt that is ready for the model, with what it asks of the engine and the digest of its output row."""
@@ -43,7 +45,7 @@ class Prepared(NamedTuple):
 
 
 class Reader:
-  """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors.
+  """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors, without the pictures.
 
   Attributes:
     num_rows: rows of a batch, of buckets for which it is known.
@@ -61,8 +63,8 @@ class Reader:
     self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
 
   def read(self) -> None:
-    """Reads until a bucket fills a batch or has a first row, or to the end."""
-    while max(self.filled()) < 1:
+    """Reads until a bucket fills a batch or has a first row, there are `MOST_ERRORS`, or to the end."""
+    while max(self.filled()) < 1 and self.num_errors < MOST_ERRORS:
       prompt = next(self._prompts, None)
       if prompt is None:
         return
@@ -74,7 +76,15 @@ class Reader:
           raise UserError(self.refused[bucket])
         self._waiting[bucket].append(prepared)
       except UserError as error:
-        self._errors.append((prompt, str(error)))
+        self._fail(prompt, str(error))
+
+  @property
+  def num_errors(self) -> int:
+    """Prompts that failed since the last call of `take_errors`."""
+    return len(self._errors)
+
+  def _fail(self, prompt: Prompt, error: str) -> None:
+    self._errors.append((dataclasses.replace(prompt, images=()), error))
 
   def filled(self) -> list[float]:
     """Batches of waiting rows, by bucket."""
@@ -83,7 +93,8 @@ class Reader:
   def refuse(self, bucket: Bucket, error: str) -> None:
     """Makes the rows of a bucket errors, also those to come."""
     self.refused[bucket] = error
-    self._errors += [(row.prompt, error) for row in self._waiting[bucket]]
+    for row in self._waiting[bucket]:
+      self._fail(row.prompt, error)
     self._waiting[bucket] = []
 
   def take(self, bucket: Bucket) -> list[Prepared]:
@@ -135,38 +146,50 @@ class Answerer:
 
     reader = Reader(contract.prompts.where(is_own), prepare, buckets)
     progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
+
+    def write(answered: Sequence[Answered] = ()) -> list[Result]:
+      results = [Result(prompt.row(contract.row_digest(prompt), error=error)) for prompt, error in reader.take_errors()]
+      if share.is_written_here:
+        results += [self._result(row) for row in answered]
+      results = _gather_results(results if share.is_written_here else [])
+      output.write([result.row for result in results])
+      summary.count(results)
+      progress.update(len(results))
+      return results
+
     start = time.perf_counter()
     with progress, ThreadPoolExecutor(max_workers=1) as thread:
-      turns = self.engine.answer(self._batches(reader, share, thread))
+      turns = self.engine.answer(self._batches(reader, share, thread, write))
       answered: list[Answered] | None = []
       shown = None
       while answered is not None:
         with out_of_memory_is_user_error(lambda: self._what_is_run(reader)):
           answered = next(turns, None)
-        results = [
-          Result(prompt.row(contract.row_digest(prompt), error=error)) for prompt, error in reader.take_errors()
-        ]
-        if share.is_written_here:
-          results += [self._result(row) for row in answered or ()]
-        results = _gather_results(results if share.is_written_here else [])
-        output.write([result.row for result in results])
+        results = write(answered or ())
         if shown != self.engine.capacity.chosen and answered is not None:
           shown = self.engine.capacity.chosen
           if processes.is_leader():
             progress.print(f"batch sizes: {self.engine.capacity.describe()}")
         if results:
           logging.log_first_n(logging.INFO, "ready: first rows", 1)
-        summary.count(results)
-        progress.update(len(results))
     summary.seconds = time.perf_counter() - start
     return summary
 
-  def _batches(self, reader: Reader, share: Share, thread: ThreadPoolExecutor) -> Iterator[Batch]:
-    """Yields batches that all processes agree on, each of the bucket whose batch is the fullest; reads ahead."""
+  def _batches(
+    self, reader: Reader, share: Share, thread: ThreadPoolExecutor, write: Callable[[], Any]
+  ) -> Iterator[Batch]:
+    """Yields batches that all processes agree on, each of the bucket whose batch is the fullest; reads ahead.
+
+    Calls `write` in all processes when many errors wait in one.
+    """
     pack = self.batcher.pack
     reading = thread.submit(reader.read)
     while True:
       reading.result()
+      if processes.sum_over_processes([reader.num_errors]) >= MOST_ERRORS:
+        write()
+        reading = thread.submit(reader.read)
+        continue
       index = processes.fullest(reader.filled())
       if index is None:
         return

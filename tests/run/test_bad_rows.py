@@ -13,7 +13,8 @@ import himap_jax
 from himap_jax.checkpoint import OpenCheckpoint
 from himap_jax.engine import capacity
 from himap_jax.engine.capacity import Capacity
-from himap_jax.run import job
+from himap_jax.run import answering, job
+from himap_jax.run.output import Output
 from himap_jax.run.pictures import load_image
 
 NAME = running.NAME
@@ -217,6 +218,18 @@ class TestBadRows:
     assert job.run(small) == 0
     table = capsys.readouterr().out
     assert "1 answered, 0 errors" in table and "FLOPs on all tokens" in table and "on image tokens" not in table
+
+  def test_errors_are_written_before_the_end(self, small, capsys, monkeypatch):
+    """No batch fills before it, and a part of one waits."""
+    lines = [{"id": n, "image": "0.png" if n in (2, 9) else "none.png", "question": "Why?"} for n in range(10)]
+    write_rows(small.prompts, lines)
+    expected = running.answers_of(small)
+    sizes, written = [], Output.write
+    monkeypatch.setattr(answering, "MOST_ERRORS", 3)
+    monkeypatch.setattr(Output, "write", lambda self, rows: (sizes.append(len(rows)), written(self, rows)))
+    assert running.answers_of(small) == expected
+    assert sum(sizes) == 10 and sizes[:2] == [3, 3]
+    assert "2 answered, 8 errors" in capsys.readouterr().out
 
   def test_no_weights_are_read_where_nothing_is_left(self, small, monkeypatch, capsys):
     assert job.run(small) == 0

@@ -2,6 +2,7 @@
 
 from himap_jax import UserError
 from himap_jax.engine.batching import Bucket
+from himap_jax.run import answering
 from himap_jax.run.answering import Prepared, Reader
 from himap_jax.run.prompts import Prompt
 
@@ -42,6 +43,17 @@ class TestReader:
     reader.num_rows[Bucket(1, 16, 3)] = 4
     reader.read()
     assert reader.filled() == [0.5, 0, 0.75]
+
+  def test_errors_are_few_and_without_pictures(self, monkeypatch):
+    monkeypatch.setattr(answering, "MOST_ERRORS", 2)
+    reader = self.make(["bad", "a", "bad", "bad", "c"])
+    reader.read()
+    assert reader.filled() == [0.5, 0, 0]
+    assert [prompt.images for prompt, _ in reader.take_errors()] == [(), ()]
+    reader.read()
+    assert reader.filled() == [1, 0, 0]
+    reader.refuse(Bucket(1, 16, 1), "large")
+    assert [(prompt.id, prompt.images) for prompt, _ in reader.take_errors()] == [(3, ()), (1, ()), (4, ())]
 
   def test_what_is_left_comes_in_smaller_batches(self):
     reader = self.make(["a", "bb", "c", "d"])
