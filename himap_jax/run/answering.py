@@ -1,6 +1,7 @@
 """The main loop: prepares prompts, answers them in batches, writes rows."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -44,8 +45,10 @@ class Prepared(NamedTuple):
   digest: str
 
 
-class Reader:
+class Reader(contextlib.AbstractContextManager):
   """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors, without the pictures.
+
+  As a context manager it ends, when left, after the prompt that another thread is reading.
 
   Attributes:
     num_rows: rows of a batch, of buckets for which it is known.
@@ -61,10 +64,14 @@ class Reader:
     self.refused: dict[Bucket, str] = {}
     self.last: Bucket | None = None
     self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
+    self._is_ended = False
+
+  def __exit__(self, *exception: object) -> None:
+    self._is_ended = True
 
   def read(self) -> None:
     """Reads until a bucket fills a batch or has a first row, there are `MOST_ERRORS`, or to the end."""
-    while max(self.filled()) < 1 and self.num_errors < MOST_ERRORS:
+    while not self._is_ended and max(self.filled()) < 1 and self.num_errors < MOST_ERRORS:
       prompt = next(self._prompts, None)
       if prompt is None:
         return
@@ -158,7 +165,7 @@ class Answerer:
       return results
 
     start = time.perf_counter()
-    with progress, ThreadPoolExecutor(max_workers=1) as thread:
+    with progress, ThreadPoolExecutor(max_workers=1) as thread, reader:
       turns = self.engine.answer(self._batches(reader, share, thread, write))
       answered: list[Answered] | None = []
       shown = None

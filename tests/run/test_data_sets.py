@@ -1,6 +1,7 @@
 """Whole runs on tables: the answers of the same prompts in lines, kept, resumed and refused as these are."""
 
 import json
+import time
 from unittest import mock
 
 import pyarrow as pa
@@ -110,6 +111,28 @@ def test_interrupted_between_turns(table, capsys, monkeypatch):
   assert f"{8 - len(first)} answered, 0 errors, {len(first)} answered before" in capsys.readouterr().out
   assert read_table(config).keys() == {row["qid"] for row in rows}
   assert first.items() <= read_table(config).items()
+
+
+def test_an_interrupt_waits_for_one_prompt_at_most(small, monkeypatch):
+  rows = [{"id": n, "image": "0.png" if n < 4 else "none.png", "question": "Why?"} for n in range(200)]
+  running.write_rows(small.prompts, rows)
+  loaded, load = [], PictureFiles.load
+
+  def slow(self, image):
+    time.sleep(0.01 * (image == "none.png"))
+    loaded.append(image)
+    return load(self, image)
+
+  def interrupted(_, batches):
+    yield from ()
+    next(batches)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(PictureFiles, "load", slow)
+  monkeypatch.setattr(Engine, "answer", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    job.run(small)
+  assert len(loaded) < 100
 
 
 def test_sizes_of_pictures_in_rows(table):
