@@ -6,13 +6,14 @@ import hashlib
 import io
 import os
 import pathlib
+import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
 
 from himap_jax.errors import UserError
 from himap_jax.families.examples import check_aspect_ratio
@@ -68,7 +69,7 @@ class PictureFiles:
     return self._read(image, read)
 
   def size(self, image: str | bytes, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """`(width, height)` of what `load` returns, from the file's header; errors as in `load`."""
+    """`(width, height)` of what `load` returns, without decoding it; errors as in `load`."""
 
     def read(file: io.BufferedIOBase) -> tuple[int, int]:
       picture = _open_image(file)
@@ -77,7 +78,10 @@ class PictureFiles:
         return picture.size
       is_turned = False
       with contextlib.suppress(Exception), _without_warnings():
-        is_turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        if picture.format == "PNG":
+          picture.info = _png_info(file, is_animated=picture.is_animated)
+        # That of PNG would decode it.
+        is_turned = Image.Image.getexif(picture).get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
       return picture.size[::-1] if is_turned else picture.size
 
     return self._read(image, read)
@@ -142,6 +146,22 @@ def _limit_size(image: Image.Image, max_pixels: int) -> None:
         break
   if image.width * image.height > max_pixels:
     raise ImageError(f"{width} x {height} = {width * height:,} pixels is above the limit of {max_pixels:,}")
+
+
+def _png_info(file: io.BufferedIOBase, *, is_animated: bool) -> dict[Any, Any]:
+  """The metadata of a PNG that Pillow knows when it has decoded the first frame, without decoding it."""
+  file.seek(8)  # past the signature
+  stream, has_data = PngImagePlugin.PngStream(file), False
+  with contextlib.suppress(struct.error, SyntaxError):  # the end of the file, and what is no chunk
+    while (chunk := stream.read())[0] != b"IEND":
+      kind, start, length = chunk
+      if is_animated and has_data and kind == b"fcTL":
+        break  # of the second frame
+      if kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+        stream.call(*chunk)
+      has_data = has_data or kind in (b"IDAT", b"fdAT")
+      file.seek(start + length + 4)  # past the checksum
+  return stream.im_info
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

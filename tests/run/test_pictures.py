@@ -7,10 +7,11 @@ import struct
 import tracemalloc
 import warnings
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 from himap_jax.errors import UserError
 from himap_jax.run.pictures import ImageError, PictureFiles, load_image
@@ -341,6 +342,48 @@ def test_the_size_is_that_of_the_loaded_picture(tmp_path):
   photo((101, 99)).save(tmp_path / "large.jpg")  # above the limit, so that it is decoded at half its size
   small = files.load("large.jpg", max_pixels=3000)[0].size
   assert files.size("large.jpg", max_pixels=3000) == small and small[0] < 60
+
+
+def orientation(number):
+  exif = Image.Exif()
+  exif[ExifTags.Base.Orientation] = number
+  return exif.tobytes()
+
+
+@pytest.mark.parametrize(
+  ("before", "after", "is_turned"),
+  [
+    (b"", b"", False),
+    (png_chunk(b"eXIf", orientation(6)[6:]), b"", True),
+    (b"", png_chunk(b"eXIf", orientation(6)[6:]), True),
+    (b"", png_chunk(b"eXIf", orientation(3)[6:]), False),
+    (png_chunk(b"eXIf", orientation(6)[6:]), png_chunk(b"eXIf", orientation(1)[6:]), False),
+    (b"", png_chunk(b"tEXt", b"Raw profile type exif\0\nexif\n1\n" + orientation(8).hex().encode()), True),
+    (b"", png_chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="5"/>'), True),
+    (b"", b"\0\0\0\1not" + png_chunk(b"eXIf", orientation(6)[6:]), False),
+    (b"", png_chunk(b"eXIf", b"damaged"), False),
+  ],
+)
+def test_the_size_of_a_png_is_known_without_decoding_it(tmp_path, before, after, is_turned):
+  data = png(9, 5, 1, 0, bytes(15), before).replace(png_chunk(b"IEND", b""), after + png_chunk(b"IEND", b""))
+  (tmp_path / "a.png").write_bytes(data)
+  files = PictureFiles(tmp_path)
+  assert files.load("a.png")[0].size == ((5, 9) if is_turned else (9, 5))
+  with mock.patch.object(PngImagePlugin.PngImageFile, "load") as load:
+    assert files.size("a.png") == ((5, 9) if is_turned else (9, 5))
+  load.assert_not_called()
+
+
+def test_metadata_after_the_first_frame_of_a_png(tmp_path):
+  frames = [Image.new("RGB", (9, 5), colour) for colour in (RED, GREEN)]
+  for default_image in (False, True):
+    frames[0].save(tmp_path / "a.png", save_all=True, append_images=frames[1:], default_image=default_image)
+    first, end, _ = (tmp_path / "a.png").read_bytes().rpartition(png_chunk(b"IEND", b""))
+    start = first.index(b"fcTL", first.index(b"IDAT")) - 4
+    exif = png_chunk(b"eXIf", orientation(6)[6:])
+    for data in (first + exif + end, first[:start] + exif + first[start:] + end):
+      (tmp_path / "a.png").write_bytes(data)
+      assert PictureFiles(tmp_path).size("a.png") == PictureFiles(tmp_path).load("a.png")[0].size
 
 
 @pytest.fixture(scope="module")
