@@ -5,6 +5,7 @@ a directory that `datasets` saved, or of such files as the hub lays them out: on
 owner/name: a data set on the hub, one of its splits, whose files are downloaded
 """
 
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -14,7 +15,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, AnyStr, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
@@ -38,6 +39,10 @@ _NOT_TEXT = frozenset(range(32)) - frozenset(b"\t\n\f\r")
 
 class BadRow(UserError):
   """An error in one row."""
+
+
+class _LongLineError(csv.Error):
+  """A line of CSV is too long, and is not counted by its reader."""
 
 
 class Record(NamedTuple):
@@ -144,22 +149,26 @@ def _check_lines(path: pathlib.Path) -> None:
     raise UserError(f"the prompt file {path} is not text; tables end with .parquet or .csv, any other file is JSONL")
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes | None]:
+def _lines(file: IO[AnyStr], *ends: AnyStr) -> Iterator[AnyStr | None]:
   """Lines; None for one that is too long."""
   while line := file.readline(_MAX_LINE_BYTES + 1):
     is_long = len(line) > _MAX_LINE_BYTES
-    while is_long and line and not line.endswith(b"\n"):
-      line = file.readline(_MAX_LINE_BYTES)
     yield None if is_long else line
+    while is_long and line and not line.endswith(ends):
+      line = file.readline(_MAX_LINE_BYTES)
+
+
+def _too_long() -> str:
+  return f"longer than {_MAX_LINE_BYTES >> 20} MiB"
 
 
 def _read_lines(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
   del columns
   with _unreadable(path), open(path, "rb") as file:
-    for number, line in enumerate(_lines(file), start=1):
+    for number, line in enumerate(_lines(file, b"\n"), start=1):
       if line is None:
         if next(wanted):
-          yield number, BadRow(f"longer than {_MAX_LINE_BYTES >> 20} MiB")
+          yield number, BadRow(_too_long())
         continue
       line = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
       if line.strip() and next(wanted):
@@ -188,30 +197,41 @@ def kind_of(value: Any) -> str:
 def _csv_rows(path: pathlib.Path) -> Iterator[Any]:
   csv.field_size_limit(_MAX_CSV_FIELD)
   with _unreadable(path), open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-    yield csv.reader(file, strict=True)
+    yield csv.reader(map(_csv_line, _lines(file, "\n", "\r")), strict=True)
+
+
+def _csv_line(line: str | None) -> str:
+  if line is None:
+    raise _LongLineError(f"a line is {_too_long()}")
+  return line
 
 
 def _csv_columns(path: pathlib.Path) -> list[str]:
   with _csv_rows(path) as rows:
     try:
-      return next(rows, [])
+      names = next(rows, [])
     except csv.Error as error:
       raise UserError(f"{path}: the line of column names is not valid CSV: {error}") from error
+  repeated = [name for name, count in collections.Counter(names).items() if name and count > 1]
+  if repeated:
+    raise UserError(f"{path}: several columns have the name {repeated[0]!r}")
+  return names
 
 
 def _read_csv(path: pathlib.Path, columns: Collection[str] | None, wanted: Iterator[bool]) -> Iterator[Any]:
   """An empty field is none."""
   del columns
   with _csv_rows(path) as rows:
-    names = next(rows, [])
+    names, num_long = next(rows, []), 0
     while True:
-      number = rows.line_num + 1
+      number = rows.line_num + num_long + 1
       try:
         values = next(rows)
       except StopIteration:
         return
       except csv.Error as error:
         values, bad = None, BadRow(f"not valid CSV: {error}")
+        num_long += isinstance(error, _LongLineError)
       if values != [] and next(wanted):
         yield number, bad if values is None else _named(names, values)
 

@@ -375,6 +375,29 @@ class TestBad:
     found = list(read(tmp_path / "a.jsonl", columns=[]))
     assert [prompt.error for prompt in found] == [None, "line 2: longer than 1 MiB", "line 3: longer than 1 MiB", None]
 
+  def test_a_line_of_csv_without_an_end(self, tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_LINE_BYTES", 1 << 20)
+    path, lengths = tmp_path / "a.csv", (5, (1 << 22) + 1, 6, 7)
+    lines = ["id,image,question", *(f"{n},,{'x' * length}" for n, length in enumerate(lengths)), '8,,"?\r?"', "9"]
+    path.write_text("\r".join(lines))
+    errors = {prompt.id: prompt.error for prompt in read(path, columns=[])}
+    assert errors == dict.fromkeys("0238") | {
+      "line:3": "line 3: not valid CSV: a line is longer than 1 MiB",
+      "line:8": "line 8: not valid CSV: 1 fields, but the first line names 3",
+    }
+    path.write_bytes(b"")
+    os.truncate(path, 1 << 36)
+    with pytest.raises(UserError, match="a.csv: the line of column names is not valid CSV: a line is longer than 1 M"):
+      read(path)
+
+  def test_columns_of_one_name(self, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,image,question,,,question\n1,,Why?,,,Who?\n")
+    with pytest.raises(UserError, match="a.csv: several columns have the name 'question'"):
+      read(path, columns=[])
+    path.write_text("id,image,question,,\n1,,Why?,,\n")
+    assert list(read(path, columns=[])) == [Prompt("1", (), "Why?")]
+
   def test_fields_that_mean_nothing(self, tmp_path):
     (tmp_path / "a.jsonl").write_text(
       '{"id": 1, "question": "?", "max_tokens": 3}\n{"id": 2, "text": "?", "stop": "."}'
