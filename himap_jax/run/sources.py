@@ -8,14 +8,16 @@ import io
 import os
 import pathlib
 import re
-import shutil
 import stat
 import tempfile
+import time
 import urllib.request
+from typing import IO
 
 from himap_jax.errors import UserError
 
-URL_TIMEOUT = 30  # seconds
+URL_TIMEOUT = 30  # seconds without a byte
+MAX_URL_SECONDS = 300
 MAX_URL_BYTES = 1 << 28
 
 _DATA_URL = re.compile(r"data:[\w./+-]*(;[\w=.+-]+)*;base64,", re.ASCII)
@@ -24,6 +26,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{64,}={0,2}\s*", re.ASCII)
 _PICTURE = re.compile(r"/9j/|iVBORw0KGgo|R0lGOD|UklGR|Qk[0-3].{5}AAAA|SUk[qr]A|TU0AK|UD[EIMQUY][gJKN]|AAAA..Z0eXB")
 _LONGEST_PATH = 1000  # longer ones are data, of which messages show the start
 _SHOWN = 100
+_COPIED_BYTES = 1 << 20  # at a time
 
 
 def is_url(image: str | bytes) -> bool:
@@ -98,9 +101,23 @@ def _downloaded(url: str) -> pathlib.Path:
       urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response,
       tempfile.NamedTemporaryFile(dir=_downloads().name, delete=False) as file,
     ):
-      shutil.copyfileobj(io.BytesIO(response.read(MAX_URL_BYTES + 1)), file)
-      if file.tell() > MAX_URL_BYTES:
-        raise UserError(f"{short_name(url)}: larger than {MAX_URL_BYTES:,} bytes")
+      try:
+        _copy(response, file)
+      except BaseException:
+        os.unlink(file.name)
+        raise
       return pathlib.Path(file.name)
   except (OSError, ValueError, http.client.HTTPException) as error:
     raise UserError(f"{short_name(url)}: cannot be downloaded ({str(error) or type(error).__name__})") from error
+
+
+def _copy(response: http.client.HTTPResponse, file: IO[bytes]) -> None:
+  """Copies a download within its limits; raises `OSError` or `HTTPException`."""
+  end = time.monotonic() + MAX_URL_SECONDS
+  while data := response.read1(_COPIED_BYTES):
+    file.write(data)
+    if file.tell() > MAX_URL_BYTES:
+      raise OSError(f"larger than {MAX_URL_BYTES:,} bytes")
+    if time.monotonic() > end:
+      raise TimeoutError(f"it takes more than {MAX_URL_SECONDS} seconds")
+  file.flush()

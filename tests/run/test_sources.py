@@ -1,12 +1,15 @@
 """What may name a picture: paths, data: URLs, base64 and addresses on the web."""
 
 import base64
+import contextlib
 import functools
 import hashlib
 import http.server
 import io
+import pathlib
 import socket
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -108,6 +111,7 @@ def test_pictures_on_the_web_are_downloaded_once(server, png, monkeypatch):
   for name, message in (("b.png", "cannot be downloaded .*404"), ("text.png", "not an image")):
     with pytest.raises(ImageError, match=message):
       files.load(f"{address}/{name}")
+  kept = list(pathlib.Path(sources._downloads().name).iterdir())
   monkeypatch.setattr(sources, "MAX_URL_BYTES", 10)
   with pytest.raises(ImageError, match="larger than 10 bytes"):
     files.load(f"{address}/a.png?again")
@@ -116,6 +120,30 @@ def test_pictures_on_the_web_are_downloaded_once(server, png, monkeypatch):
     with pytest.raises(ImageError, match="cannot be downloaded") as error:
       files.load(name)
     assert "\n" not in str(error.value)
+  assert list(pathlib.Path(sources._downloads().name).iterdir()) == kept
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_a_server_that_sends_slowly(monkeypatch, is_chunked):
+  listener = socket.create_server(("localhost", 0))
+
+  def serve():
+    connection, _ = listener.accept()
+    connection.recv(1000)
+    head, part = (b"Transfer-Encoding: chunked", b"1\r\na\r\n") if is_chunked else (b"Content-Length: 300", b"a")
+    with contextlib.suppress(OSError), connection:
+      connection.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n")
+      for _ in range(300):
+        time.sleep(0.01)
+        connection.sendall(part)
+
+  thread = threading.Thread(target=serve)
+  thread.start()
+  monkeypatch.setattr(sources, "MAX_URL_SECONDS", 0.1)
+  with pytest.raises(ImageError, match="cannot be downloaded .it takes more than 0.1 seconds"):
+    PictureFiles(allow_urls=True).load(f"http://localhost:{listener.getsockname()[1]}/a.png")
+  thread.join()
+  listener.close()
 
 
 def test_a_server_that_breaks_off(monkeypatch):
