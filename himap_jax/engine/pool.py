@@ -209,7 +209,7 @@ class Pool:
     usage.prefill_seconds += seconds
     for index, request in enumerate(entering.requests):
       own = ([stage if stage is None else _present(stage[index]) for stage in stages] for stages in selected)
-      row = Answered(request, *own, logits[index], seconds / len(entering.requests))
+      row = Answered(request, *own, logits[index].copy(), seconds / len(entering.requests))
       row.extend([int(first[index])])
       if place[index] < 0:
         complete.append(row)

@@ -37,7 +37,7 @@ MOST_ERRORS = 256  # that wait to be written
 
 
 class Prepared(NamedTuple):
-  """A prompt that is ready for the model, with what it asks of the engine and the digest of its output row."""
+  """A prompt, without its pictures, that is ready for the model, with its request and the digest of its output row."""
 
   prompt: Prompt
   example: Example
@@ -149,7 +149,8 @@ class Answerer:
       loaded = [contract.files.load(image) for image in prompt.images]
       example = self.processor.prepare([image for image, _ in loaded], prompt.question)
       digest = contract.row_digest(prompt, [digest for _, digest in loaded])
-      return self.batcher.bucket(example), Prepared(prompt, example, self._request(prompt), digest)
+      own = dataclasses.replace(prompt, images=())
+      return self.batcher.bucket(example), Prepared(own, example, self._request(own), digest)
 
     reader = Reader(contract.prompts.where(is_own), prepare, buckets)
     progress = Progress(len(todo), "row", "answering", shown=processes.is_leader())
@@ -213,6 +214,8 @@ class Answerer:
       _check_equal([row.digest for row in group], share)
       reading = thread.submit(reader.read)
       inputs = pack([row.example for row in group], bucket=bucket, batch_size=reader.num_rows[bucket])
+      if self.pictures is None and "patches" not in self.emit:
+        group = [row._replace(example=_without_pixels(row.example)) for row in group]
       yield Batch(inputs, [dataclasses.replace(row.request, tag=(row, bucket)) for row in group])
 
   def _what_is_run(self, reader: Reader) -> str:
@@ -267,6 +270,12 @@ class Answerer:
     path = self.pictures / f"{prompt.file_name}.png"
     with user_error(f"--pictures: cannot write {path}"):
       picture.save(path, format="PNG")
+
+
+def _without_pixels(example: Example) -> Example:
+  """As many pictures or tiles that take no memory."""
+  images = example.images
+  return dataclasses.replace(example, images=dataclasses.replace(images, pixels=images.pixels[..., :0].copy()))
 
 
 def _check_equal(digests: Sequence[str], share: Share) -> None:

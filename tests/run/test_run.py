@@ -10,6 +10,7 @@ from running import changed, read, write_rows
 import himap_jax
 from himap_jax import Sampling, UserError
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.engine.engine import Engine
 from himap_jax.pruning.cost import costs
 from himap_jax.run import job
 from himap_jax.run.pictures import load_image
@@ -142,6 +143,24 @@ class TestAnswers:
       job.run(changed(adaptive, parameters=(("threshold", 0.7),)))
 
   @pytest.mark.sampled(of="runs")
+  def test_rows_that_are_decoded_hold_what_their_output_needs(self, small, monkeypatch):
+    held, answer = [], Engine.answer
+
+    def watched(*arguments):
+      for turn in answer(*arguments):
+        for row in turn:
+          prepared, _ = row.request.tag
+          assert prepared.prompt.images == () and row.logits.base is None
+          held.append(prepared.example.images.pixels.size)
+        yield turn
+
+    monkeypatch.setattr(Engine, "answer", watched)
+    assert job.run(changed(small, emit=frozenset({"kept", "counts", "logits"}))) == 0
+    assert held == [0] * 4 and {row["counts"]["tiles"] for row in read(small.output).values()} == {1}
+    held.clear()
+    assert job.run(changed(small, emit=frozenset({"patches"}), resume=False)) == 0
+    assert min(held) > 0
+
   def test_no_pruning(self, config, loaded, tmp_path):
     rows = running.answers_of(
       changed(config, prompt_buckets=(64,)), method="none", prune_layers=None, keep=None, emit=frozenset({"kept"})
