@@ -67,7 +67,8 @@ class OpenCheckpoint:
     """
     own, where = self.processor, str(self.directory)
     if template == "chat":
-      templates.check(getattr(own, "chat_template", None) or own.tokenizer.chat_template, where)
+      own_templates = getattr(own, "chat_template", None) or own.tokenizer.chat_template
+      templates.check(own_templates, where, own.tokenizer.special_tokens_map)
     with files.unusable(self.directory):
       files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
       processor = self.family.processor(own, self.config, template, max_image_tokens)

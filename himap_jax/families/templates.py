@@ -1,6 +1,8 @@
 """Chat templates, which are programs of the checkpoint's: they run in Jinja's sandbox, after they were tried."""
 
 import functools
+import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,25 +12,30 @@ from typing import Any
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 
-SECONDS, BYTES = 5, 1 << 30  # that a template may take for a short conversation
+SECONDS, BYTES = 5, 1 << 30  # that a template may take for short conversations
 TOO_MUCH = f"takes more than {SECONDS} s or {BYTES >> 30} GiB"
 _PROGRAM = pathlib.Path(__file__).with_name("try_template.py")
 
 
-def check(templates: Any, where: str) -> None:
-  """Raises `UserError` if a template does not parse or exceeds `SECONDS` or `BYTES`, which a process of its own finds out."""
+def check(templates: Any, where: str, special_tokens: Mapping[str, str]) -> None:
+  """Raises `UserError` if a template does not parse or exceeds `SECONDS` or `BYTES`, which a process of its own finds out.
+
+  `special_tokens` are the tokenizer's, by the names that templates know.
+  """
   for template in templates.values() if isinstance(templates, Mapping) else [templates]:
     if template is not None:
-      problem = _problem(template) if isinstance(template, str) else f"is not a text but {repr(template)[:80]}"
-      if problem:
+      is_text, tokens = isinstance(template, str), tuple(special_tokens.items())
+      if problem := _problem(template, tokens) if is_text else f"is not a text but {repr(template)[:80]}":
         raise UserError(f"{where}: its chat template {problem}")
 
 
 @functools.cache
-def _problem(template: str) -> str:
+def _problem(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
   command = [sys.executable, "-I", str(_PROGRAM), str(SECONDS), str(BYTES)]
+  given = json.dumps([template, dict(special_tokens)], ensure_ascii=False).encode("utf-8", "replace")
+  environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # others would take memory
   try:
-    own = subprocess.run(command, input=template.encode("utf-8", "replace"), capture_output=True, timeout=4 * SECONDS)
+    own = subprocess.run(command, input=given, capture_output=True, timeout=4 * SECONDS, env=environment)
   except subprocess.TimeoutExpired:
     return TOO_MUCH
   if own.returncode == 2:

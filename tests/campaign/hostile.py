@@ -31,6 +31,10 @@ LOOPS = (
   "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
   "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
   "{{ 9 ** 9 ** 9 }}",
+  "{% if eos_token %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+  "{% if strftime_now('%Y') %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+  "{% if messages[0].content | length > 1 %}{{ 1 / 0 }}{% endif %}"
+  "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
 )
 BLOATS = (
   "{{ 'a' * 10 ** 10 }}",

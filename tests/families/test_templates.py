@@ -16,14 +16,18 @@ from himap_jax.families import files, templates
   [
     ("{% for %}", r"^dir: its chat template does not parse \(.*\)$"),
     ("{{ 'a' * 10 ** 10 }}", r"takes more than 5 s or 1 GiB$"),
-    ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than 5 s or 1 GiB$"),
+    (
+      "{% if eos_token and strftime_now('%Y') %}{% for a in range(99999) %}{% for b in range(99999) %}"
+      "{% endfor %}{% endfor %}{% endif %}",
+      "takes more than 5 s or 1 GiB$",
+    ),
     (3, "is not a text but 3"),
     ({"default": "{{ x }}", "tools": "{% if %}"}, "does not parse"),
   ],
 )
 def test_refused(template, message):
   with pytest.raises(UserError, match=message):
-    templates.check(template, "dir")
+    templates.check(template, "dir", {"eos_token": "</s>"})
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,7 @@ def test_refused(template, message):
 )
 def test_not_refused(template):
   """Errors of a template's own belong to the rows that raise them."""
-  templates.check(template, "dir")
+  templates.check(template, "dir", {})
 
 
 def test_an_error_of_any_type_is_the_users():
@@ -58,7 +62,8 @@ def test_sizes_of_image_processors(fields, message):
 def test_a_size_that_is_none_is_the_files(checkpoints, tmp_path):
   opened = checkpoint.open_checkpoint(str(checkpoints("clip_mha").directory), cache_dir=tmp_path)
   own = types.SimpleNamespace(
-    tokenizer=types.SimpleNamespace(chat_template=None), image_processor=types.SimpleNamespace(size=3)
+    tokenizer=types.SimpleNamespace(chat_template=None, special_tokens_map={}),
+    image_processor=types.SimpleNamespace(size=3),
   )
   with pytest.raises(UserError, match=r"cannot load the tokenizer and image processor \('int' object is not iterable"):
     dataclasses.replace(opened, processor=own).prompts()
