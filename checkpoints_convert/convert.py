@@ -18,7 +18,7 @@ from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.shards import PICKLED, SAFETENSORS, read_headers
-from checkpoints_convert.source import SMALL_FILES, AnyPath, locate, read_json, some, write_json
+from checkpoints_convert.source import HUB_ID, SMALL_FILES, AnyPath, first_line, locate, read_json, some, write_json
 from checkpoints_convert.stored import FLOAT_DTYPES, StoredTensor
 from checkpoints_convert.transforms import quantize
 
@@ -200,12 +200,24 @@ def _locate_tower(
     raise CheckpointError(
       f"{directory}: its vision tower was trained (unfreeze_mm_vision_tower) but is not in its weights"
     )
-  name = given or fields["mm_vision_tower"]
-  if not given and not pathlib.Path(name).is_absolute() and (directory / name).is_dir():
-    name = str(directory / name)
-  elif not given and not pathlib.Path(name).is_dir():
-    name = original.published_tower(name)
   try:
+    name = given or _named_tower(directory.resolve(), fields["mm_vision_tower"])
     return locate(name, weights=not has_weights, allow_pickle=allow_pickle)
-  except CheckpointError as error:
-    raise CheckpointError(f"the vision tower of {directory} (--vision_tower names another): {error}") from error
+  except (OSError, ValueError) as error:
+    raise CheckpointError(
+      f"the vision tower of {directory} (--vision_tower names another): {first_line(error)}"
+    ) from error
+
+
+def _named_tower(directory: pathlib.Path, name: Any) -> str:
+  """The tower that config.json names: a folder inside the checkpoint's, else a Hub id; raises `CheckpointError` for others."""
+  if isinstance(name, str):
+    path = (directory / name).resolve()
+    if path.is_dir() and path.is_relative_to(directory):
+      return str(path)
+    published = original.published_tower(name)
+    if HUB_ID.fullmatch(published) and not pathlib.Path(name).exists():
+      return published
+  raise CheckpointError(
+    f"mm_vision_tower is {repr(name)[:80]}; needed: a folder inside the checkpoint, or a Hugging Face id (owner/name)"
+  )

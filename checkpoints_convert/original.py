@@ -74,9 +74,16 @@ class Tower(NamedTuple):
 def open_tower(directory: pathlib.Path, name: str) -> Tower:
   """Reads the settings of a tower that was published as `name`; raises `CheckpointError` if it is not supported."""
   fields = read_json(directory / "config.json")
-  model_type = fields.get("model_type")
+  model_type, vision = fields.get("model_type"), fields.get("vision_config", fields)
+  if not isinstance(vision, dict):
+    raise CheckpointError(f"{directory / 'config.json'}: vision_config is {repr(vision)[:80]}; needed: an object")
+  for size in ("image_size", "patch_size"):
+    if type(vision.get(size, 1)) is not int or vision.get(size, 1) < 1:
+      raise CheckpointError(
+        f"{directory / 'config.json'}: {size} is {repr(vision[size])[:80]}; needed: a whole number from 1"
+      )
   if model_type in ("clip", "clip_vision_model"):
-    fields = fields.get("vision_config", fields) | {"model_type": "clip_vision_model"}
+    fields = vision | {"model_type": "clip_vision_model"}
     processing = read_json(directory / "preprocessor_config.json")
     settings = {key: value for key, value in processing.items() if not key.endswith(("_type", "_class"))}
     return Tower(directory, model_type, fields, settings, fields.get("image_size", 224))
@@ -141,15 +148,17 @@ def tokenizer(source: pathlib.Path) -> Any:
   """The checkpoint's tokenizer with `<image>` and, if needed, `<pad>` added; `CheckpointError` if it is unreadable."""
   import transformers
 
-  kind = read_json(source / "tokenizer_config.json").get("tokenizer_class", "LlamaTokenizer")
-  loader = getattr(transformers, kind.removesuffix("Fast"), None) or transformers.PreTrainedTokenizerFast
+  kind = read_json(source / "tokenizer_config.json").get("tokenizer_class") or "LlamaTokenizer"
   try:
+    loader = getattr(transformers, kind.removesuffix("Fast"), None)
+    if not (isinstance(loader, type) and issubclass(loader, transformers.PreTrainedTokenizerBase)):
+      loader = transformers.PreTrainedTokenizerFast
     tokens = loader.from_pretrained(source, local_files_only=True)
+    tokens.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    if tokens.pad_token is None:
+      tokens.add_special_tokens({"pad_token": PAD_TOKEN})
   except Exception as error:
     raise CheckpointError(f"{source}: cannot read the tokenizer ({first_line(error)})") from error
-  tokens.add_tokens([IMAGE_TOKEN], special_tokens=True)
-  if tokens.pad_token is None:
-    tokens.add_special_tokens({"pad_token": PAD_TOKEN})
   return tokens
 
 
@@ -161,8 +170,12 @@ def save_processor(target: pathlib.Path, tokens: Any, tower: Tower, fields: Mapp
   import transformers
 
   do_pad = fields.get("image_aspect_ratio") == "pad"
+  try:
+    image_processor = transformers.LlavaImageProcessorPil(**{**tower.processing, "do_pad": do_pad})
+  except Exception as error:
+    raise CheckpointError(f"{tower.directory}: cannot use its image processor ({first_line(error)})") from error
   transformers.LlavaProcessor(
-    image_processor=transformers.LlavaImageProcessorPil(**tower.processing, do_pad=do_pad),
+    image_processor=image_processor,
     tokenizer=tokens,
     patch_size=tower.fields.get("patch_size", 32),
     vision_feature_select_strategy=_SELECT[fields.get("mm_vision_select_feature", "patch")],

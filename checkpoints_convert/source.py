@@ -19,7 +19,7 @@ TRAINING_FILES = ("optimizer*", "scheduler*", "sampler*", "training_args*")  # b
 # A local path, or one in object storage.
 AnyPath = pathlib.Path | epath.Path
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pathlib.Path:
@@ -37,7 +37,7 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
     is_file = path.exists()
   except OSError as error:
     raise CheckpointError(f"{name}: {error.strerror}") from error
-  if is_file or not _HUB_ID.fullmatch(name):
+  if is_file or not HUB_ID.fullmatch(name):
     raise CheckpointError(f"{name}: neither a directory nor a Hugging Face id (owner/name)")
   import huggingface_hub  # slow to import, not needed for a local checkpoint
 

@@ -178,6 +178,10 @@ def halve(path, name):
   save_file(tensors, path)
 
 
+def change_json(path, **fields):
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def drop(tensors, *dropped):
   return {name: value for name, value in tensors.items() if name not in dropped}
 
@@ -299,9 +303,40 @@ class TestRefusals:
   )
   def test_unknown_original(self, clip, tmp_path, fields, reason):
     directory = make_original(clip, tmp_path / "source", tower_inside=False)
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | fields))
+    change_json(directory / "config.json", **fields)
     refuses(directory, tmp_path / "target", reason)
+
+  @pytest.mark.parametrize("name", ["../tower", "clip/../../tower", "{outside}", "owner/tower", None])
+  def test_a_tower_outside_of_the_original(self, clip, tmp_path, monkeypatch, name):
+    """Neither by its path nor, from where it lies, by what would be an id of the hub."""
+    directory = make_original(clip, tmp_path / "source", tower_inside=False)
+    for outside in (tmp_path / "tower", tmp_path / "owner/tower"):
+      shutil.copytree(directory / "clip", outside)
+    monkeypatch.chdir(tmp_path)
+    change_json(directory / "config.json", mm_vision_tower=name and name.format(outside=tmp_path / "tower"))
+    refuses(
+      directory, tmp_path / "target", "mm_vision_tower is .*; needed: a folder inside the checkpoint, or a Hugging"
+    )
+
+  @pytest.mark.parametrize(
+    "file, fields, reason",
+    [
+      ("clip/config.json", {"vision_config": []}, r"clip/config.json: vision_config is \[\]; needed: an object"),
+      ("clip/config.json", {"vision_config": {"patch_size": 0}}, "patch_size is 0; needed: a whole number from 1"),
+      ("clip/preprocessor_config.json", {"size": []}, "clip: cannot use its image processor"),
+      ("tokenizer_config.json", {"tokenizer_class": 3}, "cannot read the tokenizer"),
+    ],
+  )
+  def test_damaged_original(self, clip, tmp_path, file, fields, reason):
+    directory = make_original(clip, tmp_path / "source", tower_inside=False)
+    change_json(directory / file, **fields)
+    refuses(directory, tmp_path / "target", reason)
+
+  @pytest.mark.parametrize("name", [None, "LlamaModel"])
+  def test_a_tokenizer_class_that_is_none(self, clip, expected, tmp_path, name):
+    directory = make_original(clip, tmp_path / "source", tower_inside=False)
+    change_json(directory / "tokenizer_config.json", tokenizer_class=name)
+    assert_same_trees(flat_params(convert_to(directory, tmp_path / "target")), expected)
 
   def test_no_such_checkpoint(self, tmp_path):
     for name in (str(tmp_path / "absent"), "a/b/c", "word", "~nobody/checkpoint"):
