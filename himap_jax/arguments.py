@@ -11,7 +11,7 @@ from himap_jax.pruning.schedule import Schedule
 
 
 def check_questions(images: Any, questions: Any) -> None:
-  """Raises `UserError` unless there are pictures, or a list of them, for each question, and text in each question."""
+  """Raises `UserError` unless there are pictures, or a list of them, for each question, with pixels, and text in each question."""
   for name, given in (("images", images), ("questions", questions)):
     if not _is_list(given):
       raise UserError(f"{name} must be a list with an entry for each question, not {_kind(given)}")
@@ -26,6 +26,8 @@ def check_questions(images: Any, questions: Any) -> None:
           f"images[{number}] must be a PIL image or a list of them, not {_kind(picture)}; PIL.Image.open reads a file, "
           "PIL.Image.fromarray an array"
         )
+      if 0 in picture.size:
+        raise UserError(f"images[{number}] has a picture without pixels, of {picture.width} x {picture.height}")
     if not isinstance(question, str) and not (_is_list(question) and all(isinstance(m, Message) for m in question)):
       raise UserError(f"questions[{number}] must be a text or a list of messages, not {_kind(question)}")
     if not question or (isinstance(question, str) and not question.strip()):

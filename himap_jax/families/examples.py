@@ -49,8 +49,15 @@ def content_parts(text: str) -> list[dict[str, str]]:
   return parts or [{"type": "text", "text": ""}]
 
 
+def check_not_empty(width: int, height: int) -> None:
+  """Raises `UserError` for a picture without pixels."""
+  if not width or not height:
+    raise UserError(f"the picture is empty: it has {width} x {height} pixels")
+
+
 def check_aspect_ratio(width: int, height: int) -> None:
-  """Raises `UserError` for a strip that would exhaust memory when it is resized or padded."""
+  """Raises `UserError` for a strip that would exhaust memory when it is resized or padded, or a picture without pixels."""
+  check_not_empty(width, height)
   if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
     raise UserError(
       f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"

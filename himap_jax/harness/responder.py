@@ -19,6 +19,7 @@ from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batch
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, Engine, GenerationConfig
 from himap_jax.errors import UserError
+from himap_jax.families.examples import check_not_empty
 from himap_jax.families.family import Processor
 from himap_jax.harness.settings import Settings
 from himap_jax.inputs import Example, Inputs
@@ -173,8 +174,8 @@ class Responder:
     sizes = collections.Counter()
     for request in requests:
       try:
-        sizes[self.processor.image_size([picture.size for picture in request.pictures()])] += 1
-      except (UserError, AttributeError):
+        sizes[self.processor.image_size([picture.size for picture in _pictures(request)])] += 1
+      except UserError:
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
@@ -197,12 +198,18 @@ class Responder:
         yield prepared
 
   def _example(self, request: Request) -> Example:
-    pictures = request.pictures()
-    for picture in pictures:
-      if not isinstance(picture, PIL.Image.Image):
-        raise UserError(f"only pictures are supported, not {type(picture).__name__}")
     try:
-      pictures = [picture.convert("RGB") for picture in pictures]
+      pictures = [picture.convert("RGB") for picture in _pictures(request)]
     except OSError as error:
       raise UserError(f"damaged image: {error}") from error
     return self.processor.prepare(pictures, request.text)
+
+
+def _pictures(request: Request) -> list[PIL.Image.Image]:
+  """The request's pictures; raises `UserError` for anything else, or one without pixels."""
+  pictures = request.pictures()
+  for picture in pictures:
+    if not isinstance(picture, PIL.Image.Image):
+      raise UserError(f"only pictures are supported, not {type(picture).__name__}")
+    check_not_empty(*picture.size)
+  return pictures

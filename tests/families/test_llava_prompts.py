@@ -157,6 +157,11 @@ class TestSizes:
     with pytest.raises(ValueError, match=f"has {size[0]} x {size[1]} pixels; one side may be at most 200 times"):
       make().prepare([image], "?")
 
+  @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+  def test_without_pixels(self, make, size):
+    with pytest.raises(UserError, match=f"the picture is empty: it has {size[0]} x {size[1]} pixels"):
+      make().prepare([Image.new("RGB", size)], "?")
+
   @pytest.mark.parametrize("size", [(1, 1), (3, 600), (1, 200), (2000, 1000)])
   def test_other_sizes(self, make, size):
     example = make().prepare([Image.new("RGB", size, "red")], "?")

@@ -194,7 +194,7 @@ class Counted(Progress):
 
 
 def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, monkeypatch):
-  """A damaged picture, a continuation without a token, and a prompt that places its picture itself."""
+  """A damaged picture, one without pixels, a continuation without a token, and a prompt that places its picture itself."""
   made = []
   monkeypatch.setattr(responder_module, "Progress", functools.partial(Counted, made))
   responder = Responder(loaded, loaded.prompts(), loaded.schedule("none"), Settings(prompt_buckets=(64,)))
@@ -215,10 +215,11 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
   assert sorted(found) == [2, 3] and all(loss.value > 0 for loss in found.values())
   generation = GenerationConfig(2, ignore_eos=True)
   questions = [
-    Question(place, "What?", lambda own=own: [own], generation) for place, own in enumerate((damaged, images[0]))
+    Question(place, "What?", lambda own=own: [own], generation)
+    for place, own in enumerate((damaged, images[0], PIL.Image.new("RGB", (0, 0))))
   ]
   assert [question.place for question, _ in responder.answers(questions)] == [1]
-  assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (2, 2, True)]
+  assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (3, 3, True)]
 
   def failing(self, batches):
     next(iter(batches))
