@@ -15,10 +15,20 @@ import numpy as np
 from checkpoints_convert import names, original, remote, store
 from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.marker import FORMAT, MARKER, PARAMS, read_marker
+from checkpoints_convert.marker import FORMAT, MARKER, read_marker
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.shards import PICKLED, SAFETENSORS, read_headers
-from checkpoints_convert.source import HUB_ID, SMALL_FILES, AnyPath, first_line, locate, read_json, some, write_json
+from checkpoints_convert.source import (
+  HUB_ID,
+  PARAMS,
+  SMALL_FILES,
+  AnyPath,
+  first_line,
+  locate,
+  read_json,
+  some,
+  write_json,
+)
 from checkpoints_convert.stored import FLOAT_DTYPES, StoredTensor
 from checkpoints_convert.transforms import quantize
 

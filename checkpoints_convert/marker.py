@@ -6,7 +6,6 @@ from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import AnyPath, read_json
 
 MARKER = "himap_jax.json"
-PARAMS = "params"
 FORMAT = 1
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from etils import epath
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.marker import MARKER, PARAMS
-from checkpoints_convert.source import AnyPath, first_line
+from checkpoints_convert.marker import MARKER
+from checkpoints_convert.source import PARAMS, AnyPath, first_line
 
 UNFINISHED = "himap_jax.unfinished"
 

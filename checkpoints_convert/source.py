@@ -16,6 +16,9 @@ SAFETENSORS_FILES = "*.safetensors"
 PICKLED_FILES = "*.bin"
 TRAINING_FILES = ("optimizer*", "scheduler*", "sampler*", "training_args*")  # beside weights, with a training's state
 
+PARAMS = "params"  # folder of a converted checkpoint's parameters
+_INNER = (PARAMS, "additional_chat_templates")  # folders of which files are read, too
+
 # A local path, or one in object storage.
 AnyPath = pathlib.Path | epath.Path
 
@@ -26,13 +29,13 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
   """The directory of a checkpoint, given by a directory or a Hub id; missing Hub files are downloaded.
 
   `weights` tells whether the weights are needed too, `allow_pickle` whether also pickled ones if there are no
-  safetensors. Raises `CheckpointError` if there is no such checkpoint, it cannot be downloaded, or it links to files
-  elsewhere.
+  safetensors. Raises `CheckpointError` if there is no such checkpoint, it cannot be downloaded, or it holds links
+  to files elsewhere, or what is no file.
   """
   path = pathlib.Path(os.path.expanduser(name))
   try:
     if path.is_dir():
-      _check_links(path.resolve())
+      _check_files(path.resolve())
       return path.resolve()
     is_file = path.exists()
   except OSError as error:
@@ -57,12 +60,15 @@ def locate(name: str, *, weights: bool = True, allow_pickle: bool = False) -> pa
     ) from error
 
 
-def _check_links(directory: pathlib.Path) -> None:
-  """Raises `CheckpointError` for a file that is a link to another folder, but not of the Hub's cache, made of such links."""
+def _check_files(directory: pathlib.Path) -> None:
+  """Raises `CheckpointError` for a pipe or device, or a link to another folder, but not of the Hub's cache, made of links."""
   blobs = [directory.parent.parent / "blobs"] if directory.parent.name == "snapshots" else []
-  for path in directory.iterdir():
-    if path.is_symlink() and not any(path.resolve().is_relative_to(own) for own in (directory, *blobs)):
-      raise CheckpointError(f"{path}: a link to {path.resolve()}, outside of the checkpoint; put the file itself there")
+  for path in [*directory.iterdir(), *(path for name in _INNER for path in (directory / name).rglob("*"))]:
+    target = pathlib.Path(os.path.realpath(path))
+    if path.is_symlink() and not any(target.is_relative_to(own) for own in (directory, *blobs)):
+      raise CheckpointError(f"{path}: a link to {target}, outside of the checkpoint; put the file itself there")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+      raise CheckpointError(f"{path}: not a regular file")
 
 
 def first_line(error: Exception) -> str:

@@ -16,9 +16,9 @@ from orbax.checkpoint import v1 as ocp
 
 from checkpoints_convert import remote
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.marker import PARAMS, read_marker
+from checkpoints_convert.marker import read_marker
 from checkpoints_convert.names import Path
-from checkpoints_convert.source import AnyPath
+from checkpoints_convert.source import PARAMS, AnyPath
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20

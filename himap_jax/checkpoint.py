@@ -20,9 +20,9 @@ from PIL import Image
 from checkpoints_convert import convert, remote, store
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.marker import PARAMS, read_marker
+from checkpoints_convert.marker import read_marker
 from checkpoints_convert.names import ExpectedModel
-from checkpoints_convert.source import AnyPath, locate, read_json, some
+from checkpoints_convert.source import PARAMS, AnyPath, locate, read_json, some
 from checkpoints_convert.transforms import abstract_int8, quantize
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import pickle
 import shutil
@@ -154,9 +155,17 @@ def _links(random: np.random.Generator, place: Place) -> str:
 
 
 def _stray_link(random: np.random.Generator, place: Place) -> str:
-  del random
-  (place.directory / "notes.txt").symlink_to(place.secret)
+  path = place.directory / str(random.choice(["notes.txt", "params/0", "additional_chat_templates/a.jinja"]))
+  path.parent.mkdir(exist_ok=True)
+  path.symlink_to(place.secret)
   return "link outside"
+
+
+def _pipe(random: np.random.Generator, place: Place) -> str:
+  path = place.directory / str(random.choice(["notes.txt", "config.json", "tokenizer.json", WEIGHTS]))
+  path.unlink(missing_ok=True)
+  os.mkfifo(path)
+  return "pipe"
 
 
 def _template(random: np.random.Generator, place: Place) -> str:
@@ -252,11 +261,12 @@ def _hub_cache(random: np.random.Generator, place: Place) -> str:
 
 
 ATTACKS: tuple[Callable[[np.random.Generator, Place], str], ...] = (_remote_code, _pickles, _shard_paths, _links)
-ATTACKS += (_stray_link, _template, _template, _sizes, _picture_sizes, _values, _damage, _damage, _hub_cache)
+ATTACKS += (_stray_link, _pipe, _template, _template, _sizes, _picture_sizes, _values, _damage, _damage, _hub_cache)
 REFUSED = (
   "pickle",
   "shard",
   "link",
+  "pipe",
   "template loops",
   "template bloats",
   "template broken",

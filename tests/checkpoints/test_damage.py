@@ -1,5 +1,6 @@
 """Damaged converted copies, links to other folders, and weights that are not finite."""
 
+import os
 import re
 import shutil
 
@@ -84,6 +85,28 @@ def test_links_to_other_folders(source, tmp_path):
   checkpoint.open_checkpoint(str(copy))
   (copy / "notes.txt").symlink_to("../secret")
   layouts.refuses(copy, tmp_path / "target", "notes.txt: a link to .*secret, outside of the checkpoint")
+
+
+@pytest.mark.parametrize("folder", ["params", "params/d", "additional_chat_templates"])
+def test_links_in_inner_folders(converted, tmp_path, folder):
+  copy = shutil.copytree(converted, tmp_path / "copy")
+  (copy / folder).mkdir(exist_ok=True)
+  (copy / folder / "more.jinja").symlink_to(tmp_path)
+  with pytest.raises(CheckpointError, match=f"{folder}/more.jinja: a link to .*, outside of the checkpoint"):
+    checkpoint.open_checkpoint(str(copy))
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", "params/pipe"])
+def test_pipes(converted, tmp_path, name):
+  """They would never end; two links to each other are only unreadable."""
+  copy = shutil.copytree(converted, tmp_path / "copy")
+  (copy / "a").symlink_to("b")
+  (copy / "b").symlink_to("a")
+  checkpoint.open_checkpoint(str(copy))
+  (copy / name).unlink(missing_ok=True)
+  os.mkfifo(copy / name)
+  with pytest.raises(CheckpointError, match=f"{name}: not a regular file"):
+    checkpoint.open_checkpoint(str(copy))
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
