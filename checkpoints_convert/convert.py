@@ -32,6 +32,7 @@ from checkpoints_convert.source import (
 from checkpoints_convert.stored import FLOAT_DTYPES, StoredTensor
 from checkpoints_convert.transforms import quantize
 
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_COPIED = ("config.json", SAFETENSORS.index, PICKLED.index, MARKER)
 
 # Maps the fields of a Hugging Face config.json, and its path for messages, to the model that they describe.
@@ -197,10 +198,18 @@ def _write_configuration(work: pathlib.Path, source: Source, describe: Describe)
   model = describe(fields, str(directory / "config.json"))
   write_json(work / "config.json", model.fields)
   if not (work / "generation_config.json").exists():
-    given = fields.get("text_config", {}) | fields
-    ids = {name: given.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(work / "generation_config.json", {name: value for name, value in ids.items() if value is not None})
+    write_json(work / "generation_config.json", generation_fields(fields))
   return model
+
+
+def generation_fields(fields: dict[str, Any]) -> dict[str, Any]:
+  """The special tokens in a checkpoint without generation_config.json, from the fields of its config.json.
+
+  As in transformers' `GenerationConfig.from_model_config`, those of the whole model come before the language model's.
+  """
+  whole = {name: value for name, value in fields.items() if value is not None}
+  given = (fields.get("text_config") or {}) | whole
+  return {name: given[name] for name in _SPECIAL_TOKENS if given.get(name) is not None}
 
 
 def _locate_tower(

@@ -229,7 +229,7 @@ def open_checkpoint(
   fields, where = read_json(directory / "config.json"), str(directory / "config.json")
   family = families.family_of(fields, where=where)
   processor = family.load_processor(directory)
-  eos_token_ids = tuple(dict.fromkeys((*_eos_token_ids(directory, processor), *family.stop_tokens(processor))))
+  eos_token_ids = tuple(dict.fromkeys((*_eos_token_ids(directory, fields, processor), *family.stop_tokens(processor))))
   return OpenCheckpoint(families.from_hf(fields, where=where), family, processor, directory, eos_token_ids, weights)
 
 
@@ -308,11 +308,11 @@ def _as_int8(array: jax.Array) -> Any:
   return weight
 
 
-def _eos_token_ids(directory: pathlib.Path, processor: Any) -> tuple[int, ...]:
+def _eos_token_ids(directory: pathlib.Path, fields: dict[str, Any], processor: Any) -> tuple[int, ...]:
   path = directory / "generation_config.json"
-  ids = read_json(path).get("eos_token_id") if path.exists() else None
+  ids = (read_json(path) if path.exists() else convert.generation_fields(fields)).get("eos_token_id")
   ids = processor.tokenizer.eos_token_id if ids is None else ids
   ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
   if any(type(own) is not int or own < 0 for own in ids):
-    raise CheckpointError(f"{path}: eos_token_id is {ids}; needed: a token id, or a list of them")
+    raise CheckpointError(f"{directory}: eos_token_id is {ids}; needed: a token id, or a list of them")
   return tuple(ids)

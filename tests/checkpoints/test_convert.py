@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import transformers
 from flax import traverse_util
 from layouts import (
   WEIGHTS,
@@ -338,6 +339,11 @@ class TestRefusals:
     change_json(directory / "tokenizer_config.json", tokenizer_class=name)
     assert_same_trees(flat_params(convert_to(directory, tmp_path / "target")), expected)
 
+  def test_neither_language_model_nor_generation_config(self, clip, tmp_path):
+    directory = copy_of(clip, tmp_path / "source", fields={"text_config": None})
+    (directory / "generation_config.json").unlink()
+    refuses(directory, tmp_path / "target", "the weights are not those of the model")
+
   def test_no_such_checkpoint(self, tmp_path):
     for name in (str(tmp_path / "absent"), "a/b/c", "word", "~nobody/checkpoint"):
       with pytest.raises(ValueError, match="neither a directory nor a Hugging Face id"):
@@ -432,6 +438,18 @@ class TestCache:
       target = convert_to(clip, tmp_path / f"target{len(ids)}{given is None}")
       (target / "generation_config.json").write_text(json.dumps({"eos_token_id": given}))
       assert checkpoint.load(str(target), dtype=jnp.float32).eos_token_ids == ids
+
+  @pytest.mark.parametrize("whole, text, ids", [(7, 5, (7,)), (None, [5, 6], (5, 6)), (None, None, (1,))])
+  def test_end_of_sequence_tokens_of_config_json(self, clip, tmp_path, whole, text, ids):
+    """Read directly and converted, as in transformers, or else the tokenizer's."""
+    directory = copy_of(clip, tmp_path / "source", fields={"eos_token_id": whole})
+    config = json.loads((directory / "config.json").read_text())
+    change_json(directory / "config.json", text_config=config["text_config"] | {"eos_token_id": text})
+    (directory / "generation_config.json").unlink()
+    for path in (directory, convert_to(directory, tmp_path / "target")):
+      assert checkpoint.open_checkpoint(str(path)).eos_token_ids == ids
+    expected = transformers.LlavaForConditionalGeneration.from_pretrained(directory).generation_config.eos_token_id
+    assert expected is None or np.atleast_1d(expected).tolist() == list(ids)
 
 
 KILLED = """
