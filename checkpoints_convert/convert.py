@@ -135,8 +135,7 @@ def convert(
       store.save_params(params, _read(plan, model.int8 if int8_weights else frozenset()))
       content = {"format": FORMAT, "source": str(source.directory), "fingerprint": fingerprint}
       dtypes = sorted({FLOAT_DTYPES[parameter.tensor.dtype].name for parameter in plan.parameters})
-      if not remote.is_remote(target):
-        content["params"] = tree_digest(params, cache_dir)
+      content["params"] = None if remote.is_remote(target) else tree_digest(params, cache_dir)
       write_json(work / MARKER, content | {"dtypes": dtypes, "int8_weights": int8_weights})
   return target
 

@@ -13,7 +13,7 @@ def read_marker(directory: AnyPath) -> dict[str, Any] | None:
   """The marker of a finished conversion, or None; raises `CheckpointError` if it is in another format.
 
   `fingerprint` is the digest of the source checkpoint; `int8_weights` tells whether the decoder's weights are int8;
-  `params` is the digest of the files of the parameters, unless they are in object storage.
+  `params` is the digest of the files of the parameters, None if these were written to object storage.
   """
   if not (directory / MARKER).is_file():
     return None

@@ -16,6 +16,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 from safetensors import SafetensorError
 
+from checkpoints_convert import remote
 from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.names import Parameter, Path
@@ -87,11 +88,12 @@ class ConvertedWeights:
     """Reads parameters in the order of `targets`, a few at a time.
 
     Raises:
-      CheckpointError: as `PublishedWeights.read`, or the files are not those that were written; those in object storage
-        are not compared.
+      CheckpointError: as `PublishedWeights.read`, or the files are not those that were written; those in object storage,
+        and copies of them, are not compared.
     """
-    expected = self.marker.get("params")
-    if expected is not None and tree_digest(self.path, self.cache_dir) != expected:
+    expected = self.marker.get("params", "")
+    is_compared = expected is not None and not remote.is_remote(self.path)
+    if is_compared and tree_digest(self.path, self.cache_dir) != expected:
       raise CheckpointError(
         f"{self.path}: damaged: its files are not those that were converted; remove the folder {self.directory} and convert "
         "the checkpoint again"

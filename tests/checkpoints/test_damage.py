@@ -1,5 +1,6 @@
 """Damaged converted copies, links to other folders, and weights that are not finite."""
 
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,15 @@ def test_damaged_parameters(converted, tmp_path, how):
   with pytest.raises(CheckpointError, match=message) as error:
     layouts.flat_params(copy)
   assert "\n" not in str(error.value)
+
+
+def test_a_marker_without_the_digest_of_the_parameters(converted, tmp_path):
+  copy = shutil.copytree(converted, tmp_path / "copy")
+  marker = json.loads((copy / "himap_jax.json").read_text())
+  del marker["params"]
+  (copy / "himap_jax.json").write_text(json.dumps(marker))
+  with pytest.raises(CheckpointError, match="its files are not those that were converted"):
+    layouts.flat_params(copy)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 7, "fingerprint": "x"}'])

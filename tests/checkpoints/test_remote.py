@@ -1,5 +1,7 @@
 """Conversion into object storage and loading from it; a local folder stands in for the storage."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +39,11 @@ def test_loads_what_a_local_conversion_loads(source, bucket, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, remote_model.model.params, local_model.model.params)
   assert remote_model.config == local_model.config and remote_model.eos_token_ids == local_model.eos_token_ids
   assert remote_model.processor.tokenizer("Why?") == local_model.processor.tokenizer("Why?")
+
+
+def test_a_copy_on_disk_has_no_digest(source, bucket, tmp_path):
+  copy = shutil.copytree(convert(source, bucket / "model"), tmp_path / "copy")
+  assert checkpoint.load(str(copy), dtype=jnp.float32).weights.marker["params"] is None
 
 
 def test_files_are_copied_once_and_anew_when_it_changes(source, bucket, tmp_path, monkeypatch):
