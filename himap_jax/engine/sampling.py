@@ -89,9 +89,12 @@ def choose(
 
 
 def truncate(logits: Float[Array, "B V"], top_p: Float[Array, "B"]) -> Float[Array, "B V"]:
-  """Sets to −∞ the logits outside the smallest set of likeliest tokens whose probabilities reach the row's `top_p`."""
+  """Sets to −∞ the logits outside the smallest set of likeliest tokens whose probabilities reach the row's `top_p`.
+
+  The likeliest token stays, even if `top_p` is 0 in float32.
+  """
   descending = -jnp.sort(-logits, axis=-1)
   probabilities = jax.nn.softmax(descending, axis=-1)
   inside = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p[:, None]
-  threshold = jnp.min(jnp.where(inside, descending, jnp.inf), axis=-1, keepdims=True)
+  threshold = jnp.min(jnp.where(inside, descending, descending[:, :1]), axis=-1, keepdims=True)
   return jnp.where((logits < threshold) & (top_p < 1)[:, None], -jnp.inf, logits)

@@ -36,20 +36,25 @@ def slow_nucleus(logits, top_p):
   return chosen
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [1e-50, 1e-40, 1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_truncation_is_the_slow_one(top_p):
   logits = np.random.default_rng(0).normal(scale=3, size=(16, 50)).astype(np.float32)
   truncated = np.asarray(jax.jit(truncate)(logits, np.full(16, top_p, np.float32)))
   for row, expected in zip(truncated, logits, strict=True):
     inside = np.isfinite(row)
     nucleus = set(np.flatnonzero(inside).tolist())
-    assert slow_nucleus(expected, top_p - ROUNDING) <= nucleus <= slow_nucleus(expected, top_p + ROUNDING)
+    assert slow_nucleus(expected, max(top_p - ROUNDING, 1e-60)) <= nucleus <= slow_nucleus(expected, top_p + ROUNDING)
     np.testing.assert_array_equal(row[inside], expected[inside])
 
 
 def test_top_p_of_one_truncates_nothing():
   logits = jnp.array([[0.0, -80.0, 3.0]])
   np.testing.assert_array_equal(truncate(logits, jnp.ones(1)), logits)
+
+
+def test_the_least_top_p_is_greedy():
+  logits = jnp.array([[0.0, 1.0, 3.0]])
+  assert pick(Sampling(1.0, 1e-50), logits, keys(1)).tolist() == [2]
 
 
 def test_greedy_is_the_first_maximum():
