@@ -42,7 +42,7 @@ PRUNING = [name for name, method in methods.METHODS.items() if name != "none" an
 METHODS_DRAWN = [
   *PRUNING,
   "shortv",
-  "divprune+restore",
+  *(f"{name}+{option}" for name in ("divprune", "scope", "fsr", "cdpruner") for option in ("restore", "positions")),
   "himap@1/4",
   "himap@2/4",
   *(f"{name}+himap" for name in ("divprune", "vispruner")),
