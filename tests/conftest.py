@@ -1,13 +1,10 @@
 """Eight simulated devices, strict dtypes and shapes, and one tiny LLaVA of every kind for the whole session."""
 
-import atexit
 import functools
 import gc
 import os
 import secrets
-import shutil
 import sys
-import tempfile
 
 import commands
 
@@ -41,13 +38,6 @@ from jax.experimental.compilation_cache import compilation_cache
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
-# Many tests compile the same program. Every process has a cache of its own, since JAX does not write files atomically.
-OWN_CACHE = {
-  "jax_compilation_cache_dir": tempfile.mkdtemp(prefix="compiled_"),
-  "jax_persistent_cache_min_compile_time_secs": 0,
-  "jax_compilation_cache_include_metadata_in_key": True,  # tests read names of scopes
-}
-atexit.register(shutil.rmtree, OWN_CACHE["jax_compilation_cache_dir"], ignore_errors=True)
 torch.set_num_threads(1)  # tiny products lose far more time to torch's thread pool than they gain
 
 
@@ -110,12 +100,11 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def own_compilation_cache():
-  """Tests of commands set another in this process."""
-  if jax.config.jax_compilation_cache_dir != OWN_CACHE["jax_compilation_cache_dir"]:
+def no_compilation_cache():
+  """Tests of commands set one in this process."""
+  if jax.config.jax_compilation_cache_dir is not None:
     compilation_cache.reset_cache()
-    for name, value in OWN_CACHE.items():
-      jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture(scope="session")
