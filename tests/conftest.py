@@ -43,14 +43,14 @@ torch.set_num_threads(1)  # tiny products lose far more time to torch's thread p
 
 # Files that compile many programs or start processes, the slowest first; `-m "not slow"` leaves them out.
 SLOW = """
-  test_notebook test_several_processes test_campaign test_lmms_eval test_speed test_flow_commands test_demo test_run
-  test_bad_rows test_processes test_answers_on_meshes test_engine test_qwen2_vl test_mllama test_several_pictures
-  test_tiled test_parity test_himap test_pickled test_golden test_optimized test_compile_study test_gemma3
-  test_llava_next test_convert test_calibrate test_int8_weights test_sharding test_int8 test_compare_study test_qwen_vl
-  test_disruption test_saliency test_methods_in_model test_direct_loading test_dynamic test_adaptive
-  test_adaptive_study test_demo_assembly test_importance test_llava_onevision test_abstract test_demo_training
-  test_against_lmms_eval test_restore test_page test_demo_command test_encoding test_soak
-  test_capacity test_cross_layers test_recompilation test_comparing test_dtypes test_evaluate_command test_busy
+  test_notebook test_campaign test_demo test_speed test_optimized test_lmms_eval test_engine test_tiled
+  test_flow_commands test_several_processes test_run test_qwen2_vl test_compile_study test_several_pictures
+  test_dynamic test_bad_rows test_mllama test_pickled test_parity test_restore test_direct_loading test_int8_weights
+  test_answers_on_meshes test_demo_assembly test_soak test_gemma3 test_methods_in_model test_compare_study
+  test_cross_layers test_convert test_int8 test_against_lmms_eval test_capacity test_qwen_vl test_himap test_calibrate
+  test_page test_golden test_comparing test_sharding test_saliency test_demo_training test_disruption test_processes
+  test_llava_next test_recompilation test_dtypes test_adaptive_study test_encoding test_llava_onevision test_adaptive
+  test_importance test_demo_command test_abstract test_evaluate_command test_busy
 """.split()
 
 
