@@ -78,11 +78,19 @@ class Results:
     parts, rng = list(groups.values()), np.random.default_rng(seed)
     if not parts:
       return np.zeros(0)
-    draws = rng.integers(len(parts), size=(RESAMPLES, len(parts)))
-    return np.array([self._value([one for index in draw for one in parts[index]]) for draw in draws])
 
-  def _value(self, scored: Sequence[Scored]) -> float:
-    return self.task.aggregate(scored)[self.task.metric]
+    @functools.cache
+    def copy(index: int, number: int) -> list[Scored]:
+      """A group that is drawn once more is another group."""
+      samples = [dataclasses.replace(one.sample, group=f"{number}#{one.sample.group}") for one in parts[index]]
+      return [one._replace(sample=sample) for one, sample in zip(parts[index], samples, strict=True)]
+
+    values = []
+    for draw in rng.integers(len(parts), size=(RESAMPLES, len(parts))):
+      drawn = zip(*np.unique(draw, return_counts=True), strict=True)
+      own = [one for index, times in drawn for number in range(times) for one in copy(index, number)]
+      values.append(self.task.aggregate(own)[self.task.metric])
+    return np.array(values)
 
 
 def relative_costs(rows: Iterable[Row], schedule: Schedule, sizes: ModelSizes) -> tabular.Row:

@@ -1,9 +1,11 @@
 """The command on data sets in their published layout: scores, preview, resuming, scoring apart, submissions."""
 
 import csv
+import functools
 import json
 
 import commands
+import numpy as np
 import published
 import pytest
 
@@ -127,3 +129,30 @@ def test_intervals_are_paired():
   assert first["score"] == pytest.approx(65) and first["score_low"] < 65 < first["score_high"]
   assert second["difference"] == second["difference_low"] == second["difference_high"] == 0
   assert Results(task, samples, {"none": {}}, {"none": Schedule()}, sizes).rows()[0]["score"] == 0
+
+
+@pytest.mark.parametrize(
+  ("name", "value"), [("mme", lambda right: 50 * sum(right) + 100 * all(right)), ("mmbench_en", all)]
+)
+def test_intervals_of_groups(name, value):
+  """As a plain bootstrap of the groups' own values has them: a group that is drawn twice counts twice."""
+  rng, task = np.random.default_rng(1), TASKS[name]
+  right = rng.random((60, 2)) < 0.8
+  options = {"yes": "yes", "no": "no"} if name == "mme" else {"A": "yes", "B": "no"}
+  good, bad = options
+  samples = [
+    Sample(f"{n}{k}", references=(good,), options=options, category="count", group=str(n))
+    for n in range(60)
+    for k in range(2)
+  ]
+  answers = {sample.id: {"answer": good if own else bad} for sample, own in zip(samples, right.flat, strict=True)}
+  runs = {"none": answers, "other": {sample.id: {"answer": good} for sample in samples}}
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  first, second = Results(task, samples, runs, dict.fromkeys(runs, Schedule()), sizes).rows()
+  values = np.array([float(value(own)) for own in right]) * (100 if name == "mmbench_en" else 1)
+  low, high = np.quantile(values[rng.integers(60, size=(10_000, 60))].mean(axis=1), (0.025, 0.975))
+  assert first["score"] == pytest.approx(values.mean())
+  near = functools.partial(pytest.approx, abs=0.07 * (high - low))
+  assert (first["score_low"], first["score_high"]) == near((low, high))
+  best = 200 if name == "mme" else 100
+  assert (second["difference_low"], second["difference_high"]) == near((best - high, best - low))
