@@ -57,7 +57,8 @@ class Results:
         if REFERENCE in scored:
           difference = values[self.task.metric] - self.task.values(scored[REFERENCE])[self.task.metric]
           row |= with_interval("difference", difference, resampled[label] - resampled[REFERENCE])
-      row |= relative_costs(self.answers[label].values(), self.schedules[label], self.sizes)
+      used = (self.answers[label].get(sample.id, {}) for sample in self.samples)
+      row |= relative_costs(used, self.schedules[label], self.sizes)
       if REFERENCE in scored:
         same = [a.answer == b.answer for a, b in zip(own, scored[REFERENCE], strict=True)]
         row["agreement"] = float(np.mean(same))

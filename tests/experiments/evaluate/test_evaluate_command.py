@@ -156,3 +156,15 @@ def test_intervals_of_groups(name, value):
   assert (first["score_low"], first["score_high"]) == near((low, high))
   best = 200 if name == "mme" else 100
   assert (second["difference_low"], second["difference_high"]) == near((best - high, best - low))
+
+
+def test_costs_are_of_the_questions_of_the_limit():
+  counts = {"tiles": 1, "image_tokens": 576, "text_tokens": 50, "kept": []}
+  rows = {
+    str(n): {"answer": "yes", "counts": counts, "timing": {"prefill_seconds": 10.0**n, "decode_seconds": 0.0}}
+    for n in range(3)
+  }
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  samples = [Sample(str(n), references=("yes",)) for n in (0, 9)]  # the second has no row
+  (row,) = Results(TASKS["gqa"], samples, {"none": rows}, {"none": Schedule()}, sizes).rows()
+  assert row["seconds"] == 1 and row["flops"] == 1
