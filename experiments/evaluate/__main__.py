@@ -4,8 +4,8 @@
       --output=…
 
 Every task is answered with every setting, by the prompts and scored by the metrics that its authors use; a task
-`lmms:NAME` is lmms-eval's. Repeating the command resumes it; `--score_only` scores the answers that are there and reads
-no weights.
+`lmms:NAME` is lmms-eval's. Repeating the command resumes it; `--score_only` scores the answers that are there
+without a model.
 """
 
 from typing import Any

@@ -5,7 +5,7 @@ import functools
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,13 @@ from experiments.evaluate.tasks.task import Sample, Task
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine.engine import GenerationConfig
+from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig, make_batcher
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.answering import Answerer
-from himap_jax.run.contract import Contract
+from himap_jax.run.contract import Comparison, Contract
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt, Prompts
@@ -60,10 +61,8 @@ class TaskAnswerer:
     sizes = functools.cache(lambda: image_sizes(prompts, PictureFiles(), processor))
     for label, schedule in schedules.items():
       print(f"{task.title}, {label}", flush=True)
-      path = rows_path(self.workdir, task.name, label)
-      path.parent.mkdir(parents=True, exist_ok=True)
-      settings = {**self.settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
-      contract = Contract(path, settings, prompts, PictureFiles(), advice="use another --workdir")
+      contract = contract_of(self.workdir, self.settings, task, label, prompts)
+      contract.output.parent.mkdir(parents=True, exist_ok=True)
       with Output(contract, resume=True) as output:
         if not output.answered.all():
           self._answerer(task, processor, sizes(), schedule).answer_all(output)
@@ -79,6 +78,24 @@ class TaskAnswerer:
 def rows_path(workdir: pathlib.Path, task: str, label: str) -> pathlib.Path:
   """The file of a setting's answers to a task."""
   return workdir / task / f"{kept.file_name(label)}.jsonl"
+
+
+def contract_of(
+  workdir: pathlib.Path, settings: Mapping[str, Any], task: Task, label: str, prompts: Prompts
+) -> Contract:
+  """What a setting's answers to a task must match; `settings` as of `TaskAnswerer`."""
+  settings = {**settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
+  return Contract(rows_path(workdir, task.name, label), settings, prompts, advice="use another --workdir")
+
+
+def check_rows(contract: Contract, rows: Iterable[Row]) -> None:
+  """Raises `UserError` if answers were made with other settings, or to another question or picture."""
+  comparison = Comparison(contract)
+  for row in rows:
+    comparison.is_failed(row)
+  changed = comparison.changed()
+  if changed:
+    raise UserError(f"{contract.output}: {len(changed)} questions or pictures have changed; {contract.advice}")
 
 
 def read_rows(path: pathlib.Path) -> dict[str, Row]:

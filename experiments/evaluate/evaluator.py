@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.evaluate import loading, report
-from experiments.evaluate.answers import TaskAnswerer, prompts_of, read_rows, rows_path
+from experiments.evaluate.answers import TaskAnswerer, check_rows, contract_of, prompts_of, read_rows, rows_path
 from experiments.evaluate.harness import PREFIX, HarnessResults, HarnessTask, Recorded
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks.task import Task
@@ -30,7 +30,7 @@ class EvaluationConfig:
   Attributes:
     data: a directory with the data set; None: the hub.
     limit: questions of a task; None: all.
-    score_only: scores the answers in `workdir` and reads no weights.
+    score_only: scores the answers in `workdir`, which must be of these settings, without a model.
   """
 
   settings: Settings
@@ -66,6 +66,10 @@ class Evaluator:
     for label, own in answers.items():
       if config.score_only and not own:
         raise UserError(f"--score_only: {config.workdir} has no answers to {task.name} with {label}")
+    if config.score_only:
+      prompts = prompts_of(samples)
+      for label, own in answers.items():
+        check_rows(contract_of(config.workdir, self._subject, task, label, prompts), own.values())
     results = Results(task, report.without_pictures(samples()), answers, self.schedules, self.sizes)
     print(report.preview(results, next(iter(self.schedules))), flush=True)
     report.write_samples(config.output, results)

@@ -2,7 +2,9 @@
 
 import csv
 import functools
+import hashlib
 import json
+from types import SimpleNamespace
 
 import commands
 import numpy as np
@@ -10,13 +12,18 @@ import published
 import pytest
 
 from experiments.compare.grid import Shape, parse_setting
-from experiments.evaluate import paper, report, scores
+from experiments.evaluate import loading, paper, report, scores
+from experiments.evaluate.answers import contract_of, prompts_of
+from experiments.evaluate.evaluator import EvaluationConfig, Evaluator
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks import TASKS
 from experiments.evaluate.tasks.task import Sample
 from experiments.shared import geometries, tabular
+from himap_jax import UserError
 from himap_jax.engine.accounting import model_sizes
+from himap_jax.harness.settings import Settings
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.run.output import Output
 
 SETTINGS = ("none", "himap@1/3:8/4")
 
@@ -168,3 +175,30 @@ def test_costs_are_of_the_questions_of_the_limit():
   samples = [Sample(str(n), references=("yes",)) for n in (0, 9)]  # the second has no row
   (row,) = Results(TASKS["gqa"], samples, {"none": rows}, {"none": Schedule()}, sizes).rows()
   assert row["seconds"] == 1 and row["flops"] == 1
+
+
+def test_answers_of_others_are_not_scored(tmp_path):
+  """Those of another checkpoint or setting, and to another question."""
+  task, directories = TASKS["gqa"], (tmp_path / "work", tmp_path / "out")
+  for directory in directories:
+    directory.mkdir()
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+
+  def evaluator(digest="a", **settings):
+    config = EvaluationConfig(Settings(**settings), *directories, str(tmp_path / "data"), score_only=True)
+    return Evaluator(SimpleNamespace(digest=lambda: digest), config, {"none": Schedule()}, sizes)
+
+  data = published.write_hub("gqa", tmp_path / "data")
+  prompts = prompts_of(lambda: loading.load(task, str(data)))
+  contract = contract_of(directories[0], evaluator()._subject, task, "none", prompts)
+  contract.output.parent.mkdir()
+  with Output(contract, resume=True) as output:
+    output.write([{"id": key, "answer": "no", "error": None, "digest": contract.digest} for key in prompts.keys])
+  with pytest.raises(UserError, match="checkpoint was 'a', now 'b'; dtype was 'bfloat16', now 'float32'"):
+    evaluator("b", dtype="float32").rows(task)
+  with pytest.raises(UserError, match="1 questions or pictures have changed; use another --workdir"):
+    evaluator().rows(task)
+  (prompt,) = prompts.where(np.ones(1, bool))
+  digest = contract.row_digest(prompt, [hashlib.sha256(image).hexdigest() for image in prompt.images])
+  contract.output.write_text(json.dumps({"id": prompt.id, "answer": "no", "error": None, "digest": digest}))
+  assert evaluator().rows(task)[0]["questions"] == 1
