@@ -18,7 +18,7 @@ from experiments.evaluate.scores import REFERENCE, relative_costs
 from experiments.shared import kept, tabular
 from experiments.shared.statistics import resample, with_interval
 from himap_jax.errors import UserError
-from himap_jax.harness.responder import Answer, Continuation, Loss, Question, Request, Responder
+from himap_jax.harness.responder import Answer, Continuation, Loss, Question, Request, Responder, pictures_of
 from himap_jax.harness.settings import Settings
 from himap_jax.pruning.cost import ModelSizes
 from himap_jax.pruning.schedule import Schedule
@@ -74,8 +74,11 @@ class Recorded:
     own = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     del own["pictures"]
     digest = hashlib.sha256(f"{self._subject}{own}".encode())
-    for picture in request.pictures():
-      digest.update(f"{picture.mode}{picture.size}".encode() + picture.tobytes())
+    try:
+      for picture in pictures_of(request):
+        digest.update(f"{picture.mode}{picture.size}".encode() + picture.tobytes())
+    except (UserError, OSError):
+      digest.update(b"unreadable")  # the responder says why
     return digest.hexdigest()
 
 

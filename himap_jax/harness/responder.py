@@ -174,7 +174,7 @@ class Responder:
     sizes = collections.Counter()
     for request in requests:
       try:
-        sizes[self.processor.image_size([picture.size for picture in _pictures(request)])] += 1
+        sizes[self.processor.image_size([picture.size for picture in pictures_of(request)])] += 1
       except UserError:
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
@@ -198,16 +198,15 @@ class Responder:
         yield prepared
 
   def _example(self, request: Request) -> Example:
-    try:
-      pictures = [picture.convert("RGB") for picture in _pictures(request)]
-    except OSError as error:
-      raise UserError(f"damaged image: {error}") from error
+    with command.user_error("damaged image"):
+      pictures = [picture.convert("RGB") for picture in pictures_of(request)]
     return self.processor.prepare(pictures, request.text)
 
 
-def _pictures(request: Request) -> list[PIL.Image.Image]:
-  """The request's pictures; raises `UserError` for anything else, or one without pixels."""
-  pictures = request.pictures()
+def pictures_of(request: Request) -> list[PIL.Image.Image]:
+  """The request's pictures; raises `UserError` for anything else, or one that is damaged or without pixels."""
+  with command.user_error("damaged image"):
+    pictures = request.pictures()
   for picture in pictures:
     if not isinstance(picture, PIL.Image.Image):
       raise UserError(f"only pictures are supported, not {type(picture).__name__}")

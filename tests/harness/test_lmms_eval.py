@@ -194,7 +194,7 @@ class Counted(Progress):
 
 
 def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, monkeypatch):
-  """A damaged picture, one without pixels, a continuation without a token, and a prompt that places its picture itself."""
+  """Damaged pictures, one without pixels, a continuation without a token, and a prompt that places its picture itself."""
   made = []
   monkeypatch.setattr(responder_module, "Progress", functools.partial(Counted, made))
   responder = Responder(loaded, loaded.prompts(), loaded.schedule("none"), Settings(prompt_buckets=(64,)))
@@ -218,8 +218,9 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
     Question(place, "What?", lambda own=own: [own], generation)
     for place, own in enumerate((damaged, images[0], PIL.Image.new("RGB", (0, 0))))
   ]
+  questions.append(Question(3, "What?", lambda: [PIL.Image.open(io.BytesIO(b"no picture"))], generation))
   assert [question.place for question, _ in responder.answers(questions)] == [1]
-  assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (3, 3, True)]
+  assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (4, 4, True)]
 
   def failing(self, batches):
     next(iter(batches))

@@ -1,5 +1,7 @@
 """Responses that are kept for lmms-eval's tasks, and the table that is made of its results; see also tests/harness."""
 
+import io
+
 import PIL.Image
 import pytest
 
@@ -85,6 +87,20 @@ def test_a_torn_file_is_asked_for_the_rest(tmp_path):
 def test_missing_responses_without_a_model(tmp_path):
   with pytest.raises(UserError, match="--score_only: .* lacks 1 of 1 answers"):
     list(recorded(tmp_path, None).answers([question(0, "a")]))
+
+
+def test_pictures_that_cannot_be_read_are_the_responder_s_to_report(tmp_path):
+  file = io.BytesIO()
+  PIL.Image.new("RGB", (200, 200)).save(file, "JPEG")
+  unreadable = (
+    lambda: [PIL.Image.open(io.BytesIO(b"no picture"))],
+    lambda: [PIL.Image.open(io.BytesIO(file.getvalue()[:700]))],
+    lambda: ["video.mp4"],
+  )
+  for place, pictures in enumerate(unreadable):
+    responder = Counting()
+    list(recorded(tmp_path, responder).answers([Question(place, "a", pictures, GenerationConfig(8))]))
+    assert responder.asked == ["a"]
 
 
 def test_the_table_is_paired():
