@@ -25,16 +25,18 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.writer import OutputWriter
 
 PREFIX = "lmms:"  # of the names of these tasks
+NOT_ANSWERED = "it cannot be answered; a warning said why"
 
 
 class Recorded:
   """A responder whose responses are kept in a file; only what is not in the file is asked.
 
-  A response belongs to its prompt, its pictures, its generation config and `subject`, all else that it depends on.
+  A response belongs to its prompt, its pictures, its generation config and `subject`, all else that it depends on. A
+  request that could not be answered has a row with an `error`, and is asked again where there is a responder.
   """
 
   def __init__(self, path: pathlib.Path, subject: Mapping[str, Any], settings: Settings, responder: Responder | None):
-    """Without a responder, a response that is not in the file is a `UserError`."""
+    """Without a responder, a request that is not in the file is a `UserError`."""
     self.settings = settings
     self.used: dict[str, Row] = {}
     self._path, self._responder = path, responder
@@ -51,19 +53,28 @@ class Recorded:
 
   def _responses(self, kind: str, requests: Sequence[Request]) -> Iterator[tuple[Request, Row]]:
     keys = {request.place: self._key(request) for request in requests}
-    with OutputWriter(self._path, resume=True) as writer:
-      rows = read_rows(self._path)
+    asked_again = set() if self._responder is None else set(keys.values())
+
+    def is_stale(row: Row) -> bool:
+      return row["error"] is not None and row["id"] in asked_again
+
+    with OutputWriter(self._path, resume=True, is_stale=is_stale) as writer:
+      rows = {key: row for key, row in read_rows(self._path).items() if not is_stale(row)}
       for request in requests:
-        if keys[request.place] in rows:
-          yield request, self._use(rows[keys[request.place]])
+        row = rows.get(keys[request.place])
+        if row is not None and row["error"] is None:
+          yield request, self._use(row)
       missing = [request for request in requests if keys[request.place] not in rows]
       if missing and self._responder is None:
         raise UserError(f"--score_only: {self._path} lacks {len(missing)} of {len(requests)} answers")
+      failed = {keys[request.place] for request in missing}
       for request, response in getattr(self._responder, kind)(missing) if missing else ():
         key = keys[request.place]
+        failed.remove(key)
         row = {"id": key, "answer": None, "error": None, "digest": key, **response._asdict()}
         writer.write([row])
         yield request, self._use(row)
+      writer.write({"id": key, "answer": None, "error": NOT_ANSWERED, "digest": key} for key in sorted(failed))
 
   def _use(self, row: Row) -> Row:
     self.used[row["id"]] = row

@@ -103,6 +103,28 @@ def test_pictures_that_cannot_be_read_are_the_responder_s_to_report(tmp_path):
     assert responder.asked == ["a"]
 
 
+def test_requests_that_cannot_be_answered(tmp_path):
+  """They are left out also without a model, and asked again with one; errors of other requests stay in the file."""
+
+  class Failing(Counting):
+    """Cannot answer the first."""
+
+    def answers(self, questions):
+      yield from list(super().answers(questions))[1:]
+
+  questions, other = [question(0, "a"), question(1, "b")], [question(2, "c"), question(3, "d")]
+
+  def places(responder, asked=questions):
+    return [own.place for own, _ in recorded(tmp_path, responder).answers(asked)]
+
+  assert places(Failing()) == [1] and places(Failing(), other) == [3]
+  assert places(None) == [1] and places(None, other) == [3]
+  responder = Failing()
+  assert places(responder) == [1] and responder.asked == ["a"] and places(None) == [1]
+  assert sorted(places(Counting())) == sorted(places(None)) == [0, 1]
+  assert places(None, other) == [3]
+
+
 def test_the_table_is_paired():
   """Intervals exist where a score is the mean over samples; settings that answer alike differ by exactly zero."""
   right = [float(n % 3 > 0) for n in range(30)]
