@@ -68,10 +68,11 @@ class Results:
   def _resampled(self, scored: Sequence[Scored], seed: int) -> np.ndarray:
     """The score of as many groups of questions drawn with replacement, the same draws for every setting.
 
-    Questions that are scored together are drawn together.
+    Questions that are scored together are drawn together. Those of `score_all` keep their scores in the whole set.
     """
     own = [one for one in scored if one.score is not None]
-    if own and self.task.aggregate is mean and not any(one.sample.group for one in own):
+    has_mean = self.task.aggregate is mean or self.task.score_all is not None
+    if own and has_mean and not any(one.sample.group for one in own):
       return 100 * resample(np.array([[one.score for one in own]]), seed=seed, resamples=RESAMPLES)[:, 0]
     groups: dict[str, list[Scored]] = {}
     for number, one in enumerate(own):

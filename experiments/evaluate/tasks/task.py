@@ -91,7 +91,8 @@ class Task:
     max_new_tokens: of an answer, which is greedy.
     known: scores by model.
     harness: lmms-eval's task of the same data.
-    score_all: replaces `score` where an answer's score depends on all the others; takes "" for one that is missing.
+    score_all: replaces `score` where an answer's score depends on all the others; takes "" for one that is missing. The
+      mean of the scores is `metric`'s value.
     keeps: which records belong to the task.
     pictures: a configuration of the same split that holds the pictures apart, by `id` for a record's `imageId`.
     official: how to read the authors' own files.

@@ -15,6 +15,7 @@ from experiments.compare.grid import Shape, parse_setting
 from experiments.evaluate import loading, paper, report, scores
 from experiments.evaluate.answers import contract_of, prompts_of
 from experiments.evaluate.evaluator import EvaluationConfig, Evaluator
+from experiments.evaluate.metrics import captions
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks import TASKS
 from experiments.evaluate.tasks.task import Sample
@@ -122,6 +123,26 @@ def test_intervals_of_means(count):
   half = 196 * (0.75 * 0.25 / count) ** 0.5 if count > 1 else 0
   assert row["score_high"] - row["score"] == pytest.approx(half, abs=0.8)
   assert row["score"] - row["score_low"] == pytest.approx(half, abs=0.8)
+
+
+def test_intervals_of_captions_score_the_set_once(monkeypatch):
+  """As those of a mean over the captions' own scores."""
+  each, scored = np.random.default_rng(0).random(50), []
+
+  def score(given, references):
+    scored.append(given)
+    return captions.CaptionScores({"CIDEr": 100 * each.mean()}, each.tolist())
+
+  monkeypatch.setattr(captions, "score", score)
+  samples = [Sample(str(n), references=("a cat",)) for n in range(50)]
+  answers = {sample.id: {"answer": sample.id} for sample in samples}
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  (row,) = Results(TASKS["nocaps"], samples, {"none": answers}, {"none": Schedule()}, sizes).rows()
+  half = 196 * (each.var() / 50) ** 0.5
+  assert (row["score_low"], row["score_high"]) == pytest.approx(
+    (row["score"] - half, row["score"] + half), abs=half / 5
+  )
+  assert len(scored) <= 4 and set(scored) == {tuple(answers)}
 
 
 def test_intervals_are_paired():
