@@ -143,6 +143,13 @@ class HarnessTask:
     return HarnessRun(result["results"], result["samples"], list(recorded.used.values()))
 
 
+def _answer(sample: Mapping[str, Any]) -> Any:
+  """What a sample's answer is compared by: the index of the least loss of several choices, or the responses."""
+  responses = sample["filtered_resps"]
+  is_choice = len(responses) > 1 and all(isinstance(one, tuple) for one in responses)
+  return min(range(len(responses)), key=lambda index: responses[index][0]) if is_choice else responses
+
+
 @dataclasses.dataclass(frozen=True)
 class HarnessResults:
   """The results of `HarnessTask.run` for some settings, by their labels."""
@@ -174,7 +181,7 @@ class HarnessResults:
     row |= relative_costs(self.runs[label].rows, self.schedules[label], self.sizes)
     if REFERENCE in self.runs and samples:
       pairs = zip(samples, self.runs[REFERENCE].samples[name], strict=True)
-      row["agreement"] = float(np.mean([own["filtered_resps"] == other["filtered_resps"] for own, other in pairs]))
+      row["agreement"] = float(np.mean([_answer(own) == _answer(other) for own, other in pairs]))
     return row | {f"{name}: {metric}": value for metric, value in metrics.items()}
 
   def _metrics(self, name: str, label: str) -> dict[str, float]:

@@ -125,6 +125,21 @@ def test_requests_that_cannot_be_answered(tmp_path):
   assert places(None, other) == [3]
 
 
+def test_choices_agree_in_the_likeliest():
+  """However the losses differ; other responses agree in all that they are."""
+
+  def run(*responses):
+    return HarnessRun({"task": {"acc,none": 0.5}}, {"task": [{"filtered_resps": own} for own in responses]}, [])
+
+  runs = {
+    REFERENCE: run([(1.0, False), (2.0, False)], [(3.0, True), (2.0, False)], ["cat"], [(1.0, True)]),
+    "other": run([(1.5, True), (1.75, True)], [(1.0, True), (2.0, False)], ["cat"], [(1.0, False)]),
+  }
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  plain, other = HarnessResults(runs, dict.fromkeys(runs, Schedule()), sizes).rows()
+  assert plain["agreement"] == 1 and other["agreement"] == 0.5
+
+
 def test_the_table_is_paired():
   """Intervals exist where a score is the mean over samples; settings that answer alike differ by exactly zero."""
   right = [float(n % 3 > 0) for n in range(30)]
