@@ -39,6 +39,7 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
+  measure.check_geometry(values.geometry)
   settings = {"geometry": values.geometry, "sides": study.chosen(values["sides"], SIDES), "turns": values.turns}
   scenarios = [_scenario(values.geometry, text) for text in values.scenarios]
   measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))

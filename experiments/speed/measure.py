@@ -18,6 +18,7 @@ from experiments.shared import geometries, kept
 from experiments.speed import side
 from experiments.speed.side import Scenario
 from experiments.speed.worker import CannotRun, Worker
+from himap_jax.errors import check_supported
 from himap_jax.model.network import abstract_params
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
@@ -28,6 +29,15 @@ Result = dict[str, dict[str, Any]]
 BLOCK_BYTES = 64 << 20
 # Bytes; far beyond any cache, so that weights that share memory take as long to read as separate ones.
 LARGEST_FILE = 4 << 30
+
+
+def check_geometry(name: str) -> None:
+  """Raises `UserError` unless both sides have as many image tokens: a LLaVA with pictures of the tower's own size."""
+  llavas = {key: own["vision_config"] for key, own in geometries.GEOMETRIES.items() if own["model_type"] == "llava"}
+  known = [
+    key for key, tower in llavas.items() if geometries.image_shape(geometries.model_of(key))[0] == tower["image_size"]
+  ]
+  check_supported(name, known, where="--geometry", what="comparing PyTorch's LLaVA with")
 
 
 @contextlib.contextmanager

@@ -47,6 +47,7 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
+  measure.check_geometry(values.geometry)
   scenario = Scenario(values.geometry, values.num_instruction_tokens, batch_size=1, num_new_tokens=1)
   lengths, slots, method = draw_lengths(values.num_rows), values.batch_size, values["method"].value
   jobs = {

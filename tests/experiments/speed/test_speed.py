@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+from types import SimpleNamespace
 
 import commands
 import jax
@@ -14,9 +15,11 @@ import torch
 
 from experiments.shared import geometries
 from experiments.shared.lengths import LENGTHS, draw_lengths
+from experiments.speed import __main__ as speed
 from experiments.speed import measure, pytorch, side, tables, throughput
 from experiments.speed.side import Job, Scenario, Weights
 from experiments.speed.worker import CannotRun, Worker
+from himap_jax import UserError
 
 TINY = {
   "model_type": "llava",
@@ -50,6 +53,13 @@ def test_weights_lie_in_the_file_and_begin_again_where_it_ends(weights):
   numbers = np.abs(second.astype(np.float32))
   assert 2**-7 <= numbers.min() < numbers.max() < 2**-6
   assert abs((second > 0).mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("run", [speed.run, throughput.run])
+@pytest.mark.parametrize("geometry", ["gemma3_4b", "llava_next_7b", "internvl_7b"])
+def test_only_a_llava_is_compared_with_pytorch_s(run, geometry):
+  with pytest.raises(UserError, match=f"--geometry: .* {geometry!r} is not supported; supported: demo, 1b, 7b, 13b$"):
+    run(SimpleNamespace(geometry=geometry))
 
 
 @pytest.mark.sampled(of="studies")
