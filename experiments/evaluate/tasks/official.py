@@ -28,8 +28,9 @@ def read_lines(path: pathlib.Path) -> Iterator[Any]:
 
 
 def find(directory: pathlib.Path, pattern: str, split: str) -> pathlib.Path:
-  """The first file of a pattern whose name has the split's between marks; raises `UserError` if there is none."""
-  own = [path for path in sorted(directory.glob(pattern)) if split in re.split("[_.]", path.name.lower())]
+  """The first file of a pattern whose name has the split's, and not `cn`, between marks; `UserError` if there is none."""
+  parts = {path: re.split("[_.]", path.name.lower()) for path in sorted(directory.glob(pattern))}
+  own = [path for path, names in parts.items() if split in names and "cn" not in names]
   if not own:
     raise UserError(f"{directory} has no {pattern} of the split {split}")
   return own[0]

@@ -226,6 +226,19 @@ def test_official_files_that_are_not_as_expected(tmp_path):
     load("scienceqa_img", tmp_path)
 
 
+def test_chinese_questions_beside_english_ones(tmp_path):
+  published.official_mmbench(tmp_path)
+  (path,) = tmp_path.glob("*.tsv")
+  english = load("mmbench_en", tmp_path)
+  chinese = path.read_text(encoding="utf-8").replace("What is", "什么是")
+  path.with_name("mmbench_dev_cn_20231003.tsv").write_text(chinese, encoding="utf-8")
+  path.rename(path.with_name("mmbench_dev_en_20231003.tsv"))
+  assert load("mmbench_en", tmp_path) == english
+  (tmp_path / "mmbench_dev_en_20231003.tsv").unlink()
+  with pytest.raises(UserError, match="no \\*.tsv of the split dev"):
+    load("mmbench_en", tmp_path)
+
+
 def test_an_official_picture_that_is_missing(tmp_path):
   published.official_pope(tmp_path)
   (tmp_path / "val2014/COCO_val2014_000000310196.jpg").unlink()
