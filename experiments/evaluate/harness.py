@@ -87,7 +87,8 @@ class Recorded:
     digest = hashlib.sha256(f"{self._subject}{own}".encode())
     try:
       for picture in pictures_of(request):
-        digest.update(f"{picture.mode}{picture.size}".encode() + picture.tobytes())
+        pixels = picture.convert("RGBA") if picture.mode in ("P", "PA") else picture  # these hold indices
+        digest.update(f"{picture.mode}{picture.size}".encode() + pixels.tobytes())
     except (UserError, OSError):
       digest.update(b"unreadable")  # the responder says why
     return digest.hexdigest()

@@ -61,6 +61,16 @@ def test_changed_requests_are_asked_anew(tmp_path, changed):
   assert len(responder.asked) == 1
 
 
+def test_a_palette_belongs_to_a_picture(tmp_path):
+  asked = []
+  for colour in ("red", "blue", "red"):
+    picture, responder = PIL.Image.new("RGB", (4, 4), colour).quantize(2), Counting()
+    assert not any(picture.tobytes())
+    list(recorded(tmp_path, responder).answers([Question(0, "a", lambda own=picture: [own], GenerationConfig(8))]))
+    asked += responder.asked
+  assert asked == ["a", "a"]
+
+
 def test_another_subject_is_asked_anew(tmp_path):
   list(recorded(tmp_path, Counting()).answers([question(0, "a")]))
   responder = Counting()
