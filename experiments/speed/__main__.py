@@ -42,13 +42,7 @@ def run(values: Any) -> study.Report:
   measure.check_geometry(values.geometry)
   settings = {"geometry": values.geometry, "sides": study.chosen(values["sides"], SIDES), "turns": values.turns}
   scenarios = [_scenario(values.geometry, text) for text in values.scenarios]
-  measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
-  workdir = study.open_workdir(
-    **settings,
-    processor=machine.processor(),
-    code=machine.checksum_of_library(measured),
-    **machine.versions("jax", "torch", "transformers"),
-  )
+  workdir = study.open_workdir(**settings, **measure.provenance())
   how = {"turns": values.turns, "at_once": values.at_once, "weights_dir": pathlib.Path(values.weights_dir)}
   results = measure.run(scenarios, values.sides, workdir=workdir, **how)
   return tables.report(results, f"{machine.processor()}, medians of {values.turns} turns")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import tree
 
-from experiments.shared import geometries, kept
+from experiments.shared import geometries, kept, machine
 from experiments.speed import side
 from experiments.speed.side import Scenario
 from experiments.speed.worker import CannotRun, Worker
@@ -29,6 +29,13 @@ Result = dict[str, dict[str, Any]]
 BLOCK_BYTES = 64 << 20
 # Bytes; far beyond any cache, so that weights that share memory take as long to read as separate ones.
 LARGEST_FILE = 4 << 30
+
+
+def provenance() -> dict[str, str]:
+  """What the measured times depend on besides what is measured."""
+  ran = [pathlib.Path(side.__file__).with_name(name) for name in ("side.py", "ours.py", "pytorch.py")]
+  code = machine.checksum_of_library([*ran, pathlib.Path(geometries.__file__)])
+  return {"processor": machine.processor(), "code": code, **machine.versions("jax", "torch", "transformers")}
 
 
 def check_geometry(name: str) -> None:

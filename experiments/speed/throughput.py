@@ -20,7 +20,7 @@ from absl import flags
 from experiments.shared import kept, machine, study, tabular
 from experiments.shared.geometries import GEOMETRIES
 from experiments.shared.lengths import draw_lengths
-from experiments.speed import measure, side
+from experiments.speed import measure
 from experiments.speed.side import Job, Scenario
 from experiments.speed.worker import Worker
 from himap_jax.pruning.methods import METHODS
@@ -58,13 +58,8 @@ def run(values: Any) -> study.Report:
       for size in command.numbers(values["pytorch_batch_sizes"], int)
     },
   }
-  measured = (pathlib.Path(side.__file__).with_name(name) for name in ("ours.py", "pytorch.py"))
-  workdir = study.open_workdir(
-    jobs={name: dataclasses.asdict(job) for name, (_, job) in jobs.items()},
-    processor=machine.processor(),
-    code=machine.checksum_of_library(measured),
-    **machine.versions("jax", "torch", "transformers"),
-  )
+  described = {name: dataclasses.asdict(job) for name, (_, job) in jobs.items()}
+  workdir = study.open_workdir(jobs=described, **measure.provenance())
   results = run_in_turns(jobs, values.turns, workdir, pathlib.Path(values.weights_dir))
   rows = summarize(results, len(lengths))
   count = f"{machine.processor()}, {len(lengths)} rows with {sum(lengths)} tokens, medians of {values.turns} turns"
