@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from experiments.evaluate.answers import Row
+from experiments.evaluate.metrics import captions
 from experiments.evaluate.tasks.task import Sample, Scored, Task, mean
 from experiments.shared import tabular
 from experiments.shared.statistics import resample, with_interval
@@ -53,9 +54,10 @@ class Results:
       row["errors"] = sum(one.answer is None for one in own)
       values = self.task.values(own)
       if values:
-        row |= with_interval("score", values[self.task.metric], resampled[label])
+        metric = next(name for name in values if name.removeprefix(captions.APPROXIMATE) == self.task.metric)
+        row |= with_interval("score", values[metric], resampled[label])
         if REFERENCE in scored:
-          difference = values[self.task.metric] - self.task.values(scored[REFERENCE])[self.task.metric]
+          difference = values[metric] - self.task.values(scored[REFERENCE])[metric]
           row |= with_interval("difference", difference, resampled[label] - resampled[REFERENCE])
       used = (self.answers[label].get(sample.id, {}) for sample in self.samples)
       row |= relative_costs(used, self.schedules[label], self.sizes)

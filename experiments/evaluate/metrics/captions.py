@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from experiments.evaluate.libraries import library
 
+APPROXIMATE = "~"  # before names of scores of another tokenizer
 NO_JAVA = (
   "no Java was found, which the official tokenizer of captions needs (apt-get install default-jre-headless): captions "
   "are split into words by a simpler rule, and the scores, marked ~, are not comparable with published ones"
@@ -40,7 +41,7 @@ def score(captions: tuple[str, ...], references: tuple[tuple[str, ...], ...]) ->
     library("pycocoevalcap.bleu.bleu", "a caption metric").Bleu(4),
     library("pycocoevalcap.rouge.rouge", "a caption metric").Rouge(),
   ]
-  tokenize, mark = (_ptb, "") if has_java() else (_plain, "~")
+  tokenize, mark = (_ptb, "") if has_java() else (_plain, APPROXIMATE)
   wanted = tokenize({n: [" ".join(text.split()) for text in own] for n, own in enumerate(references)})
   given = tokenize({n: [" ".join(caption.split())] for n, caption in enumerate(captions)})
   (cider, each), (bleu, _), (rouge, _) = (

@@ -125,13 +125,14 @@ def test_intervals_of_means(count):
   assert row["score"] - row["score_low"] == pytest.approx(half, abs=0.8)
 
 
-def test_intervals_of_captions_score_the_set_once(monkeypatch):
+@pytest.mark.parametrize("mark", ["", "~"])
+def test_intervals_of_captions_score_the_set_once(mark, monkeypatch):
   """As those of a mean over the captions' own scores."""
   each, scored = np.random.default_rng(0).random(50), []
 
   def score(given, references):
     scored.append(given)
-    return captions.CaptionScores({"CIDEr": 100 * each.mean()}, each.tolist())
+    return captions.CaptionScores({f"{mark}CIDEr": 100 * each.mean()}, each.tolist())
 
   monkeypatch.setattr(captions, "score", score)
   samples = [Sample(str(n), references=("a cat",)) for n in range(50)]
