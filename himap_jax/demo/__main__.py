@@ -39,7 +39,9 @@ _EXAMPLES = flags.DEFINE_string(
   "Directory with pictures to start from, and a file prompts.jsonl that names them and asks about them. None if it is "
   "missing.",
 )
-_MAX_WAITING = flags.DEFINE_integer("max_waiting", 8, "Most questions that wait for their answers; others are refused.", lower_bound=1)
+_MAX_WAITING = flags.DEFINE_integer(
+  "max_waiting", 8, "Most questions that wait for their answers; others are refused.", lower_bound=1
+)
 _MAX_PICTURE_MB = flags.DEFINE_integer("max_picture_mb", 16, "Largest file of a picture, in MB.", lower_bound=1)
 
 

@@ -15,7 +15,7 @@ from himap_jax import checkpoint, generation
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine import pool, sharding
 from himap_jax.engine.accounting import method_inputs
-from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, Bucket, in_batches
+from himap_jax.engine.batching import DEFAULT_BUCKETS, Bucket, in_batches
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, Engine, GenerationConfig
 from himap_jax.errors import UserError
@@ -179,18 +179,32 @@ class Responder:
         continue  # reported below
     buckets = self.settings.prompt_buckets or DEFAULT_BUCKETS
     batcher = generation.make_batcher(self.loaded, self.processor, sizes, buckets, max_new_tokens, self.schedule)
-    num_rows = functools.cache(lambda bucket: engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1)))
-    for bucket, batch in in_batches(self._prepared(requests, batcher, progress), num_rows):
+
+    @functools.cache
+    def num_rows(bucket: Bucket) -> int | str:
+      """Rows of a batch, or why the memory holds none."""
+      try:
+        return engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1))
+      except UserError as error:
+        return str(error)
+
+    def place(example: Example) -> Bucket:
+      bucket = batcher.bucket(example)
+      if isinstance(found := num_rows(bucket), str):
+        raise UserError(found)
+      return bucket
+
+    for bucket, batch in in_batches(self._prepared(requests, place, progress), num_rows):
       yield batcher.pack([example for _, example in batch], bucket=bucket, batch_size=num_rows(bucket)), batch
 
   def _prepared(
-    self, requests: Sequence[R], batcher: Batcher, progress: Progress
+    self, requests: Sequence[R], place: Callable[[Example], Bucket], progress: Progress
   ) -> Iterator[tuple[Bucket, tuple[R, Example]]]:
-    """Yields the requests that can be prepared; the others have a warning, and count as done."""
+    """Yields the requests that can be prepared, with their buckets; the others have a warning, and count as done."""
     for request in requests:
       try:
         example = self._example(request)
-        prepared = batcher.bucket(example), (request, example)
+        prepared = place(example), (request, example)
       except UserError as error:
         logging.warning("request %d is not answered: %s", request.place, error)
         progress.update()

@@ -222,6 +222,14 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
   assert [question.place for question, _ in responder.answers(questions)] == [1]
   assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (4, 4, True)]
 
+  with monkeypatch.context() as patch:
+
+    def refuse(self, inputs):
+      raise UserError("a prompt of 80 tokens needs more of a device's memory")
+
+    patch.setattr(Engine, "prefill_rows", refuse)
+    assert list(responder.answers(questions[1:2])) == [] and made[-1].num_done == 1
+
   def failing(self, batches):
     next(iter(batches))
     raise RuntimeError("out of memory")
