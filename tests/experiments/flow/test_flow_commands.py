@@ -76,7 +76,7 @@ def compiled(tmp_path_factory):
   return tmp_path_factory.mktemp("compiled")
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(of="commands of studies")
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_command(name, checkpoints, images, compiled, tmp_path):
   own, rows = COMMANDS[name], []
@@ -140,7 +140,7 @@ CROSS_COMMANDS = {
 }
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(of="commands of studies")
 @pytest.mark.parametrize("name", CROSS_COMMANDS)
 def test_a_command_on_a_model_with_cross_attention(name, mllama, images, compiled, tmp_path):
   arguments, said, written = CROSS_COMMANDS[name]
