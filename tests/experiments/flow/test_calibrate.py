@@ -104,7 +104,7 @@ def first_kept(model, inputs, schedule):
   return prefill(model.bind(), inputs, keys, schedule).kept[0]
 
 
-@pytest.mark.sampled(of="studies")
+@pytest.mark.sampled(of="commands of studies")
 def test_a_calibration(tiny_subject, tmp_path, monkeypatch):
   subject = tiny_subject(["Why?"] * 4, "dinov2_shrunk")
   found = calibrate.measure(subject, tmp_path, layers_at_a_time=4, disrupted_layers=(0, 2, 3))

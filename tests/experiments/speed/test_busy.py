@@ -18,7 +18,7 @@ def test_spans_that_overlap_count_once():
   assert busy.busy_seconds(own, 0) == (5, 7)
 
 
-@pytest.mark.sampled(of="studies")
+@pytest.mark.sampled(of="commands of studies")
 def test_a_trace_says_when_programs_ran(tmp_path):
   def long(x):
     return jax.lax.fori_loop(0, 400, lambda _, x: jnp.tanh(x @ x), x)
@@ -38,7 +38,7 @@ def test_a_trace_says_when_programs_ran(tmp_path):
   assert 0 < used < seconds - 3 * 0.05  # three pauses follow the first turn, and a program the last
 
 
-@pytest.mark.sampled(of="studies")
+@pytest.mark.sampled(of="commands of studies")
 def test_steps_of_a_rung_are_timed(loaded, images):
   make = rungs.steps(loaded("clip_mha"), images[0], num_new=4, prune_layers=(2, 4))
   for rung, slots in ((0, 1), (2, 3)):

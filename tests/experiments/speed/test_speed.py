@@ -62,7 +62,7 @@ def test_only_a_llava_is_compared_with_pytorch_s(run, geometry):
     run(SimpleNamespace(geometry=geometry))
 
 
-@pytest.mark.sampled(of="studies")
+@pytest.mark.sampled(of="commands of studies")
 def test_a_job(weights):
   """Every row has its length, in slots, in static batches and in PyTorch."""
   lengths = (3, 1, 6, 2, 4, 2)
@@ -152,7 +152,7 @@ def _amplified(name, shape):
   return torch.randn(shape, generator=generator) * (2.0 if "proj" in name else 1.0) / shape[-1] ** 0.5
 
 
-@pytest.mark.sampled(of="studies")
+@pytest.mark.sampled(of="commands of studies")
 def test_decoded_tokens_read_weights_and_cache(weights):
   ran = side.make("himap", TINY, weights)
   ran.prepare(SCENARIO)
@@ -200,7 +200,7 @@ def test_a_worker_that_is_killed_begins_anew(weights):
     assert worker.call("turn")["example"] > 0
 
 
-@pytest.mark.sampled(of="studies")
+@pytest.mark.sampled(of="commands of studies")
 def test_a_study_measures_once_and_writes_tables(tmp_path, monkeypatch):
   monkeypatch.setitem(geometries.GEOMETRIES, "tiny", TINY)
   monkeypatch.setattr(measure, "Worker", Here)
