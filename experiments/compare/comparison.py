@@ -66,9 +66,10 @@ def controls(cells: Sequence[Cell]) -> dict[str, str]:
   label_of = {(cell.budget, cell.method): cell.label for cell in run if cell.method in CONTROLS}
   found = {}
   for cell in run:
-    like = [label_of.get((cell.budget, f"{CONTROL}{option}")) for option in _options(cell)]
-    if like := [label for label in like if label is not None]:
-      found[cell.label] = cell.label if cell.method in CONTROLS else like[0]
+    fair = ((cell.budget, f"{CONTROL}{option}") for option in _options(cell))
+    control = next((label_of[own] for own in fair if own in label_of), None)
+    if control is not None:
+      found[cell.label] = cell.label if cell.method in CONTROLS else control
   return found
 
 

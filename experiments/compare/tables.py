@@ -146,8 +146,9 @@ def findings(rows: Sequence[Row]) -> str:
   lines = [
     f"Accuracy against random tokens at the same budget, {held[0]['questions']} questions, {len(held)} comparisons. Random "
     "tokens have RESTORE or keep their positions where a method's do, if such a control was run. The statements 'above' "
-    f"and 'below' hold together at the level of 5% (sign-flip tests over pictures, corrected after Holm). The mean square of a question's difference is {mean_square:.3f} in the median comparison; with that, a test "
-    f"alone finds a difference of {100 * least[0]:.1f} points with a power of {POWER:.0%}, and after the correction one of "
+    "and 'below' hold together at the level of 5% (sign-flip tests over pictures, corrected after Holm). The mean square "
+    f"of a question's difference is {mean_square:.3f} in the median comparison; with that, a test alone finds a "
+    f"difference of {100 * least[0]:.1f} points with a power of {POWER:.0%}, and after the correction one of "
     f"{100 * least[1]:.1f} points.",
     "",
   ]

@@ -67,7 +67,8 @@ def initialize(
   try:
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except (RuntimeError, ValueError) as error:
-    raise UserError(f"cannot join the other processes ({str(error).splitlines()[0]})") from error
+    first, *_ = str(error).splitlines() or [type(error).__name__]
+    raise UserError(f"cannot join the other processes ({first})") from error
 
 
 def share(mesh: Mesh) -> Share:

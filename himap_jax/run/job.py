@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 import sys
 import textwrap
@@ -13,6 +12,7 @@ import jax
 from absl import logging
 from PIL import Image
 
+from checkpoints_convert.source import first_line
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import MAX_IMAGE_BUCKETS, Batcher
@@ -30,7 +30,7 @@ from himap_jax.run.records import open_records
 from himap_jax.run.sizes import image_sizes
 from himap_jax.run.summary import Report, Summary
 
-_BESIDE_OUTPUT = (".jsonl", ".settings.json", ".partial", ".jsonl.partial")  # suffixes of files that a run writes
+_OUTPUT_FILES = ("", ".jsonl", ".settings.json", ".partial", ".jsonl.partial")  # suffixes of what a run writes
 _OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")  # suffixes that an output cannot have
 
 
@@ -47,10 +47,9 @@ def run(config: RunConfig) -> int:
   try:
     jax.devices()
   except RuntimeError as error:
-    raise UserError(f"JAX finds no devices: {str(error).splitlines()[0]}") from error
+    raise UserError(f"JAX finds no devices: {first_line(error)}") from error
   logging.info("ready: devices")
-  of_prompts = hashlib.sha256("\n".join(prompts.keys).encode()).hexdigest()
-  if not processes.is_equal(f"{of_prompts} {config.inputs} {config.mesh}"):
+  if not processes.is_equal(ascii([list(prompts.keys), config.inputs, config.mesh])):
     raise UserError("the processes of this run have different prompts or flags; give all of them the same")
   opened = config.open()
   _check_outside(config.output, opened.directory)
@@ -145,8 +144,9 @@ def _check_paths(config: RunConfig) -> None:
   with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
     if config.output.suffix in _OTHER_TABLES:
       raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
-    for path in (config.output, *(config.output.with_name(config.output.name + suffix) for suffix in _BESIDE_OUTPUT)):
-      if config.prompts.is_file() and path.exists() and path.samefile(config.prompts):
+    written = (config.output.with_name(config.output.name + suffix) for suffix in _OUTPUT_FILES)
+    for path in written if config.prompts.is_file() else ():
+      if path.exists() and path.samefile(config.prompts):
         raise UserError(f"--prompts={config.prompts} is the file {path}, which a run with this --output writes")
     if config.prompts.is_dir() and config.output.resolve().is_relative_to(config.prompts.resolve()):
       raise UserError(f"--output={config.output} is in the data set {config.prompts}")
