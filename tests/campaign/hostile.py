@@ -10,7 +10,7 @@ import pickle
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import commands
@@ -27,6 +27,8 @@ from himap_jax.errors import UserError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FAMILIES = ("llava", "llava_next", "internvl", "smolvlm", "gemma3", "mllama", "qwen", "qwen2_5_vl")
 SECRET = "the secret outside of the checkpoint"
+# Tensors that no model reads: LLaVA takes its features from the layer before the tower's last.
+UNUSED = ("vision_tower.encoder.layers.2.", "vision_tower.post_layernorm.", "transformer.rotary_emb.inv_freq")
 
 LOOPS = (
   "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
@@ -209,19 +211,23 @@ def _picture_sizes(random: np.random.Generator, place: Place) -> str:
 
 def _values(random: np.random.Generator, place: Place) -> str:
   tensors = load_file(place.directory / WEIGHTS)
-  name = str(random.choice([name for name, tensor in tensors.items() if tensor.dtype == np.float32]))
+  name = str(random.choice([name for name in _used(tensors) if tensors[name].dtype == np.float32]))
   tensor = tensors[name].copy()
   tensor.reshape(-1)[random.integers(tensor.size)] = random.choice([np.nan, np.inf, -np.inf])
   save_file(tensors | {name: tensor}, place.directory / WEIGHTS)
   return "NaN or infinite weights"
 
 
+def _used(tensors: Iterable[str]) -> list[str]:
+  return sorted(name for name in tensors if not name.startswith(UNUSED))
+
+
 def _damage(random: np.random.Generator, place: Place) -> str:
   path = place.directory / WEIGHTS
   data, tensors = path.read_bytes(), load_file(path)
   size = 8 + int.from_bytes(data[:8], "little")
-  header, names = json.loads(data[8:size]), sorted(tensors)
-  name, other = (str(own) for own in random.choice(names, 2, replace=False))
+  header = json.loads(data[8:size])
+  name, other = (str(own) for own in random.choice(_used(tensors), 2, replace=False))
   kind = str(random.choice(["truncated", "overlapping", "beyond", "twice", "missing", "shape", "dtype", "unsafe"]))
   if kind == "truncated":
     path.write_bytes(
