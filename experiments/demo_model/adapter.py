@@ -1,10 +1,5 @@
 """The trained parts of the demo models, their file, and the whitening of features.
 
-As a command it averages adapters, which recovers some of what later training forgot (Wortsman et al., arXiv
-2109.01903); they must lie on one path of training, each initialised from the one before:
-
-    python -m experiments.demo_model.adapter --adapters=2.safetensors,3.safetensors --shares=0.5,0.5 --adapter=…
-
 Axes: B images, A answer tokens, P patches, F features of the tower, V vocabulary.
 """
 
@@ -19,7 +14,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import traverse_util
 from jaxtyping import Array, Float, Int8, Key
 from safetensors.numpy import save_file
@@ -30,7 +24,6 @@ from himap_jax.errors import UserError
 from himap_jax.inputs import pytree, take_slots
 from himap_jax.model.linear import matmul
 from himap_jax.model.network import Model
-from himap_jax.run import command
 
 LORA_SCALE = 2.0
 LEVELS = 31  # of a number's size in a stored matrix: with its sign, six bits
@@ -124,9 +117,10 @@ def widen(projector: Weights, num_features: int) -> Weights:
 
 
 def average(adapters: Sequence[Any], shares: Sequence[float]) -> Any:
-  """The weighted mean of adapters; raises `UserError` unless there is a share for each and they sum to 1."""
-  if len(shares) != len(adapters) or abs(sum(shares) - 1) > 1e-6:
-    raise UserError(f"{len(adapters)} shares are needed that sum to 1, not {shares}")
+  """The weighted mean of adapters that lie on one path of training, each initialised from the one before.
+
+  It recovers some of what later training forgot (Wortsman et al., arXiv 2109.01903).
+  """
   return jax.tree.map(lambda *leaves: sum(map(operator.mul, shares, leaves)), *adapters)
 
 
@@ -215,17 +209,3 @@ def init_projector(key: Key[Array, ""], params: Any) -> Weights:
     weight = weight * inputs**-0.5 if layer == "linear_1" else weight * 1.5 * size * inputs**-0.5
     projector[layer] = {"weight": weight, "bias": jnp.zeros(outputs)}
   return projector
-
-
-def run() -> int:
-  values = flags.FLAGS
-  mean = average(list(map(Adapter.read, values.adapters)), command.numbers(values["shares"], float))
-  mean.save(pathlib.Path(values.adapter))
-  return 0
-
-
-if __name__ == "__main__":
-  flags.DEFINE_list("adapters", None, "Adapters to average.", required=True)
-  flags.DEFINE_list("shares", None, "Share of each adapter; they sum to 1.", required=True)
-  flags.DEFINE_string("adapter", None, "Where to write the mean.", required=True)
-  command.start_action("experiments.demo_model.adapter", run)

@@ -101,7 +101,8 @@ def aligned(
     else:
       patches, characters = Patches(features, added(labels, words), whitening), [*map(words.index, CHARACTERS)]
       projector = add(model, patches, embeddings, whitening.unfold(base), characters, seed=seed)
-    ocp.save(path, {"mean": whitening.mean, "matrix": whitening.matrix, "projector": projector})
+    start = {"mean": whitening.mean, "matrix": whitening.matrix, "projector": projector}
+    ocp.save(path, jax.tree.map(np.asarray, start))
   start = jax.tree.map(jnp.asarray, ocp.load(path))
   return Whitening(start["mean"], start["matrix"]), start["projector"]
 
@@ -120,7 +121,7 @@ def collect(
         pictures = [picture for picture, _ in shapes]
         described = [describe_shape(*shape, packer.grid, words) for shape in shapes]
       else:
-        is_detail = mixture.detail_share > 0 and index % plan.details_every == 0
+        is_detail = mixture.shares.detail > 0 and index % plan.details_every == 0
         draw = (mixture.draw_board if index % 2 else mixture.draw_detail) if is_detail else mixture.draw_scene
         scenes = [draw(rng) for _ in range(BATCH)]
         pictures = [scene.picture for scene in scenes]

@@ -12,7 +12,6 @@ from PIL import Image
 from checkpoints_convert.demo import easyvqa
 from experiments.demo_model import cutouts, details, questions, scenes, signs
 from himap_jax.checkpoint import default_cache_dir
-from himap_jax.errors import UserError
 from himap_jax.run.pictures import load_image
 
 Asked = tuple[str, str]  # a question and its answer
@@ -33,30 +32,30 @@ class Pool(NamedTuple):
   expected: list[Asked]
 
 
-class Mixture:
-  """Deterministic samples: of scenes and of details in these shares, and of easy-VQA.
+class Shares(NamedTuple):
+  """Shares of pictures that are scenes and details, the others being easy-VQA's.
 
-  A share of details are drills, and a share of drills are busy scenes. Without a share of details nothing of them is
-  fetched or drawn. Raises `UserError` for shares above 1 together.
+  Attributes:
+    drill: share of details that are drills: many small things and signs, all asked about.
+    busy: share of drills that are busy scenes instead, with questions worded as in tests.
   """
 
-  def __init__(
-    self,
-    *,
-    scene_share: float = 0.75,
-    detail_share: float = 0.0,
-    drill_share: float = 0.0,
-    busy_share: float = 0.0,
-  ):
-    if scene_share + detail_share > 1:
-      raise UserError(f"the shares of scenes and details are {scene_share + detail_share:g} together, more than 1")
+  scene: float
+  detail: float = 0.0
+  drill: float = 0.0
+  busy: float = 0.0
+
+
+class Mixture:
+  """Deterministic samples of scenes, details and easy-VQA; without a share of details nothing of them is fetched."""
+
+  def __init__(self, shares: Shares):
     cache_dir = default_cache_dir()
     self._pools = list(question_pools(easyvqa.load(cache_dir, "train")).items())
     self._cutouts = cutouts.load(cache_dir)["train"]
-    faces = signs.faces(cache_dir, "train") if detail_share else []
+    faces = signs.faces(cache_dir, "train") if shares.detail else []
     self._parts = details.Parts.of(self._cutouts, faces)
-    self._scene_share, self.detail_share = scene_share, detail_share
-    self._drill_share, self._busy_share = drill_share, busy_share
+    self.shares = shares
 
   def names(self) -> list[str]:
     return sorted({cutout.name for cutout in self._cutouts if cutout.name})
@@ -80,9 +79,10 @@ class Mixture:
     return [self._draw_one(rng, source) for source in rng.random(num_pictures)]
 
   def _draw_one(self, rng: np.random.Generator, source: float) -> Sample:
-    if source < self._scene_share:
+    if source < self.shares.scene:
       return self._ask_about_scene(rng)
-    return self._ask_about_detail(rng) if source < self._scene_share + self.detail_share else self._ask_about_shape(rng)
+    is_detail = source < self.shares.scene + self.shares.detail
+    return self._ask_about_detail(rng) if is_detail else self._ask_about_shape(rng)
 
   def _ask_about_shape(self, rng: np.random.Generator) -> Sample:
     # Kinds take turns: five in six of the original yes-or-no questions can be answered from their words alone, and a
@@ -99,10 +99,11 @@ class Mixture:
     return Sample(scene.picture, take_turns([asked[i] for i in rng.permutation(len(asked))]))
 
   def _ask_about_detail(self, rng: np.random.Generator) -> Sample:
-    if self._drill_share and rng.random() < self._drill_share:  # no number is drawn for what there is none of
-      make = details.busy if self._busy_share and rng.random() < self._busy_share else details.drill
-      drill = make(rng, self._parts)
-      return Sample(drill.scene.picture, [own[1:] for asked in drill.questions.values() for own in asked])
+    drill, busy = self.shares.drill, self.shares.busy
+    if drill and rng.random() < drill:  # no number is drawn for what there is none of
+      make = details.busy if busy and rng.random() < busy else details.drill
+      drawn = make(rng, self._parts)
+      return Sample(drawn.scene.picture, [own[1:] for asked in drawn.questions.values() for own in asked])
     detail = details.compose(rng, self._parts)
     asked = [[question[1:] for question in own] for own in detail.questions.values()]
     if not detail.questions["board"]:

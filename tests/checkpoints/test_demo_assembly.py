@@ -32,7 +32,7 @@ def cheap_parts(monkeypatch):
   """Replaces the download and the weights; returns the list of assembled adapters."""
   calls = []
 
-  def write(folder, name, parts, adapter):
+  def write(folder, name, parts, adapter, layers):
     calls.append(adapter)
     (folder / "model.safetensors").write_text(str(len(calls)))
 
@@ -59,9 +59,9 @@ def test_stale_checkpoint_is_rebuilt(tmp_path, cheap_parts):
 
 def test_failed_assembly_leaves_nothing(tmp_path, cheap_parts, monkeypatch):
   assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=None)
-  monkeypatch.setattr(assemble, "_marker", lambda name, adapter: {})
+  monkeypatch.setattr(assemble, "_marker", lambda name, adapter, layers: {})
 
-  def fail(folder, name, parts, adapter):
+  def fail(folder, name, parts, adapter, layers):
     (folder / "model.safetensors").write_text("half")
     raise OSError("disk full")
 

@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_cross
+from PIL import Image
 
 from checkpoints_convert.demo.cross import trained
-from experiments.demo_model import adapter, align, torch_gradients
+from experiments.demo_model import adapter, align, scenes, torch_gradients, train, training
 from experiments.demo_model.adapter import Adapter, Whitening
-from experiments.demo_model.data import Sample
+from experiments.demo_model.cutouts import KINDS, Cutout
+from experiments.demo_model.data import Pool, Sample, Shares
 from experiments.demo_model.gradients import jax_gradients
 from experiments.demo_model.packing import UNUSED, Batch, Packer
+from experiments.demo_model.recipes import RECIPES, Part, Rates, Recipe, Stage
 from experiments.demo_model.torch_gradients import TorchGradients
 from himap_jax import checkpoint
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
@@ -103,9 +107,6 @@ def test_adapters_average():
   adapters = [{"linear": {"weight": jnp.full(3, value)}} for value in (2.0, 6.0)]
   mean = adapter.average(adapters, [0.25, 0.75])
   np.testing.assert_array_equal(mean["linear"]["weight"], [5, 5, 5])
-  for shares in ([0.5, 0.6], [1.0]):
-    with pytest.raises(ValueError, match="2 shares are needed"):
-      adapter.average(adapters, shares)
 
 
 def test_packed_questions_see_the_prefix_and_themselves():
@@ -229,3 +230,102 @@ def test_gradients_of_pytorch_and_jax_are_equal(loaded, checkpoints, samples, mo
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-5 * size), grads, expected)
   again = in_torch(own, batch)[2]
   jax.tree.map(np.testing.assert_array_equal, again, grads)
+
+
+# The command, with a tiny model and few pictures
+
+
+class FewPictures:
+  """As `data.Mixture`, from one picture of every kind of thing, one of a shape and noise."""
+
+  def __init__(self, shares):
+    assert shares == Shares(scene=0.5)
+    self.shares = shares
+
+  def names(self):
+    return ["cat"]
+
+  def draw_shape(self, rng):
+    picture = Image.new("RGB", (64, 64), (255, 255, 255))
+    picture.paste((200, 0, 0), (10, 10, 30, 40))
+    return picture, Pool([("what shape?", "circle")], [], [])
+
+  def draw_scene(self, rng):
+    return scenes.compose(rng, self.cutouts)
+
+  def draw(self, num_pictures, *, seed):
+    rng = np.random.default_rng(seed)
+    pictures = [Image.fromarray(rng.integers(0, 256, (50, 60, 3), np.uint8)) for _ in range(num_pictures)]
+    return [Sample(picture, [("what is it?", "a cat"), ("how many?", "3")]) for picture in pictures]
+
+
+@pytest.fixture
+def command(checkpoints, monkeypatch, tmp_path):
+  """Runs the training of a recipe of two parts, and returns the files that it wrote."""
+  Image.new("RGBA", (60, 50), (200, 30, 40, 255)).save(tmp_path / "thing.png")
+  things = [Cutout(tmp_path / "thing.png", kind, None, None) for kind in KINDS]
+  monkeypatch.setattr(FewPictures, "cutouts", things, raising=False)
+  monkeypatch.setattr(training, "Mixture", FewPictures)
+  monkeypatch.setattr(align, "FROM_SCRATCH", align.Plan(16, 2))
+  monkeypatch.setattr(align, "STEPS", 3)
+  monkeypatch.setattr(train, "assemble", lambda *_, **__: checkpoints("dinov2").directory)
+  side, rates, shares = 28, Rates(1e-2, 1e-2, 1e-2), Shares(scene=0.5)
+  first = Part("1", 3, (Stage(side, 3, 1, 100),), rates, shares, rank=2)
+  second = Part("2", 4, (Stage(side, 3, 1, 100),), rates, shares, {"1": 1.0})
+  recipe = Recipe((first, second), {"1": 0.25, "2": 0.75})
+
+  def run(workdir, recipe=recipe, **values):
+    monkeypatch.setitem(RECIPES, "demo", recipe)
+    named = {"model": "demo", "dtype": "float32", "gradients": "jax", "save_every": 2} | values
+    for name, value in (named | {"adapter": str(workdir / "result.safetensors")}).items():
+      monkeypatch.setattr(train, f"_{name.upper()}", types.SimpleNamespace(name=name, value=value))
+    monkeypatch.setattr(train.study, "directory", lambda _: workdir)
+    workdir.mkdir(exist_ok=True)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # in Optax
+      assert train.run() == 0
+    return {path.name: path.read_bytes() for path in sorted(workdir.glob("*.safetensors"))}
+
+  run.recipe = recipe
+  return run
+
+
+def test_an_interrupted_training_continues_as_if_it_had_not_been(command, tmp_path, monkeypatch):
+  whole = command(tmp_path / "whole")
+  assert list(whole) == ["1.safetensors", "2.safetensors", "result.safetensors"]
+  assert len(set(whole.values())) == 3
+  taken, drawn = [], FewPictures.draw
+
+  def stop(self, *args, seed, **kwargs):
+    taken.append(seed)
+    if len(taken) in (3, 5):
+      raise KeyboardInterrupt
+    return drawn(self, *args, seed=seed, **kwargs)
+
+  monkeypatch.setattr(FewPictures, "draw", stop)
+  for _ in range(2):
+    with pytest.raises(KeyboardInterrupt):
+      command(tmp_path / "parts")
+  assert command(tmp_path / "parts") == whole
+  assert taken == [(3, 0), (3, 1), (3, 2), (3, 2), (4, 0), (4, 0), (4, 1), (4, 2)]  # parts that are done stay
+  mean = adapter.average([Adapter.read(tmp_path / f"parts/{part}.safetensors") for part in "12"], [0.25, 0.75])
+  found = Adapter.read(tmp_path / "parts/result.safetensors")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(b).max())), found, mean)
+  first, second = command.recipe.parts
+  other = Recipe((first, dataclasses.replace(second, seed=9)), command.recipe.result)
+  with pytest.raises(UserError, match="seed.*use another --workdir"):
+    command(tmp_path / "parts", other)
+  with pytest.raises(UserError, match="dtype.*use another --workdir"):
+    command(tmp_path / "parts", dtype="bfloat16")
+
+
+def test_recipes_start_from_earlier_parts():
+  for recipe in RECIPES.values():
+    known = set()
+    for part in recipe.parts:
+      assert part.start.keys() <= known and (not part.start or sum(part.start.values()) == 1)
+      assert part.shares.scene + part.shares.detail <= 1
+      known.add(part.name)
+    assert recipe.result.keys() <= known and sum(recipe.result.values()) == 1
+  demo = RECIPES["demo"].parts
+  assert [sum(stage.steps for stage in part.stages) for part in demo] == [1040, 750, 600, 240, 2700, 2400]
+  assert [part.feature_layers for part in demo] == [(11,)] * 4 + [(11, 6)] * 2
