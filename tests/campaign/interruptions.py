@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -185,14 +186,21 @@ class Moment:
 
 
 def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path], dict[str, int]]:
-  world = jobs.World(shared)
-  seconds = jobs.seconds_of_a_run(world, shared / "timed")
   names = [name for name in INTERRUPTIONS if name != MOUNTED or jobs.can_mount()]
+
+  @functools.cache
+  def made(subject: str) -> tuple[jobs.World, float]:
+    """The world of a subject, and the seconds of a run."""
+    world = jobs.World(shared / subject.replace(" ", "_"), jobs.SUBJECTS[subject])
+    return world, jobs.seconds_of_a_run(world, shared / "timed")
 
   def trial(random: np.random.Generator, directory: pathlib.Path) -> dict[str, int]:
     name, change = str(random.choice(names)), str(random.choice(list(CHANGES)))
+    subject = str(random.choice(list(jobs.SUBJECTS), p=[0.7, 0.3]))
+    form = jobs.Form(*(bool(share < 0.3) for share in random.random(2)))
+    world, seconds = made(subject)
     moment, is_over_others = Moment.draw(random, seconds), random.random() < 0.3
-    job = Job(world, directory)
+    job = Job(world, directory, form=form)
     if is_over_others:
       job.write_rows(State(method="none"))
     with contextlib.ExitStack() as stack:
@@ -202,7 +210,8 @@ def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path
       is_interrupted = _interrupt(job, INTERRUPTIONS[name], moment, random, arguments)
       what = _restart(job, CHANGES[change](job, random))
     how = f"interrupted by {name}" if is_interrupted else "not interrupted"
-    return {f"{how}: {what}": 1, f"then {change}: {what}": 1}
+    forms = [name for name, is_so in zip(("parquet", "--pictures"), form, strict=True) if is_so]
+    return {f"{of}: {what}": 1 for of in (how, f"then {change}", f"of {subject}", *(f"with {form}" for form in forms))}
 
   return trial
 
@@ -240,8 +249,9 @@ def _restart(job: Job, changed: Mapping[str, Any]) -> str:
     return "complete"
   before = job.files()
   (command,) = job.start(*arguments, **options) if "num_processes" not in options else job.start(*arguments)
-  assert "rows.jsonl: made with other settings" in jobs.last_line(command), command.text()
-  assert command.process.exitcode == 2 and job.files() == before
+  assert f"{job.output.name}: made with other settings" in jobs.last_line(command), command.text()
+  changed = before.items() ^ job.files().items()
+  assert command.process.exitcode == 2 and not changed, changed
   job.run(*arguments, "--noresume", **options)
   job.check()
   return "refused"

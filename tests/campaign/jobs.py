@@ -11,6 +11,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from typing import NamedTuple
 
 import commands
 import numpy as np
@@ -18,15 +19,7 @@ import tiny_checkpoints
 from checkpoints import layouts
 
 NUM_ROWS, NUM_PICTURES, MISSING = 32, 4, 7  # rows, pictures, and the row whose picture is missing
-METHODS = {"himap": ("--prune_layers=2,4", "--keep=8,3"), "none": ()}
-ARGUMENTS = (
-  "--max_new_tokens=8",
-  "--ignore_eos",
-  "--prompt_buckets=40",
-  "--prompt_template=<image>{question}",
-  "--dtype=float32",
-  "--emit=tokens,kept",
-)
+ARGUMENTS = ("--max_new_tokens=8", "--ignore_eos", "--dtype=float32", "--emit=tokens,kept")
 OF_IMPORTS = {  # read by modules that commands import only once
   "JAX_PLATFORMS": "cpu",
   "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
@@ -39,6 +32,41 @@ import ctypes, runpy
 assert ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()) == 0
 runpy.run_module("himap_jax.run", run_name="__main__", alter_sys=True)
 """  # so that permissions hold for root, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+  """A tiny model that answers.
+
+  Attributes:
+    family: of `models`.
+    himap: layers and counts of HiMAP.
+    arguments: flags of its own.
+    step: pixels by which each picture is larger than the one before.
+  """
+
+  family: str
+  himap: tuple[str, str]
+  arguments: tuple[str, ...] = ()
+  step: int = 1
+
+  def method(self, name: str) -> tuple[str, ...]:
+    return (f"--method={name}", *(self.himap if name == "himap" else ()))
+
+
+SUBJECTS = {
+  "one size": Subject(
+    "llava", ("--prune_layers=2,4", "--keep=8,3"), ("--prompt_buckets=40", "--prompt_template=<image>{question}")
+  ),
+  "pictures of any size": Subject("qwen2_5_vl", ("--prune_layers=1,3", "--keep=50%,20%"), step=8),
+}
+
+
+class Form(NamedTuple):
+  """What a run writes: parquet or JSONL, and a picture of each row or none."""
+
+  is_table: bool = False
+  has_pictures: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +88,14 @@ class State:
 class World:
   """What all trials share: checkpoints, pictures, a cache folder, and the rows of uninterrupted runs."""
 
-  def __init__(self, shared: pathlib.Path):
+  def __init__(self, shared: pathlib.Path, subject: Subject = SUBJECTS["one size"]):
     os.environ.update(OF_IMPORTS)
-    self.cache, self._shared = shared / "cache", shared
+    shared.mkdir(parents=True, exist_ok=True)
+    self.cache, self.subject, self._shared = shared / "cache", subject, shared
     self._rows: dict[tuple[str, str], dict[str, dict]] = {}
     for index, variant in itertools.product(range(NUM_PICTURES), (0, 1)):
-      tiny_checkpoints.noise_image((40 + index, 37), seed=10 * variant + index).save(self.picture(index, variant))
+      picture = tiny_checkpoints.noise_image((40 + subject.step * index, 37), seed=10 * variant + index)
+      picture.save(self.picture(index, variant))
 
   def picture(self, index: int, variant: int) -> pathlib.Path:
     return self._shared / f"{index}_{variant}.png"
@@ -77,7 +107,10 @@ class World:
       work = directory.with_name(f"{name}.partial")
       shutil.rmtree(work, ignore_errors=True)
       if name == "first":
-        tiny_checkpoints.make("clip_mha", work)
+        from campaign import models  # with every family's module of transformers
+
+        work.mkdir()
+        models.MAKERS[self.subject.family](work)
       elif name == "second":
         layouts.copy_of(self.checkpoint("first"), work, change=_with_other_head)
       else:
@@ -88,9 +121,13 @@ class World:
   def expected(self, state: State) -> dict[int, dict]:
     """The rows of an uninterrupted run, by id."""
     rows = self._uninterrupted(state.method, state.weights)
-    return {
-      i: rows[f"{i}-{state.questions[i]}-{state.pictures[i % NUM_PICTURES]}"] | {"id": i} for i in range(NUM_ROWS)
-    }
+    return {i: rows[_variant(state, i)] | {"id": i} for i in range(NUM_ROWS)}
+
+  def drawn(self, state: State, row: int) -> bytes:
+    """The picture of a row that an uninterrupted run writes."""
+    self._uninterrupted(state.method, state.weights)
+    folder = self._shared / f"expected_{state.method}_{state.weights}" / "drawn"
+    return (folder / f"{_variant(state, row)}.png").read_bytes()
 
   def settings_digest(self, state: State) -> str:
     return self.expected(state)[0]["digest"].split("-")[0]
@@ -99,7 +136,7 @@ class World:
     """Rows of every variant, by row and variants; of one run, which is made once."""
     if (method, weights) not in self._rows:
       directory = self._shared / f"expected_{method}_{weights}"
-      job = Job(self, directory, State(method, weights))
+      job = Job(self, directory, State(method, weights), Form(has_pictures=True))
       if not (directory / "done").exists():
         variants = itertools.product(range(NUM_ROWS), (0, 1), (0, 1))
         job.write_prompts([(f"{i}-{q}-{p}", i, q, f"{i % NUM_PICTURES}_{p}.png") for i, q, p in variants])
@@ -121,9 +158,10 @@ class Job:
     output: the output; in another directory than the inputs.
   """
 
-  def __init__(self, world: World, directory: pathlib.Path, state: State = State()):
-    self.state, self._world, self._directory = state, world, directory
-    self.images, self.output = directory / "images", directory / "output" / "rows.jsonl"
+  def __init__(self, world: World, directory: pathlib.Path, state: State = State(), form: Form = Form()):
+    self.state, self._world, self._directory, self._form = state, world, directory, form
+    self.images, self._drawn = directory / "images", directory / "drawn"
+    self.output = directory / "output" / ("rows.parquet" if form.is_table else "rows.jsonl")
     self.images.mkdir(parents=True, exist_ok=True)
     self.output.parent.mkdir(exist_ok=True)
     self.change(state)
@@ -161,10 +199,11 @@ class Job:
       f"--prompts={self._directory / 'prompts.jsonl'}",
       f"--image_dir={self.images}",
       f"--output={self.output}",
-      f"--method={self.state.method}",
       f"--compilation_cache_dir={self._world.cache / 'compiled'}",
-      *METHODS[self.state.method],
+      *self._world.subject.method(self.state.method),
+      *self._world.subject.arguments,
       *ARGUMENTS,
+      *([f"--pictures={self._drawn}"] if self._form.has_pictures else ()),
       *arguments,
     ]
     if not any(argument.startswith("--batch_size") for argument in arguments):
@@ -189,48 +228,68 @@ class Job:
     assert [command.process.exitcode for command in running] == [0] * len(running), texts
 
   def check(self) -> None:
-    """The output holds the rows of an uninterrupted run of the present state, each once."""
+    """The output holds the rows of an uninterrupted run of the present state, each once, and there are its pictures."""
     rows, expected = self.rows(), self._world.expected(self.state)
     assert rows.keys() == expected.keys(), rows.keys()
     for row_id, row in rows.items():
       assert row == expected[row_id], (row, expected[row_id])
+      if self._form.has_pictures and row["error"] is None:
+        assert (self._drawn / f"{row_id}.png").read_bytes() == self._world.drawn(self.state, row_id), row
+    assert not self._form.is_table or not self._lines.exists()
 
   def is_right(self) -> bool:
     return self.rows() == self._world.expected(self.state)
 
   def rows(self) -> dict[int | str, dict]:
     """The rows of the output by their ids."""
-    text = self.output.read_text()
-    assert text.endswith("\n")
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert len({str(row["id"]) for row in rows}) == len(rows), text
-    for row in rows:  # an error names the picture's path
+    found = list(_table(self.output)) if self._form.is_table else _whole_rows(self.output.read_text())
+    assert self._form.is_table or self.output.read_text().endswith("\n")
+    assert len({str(row["id"]) for row in found}) == len(found), found
+    for row in found:  # an error names the picture's path
       row["error"] = row["error"] and row["error"].replace(str(self.images), "")
-    return {row["id"]: row for row in rows}
+    return {row["id"]: row for row in found}
 
   def write_rows(self, state: State) -> None:
     """Puts in place the output of an uninterrupted run of another state."""
-    rows = self._world.expected(state).values()
-    self.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = list(self._world.expected(state).values())
+    if self._form.is_table:
+      import pyarrow as pa
+      from pyarrow import parquet
+
+      parquet.write_table(pa.Table.from_pylist(rows), self.output)
+    else:
+      self.output.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
   def num_answered(self) -> int:
     """Rows of the output so far that have the present settings."""
-    own = f'"digest": "{self._world.settings_digest(self.state)}-'
-    with contextlib.suppress(FileNotFoundError):
-      return self.output.read_text(errors="replace").count(own)
-    return 0
+    own = self._world.settings_digest(self.state)
+    return sum(row["digest"].startswith(f"{own}-") for row in self._so_far())
 
   def has_other_answers(self) -> bool:
     """Whether the output holds an answer of other settings."""
-    if not self.output.exists():
-      return False
-    whole = [json.loads(line) for line in self.output.read_text().split("\n")[:-1]]
     own = self._world.settings_digest(self.state)
-    return any(row["error"] is None and not row["digest"].startswith(own) for row in whole)
+    return any(row["error"] is None and not row["digest"].startswith(own) for row in self._so_far())
+
+  @property
+  def _lines(self) -> pathlib.Path:
+    """The file to which a run appends."""
+    return self.output.with_name(f"{self.output.name}.jsonl") if self._form.is_table else self.output
+
+  def _so_far(self) -> list[dict]:
+    """The whole rows of an output that a run may be writing; of a table those that it would continue."""
+    for _ in range(2):  # a table takes the place of its lines in the meantime
+      with contextlib.suppress(FileNotFoundError):
+        text = self._lines.read_text(errors="replace")
+        if text or not self._form.is_table:
+          return _whole_rows(text)
+      if self._form.is_table and self.output.exists():
+        return _table(self.output)
+    return []
 
   def files(self) -> dict[str, bytes]:
-    """The output and all that is beside it."""
-    return {path.name: path.read_bytes() for path in self.output.parent.iterdir()}
+    """The output and all that is beside it, but for empty files, as a killed run may leave them."""
+    files = {path.name: path.read_bytes() for path in self.output.parent.iterdir()}
+    return {name: content for name, content in files.items() if content}
 
 
 def seconds_of_a_run(world: World, directory: pathlib.Path) -> float:
@@ -256,6 +315,24 @@ def can_mount() -> bool:
     if mounted:
       subprocess.run(["umount", directory], check=True)
   return mounted
+
+
+def _whole_rows(text: str) -> list[dict]:
+  return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+def _table(path: pathlib.Path) -> list[dict]:
+  """The rows of a parquet file, without the fields that a row does not have."""
+  from pyarrow import parquet
+
+  optional = ("token_ids", "kept")
+  rows = parquet.read_table(path).to_pylist()
+  return [{name: value for name, value in row.items() if value is not None or name not in optional} for row in rows]
+
+
+def _variant(state: State, row: int) -> str:
+  """The id of a row with the variants of a state, in uninterrupted runs of all variants."""
+  return f"{row}-{state.questions[row]}-{state.pictures[row % NUM_PICTURES]}"
 
 
 def _with_other_head(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
