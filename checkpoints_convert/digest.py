@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.marker import MARKER
+from checkpoints_convert.marker import ASSEMBLED, MARKER
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.source import SMALL_FILES, read_json, write_json
 
@@ -18,11 +18,12 @@ def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cac
   """SHA-256, in hexadecimal, of the names and contents of all files of a checkpoint that can affect its answers.
 
   These are the files `weights`, in the directory, configuration, tokenizer, image processor, chat template and
-  generation settings. File digests are cached in `cache_dir` until a file's size, modification time or inode changes; a
+  generation settings, without those that say how the checkpoint was made. File digests are cached in `cache_dir` until a file's size, modification time or inode changes; a
   cache that cannot be written is ignored. Raises `CheckpointError` if a file cannot be read.
   """
   directory = directory.resolve()
-  small = [path for pattern in SMALL_FILES for path in directory.glob(pattern) if path.name != MARKER]
+  small = {path for pattern in SMALL_FILES for path in directory.glob(pattern)}
+  small -= {directory / MARKER, directory / ASSEMBLED}
   return _digest(directory, sorted({*small, *(directory / path.name for path in weights)}), cache_dir)
 
 

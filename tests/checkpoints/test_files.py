@@ -166,6 +166,13 @@ class TestDigests:
       seen.add(digest_of(directory, cache))
     assert len(seen) == 5
 
+  @pytest.mark.parametrize("name", ["himap_jax.json", "assembled.json"])
+  def test_how_a_checkpoint_was_made_does_not(self, directory, tmp_path, name):
+    first = digest_of(directory, tmp_path / "cache")
+    for text in ("{}", '{"packages": []}'):
+      (directory / name).write_text(text)
+      assert digest_of(directory, tmp_path / "cache") == first
+
   def test_a_file_is_read_once(self, directory, tmp_path, hashed):
     first = digest_of(directory, tmp_path / "cache")
     hashed.clear()
