@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 from experiments.compare.encoding import EncodingEngine, Encodings
 from experiments.compare.grid import REFERENCE, Cell
 from experiments.question_sets import Question
-from experiments.shared import kept
+from experiments.shared import kept, machine
 from experiments.shared.subject import Subject
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
@@ -86,9 +87,16 @@ class Runner:
       engine = self._reference if cell.schedule == Schedule() else self._timed(cell.schedule)
       return measure_times(self._reference, engine, self._timing_inputs, repeats=repeats)
 
-    path = self.workdir / "timings" / f"{cell.file_name}.json"
+    path = self.workdir / "timings" / f"{cell.file_name}.{self._machine}.json"
     path.parent.mkdir(exist_ok=True)
     return kept.json_of(path, measure) if repeats else {}
+
+  @functools.cached_property
+  def _machine(self) -> str:
+    """What a time depends on besides the settings, in short."""
+    code = machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py"))
+    own = [machine.processor(), jax.devices()[0].device_kind, machine.versions("jax"), code]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]
 
   @functools.cached_property
   def _reference(self) -> Engine:

@@ -62,6 +62,7 @@ def run(values: Any) -> study.Report:
   workdir = study.open_workdir(
     setting=dataclasses.asdict(setting),
     place=place,
+    slots=values.slots,
     processor=machine.processor(),
     **machine.versions("jax"),
     code=machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py")),

@@ -13,11 +13,16 @@ from absl import flags
 
 from experiments import question_sets
 from experiments.dtypes import compare
+from himap_jax.engine.accounting import method_inputs
+from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command, job, model_flags
 from himap_jax.run.flags import RunConfig
 
+# Flags of a run whose values this command chooses, or that belong to one method.
+CHOSEN = ("method", "prune_layers", "keep", "method_parameters", "restore", "keep_positions", "schedule")
+CHOSEN += ("dtype", "int8_weights")
 FORMS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "int8": ("bfloat16", True)}
 
 
@@ -49,15 +54,23 @@ def measure(config: RunConfig, names: list[str], workdir: pathlib.Path) -> list[
 def run() -> int:
   """Measures what the flags say and prints the table."""
   values, workdir, names = model_flags.values_from_flags(), pathlib.Path(flags.FLAGS.workdir), flags.FLAGS.methods
+  ignored = [f"--{name}" for name in CHOSEN if flags.FLAGS[name].present]
+  if ignored:
+    raise UserError(f"{', '.join(ignored)}: every form of weights is tried, with the methods of --methods as they are")
   for method in names:
     methods.parse(method)
   given = dict(name=flags.FLAGS.questions, num_questions=flags.FLAGS.num_questions)
   questions = question_sets.load(**given, seed=0, workdir=workdir, needs_answers=False)
   workdir.mkdir(parents=True, exist_ok=True)
+  command.check_settings(
+    workdir / "settings.json", {"questions": question_sets.digest(questions)}, "use another --workdir"
+  )
   rows = [{"id": own.id, "image": str(own.image.absolute()), "question": own.question} for own in questions]
   prompts = workdir / "prompts.jsonl"
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
   config = RunConfig(**values, prompts=prompts, output=workdir / "answers.jsonl")
+  for method in names:  # all can be run, before any is
+    PruningConfig(method).schedule(**method_inputs(config.open().config))
   print(compare.table(measure(config, names, workdir)))
   return 0
 

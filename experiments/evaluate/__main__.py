@@ -19,7 +19,8 @@ from experiments.evaluate.harness import PREFIX, HarnessTask
 from experiments.evaluate.paper import TABLES, with_paper
 from experiments.evaluate.scores import REFERENCE
 from experiments.evaluate.tasks import TASKS, find_task
-from experiments.shared import study
+from experiments.evaluate.tasks.task import Task
+from experiments.shared import study, tabular
 from himap_jax import checkpoint
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.harness.settings import Settings
@@ -79,11 +80,17 @@ def run(values: Any) -> study.Report:
   directories = study.directory("workdir"), study.directory("output")
   config = EvaluationConfig(Settings(**common), *directories, values.data, values.limit, values.score_only)
   evaluator = Evaluator(opened, config, schedules, sizes)
-  rows = [row for task in tasks for row in evaluator.rows(task)]
-  rows += [row for task in harness_tasks for row in evaluator.harness_rows(task)]
-  if values.paper_table:
-    rows = with_paper(rows, values.paper_table)
-  return study.Report(f"{values.limit or 'all'} questions of a task", report.summary(rows, tasks), {"evaluate": rows})
+  for task in tasks:
+    evaluator.check(task)
+  rows: list[tabular.Row] = []
+  for task in (*tasks, *harness_tasks):
+    rows += evaluator.rows(task) if isinstance(task, Task) else evaluator.harness_rows(task)
+    shown = with_paper(rows, values.paper_table) if values.paper_table else rows
+    made = study.Report(
+      f"{values.limit or 'all'} questions of a task", report.summary(shown, tasks), {"evaluate": shown}
+    )
+    study.write(made, "evaluate")
+  return made
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class Evaluator:
   schedules: Mapping[str, Schedule]
   sizes: ModelSizes
 
+  def check(self, task: Task) -> None:
+    """Raises `UserError` if one of our tasks lacks its data or what scores it, which its first sample tells."""
+    sample = next(loading.load(task, self.config.data, limit=1))
+    task.scored([sample], [""])
+
   def rows(self, task: Task) -> list[tabular.Row]:
     """The scores of one of our tasks."""
     config = self.config
@@ -63,12 +68,15 @@ class Evaluator:
       answerer = TaskAnswerer(self._loaded, inputs, config.workdir, self._subject, config.settings.seed)
       answerer.answer(task, prompts_of(samples), self.schedules)
     answers = {label: read_rows(rows_path(config.workdir, task.name, label)) for label in self.schedules}
-    for label, own in answers.items():
-      if config.score_only and not own:
-        raise UserError(f"--score_only: {config.workdir} has no answers to {task.name} with {label}")
     if config.score_only:
       prompts = prompts_of(samples)
       for label, own in answers.items():
+        missing = sum(key not in own for key in prompts.keys)
+        if missing:
+          raise UserError(
+            f"--score_only: {config.workdir} lacks {missing} of {len(prompts)} answers to {task.name} with {label}; "
+            "the same command without --score_only adds them"
+          )
         check_rows(contract_of(config.workdir, self._subject, task, label, prompts), own.values())
     results = Results(task, report.without_pictures(samples()), answers, self.schedules, self.sizes)
     print(report.preview(results, next(iter(self.schedules))), flush=True)

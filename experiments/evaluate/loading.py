@@ -3,6 +3,7 @@
 import dataclasses
 import fnmatch
 import functools
+import hashlib
 import itertools
 import pathlib
 import re
@@ -64,10 +65,15 @@ def _sample(task: Task, record: Record, number: int) -> Sample:
   try:
     made = task.sample(record)
     sample = dataclasses.replace(made, id=made.id or str(number))
-    return dataclasses.replace(sample, images=tuple(_picture(image) for image in sample.images))
+    images = tuple(map(_picture, sample.images))
+    return dataclasses.replace(sample, images=images, picture=_known_by(images[0]) if images else "")
   except (LookupError, TypeError, ValueError, AttributeError, SyntaxError) as error:
     reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
     return dataclasses.replace(sample, images=(), error=f"row {number + 1}: {reason}")
+
+
+def _known_by(image: bytes | pathlib.Path) -> str:
+  return hashlib.blake2b(image, digest_size=16).hexdigest() if isinstance(image, bytes) else str(image)
 
 
 def _picture(image: Any) -> bytes | pathlib.Path:

@@ -18,6 +18,7 @@ def summary(rows: Sequence[tabular.Row], tasks: Iterable[Task]) -> list[str]:
   columns = {name: f"{{{name}}}" for name in ("task", "setting", "questions")} | {
     "score": "{shown_score}",
     **({"paper": "{paper:g}"} if any("paper" in row for row in rows) else {}),
+    **({"errors": "{errors}"} if any(row.get("errors") for row in rows) else {}),
     "to no pruning": "{shown_difference}",
     "same answers": "{agreement:.1%}",
     "prefill FLOPs": "{flops:.0%}",

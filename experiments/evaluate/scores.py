@@ -62,7 +62,8 @@ class Results:
       used = (self.answers[label].get(sample.id, {}) for sample in self.samples)
       row |= relative_costs(used, self.schedules[label], self.sizes)
       if REFERENCE in scored:
-        same = [a.answer == b.answer for a, b in zip(own, scored[REFERENCE], strict=True)]
+        pairs = zip(own, scored[REFERENCE], strict=True)
+        same = [a.answer == b.answer and a.answer is not None for a, b in pairs]
         row["agreement"] = float(np.mean(same))
       rows.append(row | {f"{self.task.name}: {name}": value for name, value in values.items()})
     return rows
@@ -70,12 +71,15 @@ class Results:
   def _resampled(self, scored: Sequence[Scored], seed: int) -> np.ndarray:
     """The score of as many groups of questions drawn with replacement, the same draws for every setting.
 
-    Questions that are scored together are drawn together. Those of `score_all` keep their scores in the whole set.
+    Questions about one picture are drawn together, and those that are scored together. Those of `score_all` keep their
+    scores in the whole set.
     """
     own = [one for one in scored if one.score is not None]
     has_mean = self.task.aggregate is mean or self.task.score_all is not None
     if own and has_mean and not any(one.sample.group for one in own):
-      return 100 * resample(np.array([[one.score for one in own]]), seed=seed, resamples=RESAMPLES)[:, 0]
+      pictures = [one.sample.picture or one.sample.id for one in own]
+      values = np.array([[one.score for one in own]])
+      return 100 * resample(values, groups=pictures, seed=seed, resamples=RESAMPLES)[:, 0]
     groups: dict[str, list[Scored]] = {}
     for number, one in enumerate(own):
       groups.setdefault(one.sample.group or f"#{number}", []).append(one)

@@ -11,11 +11,12 @@ result on held-out questions with the paper's setting and with a grid.
 Axes: L layers, Q questions, N image tokens.
 """
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,7 @@ from jaxtyping import Float
 from experiments.flow import disruption, saliency
 from experiments.flow.decoder import himap_scores
 from experiments.flow.interventions import BLOCKS, Intervention
-from experiments.flow.proposals import Measured, Proposal, Two, assess, candidates, finished, propose
+from experiments.flow.proposals import Measured, Proposal, Two, assess, candidates, check_budget, finished, propose
 from experiments.question_sets import Question, is_right
 from experiments.shared import statistics, study, tabular
 from experiments.shared.subject import Batch, Subject
@@ -81,22 +82,32 @@ class Trials(NamedTuple):
 
 
 def split(questions: Sequence[Question], num_heldout: int, *, seed: int) -> tuple[list[Question], list[Question]]:
-  order = np.random.default_rng(seed).permutation(len(questions))
-  return tuple([questions[index] for index in sorted(part)] for part in (order[num_heldout:], order[:num_heldout]))
+  """Questions to calibrate on, and at least `num_heldout` others, about other pictures."""
+  pictures = list(dict.fromkeys(question.image for question in questions))
+  counts, heldout = collections.Counter(question.image for question in questions), set()
+  order = (pictures[index] for index in np.random.default_rng(seed).permutation(len(pictures)))
+  while sum(counts[picture] for picture in heldout) < num_heldout:
+    heldout.add(next(order))
+  return tuple([own for own in questions if (own.image in heldout) is wanted] for wanted in (False, True))
 
 
 def best(tried: Sequence[Trial]) -> Trial:
   return max(tried, key=lambda trial: trial.agreement)  # of equal ones the first, which has the smallest loss
 
 
-def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
+def expected_agreement(tried: Sequence[Trial], pictures: Sequence[Hashable], *, seed: int) -> tabular.Row:
   """Expected agreement of the best schedule on other questions, with its 95% interval, by cross-validation.
 
   The best of several schedules scores higher on the questions that selected it than on others. The selection is
-  therefore repeated without each of `FOLDS` parts of the questions and evaluated on that part.
+  therefore repeated without each of `FOLDS` parts of the questions and evaluated on that part; questions about one
+  picture are in one part.
+
+  Args:
+    pictures: of the questions.
   """
   same = np.stack([trial.same for trial in tried])  # [schedules, Q]
-  fold = np.random.default_rng(seed).permutation(same.shape[1]) % FOLDS
+  own, picture = np.unique(np.array(list(map(str, pictures))), return_inverse=True)
+  fold = (np.random.default_rng(seed).permutation(len(own)) % FOLDS)[picture]
   winners = [same[:, fold != number].sum(axis=1).argmax() for number in fold]
   outside = same[winners, np.arange(same.shape[1])]
   return statistics.mean_rows({"agreement": outside[None]}, seed=seed)[0]
@@ -186,7 +197,9 @@ def measure(
 
 def define_flags() -> None:
   flags.DEFINE_string("budget", "24%", "FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning.")
-  heldout = "Number of questions of --num_questions held out for the comparison."
+  heldout = (
+    "Number of questions of --num_questions held out for the comparison, or a few more: those of whole pictures."
+  )
   flags.DEFINE_integer("num_heldout", 0, heldout, lower_bound=0)
   flags.DEFINE_integer("num_tried", 5, "Number of schedules to run on the calibration questions.", lower_bound=1)
   flags.DEFINE_integer("layers_at_a_time", 10, "As in experiments.flow.saliency.", lower_bound=1)
@@ -202,15 +215,20 @@ def run(values: Any) -> study.Report:
     raise UserError(f"--num_heldout={num_heldout} leaves none of {count} questions to calibrate on")
   layers = sorted(set(study.layers(values["disrupted_layers"], subject)))
   workdir = study.workdir_for(subject, "num_heldout", "max_new_tokens", "disrupted_layers")
+  parts = split(subject.questions, num_heldout, seed=seed)
+  if not parts[0]:
+    raise UserError(f"--num_heldout={num_heldout} leaves no picture to calibrate on")
   calibration, heldout = (
     Trials(dataclasses.replace(subject, questions=own), workdir / name, values.max_new_tokens)
-    for name, own in zip(("calibration", "heldout"), split(subject.questions, num_heldout, seed=seed), strict=True)
+    for name, own in zip(("calibration", "heldout"), parts, strict=True)
   )
+  check_budget(subject.num_layers, subject.processor.num_image_tokens, calibration.price, budget)
   at_once = values.layers_at_a_time
   measured = measure(calibration.subject, workdir, layers_at_a_time=at_once, disrupted_layers=layers)
   proposals = propose(measured, calibration.price, budget, count=values.num_tried)
   tried = calibration.run([(f"proposal {number}", proposal) for number, proposal in enumerate(proposals, start=1)])
-  chosen, expected = best(tried), expected_agreement(tried, seed=seed)
+  pictures = [question.image for question in calibration.subject.questions]
+  chosen, expected = best(tried), expected_agreement(tried, pictures, seed=seed)
   rows, compared = rows_of(tried, "calibration", seed=seed), []
   if num_heldout:
     trials = compare(heldout, chosen, measured, budget)

@@ -75,15 +75,20 @@ def candidates(num_layers: int, num_image_tokens: int, price: Price, budget: flo
       yield layers, (first, seconds[affordable - 1])
 
 
+def check_budget(num_layers: int, num_image_tokens: int, price: Price, budget: float) -> None:
+  """Raises `UserError` if nothing is within the budget."""
+  if next(candidates(num_layers, num_image_tokens, price, budget), None) is None:
+    raise UserError(f"no schedule with two stages costs as little as {budget:.1%} of no pruning; raise --budget")
+
+
 def propose(measured: Measured, price: Price, budget: float, *, count: int) -> list[Proposal]:
   """The `count` schedules with the smallest loss within the budget, one per pair of layers; `UserError` if none."""
   num_layers, _, num_image_tokens = measured.to_image.shape
+  check_budget(num_layers, num_image_tokens, price, budget)
   found = (assess(measured, *choice) for choice in candidates(num_layers, num_image_tokens, price, budget))
   best: dict[Two, Proposal] = {}
   for proposal in sorted(found, key=lambda proposal: proposal.lost):
     best.setdefault(proposal.prune_layers, proposal)
-  if not best:
-    raise UserError(f"no schedule with two stages costs as little as {budget:.1%} of no pruning; raise --budget")
   return list(best.values())[:count]
 
 

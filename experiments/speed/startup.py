@@ -32,7 +32,7 @@ _CHECKPOINT = flags.DEFINE_string(
 _STARTS = flags.DEFINE_integer("starts", 5, "Number of starts after the first.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
 _PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose first prompt is asked.")
-_PRUNE_LAYERS = flags.DEFINE_string("prune_layers", "2,8", "As in himap_jax.run.")
+_METHOD = flags.DEFINE_string("method", "himap", "As in himap_jax.run, with its own layers and counts.")
 _IMAGE_DIR = flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")
 
 READY = re.compile(r"ready: (\w+)")
@@ -78,7 +78,7 @@ def run() -> int:
       f"--checkpoint={source}",
       f"--prompts={prompts}",
       f"--output={scratch}/answers.jsonl",
-      *(f"--{flag.name}={flag.value}" for flag in (_IMAGE_DIR, _DTYPE, _PRUNE_LAYERS)),
+      *(f"--{flag.name}={flag.value}" for flag in (_IMAGE_DIR, _DTYPE, _METHOD)),
       *("--batch_size=1", "--prompt_buckets=64", "--max_new_tokens=8", "--noresume"),
     ]
     environment = {**os.environ, "HIMAP_JAX_CACHE": f"{scratch}/cache"}

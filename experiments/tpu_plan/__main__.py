@@ -10,6 +10,7 @@ device's memory, and shows its collectives. It says nothing about speed.
 
 import functools
 import itertools
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -39,7 +40,8 @@ def run(values: Any) -> study.Report:
   for place in places:
     planned.mesh_of(*place)
   versions = machine.versions("jax", "libtpu")
-  compile_at = functools.partial(plan.compiled, study.open_workdir(**versions))
+  code = machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py"))
+  compile_at = functools.partial(plan.compiled, study.open_workdir(**versions, code=code))
   cells = [
     plan.Cell(model, *place, dtype, method, values.bucket, values.max_new_tokens)
     for model, place, dtype, method in itertools.product(models, places, weights, methods)

@@ -1,6 +1,7 @@
 """Inputs tried in a process of their own: each within a time, all within a memory."""
 
 import collections
+import contextlib
 import importlib
 import multiprocessing
 import pathlib
@@ -56,7 +57,8 @@ def trial(attempts: Attempts, count: int, kept: pathlib.Path) -> Callable[[np.ra
     process.kill()
     process.join()
     if isinstance(found, str):
-      shutil.copytree(directory, kept / f"failed_{len(list(kept.glob('failed_*')))}")
+      with contextlib.suppress(shutil.Error):  # of pipes
+        shutil.copytree(directory, kept / f"failed_{len(list(kept.glob('failed_*')))}", symlinks=True)
       raise AssertionError(found)
     return found
 

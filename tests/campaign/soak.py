@@ -55,6 +55,7 @@ def part(name: str, num_rows: int) -> Part:
       rows = [json.loads(line) for line in (directory / "rows.jsonl").read_text().splitlines()]
       answers = {row["id"]: [row["answer"], row["error"], row["digest"], row["token_ids"]] for row in rows}
       assert len(rows) == len(answers) == num_rows
+      assert all(row["error"] is None for row in rows), [row["error"] for row in rows]
       first = shared / "first.json"
       if not first.exists():
         first.write_text(json.dumps(answers))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from experiments.shared import machine
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
@@ -43,10 +44,11 @@ def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: 
   """Runs the trials that are missing and returns all; or runs one `only`, again, and returns it.
 
   Raises:
-    UserError: the directory holds trials of another seed.
+    UserError: the directory holds trials of another seed, or of other code.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  command.check_settings(workdir / "settings.json", {"seed": seed}, advice="use another --workdir")
+  code = machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py"))
+  command.check_settings(workdir / "settings.json", {"seed": seed, "code": code}, advice="use another --workdir")
   path = workdir / "trials.jsonl"
   is_new = only is not None or not path.exists()
   done = [] if is_new else [json.loads(line) for line in _whole_lines(path)]

@@ -22,6 +22,7 @@ class Sample:
     category: for scores by category.
     group: questions that are scored together: of one picture, or of one question with its options in turn.
     number: the question's id in the form that the task's server wants it.
+    picture: what its first picture is known by, empty if there is none; `loading` sets it.
     error: why it cannot be asked.
   """
 
@@ -33,6 +34,7 @@ class Sample:
   category: str = ""
   group: str = ""
   number: int | str = ""
+  picture: str = ""
   error: str | None = None
 
 

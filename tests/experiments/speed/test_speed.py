@@ -252,7 +252,7 @@ def test_starts_by_phase(checkpoints, tmp_path):
   tiny_checkpoints.noise_image((40, 40), seed=0).save(tmp_path / "0.png")
   (tmp_path / "prompts.jsonl").write_text('{"id": 0, "image": "0.png", "question": "Why?"}\n')
   where = [f"--checkpoint={checkpoints('clip_mha').directory}", f"--prompts={tmp_path / 'prompts.jsonl'}"]
-  command = "experiments.speed.startup --starts=1 --dtype=float32 --prune_layers=2,4".split()
+  command = "experiments.speed.startup --starts=1 --dtype=float32 --method=fastv".split()
   printed = commands.Command(*command, *where, f"--image_dir={tmp_path}", COLUMNS="200").succeeded()
   for phase in ("imports", "tokenizer", "reading the weights", "compiled programs", "the first answer", "the end"):
     assert phase in printed
