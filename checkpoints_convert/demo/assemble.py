@@ -79,7 +79,7 @@ def assemble(
   if adapter is not None and not adapter.is_file():
     raise CheckpointError(f"no adapter at {adapter}; train one with experiments.demo_model.train")
   feature_layers = list(FEATURE_LAYERS[name] if feature_layers is None else feature_layers)
-  marker = _marker(name, adapter, feature_layers)
+  marker = provenance(name, adapter, feature_layers)
   if _read_marker(target_dir) == marker:
     return target_dir
   with locked(target_dir):
@@ -307,7 +307,8 @@ def _write_processor(folder: Path, tokenizer: Any, text_config: dict[str, Any], 
   ).save_pretrained(folder)
 
 
-def _marker(name: str, adapter: Path | None, feature_layers: Sequence[int]) -> dict[str, Any]:
+def provenance(name: str, adapter: Path | None, feature_layers: Sequence[int]) -> dict[str, Any]:
+  """What a demo checkpoint is made of; arguments as of `assemble`."""
   return {
     "name": name,
     "feature_layers": list(feature_layers),

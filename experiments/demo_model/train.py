@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from absl import flags
 
-from checkpoints_convert.demo.assemble import ADAPTERS, assemble
+from checkpoints_convert.demo.assemble import ADAPTERS, assemble, provenance
 from checkpoints_convert.demo.packages import sha256_of
 from experiments.demo_model.adapter import Adapter, average
 from experiments.demo_model.recipes import RECIPES, Part
@@ -40,6 +40,11 @@ def run() -> int:
     check_torch()
   options = Options(_DTYPE.value, _GRADIENTS.value, _SAVE_EVERY.value)
   workdir, recipe = study.directory("workdir").absolute(), RECIPES[_MODEL.value]
+  adapter = pathlib.Path(_ADAPTER.value)
+  with command.user_error(f"--adapter: cannot write {adapter}"):
+    adapter.parent.mkdir(parents=True, exist_ok=True)
+    with open(adapter, "ab"):  # before the training
+      pass
   for part in recipe.parts:
     directory = workdir / f"part_{part.name}"
     directory.mkdir(exist_ok=True)
@@ -49,7 +54,7 @@ def run() -> int:
       base = assemble(workdir / f"base_{'_'.join(map(str, part.feature_layers))}", _MODEL.value, **own)
       start = mean(workdir, part.start) if part.start else None
       train(part, base, start, directory / "checkpoints", options).save(adapter_of(workdir, part.name))
-  mean(workdir, recipe.result).save(pathlib.Path(_ADAPTER.value))
+  mean(workdir, recipe.result).save(adapter)
   return 0
 
 
@@ -71,10 +76,12 @@ def check_torch() -> None:
 
 
 def check_settings(path: pathlib.Path, part: Part, workdir: pathlib.Path) -> None:
-  """Raises `UserError` if the work directory holds the part of another recipe, model, dtype or start."""
+  """Raises `UserError` if the work directory holds the part of another recipe, model, data, dtype or start."""
   settings = {"model": _MODEL.value, "dtype": _DTYPE.value} | dataclasses.asdict(part)
   settings |= {"stages": list(map(list, part.stages)), "rates": part.rates._asdict(), "shares": part.shares._asdict()}
   settings |= {"feature_layers": list(part.feature_layers)}
+  settings |= {"base": provenance(_MODEL.value, None, part.feature_layers)}
+  settings |= {"data": {path.name: sha256_of(path) for path in sorted(pathlib.Path(__file__).parent.glob("*.json"))}}
   settings |= {"start": {own: [share, sha256_of(adapter_of(workdir, own))] for own, share in part.start.items()}}
   command.check_settings(path, settings, "use another --workdir")
 

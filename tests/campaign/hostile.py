@@ -61,6 +61,7 @@ ABSURD = {
   **dict.fromkeys(("image_size", "patch_size"), (10**9, 0, -7, "7")),
   "num_key_value_heads": (0, 3, 10**9),
 }
+PICTURE_SIZES = ("size", "crop_size", "max_image_size", "max_patches", "max_image_tiles", "patch_size", "merge_size")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +102,8 @@ class Evil:
 def _remote_code(random: np.random.Generator, place: Place) -> str:
   for name in ("evil", "configuration_evil", "modeling_evil", "processing_evil", "tokenization_evil"):
     (place.directory / f"{name}.py").write_text(f"{place.code}\nclass Evil: pass\n")
-  file = str(
-    random.choice(["config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"])
-  )
+  names = ("config.json", "tokenizer_config.json", "preprocessor_config.json")
+  file = str(random.choice([*(name for name in names if (place.directory / name).exists()), "processor_config.json"]))
   classes = ("AutoConfig", "AutoModel", "AutoProcessor", "AutoTokenizer", "AutoImageProcessor")
   own: dict[str, Any] = {"auto_map": dict.fromkeys(classes, "evil.Evil")}
   if random.random() < 0.5:
@@ -196,16 +196,18 @@ def _sizes(random: np.random.Generator, place: Place) -> str:
 
 
 def _picture_sizes(random: np.random.Generator, place: Place) -> str:
-  side = int(random.choice([10**6, 10**9, 0, -1]))
-  fields = {
-    "size": {"height": side, "width": side, "shortest_edge": side, "longest_edge": side},
-    "crop_size": {"height": side, "width": side},
-    "max_patches": side,
-    "min_pixels": side,
-    "patch_size": side,
-  }
-  name = str(random.choice(list(fields)))
-  place.change("preprocessor_config.json", **{name: fields[name]})
+  """Absurd sizes in the file that has the image processor's, where there is one."""
+  path = place.directory / "preprocessor_config.json"
+  if not path.exists():
+    path = place.directory / "processor_config.json"
+  if not path.exists():
+    return _sizes(random, place)
+  fields = json.loads(path.read_text())
+  own = fields.get("image_processor", fields)
+  name = str(random.choice([name for name in PICTURE_SIZES if own.get(name) is not None]))
+  absurd = int(random.choice([10**10, 0, -1]))
+  own[name] = dict.fromkeys(own[name], absurd) if isinstance(own[name], dict) else absurd
+  write_json(path, fields)
   return "sizes of pictures"
 
 
@@ -276,7 +278,7 @@ REFUSED = (
   "template loops",
   "template bloats",
   "template broken",
-  "sizes in",
+  "sizes",
   "NaN",
   "weights:",
 )

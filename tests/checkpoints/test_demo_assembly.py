@@ -59,7 +59,7 @@ def test_stale_checkpoint_is_rebuilt(tmp_path, cheap_parts):
 
 def test_failed_assembly_leaves_nothing(tmp_path, cheap_parts, monkeypatch):
   assemble.assemble(tmp_path / "demo", "demo", cache_dir=tmp_path, adapter=None)
-  monkeypatch.setattr(assemble, "_marker", lambda name, adapter, layers: {})
+  monkeypatch.setattr(assemble, "provenance", lambda name, adapter, layers: {})
 
   def fail(folder, name, parts, adapter, layers):
     (folder / "model.safetensors").write_text("half")

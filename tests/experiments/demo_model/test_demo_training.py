@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_cross
+from checkpoints import layouts
 from PIL import Image
 
 from checkpoints_convert.demo.cross import trained
@@ -251,7 +252,10 @@ class FewPictures:
     return picture, Pool([("what shape?", "circle")], [], [])
 
   def draw_scene(self, rng):
-    return scenes.compose(rng, self.cutouts)
+    scene = scenes.compose(rng, self.cutouts)
+    writing = np.zeros_like(scene.instances)
+    writing[:200, :200] = ord("7")
+    return scene._replace(writing=writing)
 
   def draw(self, num_pictures, *, seed):
     rng = np.random.default_rng(seed)
@@ -266,18 +270,24 @@ def command(checkpoints, monkeypatch, tmp_path):
   things = [Cutout(tmp_path / "thing.png", kind, None, None) for kind in KINDS]
   monkeypatch.setattr(FewPictures, "cutouts", things, raising=False)
   monkeypatch.setattr(training, "Mixture", FewPictures)
-  monkeypatch.setattr(align, "FROM_SCRATCH", align.Plan(16, 2))
+  for plan in ("FROM_SCRATCH", "ADDING"):
+    monkeypatch.setattr(align, plan, align.Plan(16, 2))
   monkeypatch.setattr(align, "STEPS", 3)
-  monkeypatch.setattr(train, "assemble", lambda *_, **__: checkpoints("dinov2").directory)
+  narrow = checkpoints("dinov2").directory
+  wide = layouts.copy_of(narrow, tmp_path / "wide", change=twice_as_wide, fields={"vision_feature_layer": [-2, 1]})
+  monkeypatch.setattr(
+    train, "assemble", lambda *_, feature_layers, **__: {(11,): narrow, (11, 6): wide}[feature_layers]
+  )
   side, rates, shares = 28, Rates(1e-2, 1e-2, 1e-2), Shares(scene=0.5)
   first = Part("1", 3, (Stage(side, 3, 1, 100),), rates, shares, rank=2)
   second = Part("2", 4, (Stage(side, 3, 1, 100),), rates, shares, {"1": 1.0})
-  recipe = Recipe((first, second), {"1": 0.25, "2": 0.75})
+  third = Part("3", 5, (Stage(side, 1, 1, 100),), rates, shares, {"1": 0.25, "2": 0.75}, feature_layers=(11, 6))
+  recipe = Recipe((first, second, third), {"3": 1.0})
 
   def run(workdir, recipe=recipe, **values):
     monkeypatch.setitem(RECIPES, "demo", recipe)
-    named = {"model": "demo", "dtype": "float32", "gradients": "jax", "save_every": 2} | values
-    for name, value in (named | {"adapter": str(workdir / "result.safetensors")}).items():
+    named = {"model": "demo", "dtype": "float32", "gradients": "jax", "save_every": 2}
+    for name, value in (named | {"adapter": str(workdir / "result.safetensors")} | values).items():
       monkeypatch.setattr(train, f"_{name.upper()}", types.SimpleNamespace(name=name, value=value))
     monkeypatch.setattr(train.study, "directory", lambda _: workdir)
     workdir.mkdir(exist_ok=True)
@@ -289,15 +299,42 @@ def command(checkpoints, monkeypatch, tmp_path):
   return run
 
 
+def twice_as_wide(tensors):
+  """Tensors of a checkpoint whose projector reads twice as many features."""
+  (name,) = [name for name in tensors if name.endswith("multi_modal_projector.linear_1.weight")]
+  return tensors | {name: np.tile(tensors[name], (1, 2))}
+
+
+def test_a_part_starts_from_the_mean_of_others_and_keeps_what_it_says(command, tmp_path, monkeypatch):
+  """The third part reads more features: what it starts from is the mean's projector, and nothing of the others."""
+  given, add = [], align.add
+
+  def recorded(model, patches, embeddings, base, *args, **kwargs):
+    given.append(patches.whitening.fold(base))
+    return add(model, patches, embeddings, base, *args, **kwargs)
+
+  monkeypatch.setattr(align, "add", recorded)
+  command(tmp_path / "work")
+  mean = adapter.average([Adapter.read(tmp_path / f"work/{part}.safetensors") for part in "12"], [0.25, 0.75])
+  (own,) = (projector["linear_1"]["weight"] for projector in given)
+  expected, width = mean.projector["linear_1"]["weight"], own.shape[1] // 2
+  assert expected.shape[1] == width
+  np.testing.assert_allclose(own[:, :width], expected, atol=2e-3)
+  np.testing.assert_allclose(own[:, width:], 0, atol=2e-3)
+  found = Adapter.read(tmp_path / "work/result.safetensors")
+  assert found.projector["linear_1"]["weight"].shape == own.shape
+  assert jax.tree.structure(found.lora) == jax.tree.structure(mean.lora)
+
+
 def test_an_interrupted_training_continues_as_if_it_had_not_been(command, tmp_path, monkeypatch):
   whole = command(tmp_path / "whole")
-  assert list(whole) == ["1.safetensors", "2.safetensors", "result.safetensors"]
-  assert len(set(whole.values())) == 3
+  assert list(whole) == ["1.safetensors", "2.safetensors", "3.safetensors", "result.safetensors"]
+  assert whole["result.safetensors"] == whole["3.safetensors"] and len(set(whole.values())) == 3
   taken, drawn = [], FewPictures.draw
 
   def stop(self, *args, seed, **kwargs):
     taken.append(seed)
-    if len(taken) in (3, 5):
+    if len(taken) in (3, 8):
       raise KeyboardInterrupt
     return drawn(self, *args, seed=seed, **kwargs)
 
@@ -306,16 +343,15 @@ def test_an_interrupted_training_continues_as_if_it_had_not_been(command, tmp_pa
     with pytest.raises(KeyboardInterrupt):
       command(tmp_path / "parts")
   assert command(tmp_path / "parts") == whole
-  assert taken == [(3, 0), (3, 1), (3, 2), (3, 2), (4, 0), (4, 0), (4, 1), (4, 2)]  # parts that are done stay
-  mean = adapter.average([Adapter.read(tmp_path / f"parts/{part}.safetensors") for part in "12"], [0.25, 0.75])
-  found = Adapter.read(tmp_path / "parts/result.safetensors")
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.02 * float(jnp.abs(b).max())), found, mean)
-  first, second = command.recipe.parts
-  other = Recipe((first, dataclasses.replace(second, seed=9)), command.recipe.result)
+  assert taken == [(3, 0), (3, 1), (3, 2), (3, 2), (4, 0), (4, 1), (4, 2), (5, 0), (5, 0)]  # what is done stays
+  first, second, third = command.recipe.parts
+  other = Recipe((first, dataclasses.replace(second, seed=9), third), command.recipe.result)
   with pytest.raises(UserError, match="seed.*use another --workdir"):
     command(tmp_path / "parts", other)
   with pytest.raises(UserError, match="dtype.*use another --workdir"):
     command(tmp_path / "parts", dtype="bfloat16")
+  with pytest.raises(UserError, match="--adapter: cannot write .*: Is a directory"):
+    command(tmp_path / "parts", adapter=str(tmp_path))
 
 
 def test_recipes_start_from_earlier_parts():
