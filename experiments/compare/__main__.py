@@ -17,7 +17,7 @@ from absl import flags
 from experiments import question_sets
 from experiments.compare import files, measure, report
 from experiments.compare.comparison import Comparison, Pair, parse_pair
-from experiments.compare.grid import Shape, check, make_cells
+from experiments.compare.grid import Shape, check, check_any, make_cells
 from experiments.compare.power import power
 from experiments.compare.prompt_sizes import prompt_sizes
 from experiments.shared import study
@@ -72,6 +72,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
   opened, questions = subject.opened, subject.questions
   shape = Shape(num_image_tokens=subject.processor.num_image_tokens, **method_inputs(opened.config))
   cells = make_cells(shape, values.methods, budgets, values.settings, ranking)
+  check_any(cells)
   pairs = [parse_pair(text, cells, questions) for text in values.pairs]
   settings = {
     **{name: values[name].value for name in ("checkpoint", "dtype", "question_set", "num_questions")},

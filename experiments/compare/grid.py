@@ -142,8 +142,7 @@ def make_cells(
   `+restore` after a method's name is RESTORE: `divprune+restore`, `himap+restore@2/8:288/72`; `+positions` keeps the
   positions of tokens before the decoder.
 
-  `ranking` is as in `schedule_for_budget`. Raises `UserError` as `check`, for a budget above the image's tokens, or if
-  nothing can be compared with no pruning.
+  `ranking` is as in `schedule_for_budget`. Raises `UserError` as `check`, or for a budget above the image's tokens.
   """
   check(methods, budgets, settings)
   if max(budgets, default=0) > shape.num_image_tokens:
@@ -159,10 +158,13 @@ def make_cells(
         note = str(error)
       cells.append(Cell(name, f"{name} {budget:g}", budget, schedule, note))
   cells += [Cell(text.partition(":")[0], text, schedule=parse_setting(text).schedule(*shape)) for text in settings]
-  cells = list({cell.label: cell for cell in cells}.values())
+  return list({cell.label: cell for cell in cells}.values())
+
+
+def check_any(cells: Sequence[Cell]) -> None:
+  """Raises `UserError` if nothing can be compared with the first cell, no pruning."""
   if all(cell.schedule is None for cell in cells[1:]):
     raise UserError("; ".join(f"{cell.label}: {cell.note}" for cell in cells[1:]) or "no method is compared with none")
-  return cells
 
 
 def parse_setting(text: str) -> PruningConfig:

@@ -80,7 +80,7 @@ def run(values: Any) -> study.Report:
   directories = study.directory("workdir"), study.directory("output")
   config = EvaluationConfig(Settings(**common), *directories, values.data, values.limit, values.score_only)
   evaluator = Evaluator(opened, config, schedules, sizes)
-  for task in tasks:
+  for task in tasks if not values.score_only else ():
     evaluator.check(task)
   rows: list[tabular.Row] = []
   for task in (*tasks, *harness_tasks):

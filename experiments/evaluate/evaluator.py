@@ -68,6 +68,9 @@ class Evaluator:
       answerer = TaskAnswerer(self._loaded, inputs, config.workdir, self._subject, config.settings.seed)
       answerer.answer(task, prompts_of(samples), self.schedules)
     answers = {label: read_rows(rows_path(config.workdir, task.name, label)) for label in self.schedules}
+    for label, own in answers.items():
+      if config.score_only and not own:
+        raise UserError(f"--score_only: {config.workdir} has no answers to {task.name} with {label}")
     if config.score_only:
       prompts = prompts_of(samples)
       for label, own in answers.items():

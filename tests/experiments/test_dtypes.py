@@ -2,6 +2,7 @@
 
 import json
 
+import commands
 import pytest
 
 from experiments.dtypes import compare
@@ -49,3 +50,23 @@ def test_dtypes_of_a_tiny_checkpoint(checkpoints, images, tmp_path):
     ("fastervlm", "int8", 2),
   ]
   assert all(own.overlap > 0.5 for _, _, own in found)
+
+
+@pytest.mark.sampled(of="commands of studies")
+def test_flags_that_it_would_ignore_and_questions_of_others(checkpoints, images, tmp_path):
+  images[0].save(tmp_path / "a.png")
+  row = {"image": str(tmp_path / "a.png"), "answer": "a", "type": "", "question": "Why?"}
+  write(tmp_path / "questions.jsonl", [row | {"id": str(number)} for number in range(3)])
+
+  def run(*arguments):
+    named = {"checkpoint": checkpoints("clip_mha").directory, "questions": tmp_path / "questions.jsonl"}
+    given = [f"--{name}={value}" for name, value in named.items()]
+    command = commands.Command("experiments.dtypes", *given, f"--workdir={tmp_path / 'work'}", *arguments)
+    return command.communicate()[1].splitlines()[-1], command.process.exitcode
+
+  line, status = run("--prune_layers=1,4", "--restore")
+  assert status == 2 and "--prune_layers, --restore: every form of weights is tried" in line
+  line, status = run("--methods=none,himap")  # whose layers the checkpoint does not have
+  assert status == 2 and "cannot prune before layer 8" in line and not list((tmp_path / "work").glob("none*"))
+  line, status = run("--methods=himap", "--num_questions=2")
+  assert status == 2 and "made with other settings (questions" in line

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.compare.grid import Shape, make_cells, schedule_for_budget
+from experiments.compare.grid import Shape, check_any, make_cells, schedule_for_budget
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.prefill import Context, prune, start
+from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.methods import PruningConfig
 
@@ -192,3 +193,10 @@ def test_cells_that_keep_positions():
 def test_cells_that_cannot_be(changes, message):
   with pytest.raises(ValueError, match=message):
     make(**{"budgets": [64]} | changes)
+
+
+def test_a_grid_without_anything_to_compare_is_refused():
+  with pytest.raises(UserError, match="himap 32: .*pyramiddrop 32: "):
+    check_any(make(names=["himap", "pyramiddrop"], budgets=[32]))
+  with pytest.raises(UserError, match="no method is compared with none"):
+    check_any(make(names=["none"], budgets=[64]))

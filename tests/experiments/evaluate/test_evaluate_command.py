@@ -71,6 +71,16 @@ def test_a_task_is_scored(evaluate):
   assert status == 0 and (work / "work/pope/none.jsonl").read_text() == rows_before
   again, printed = ([line for line in text.splitlines() if line.startswith("| pope |")] for text in (again, printed))
   assert again == printed and len(again) == len(SETTINGS)
+  answers = next(path for path in (work / "work/pope").glob("himap*.jsonl"))
+  answers.write_text("".join(answers.read_text().splitlines(keepends=True)[1:]))
+  status, printed, _ = evaluate("pope", "--score_only")
+  assert status == 2 and f"lacks 1 of {len(own)} answers to pope with {SETTINGS[1]}" in printed
+
+
+def test_data_of_all_tasks_are_looked_for_first(evaluate):
+  """Before anything is answered; nothing is left behind."""
+  status, printed, work = evaluate("textvqa", "--tasks=textvqa,docvqa")
+  assert status == 2 and "docvqa" in printed.splitlines()[-1].lower() and not list((work / "work").glob("textvqa*"))
 
 
 def test_scores_need_answers(evaluate):
@@ -123,6 +133,22 @@ def test_intervals_of_means(count):
   half = 196 * (0.75 * 0.25 / count) ** 0.5 if count > 1 else 0
   assert row["score_high"] - row["score"] == pytest.approx(half, abs=0.8)
   assert row["score"] - row["score_low"] == pytest.approx(half, abs=0.8)
+
+
+def test_questions_about_one_picture_are_drawn_together():
+  """Ten pictures of ten questions that are all right or all wrong: as uncertain as ten questions."""
+  task = TASKS["gqa"]
+  samples = [Sample(str(n), references=("yes",), picture=str(n // 10)) for n in range(100)]
+  rows = {str(n): {"answer": "yes" if n // 10 % 2 else "no", "error": None} for n in range(100)}
+  rows["99"] = {"answer": None, "error": "damaged"}
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  answers = {"none": rows, "other": rows}
+  results = Results(task, samples, answers, dict.fromkeys(answers, Schedule()), sizes)
+  first, second = results.rows()
+  half = 1.96 * 100 * (0.25 / 10) ** 0.5
+  assert (first["score_high"] - first["score_low"]) / 2 == pytest.approx(half, rel=0.15)
+  assert first["errors"] == 1 and second["agreement"] == pytest.approx(0.99)
+  assert "| errors |" in "".join(report.summary([first, second], [task]))
 
 
 @pytest.mark.parametrize("mark", ["", "~"])
