@@ -189,7 +189,9 @@ def _write_configuration(work: pathlib.Path, source: Source, describe: Describe)
   directory, tower, fields = source.directory, source.tower, source.fields
   for path in sorted(path for pattern in SMALL_FILES for path in directory.glob(pattern)):
     if path.name not in _NOT_COPIED and (tower is None or not path.name.startswith(("tokenizer", "special_tokens"))):
-      shutil.copyfile(path, work / path.name)
+      copy = work / path.relative_to(directory)
+      copy.parent.mkdir(exist_ok=True)
+      shutil.copyfile(path, copy)
   if tower is not None:
     tokens = original.tokenizer(directory)
     fields = original.llava_fields(fields, tower, tokens.convert_tokens_to_ids(original.IMAGE_TOKEN))

@@ -11,7 +11,7 @@ from etils import epath
 
 from checkpoints_convert.errors import CheckpointError
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
 SAFETENSORS_FILES = "*.safetensors"
 PICKLED_FILES = "*.bin"
 TRAINING_FILES = ("optimizer*", "scheduler*", "sampler*", "training_args*")  # beside weights, with a training's state

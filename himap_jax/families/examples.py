@@ -68,7 +68,13 @@ def chat_prompt(apply_chat_template: Callable[..., str], question: Question, num
   """The prompt by a chat template, with a part for each picture; raises `UserError` if it cannot hold the messages."""
   messages = messages_of(question, num_pictures)
   conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
-  return templates.filled(apply_chat_template, conversation)
+  prompt = templates.filled(apply_chat_template, conversation)
+  # Some templates, such as Llama's, take a system message as a text, and write parts as Python does.
+  as_text = [
+    own | {"content": message.text} if str(own["content"]) in prompt else own
+    for own, message in zip(conversation, messages, strict=True)
+  ]
+  return prompt if as_text == conversation else templates.filled(apply_chat_template, as_text)
 
 
 def expand(

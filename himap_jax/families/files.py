@@ -31,10 +31,11 @@ class ModelFiles:
   chat_template: str | None
   fields: Mapping[str, Any]
 
-  def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-    """The text of a conversation, whose messages have a `role` and a `content` of parts."""
-    options = dict(chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False)
-    return self.tokenizer.apply_chat_template(list(conversation), **options)
+  def apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """The text of a conversation, whose messages have a `role` and a `content` of parts; options as of transformers."""
+    return self.tokenizer.apply_chat_template(
+      list(conversation), chat_template=self.chat_template, tokenize=False, **options
+    )
 
 
 def read_config(class_name: str, fields: Mapping[str, Any], where: str = "config.json") -> Any:

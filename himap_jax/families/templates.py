@@ -13,12 +13,15 @@ from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 
 SECONDS, BYTES = 5, 1 << 30  # that a template may take for short conversations
+TODAY = "26 Jul 2024"  # what Llama's templates write where they do not know the day
 TOO_MUCH = f"takes more than {SECONDS} s or {BYTES >> 30} GiB"
 _PROGRAM = pathlib.Path(__file__).with_name("try_template.py")
 
 
 def check(templates: Any, where: str, special_tokens: Mapping[str, str]) -> None:
   """Raises `UserError` if a template does not parse or exceeds `SECONDS` or `BYTES`, which a process of its own finds out.
+
+  Also if it writes the day, and does not let `filled` name it: answers would depend on when they are given.
 
   `special_tokens` are the tokenizer's, by the names that templates know.
   """
@@ -27,6 +30,8 @@ def check(templates: Any, where: str, special_tokens: Mapping[str, str]) -> None
       is_text, tokens = isinstance(template, str), tuple(special_tokens.items())
       if problem := _problem(template, tokens) if is_text else f"is not a text but {repr(template)[:80]}":
         raise UserError(f"{where}: its chat template {problem}")
+      if "strftime_now" in template and "date_string" not in template:
+        raise UserError(f"{where}: its chat template writes the day of a question; name another prompt template")
 
 
 @functools.cache
@@ -44,8 +49,8 @@ def _problem(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
 
 
 def filled(apply_chat_template: Callable[..., str], conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
-  """The prompt of a conversation; raises `UserError` if the template cannot hold it."""
+  """The prompt of a conversation, the same on every day; raises `UserError` if the template cannot hold it."""
   try:
-    return apply_chat_template(conversation, add_generation_prompt=True, **options)
+    return apply_chat_template(conversation, add_generation_prompt=True, date_string=TODAY, **options)
   except Exception as error:  # of whatever type the template's own code raises
     raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error

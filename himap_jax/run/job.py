@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from himap_jax.run.contract import Contract
 from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
-from himap_jax.run.prompts import read_prompts
+from himap_jax.run.prompts import Prompt, read_prompts
 from himap_jax.run.records import open_records
 from himap_jax.run.sizes import image_sizes
 from himap_jax.run.summary import Report, Summary
@@ -53,6 +53,7 @@ def run(config: RunConfig) -> int:
     raise UserError("the processes of this run have different prompts or flags; give all of them the same")
   opened = config.open()
   _check_outside(config.output, opened.directory)
+  weights = opened.digest()
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
   any_prompt = processor.prepare([Image.new("RGB", (64, 64))], "?")  # what is wrong with every prompt is said once
@@ -72,16 +73,20 @@ def run(config: RunConfig) -> int:
     print(f"image tokens: {describe_buckets(batcher)}", file=sys.stderr)
   mesh = config.make_mesh(opened)
   share = processes.share(mesh)
-  contract = Contract(config.output, settings(config, schedule, opened.digest()), prompts, files)
+  contract = Contract(config.output, settings(config, schedule, weights), prompts, files)
   with Output(contract, resume=config.resume) as output:
     if processes.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
+    if config.pictures is not None and processes.is_leader():
+      _tell_missing_pictures(config.pictures, prompts.where(output.answered))
     if output.answered.all():
       engine, summary = None, Summary(num_skipped=len(prompts))
     else:
       engine = config.restore(opened, mesh).engine(
         schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum()))
       )
+      if opened.digest() != weights:
+        raise UserError(f"{opened.directory}: the checkpoint has changed since the run began; start it again")
       logging.info("ready: weights")
       answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
       with _profile(config.profile_dir):
@@ -134,6 +139,13 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
   }
 
 
+def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt]) -> None:
+  """Says how many rows that were answered before have no picture of kept patches."""
+  missing = sum(bool(prompt.images) and not (directory / f"{prompt.file_name}.png").exists() for prompt in answered)
+  if missing:
+    print(f"{missing} rows were answered without --pictures and get none; --noresume draws all", file=sys.stderr)
+
+
 def _check_outside(output: pathlib.Path, checkpoint: pathlib.Path) -> None:
   """Raises `UserError` for an output among the files by which a checkpoint is known, which it would change."""
   if output.resolve().is_relative_to(checkpoint.resolve()):
@@ -152,6 +164,8 @@ def _check_paths(config: RunConfig) -> None:
       raise UserError(f"--output={config.output} is in the data set {config.prompts}")
     if not config.image_dir.is_dir():
       raise UserError(f"--image_dir={config.image_dir}: no such directory")
+    if config.pictures is not None and config.pictures.resolve() == config.image_dir.resolve():
+      raise UserError(f"--pictures={config.pictures} is --image_dir, whose pictures it would overwrite")
   directories = {"output": config.output.parent, "pictures": config.pictures, "profile_dir": config.profile_dir}
   for flag, directory in directories.items():
     if directory is not None:

@@ -135,6 +135,13 @@ class TestLayouts:
     assert "lm_head" not in str(flat_params(tmp_path / "target").keys())
     assert "not used by the model" in capsys.readouterr().err
 
+  def test_further_chat_templates_are_copied(self, clip, tmp_path):
+    source = copy_of(clip, tmp_path / "source")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    convert_to(source, tmp_path / "target")
+    assert (tmp_path / "target/additional_chat_templates/short.jinja").read_text() == "{{ messages }}"
+
   def test_config_of_the_target_is_complete(self, clip, tmp_path):
     target = convert_to(clip, tmp_path / "target")
     assert read_config(target) == read_config(clip)

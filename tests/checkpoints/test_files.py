@@ -164,7 +164,10 @@ class TestDigests:
     for name in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
       (directory / name).write_text((directory / name).read_text() + " ")
       seen.add(digest_of(directory, cache))
-    assert len(seen) == 5
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    seen.add(digest_of(directory, cache))
+    assert len(seen) == 6
 
   @pytest.mark.parametrize("name", ["himap_jax.json", "assembled.json"])
   def test_how_a_checkpoint_was_made_does_not(self, directory, tmp_path, name):

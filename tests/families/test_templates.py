@@ -8,7 +8,8 @@ import tiny_checkpoints
 
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
-from himap_jax.families import files, templates
+from himap_jax.families import examples, files, templates
+from himap_jax.families.family import Message
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,32 @@ def test_a_size_that_is_none_is_the_files(checkpoints, tmp_path):
   )
   with pytest.raises(UserError, match=r"cannot load the tokenizer and image processor \('int' object is not iterable"):
     dataclasses.replace(opened, processor=own).prompts()
+
+
+# As Llama-3.2-Vision's: a system message is a text, other contents may be parts; the date of the day.
+LLAMA_LIKE = (
+  "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content']|trim %}{% set messages = messages[1:] %}"
+  "{% else %}{% set system = '' %}{% endif %}{% if date_string is not defined %}"
+  "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}Today: {{ date_string }}. {{ system }}|"
+  "{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+  "{% for part in message['content'] %}{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}"
+  "{% endif %}{% endfor %}"
+)
+# As LLaVA's: every content is parts.
+OF_PARTS = "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+  ("template", "expected"),
+  [(LLAMA_LIKE, "Today: 26 Jul 2024. Be [brief].|What is 2+2?"), (OF_PARTS, "Be [brief].What is 2+2?")],
+)
+def test_a_system_message_is_its_text_in_every_template(template, expected):
+  found = files.ModelFiles(tiny_checkpoints.byte_tokenizer(), None, template, {})
+  question = (Message("system", "Be [brief]."), Message("user", "What is 2+2?"))
+  assert examples.chat_prompt(found.apply_chat_template, question, 0) == expected
+
+
+def test_templates_that_write_the_day():
+  templates.check(LLAMA_LIKE, "dir", {})
+  with pytest.raises(UserError, match="^dir: its chat template writes the day of a question"):
+    templates.check("{{ strftime_now('%Y') }}", "dir", {})

@@ -69,6 +69,10 @@ class TestBadConfiguration:
   def test_stops_before_writing(self, config, changes, message):
     refuses(changed(config, **changes), message)
 
+  def test_pictures_over_pictures(self, config, tmp_path):
+    (tmp_path / "link").symlink_to(config.image_dir)
+    refuses(changed(config, pictures=tmp_path / "link"), "is --image_dir, whose pictures it would overwrite")
+
   def test_output_over_prompts(self, config, tmp_path):
     refuses(changed(config, output=config.prompts), "which a run with this --output writes")
     (tmp_path / "link").symlink_to(config.prompts)

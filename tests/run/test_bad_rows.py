@@ -112,7 +112,7 @@ class TestBadRows:
     config.prompts.write_bytes(b"\n".join(lines) + b"\n\n")
     return config, errors, good
 
-  def test_each_is_its_row_s_error(self, bad, tmp_path):
+  def test_each_is_its_row_s_error(self, bad, tmp_path, capsys):
     config, errors, good = bad
     pictures = tmp_path / "pictures"
     assert job.run(changed(config, pictures=pictures, emit=frozenset({"tokens"}))) == 0
@@ -129,6 +129,9 @@ class TestBadRows:
     same = {"duplicate", "question_file", "image palette.png", "../../escape", "image transparent.png"}
     assert len({tuple(rows[row_id]["token_ids"]) for row_id in same - {"image palette.png"}}) == 1
     assert len(list(pictures.iterdir())) == len(good)
+    capsys.readouterr()
+    assert job.run(changed(config, pictures=tmp_path / "others", emit=frozenset({"tokens"}))) == 0
+    assert f"{len(good)} rows were answered without --pictures and get none" in capsys.readouterr().err
 
     with (tmp_path / "prompts.jsonl").open("ab") as file:
       file.write(b'{"id": "late", "image": "0.png", "question": "<image><image>"}\n')

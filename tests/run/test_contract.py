@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from running import changed, read, write_rows
+from running import NAME, changed, read, write_rows
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert.convert import convert, open_source
@@ -131,6 +131,20 @@ class TestSettings:
     (path / name).write_text((path / name).read_text() + "\n")
     with pytest.raises(UserError, match="made with other settings .checkpoint was '\\w+', now '\\w+'.*--noresume"):
       job.run(config)
+
+  def test_a_checkpoint_that_changes_while_a_run_begins(self, config, checkpoints, tmp_path, monkeypatch):
+    directory = shutil.copytree(checkpoints(NAME).directory, tmp_path / "checkpoint")
+    sizes = job.image_sizes
+
+    def change(*args):
+      with open(directory / "chat_template.jinja", "a") as file:
+        file.write(" ")
+      return sizes(*args)
+
+    monkeypatch.setattr(job, "image_sizes", change)
+    with pytest.raises(UserError, match=f"{directory}: the checkpoint has changed since the run began"):
+      job.run(changed(config, checkpoint=str(directory)))
+    assert not config.output.exists()
 
   def test_everything_that_answers_depend_on_is_in_the_digest(self, config):
     def digest(config, weights="w"):
