@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
+from gradio.utils import get_upload_folder, is_in_or_equal
 
 from himap_jax.demo import choices, results
 from himap_jax.demo.comparing import compare
@@ -66,7 +67,7 @@ class Handlers:
   """What the page does when something is chosen or asked; values are those of its controls and results."""
 
   def __init__(self, asker: Asker, limits: Limits):
-    self._asker, self._limits = asker, limits
+    self._asker, self._limits, self._uploads = asker, limits, get_upload_folder()
     self._most, self._numbers = asker.processor.num_image_tokens, itertools.count()
     self._waiting, self._turn = threading.BoundedSemaphore(limits.waiting), threading.Lock()
 
@@ -159,15 +160,31 @@ class Handlers:
     with _one_line():
       if file is None:
         raise UserError("there is no picture yet")
-      with command.user_error("the picture is gone, choose it again"):
-        content = pathlib.Path(file["path"]).read_bytes()
-      picture, _ = PictureFiles().load(content, max_pixels=self._limits.picture_pixels)
-      pruning = pruning_flags.parse(settings)
-      with self._in_line():
+      with self._in_line():  # so that few pictures are held at once
+        picture, _ = PictureFiles().load(self._uploaded(file), max_pixels=self._limits.picture_pixels)
+        pruning = pruning_flags.parse(settings)
         found = compare(self._asker, picture, question, pruning)
     table = f"{results.table(found)} Asked with `{pruning_flags.text(pruning)}`."
     gallery = gr.Gallery(results.panels(found), selected_index=len(found.spans) - 1 if found.views else None)
     return [found.plain.text, found.pruned.text, table, gallery, results.legend(found)]
+
+  def _uploaded(self, file: dict[str, Any]) -> bytes:
+    """The content of an uploaded file. Its path is what a visitor sent, which Gradio does not always check.
+
+    Raises:
+      UserError: it is no regular file in the folder of uploads, or too large.
+    """
+    most, size = self._limits.picture_bytes, None
+    with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):  # of what is no path
+      path = pathlib.Path(file["path"]).resolve()
+      if is_in_or_equal(path, self._uploads) and path.is_file():
+        size = path.stat().st_size
+    if size is None:
+      raise UserError("the picture is gone or was never uploaded; choose it again")
+    if size > most:
+      raise UserError(f"the picture's file is above the limit of {most:,} bytes")
+    with command.user_error("the picture is gone, choose it again"):
+      return path.read_bytes()
 
   @contextlib.contextmanager
   def _in_line(self) -> Iterator[None]:

@@ -3,9 +3,11 @@
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import re
 import threading
 import time
+import unittest.mock
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from himap_jax.pruning.methods import METHODS, PruningConfig
 from himap_jax.run import pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.pictures import PictureFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # event loops of Gradio
 QUESTION = "what is it?"
@@ -31,10 +34,11 @@ def shown(asker, images):
 
 
 @pytest.fixture
-def make_handlers(limits):
-  """Returns `make(asker)`: the page's handlers."""
+def make_handlers(limits, files, monkeypatch):
+  """Returns `make(asker)`: the page's handlers, for which the pictures' files are uploaded."""
   from himap_jax.demo.page import Handlers
 
+  monkeypatch.setenv("GRADIO_TEMP_DIR", str(files[0].parent))
   return lambda asker: Handlers(asker, limits)
 
 
@@ -151,6 +155,24 @@ def test_percent_where_pictures_differ_in_image_tokens(make_handlers, tmp_path):
   assert handlers.move(settings, 3, 30.5)[0] == "--method=fastv --prune_layers=3 --keep=30.5%"
 
 
+def test_only_regular_files_up_to_the_limit_are_read(asker, make_handlers, limits, monkeypatch, tmp_path):
+  import gradio
+
+  monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+  handlers = make_handlers(asker)
+  for name, count in (("small", limits.picture_bytes), ("large", limits.picture_bytes + 1)):
+    (tmp_path / name).write_bytes(bytes(count))
+  os.mkfifo(tmp_path / "pipe")
+  (tmp_path / "link").symlink_to(__file__)
+  for name, message in {
+    "small": "not an image of a supported format",
+    "large": "the picture's file is above the limit of 100,000 bytes",
+    **dict.fromkeys(("pipe", "link", "missing", "a" * 300, "\ud800"), "the picture is gone or was never uploaded"),
+  }.items():
+    with pytest.raises(gradio.Error, match=message):
+      handlers.answer({"path": str(tmp_path / name)}, QUESTION, "--method=none")
+
+
 def test_only_some_questions_may_wait(asker, make_handlers, files, limits, monkeypatch):
   import gradio
 
@@ -161,6 +183,8 @@ def test_only_some_questions_may_wait(asker, make_handlers, files, limits, monke
     go_on.wait(60)
     raise UserError("enough")
 
+  decode = unittest.mock.Mock(wraps=PictureFiles.load)
+  monkeypatch.setattr(PictureFiles, "load", lambda *given, **options: decode(*given, **options))
   monkeypatch.setattr("himap_jax.demo.page.compare", refuse)
   ask = functools.partial(handlers.answer, {"path": files[0]}, QUESTION, "--method=none")
   with concurrent.futures.ThreadPoolExecutor(limits.waiting) as visitors:
@@ -170,8 +194,10 @@ def test_only_some_questions_may_wait(asker, make_handlers, files, limits, monke
       time.sleep(0.01)
     with pytest.raises(gradio.Error, match="4 questions wait for their answers already"):
       ask()
+    decoded = decode.call_count
     assert handlers.paste("--method=none")[0] == "--method=none"
     go_on.set()
+  assert decoded == 1  # of the question that is being answered
   assert {str(done.exception()) for done in waiting} == {"'enough'"}
 
 

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import urllib.request
+import uuid
 
 import numpy as np
 import pytest
@@ -81,6 +83,31 @@ def ask(tab):
     return np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")).astype(float)
 
 
+def answer_to(page, path):
+  """What the page's interface for programs answers to a question about a file, which need not be an uploaded one."""
+  with urllib.request.urlopen(f"{page}config") as response:
+    config = json.load(response)
+  buttons = [one["id"] for one in config["components"] if one["props"].get("elem_id") == "ask"]
+  (handler,) = (one["id"] for one in config["dependencies"] if [buttons[0], "click"] in one["targets"])
+  session = uuid.uuid4().hex
+  body = {"data": [{"path": path}, QUESTION, "--method=none"], "fn_index": handler, "session_hash": session}
+  headers = {"Content-Type": "application/json"}
+  request = urllib.request.Request(f"{page}gradio_api/queue/join", json.dumps(body).encode(), headers)
+  urllib.request.urlopen(request).close()
+  with urllib.request.urlopen(f"{page}gradio_api/queue/data?session_hash={session}", timeout=PATIENCE) as lines:
+    messages = (json.loads(line.removeprefix(b"data:")) for line in lines if line.startswith(b"data:"))
+    return next(one["output"] for one in messages if one["msg"] == "process_completed")
+
+
+def upload(page, path):
+  """Sends a file to the page, and returns its path there."""
+  content = b"--edge\r\nContent-Disposition: form-data; name=files; filename=it.png\r\n\r\n%b\r\n--edge--\r\n"
+  headers = {"Content-Type": "multipart/form-data; boundary=edge"}
+  request = urllib.request.Request(f"{page}gradio_api/upload", content % path.read_bytes(), headers)
+  with urllib.request.urlopen(request) as response:
+    return json.load(response)[0]
+
+
 def is_kept(pixels):
   """Which patches of a picture are not white."""
   places = ((np.arange(SIDE) + 0.5) / SIDE * len(pixels)).astype(int)
@@ -130,6 +157,21 @@ def test_errors_are_one_line(tab, files, tmp_path):
   tab.click("#ask")
   message = error(3)
   assert "damaged image" in message and "\n" not in message and str(tmp_path) not in message
+
+
+def test_only_uploaded_files_are_read(page, files):
+  uploaded = upload(page, files[1])
+  assert answer_to(page, uploaded)["data"][0]
+  outside = (
+    str(files[1]),
+    f"{uploaded}/../../../../../../..{files[1]}",
+    os.path.dirname(uploaded),
+    "/dev/zero",
+    "\0",
+    None,
+  )
+  for path in outside:
+    assert answer_to(page, path)["error"] == "the picture is gone or was never uploaded; choose it again", path
 
 
 def test_large_files_and_pictures_are_refused(tab, tmp_path):
