@@ -137,6 +137,12 @@ class Handlers:
       moved = self._possible(moved)
       return [pruning_flags.text(moved), *self.switches(moved)]
 
+  def move_with(self, controls: Sequence[gr.Slider | gr.Number], settings: str, *values: int | float | None) -> Any:
+    """As `move`, with what the controls send; while a number box is empty, which is None, nothing changes."""
+    if None in values:
+      return gr.skip()
+    return self.move(settings, *(own.preprocess(value) for own, value in zip(controls, values, strict=True)))
+
   def controls(self, settings: str) -> list[gr.Slider | gr.Number]:
     """Makes sliders of layers and of keep counts, and fields of parameters."""
     pruning, last = pruning_flags.parse(settings), self._asker.opened.config.text.num_hidden_layers - 1
@@ -254,8 +260,9 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
           gr.Markdown("This method has too many stages for sliders; the settings name them.")
           return
         moving = handlers.controls(start[1])
+        move, moved = functools.partial(handlers.move_with, moving), [settings, restored, kept]
         for control in moving:
-          control.input(handlers.move, [settings, *moving], [settings, restored, kept], **QUIET)
+          control.input(move, [settings, *moving], moved, preprocess=False, **QUIET)
 
     chosen, switches = [before, inside], [restored, kept]
     everything = [settings, start, *chosen, *switches]

@@ -215,6 +215,20 @@ def test_parameters_have_fields(asker, make_handlers):
     handlers.move("--method=fastv --prune_layers=2 --keep=8", 2, 5, 12, 6, 0.7)
 
 
+def test_an_empty_number_changes_nothing(asker, make_handlers):
+  import gradio
+
+  handlers, settings = make_handlers(asker), "--method=himap_adaptive --prune_layers=2,4 --keep=12,6"
+  settings = handlers.paste(settings)[0]
+  with gradio.Blocks():
+    move = functools.partial(handlers.move_with, handlers.controls(settings), settings)
+  for values in ((2, 4, None, 6, 0.8), (None, 4, 12, 6, 0.8), (2, 4, 12, 6, None)):
+    assert move(*values) == gradio.skip()
+  assert move(2, 4, 11, 6, 0.8)[0] == settings.replace("12", "11")
+  with pytest.raises(gradio.Error, match="Value 17 is greater than maximum value 16"):
+    move(2, 4, 17, 6, 0.8)
+
+
 def test_switches_are_off_where_they_may_not_be_on_and_nowhere_else(asker, make_handlers):
   handlers = make_handlers(asker)
   whole = "--method=divprune+himap --prune_layers=0,2,4 --keep=12,8,3 --keep_positions"

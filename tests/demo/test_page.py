@@ -229,3 +229,14 @@ def test_a_method_brings_its_sliders(tab):
   choose(tab, "inside", "fastv")
   settings(tab, "--method=fastv --prune_layers=2 --keep=8")
   tab.wait("document.querySelector('#keep-0') !== null && document.querySelector('#keep-1') === null")
+
+
+def test_an_empty_number_changes_nothing(tab):
+  settings(tab, "--method=himap --prune_layers=2,4 --keep=8,3")
+  number = "#keep-0 input[type=number]"
+  tab.write(number, "")
+  tab.evaluate("document.querySelector('#layer-1 input[type=range]').focus()")
+  tab.key("ArrowRight", 39)
+  tab.write(number, "5")
+  settings(tab, "--method=himap --prune_layers=2,5 --keep=5,3")
+  assert tab.evaluate("document.querySelector('.toast-message-text') === null")
