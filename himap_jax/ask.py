@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
 
   def action() -> int:
     *images, question = argv[1:] or ("",)
-    if not question or (not images and pathlib.Path(question).is_file()):
+    if not question or (not images and os.path.isfile(question)):
       raise UserError('a question is needed: python -m himap_jax.ask picture.jpg "What is it?"')
     show = None if _SHOW.value is None else pathlib.Path(_SHOW.value)
     if show is not None and not images:

@@ -77,6 +77,7 @@ def test_text_appears_as_it_is_generated(capsys):
     (("why?", "--show=kept.png"), "--show needs a picture"),
     (("missing.png", "why?"), "missing.png"),
     (("why?", "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
+    (("why? " * 60, "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),  # longer than a file's name can be
   ],
 )
 def test_what_cannot_be_asked(arguments, message, capsys):
