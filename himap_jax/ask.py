@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 from absl import flags
 
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_text
 from himap_jax.run import command, model_flags
 from himap_jax.run.asking import INCOMPLETE, Asker
 from himap_jax.run.drawing import draw_kept
@@ -38,6 +38,7 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   Raises:
     UserError, CheckpointError: a picture or the checkpoint cannot be read, or the question does not fit the model.
   """
+  check_text("the question", question)
   files = PictureFiles(allow_urls=config.allow_urls)
   pictures = [files.load(image)[0] for image in images]
   asker = Asker.open(config)

@@ -21,3 +21,9 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
     raise UserError(f"{name} must be a whole number, but is {value!r}")
   if value < least:
     raise UserError(f"{name} must be at least {least}, but is {value}")
+
+
+def check_text(name: str, text: str, error: type[UserError] = UserError) -> None:
+  """Raises `UserError`, or a kind of it, for half a character in a text, such as of bytes that are no UTF-8."""
+  if any("\ud800" <= character <= "\udfff" for character in text):
+    raise error(f"{name} has an unpaired surrogate, which is not text")

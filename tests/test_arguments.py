@@ -45,6 +45,8 @@ def test_what_is_right(own, question):
     ([PICTURE], [["Why?"]], "questions.0. must be a text or a list of messages, not a list"),
     ([PICTURE, PICTURE], ["Why?", " \n"], "questions.1. is empty"),
     ([PICTURE], [[]], "questions.0. is empty"),
+    ([PICTURE, PICTURE], ["Why?", "caf\udce9?"], "questions.1. has an unpaired surrogate, which is not text"),
+    ([PICTURE], [[Message("user", "Why?"), Message("user", "\ud800")]], "questions.0. has an unpaired surrogate"),
   ],
 )
 def test_questions(images, questions, message):

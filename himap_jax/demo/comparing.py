@@ -8,7 +8,7 @@ from PIL import Image
 
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.pool import Answered
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_text
 from himap_jax.families.family import View
 from himap_jax.inputs import Example
 from himap_jax.pruning.cost import Costs, costs
@@ -66,10 +66,11 @@ def compare(asker: Asker, picture: Image.Image, question: str, pruning: PruningC
   """Answers a question twice.
 
   Raises:
-    UserError: an empty question, one that does not fit the model, or pruning that the model cannot run.
+    UserError: a question that is empty, not text or does not fit the model, or pruning that the model cannot run.
   """
   if not question.strip():
     raise UserError("the question is empty")
+  check_text("the question", question)
   asked = [asker.prepare([picture], question, own) for own in (PruningConfig("none"), pruning)]
   (plain, _), (pruned, answered) = (_answer(asker, own) for own in asked)
   example = asked[1].example

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_text
 from himap_jax.families import templates
 from himap_jax.families.family import Message, Question, View
 from himap_jax.inputs import Example, Images
@@ -166,6 +166,7 @@ def literal_template(template: str, *names: str) -> str:
       f"--prompt_template must be {', '.join(names)}, or a text with one {IMAGE_TAG} and one {{question}}, "
       f"not {template!r}"
     )
+  check_text("--prompt_template", template)
   return template.replace("\\n", "\n")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_text
 from himap_jax.families.examples import IMAGE_TAG
 from himap_jax.families.family import Message
 from himap_jax.run.records import BadRow, Record, Records, kind_of
@@ -324,8 +324,7 @@ def _text(
     raise BadRow(f'{where}"{name}" must be {expected}, not {kind_of(value)}')
   if not value.strip() and not may_be_empty:
     raise BadRow(f'{where}"{name}" is empty')
-  if any("\ud800" <= character <= "\udfff" for character in value):
-    raise BadRow(f'{where}"{name}" has an unpaired surrogate, which is not text')
+  check_text(f'{where}"{name}"', value, BadRow)
   return value
 
 

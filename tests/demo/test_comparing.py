@@ -132,6 +132,7 @@ def test_legend(shown):
   ("question", "setting", "message"),
   [
     (" ", SETTING, "the question is empty"),
+    ("\ud800", SETTING, "the question has an unpaired surrogate"),
     ("why?", ("himap", (2, 4), (8, 9)), "cannot keep 9 image tokens before layer 4: there are 8"),
     ("why?", ("himap", (4, 2), (8, 3)), "pruning layers must ascend"),
     ("why?" * 1000, SETTING, "text tokens"),

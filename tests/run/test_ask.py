@@ -76,6 +76,7 @@ def test_text_appears_as_it_is_generated(capsys):
     ((__file__,), "a question is needed"),
     (("why?", "--show=kept.png"), "--show needs a picture"),
     (("missing.png", "why?"), "missing.png"),
+    (("caf\udce9?",), "the question has an unpaired surrogate, which is not text"),
     (("why?", "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
     (("why? " * 60, "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),  # longer than a file's name can be
   ],

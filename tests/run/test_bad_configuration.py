@@ -53,6 +53,7 @@ class TestBadConfiguration:
       (dict(parameters=(("threshold", 0.5),)), "threshold"),
       (dict(method="none", prune_layers=None, keep=None, restore=True), "method 'none' removes none"),
       (dict(prompt_template="{question}"), "a text with one <image>"),
+      (dict(prompt_template="<image>\udce9{question}"), "--prompt_template has an unpaired surrogate"),
       (dict(prompt_buckets=(64, 32)), "must be positive and ascending, not 64,32"),
       (dict(prompt_buckets=()), "must be positive and ascending"),
       (dict(max_new_tokens=500), "context of 512 tokens does not hold"),
