@@ -154,6 +154,8 @@ def _check_outside(output: pathlib.Path, checkpoint: pathlib.Path) -> None:
 
 def _check_paths(config: RunConfig) -> None:
   with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
+    if not config.output.name or config.output.is_dir():
+      raise UserError(f"--output={config.output} is a directory; name a file in it")
     if config.output.suffix in _OTHER_TABLES:
       raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
     written = (config.output.with_name(config.output.name + suffix) for suffix in _OUTPUT_FILES)

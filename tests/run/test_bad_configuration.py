@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import running
+from commands import ROOT
 from running import changed
 from safetensors.numpy import load_file, save_file
 
@@ -64,6 +65,9 @@ class TestBadConfiguration:
       (dict(output=pathlib.Path("/dev/full")), "not a regular file"),
       (dict(output=pathlib.Path("x.csv")), "--output=x.csv: the output is JSONL, or parquet if its name ends with"),
       (dict(output=pathlib.Path("x" * 300)), "File name too long"),
+      (dict(output=pathlib.Path(".")), "--output=. is a directory; name a file in it"),
+      (dict(output=pathlib.Path("/")), "--output=/ is a directory; name a file in it"),
+      (dict(output=pathlib.Path(f"{ROOT}/tests/"), checkpoint="/nowhere"), "/tests is a directory; name a file in it"),
       (dict(pictures=pathlib.Path("/proc/nowhere")), "--pictures: cannot create the directory"),
     ],
   )
