@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -36,7 +37,8 @@ flags.adopt_module_key_flags(pruning_flags)  # for --help
 _SCHEDULE = flags.DEFINE_string(
   "schedule",
   None,
-  "JSON file with method, prune_layers and keep instead of these flags; experiments.flow.calibrate writes one.",
+  "JSON file with method, prune_layers and keep (counts, or shares such as 0.5) instead of these flags; "
+  "experiments.flow.calibrate writes one.",
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 32, "The longest answer, in tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.")
@@ -136,13 +138,26 @@ def _pruning() -> PruningConfig:
     if flags.FLAGS[name].present:
       raise UserError(f"--schedule={_SCHEDULE.value} takes the place of --{name}")
   fields = read_json(pathlib.Path(_SCHEDULE.value))
-  try:
-    method, *lists = (fields[name] for name in given)
-    if not isinstance(method, str):
-      raise TypeError
-    layers, keep = (tuple(map(int, values)) for values in lists)
-  except (KeyError, TypeError, ValueError, OverflowError) as error:
+  if not fields.keys() >= set(given) or not isinstance(fields["method"], str):
     wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
-    raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}") from error
-  methods.parse(method)
-  return dataclasses.replace(chosen, method=method, prune_layers=layers, keep=keep)
+    raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}")
+  methods.parse(fields["method"])
+  layers = _listed(fields, "prune_layers", _is_whole, "layers such as 2")
+  keep = _listed(fields, "keep", _is_count_or_share, "counts such as 288 or shares such as 0.5")
+  return dataclasses.replace(chosen, method=fields["method"], prune_layers=layers, keep=keep)
+
+
+def _listed(fields: Mapping[str, Any], name: str, is_right: Callable[[Any], bool], wanted: str) -> tuple[Any, ...]:
+  """The values of a list in the schedule file; raises `UserError` unless it is a list of such values."""
+  values = fields[name]
+  if not isinstance(values, list) or not all(map(is_right, values)):
+    raise UserError(f"--schedule={_SCHEDULE.value}: {name} must be a list of {wanted}, not {values!r:.100}")
+  return tuple(values)
+
+
+def _is_whole(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count_or_share(value: Any) -> bool:
+  return _is_whole(value) or (isinstance(value, float) and 0 < value <= 1)
