@@ -1,7 +1,6 @@
 """Parquet outputs: JSON lines while a run writes, which become the table at its end."""
 
 import functools
-import itertools
 import json
 import os
 import pathlib
@@ -11,11 +10,13 @@ from typing import Any
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
 from himap_jax.run.command import user_error
-from himap_jax.run.records import EXTRA
+from himap_jax.run.records import BATCH_ROWS, EXTRA
 from himap_jax.run.writer import COUNTS, REQUIRED, OutputWriter, Row
 
 SUFFIX = ".parquet"
-GROUP_ROWS = 1000  # that are in memory at a time
+# What is in memory at a time when a table is written: so many rows, or so many bytes of their JSON and one more row.
+GROUP_ROWS = 1000
+GROUP_BYTES = 1 << 26
 
 
 class TableWriter(OutputWriter):
@@ -64,8 +65,7 @@ def write_table(path: pathlib.Path, lines: pathlib.Path) -> None:
   try:
     with open(unfinished, "wb") as file:
       with parquet.ParquetWriter(file, schema) as writer:
-        rows = _rows(lines)
-        while group := list(itertools.islice(rows, GROUP_ROWS)):
+        for group in _groups(lines):
           if schema.field("id").type == pa.string():
             group = [row | {"id": str(row["id"])} for row in group]
           writer.write_table(pa.Table.from_pylist(group, schema))
@@ -85,16 +85,29 @@ def read_table(path: pathlib.Path) -> Iterator[dict[str, Any]]:
     with parquet.ParquetFile(path, pre_buffer=False) as file:
       if not set(REQUIRED) <= set(file.schema_arrow.names):
         raise UserError(f"{path} is not an output: it has no columns {', '.join(REQUIRED)}")
-      for batch in file.iter_batches(GROUP_ROWS):
+      for batch in file.iter_batches(BATCH_ROWS):
         for row in batch.to_pylist():
           yield {name: value for name, value in row.items() if value is not None or name in REQUIRED}
-  except (OSError, pa.ArrowException) as error:
+  except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
     raise UserError(f"cannot read the output {path}: {first_line(error)}") from error
 
 
-def _rows(lines: pathlib.Path) -> Iterator[dict[str, Any]]:
-  with open(lines, "rb") as file:
-    yield from (json.loads(line) for line in file if line.strip())
+def _lines(path: pathlib.Path) -> Iterator[bytes]:
+  with open(path, "rb") as file:
+    yield from (line for line in file if line.strip())
+
+
+def _groups(lines: pathlib.Path) -> Iterator[list[dict[str, Any]]]:
+  """The rows in groups; rows with logits are large."""
+  group, num_bytes = [], 0
+  for line in _lines(lines):
+    group.append(json.loads(line))
+    num_bytes += len(line)
+    if len(group) == GROUP_ROWS or num_bytes >= GROUP_BYTES:
+      yield group
+      group, num_bytes = [], 0
+  if group:
+    yield group
 
 
 def _schema(lines: pathlib.Path) -> Any:
@@ -102,7 +115,7 @@ def _schema(lines: pathlib.Path) -> Any:
   import pyarrow as pa
 
   names, ids_are_integers = set(), True
-  for row in _rows(lines):
+  for row in map(json.loads, _lines(lines)):
     names.update(row)
     ids_are_integers &= type(row["id"]) is int and -(1 << 63) <= row["id"] < 1 << 63
   seconds = {"prefill_seconds": pa.float64(), "decode_seconds": pa.float64()}

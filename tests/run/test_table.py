@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from himap_jax import UserError
-from himap_jax.run.table import TableWriter
+from himap_jax.run.table import TableWriter, read_table
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -73,6 +73,28 @@ def test_more_rows_than_a_group(path, monkeypatch):
   with TableWriter(path, resume=True) as writer:
     writer.write(own)
   assert read(path) == own and parquet.ParquetFile(path).num_row_groups == 3
+
+
+def test_rows_with_logits_are_not_held(path, monkeypatch):
+  """A thousand of them may take more memory than there is: groups are small, and of a larger one few rows are read."""
+  monkeypatch.setattr("himap_jax.run.table.GROUP_BYTES", 3000)
+  own = [row(n, first_logits=[0.5] * 200) for n in range(5)]
+  with TableWriter(path, resume=True) as writer:
+    writer.write(own)
+  groups = parquet.ParquetFile(path).metadata
+  assert read(path) == own and [groups.row_group(n).num_rows for n in range(groups.num_row_groups)] == [3, 2]
+
+  counts = []
+  iter_batches = parquet.ParquetFile.iter_batches
+
+  def counted(*arguments):
+    for batch in iter_batches(*arguments):
+      counts.append(batch.num_rows)
+      yield batch
+
+  parquet.write_table(pa.Table.from_pylist(own * 200), path)
+  monkeypatch.setattr(parquet.ParquetFile, "iter_batches", counted)
+  assert list(read_table(path)) == own * 200 and max(counts) <= 16
 
 
 class TestResume:
@@ -168,6 +190,14 @@ def test_what_is_no_output_is_left_alone(path, content):
   with pytest.raises(UserError, match="cannot read the output .*answers.parquet|answers.parquet is not an output"):
     TableWriter(path, resume=True)
   assert path.read_bytes() == before and names(path) == [path.name]
+
+
+def test_what_is_not_utf_8(path):
+  text = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff"]).buffers())
+  parquet.write_table(pa.table({"id": [1], "answer": text, "error": [None], "digest": ["a"]}), path)
+  with pytest.raises(UserError, match="cannot read the output .*answers.parquet: 'utf-8' codec can't decode"):
+    TableWriter(path, resume=True)
+  assert names(path) == [path.name]
 
 
 def test_a_directory_and_a_missing_extra(path, monkeypatch):
