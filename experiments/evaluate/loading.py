@@ -63,6 +63,7 @@ def _belongs(task: Task, record: Record) -> bool:
 def _sample(task: Task, record: Record, number: int) -> Sample:
   sample = Sample(f"row {number + 1}")
   try:
+    records.check_readable(record, record)
     made = task.sample(record)
     sample = dataclasses.replace(made, id=made.id or str(number))
     images = tuple(map(_picture, sample.images))

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from himap_jax.errors import UserError, check_text
 from himap_jax.families.examples import IMAGE_TAG
 from himap_jax.families.family import Message
-from himap_jax.run.records import BadRow, Record, Records, kind_of
+from himap_jax.run.records import BadRow, Record, Records, check_readable, kind_of
 
 ROLES = ("system", "user", "assistant")
 IMAGE_FIELDS = ("image", "url", "path", "base64")
@@ -185,6 +185,7 @@ def read_prompts(records: Records, columns: Columns = Columns()) -> Prompts:
       if own is None or str(row_id) != keys[position]:
         raise UserError(f"{records.name} was changed while it was read; start again")
       try:
+        check_readable(own, fields)
         yield Prompt(row_id, *_content(own, columns), _options(own))
       except BadRow as error:
         yield Prompt(row_id, error=f"{place}: {error}")
@@ -226,6 +227,7 @@ def _id(record: Mapping[str, Any] | BadRow | None, columns: Columns, label: str)
     raise record or BadRow("is missing")
   if not columns.id:
     return label
+  check_readable(record, columns.id)
   _, row_id = _field(record, *columns.id)
   return row_id if type(row_id) is int else _text(record, *columns.id, expected="a string or an integer")
 

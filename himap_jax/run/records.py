@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import IO, Any, AnyStr, NamedTuple
 
 import numpy as np
@@ -38,7 +38,7 @@ _NOT_TEXT = frozenset(range(32)) - frozenset(b"\t\n\f\r")
 
 
 class BadRow(UserError):
-  """An error in one row."""
+  """An error in one row; as a value, why that cannot be read."""
 
 
 class _LongLineError(csv.Error):
@@ -51,12 +51,19 @@ class Record(NamedTuple):
   Attributes:
     place: where it is, for messages: `line 3`, `row 3`, or `row 3 of b.parquet` of several files.
     label: the same as an id: `line:3`, `row:3`, `b.parquet:3`.
-    fields: its values by name, or why there are none.
+    fields: its values by name, of which each may be a `BadRow`, or why there are none.
   """
 
   place: str
   label: str
   fields: dict[str, Any] | BadRow
+
+
+def check_readable(fields: Mapping[str, Any], names: Iterable[str]) -> None:
+  """Raises `BadRow` if one of these values could not be read."""
+  for name in names:
+    if isinstance(fields.get(name), BadRow):
+      raise BadRow(f'"{name}" is {fields[name]}')
 
 
 # Yields the numbers and fields of a file's rows. Takes the file, the columns to read (None for all), and an iterator that
@@ -298,8 +305,25 @@ def _rows(batches: Iterable[Any], flags: Sequence[bool], number: int) -> Iterato
   for batch in batches:
     own = flags[start : start + batch.num_rows]
     if any(own):
-      yield from itertools.compress(enumerate(batch.to_pylist(), number + start), own)
+      yield from itertools.compress(enumerate(_fields(batch), number + start), own)
     start += batch.num_rows
+
+
+def _fields(batch: Any) -> list[dict[str, Any]]:
+  try:
+    return batch.to_pylist()
+  except (ValueError, OverflowError):  # of a single value, which is found one by one
+    columns = [[_value(scalar) for scalar in column] for column in batch.columns]
+    return [dict(zip(batch.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def _value(scalar: Any) -> Any:
+  try:
+    return scalar.as_py()
+  except UnicodeDecodeError as error:
+    return BadRow(f"not UTF-8: {error.reason} at byte {error.start + 1}")
+  except (ValueError, OverflowError) as error:
+    return BadRow(f"not readable: {first_line(error)}")
 
 
 @contextlib.contextmanager

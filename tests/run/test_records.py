@@ -339,6 +339,43 @@ class TestBad:
       Prompt(4, error='line 3: "q" is missing'),
     ]
 
+  @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+  def test_one_value_that_cannot_be_read(self, tmp_path, suffix):
+    """The other rows stay as they are."""
+    texts = pa.array([f"text {n}".encode() for n in range(20)])
+    spoiled = {2: "q", 3: "qid", 5: "messages", 7: "more", 18: "q"}
+    own = {}
+    for name in ("qid", "q", "more", "messages"):
+      raw = [b"a\xff" if spoiled.get(n) == name else text.as_py() for n, text in enumerate(texts)]
+      own[name] = pa.Array.from_buffers(pa.string(), 20, pa.array(raw).buffers())
+    chats = pa.ListArray.from_arrays(
+      pa.array(np.arange(21), pa.int32()), pa.StructArray.from_arrays([own["messages"]], ["role"])
+    )
+    own["messages"] = pa.compute.if_else(pa.array([n == 5 for n in range(20)]), chats, None)
+    path, table = tmp_path / f"a.{suffix}", pa.table(own)
+    if suffix == "parquet":
+      parquet.write_table(table, path)
+    else:
+      with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    source = records.open_records(path) if suffix == "parquet" else records._of_files(path, [path], "arrow")
+    found = list(prompts.read_prompts(source, Columns.parse(["id:qid", "image:", "question:q"])))
+    assert {n: prompt.error for n, prompt in enumerate(found) if prompt.error} == {
+      2: 'row 3: "q" is not UTF-8: invalid start byte at byte 2',
+      3: 'row 4: "qid" is not UTF-8: invalid start byte at byte 2',
+      5: 'row 6: "messages" is not UTF-8: invalid start byte at byte 2',
+      18: 'row 19: "q" is not UTF-8: invalid start byte at byte 2',
+    }
+    assert [prompt.id for prompt in found] == ["row:4" if n == 3 else f"text {n}" for n in range(20)]
+    assert [prompt.question for prompt in found] == ["" if n in spoiled and n != 7 else f"text {n}" for n in range(20)]
+
+  def test_a_date_that_python_does_not_have(self, tmp_path):
+    own = {"id": ["a", "b"], "question": pa.array([2**31 - 1, 0], pa.date32())}
+    parquet.write_table(pa.table(own), tmp_path / "a.parquet")
+    first, second = read(tmp_path / "a.parquet", columns=["image:"])
+    assert first.error.startswith('row 1: "question" is not readable: ')
+    assert second.error == 'row 2: "question" must be a string, not a date'
+
   @pytest.mark.parametrize(
     "spoil", [lambda data: data[:-100], lambda data: data[:50], lambda data: b"", lambda data: b"{}\n"]
   )

@@ -5,7 +5,9 @@ import pathlib
 
 import local_hub
 import published
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from experiments.evaluate import loading
 from experiments.evaluate.submission import write
@@ -163,6 +165,19 @@ def test_a_bad_row_is_an_error_of_its_sample(textvqa, change, error):
   first, second = load("textvqa", textvqa(**change))
   assert first.error.startswith(error) and first.images == () and second.error is not None
   assert first.id != second.id
+
+
+def test_a_text_that_is_not_utf_8_is_an_error_of_its_sample(textvqa):
+  (path,) = textvqa().rglob("*.parquet")
+  table = parquet.read_table(path)
+  text = pa.Array.from_buffers(pa.string(), 2, pa.array([b"Why?", b"a\xff"]).buffers())
+  for name, spoiled in (
+    ("question", text),
+    ("answers", pa.ListArray.from_arrays(pa.array([0, 1, 2], pa.int32()), text)),
+  ):
+    parquet.write_table(table.set_column(table.schema.names.index(name), name, spoiled), path)
+    first, second = load("textvqa", path.parents[1])
+    assert first.error is None and second.error == f'row 2: "{name}" is not UTF-8: invalid start byte at byte 2'
 
 
 def test_pictures_may_be_bytes_without_a_feature(textvqa):
