@@ -1,16 +1,22 @@
 """What may name a picture: paths, data: URLs, base64 and addresses on the web."""
 
 import base64
+import concurrent.futures
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
 import io
+import os
 import pathlib
+import signal
 import socket
+import tempfile
 import threading
 import time
 
+import commands
 import numpy as np
 import pytest
 from PIL import Image
@@ -82,12 +88,23 @@ def test_what_names_no_picture(image, message, tmp_path):
 
 
 @pytest.fixture
-def server(png, tmp_path):
+def downloads(monkeypatch):
+  """Returns `on_disk()`: the sizes of the files that hold downloads, of which there are none yet."""
+  kept = sources._Downloads()
+  monkeypatch.setattr(sources, "_downloads", kept)
+  yield lambda: [os.fstat(own._file.fileno()).st_size for own in kept._segments]
+  kept.close()
+
+
+@pytest.fixture
+def server(png, tmp_path, downloads):
   """A web server with a picture and a text; yields its address and the paths that were asked for."""
   directory = tmp_path / "web"
   directory.mkdir()
   (directory / "a.png").write_bytes(png)
   (directory / "text.png").write_text("text")
+  for number in range(6):
+    (directory / f"{number}.png").write_bytes(png)
   asked = []
 
   class Handler(http.server.SimpleHTTPRequestHandler):
@@ -103,7 +120,7 @@ def server(png, tmp_path):
   serve.server_close()
 
 
-def test_pictures_on_the_web_are_downloaded_once(server, png, monkeypatch):
+def test_pictures_on_the_web_are_downloaded_once(server, png, downloads, monkeypatch):
   address, asked = server
   files = PictureFiles(allow_urls=True)
   assert files.size(f"{address}/a.png") == (7, 5) and same(files.load(f"{address}/a.png")[0], png)
@@ -111,7 +128,7 @@ def test_pictures_on_the_web_are_downloaded_once(server, png, monkeypatch):
   for name, message in (("b.png", "cannot be downloaded .*404"), ("text.png", "not an image")):
     with pytest.raises(ImageError, match=message):
       files.load(f"{address}/{name}")
-  kept = list(pathlib.Path(sources._downloads().name).iterdir())
+  kept = downloads()
   monkeypatch.setattr(sources, "MAX_URL_BYTES", 10)
   with pytest.raises(ImageError, match="larger than 10 bytes"):
     files.load(f"{address}/a.png?again")
@@ -120,7 +137,76 @@ def test_pictures_on_the_web_are_downloaded_once(server, png, monkeypatch):
     with pytest.raises(ImageError, match="cannot be downloaded") as error:
       files.load(name)
     assert "\n" not in str(error.value)
-  assert list(pathlib.Path(sources._downloads().name).iterdir()) == kept
+  assert downloads() == kept == [len(png) + len("text")]
+
+
+def test_only_the_last_downloads_are_kept(server, png, downloads, monkeypatch):
+  address, asked = server
+  monkeypatch.setattr(sources, "MAX_KEPT_BYTES", 4 * len(png))
+  files = PictureFiles(allow_urls=True)
+
+  def load(*numbers):
+    asked.clear()
+    for number in numbers:
+      assert same(files.load(f"{address}/{number}.png")[0], png)
+      assert sum(downloads()) <= sources.MAX_KEPT_BYTES
+    return [int(path[1]) for path in asked]
+
+  assert load(0, 1, 2, 3) == [0, 1, 2, 3] and load(0, 1, 2, 3) == []
+  assert load(4, 3, 0) == [4, 0]
+  with sources.open_source(f"{address}/0.png", pathlib.Path(), allow_urls=True) as file:
+    assert load(1, 2, 4, 5) == [1, 2, 5] and file.read() == png
+  assert load(0) == [0]
+  monkeypatch.setattr(sources, "MAX_KEPT_BYTES", 32 * len(png))  # files of several
+  assert load(*range(6), *range(6)) and load(*range(6)) == [] and len(downloads()) < 10
+
+
+def test_threads_share_downloads(server, png, downloads, monkeypatch):
+  address, asked = server
+  monkeypatch.setattr(sources, "MAX_KEPT_BYTES", 6 * len(png))
+  names = [f"{address}/{number % 6}.png" for number in range(120)]
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    for image, _ in pool.map(PictureFiles(allow_urls=True).load, names):
+      assert same(image, png)
+  assert len(asked) < 120 and sum(downloads()) <= 6 * len(png)
+
+
+def test_a_download_needs_no_disk(server, png, downloads, monkeypatch):
+  def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+  address, asked = server
+  files = PictureFiles(allow_urls=True)
+  for target, name, instead in (
+    (tempfile, "TemporaryFile", full), (os, "pwrite", full), (os, "pwrite", lambda file, data, place: len(data) - 1),
+  ):  # fmt: skip
+    with monkeypatch.context() as patched:
+      patched.setattr(target, name, instead)
+      assert same(files.load(f"{address}/a.png")[0], png)
+  assert asked == ["/a.png"] * 3
+  files.load(f"{address}/a.png")
+  files.load(f"{address}/a.png")
+  assert len(asked) == 4 and downloads() == [len(png)]
+
+
+DOWNLOAD = """
+import sys, tempfile, time
+from himap_jax.run.pictures import PictureFiles
+tempfile.tempdir = sys.argv[2]
+PictureFiles(allow_urls=True).load(sys.argv[1])
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_stays_of_a_process_that_is_killed(server, tmp_path, number):
+  (tmp_path / "tmp").mkdir()
+  command = commands.Command(DOWNLOAD, f"{server[0]}/a.png", tmp_path / "tmp")
+  command.wait_until(lambda: "ready" in command.text()[0])
+  os.kill(command.process.pid, number)
+  command.communicate()
+  assert command.process.exitcode == -number and list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])
