@@ -1,6 +1,7 @@
 """Writes directories atomically, and parameters in bounded memory."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pathlib
@@ -13,22 +14,28 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
+from safetensors import SafetensorError
 
 from checkpoints_convert import remote
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import read_marker
 from checkpoints_convert.names import Path
-from checkpoints_convert.source import PARAMS, AnyPath
+from checkpoints_convert.source import PARAMS, AnyPath, first_line
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20
+METADATA_BYTES = 1 << 20  # are enough beside a batch
 FORBIDDEN = "*?["
+_NO_SPACE = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
 
 def save_params(directory: AnyPath, tensors: Iterable[tuple[Path, np.ndarray]]) -> None:
   """Writes parameters as one Orbax checkpoint, with at most `BATCH_BYTES` and one tensor in memory.
 
   `directory` is created; `tensors`, pairs of a path in the parameter tree and an array, is consumed lazily.
+
+  Raises:
+    OSError: the disk is full.
   """
   context = ocp.Context()
   context.array_options.saving.use_compression = False
@@ -39,14 +46,23 @@ def save_params(directory: AnyPath, tensors: Iterable[tuple[Path, np.ndarray]]) 
   with context:
     for path, array in tensors:
       if batch and num_bytes + array.nbytes > BATCH_BYTES:
-        ocp.partial.save(directory, traverse_util.unflatten_dict(batch))
+        _save(directory, batch, num_bytes)
         batch, num_bytes = {}, 0
       batch[path] = array
       num_bytes += array.nbytes
       del array
     if batch:
-      ocp.partial.save(directory, traverse_util.unflatten_dict(batch))
+      _save(directory, batch, num_bytes)
     ocp.partial.finalize(directory)
+
+
+def _save(directory: AnyPath, batch: dict[Path, np.ndarray], num_bytes: int) -> None:
+  """Adds tensors of so many bytes. A disk that is too small is noticed first: Orbax's threads would print tracebacks."""
+  if not remote.is_remote(directory):
+    disk = shutil.disk_usage(directory.parent)
+    if disk.total and disk.free < num_bytes + METADATA_BYTES:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  ocp.partial.save(directory, traverse_util.unflatten_dict(batch))
 
 
 @contextlib.contextmanager
@@ -99,12 +115,16 @@ def locked(target: AnyPath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _writing(target: AnyPath) -> Iterator[None]:
-  """Turns an `OSError` into a `CheckpointError` that names the target."""
+  """Turns errors of writing into a `CheckpointError` that names the target."""
   try:
     yield
-  except OSError as error:
+  except Exception as error:
+    # Orbax and tokenizers have no type of their own for a full disk.
+    is_full = type(error) in (ValueError, Exception) and any(reason in str(error) for reason in _NO_SPACE)
+    if not is_full and not isinstance(error, OSError | SafetensorError):
+      raise
     raise CheckpointError(
-      f"{target}: cannot be written ({error}); HIMAP_JAX_CACHE names the folder of cached copies"
+      f"{target}: cannot be written ({first_line(error)}); HIMAP_JAX_CACHE names the folder of cached copies"
     ) from error
 
 

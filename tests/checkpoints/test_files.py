@@ -8,11 +8,13 @@ import pwd
 import shutil
 import signal
 import time
+import types
 
 import commands
 import numpy as np
 import pytest
 from layouts import WEIGHTS, convert_to
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import digest, source, store
@@ -110,6 +112,48 @@ class TestLocks:
       with store.new_directory(tmp_path / "target"):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert os.listdir(tmp_path) == ["file"]
+
+  @pytest.mark.parametrize(
+    "error",
+    [
+      SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+      ValueError('RESOURCE_EXHAUSTED: Error writing "a/c/0": Failed to write 9 bytes: No space left on device\nmore'),
+      ValueError("RESOURCE_EXHAUSTED: Disk quota exceeded [os_error_code='122']"),
+      Exception("No space left on device (os error 28)"),
+    ],
+  )
+  def test_a_full_disk_in_the_words_of_libraries(self, tmp_path, error):
+    with pytest.raises(
+      CheckpointError, match="target: cannot be written .*(No space|quota).*HIMAP_JAX_CACHE"
+    ) as caught:
+      with store.new_directory(tmp_path / "target"):
+        raise error
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+  @pytest.mark.parametrize(
+    "error",
+    [
+      ValueError("a bug"),
+      Exception("a bug"),
+      KeyError("a"),
+      *(own("No space left on device") for own in (CheckpointError, UserError)),
+    ],
+  )
+  def test_other_errors_stay_as_they_are(self, tmp_path, error):
+    with pytest.raises(type(error)) as caught, store.new_directory(tmp_path / "target"):
+      raise error
+    assert caught.value is error and os.listdir(tmp_path) == []
+
+  def test_parameters_need_space(self, tmp_path, monkeypatch):
+    """A disk that is too small is noticed before threads of Orbax print what they meet there."""
+    tensors = [(("a",), np.zeros(1 << 20, np.int8)), (("b",), np.zeros(1 << 20, np.int8))]
+    monkeypatch.setattr(store, "BATCH_BYTES", 1 << 20)
+    disk = types.SimpleNamespace(total=1 << 30, free=(2 << 20) - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    with pytest.raises(CheckpointError, match="target: cannot be written .*No space left"):
+      with store.new_directory(tmp_path / "target") as (_, params):
+        store.save_params(params, iter(tensors))
+    assert os.listdir(tmp_path) == []
 
   def test_one_at_a_time(self, tmp_path):
     """Each adds one to a number in a file, slowly; waiting ones begin anew when the lock's file is removed."""
