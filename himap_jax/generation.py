@@ -14,10 +14,11 @@ from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, image_buckets
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, GenerationConfig
 from himap_jax.engine.pool import Request
-from himap_jax.errors import check_whole
+from himap_jax.errors import UserError, check_whole
 from himap_jax.families.family import Processor, Question
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.rgb import to_rgb
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,13 @@ def has_any(processor: Processor, stops: Sequence[str]) -> Callable[[Sequence[in
   return is_complete if stops else None
 
 
+def _pictures(own: Image.Image | Sequence[Image.Image], name: str) -> list[Image.Image]:
+  try:
+    return [to_rgb(image) for image in ([own] if isinstance(own, Image.Image) else own)]
+  except UserError as error:
+    raise UserError(f"{name}: {error}") from error
+
+
 def generate(
   loaded: LoadedModel,
   images: Sequence[Image.Image | Sequence[Image.Image]],
@@ -120,6 +128,7 @@ def generate(
 
   Args:
     images: for each question its image, or its images in the order of `<image>` in the prompt; use `[]` for no image.
+      They may have any mode, and are converted as the pictures of a run are: see `rgb.to_rgb`.
     questions: a text, or the messages of a conversation.
 
   Raises:
@@ -128,7 +137,7 @@ def generate(
   arguments.check_questions(images, questions)
   arguments.check_schedule(schedule)
   processor = loaded.prompts(inputs.prompt_template, inputs.max_image_tokens)
-  rows = [[own] if isinstance(own, Image.Image) else list(own) for own in images]
+  rows = [_pictures(own, f"images[{number}]") for number, own in enumerate(images)]
   counts = collections.Counter(processor.image_size([image.size for image in own]) for own in rows)
   batcher = make_batcher(loaded, processor, counts, inputs.prompt_buckets, generation.max_new_tokens, schedule)
   engine = loaded.engine(schedule, generation, inputs.batch_sizes(len(rows)))

@@ -14,6 +14,7 @@ ALLOWED = {
   "checkpoints_convert": set(),
   "himap_jax.errors": set(),
   "himap_jax.inputs": set(),
+  "himap_jax.rgb": {"himap_jax.errors"},
   "himap_jax.model": {"himap_jax.inputs"},
   "himap_jax.pruning": {"himap_jax.inputs", "himap_jax.errors"},
   "himap_jax.families": {"himap_jax.inputs", "himap_jax.errors", "himap_jax.model", "checkpoints_convert"},

@@ -7,23 +7,19 @@ import io
 import os
 import pathlib
 import struct
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, PngImagePlugin
+from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 
 from himap_jax.errors import UserError
 from himap_jax.families.examples import check_aspect_ratio
+from himap_jax.rgb import to_rgb, without_warnings
 from himap_jax.run import sources
 
 MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _SIGNATURE_BYTES = 16
-_TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-_warnings_lock = threading.Lock()
 
 Image.init()
 
@@ -62,9 +58,7 @@ class PictureFiles:
       digest = _digest(image, file)
       picture = _open_image(file)
       _limit_size(picture, max_pixels)
-      picture.load()
-      _turn_upright(picture)
-      return _to_rgb(picture), digest
+      return to_rgb(picture), digest
 
     return self._read(image, read)
 
@@ -77,7 +71,7 @@ class PictureFiles:
       if picture.format == "TIFF":  # of which Pillow gives the size after turning
         return picture.size
       is_turned = False
-      with contextlib.suppress(Exception), _without_warnings():
+      with contextlib.suppress(Exception), without_warnings():
         if picture.format == "PNG":
           picture.info = _png_info(file, is_animated=picture.is_animated)
         # That of PNG would decode it.
@@ -127,7 +121,7 @@ def _open_image(file: io.BufferedIOBase) -> Image.Image:
     factory, accept = Image.OPEN.get(name, (None, None))
     if factory and accept and accept(signature) is True:
       file.seek(0)
-      with _without_warnings():
+      with without_warnings():
         return factory(file, "")
   raise ImageError(f"not an image of a supported format ({', '.join(_FORMATS)})")
 
@@ -162,41 +156,3 @@ def _png_info(file: io.BufferedIOBase, *, is_animated: bool) -> dict[Any, Any]:
       has_data = has_data or kind in (b"IDAT", b"fdAT")
       file.seek(start + length + 4)  # past the checksum
   return stream.im_info
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-  if image.mode == "I" or image.mode.startswith("I;16"):
-    return _scale_to_8_bit(image).convert("RGB")
-  if image.mode == "F":
-    raise ImageError("floating-point samples are not supported")
-  if not image.has_transparency_data:
-    return image.convert("RGB")
-  if image.mode != "RGBA":
-    image = image.convert("RGBA")
-  opaque = Image.new("RGB", image.size, "white")
-  opaque.paste(image.convert("RGB"), mask=image.getchannel("A"))
-  return opaque
-
-
-def _scale_to_8_bit(image: Image.Image) -> Image.Image:
-  samples = np.asarray(image)
-  if samples.min() < 0 or samples.max() > 65535:
-    raise ImageError("samples of 32 bits are not supported")
-  scaled = _TO_8_BIT[samples]
-  transparent = image.info.get("transparency")
-  if transparent is not None:
-    scaled[samples == transparent] = 255
-  return Image.fromarray(scaled)
-
-
-def _turn_upright(image: Image.Image) -> None:
-  with contextlib.suppress(Exception), _without_warnings():  # Damaged EXIF does not make a picture unusable.
-    ImageOps.exif_transpose(image, in_place=True)
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-  # Warning filters are global to the process, so only one thread may replace them at a time.
-  with _warnings_lock, warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    yield

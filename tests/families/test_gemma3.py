@@ -10,6 +10,7 @@ import reference_restore
 import tiny_checkpoints
 import tiny_gemma3
 import torch
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from experiments.flow import tokens as flow_tokens
@@ -59,6 +60,21 @@ def examples(loaded, pictures):
 
 def answer(loaded, pictures, questions, schedule):
   return generate(loaded, pictures, questions, schedule=schedule, generation=GENERATION, inputs=INPUTS)
+
+
+def test_pictures_of_a_caller_may_have_any_mode(loaded, images, monkeypatch):
+  """Processors of published checkpoints do not convert them."""
+  monkeypatch.setattr(loaded.processor.image_processor, "do_convert_rgb", None)
+  grey, clear = images[0].convert("L"), images[0].convert("RGBA")
+  clear.putalpha(0)
+  own = [[grey], [grey.convert("RGB")], [clear], [Image.new("RGB", clear.size, "white")]]
+  answers = generate(loaded, own, ["Why?"] * 4, generation=GenerationConfig(1), inputs=INPUTS)
+  first, second, third, fourth = (answer.first_logits for answer in answers)
+  np.testing.assert_allclose(first, second, atol=1e-6)
+  np.testing.assert_allclose(third, fourth, atol=1e-6)
+  assert np.abs(first - third).max() > 1e-3
+  with pytest.raises(UserError, match="^images.1.: floating-point samples are not supported$"):
+    generate(loaded, [grey, Image.new("F", (8, 8))], ["Why?"] * 2, inputs=INPUTS)
 
 
 class TestPrompts:
