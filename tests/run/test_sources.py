@@ -236,6 +236,7 @@ def test_a_server_that_breaks_off(monkeypatch):
   """What `http.client` raises is neither an `OSError` nor a `ValueError`."""
   listener = socket.create_server(("localhost", 0))
   replies = [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab", b"nonsense\r\n\r\n"]
+  replies += [b"HTTP/1.1 200 OK\r\nContent-Length: 1005\r\n\r\nabcde"]  # for which it raises nothing
 
   def serve():
     for reply in replies:
@@ -247,8 +248,9 @@ def test_a_server_that_breaks_off(monkeypatch):
   thread = threading.Thread(target=serve)
   thread.start()
   for number in range(len(replies)):
-    with pytest.raises(ImageError, match="cannot be downloaded"):
+    with pytest.raises(ImageError, match="cannot be downloaded") as found:
       PictureFiles(allow_urls=True).load(f"http://localhost:{listener.getsockname()[1]}/{number}.png")
+  assert "1,000 bytes are missing at its end" in str(found.value)
   thread.join()
   listener.close()
 
