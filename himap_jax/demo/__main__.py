@@ -48,7 +48,7 @@ _MAX_PICTURE_MB = flags.DEFINE_integer("max_picture_mb", 16, "Largest file of a 
 def read_examples(directory: pathlib.Path) -> list[tuple[str, str]]:
   """The pictures, as files, and questions of a directory's prompts.jsonl; none if there is no such file."""
   path = directory / "prompts.jsonl"
-  prompts = read_prompts(open_records(path)) if path.is_file() else ()
+  prompts = read_prompts(open_records(path)) if os.path.isfile(path) else ()
   return [
     (str(directory / str(prompt.images[0])), prompt.question)
     for prompt in prompts
