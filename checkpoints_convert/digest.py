@@ -18,8 +18,9 @@ def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cac
   """SHA-256, in hexadecimal, of the names and contents of all files of a checkpoint that can affect its answers.
 
   These are the files `weights`, in the directory, configuration, tokenizer, image processor, chat template and
-  generation settings, without those that say how the checkpoint was made. File digests are cached in `cache_dir` until a file's size, modification time or inode changes; a
-  cache that cannot be written is ignored. Raises `CheckpointError` if a file cannot be read.
+  generation settings, without those that say how the checkpoint was made. File digests are cached in `cache_dir` until
+  a file's size, modification time or inode changes; a cache that cannot be written is ignored. Raises `CheckpointError`
+  if a file cannot be read.
   """
   directory = directory.resolve()
   small = {path for pattern in SMALL_FILES for path in directory.glob(pattern)}

@@ -51,8 +51,10 @@ def new_directory(target: epath.Path) -> Iterator[tuple[pathlib.Path, Any]]:
   with tempfile.TemporaryDirectory() as name:
     files = pathlib.Path(name)
     yield files, target / PARAMS
-    for path in sorted(files.iterdir(), key=lambda path: path.name == MARKER):
-      (target / path.name).write_bytes(path.read_bytes())
+    for path in sorted(filter(pathlib.Path.is_file, files.rglob("*")), key=lambda path: path.name == MARKER):
+      copy = target / path.relative_to(files).as_posix()
+      copy.parent.mkdir(parents=True, exist_ok=True)
+      copy.write_bytes(path.read_bytes())
   (target / UNFINISHED).unlink()
 
 

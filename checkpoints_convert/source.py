@@ -17,7 +17,8 @@ PICKLED_FILES = "*.bin"
 TRAINING_FILES = ("optimizer*", "scheduler*", "sampler*", "training_args*")  # beside weights, with a training's state
 
 PARAMS = "params"  # folder of a converted checkpoint's parameters
-_INNER = (PARAMS, "additional_chat_templates")  # folders of which files are read, too
+TEMPLATES = "additional_chat_templates"  # folder of further chat templates
+_INNER = (PARAMS, TEMPLATES)  # folders of which files are read, too
 
 # A local path, or one in object storage.
 AnyPath = pathlib.Path | epath.Path

@@ -20,11 +20,11 @@ from checkpoints_convert import remote
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import read_marker
 from checkpoints_convert.names import Path
-from checkpoints_convert.source import PARAMS, AnyPath, first_line
+from checkpoints_convert.source import PARAMS, TEMPLATES, AnyPath, first_line
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20
-METADATA_BYTES = 1 << 20  # are enough beside a batch
+METADATA_BYTES = 1 << 20  # room for Orbax's metadata beside a batch
 FORBIDDEN = "*?["
 _NO_SPACE = os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT)
 
@@ -135,8 +135,9 @@ def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Pat
     raise CheckpointError(
       f"{directory}: no converted checkpoint; write one with python -m himap_jax.convert --target={directory}"
     )
-  files = sorted(path for path in directory.iterdir() if path.name != PARAMS)
-  stats = [(path.name, stat.length, stat.mtime) for path in files for stat in (path.stat(),)]
+  files = [path.name for path in directory.iterdir() if path.name not in (PARAMS, TEMPLATES)]
+  files += [f"{TEMPLATES}/{path.name}" for path in (directory / TEMPLATES).glob("*")]
+  stats = [(name, stat.length, stat.mtime) for name in sorted(files) for stat in ((directory / name).stat(),)]
   digest = hashlib.sha256(f"{directory} {marker['fingerprint']} {stats}".encode()).hexdigest()[:16]
   copy = cache_dir / "remote" / f"{directory.name}-{digest}"
   if copy.exists():
@@ -144,6 +145,7 @@ def copy_of_files(directory: epath.Path, cache_dir: pathlib.Path) -> pathlib.Pat
   with locked(copy):
     if not copy.exists():  # another process may have copied them by now
       with new_directory(copy) as (work, _):
-        for path in files:
-          (work / path.name).write_bytes(path.read_bytes())
+        for name in files:
+          (work / name).parent.mkdir(exist_ok=True)
+          (work / name).write_bytes((directory / name).read_bytes())
   return copy

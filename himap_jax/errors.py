@@ -24,6 +24,6 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
 
 
 def check_text(name: str, text: str, error: type[UserError] = UserError) -> None:
-  """Raises `UserError`, or a kind of it, for half a character in a text, such as of bytes that are no UTF-8."""
+  """Raises `UserError`, or a kind of it, if a text holds an unpaired surrogate, as from bytes that are not UTF-8."""
   if any("\ud800" <= character <= "\udfff" for character in text):
     raise error(f"{name} has an unpaired surrogate, which is not text")

@@ -47,7 +47,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-  # Warning filters are global to the process, so only one thread may replace them at a time.
+  """Without Python's warnings, in one thread at a time: their filters are global to the process."""
   with _warnings_lock, warnings.catch_warnings():
     warnings.simplefilter("ignore")
     yield

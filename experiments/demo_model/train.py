@@ -9,6 +9,7 @@ trained again.
 import dataclasses
 import importlib.util
 import pathlib
+import tempfile
 from collections.abc import Mapping
 
 from absl import flags
@@ -41,17 +42,20 @@ def run() -> int:
   options = Options(_DTYPE.value, _GRADIENTS.value, _SAVE_EVERY.value)
   workdir, recipe = study.directory("workdir").absolute(), RECIPES[_MODEL.value]
   adapter = pathlib.Path(_ADAPTER.value)
-  with command.user_error(f"--adapter: cannot write {adapter}"):
+  with command.user_error(f"--adapter: cannot write {adapter}"):  # before the training
     adapter.parent.mkdir(parents=True, exist_ok=True)
-    with open(adapter, "ab"):  # before the training
+    if adapter.is_dir() or adapter.parent.resolve() == workdir:
+      raise UserError(f"--adapter={adapter}: name a file outside of --workdir")
+    with tempfile.TemporaryFile(dir=adapter.parent):
       pass
   for part in recipe.parts:
     directory = workdir / f"part_{part.name}"
     directory.mkdir(exist_ok=True)
     check_settings(directory / "settings.json", part, workdir)
     if not adapter_of(workdir, part.name).exists():
-      own = {"cache_dir": checkpoint.default_cache_dir(), "adapter": None, "feature_layers": part.feature_layers}
-      base = assemble(workdir / f"base_{'_'.join(map(str, part.feature_layers))}", _MODEL.value, **own)
+      layers, cache_dir = part.feature_layers, checkpoint.default_cache_dir()
+      folder = workdir / f"base_{'_'.join(map(str, layers))}"
+      base = assemble(folder, _MODEL.value, cache_dir=cache_dir, adapter=None, feature_layers=layers)
       start = mean(workdir, part.start) if part.start else None
       train(part, base, start, directory / "checkpoints", options).save(adapter_of(workdir, part.name))
   mean(workdir, recipe.result).save(adapter)
@@ -78,8 +82,7 @@ def check_torch() -> None:
 def check_settings(path: pathlib.Path, part: Part, workdir: pathlib.Path) -> None:
   """Raises `UserError` if the work directory holds the part of another recipe, model, data, dtype or start."""
   settings = {"model": _MODEL.value, "dtype": _DTYPE.value} | dataclasses.asdict(part)
-  settings |= {"stages": list(map(list, part.stages)), "rates": part.rates._asdict(), "shares": part.shares._asdict()}
-  settings |= {"feature_layers": list(part.feature_layers)}
+  settings |= {"rates": part.rates._asdict(), "shares": part.shares._asdict()}
   settings |= {"base": provenance(_MODEL.value, None, part.feature_layers)}
   settings |= {"data": {path.name: sha256_of(path) for path in sorted(pathlib.Path(__file__).parent.glob("*.json"))}}
   settings |= {"start": {own: [share, sha256_of(adapter_of(workdir, own))] for own, share in part.start.items()}}

@@ -55,7 +55,7 @@ def load(
 
 def _belongs(task: Task, record: Record) -> bool:
   try:
-    return task.keeps(record)
+    return any(isinstance(value, records.BadRow) for value in record.values()) or task.keeps(record)
   except KeyError:  # `load` names the columns that are missing.
     return True
 

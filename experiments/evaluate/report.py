@@ -28,7 +28,7 @@ def summary(rows: Sequence[tabular.Row], tasks: Iterable[Task]) -> list[str]:
     f"- {task.title}: {name} reaches {own.value:g} ({own.source})" for task in tasks for name, own in task.known.items()
   ]
   lines = [
-    "Intervals are 95% bootstrap intervals over questions; differences are paired. FLOPs are relative to no pruning."
+    "Intervals are 95% bootstrap intervals over pictures; differences are paired. FLOPs are relative to no pruning."
   ]
   rows = [
     {**row, "shown_score": _shown(row, "score", ".4g"), "shown_difference": _shown(row, "difference", "+.3g")}

@@ -82,7 +82,7 @@ class Results:
       return 100 * resample(values, groups=pictures, seed=seed, resamples=RESAMPLES)[:, 0]
     groups: dict[str, list[Scored]] = {}
     for number, one in enumerate(own):
-      groups.setdefault(one.sample.group or f"#{number}", []).append(one)
+      groups.setdefault(one.sample.group or one.sample.picture or f"#{number}", []).append(one)
     parts, rng = list(groups.values()), np.random.default_rng(seed)
     if not parts:
       return np.zeros(0)

@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Float
 
+from experiments import question_sets
 from experiments.flow import disruption, saliency
 from experiments.flow.decoder import himap_scores
 from experiments.flow.interventions import BLOCKS, Intervention
@@ -48,6 +49,7 @@ class Trial(NamedTuple):
   name: str
   price: float  # FLOPs on image tokens (HiMAP, Eq. 10), relative to no pruning
   same: Float[np.ndarray, "Q"]  # whether each answer is the one without pruning
+  pictures: Sequence[Hashable]  # of these questions
   proposal: Proposal
 
   @property
@@ -73,11 +75,12 @@ class Trials(NamedTuple):
     schedules = {"none": Schedule()}
     schedules |= {proposal.key: self.subject.himap(proposal.prune_layers, proposal.keep) for _, proposal in entries}
     answers = self.subject.answers(schedules, self.prefix, max_new_tokens=self.max_new_tokens)
-    trials = []
+    picture_of = {question.id: question.image for question in self.subject.questions}
+    trials, pictures = [], [picture_of[row_id] for row_id in answers["none"]]
     for name, proposal in entries:
       same = [is_right(answers[proposal.key][row_id], answer) for row_id, answer in answers["none"].items()]
       price = self.price(proposal.prune_layers, proposal.keep)
-      trials.append(Trial(name, price, np.array(same, np.float64), proposal))
+      trials.append(Trial(name, price, np.array(same, np.float64), pictures, proposal))
     return trials
 
 
@@ -95,18 +98,15 @@ def best(tried: Sequence[Trial]) -> Trial:
   return max(tried, key=lambda trial: trial.agreement)  # of equal ones the first, which has the smallest loss
 
 
-def expected_agreement(tried: Sequence[Trial], pictures: Sequence[Hashable], *, seed: int) -> tabular.Row:
+def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
   """Expected agreement of the best schedule on other questions, with its 95% interval, by cross-validation.
 
   The best of several schedules scores higher on the questions that selected it than on others. The selection is
   therefore repeated without each of `FOLDS` parts of the questions and evaluated on that part; questions about one
   picture are in one part.
-
-  Args:
-    pictures: of the questions.
   """
   same = np.stack([trial.same for trial in tried])  # [schedules, Q]
-  own, picture = np.unique(np.array(list(map(str, pictures))), return_inverse=True)
+  own, picture = np.unique(np.array(list(map(str, tried[0].pictures))), return_inverse=True)
   fold = (np.random.default_rng(seed).permutation(len(own)) % FOLDS)[picture]
   winners = [same[:, fold != number].sum(axis=1).argmax() for number in fold]
   outside = same[winners, np.arange(same.shape[1])]
@@ -214,10 +214,11 @@ def run(values: Any) -> study.Report:
   if num_heldout >= count:
     raise UserError(f"--num_heldout={num_heldout} leaves none of {count} questions to calibrate on")
   layers = sorted(set(study.layers(values["disrupted_layers"], subject)))
-  workdir = study.workdir_for(subject, "num_heldout", "max_new_tokens", "disrupted_layers")
   parts = split(subject.questions, num_heldout, seed=seed)
   if not parts[0]:
     raise UserError(f"--num_heldout={num_heldout} leaves no picture to calibrate on")
+  flags_of = ("num_heldout", "max_new_tokens", "disrupted_layers")
+  workdir = study.workdir_for(subject, *flags_of, calibration=question_sets.digest(parts[0]))
   calibration, heldout = (
     Trials(dataclasses.replace(subject, questions=own), workdir / name, values.max_new_tokens)
     for name, own in zip(("calibration", "heldout"), parts, strict=True)
@@ -227,8 +228,7 @@ def run(values: Any) -> study.Report:
   measured = measure(calibration.subject, workdir, layers_at_a_time=at_once, disrupted_layers=layers)
   proposals = propose(measured, calibration.price, budget, count=values.num_tried)
   tried = calibration.run([(f"proposal {number}", proposal) for number, proposal in enumerate(proposals, start=1)])
-  pictures = [question.image for question in calibration.subject.questions]
-  chosen, expected = best(tried), expected_agreement(tried, pictures, seed=seed)
+  chosen, expected = best(tried), expected_agreement(tried, seed=seed)
   rows, compared = rows_of(tried, "calibration", seed=seed), []
   if num_heldout:
     trials = compare(heldout, chosen, measured, budget)

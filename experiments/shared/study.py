@@ -150,11 +150,11 @@ def open_workdir(**settings: Any) -> pathlib.Path:
   return workdir
 
 
-def workdir_for(subject: Subject, *names: str) -> pathlib.Path:
-  """The `--workdir` for measurements that depend on the subject and on the named flags."""
+def workdir_for(subject: Subject, *names: str, **more: Any) -> pathlib.Path:
+  """The `--workdir` for measurements that depend on the subject, the named flags and more."""
   settings = {name: flags.FLAGS[name].value for name in (*SUBJECT_FLAGS, *names)}
   digests = {"fingerprint": subject.opened.digest(), "questions": question_sets.digest(subject.questions)}
-  return open_workdir(**settings, **digests)
+  return open_workdir(**settings, **digests, **more)
 
 
 def layers(flag: Any, subject: Subject) -> tuple[int, ...]:

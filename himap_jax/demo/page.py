@@ -181,7 +181,7 @@ class Handlers:
       UserError: it is no regular file in the folder of uploads, or too large.
     """
     most, size = self._limits.picture_bytes, None
-    with contextlib.suppress(TypeError, ValueError, OSError, RuntimeError):  # of what is no path
+    with contextlib.suppress(LookupError, TypeError, ValueError, OSError, RuntimeError):  # of what is no path
       path = pathlib.Path(file["path"]).resolve()
       if is_in_or_equal(path, self._uploads) and path.is_file():
         size = path.stat().st_size

@@ -143,7 +143,7 @@ def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt]) 
   """Says how many rows that were answered before have no picture of kept patches."""
   missing = sum(bool(prompt.images) and not (directory / f"{prompt.file_name}.png").exists() for prompt in answered)
   if missing:
-    print(f"{missing} rows were answered without --pictures and get none; --noresume draws all", file=sys.stderr)
+    print(f"{missing} answered rows have no picture in {directory} and get none; --noresume draws all", file=sys.stderr)
 
 
 def _check_outside(output: pathlib.Path, checkpoint: pathlib.Path) -> None:

@@ -38,7 +38,7 @@ _NOT_TEXT = frozenset(range(32)) - frozenset(b"\t\n\f\r")
 
 
 class BadRow(UserError):
-  """An error in one row; as a value, why that cannot be read."""
+  """An error in one row; in the place of a value, why it cannot be read."""
 
 
 class _LongLineError(csv.Error):

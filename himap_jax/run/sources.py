@@ -178,6 +178,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
       raise OSError(f"larger than {MAX_URL_BYTES:,} bytes")
     if time.monotonic() > end:
       raise TimeoutError(f"it takes more than {MAX_URL_SECONDS} seconds")
-  if response.length:  # of a server that says how much it sends
-    raise OSError(f"{response.length:,} bytes are missing at its end")
+  missing = getattr(response, "length", None)  # where the server has said how much it sends
+  if missing:
+    raise OSError(f"{missing:,} bytes are missing at its end")
   return file.getvalue()

@@ -36,6 +36,9 @@ LOOPS = (
   "{{ 9 ** 9 ** 9 }}",
   "{% if eos_token %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
   "{% if strftime_now('%Y') %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+  "{% if date_string %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+  "{{ 1 / 0 if messages[0].content is not string }}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}"
+  "{% endfor %}",
   "{% if messages[0].content | length > 1 %}{{ 1 / 0 }}{% endif %}"
   "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+import checkpoints_convert
 from experiments.shared import machine
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
@@ -47,8 +48,13 @@ def run(part: Part, workdir: pathlib.Path, *, num_trials: int, seed: int, only: 
     UserError: the directory holds trials of another seed, or of other code.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  code = machine.checksum_of_library(pathlib.Path(__file__).parent.glob("*.py"))
-  command.check_settings(workdir / "settings.json", {"seed": seed, "code": code}, advice="use another --workdir")
+  if only is None:  # which may repeat a trial of older code
+    others = [
+      *pathlib.Path(__file__).parent.glob("*.py"),
+      *pathlib.Path(checkpoints_convert.__file__).parent.rglob("*.py"),
+    ]
+    settings = {"seed": seed, "code": machine.checksum_of_library(others)}
+    command.check_settings(workdir / "settings.json", settings, advice="use another --workdir")
   path = workdir / "trials.jsonl"
   is_new = only is not None or not path.exists()
   done = [] if is_new else [json.loads(line) for line in _whole_lines(path)]

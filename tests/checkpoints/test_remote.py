@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from layouts import convert_to as convert
 
-from checkpoints_convert import remote
+from checkpoints_convert import remote, store
 from checkpoints_convert.stored import StoredTensor
 from himap_jax import checkpoint
 
@@ -39,6 +39,15 @@ def test_loads_what_a_local_conversion_loads(source, bucket, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, remote_model.model.params, local_model.model.params)
   assert remote_model.config == local_model.config and remote_model.eos_token_ids == local_model.eos_token_ids
   assert remote_model.processor.tokenizer("Why?") == local_model.processor.tokenizer("Why?")
+
+
+def test_further_chat_templates_go_along(source, bucket, tmp_path):
+  source = shutil.copytree(source, tmp_path / "source")
+  (source / "additional_chat_templates").mkdir()
+  (source / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+  target = convert(source, bucket / "model")
+  for directory in (target, store.copy_of_files(target, tmp_path / "cache")):
+    assert (directory / "additional_chat_templates" / "short.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_copy_on_disk_has_no_digest(source, bucket, tmp_path):

@@ -24,6 +24,16 @@ from himap_jax.families.family import Message
     ),
     (3, "is not a text but 3"),
     ({"default": "{{ x }}", "tools": "{% if %}"}, "does not parse"),
+    (
+      "{% if date_string is defined %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+      "{% endif %}",
+      "takes more than 5 s or 1 GiB$",
+    ),
+    (
+      "{{ messages[0].x.y if messages[0].content is not string }}{% for a in range(99999) %}"
+      "{% for b in range(99999) %}{% endfor %}{% endfor %}",
+      "takes more than 5 s or 1 GiB$",
+    ),
   ],
 )
 def test_refused(template, message):
@@ -95,5 +105,7 @@ def test_a_system_message_is_its_text_in_every_template(template, expected):
 
 def test_templates_that_write_the_day():
   templates.check(LLAMA_LIKE, "dir", {})
-  with pytest.raises(UserError, match="^dir: its chat template writes the day of a question"):
-    templates.check("{{ strftime_now('%Y') }}", "dir", {})
+  templates.check({"default": LLAMA_LIKE, "tools": "{{ strftime_now('%Y') }}"}, "dir", {})
+  for template in ("{{ strftime_now('%Y') }}", "{% set date_string = strftime_now('%Y') %}{{ date_string }}"):
+    with pytest.raises(UserError, match="^dir: its chat template writes the day of a question"):
+      templates.check(template, "dir", {})

@@ -131,7 +131,7 @@ class TestBadRows:
     assert len(list(pictures.iterdir())) == len(good)
     capsys.readouterr()
     assert job.run(changed(config, pictures=tmp_path / "others", emit=frozenset({"tokens"}))) == 0
-    assert f"{len(good)} rows were answered without --pictures and get none" in capsys.readouterr().err
+    assert f"{len(good)} answered rows have no picture in {tmp_path / 'others'} and get none" in capsys.readouterr().err
 
     with (tmp_path / "prompts.jsonl").open("ab") as file:
       file.write(b'{"id": "late", "image": "0.png", "question": "<image><image>"}\n')

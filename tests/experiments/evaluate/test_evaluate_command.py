@@ -135,9 +135,10 @@ def test_intervals_of_means(count):
   assert row["score"] - row["score_low"] == pytest.approx(half, abs=0.8)
 
 
-def test_questions_about_one_picture_are_drawn_together():
+@pytest.mark.parametrize("name", ["gqa", "chartqa", "docvqa"])
+def test_questions_about_one_picture_are_drawn_together(name):
   """Ten pictures of ten questions that are all right or all wrong: as uncertain as ten questions."""
-  task = TASKS["gqa"]
+  task = TASKS[name]
   samples = [Sample(str(n), references=("yes",), picture=str(n // 10)) for n in range(100)]
   rows = {str(n): {"answer": "yes" if n // 10 % 2 else "no", "error": None} for n in range(100)}
   rows["99"] = {"answer": None, "error": "damaged"}
