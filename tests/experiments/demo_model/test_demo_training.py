@@ -286,13 +286,10 @@ def command(checkpoints, monkeypatch, tmp_path):
 
   def run(workdir, recipe=recipe, **values):
     monkeypatch.setitem(RECIPES, "demo", recipe)
-    named = {"model": "demo", "dtype": "float32", "gradients": "jax", "save_every": 2}
-    for name, value in (named | {"adapter": str(workdir.with_suffix(".safetensors"))} | values).items():
-      monkeypatch.setattr(train, f"_{name.upper()}", types.SimpleNamespace(name=name, value=value))
-    monkeypatch.setattr(train.study, "directory", lambda _: workdir)
-    workdir.mkdir(exist_ok=True)
+    named = {"model": "demo", "dtype": "float32", "gradients": "jax", "save_every": 2, "workdir": str(workdir)}
+    given = types.SimpleNamespace(**named | {"adapter": str(workdir.with_suffix(".safetensors"))} | values)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # in Optax
-      assert train.run() == 0
+      assert train.run(given) == 0
     written = {path.name: path.read_bytes() for path in sorted(workdir.glob("*.safetensors"))}
     return written | {"result.safetensors": workdir.with_suffix(".safetensors").read_bytes()}
 
@@ -306,29 +303,29 @@ def twice_as_wide(tensors):
   return tensors | {name: np.tile(tensors[name], (1, 2))}
 
 
-def test_a_part_starts_from_the_mean_of_others_and_keeps_what_it_says(command, tmp_path, monkeypatch):
+def check_start(projectors, work):
   """The third part reads more features: what it starts from is the mean's projector, and nothing of the others."""
-  given, add = [], align.add
-
-  def recorded(model, patches, embeddings, base, *args, **kwargs):
-    given.append(patches.whitening.fold(base))
-    return add(model, patches, embeddings, base, *args, **kwargs)
-
-  monkeypatch.setattr(align, "add", recorded)
-  command(tmp_path / "work")
-  mean = adapter.average([Adapter.read(tmp_path / f"work/{part}.safetensors") for part in "12"], [0.25, 0.75])
-  (own,) = (projector["linear_1"]["weight"] for projector in given)
+  mean = adapter.average([Adapter.read(work / f"{part}.safetensors") for part in "12"], [0.25, 0.75])
+  (own,) = (projector["linear_1"]["weight"] for projector in projectors)
   expected, width = mean.projector["linear_1"]["weight"], own.shape[1] // 2
   assert expected.shape[1] == width
   np.testing.assert_allclose(own[:, :width], expected, atol=2e-3)
   np.testing.assert_allclose(own[:, width:], 0, atol=2e-3)
-  found = Adapter.read(tmp_path / "work.safetensors")
+  found = Adapter.read(work.with_suffix(".safetensors"))
   assert found.projector["linear_1"]["weight"].shape == own.shape
   assert jax.tree.structure(found.lora) == jax.tree.structure(mean.lora)
 
 
 def test_an_interrupted_training_continues_as_if_it_had_not_been(command, tmp_path, monkeypatch):
+  started, add = [], align.add
+
+  def recorded(model, patches, embeddings, base, *args, **kwargs):
+    started.append(patches.whitening.fold(base))
+    return add(model, patches, embeddings, base, *args, **kwargs)
+
+  monkeypatch.setattr(align, "add", recorded)
   whole = command(tmp_path / "whole")
+  check_start(started, tmp_path / "whole")
   assert list(whole) == ["1.safetensors", "2.safetensors", "3.safetensors", "result.safetensors"]
   assert whole["result.safetensors"] == whole["3.safetensors"] and len(set(whole.values())) == 3
   taken, drawn = [], FewPictures.draw
