@@ -237,6 +237,7 @@ def test_an_empty_number_changes_nothing(tab):
   tab.write(number, "")
   tab.evaluate("document.querySelector('#layer-1 input[type=range]').focus()")
   tab.key("ArrowRight", 39)
+  tab.wait("document.querySelector('#layer-1 input[type=number]').value === '5'")
   tab.write(number, "5")
   settings(tab, "--method=himap --prune_layers=2,5 --keep=5,3")
   assert tab.evaluate("document.querySelector('.toast-message-text') === null")
