@@ -199,7 +199,8 @@ def prepare(shared: pathlib.Path) -> Callable[[np.random.Generator, pathlib.Path
     subject = str(random.choice(list(jobs.SUBJECTS), p=[0.7, 0.3]))
     form = jobs.Form(*(bool(share < 0.3) for share in random.random(2)))
     world, seconds = made(subject)
-    moment, is_over_others = Moment.draw(random, seconds), random.random() < 0.3
+    moment = Moment.draw(random, seconds)
+    is_over_others = random.random() < 0.3 and not form.has_pictures  # of which the rows in place have none
     job = Job(world, directory, form=form)
     if is_over_others:
       job.write_rows(State(method="none"))
