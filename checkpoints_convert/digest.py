@@ -12,6 +12,7 @@ from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.source import SMALL_FILES, read_json, write_json
 
 _BLOCK_BYTES = 8 << 20
+_found: dict[pathlib.Path, dict[str, Any]] = {}  # by this process, by the file of a cache, which may not be writable
 
 
 def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cache_dir: pathlib.Path) -> str:
@@ -19,8 +20,8 @@ def content_digest(directory: pathlib.Path, weights: Iterable[pathlib.Path], cac
 
   These are the files `weights`, in the directory, configuration, tokenizer, image processor, chat template and
   generation settings, without those that say how the checkpoint was made. File digests are cached in `cache_dir` until
-  a file's size, modification time or inode changes; a cache that cannot be written is ignored. Raises `CheckpointError`
-  if a file cannot be read.
+  a file's size, modification time or inode changes; where it cannot be written, in this process. Raises
+  `CheckpointError` if a file cannot be read.
   """
   directory = directory.resolve()
   small = {path for pattern in SMALL_FILES for path in directory.glob(pattern)}
@@ -36,7 +37,7 @@ def tree_digest(directory: pathlib.Path, cache_dir: pathlib.Path) -> str:
 
 def _digest(directory: pathlib.Path, paths: list[pathlib.Path], cache_dir: pathlib.Path) -> str:
   kept_in = cache_dir / "digests" / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.json"
-  known = {}
+  known = _found.get(kept_in, {})
   with contextlib.suppress(ValueError):
     known = {name: entry for name, entry in read_json(kept_in).items() if isinstance(entry, list)}
   name_of = {path: path.relative_to(directory).as_posix() for path in paths}
@@ -49,6 +50,7 @@ def _digest(directory: pathlib.Path, paths: list[pathlib.Path], cache_dir: pathl
         found[name_of[path]].append(digest)
   except OSError as error:
     raise CheckpointError(f"{error.filename}: {error.strerror}") from error
+  _found[kept_in] = found
   if unread:
     with contextlib.suppress(OSError):
       kept_in.parent.mkdir(parents=True, exist_ok=True)

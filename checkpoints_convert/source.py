@@ -11,13 +11,13 @@ from etils import epath
 
 from checkpoints_convert.errors import CheckpointError
 
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "additional_chat_templates/*.jinja")
+TEMPLATES = "additional_chat_templates"  # folder of further chat templates
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", f"{TEMPLATES}/*.jinja")
 SAFETENSORS_FILES = "*.safetensors"
 PICKLED_FILES = "*.bin"
 TRAINING_FILES = ("optimizer*", "scheduler*", "sampler*", "training_args*")  # beside weights, with a training's state
 
 PARAMS = "params"  # folder of a converted checkpoint's parameters
-TEMPLATES = "additional_chat_templates"  # folder of further chat templates
 _INNER = (PARAMS, TEMPLATES)  # folders of which files are read, too
 
 # A local path, or one in object storage.

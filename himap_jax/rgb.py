@@ -6,21 +6,12 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from himap_jax.errors import UserError
 
 _TO_8_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
-# What makes a picture of each EXIF orientation upright.
-_TURNS = {
-  2: Image.Transpose.FLIP_LEFT_RIGHT,
-  3: Image.Transpose.ROTATE_180,
-  4: Image.Transpose.FLIP_TOP_BOTTOM,
-  5: Image.Transpose.TRANSPOSE,
-  6: Image.Transpose.ROTATE_270,
-  7: Image.Transpose.TRANSVERSE,
-  8: Image.Transpose.ROTATE_90,
-}
+UPRIGHT = 1  # EXIF's orientation
 _warnings_lock = threading.Lock()
 
 
@@ -40,9 +31,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     raise
   except Exception as error:  # Pillow's readers raise any type on damaged data.
     raise UserError(f"damaged image: {str(error) or type(error).__name__}") from error
-  picture.info = {}  # or it would be turned again
-  turn = _turn(image)
-  return picture if turn is None else picture.transpose(turn)
+  picture.info = {}
+  with contextlib.suppress(Exception), without_warnings():  # Damaged EXIF does not make a picture unusable.
+    picture.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, UPRIGHT)
+    ImageOps.exif_transpose(picture, in_place=True)
+  return picture
 
 
 @contextlib.contextmanager
@@ -51,12 +44,6 @@ def without_warnings() -> Iterator[None]:
   with _warnings_lock, warnings.catch_warnings():
     warnings.simplefilter("ignore")
     yield
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-  with contextlib.suppress(Exception), without_warnings():  # Damaged EXIF does not make a picture unusable.
-    return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-  return None
 
 
 def _converted(image: Image.Image) -> Image.Image:
