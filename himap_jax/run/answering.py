@@ -25,8 +25,8 @@ from himap_jax.errors import UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import cut, has_any
 from himap_jax.inputs import Example
+from himap_jax.run import drawing
 from himap_jax.run.command import out_of_memory_is_user_error, user_error
-from himap_jax.run.drawing import draw_kept
 from himap_jax.run.output import Output
 from himap_jax.run.progress import Progress
 from himap_jax.run.prompts import Prompt
@@ -245,7 +245,7 @@ class Answerer:
     if not np.isfinite(logits).all():
       return Result(prompt.row(digest, error="the model's logits are not finite; try --dtype=float32"))
     if self.pictures is not None:
-      self._draw(prompt, example, kept)
+      self._draw(prompt, example, kept, digest)
     more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}
     if "kept" in self.emit:
       more["kept"] = kept
@@ -263,13 +263,13 @@ class Answerer:
     num_slots = bucket.num_image_tokens + bucket.num_text_slots
     return Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots, bucket.num_tiles)
 
-  def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]]) -> None:
+  def _draw(self, prompt: Prompt, example: Example, kept: Sequence[Sequence[int]], digest: str) -> None:
     if not example.num_images:
       return
-    picture = draw_kept(self.processor.views(example), kept)
+    picture = drawing.draw_kept(self.processor.views(example), kept)
     path = self.pictures / f"{prompt.file_name}.png"
     with user_error(f"--pictures: cannot write {path}"):
-      picture.save(path, format="PNG")
+      drawing.save(picture, path, digest)
 
 
 def _without_pixels(example: Example) -> Example:

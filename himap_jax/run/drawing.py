@@ -1,10 +1,11 @@
 """Pictures of the image patches that survive each pruning stage."""
 
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, PngImagePlugin
 
 from himap_jax.families.family import View
 
@@ -97,3 +98,19 @@ def draw_kept(views: Sequence[View], kept: Sequence[Sequence[int]], ranks: Ranks
     draw.text((left + SWATCH + MARGIN // 2, top), name, fill="black")
     left += SWATCH + 2 * MARGIN + int(draw.textlength(name))
   return sheet
+
+
+def save(picture: Image.Image, path: pathlib.Path, digest: str) -> None:
+  """Writes a row's picture as PNG, with the row's digest as its text `digest`."""
+  text = PngImagePlugin.PngInfo()
+  text.add_text("digest", digest)
+  picture.save(path, format="PNG", pnginfo=text)
+
+
+def saved_digest(path: pathlib.Path) -> str:
+  """The digest of the row whose picture a file is; empty if it is missing or none."""
+  try:
+    with Image.open(path) as picture:
+      return picture.info.get("digest", "")
+  except OSError:
+    return ""

@@ -22,6 +22,7 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.answering import Answerer
 from himap_jax.run.contract import Contract
+from himap_jax.run.drawing import saved_digest
 from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
@@ -78,7 +79,7 @@ def run(config: RunConfig) -> int:
     if processes.is_leader():
       print(f"mesh: {sharding.describe(opened.config, mesh)}", file=sys.stderr)
     if config.pictures is not None and processes.is_leader():
-      _tell_missing_pictures(config.pictures, prompts.where(output.answered))
+      _tell_missing_pictures(config.pictures, prompts.where(output.answered), contract)
     if output.answered.all():
       engine, summary = None, Summary(num_skipped=len(prompts))
     else:
@@ -139,9 +140,10 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
   }
 
 
-def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt]) -> None:
-  """Says how many rows that were answered before have no picture of kept patches."""
-  missing = sum(bool(prompt.images) and not (directory / f"{prompt.file_name}.png").exists() for prompt in answered)
+def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt], contract: Contract) -> None:
+  """Says how many rows that were answered before have no picture of kept patches, or one of a run of other settings."""
+  digests = (saved_digest(directory / f"{prompt.file_name}.png") for prompt in answered if prompt.images)
+  missing = sum(digest.partition("-")[0] != contract.digest for digest in digests)
   if missing:
     print(f"{missing} answered rows have no picture in {directory} and get none; --noresume draws all", file=sys.stderr)
 

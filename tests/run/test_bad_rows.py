@@ -13,7 +13,7 @@ import himap_jax
 from himap_jax.checkpoint import OpenCheckpoint
 from himap_jax.engine import capacity
 from himap_jax.engine.capacity import Capacity
-from himap_jax.run import answering, job
+from himap_jax.run import answering, drawing, job
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import load_image
 
@@ -132,6 +132,11 @@ class TestBadRows:
     capsys.readouterr()
     assert job.run(changed(config, pictures=tmp_path / "others", emit=frozenset({"tokens"}))) == 0
     assert f"{len(good)} answered rows have no picture in {tmp_path / 'others'} and get none" in capsys.readouterr().err
+    assert job.run(changed(config, pictures=pictures, emit=frozenset({"tokens"}))) == 0
+    assert "have no picture" not in capsys.readouterr().err
+    drawing.save(load_image(pictures / "several.png"), pictures / "several.png", "other-settings")
+    assert job.run(changed(config, pictures=pictures, emit=frozenset({"tokens"}))) == 0
+    assert f"1 answered rows have no picture in {pictures}" in capsys.readouterr().err
 
     with (tmp_path / "prompts.jsonl").open("ab") as file:
       file.write(b'{"id": "late", "image": "0.png", "question": "<image><image>"}\n')
