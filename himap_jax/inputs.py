@@ -1,7 +1,8 @@
 """Model inputs: a prepared prompt on the host, a batch of prompts, and the layout of its slots.
 
 Axes: B batch, S slots, A axes of positions (none for one), P tiles or patches of a row, N image tokens of a row before
-pruning, M image tokens, T other slots, Q queries, K kept image tokens, R remaining slots, D model dim.
+pruning, M image tokens, T other slots, Q queries, K kept image tokens, R remaining slots, D model dim,
+F values of a patch, taps: connector outputs of which an image token is the sum.
 
 A row is padded on the right; otherwise its image tokens may be anywhere, in any number of runs:
 
@@ -35,6 +36,13 @@ def pytree(cls: type) -> type:
 def take_slots(x: Shaped[Array, "B S *D"], slots: Int[Array, "B R"]) -> Shaped[Array, "B R *D"]:
   """Gathers slots of each row."""
   return jnp.take_along_axis(x, slots.reshape(*slots.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
+def put_slots(
+  x: Shaped[Array, "B S *D"], slots: Int[Array, "B R"], values: Shaped[Array, "B R *D"]
+) -> Shaped[Array, "B S *D"]:
+  """Replaces slots of each row; slots past the last are ignored."""
+  return jax.vmap(lambda row, at, new: row.at[at].set(new))(x, slots, values)
 
 
 def pad_to(x: Shaped[Array, "..."], multiples: Mapping[int, int], *, fill: int = 0) -> Shaped[Array, "..."]:

@@ -16,7 +16,7 @@ ONE_IN = 4
 def draw(items: Iterable[pytest.Item], seed: int) -> set[str]:
   """Ids of the items marked `sampled` that run: one in four, at least one, of every group.
 
-  A group are the cases of a test, all tests marked `sampled(of=group)`, or the files marked `sampled(of=group, by="file")`.
+  A group is the cases of a test, all tests marked `sampled(of=group)`, or the files marked `sampled(of=group, by="file")`.
   Of an item with several marks all must draw it.
   """
   groups: dict[str, dict[str, None]] = collections.defaultdict(dict)

@@ -96,9 +96,9 @@ def assemble(
   return target_dir
 
 
-def random_projector(num_features: int, model_dim: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-  """A projector initialised like torch's nn.Linear: uniform in ±1/sqrt(in), weights [out, in]."""
-  random = np.random.default_rng(seed)
+def random_projector(num_features: int, model_dim: int) -> dict[str, np.ndarray]:
+  """A projector initialised like torch's nn.Linear: uniform in ±1/sqrt(in), weights [out, in]; always the same."""
+  random = np.random.default_rng(0)
   named = {}
   for name, inputs in (("linear_1", num_features), ("linear_2", model_dim)):
     bound = inputs**-0.5

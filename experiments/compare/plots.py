@@ -59,9 +59,6 @@ class Style(NamedTuple):
     return {"marker": self.marker, "color": self.colour, "markersize": size, "markerfacecolor": face, **edge}
 
 
-REFERENCE_STYLE = Style(CONTROL, "#000000", "*")
-
-
 def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
   """A style for every method, grouped by where it acts; with layers of its own it counts as another method."""
   styles, used = {}, collections.Counter()

@@ -9,8 +9,9 @@ from PIL import Image
 from experiments.shared.subject import Subject
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.errors import UserError
-from himap_jax.pruning.cost import Costs, ModelSizes, costs
+from himap_jax.pruning.cost import Costs, costs
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.pruning.sizes import ModelSizes
 
 
 class PromptSizes(NamedTuple):

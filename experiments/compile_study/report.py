@@ -103,6 +103,7 @@ def make_form_rows(forms: dict[str, list[Measurement]], num_slots: int) -> list[
 
 
 def make(rows: Sequence[Row], form_rows: Sequence[Row], count: str, tpu_heading: str | None) -> Report:
+  """The report of `rows`, one per variant, and `form_rows`, one per way of answering; `tpu_heading` None leaves TPUs out."""
   lines = [*tabular.formatted(rows, CPU_COLUMNS), ""]
   if tpu_heading is not None:
     lines += [tpu_heading, "", *tabular.formatted([row for row in rows if "tpu_programs" in row], TPU_COLUMNS), ""]

@@ -50,6 +50,7 @@ class Found(NamedTuple):
 
 
 def load(cache_dir: pathlib.Path) -> dict[str, list[Cutout]]:
+  """The cut-outs of the packages in `cache_dir`, by split: see `split`."""
   return split([*_stamps(cache_dir), *_emoji(cache_dir)])
 
 

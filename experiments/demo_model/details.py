@@ -27,7 +27,7 @@ from PIL import Image
 from experiments.demo_model import scenes, signs
 from experiments.demo_model.cutouts import KINDS, Cutout
 from experiments.demo_model.scenes import SIDE, Canvas, Scene, Thing
-from experiments.demo_model.wording import Drawn, Question, a, one_of, plural
+from experiments.demo_model.wording import Drawn, Question, one_of, plural, with_article
 
 PATCH = 14
 TYPES = ("tiny", "next", "crowd", "digits", "word", "photograph", "sheet", "board")
@@ -139,7 +139,7 @@ def _sheet(rng: np.random.Generator, parts: Parts, size: float) -> Made:
     asked.append(Question("photograph", f"what kind of thing is in the {where} photograph?", kind))
   scene = canvas.scene()
   for kind in KINDS:
-    asked.append(Question("sheet", f"how many photographs show {a(kind)}?", str(len(scene.of_kind(kind)))))
+    asked.append(Question("sheet", f"how many photographs show {with_article(kind)}?", str(len(scene.of_kind(kind)))))
   return scene, asked, side / PATCH
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments.demo_model.cutouts import KINDS
 from experiments.demo_model.scenes import Scene, overlap
-from experiments.demo_model.wording import Question, a, one_of, plural
+from experiments.demo_model.wording import Question, one_of, plural, with_article
 
 TYPES = ("presence", "kind", "name", "count", "number", "colour", "place", "relation", "corner", "empty")
 CORNERS = {
@@ -52,11 +52,11 @@ def _about_kinds(rng: np.random.Generator, scene: Scene) -> Iterator[Question]:
   present = [kind for kind in KINDS if scene.of_kind(kind)]
   absent = [str(kind) for kind in rng.permutation([kind for kind in KINDS if kind not in present])]
   for kind in present:
-    yield Question("presence", f"is there {a(kind)}?", "yes")
+    yield Question("presence", f"is there {with_article(kind)}?", "yes")
     if len(scene.of_kind(kind)) > 1 or rng.random() < 0.4:
       yield Question("number", f"how many {plural(kind)} are there?", str(len(scene.of_kind(kind))))
   for kind in absent[: len(present)]:
-    yield Question("presence", f"is there {a(kind)}?", "no")
+    yield Question("presence", f"is there {with_article(kind)}?", "no")
   for kind in absent[len(present) : len(present) + (len(present) + 1) // 2]:
     yield Question("number", f"how many {plural(kind)} are there?", "0")
   yield Question("count", "how many things are there?", str(len(scene.things)))

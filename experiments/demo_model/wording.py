@@ -26,12 +26,15 @@ class Drawn(NamedTuple):
 
 
 def one_of(kind: str) -> str:
+  """A kind of thing in the singular: "dog", "piece of food"."""
   return f"piece of {kind}" if kind in PIECES else kind
 
 
-def a(kind: str) -> str:
+def with_article(kind: str) -> str:
+  """One thing of a kind: "a dog", "an apple"."""
   return f"{'an' if one_of(kind)[0] in VOWELS else 'a'} {one_of(kind)}"
 
 
 def plural(kind: str) -> str:
+  """Several things of a kind: "dogs", "pieces of food"."""
   return f"pieces of {kind}" if kind in PIECES else f"{kind}s"

@@ -1,4 +1,4 @@
-"""How well does a model with pruning do on the field's benchmarks?
+"""Evaluates a model with pruning on the field's benchmarks.
 
     python -m experiments.evaluate --tasks=textvqa,pope,mme --settings=none,himap,fastv --checkpoint=… --workdir=… \\
       --output=…

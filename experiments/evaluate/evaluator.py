@@ -18,8 +18,8 @@ from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.harness.responder import Responder
 from himap_jax.harness.settings import Settings
-from himap_jax.pruning.cost import ModelSizes
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.pruning.sizes import ModelSizes
 from himap_jax.run import command
 
 

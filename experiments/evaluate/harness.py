@@ -20,8 +20,8 @@ from experiments.shared.statistics import resample, with_interval
 from himap_jax.errors import UserError
 from himap_jax.harness.responder import Answer, Continuation, Loss, Question, Request, Responder, pictures_of
 from himap_jax.harness.settings import Settings
-from himap_jax.pruning.cost import ModelSizes
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.pruning.sizes import ModelSizes
 from himap_jax.run.writer import OutputWriter
 
 PREFIX = "lmms:"  # of the names of these tasks

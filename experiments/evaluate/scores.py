@@ -14,8 +14,9 @@ from experiments.evaluate.metrics import captions
 from experiments.evaluate.tasks.task import Sample, Scored, Task, mean
 from experiments.shared import tabular
 from experiments.shared.statistics import resample, with_interval
-from himap_jax.pruning.cost import ModelSizes, costs
+from himap_jax.pruning.cost import costs
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.pruning.sizes import ModelSizes
 
 REFERENCE = "none"
 RESAMPLES = 1000  # each is scored anew, since not all scores are means over questions

@@ -47,6 +47,8 @@ class Outcomes(NamedTuple):
 
 
 def measure(subject: Subject, rungs: Sequence[Schedule], workdir: pathlib.Path, *, max_new_tokens: int) -> Outcomes:
+  """Answers every question on every rung, and measures the scores that each rung's tokens hold."""
+
   def compute(batch: Batch) -> dict[str, np.ndarray]:
     by_instruction, _ = himap_scores(subject.loaded.model, batch.inputs, num_layers=rungs[0].stages[0].layer)
     length = (batch.inputs.layout.kind == TEXT).sum(axis=1)

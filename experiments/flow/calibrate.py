@@ -114,6 +114,7 @@ def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
 
 
 def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) -> list[Trial]:
+  """Tries the chosen proposal, the paper's schedule and a grid of layers and counts within the budget."""
   num_layers, count = trials.subject.num_layers, trials.subject.processor.num_image_tokens
   paper = PAPER[0], tuple(stage.keep for stage in trials.subject.himap(*PAPER).stages)
   entries = [("calibrated", chosen.proposal), ("the paper's", assess(measured, *paper))]
@@ -145,6 +146,7 @@ def describe(chosen: Trial, expected: tabular.Row, measured: Measured, checkpoin
 
 
 def rows_of(trials: Sequence[Trial], questions: str, *, seed: int, reference: Trial | None = None) -> list[tabular.Row]:
+  """A row per trial: shares of answers as without pruning, and differences to `reference`, with 95% intervals."""
   columns = {"agreement": np.stack([trial.same for trial in trials])}
   if reference is not None:
     columns["difference"] = columns["agreement"] - reference.same

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from himap_jax.engine import prefill
-from himap_jax.inputs import Inputs, Layout, take_slots
+from himap_jax.inputs import Inputs, Layout, put_slots, take_slots
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Model
 from himap_jax.pruning.methods.himap import image_attention, instruction_attention
@@ -51,7 +51,7 @@ class Attended(NamedTuple):
     if self.queries is None:
       return values
     zeros = jnp.zeros((len(values), num_slots, *values.shape[2:]), values.dtype)
-    return jax.vmap(lambda zeros, at, new: zeros.at[at].set(new))(zeros, self.queries, values)
+    return put_slots(zeros, self.queries, values)
 
 
 def attended(model: Model, layout: Layout, layer: int) -> Attended:

@@ -66,6 +66,7 @@ class Sums(NamedTuple):
 def measure(
   subject: Subject, disruptions: Sequence[Disruption], workdir: pathlib.Path
 ) -> tuple[list[Question], Outcome]:
+  """The subject's questions and the effect of every disruption on each, kept in `workdir`."""
   sums = None
   if any(disruption.intervention.how == "mean" for disruption in disruptions):
     sums = Sums(**kept.arrays_of(workdir / "sums.npz", lambda: _sums(subject)._asdict()))
@@ -73,6 +74,7 @@ def measure(
 
 
 def outcome_of(subject: Subject, batch: Batch, disruptions: Sequence[Disruption], sums: Sums | None) -> Outcome:
+  """The effect of every disruption on a batch; `sums` are needed for interventions by the mean."""
   model, seeds = subject.loaded.model, row_seeds(subject.seed, batch.row_ids)
   plain, means = interventions.undisturbed(model, batch.inputs), None
   if sums is not None:

@@ -93,6 +93,7 @@ def propose(measured: Measured, price: Price, budget: float, *, count: int) -> l
 
 
 def assess(measured: Measured, layers: Two, keep: Two) -> Proposal:
+  """The proposal of these layers and counts: the share of the flow that its dropped tokens would have carried."""
   present, lost, covered = np.True_, 0.0, []
   later = [*(measured.later_weights[layer] for layer in layers), 0]
   scores = measured.instruction_scores[layers[0] - 1], measured.image_scores[layers[1] - 1]

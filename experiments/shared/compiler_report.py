@@ -27,6 +27,7 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled: Any) -> list[Collective]:
+  """The collectives in the text of a compiled program, in its order."""
   found = []
   for line in compiled.as_text().splitlines():
     if match := _COLLECTIVE.search(line):
@@ -45,6 +46,7 @@ def _num_bytes(shape: tuple[str, str]) -> int:
 
 
 def summarize(found: Iterable[Collective]) -> str:
+  """Number and bytes of collectives by kind, as text in MiB."""
   counts, sizes = collections.Counter(), collections.Counter()
   for one in found:
     counts[one.kind] += 1

@@ -1,4 +1,4 @@
-"""Plotting helpers."""
+"""Draws lines with intervals, finishes axes and saves figures as PNG."""
 
 import io
 import pathlib

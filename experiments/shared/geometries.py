@@ -145,6 +145,7 @@ _TILED = {1: ImageSize(5, 2340), 4: ImageSize(5, 2929)}
 
 
 def model_of(name: str) -> ModelConfig:
+  """The sizes of a geometry of `GEOMETRIES`."""
   return from_hf(GEOMETRIES[name])
 
 
@@ -164,8 +165,10 @@ def image_size(config: ModelConfig) -> ImageSize:
 
 
 def num_image_tokens(config: ModelConfig) -> int:
+  """Image tokens of a picture of `image_size`."""
   return image_size(config).num_tokens
 
 
 def schedule_of(config: ModelConfig, method: str) -> Schedule:
+  """A method's own schedule for a picture of `image_size`."""
   return PruningConfig(method).schedule(num_image_tokens=num_image_tokens(config), **method_inputs(config))

@@ -1,9 +1,9 @@
-"""Reads from a trace how much of the time the devices are busy while `himap_jax.run` answers.
+"""Measures from a trace how much of the time the devices are busy while `himap_jax.run` answers.
 
     python -m experiments.speed.busy --num_rows=48
 
-The first run fills the compilation cache, the second is traced. Counted is the time from the results of the first turn,
-when everything is compiled, to the end of the last program.
+The first run fills the compilation cache, the second is traced. The time counted runs from the results of the first
+turn, when everything is compiled, to the end of the last program.
 """
 
 import itertools

@@ -13,7 +13,7 @@ import re
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments.shared import compiler_report, geometries, planned, tabular
+from experiments.shared import compiler_report, geometries, planned, study, tabular
 from himap_jax.engine import programs
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.errors import UserError
@@ -56,9 +56,7 @@ def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slot
 
 
 def run() -> int:
-  for method in _METHODS.value:
-    if method not in METHODS:
-      raise UserError(f"--methods: unknown {method!r}; known: {', '.join(METHODS)}")
+  study.chosen(_METHODS, METHODS)
   planned.without_devices()
   mesh, sizes = planned.gpus(_TENSOR.value), command.numbers(_BATCH_SIZES, int)
   rows = []

@@ -113,6 +113,7 @@ class Side(abc.ABC):
 
 
 def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
+  """The side of a name for a geometry and its weights; imports PyTorch for those that need it alone."""
   if name in PYTORCH:
     from experiments.speed import pytorch
 
@@ -125,6 +126,7 @@ def make(name: str, geometry: dict[str, Any], weights: pathlib.Path) -> Side:
 
 
 def seconds(run: Callable[[], Any]) -> float:
+  """The seconds that a call takes."""
   start = time.perf_counter()
   run()
   return time.perf_counter() - start

@@ -41,6 +41,28 @@ RATIOS = (
 )
 
 
+SCENARIO_COLUMNS = {
+  "geometry": "{geometry}",
+  "instruction": "{num_instruction_tokens}",
+  "batch": "{batch_size}",
+  "new tokens": "{num_new_tokens}",
+}
+TARGET_COLUMNS = {
+  "ratio": "{ratio}",
+  **SCENARIO_COLUMNS,
+  "measured": "{measured:.3f}",
+  "at most": "{target:.3f}",
+  "met": "{met}",
+}
+FIGURE_COLUMNS = {
+  **SCENARIO_COLUMNS,
+  "side": "{side}",
+  **{f"{figure}, ms": f"{{{figure}}}" for figure in FIGURES},
+  "compile and warm up, s": "{prepare:.1f}",
+  "peak, GiB": "{peak:.1f}",
+}
+
+
 def seconds(result: dict[str, Any], figure: str) -> list[float]:
   """A figure by turn; empty if it was not measured."""
   return [turn[figure] for turn in result.get("turns", ()) if figure in turn]
@@ -104,28 +126,6 @@ def report(all_results: Results, count: str) -> Report:
   text = ["## Targets", "", *tabular.formatted(map(_held, sorted(held, key=lambda row: row["ratio"])), TARGET_COLUMNS)]
   text += ["", "## Figures", "", *tabular.formatted(map(_milliseconds, rows), FIGURE_COLUMNS)]
   return Report(f"{count}; devices: {', '.join(sorted(devices))}", text, {"figures": rows, "targets": held})
-
-
-SCENARIO_COLUMNS = {
-  "geometry": "{geometry}",
-  "instruction": "{num_instruction_tokens}",
-  "batch": "{batch_size}",
-  "new tokens": "{num_new_tokens}",
-}
-TARGET_COLUMNS = {
-  "ratio": "{ratio}",
-  **SCENARIO_COLUMNS,
-  "measured": "{measured:.3f}",
-  "at most": "{target:.3f}",
-  "met": "{met}",
-}
-FIGURE_COLUMNS = {
-  **SCENARIO_COLUMNS,
-  "side": "{side}",
-  **{f"{figure}, ms": f"{{{figure}}}" for figure in FIGURES},
-  "compile and warm up, s": "{prepare:.1f}",
-  "peak, GiB": "{peak:.1f}",
-}
 
 
 def _held(row: tabular.Row) -> tabular.Row:

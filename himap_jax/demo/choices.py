@@ -34,7 +34,7 @@ def joined(first: str, second: str) -> str:
 
 
 def split(method: str) -> tuple[str, str]:
-  """The method before the decoder and that inside it, each of them may be none; raises `UserError` if it is unknown."""
+  """The method before the decoder and the one inside it; either may be none. Raises `UserError` if it is unknown."""
   first, *rest = methods.parse(method)
   if rest:
     return first, rest[0]

@@ -29,8 +29,8 @@ from himap_jax.run import command, pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.pictures import PictureFiles
 
-MOST_STAGES = 8  # that have sliders
-KEPT_SECONDS = 3600  # of files of visits
+MAX_STAGES_WITH_SLIDERS = 8
+UPLOAD_LIFETIME = 3600  # seconds
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor's system
 TITLE = "One question, with and without pruning"
 ABOUT = (
@@ -213,7 +213,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
   handlers = Handlers(asker, limits)
   text, first, *names, can_restore, can_keep = handlers.shown(asker.config.pruning)
   example = examples[0] if examples else (None, "")
-  with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(KEPT_SECONDS // 10, KEPT_SECONDS)) as page:
+  with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(UPLOAD_LIFETIME // 10, UPLOAD_LIFETIME)) as page:
     gr.Markdown(f"# {TITLE}\n{ABOUT}")
     start = gr.State(first)
     with gr.Row():
@@ -256,7 +256,7 @@ def build(asker: Asker, examples: Sequence[tuple[str, str]] = (), limits: Limits
 
       @gr.render(inputs=start, triggers=[page.load, start.change], show_progress="hidden")
       def show_controls(start: tuple[int, str]) -> None:
-        if len(pruning_flags.parse(start[1]).keep or ()) > MOST_STAGES:
+        if len(pruning_flags.parse(start[1]).keep or ()) > MAX_STAGES_WITH_SLIDERS:
           gr.Markdown("This method has too many stages for sliders; the settings name them.")
           return
         moving = handlers.controls(start[1])

@@ -12,8 +12,8 @@ from himap_jax.model.config import (
   VisionConfig,
 )
 from himap_jax.model.towers.mllama import MULTIPLE
-from himap_jax.pruning.cost import ModelSizes
 from himap_jax.pruning.method import Need
+from himap_jax.pruning.sizes import ModelSizes
 
 
 def provides(config: ModelConfig) -> frozenset[Need]:

@@ -28,7 +28,7 @@ from himap_jax.model.cache import SegmentCache, padded
 from himap_jax.model.decoder import Projections
 from himap_jax.model.network import Embedded, Network
 from himap_jax.pruning import scoring
-from himap_jax.pruning.method import Selection, View
+from himap_jax.pruning.method import Selection, View, selection_of
 from himap_jax.pruning.schedule import Schedule, Stage
 
 NO_PARAMETERS: Mapping[str, Float[Array, ""]] = types.MappingProxyType({})
@@ -179,11 +179,9 @@ def _select(stage: Stage, view: View) -> Selection:
   if not whole.is_ragged:
     return stage.criterion.select(view, stage.keep)
   counts = jnp.array([stage.count(number) for number in range(whole.num_image_tokens + 1)], jnp.int32)
-  own = jnp.minimum(counts[whole.num_present()], view.layout.num_present())
-  kept = stage.criterion.rank(view, stage.keep)
-  present = jnp.arange(stage.keep, dtype=jnp.int32)[None] < own[:, None]
-  ascending = jnp.argsort(kept, axis=1)
-  return Selection(take_slots(kept, ascending), present=take_slots(present, ascending), order=ascending)
+  num_kept = jnp.minimum(counts[whole.num_present()], view.layout.num_present())
+  ranked = stage.criterion.rank(view, stage.keep)
+  return selection_of(ranked, jnp.arange(stage.keep, dtype=jnp.int32)[None] < num_kept[:, None])
 
 
 def view(network: Network, layer: int, sequence: Sequence, projections: Projections | None, context: Context) -> View:

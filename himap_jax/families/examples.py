@@ -209,8 +209,5 @@ def places_in(views: Sequence[View], num_image_tokens: int) -> Int[np.ndarray, "
   """The places of image tokens in pictures of one tile and one view each."""
   places = np.full((num_image_tokens, 4), -1)
   for number, view in enumerate(views):
-    rows, columns = np.indices(view.tokens.shape)
-    places[view.tokens.ravel()] = np.stack(
-      [np.full(rows.size, number), 0 * rows.ravel(), rows.ravel(), columns.ravel()], 1
-    )
+    places[view.tokens.ravel()] = [(number, 0, row, column) for row, column in np.ndindex(view.tokens.shape)]
   return places

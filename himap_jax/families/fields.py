@@ -29,16 +29,38 @@ POSITIVE = (
   "rotary_emb_base",
   "mlp_ratio",
   "factor",
+  "low_freq_factor",
+  "high_freq_factor",
+  "partial_rotary_factor",
+  "rotary_pct",
+  "downsample_ratio",
 )
-POSITIVE += ("low_freq_factor", "high_freq_factor", "partial_rotary_factor", "rotary_pct", "downsample_ratio")
-TEXTS = ("model_type", "hidden_act", "hidden_activation", "projector_hidden_act", "rope_type", "norm_type")
-TEXTS += ("vision_feature_select_strategy", "vision_aspect_ratio")
-OBJECTS = ("vision_config", "text_config", "visual", "rope_parameters", "rope_scaling")
-OBJECTS += ("full_attention", "sliding_attention")  # of RoPE
+TEXTS = (
+  "model_type",
+  "hidden_act",
+  "hidden_activation",
+  "projector_hidden_act",
+  "rope_type",
+  "norm_type",
+  "vision_feature_select_strategy",
+  "vision_aspect_ratio",
+)
+ROPES = ("rope_parameters", "rope_scaling")
+OBJECTS = ("vision_config", "text_config", "visual", *ROPES, "full_attention", "sliding_attention")
 NUMBER_LISTS = ("mrope_section", "fullatt_block_indexes", "deepstack_visual_indexes", "intermediate_layers_indices")
 MOST_PATCHES = 1 << 14  # of a picture or tile of the size that a tower was trained on
-NULLABLE = ("head_dim", "num_key_value_heads", "sliding_window", "sliding_window_pattern", "hidden_act")
-NULLABLE += ("hidden_activation", "vision_config", "text_config", "rope_parameters", "rope_scaling", *TOKENS)
+NULLABLE = (
+  "head_dim",
+  "num_key_value_heads",
+  "sliding_window",
+  "sliding_window_pattern",
+  "hidden_act",
+  "hidden_activation",
+  "vision_config",
+  "text_config",
+  *ROPES,
+  *TOKENS,
+)
 _OF_TWO = ("image_size", "patch_size")  # a side, or height and width
 
 

@@ -33,7 +33,6 @@ from himap_jax.model.config import ModelConfig, NormLinearConfig, VisionConfig
 from himap_jax.model.linear import ACTIVATIONS
 
 LAYER_TYPES = ("sliding_attention", "full_attention")
-PATTERN = 6  # transformers' default: every sixth layer has full attention
 SPECIAL_TOKENS = ("boi_token", "eoi_token", "image_token")  # as the tokenizer calls them
 
 

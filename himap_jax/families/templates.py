@@ -23,8 +23,8 @@ _PROGRAM = pathlib.Path(__file__).with_name("try_template.py")
 def check(templates: Any, where: str, special_tokens: Mapping[str, str]) -> None:
   """Raises `UserError` if a template does not parse or exceeds `SECONDS` or `BYTES`, which a process of its own finds out.
 
-  Also if the one that is used writes the day, and does not let `filled` name it: answers would depend on when they are
-  given.
+  It also refuses a template in use that writes the day and does not let `filled` name it: answers would then depend on
+  the day.
 
   `special_tokens` are the tokenizer's, by the names that templates know.
   """
@@ -52,9 +52,9 @@ def _problem(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
   return TOO_MUCH if own.returncode else ""
 
 
-def filled(apply_chat_template: Callable[..., str], conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+def filled(apply_chat_template: Callable[..., str], conversation: Sequence[Mapping[str, Any]]) -> str:
   """The prompt of a conversation, the same on every day; raises `UserError` if the template cannot hold it."""
   try:
-    return apply_chat_template(conversation, add_generation_prompt=True, **OPTIONS, **options)
+    return apply_chat_template(conversation, add_generation_prompt=True, **OPTIONS)
   except Exception as error:  # of whatever type the template's own code raises
     raise UserError(f"the chat template cannot hold these messages ({first_line(error)})") from error

@@ -24,7 +24,7 @@ def _qwen2(hf: Any) -> dict[str, Any]:
 
 
 def _qwen3(hf: Any) -> dict[str, Any]:
-  return _same_bias(hf) | _windows(hf, hf.layer_types) | dict(qk_norm=True)
+  return _qwen3_vl(hf) | _windows(hf, hf.layer_types)
 
 
 def _qwen3_vl(hf: Any) -> dict[str, Any]:
@@ -36,20 +36,15 @@ def _gemma(hf: Any) -> dict[str, Any]:
 
 
 def _gemma3(hf: Any) -> dict[str, Any]:
-  local = [layer for layer, kind in enumerate(hf.layer_types) if kind == "sliding_attention"]
-  return (
-    _same_bias(hf)
-    | _windows(hf, hf.layer_types)
-    | dict(
-      qk_norm=True,
-      query_scale=(hf.head_dim / hf.query_pre_attn_scalar) ** 0.5,
-      output_norms=True,
-      norm_offset=True,
-      embedding_scale=hf.hidden_size**0.5,
-      local_rope=_rope(hf.rope_parameters["sliding_attention"]),
-      local_layers=tuple(local),
-    )
+  windows = _windows(hf, hf.layer_types)
+  more = dict(
+    qk_norm=True,
+    query_scale=(hf.head_dim / hf.query_pre_attn_scalar) ** 0.5,
+    output_norms=True,
+    local_rope=_rope(hf.rope_parameters["sliding_attention"]),
+    local_layers=windows["sliding_layers"],
   )
+  return _gemma(hf) | windows | more
 
 
 def _phi3(hf: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import IMAGE, Layout, pytree, take_slots
+from himap_jax.inputs import IMAGE, Layout, put_slots, pytree, take_slots
 from himap_jax.model import cache, rope
 from himap_jax.model.cache import ImageMask, NewTokens, SegmentCache
 from himap_jax.model.decoder import Decoder, DecoderModule, FeedForward, Projections, decoder_norm
@@ -194,7 +194,7 @@ class CrossDecoder(Decoder):
     if layout.calibration is not None:
       raise ValueError("this decoder's attention to image tokens is not calibrated")
     text = layout.text_slots()
-    own, states = take_slots(x, text), take_slots(x, layout.image_slots())
+    states, image_states = take_slots(x, text), take_slots(x, layout.image_slots())
     rotation = rope.rotation(self.config.rope, self.config.rotary_dim, take_slots(positions, text))
     reads = layout.image_mask(text)
     if mask is not None:
@@ -202,10 +202,10 @@ class CrossDecoder(Decoder):
     projections = []
     for index in layers:
       with jax.named_scope(f"layer_{index}"):
-        arguments = (states, reads) if index in self.config.cross_attention_layers else (rotation, mask)
-        own, layer_projections = self.layers[index](own, *arguments)
+        arguments = (image_states, reads) if index in self.config.cross_attention_layers else (rotation, mask)
+        states, layer_projections = self.layers[index](states, *arguments)
       projections.append(layer_projections)
-    return _put(own, text, x), projections
+    return put_slots(x, text, states), projections
 
   def project(
     self, x: Float[Array, "B S D"], positions: Int[Array, "B S"], layer: int, slots: Int[Array, "B R"]
@@ -217,15 +217,15 @@ class CrossDecoder(Decoder):
 
   def scored(self, projections: list[Projections], layout: Layout) -> Projections | None:
     """Those of the last cross layer, by slot: queries of text and keys of image tokens, and zeros elsewhere."""
-    own = next((own for own in reversed(projections) if isinstance(own, CrossProjections)), None)
-    if own is None:
+    last = next((layer for layer in reversed(projections) if isinstance(layer, CrossProjections)), None)
+    if last is None:
       return None
 
     def by_slot(part: Float[Array, "B Q N H"], slots: Int[Array, "B Q"]) -> Float[Array, "B S N H"]:
-      return _put(part, slots, jnp.zeros((part.shape[0], layout.num_slots, *part.shape[2:]), part.dtype))
+      return put_slots(jnp.zeros((part.shape[0], layout.num_slots, *part.shape[2:]), part.dtype), slots, part)
 
     image = layout.image_slots()
-    return Projections(by_slot(own.query, layout.text_slots()), by_slot(own.key, image), by_slot(own.value, image))
+    return Projections(by_slot(last.query, layout.text_slots()), by_slot(last.key, image), by_slot(last.value, image))
 
   def cache(self, projections: list[Projections], layout: CrossLayout) -> SegmentCache:
     own = super().cache(projections, layout)
@@ -259,10 +259,6 @@ class CrossDecoder(Decoder):
         keys.append(own[0])
         values.append(own[1])
     return x, new.replace(keys=tuple(keys), values=tuple(values))
-
-
-def _put(part: Float[Array, "B Q *D"], slots: Int[Array, "B Q"], x: Float[Array, "B S *D"]) -> Float[Array, "B S *D"]:
-  return jax.vmap(lambda x, at, new: x.at[at].set(new))(x, slots, part)
 
 
 def _weight(gate: Float[Array, "1"], x: Float[Array, "..."]) -> Float[Array, ""]:

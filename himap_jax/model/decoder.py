@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from himap_jax.inputs import IMAGE, Layout, pytree, take_slots
+from himap_jax.inputs import IMAGE, Layout, put_slots, pytree, take_slots
 from himap_jax.model import cache, calibration, rope
 from himap_jax.model.cache import NewTokens, SegmentCache, write_slot
 from himap_jax.model.config import RopeConfig, TextConfig
@@ -129,7 +129,7 @@ class DecoderLayer(DecoderModule):
     projections = self.project(x, rotation, slots)
     context = self.kernels.attention(projections.query, projections.key, projections.value, mask)
     updated = self._finish(take_slots(x, slots), context)
-    return jax.vmap(lambda x, at, new: x.at[at].set(new))(x, slots, updated), projections
+    return put_slots(x, slots, updated), projections
 
   def extend(
     self,

@@ -7,8 +7,7 @@ All figures count matrix products, and a multiplication as one operation, as Fas
 import dataclasses
 
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.pruning.sizes import ModelSizes as ModelSizes
-from himap_jax.pruning.sizes import Sizes
+from himap_jax.pruning.sizes import ModelSizes, Sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +76,17 @@ def costs(
     n = image + num_text_tokens
     for layer in range(segment.first, segment.last):
       is_cross, frozen = layer in sizes.cross_layers, bool(sizes.cross_layers) or layer in schedule.frozen_layers
-      own = (image if is_cross else num_text_tokens) if sizes.cross_layers else n
-      u = num_text_tokens if frozen else own
+      present = (image if is_cross else num_text_tokens) if sizes.cross_layers else n
+      u = num_text_tokens if frozen else present
       if is_cross or not sizes.cross_layers:
         image_tokens += 2 * image * d**2 if frozen else 4 * image * d**2 + 2 * image**2 * d + 2 * image * d * m
-      decoder += 2 * u * d * q + 2 * own * d * k + 2 * u * own * q + 3 * u * d * m
-      decode += 2 * d * q + (2 * image * q if is_cross else 2 * d * k + 2 * (own + 1) * q) + 3 * d * m
-      slots += own
+      decoder += 2 * u * d * q + 2 * present * d * k + 2 * u * present * q + 3 * u * d * m
+      decode += 2 * d * q + (2 * image * q if is_cross else 2 * d * k + 2 * (present + 1) * q) + 3 * d * m
+      slots += present
       entering.append(image)
     if segment.stage is not None:
-      own = Sizes(sizes, num_image_tokens, image, num_text_tokens, segment.stage.keep)
-      scoring += segment.stage.criterion.cost(own)
+      at_stage = Sizes(sizes, num_image_tokens, image, num_text_tokens, segment.stage.keep)
+      scoring += segment.stage.criterion.cost(at_stage)
   return Costs(
     image_tokens=image_tokens,
     tower=num_pictures * sizes.tower_flops + num_pictures**2 * sizes.tower_flops_per_pair,

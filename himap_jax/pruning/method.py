@@ -200,6 +200,12 @@ def ranking(rank: Callable[[View, int], Int[Array, "B K"]], cost: Callable[[Size
   return Criterion(select, cost, rank)
 
 
+def selection_of(ranked: Int[Array, "B K"], present: Bool[Array, "B K"]) -> Selection:
+  """The selection of ranked tokens, best first, of which a row keeps those that are `present`."""
+  ascending = jnp.argsort(ranked, axis=1)
+  return Selection(take_slots(ranked, ascending), present=take_slots(present, ascending), order=ascending)
+
+
 def stable_top_k(scores: Float[Array, "*B M"], count: int) -> Int[Array, "*B K"]:
   """Indices of the highest scores, in descending order; of equal scores the earlier.
 

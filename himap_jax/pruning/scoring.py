@@ -61,11 +61,11 @@ def sum_over_rows(
   def blocks(x: Shaped[Array, "B Q *D"]) -> Shaped[Array, "n B R *D"]:
     return jnp.moveaxis(pad_to(x, {1: BLOCK}).reshape(len(x), -1, BLOCK, *x.shape[2:]), 1, 0)
 
-  own = jax.tree.map(blocks, (query, visible, valid, gain))
-  total = jax.eval_shape(of_block, *jax.tree.map(lambda x: x[0], own))
-  return jax.lax.scan(lambda total, block: (total + of_block(*block), None), jnp.zeros(total.shape, total.dtype), own)[
-    0
-  ]
+  inputs = jax.tree.map(blocks, (query, visible, valid, gain))
+  shape = jax.eval_shape(of_block, *jax.tree.map(lambda x: x[0], inputs))
+  zero = jnp.zeros(shape.shape, shape.dtype)
+  total, _ = jax.lax.scan(lambda total, block: (total + of_block(*block), None), zero, inputs)
+  return total
 
 
 def received_by_slots(

@@ -10,8 +10,9 @@ from rich.table import Table
 from rich.text import Text
 
 from himap_jax.engine.engine import Engine
-from himap_jax.pruning.cost import ModelSizes, costs
+from himap_jax.pruning.cost import costs
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.pruning.sizes import ModelSizes
 
 _COSTS = ("image_tokens", "decoder", "scoring", "prefill", "cache_bytes")
 

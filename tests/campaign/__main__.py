@@ -20,7 +20,7 @@ from himap_jax.run import command
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("part", None, sorted(PARTS), "What is tried.", required=True)
 flags.DEFINE_integer("trials", 100, "Trials in all.", lower_bound=1)
-flags.DEFINE_integer("seed", 0, "Of all trials.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of all trials.", lower_bound=0)
 flags.DEFINE_integer("only", None, "The one trial to repeat.", lower_bound=0)
 flags.DEFINE_string("workdir", "campaign_work", "Directory for the outcomes, resumed on restart.")
 

@@ -22,7 +22,7 @@ VALUES = st.recursive(
 
 
 def mutated(random: np.random.Generator, data: bytes, other: bytes = b"") -> bytes:
-  """The data with one to four changes; spliced in is what stands in `other`."""
+  """The data with one to four changes; the spliced text comes from `other`."""
   for _ in range(random.integers(1, 5)):
     data = _changed(random, data, other or data)
   return data
@@ -55,7 +55,7 @@ def _changed(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
 
 
 def structured(random: np.random.Generator, count: int, strategy: st.SearchStrategy, attempt: Any) -> dict[str, int]:
-  """Counts the outcomes of examples of a strategy; of a failure the simplest example found is told."""
+  """Counts the outcomes of examples of a strategy; a failure is reported with the simplest example found."""
   found: dict[str, int] = {}
 
   @seed(int(random.integers(1 << 32)))

@@ -4,13 +4,15 @@ from collections.abc import Sequence
 
 from experiments.evaluate.libraries import library
 
+RELAXED = 0.05  # relative error that ChartQA allows
+
 
 def gqa_match(answer: str, reference: str) -> float:
   """GQA's accuracy: equality, of the answer in lower case without final periods, as LLaVA hands it to GQA's script."""
   return float(answer.rstrip(".").lower() == reference)
 
 
-def relaxed_match(answer: str, reference: str, *, tolerance: float = 0.05) -> float:
+def relaxed_match(answer: str, reference: str) -> float:
   """ChartQA's relaxed accuracy (Masry et al. 2022): numbers within 5%, other answers equal in lower case.
 
   A number may be a percentage. A reference of zero is compared as text.
@@ -19,7 +21,7 @@ def relaxed_match(answer: str, reference: str, *, tolerance: float = 0.05) -> fl
   """
   number, wanted = _number(answer), _number(reference)
   if number is not None and wanted:
-    return float(abs(number - wanted) / abs(wanted) <= tolerance)
+    return float(abs(number - wanted) / abs(wanted) <= RELAXED)
   return float(answer.lower() == reference.lower())
 
 

@@ -47,8 +47,9 @@ MME = Task(
 
 
 def _part(name: str, title: str, categories: Collection[str], known: dict[str, Known]) -> Task:
-  keeps = lambda record: record["category"] in categories  # noqa: E731
-  return dataclasses.replace(MME, name=name, title=title, keeps=keeps, known=known)
+  return dataclasses.replace(
+    MME, name=name, title=title, keeps=lambda record: record["category"] in categories, known=known
+  )
 
 
 MME_PERCEPTION = _part(

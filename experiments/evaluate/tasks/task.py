@@ -5,8 +5,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Record = Mapping[str, Any]
-"""A row of a data set, with the columns of the hub's version."""
+Record = Mapping[str, Any]  # a row of a data set, with the columns of the hub's version
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,7 @@ def abstract_images(config: VisionConfig, height: int, width: int) -> Images:
     tiles = config.tiles_per_picture
     places = None if config.tiling is None else jax.ShapeDtypeStruct((tiles, 3), jnp.int32)
     return Images(jax.ShapeDtypeStruct((tiles, 3, height, width), jnp.float32), places)
-  count = (height // patch) * (width // patch)
+  count = config.num_patches(height, width)
   pixels = jax.ShapeDtypeStruct((count, 3 * patch**2), jnp.float32)
   return Images(pixels, jax.ShapeDtypeStruct((count, 3), jnp.int32))
 

@@ -93,9 +93,8 @@ def focus_scan_refine(view: View, keep: int) -> Selection:
   joins = merges[:, None] & (to_scanned.argmax(axis=2)[:, None] == kept[:, :, None])
   weights = jnp.where(joins | mark(kept[:, :, None], num_tokens), weight[:, None], 0.0)
   total = weights.sum(axis=2, keepdims=True)
-  means = jnp.einsum("BKN,BNF->BKF", weights, features.astype(jnp.float32), precision="highest") / jnp.where(
-    total > 0, total, 1.0
-  )
+  sums = jnp.einsum("BKN,BNF->BKF", weights, features.astype(jnp.float32), precision="highest")
+  means = sums / jnp.where(total > 0, total, 1.0)
   own = take_slots(features, kept)
   merged = jnp.where(joins.any(axis=2, keepdims=True) & (total > 0), means.astype(own.dtype), own)
   return Selection(kept, view.project(merged))

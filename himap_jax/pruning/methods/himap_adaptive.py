@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.errors import UserError
 from himap_jax.inputs import take_slots
-from himap_jax.pruning.method import SEQUENCE, Criterion, Method, Selection, View, stable_top_k
+from himap_jax.pruning.method import SEQUENCE, Criterion, Method, Selection, View, selection_of, stable_top_k
 from himap_jax.pruning.methods.himap import IMAGE, INSTRUCTION, image_attention, instruction_attention
 
 # Keep counts of the rungs at each stage, as shares of the largest rung's. If that keeps 75% and 37.5% of the image's
@@ -59,10 +59,8 @@ def by_image(view: View, keep: int) -> Selection:
 
 def _highest(scores: Float[Array, "B M"], present: Bool[Array, "B M"], count: Int[Array, "B"], keep: int) -> Selection:
   """The `keep` highest scores, of which each row has its own count."""
-  order = stable_top_k(jnp.where(present, scores, -jnp.inf), keep)
-  own = take_slots(present, order) & (jnp.arange(keep, dtype=jnp.int32)[None] < count[:, None])
-  ascending = jnp.argsort(order, axis=1)
-  return Selection(take_slots(order, ascending), present=take_slots(own, ascending), order=ascending)
+  ranked = stable_top_k(jnp.where(present, scores, -jnp.inf), keep)
+  return selection_of(ranked, take_slots(present, ranked) & (jnp.arange(keep, dtype=jnp.int32)[None] < count[:, None]))
 
 
 def _check(parameters: Mapping[str, float]) -> None:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from himap_jax.inputs import take_slots
+from himap_jax.inputs import put_slots, take_slots
 from himap_jax.pruning.method import SEQUENCE, TOWER, Criterion, Method, Selection, View, filled, mark, stable_top_k
 from himap_jax.pruning.sizes import Sizes
 
@@ -116,7 +116,7 @@ def dominant_and_complement(view: View, keep: int) -> Selection:
     return Selection(jnp.sort(dominant, axis=1))
   dropped = view.has_feature() & ~mark(dominant, features.shape[1])
   centres, merged = merged_by_text(view, dropped, num_merged)
-  features = jax.vmap(lambda x, at, new: x.at[at].set(new))(features, centres, merged)
+  features = put_slots(features, centres, merged)
   kept = filled(jnp.concatenate([dominant, centres], axis=1), view.layout.image_present())
   return Selection(kept, view.project(take_slots(features, kept)))
 
