@@ -29,10 +29,15 @@ _TARGET = flags.DEFINE_string(
   "target", None, "Directory to write, also in object storage as gs://bucket/name.", required=True
 )
 _VISION_TOWER = flags.DEFINE_string(
-  "vision_tower", None, "For the original layout: directory or id of the CLIP tower, if not as in config.json."
+  "vision_tower",
+  None,
+  "For the original layout: directory or id of the vision tower (CLIP or InternViT), if not as in config.json.",
 )
 _INT8_WEIGHTS = flags.DEFINE_bool(
-  "int8_weights", False, "Write the weights of the decoder's linear layers as int8, for himap_jax.run --int8_weights."
+  "int8_weights",
+  False,
+  "Write the weights of the decoder's linear layers, and of a head that is not the embedding, as int8, for "
+  "himap_jax.run --int8_weights.",
 )
 _ALLOW_PICKLE = flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run, also for the tower.")
 

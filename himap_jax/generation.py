@@ -26,7 +26,8 @@ class InputConfig:
   """Preparation of prompts.
 
   Attributes:
-    prompt_template: `chat` (the checkpoint's own), `vicuna_v1`, or a text with `<image>` and `{question}`.
+    prompt_template: `chat` (the checkpoint's own), a template of the model (`vicuna_v1` of LLaVA; `vqa`, `caption` and
+      `mme` of Qwen-VL-Chat), or a text with `<image>` and `{question}`.
     prompt_buckets: padded text lengths, in tokens.
     batch_size: rows that are decoded together; chosen from the memory of the devices if absent.
     max_image_tokens: most image tokens of a picture, for models that choose them by its size; theirs if absent.

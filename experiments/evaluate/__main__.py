@@ -5,7 +5,7 @@
 
 Every task is answered with every setting, by the prompts and scored by the metrics that its authors use; a task
 `lmms:NAME` is lmms-eval's. Repeating the command resumes it; `--score_only` scores the answers that are there
-without a model.
+without loading weights.
 """
 
 from typing import Any

@@ -133,7 +133,7 @@ class Criterion:
 # What a method may need of a model, and what it means that a model lacks it.
 Need = Literal["class_attention", "features", "grid", "sequence"]
 NEEDS: dict[Need, str] = {
-  "class_attention": "reads the attention of the tower's class token, and this model's tower has none",
+  "class_attention": "reads the attention of the tower's class token, and this model's tower has none for the whole picture",
   "features": "reads the tower's feature of every image token, and this model's image tokens are made of several each",
   "grid": "reads where the feature of every image token is in the tower's grid, and this model's features are no grid",
   "sequence": (

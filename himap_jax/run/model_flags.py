@@ -58,7 +58,10 @@ _MAX_IMAGE_TOKENS = flags.DEFINE_integer(
   lower_bound=1,
 )
 _PROMPT_TEMPLATE = flags.DEFINE_string(
-  "prompt_template", "chat", "vicuna_v1, chat (the checkpoint's own), or a text with <image> and {question}."
+  "prompt_template",
+  "chat",
+  "chat: the checkpoint's own; a template of the model: vicuna_v1 of LLaVA, vqa, caption and mme of Qwen-VL-Chat; or a "
+  "text with <image> and {question}.",
 )
 flags.DEFINE_enum(
   "image_aspect_ratio",
