@@ -30,7 +30,7 @@ from himap_jax.engine import sharding
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_is
 from himap_jax.families import files, templates
 from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
@@ -186,6 +186,8 @@ def load(
   allow_pickle: bool = False,
 ) -> LoadedModel:
   """Opens and restores a checkpoint: see `open_checkpoint` and `OpenCheckpoint.restore`."""
+  if mesh is not None:
+    check_is("mesh", mesh, Mesh, "a jax.sharding.Mesh, such as himap_jax.engine.sharding.make_mesh makes")
   return open_checkpoint(name, cache_dir=cache_dir, allow_pickle=allow_pickle).restore(dtype=dtype, mesh=mesh)
 
 

@@ -4,6 +4,8 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+NOT_FINITE = "the model's logits are not finite; try the dtype float32"
+
 
 class UserError(ValueError):
   """An error that the user can fix; its message says what is wrong and what to do. Any other exception is a bug."""
@@ -21,6 +23,12 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
     raise UserError(f"{name} must be a whole number, but is {value!r}")
   if value < least:
     raise UserError(f"{name} must be at least {least}, but is {value}")
+
+
+def check_is(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -> None:
+  """Raises `UserError` unless a value is of one of these types; `what` says in the message which."""
+  if isinstance(value, bool) or not isinstance(value, kinds):
+    raise UserError(f"{name} must be {what}, but is {value!r:.100}")
 
 
 def check_text(name: str, text: str, error: type[UserError] = UserError) -> None:

@@ -13,8 +13,8 @@ from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Batcher, image_buckets
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, GenerationConfig
-from himap_jax.engine.pool import Request
-from himap_jax.errors import UserError, check_whole
+from himap_jax.engine.pool import Answered, Request
+from himap_jax.errors import NOT_FINITE, UserError, check_is, check_whole
 from himap_jax.families.family import Processor, Question
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
@@ -41,6 +41,10 @@ class InputConfig:
   prefill_batch_size: int | None = None
 
   def __post_init__(self) -> None:
+    check_is("prompt_template", self.prompt_template, str, "a text")
+    check_is("prompt_buckets", self.prompt_buckets, (tuple, list), "a list of whole numbers")
+    for length in self.prompt_buckets:
+      check_whole("a length of prompt_buckets", length)
     for name in ("batch_size", "max_image_tokens", "prefill_batch_size"):
       if getattr(self, name) is not None:
         check_whole(name, getattr(self, name))
@@ -55,16 +59,18 @@ class Answer:
   """An answer.
 
   Attributes:
-    text: without special tokens.
+    text: without special tokens; empty if there is an error.
     token_ids: the generated tokens, including the end token.
     kept: for each stage the indices of the kept image tokens, ascending.
     first_logits: `[V]` float32 logits of the first generated token.
+    error: why there is no answer, if there is none.
   """
 
   text: str
   token_ids: list[int]
   kept: list[list[int]]
   first_logits: Float[np.ndarray, "V"]
+  error: str | None = None
 
 
 def make_batcher(
@@ -83,12 +89,16 @@ def make_batcher(
     UserError: the context is too small for all, or the schedule keeps more image tokens than any prompt has.
   """
   text = opened.config.text
-  sizes = sizes or {processor.image_size([(1, 1)]): 1}
-  held = {size: n for size, n in sizes.items() if size.num_tokens + max_new_tokens < text.max_position_embeddings}
-  chosen = image_buckets(held or sizes, exact=not schedule.is_ranking)
+  any_size = {processor.image_size([(1, 1)]): 1}  # of prompts whose pictures cannot be read
+  held = {
+    size: n
+    for size, n in (sizes or any_size).items()
+    if size.num_tokens + max_new_tokens < text.max_position_embeddings
+  }
+  chosen = image_buckets(held or sizes or any_size, exact=not schedule.is_ranking)
   lengths = {"buckets": prompt_buckets, "max_new_tokens": max_new_tokens}
   batcher = Batcher(text.max_position_embeddings, processor.blank, chosen, **lengths)
-  if batcher.most_image_tokens:
+  if sizes and batcher.most_image_tokens:
     schedule.at(text.num_hidden_layers, batcher.most_image_tokens)
   return batcher
 
@@ -154,7 +164,10 @@ def generate(
         yield Batch(packed, [Request(index, tag=index) for index in group])
 
   answered = {row.request.tag: row for turn in engine.answer(batches()) for row in turn}
-  return [
-    Answer(processor.decode(row.tokens), row.tokens, row.kept, row.logits)
-    for row in (answered[index] for index in range(len(examples)))
-  ]
+  return [_answer(processor, answered[index]) for index in range(len(examples))]
+
+
+def _answer(processor: Processor, row: Answered) -> Answer:
+  if not row.is_finite:
+    return Answer("", [], row.kept, row.logits, NOT_FINITE)
+  return Answer(processor.decode(row.tokens), row.tokens, row.kept, row.logits)

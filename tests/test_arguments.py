@@ -1,11 +1,13 @@
 """Wrong arguments of the library: each is refused in one line that names it."""
 
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import himap_jax
-from himap_jax import UserError, arguments
+from himap_jax import GenerationConfig, InputConfig, Sampling, UserError, arguments
 from himap_jax.errors import check_whole
 from himap_jax.families.family import Message
 from himap_jax.pruning.methods import _check_numbers
@@ -72,9 +74,32 @@ def test_numbers(value, message):
   check_whole("n", np.int32(3))
 
 
+@pytest.mark.parametrize(
+  "kind, changes, message",
+  [
+    (InputConfig, dict(prompt_template=None), "prompt_template must be a text, but is None"),
+    (InputConfig, dict(prompt_buckets=64), "prompt_buckets must be a list of whole numbers, but is 64"),
+    (InputConfig, dict(prompt_buckets=(64.5,)), "a length of prompt_buckets must be a whole number, but is 64.5"),
+    (GenerationConfig, dict(sampling=0.7), "sampling must be a Sampling, but is 0.7"),
+    (GenerationConfig, dict(seed=1.5), "seed must be a whole number, but is 1.5"),
+    (Sampling, dict(temperature="0.5"), "temperature must be a number, but is '0.5'"),
+    (Sampling, dict(top_p=True), "top_p must be a number, but is True"),
+  ],
+)
+def test_configurations(kind, changes, message):
+  """Their own checks; those of annotated types, which users do not have, are left out."""
+  config = kind()
+  for name, value in changes.items():
+    object.__setattr__(config, name, value)
+  with pytest.raises(UserError, match=re.escape(message)):
+    config.__post_init__()
+
+
 def test_numbers_of_schedules():
   _check_numbers(None, None)
   _check_numbers((2, -1), (0.5, 3, -1))
+  with pytest.raises(UserError, match="keep must be a list with a value for each stage, but is 0.5"):
+    _check_numbers((2,), 0.5)
   with pytest.raises(UserError, match="a layer to prune before must be a whole number, but is 2.5"):
     _check_numbers((2.5,), None)
   for value in (True, "50%"):

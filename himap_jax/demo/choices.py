@@ -66,7 +66,7 @@ def spelled_out(asker: Asker, pruning: PruningConfig) -> PruningConfig:
       return stage.count(number)
     if isinstance(stage.keep, int):
       raise UserError(f"--keep={stage.keep}: pictures of this model differ in image tokens; keep a share, such as 25%")
-    return round(stage.keep, 3)
+    return max(0.001, round(stage.keep, 3))
 
   return dataclasses.replace(
     pruning,

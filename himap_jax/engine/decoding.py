@@ -8,7 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from himap_jax.engine.prefill import PrefillState
 from himap_jax.engine.sampling import Kind, choose, row_keys
@@ -52,12 +52,14 @@ class Decoded:
     tokens: `[B, C]` in each slot, 0 after the end of its row.
     num_tokens: `[B]` how many of these.
     active: `[B]` whether the slot's row goes on.
+    is_finite: `[B]` whether all logits of the slot's row were; it ends with the first that are not.
     num_steps: steps taken.
   """
 
   tokens: Int[Array, "B C"]
   num_tokens: Int[Array, "B"]
   active: Bool[Array, "B"]
+  is_finite: Bool[Array, "B"]
   num_steps: Int[Array, ""]
 
 
@@ -66,13 +68,16 @@ def enter(
 ) -> tuple[Slots, Entered]:
   """Chooses the first tokens of prefilled rows and puts those that go on into free slots.
 
+  A row whose logits are not finite ends with its first token.
+
   Args:
     restart: whether no slot is in use, so that the ring of new tokens begins anew.
   """
   before = jnp.zeros_like(prompts.next_order)
   first = choose(config.kind, rows.sampling, prompts.logits, row_keys(rows.seeds)[1], before)
   slots = slots.replace(new=slots.new.replace(num_written=jnp.where(restart, 0, slots.new.num_written)))
-  return put(slots, prompts, rows, (first, _ended(first, config)), config.num_shards)
+  ends = _ended(first, config) | ~_are_finite(prompts.logits)
+  return put(slots, prompts, rows, (first, ends), config.num_shards)
 
 
 def decode(
@@ -103,11 +108,13 @@ def decode(
       x, new = network.language_model.extend(
         slots.last[:, None], slots.position[:, None], slots.order, slots.caches, slots.new, network.dtype
       )
-      token = choose(config.kind, slots.rows.sampling, network.logits(x)[:, 0], keys, slots.num_tokens)
+      logits = network.logits(x)[:, 0]
+      token = choose(config.kind, slots.rows.sampling, logits, keys, slots.num_tokens)
     token = jnp.where(slots.active, token, 0)
     one = slots.active.astype(jnp.int32)
     num_tokens = slots.num_tokens + one
-    active = slots.active & ~_ended(token, config) & (num_tokens < slots.rows.limits)
+    is_finite = _are_finite(logits) | ~slots.active
+    active = slots.active & is_finite & ~_ended(token, config) & (num_tokens < slots.rows.limits)
     tokens = jax.lax.dynamic_update_slice_in_dim(decoded.tokens, token[:, None], decoded.num_steps, axis=1)
     slots = slots.replace(
       new=new,
@@ -117,12 +124,17 @@ def decode(
       num_tokens=num_tokens,
       active=active,
     )
-    return slots, Decoded(tokens, decoded.num_tokens + one, active, decoded.num_steps + 1)
+    is_finite = decoded.is_finite & is_finite
+    return slots, Decoded(tokens, decoded.num_tokens + one, active, is_finite, decoded.num_steps + 1)
 
   active = slots.active & ~stopped
   zeros = jnp.zeros(active.shape, jnp.int32)
-  none = Decoded(jnp.zeros((len(active), most), jnp.int32), zeros, active, jnp.int32(0))
+  none = Decoded(jnp.zeros((len(active), most), jnp.int32), zeros, active, jnp.ones_like(active), jnp.int32(0))
   return jax.lax.while_loop(goes_on, step, (slots.replace(active=active), none))
+
+
+def _are_finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+  return jnp.isfinite(logits).all(axis=1)
 
 
 def _ended(token: Int[Array, "B"], config: DecodeConfig) -> Bool[Array, "B"]:

@@ -56,6 +56,7 @@ class Answered:
     decode_seconds: its part of the time of the steps in which it was decoded.
     tokens: generated token ids, including the end token.
     is_complete: whether they complete the answer for the request.
+    is_finite: whether all logits were; if not, the tokens are no answer.
   """
 
   request: Request
@@ -66,6 +67,7 @@ class Answered:
   decode_seconds: float = 0.0
   tokens: list[int] = dataclasses.field(default_factory=list)
   is_complete: bool = False
+  is_finite: bool = True
 
   def extend(self, tokens: Sequence[int]) -> None:
     """Adds tokens, up to the one that completes the answer."""
@@ -184,7 +186,8 @@ class Pool:
     """Waits for the results of a turn and returns the answers that are complete."""
     complete = [] if turn.entered is None else self._admit(turn.entering, turn.entered, clock, usage)
     decoded = turn.decoded
-    tokens, num_tokens, active = sharding.to_local_rows((decoded.tokens, decoded.num_tokens, decoded.active))
+    results = decoded.tokens, decoded.num_tokens, decoded.active, decoded.is_finite
+    tokens, num_tokens, active, is_finite = sharding.to_local_rows(results)
     num_steps = int(decoded.num_steps)
     num_free = (~active).reshape(-1, self._slots_per_shard).sum(axis=1)
     self.num_active, self._num_free = processes.sum_and_min(int(active.sum()), int(num_free.min()))
@@ -195,6 +198,7 @@ class Pool:
     for slot, row in list(self._rows.items()):
       row.decode_seconds += seconds * int(num_tokens[slot]) / max(1, num_all)
       row.extend(tokens[slot, : num_tokens[slot]].tolist())
+      row.is_finite &= bool(is_finite[slot])
       if row.is_complete or not active[slot]:
         self._stopped[slot] = active[slot]
         complete.append(self._rows.pop(slot))
@@ -210,6 +214,7 @@ class Pool:
     for index, request in enumerate(entering.requests):
       own = ([stage if stage is None else _present(stage[index]) for stage in stages] for stages in selected)
       row = Answered(request, *own, logits[index].copy(), seconds / len(entering.requests))
+      row.is_finite = bool(np.isfinite(row.logits).all())
       row.extend([int(first[index])])
       if place[index] < 0:
         complete.append(row)

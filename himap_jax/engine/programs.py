@@ -75,7 +75,7 @@ class Programs:
 
     self._slots = Slots(caches, NewTokens(cache.keys, cache.keys, rows, replicated), *(rows,) * 6)
     state = PrefillState(logits=rows, caches=caches, next_position=rows, next_order=rows, kept=rows, ranks=rows)
-    decoded = Decoded(rows, rows, rows, replicated)
+    decoded = Decoded(rows, rows, rows, rows, replicated)
     options = _compiler_options(model)
     self.prefill = jax.jit(prefill_program, out_shardings=state, compiler_options=options)
     self.enter = jax.jit(enter_program, out_shardings=(self._slots, rows), donate_argnums=0)

@@ -6,6 +6,7 @@ Axes: B rows, V vocabulary.
 import dataclasses
 import enum
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, UInt
 
-from himap_jax.errors import UserError
+from himap_jax.errors import UserError, check_is
 from himap_jax.inputs import pytree
 
 MIN_TEMPERATURE = 1e-6
@@ -32,6 +33,8 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self) -> None:
+    for name in ("temperature", "top_p"):
+      check_is(name, getattr(self, name), numbers.Real, "a number")
     if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
       raise UserError(f"the temperature must be 0, or finite and at least {MIN_TEMPERATURE}, but is {self.temperature}")
     if not 0 < self.top_p <= 1:

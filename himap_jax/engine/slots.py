@@ -126,10 +126,20 @@ def put(
   place = _free_places(*(x.reshape(num_shards, -1) for x in (slots.active, stays)))
 
   write = functools.partial(_write, place)
-  unread = jnp.full((first.shape[0], slots.new.order.shape[1]), UNUSED_ORDER, jnp.int32)
+
+  def overwrite(old: Shaped[Array, "B *D"], value: int) -> Shaped[Array, "B *D"]:
+    return write(old, jnp.full((len(first), *old.shape[1:]), value, old.dtype))
+
+  # Of keys and values that are not read, NaN would still reach the products of attention: they are zero.
+  blank = functools.partial(overwrite, value=0)
+  new = slots.new.replace(
+    keys=jax.tree.map(blank, slots.new.keys),
+    values=jax.tree.map(blank, slots.new.values),
+    order=overwrite(slots.new.order, UNUSED_ORDER),
+  )
   entered = slots.replace(
     caches=jax.tree.map(write, slots.caches, prompts.caches),
-    new=slots.new.replace(order=write(slots.new.order, unread)),
+    new=new,
     rows=jax.tree.map(write, slots.rows, rows),
     last=write(slots.last, first),
     position=write(slots.position, prompts.next_position),

@@ -18,7 +18,7 @@ from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Bucket, in_batches
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch, Engine, GenerationConfig
-from himap_jax.errors import UserError
+from himap_jax.errors import NOT_FINITE, UserError
 from himap_jax.families.examples import check_not_empty
 from himap_jax.families.family import Processor
 from himap_jax.harness.settings import Settings
@@ -28,7 +28,6 @@ from himap_jax.run import command
 from himap_jax.run.progress import Progress
 from himap_jax.run.writer import COUNTS
 
-NOT_FINITE = "the model's logits are not finite; try dtype=float32"
 ROOM = 32  # tokens that a continuation to score may have
 
 
@@ -120,7 +119,7 @@ class Responder:
         for row in itertools.chain.from_iterable(engine.answer(batches)):
           progress.update()
           question, example = row.request.tag
-          if not np.isfinite(row.logits).all():
+          if not row.is_finite:
             logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
             continue
           counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, list(map(len, row.kept)))

@@ -21,6 +21,10 @@ class Stage:
   keep: int | float
   criterion: Criterion
   share: float | None = None
+  is_share: bool = dataclasses.field(init=False)  # stages that keep 1 and 100% are equal without it
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "is_share", isinstance(self.keep, float))
 
   def count(self, num_image_tokens: int) -> int:
     """Image tokens that it leaves of a prompt's: at least one of a share; a count may be above `num_image_tokens`."""

@@ -21,7 +21,7 @@ from himap_jax.engine.engine import Batch, Engine
 from himap_jax.engine.pool import Answered, Request
 from himap_jax.engine.processes import Share
 from himap_jax.engine.sampling import Sampling
-from himap_jax.errors import UserError
+from himap_jax.errors import NOT_FINITE, UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import cut, has_any
 from himap_jax.inputs import Example
@@ -242,8 +242,8 @@ class Answerer:
   def _result(self, answered: Answered) -> Result:
     (prompt, example, _, digest), bucket = answered.request.tag
     logits, tokens, kept = answered.logits, answered.tokens, answered.kept
-    if not np.isfinite(logits).all():
-      return Result(prompt.row(digest, error="the model's logits are not finite; try --dtype=float32"))
+    if not answered.is_finite:
+      return Result(prompt.row(digest, error=NOT_FINITE))
     if self.pictures is not None:
       self._draw(prompt, example, kept, digest)
     more: dict[str, Any] = {"token_ids": tokens} if "tokens" in self.emit else {}

@@ -88,7 +88,7 @@ class Asker:
     """Answers; `is_complete` sees the tokens so far, as in `Request`.
 
     Raises:
-      UserError: the devices have too little memory.
+      UserError: the devices have too little memory, or logits are not finite.
     """
     engine = self.loaded.engine(asked.schedule, self.config.generation, BatchSizes(1, 1), most_steps=STEPS)
     batcher, bucket = asked.batcher, asked.bucket
@@ -97,4 +97,6 @@ class Asker:
     batch = Batch(inputs, [Request(0, is_complete=is_complete)])
     with command.out_of_memory_is_user_error(lambda: f"{bucket.num_image_tokens} image tokens"):
       (answered,) = (row for turn in engine.answer([batch]) for row in turn)
+    if not answered.is_finite:
+      raise UserError(NOT_FINITE)
     return Reply(answered, self.processor.decode(answered.tokens), engine.programs.seconds)

@@ -63,7 +63,11 @@ def use_compilation_cache(directory: str) -> None:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
   """Describes the differences between two settings; empty if there are none."""
   before, now = (json.loads(json.dumps(dict(settings))) for settings in (before, now))  # lists for tuples
-  names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+  texts = [  # in which a count of 1 is not 100%
+    {name: json.dumps(value, sort_keys=True) for name, value in settings.items() if value is not None}
+    for settings in (before, now)
+  ]
+  names = sorted({name for name, _ in texts[0].items() ^ texts[1].items()})
   return "; ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
 
 

@@ -110,7 +110,7 @@ def save(picture: Image.Image, path: pathlib.Path, digest: str) -> None:
 def saved_digest(path: pathlib.Path) -> str:
   """The digest of the row whose picture a file is; empty if it is missing or none."""
   try:
-    with Image.open(path) as picture:
+    with PngImagePlugin.PngImageFile(path) as picture:  # its size does not matter, as it would to Image.open
       return picture.info.get("digest", "")
-  except OSError:
+  except (OSError, SyntaxError):
     return ""

@@ -227,6 +227,38 @@ def test_answers_that_are_complete_leave_their_slots(loaded, images):
     assert found[n].tokens == whole[n].tokens[:length]
 
 
+@pytest.mark.parametrize("where", ["picture", "answer"])
+def test_rows_that_are_not_finite_end_and_change_no_later_row(where, loaded, images):
+  """All rows use one slot after each other. A picture is NaN, or the embedding of a token of one row's answer alone."""
+  model = loaded(NAME)
+  schedule, generation = model.schedule("himap", (2, 3), (8, 3)), GenerationConfig(MOST, ignore_eos=True)
+  asked = Asked(model, images, [Request(n) for n in range(4)], buckets=(64,))
+  engine = Engine(model.model, schedule, generation, batch_sizes=BatchSizes(1, 1))
+  whole, bad, params = answers(engine, asked.batches(1)), 1, model.model.params
+  assert all(row.is_finite for row in whole.values())
+  if where == "picture":
+    pictures = asked.examples[bad].images
+    nan = pictures.replace(pixels=np.full_like(pictures.pixels, np.nan))
+    asked.examples[bad] = dataclasses.replace(asked.examples[bad], images=nan)
+    num_tokens = 1
+  else:
+    read = {token for n, row in whole.items() for token in row.tokens if n != bad}
+    read |= {token for example in asked.examples for token in example.tokens.tolist()}
+    index, token = [(i, token) for i, token in enumerate(whole[bad].tokens[:-1]) if token not in read][-1]
+    assert index > 1 and token not in whole[bad].tokens[:index]  # later rows do not overwrite what it writes at once
+    num_tokens = index + 2  # the next one has the first logits that are not finite
+    params = jax.tree_util.tree_map_with_path(
+      lambda path, x: x.at[token].set(jnp.nan) if "embed_tokens" in jax.tree_util.keystr(path) else x, params
+    )
+  poisoned = Engine(dataclasses.replace(model.model, params=params), schedule, generation, batch_sizes=BatchSizes(1, 1))
+  found = answers(poisoned, asked.batches(1))
+  assert list(found) == list(whole) == list(range(4))
+  assert [row.is_finite for row in found.values()] == [n != bad for n in range(4)]
+  assert len(found[bad].tokens) == num_tokens
+  for n in set(whole) - {bad}:
+    assert found[n].tokens == whole[n].tokens
+
+
 def test_rows_that_only_fill_a_batch_take_no_slots(loaded, images):
   model = loaded(NAME)
   engine = Engine(
@@ -288,6 +320,8 @@ def test_put_is_the_slow_one(num_shards):
       own[slot][tuple(slice(size) for size in given.shape[1:])] = given[row]
     cache.order[slot] = [*prompts.caches[0].order[row], *[UNUSED_ORDER] * (room - 4)]
     expected.new.order[slot] = UNUSED_ORDER
+    for own in (*expected.new.keys, *expected.new.values):
+      own[slot] = 0
     expected.rows.seeds[slot], expected.rows.limits[slot] = rows.seeds[row], rows.limits[row]
     expected.rows.sampling.temperature[slot] = rows.sampling.temperature[row]
     expected.rows.sampling.top_p[slot] = rows.sampling.top_p[row]

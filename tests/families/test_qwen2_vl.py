@@ -24,6 +24,7 @@ from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.families import from_hf
 from himap_jax.families.qwen2_vl import grid_coordinates
+from himap_jax.generation import make_batcher
 from himap_jax.model.network import abstract_params
 from himap_jax.model.towers.qwen_vl import window_of
 
@@ -98,6 +99,11 @@ def test_image_size_is_that_of_the_prepared_picture(loaded):
       example = limited.prepare([tiny_checkpoints.noise_image(size, 0)], "?")
       assert limited.image_size([size]) == example.size and example.num_image_tokens <= limit
   assert loaded.prompts("<image>{question}", 10_000).image_size([(90, 91)]) == processor.image_size([(90, 91)])
+
+
+def test_counts_are_not_checked_where_no_picture_could_be_read(loaded):
+  batcher = make_batcher(loaded, loaded.prompts(), {}, (64,), 4, loaded.schedule("fastv", (2,), (20,)))
+  assert batcher.most_image_tokens < 20
 
 
 def test_views_and_places(loaded, rows):

@@ -4,6 +4,7 @@ import pytest
 
 from himap_jax import PruningConfig, Schedule, UserError, build_schedule
 from himap_jax.pruning import methods
+from himap_jax.run import command
 
 
 def schedule(method, **settings):
@@ -62,7 +63,7 @@ def test_default_schedule_of_shortv():
     (dict(method="fasttv"), "unknown method 'fasttv'; known: "),
     (
       dict(method="visionzip", provides={"features", "sequence"}),
-      "tower has none; methods that work: .*divprune, .*himap",
+      "tower has none for the whole picture; methods that work: .*divprune, .*himap",
     ),
     (dict(method="fastervlm+himap", provides=()), "tower has none"),
     (
@@ -179,3 +180,11 @@ def test_restore_is_a_part_of_a_schedule():
   assert restored.restore and not plain.restore
   assert restored != plain and restored.stages == plain.stages
   assert restored.at(32, 256).restore and restored.with_counts((9, 3)).restore
+
+
+def test_a_count_of_one_is_not_all():
+  """They are equal as numbers, and must not share programs."""
+  one, all_of_them = (PruningConfig("fastv", (2,), (keep,)).schedule(32) for keep in (1, 1.0))
+  assert one != all_of_them
+  assert [own.at(32, 16).stages[0].keep for own in (one, all_of_them)] == [1, 16]
+  assert command.differences({"keep": [1], "seed": None}, {"keep": [1.0]}) == "keep was [1], now [1.0]"

@@ -2,12 +2,13 @@
 
 import dataclasses
 import importlib
+import numbers
 import pkgutil
 import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from himap_jax.errors import UserError, check_whole
+from himap_jax.errors import UserError, check_is, check_whole
 from himap_jax.pruning.method import NEEDS, Criterion, Method, Need
 from himap_jax.pruning.schedule import Schedule, Stage
 
@@ -54,6 +55,7 @@ def build_schedule(
   Raises:
     UserError: an unknown method or parameter, a wrong number of layers or counts, or values that the model cannot run.
   """
+  check_is("method", method, str, "the name of a method")
   _check_provided(method, provides)
   _check_numbers(prune_layers, keep)
   entries = _entries(method)
@@ -63,14 +65,15 @@ def build_schedule(
   if entries[0].freezes:
     if keep is not None:
       raise UserError(f"method {method!r} keeps every image token, so it takes no keep")
-    schedule = Schedule(frozen_layers=tuple(sorted(prune_layers)), parameters=values)
+    schedule = Schedule(frozen_layers=tuple(sorted(map(int, prune_layers))), parameters=values)
   else:
     criteria = _criteria(method, entries, prune_layers)
     keep = _shares(entries, num_layers) if keep is None else keep
     if len(keep) != len(criteria):
       raise UserError(f"method {method!r} has {len(criteria)} stages, but keep has {len(keep)} values")
     _check_keep(keep)
-    stages = tuple(Stage(*stage) for stage in zip(prune_layers, keep, criteria, strict=True))
+    counts = (value if isinstance(value, float) else int(value) for value in keep)
+    stages = tuple(Stage(*stage) for stage in zip(map(int, prune_layers), counts, criteria, strict=True))
     schedule = Schedule(stages, parameters=values)
   if num_image_tokens is not None:
     return schedule.at(num_layers, num_image_tokens)
@@ -149,6 +152,8 @@ def _parameters(method: str, entries: list[Method], given: Mapping[str, float]) 
   for name in given:
     if name not in values:
       raise UserError(f"method {method!r} has no parameter {name!r}; it has: {', '.join(values) or 'none'}")
+  for name, value in given.items():
+    check_is(f"the parameter {name}", value, numbers.Real, "a number")
   values |= given
   for entry in entries:
     entry.check(values)
@@ -224,7 +229,10 @@ def _of_depth(value: Any, num_layers: int) -> tuple:
 
 
 def _check_numbers(prune_layers: Any, keep: Any) -> None:
-  """Raises `UserError` unless layers are whole numbers, and what to keep whole numbers or shares."""
+  """Raises `UserError` unless layers are whole numbers, and what to keep whole numbers or shares, a list of each."""
+  for name, values in (("prune_layers", prune_layers), ("keep", keep)):
+    if values is not None:
+      check_is(name, values, (tuple, list), "a list with a value for each stage")
   for layer in prune_layers or ():
     check_whole("a layer to prune before", layer, least=-sys.maxsize)
   for value in keep or ():
@@ -236,5 +244,5 @@ def _check_keep(keep: tuple[int | float, ...]) -> None:
   for value in keep:
     if isinstance(value, float) and not 0 < value <= 1:
       raise UserError(f"a share of image tokens to keep must be above 0% and at most 100%, not {value:.4%}")
-    if isinstance(value, int) and value < 1:
+    if not isinstance(value, float) and value < 1:
       raise UserError(f"cannot keep {value} image tokens; at least one must remain")
