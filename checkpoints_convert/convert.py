@@ -15,6 +15,7 @@ import numpy as np
 from checkpoints_convert import names, original, remote, store
 from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.int8 import quantize
 from checkpoints_convert.marker import FORMAT, MARKER, read_marker
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.shards import PICKLED, SAFETENSORS, read_headers
@@ -30,7 +31,6 @@ from checkpoints_convert.source import (
   write_json,
 )
 from checkpoints_convert.stored import FLOAT_DTYPES, StoredTensor
-from checkpoints_convert.transforms import quantize
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NOT_COPIED = ("config.json", SAFETENSORS.index, PICKLED.index, MARKER)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoints_convert import fused
+from checkpoints_convert import transforms
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.source import some
 from checkpoints_convert.stored import FLOAT_DTYPES, Index, StoredTensor
@@ -27,12 +27,12 @@ class Entry(NamedTuple):
     pattern: regular expression for the start of their names.
     place: replacement of that start in the tree.
     transform: makes the parameter from the stored tensor and the fields of config.json, with array methods and slices;
-      may raise `fused.UnfitShape`. None for the tensor itself.
+      may raise `transforms.UnfitShape`. None for the tensor itself.
   """
 
   pattern: str
   place: str
-  transform: fused.Transform | None = None
+  transform: transforms.Transform | None = None
 
 
 class Table(NamedTuple):
@@ -55,7 +55,10 @@ def _renamed(start: str, place: str, modules: Mapping[str, str]) -> tuple[Entry,
 
 
 def _fused(
-  pattern: str, place: str, transform: Callable[[int], fused.Transform], parts: Sequence[str] = fused.PROJECTIONS
+  pattern: str,
+  place: str,
+  transform: Callable[[int], transforms.Transform],
+  parts: Sequence[str] = transforms.PROJECTIONS,
 ) -> tuple[Entry, ...]:
   """Entries for a fused module and the modules that it holds, in the tree at `place`."""
   return tuple(Entry(pattern, f"{place}{part}.", transform(index)) for index, part in enumerate(parts))
@@ -80,7 +83,7 @@ _INTERNVIT_ENTRIES = (
   *_fused(
     _INTERNVIT_LAYER + r"attn\.qkv\.",
     _INTERNVIT_PLACE + "attention.",
-    fused.thirds("vision_config", "hidden_size"),
+    transforms.thirds("vision_config", "hidden_size"),
   ),
   *_renamed(_INTERNVIT_LAYER, _INTERNVIT_PLACE, _INTERNVIT_NAMES),
 )
@@ -104,7 +107,7 @@ _QWEN_TOWER_NAMES = {
   r"mlp\.c_fc\.": "mlp.fc1.",
   r"mlp\.c_proj\.": "mlp.fc2.",
 }
-_QWEN_THIRDS = fused.thirds("hidden_size")
+_QWEN_THIRDS = transforms.thirds("hidden_size")
 
 # The start of the fused modules in a decoder layer of Phi-3, in any of LLaVA's layouts.
 _PHI3_LAYER, _PHI3_PLACE = (
@@ -125,8 +128,8 @@ _HUGGING_FACE_ENTRIES = (
 _LLAVA = Table(
   entries=(
     # the fused decoder layers of Phi-3
-    *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", fused.qkv),
-    *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", fused.gate_up, ("gate_proj", "up_proj")),
+    *_fused(_PHI3_LAYER + r"self_attn\.qkv_proj\.", _PHI3_PLACE + "self_attn.", transforms.qkv),
+    *_fused(_PHI3_LAYER + r"mlp\.gate_up_proj\.", _PHI3_PLACE + "mlp.", transforms.gate_up, ("gate_proj", "up_proj")),
     # LLaVA's original layout
     Entry(r"model\.vision_tower\.vision_tower\.(vision_model\.)?", "vision_tower."),
     Entry(r"model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
@@ -162,10 +165,10 @@ def _qwen_vl(width: str) -> Table:
   """The names of Qwen2-VL to Qwen3-VL, whose `vision_config` gives the tower's width as `width`."""
   return Table(
     entries=(
-      Entry(_VISUAL + r"patch_embed\.proj\.weight$", "vision_tower.patch_embed.weight", fused.of_stills),
+      Entry(_VISUAL + r"patch_embed\.proj\.weight$", "vision_tower.patch_embed.weight", transforms.of_stills),
       Entry(_VISUAL + r"patch_embed\.proj\.", "vision_tower.patch_embed."),
       Entry(_VISUAL + r"pos_embed\.", "vision_tower.embeddings.pos_embed."),
-      *_fused(_BLOCK + r"attn\.qkv\.", _BLOCK_PLACE + "attn.", fused.thirds("vision_config", width)),
+      *_fused(_BLOCK + r"attn\.qkv\.", _BLOCK_PLACE + "attn.", transforms.thirds("vision_config", width)),
       Entry(_BLOCK + r"(mlp\.)?(?:linear_)?", _BLOCK_PLACE + r"\2"),
       Entry(_VISUAL + r"merger\.(?:ln_q|norm)\.", "multi_modal_projector.norm."),
       Entry(_VISUAL + r"merger\.(?:mlp\.0|linear_fc1)\.", "multi_modal_projector.linear_1."),
@@ -213,11 +216,11 @@ TABLES = {
       Entry(_QWEN_TOWER + r"positional_embedding$", "vision_tower.embeddings.position_embedding.weight"),
       Entry(_QWEN_TOWER + r"ln_pre\.", "vision_tower.pre_layrnorm."),
       *_renamed(_QWEN_TOWER_LAYER, _QWEN_TOWER_PLACE, _QWEN_TOWER_NAMES),
-      *_fused(_QWEN_TOWER_LAYER + r"attn\.in_proj\.", _QWEN_TOWER_PLACE + "self_attn.", fused.qkv_of_heads),
+      *_fused(_QWEN_TOWER_LAYER + r"attn\.in_proj\.", _QWEN_TOWER_PLACE + "self_attn.", transforms.qkv_of_heads),
       *_fused(_QWEN_TOWER + r"attn_pool\.attn\.in_proj_", "multi_modal_projector.attn.", _QWEN_THIRDS),
       Entry(_QWEN_TOWER + r"attn_pool\.", "multi_modal_projector."),
       Entry(_QWEN_TOWER + r"ln_post\.", "multi_modal_projector.ln_post."),
-      Entry(_QWEN_TOWER + r"proj$", "multi_modal_projector.proj.weight", fused.transposed),
+      Entry(_QWEN_TOWER + r"proj$", "multi_modal_projector.proj.weight", transforms.transposed),
     ),
     unused=r".*(^|/)(inv_freq|masked_bias|logn_tensor)$",
     tower_layer=r"vision_tower/encoder/layers_(\d+)/",
@@ -230,7 +233,7 @@ TABLES = {
       Entry(
         r"(model\.)?multi_modal_projector\.mm_input_projection_weight$",
         "multi_modal_projector.mm_input_projection.weight",
-        fused.transposed,
+        transforms.transposed,
       ),
       *_HUGGING_FACE_ENTRIES,
     ),
@@ -355,7 +358,7 @@ def _misfit(parameter: Parameter, expected: tuple[int, ...]) -> str:
   tensor = parameter.tensor
   try:
     shape = parameter.shape
-  except fused.UnfitShape as error:
+  except transforms.UnfitShape as error:
     return f"{tensor.name} is {list(tensor.shape)}, expected {list(error.expected)}"
   if shape == expected:
     return ""

@@ -20,10 +20,10 @@ from PIL import Image
 from checkpoints_convert import convert, remote, store
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.int8 import abstract_int8, quantize_and_delete
 from checkpoints_convert.marker import read_marker
 from checkpoints_convert.names import ExpectedModel
 from checkpoints_convert.source import PARAMS, AnyPath, locate, read_json, some
-from checkpoints_convert.transforms import abstract_int8, quantize
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
 from himap_jax.engine import sharding
@@ -138,7 +138,9 @@ class OpenCheckpoint:
     params = _by_path(wanted)
     for path, array in self.weights.read(_by_path(self._abstract(self.config, dtype, mesh))):
       array = _repeat_heads(array, params[path], self.config.text.num_key_value_heads)
-      params[path] = _as_int8(array) if int8_weights and not self.weights.is_int8 and can_be_int8(path) else array
+      if int8_weights and not self.weights.is_int8 and can_be_int8(path):
+        array = quantize_and_delete(array)
+      params[path] = array
       del array
     if bad := [".".join(path) for path, leaf in params.items() if not _is_finite(leaf)]:
       raise CheckpointError(f"{self.directory}: weights that are NaN or infinite in {dtype.name}: {some(bad)}")
@@ -301,13 +303,6 @@ def _repeat_program(num_heads: int, shape: tuple[int, ...], sharding: Sharding) 
     return jnp.repeat(x.reshape(num_heads, -1, *x.shape[1:]), shape[0] // x.shape[0], axis=0).reshape(shape)
 
   return jax.jit(repeat, out_shardings=sharding)
-
-
-def _as_int8(array: jax.Array) -> Any:
-  """Quantises an array and deletes it, so that at most one such array exists at a time."""
-  weight = jax.block_until_ready(quantize(array))
-  array.delete()
-  return weight
 
 
 def _eos_token_ids(directory: pathlib.Path, fields: dict[str, Any], processor: Any) -> tuple[int, ...]:

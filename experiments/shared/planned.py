@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from checkpoints_convert.transforms import abstract_int8
+from checkpoints_convert.int8 import abstract_int8
 from experiments.shared import geometries
 from himap_jax.engine import programs, sharding
 from himap_jax.errors import UserError

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from checkpoints_convert.transforms import quantize
+from checkpoints_convert.int8 import quantize_and_delete
 from experiments.shared import geometries
 from experiments.speed import side
 from experiments.speed.side import NUM_SYSTEM_TOKENS, Job, Scenario, Side, Weights
@@ -51,7 +51,7 @@ class Ours(Side):
       lambda path, leaf: place(file.take(leaf.shape, path[-1].key)), abstract_params(self._config, DTYPE)
     )
     if variant:
-      params = map_int8(_as_int8, params)
+      params = map_int8(quantize_and_delete, params)
     self._model = Model(params, Network(self._config, DTYPE, sharding.kernels_for(self._mesh)))
     self._options = dict(self._model.network.kernels.int8_compiler_options) if variant else {}
     self.mapped_bytes = sum(x.nbytes for x in jax.tree.leaves(params) if x.dtype == DTYPE and x.ndim > 1)
@@ -160,13 +160,6 @@ class Ours(Side):
       has_layers = segment.first < segment.last
       projections.append(Projections(query=query, key=key, value=key) if has_layers else None)
     return projections
-
-
-def _as_int8(leaf: jax.Array) -> Any:
-  """A weight as int8; the original is deleted, so that only one is in memory."""
-  quantized = jax.block_until_ready(quantize(leaf))
-  leaf.delete()
-  return quantized
 
 
 def _choose(

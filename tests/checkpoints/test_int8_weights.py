@@ -11,7 +11,7 @@ import qwix
 import tiny_checkpoints
 from layouts import assert_same_trees, convert_to, flat_params
 
-from checkpoints_convert import transforms
+from checkpoints_convert import int8
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import read_marker
 from himap_jax import GenerationConfig, InputConfig, checkpoint, generate
@@ -31,7 +31,7 @@ def clip(checkpoints):
 
 def test_every_number_is_at_the_nearest_step():
   weight = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32)
-  array = transforms.quantize(jnp.asarray(weight))
+  array = int8.quantize(jnp.asarray(weight))
   assert array.qvalue.dtype == jnp.int8
   integers, scale = np.asarray(array.qvalue, np.int64), np.asarray(array.scale, np.float64)
   np.testing.assert_allclose(scale, np.abs(weight).max(axis=1, keepdims=True) / 127.5, rtol=1e-6)
@@ -74,14 +74,14 @@ class TestStreaming:
     opened = checkpoint.open_checkpoint(str(directory))
     monkeypatch.setattr("checkpoints_convert.weights.READ_BYTES", 0)  # one after another, as large weights are
     before, seen = live_bytes(), []
-    quantize = transforms.quantize
+    quantize = int8.quantize
 
     def watched(weight):
       result = quantize(weight)
       seen.append((live_bytes() - before, weight.nbytes))
       return result
 
-    monkeypatch.setattr(checkpoint, "quantize", watched)
+    monkeypatch.setattr(int8, "quantize", watched)
     loaded = opened.restore(dtype=jnp.bfloat16, int8_weights=True)
     num_bytes, full = opened.num_bytes(jnp.bfloat16, int8_weights=True), opened.num_bytes(jnp.bfloat16)
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.model.params)) == num_bytes
@@ -91,9 +91,10 @@ class TestStreaming:
   def test_bytes(self, checkpoints, clip):
     for name in ("clip_mha", "clip_gqa_tied"):
       opened = checkpoint.open_checkpoint(str(checkpoints(name).directory))
-      for int8 in (False, True):
-        params = opened.restore(dtype=jnp.bfloat16, int8_weights=int8).model.params
-        assert opened.num_bytes(jnp.bfloat16, int8_weights=int8) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+      for is_int8 in (False, True):
+        params = opened.restore(dtype=jnp.bfloat16, int8_weights=is_int8).model.params
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        assert opened.num_bytes(jnp.bfloat16, int8_weights=is_int8) == num_bytes
 
 
 def live_bytes():
@@ -157,12 +158,12 @@ def test_shapes_alone_are_those_of_the_real_ones(clip):
   mesh = sharding.make_mesh(data=2, tensor=4)
   opened = checkpoint.open_checkpoint(str(clip))
   real = opened.restore(dtype=jnp.bfloat16, mesh=mesh, int8_weights=True).model.params
-  abstract = map_int8(transforms.abstract_int8, abstract_params(opened.config, jnp.bfloat16))
+  abstract = map_int8(int8.abstract_int8, abstract_params(opened.config, jnp.bfloat16))
   assert jax.tree.structure(abstract) == jax.tree.structure(real)
   assert jax.tree.all(jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), abstract, real))
   weight = real["language_model"]["layers_1"]["mlp"]["up_proj"]["weight"]
   leaf = jax.ShapeDtypeStruct(weight.shape, jnp.bfloat16, sharding=weight.qvalue.sharding)
-  placed = transforms.abstract_int8(leaf)
+  placed = int8.abstract_int8(leaf)
   for part in ("qvalue", "scale"):
     assert getattr(placed, part).sharding.is_equivalent_to(getattr(weight, part).sharding, 2), part
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from checkpoints_convert.transforms import quantize
+from checkpoints_convert.int8 import quantize
 from experiments.shared import compiler_report, planned
 from experiments.tpu_plan import plan
 from himap_jax.engine import sharding

@@ -5,7 +5,7 @@ import pytest
 from layouts import WEIGHTS, assert_same_trees, convert_to, copy_of, flat_params, newer_name, refuses
 from safetensors.numpy import load_file
 
-from checkpoints_convert.fused import UnfitShape, split_rows
+from checkpoints_convert.transforms import UnfitShape, split_rows
 from himap_jax.engine import sharding
 
 LAYER = "language_model.model.layers.1."
