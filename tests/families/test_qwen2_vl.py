@@ -26,7 +26,7 @@ from himap_jax.families import from_hf
 from himap_jax.families.qwen2_vl import grid_coordinates
 from himap_jax.generation import make_batcher
 from himap_jax.model.network import abstract_params
-from himap_jax.model.towers.qwen_vl import window_of
+from himap_jax.model.towers.qwen2_vl import window_of
 
 TOLERANCE = 1e-4
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"

@@ -11,7 +11,7 @@ from himap_jax.inputs import Images
 from himap_jax.model.config import PatchVisionConfig, VisionConfig
 from himap_jax.model.kernels import Kernels
 from himap_jax.model.linear import LayerNorm
-from himap_jax.model.towers import clip, dinov2, internvit, mllama, qwen_vl
+from himap_jax.model.towers import clip, dinov2, internvit, mllama, qwen2_vl
 from himap_jax.model.towers.common import QueryKey, TowerModule, TowerOutput, class_attention, group, pooled
 from himap_jax.model.tracing import traced_once
 
@@ -37,9 +37,9 @@ TOWERS: dict[str, Tower | type[TowerModule]] = {
     dinov2.DinoEmbeddings, internvit.InternLayer, layer_name="layer", final_norm_name="layernorm"
   ),
   "mllama_vision_model": mllama.MllamaTower,
-  "qwen2_vl_vision": qwen_vl.PatchTower,
-  "qwen2_5_vl_vision": qwen_vl.PatchTower,
-  "qwen3_vl_vision": qwen_vl.PatchTower,
+  "qwen2_vl_vision": qwen2_vl.PatchTower,
+  "qwen2_5_vl_vision": qwen2_vl.PatchTower,
+  "qwen3_vl_vision": qwen2_vl.PatchTower,
 }
 
 
