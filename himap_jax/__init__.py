@@ -12,8 +12,8 @@ if TYPE_CHECKING:
   from himap_jax.generation import Answer as Answer
   from himap_jax.generation import InputConfig as InputConfig
   from himap_jax.generation import generate as generate
-  from himap_jax.pruning.methods import PruningConfig as PruningConfig
-  from himap_jax.pruning.methods import build_schedule as build_schedule
+  from himap_jax.pruning.config import PruningConfig as PruningConfig
+  from himap_jax.pruning.config import build_schedule as build_schedule
   from himap_jax.pruning.schedule import Schedule as Schedule
   from himap_jax.pruning.schedule import Stage as Stage
 
@@ -23,7 +23,7 @@ _NAMES = {
   "engine.sampling": ("Sampling",),
   "errors": ("UserError",),
   "generation": ("Answer", "InputConfig", "generate"),
-  "pruning.methods": ("PruningConfig", "build_schedule"),
+  "pruning.config": ("PruningConfig", "build_schedule"),
   "pruning.schedule": ("Schedule", "Stage"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

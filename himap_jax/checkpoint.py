@@ -36,7 +36,7 @@ from himap_jax.families.family import Family, Processor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.model.quantization import can_be_int8, map_int8
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
 ASPECT_RATIOS = ("checkpoint", "pad")  # of pictures: as the checkpoint's processor has them, or padded to squares
@@ -99,7 +99,7 @@ class OpenCheckpoint:
   ) -> Schedule:
     """The schedule of a pruning method for this model, for prompts with any number of image tokens.
 
-    Arguments and errors as in `pruning.methods.build_schedule` and `PruningConfig`.
+    Arguments and errors as in `pruning.config.build_schedule` and `PruningConfig`.
     """
     choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()), restore, keep_positions)
     return choice.schedule(**method_inputs(self.config))

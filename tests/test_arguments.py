@@ -10,7 +10,7 @@ import himap_jax
 from himap_jax import GenerationConfig, InputConfig, Sampling, UserError, arguments
 from himap_jax.errors import check_whole
 from himap_jax.families.family import Message
-from himap_jax.pruning.methods import _check_numbers
+from himap_jax.pruning.config import _check_numbers
 from himap_jax.pruning.schedule import Schedule
 
 PICTURE = Image.new("RGB", (8, 8))

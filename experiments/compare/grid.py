@@ -14,8 +14,9 @@ import numpy as np
 
 from experiments.shared import kept
 from himap_jax.errors import UserError
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.method import NEEDS, Need
-from himap_jax.pruning.methods import METHODS, PruningConfig, parse
+from himap_jax.pruning.methods import METHODS, parse
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.command import keep_count
 

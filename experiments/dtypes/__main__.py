@@ -16,7 +16,7 @@ from experiments.dtypes import compare
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, job, model_flags
 from himap_jax.run.flags import RunConfig
 

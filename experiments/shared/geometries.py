@@ -7,7 +7,7 @@ from himap_jax.families import from_hf
 from himap_jax.inputs import ImageSize
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.towers import abstract_images
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
 

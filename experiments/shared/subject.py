@@ -94,7 +94,7 @@ class Subject:
     return self.opened.config.text.num_hidden_layers
 
   def himap(self, prune_layers: tuple[int, ...] | None, keep: tuple[int | float, ...] | None) -> Schedule:
-    """HiMAP's schedule for the model and one picture; arguments and errors as in `methods.build_schedule`."""
+    """HiMAP's schedule for the model and one picture; arguments and errors as in `pruning.config.build_schedule`."""
     return self.opened.schedule("himap", prune_layers, keep).at(self.num_layers, self.processor.num_image_tokens)
 
   def engine(self, schedule: Schedule, generation: GenerationConfig) -> Engine:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, model_flags, pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig

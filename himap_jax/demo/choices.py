@@ -5,7 +5,8 @@ import dataclasses
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
-from himap_jax.pruning.methods import METHODS, PruningConfig
+from himap_jax.pruning.config import PruningConfig
+from himap_jax.pruning.methods import METHODS
 from himap_jax.pruning.schedule import Stage
 from himap_jax.run.asking import Asker
 

@@ -11,8 +11,8 @@ from himap_jax.engine.pool import Answered
 from himap_jax.errors import UserError, check_text
 from himap_jax.families.family import View
 from himap_jax.inputs import Example
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.cost import Costs, costs
-from himap_jax.pruning.methods import PruningConfig
 from himap_jax.run import command
 from himap_jax.run.asking import Asked, Asker
 

@@ -24,7 +24,7 @@ from gradio.utils import get_upload_folder, is_in_or_equal
 from himap_jax.demo import choices, results
 from himap_jax.demo.comparing import compare
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.pictures import PictureFiles

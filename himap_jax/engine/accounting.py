@@ -28,7 +28,7 @@ def provides(config: ModelConfig) -> frozenset[Need]:
 
 
 def method_inputs(config: ModelConfig) -> dict[str, Any]:
-  """A model's arguments of `pruning.methods.PruningConfig.schedule`."""
+  """A model's arguments of `pruning.config.PruningConfig.schedule`."""
   text = config.text
   return dict(num_layers=text.num_hidden_layers, provides=provides(config), cross_layers=text.cross_attention_layers)
 

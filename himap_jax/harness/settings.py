@@ -6,7 +6,7 @@ from typing import Any
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command
 
 LISTS = {"prune_layers": int, "keep": command.keep_count, "prompt_buckets": int}

@@ -17,7 +17,7 @@ from himap_jax.engine.pool import Answered, Request
 from himap_jax.families.family import Processor, Question
 from himap_jax.generation import make_batcher
 from himap_jax.inputs import Example
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.model_flags import AnswerConfig

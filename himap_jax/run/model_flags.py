@@ -17,7 +17,7 @@ from himap_jax.engine.sampling import Sampling
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, pruning_flags
 
 flags.DEFINE_string(

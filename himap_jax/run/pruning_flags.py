@@ -6,7 +6,7 @@ from absl import flags
 
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command
 
 NAMES = ("method", "prune_layers", "keep", "method_parameters", "restore", "keep_positions")

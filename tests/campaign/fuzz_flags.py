@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from checkpoints_convert.errors import CheckpointError
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import METHODS, PruningConfig
+from himap_jax.pruning.config import PruningConfig
+from himap_jax.pruning.methods import METHODS
 from himap_jax.run import pruning_flags
 
 INPUTS = 100

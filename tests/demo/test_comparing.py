@@ -17,7 +17,8 @@ from served import SETTING
 from himap_jax.demo import choices, results
 from himap_jax.demo.comparing import compare
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import METHODS, PruningConfig
+from himap_jax.pruning.config import PruningConfig
+from himap_jax.pruning.methods import METHODS
 from himap_jax.run import pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig

@@ -5,7 +5,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import model_flags, pruning_flags
 
 TEXTS = {

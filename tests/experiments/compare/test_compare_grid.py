@@ -9,7 +9,7 @@ from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
 from himap_jax.engine.prefill import Context, prune, start
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
-from himap_jax.pruning.methods import PruningConfig
+from himap_jax.pruning.config import PruningConfig
 
 NAME, N, NUM_LAYERS = "clip_mha", 16, 6
 PRUNING = [name for name, method in methods.METHODS.items() if name != "none" and not method.freezes]

@@ -30,15 +30,16 @@ from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
-from himap_jax.pruning import methods
+from himap_jax.pruning.config import build_schedule
 from himap_jax.pruning.cost import costs
+from himap_jax.pruning.methods import METHODS
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.writer import OutputWriter
 
 ROOT = pathlib.Path(__file__).parents[3]
 NAME, N, NUM_LAYERS = "clip_mha", 16, 6
 STUDIED, NUM_LAYERS_STUDIED = "dinov2_shrunk", 4  # as many image tokens, and fewer layers to compile
-PRUNING = [name for name, method in methods.METHODS.items() if name != "none" and not method.freezes]
+PRUNING = [name for name, method in METHODS.items() if name != "none" and not method.freezes]
 METHODS_DRAWN = [
   *PRUNING,
   "shortv",
@@ -221,7 +222,7 @@ def test_methods_are_held_against_random_at_their_budget(loaded):
   names = (("random", 8), ("himap", 8), ("fastv", 8), ("himap", 2), ("random", 2), ("fastv", 2))
   cells = [Cell("none", "none", schedule=Schedule())]
   for name, budget in names:
-    schedule = methods.build_schedule(name, **shape, prune_layers=(2, 4) if name == "himap" else (2,), keep=None)
+    schedule = build_schedule(name, **shape, prune_layers=(2, 4) if name == "himap" else (2,), keep=None)
     cells.append(Cell(name, f"{name} {budget}", float(budget), None if (name, budget) == ("fastv", 2) else schedule))
   questions = [question(i, type="ab"[i % 2])._replace(answer="yes", guess="no") for i in range(4)]
   right = {"none": 4, "random 8": 2, "himap 8": 3, "fastv 8": 1, "himap 2": 2, "random 2": 0}
@@ -257,7 +258,7 @@ def test_statements_hold_together_and_chance_is_averaged(loaded, tmp_path):
   cells = [Cell("none", "none", schedule=Schedule())]
   for name in ("random", "himap", "fastv", "uniform"):
     layers = {"himap": (2, 4), "fastv": (2,)}.get(name, (0,))
-    schedule = methods.build_schedule(name, **shape, prune_layers=layers, keep=None)
+    schedule = build_schedule(name, **shape, prune_layers=layers, keep=None)
     cells.append(Cell(name, f"{name} 8", 8.0, schedule))
   cells.append(Cell("random", "random:50%", None, cells[1].schedule))  # a setting is no control
   assert [cell.uses_chance for cell in cells] == [False, True, False, False, False, True]
@@ -313,8 +314,8 @@ def test_figures_of_a_cell(loaded):
   shape = dict(num_layers=NUM_LAYERS, num_image_tokens=N)
   cells = [
     Cell("none", "none", schedule=Schedule()),
-    Cell("himap@2/4", "himap", schedule=methods.build_schedule("himap", **shape, prune_layers=(2, 4), keep=(8, 3))),
-    Cell("shortv", "shortv", schedule=methods.build_schedule("shortv", **shape, prune_layers=(1, 3, 5))),
+    Cell("himap@2/4", "himap", schedule=build_schedule("himap", **shape, prune_layers=(2, 4), keep=(8, 3))),
+    Cell("shortv", "shortv", schedule=build_schedule("shortv", **shape, prune_layers=(1, 3, 5))),
   ]
   questions = [question(i, type="ab"[i % 2])._replace(answer="yes", guess="no") for i in range(4)]
   given = {
@@ -366,7 +367,7 @@ def test_figures_of_a_cell(loaded):
 
 
 def test_costs_are_means_where_rows_keep_different_counts(loaded):
-  schedule = methods.build_schedule(
+  schedule = build_schedule(
     "himap_adaptive", num_layers=NUM_LAYERS, num_image_tokens=N, prune_layers=(2, 4), keep=(12, 6)
   )
   cells = [Cell("none", "none", schedule=Schedule()), Cell("himap_adaptive", "adaptive", schedule=schedule)]

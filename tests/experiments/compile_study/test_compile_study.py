@@ -16,7 +16,7 @@ from himap_jax.engine import sharding
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Images, Inputs, Layout
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
-from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.config import build_schedule
 
 pytestmark = pytest.mark.sampled(of="files of studies", by="file")
 

@@ -12,8 +12,8 @@ from experiments.flow.adaptive import Outcomes
 from experiments.shared import figures
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.engine import Engine, GenerationConfig
+from himap_jax.pruning.config import build_schedule
 from himap_jax.pruning.cost import costs
-from himap_jax.pruning.methods import build_schedule
 from himap_jax.pruning.methods.himap_adaptive import cheapest_rung, rung_counts
 from himap_jax.pruning.schedule import Schedule
 

@@ -16,7 +16,7 @@ from experiments.question_sets import Question
 from experiments.shared import tabular
 from himap_jax.engine.prefill import prefill
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.config import build_schedule
 
 L, Q, N = 5, 3, 8
 

@@ -14,7 +14,7 @@ from experiments.question_sets import Question
 from experiments.shared.subject import Subject
 from himap_jax.engine.prefill import prefill
 from himap_jax.errors import UserError
-from himap_jax.pruning.methods import build_schedule
+from himap_jax.pruning.config import build_schedule
 
 pytestmark = pytest.mark.sampled(of="files of studies", by="file")
 
