@@ -1,14 +1,12 @@
 """The main loop: prepares prompts, answers them in batches, writes rows."""
 
-import collections
-import contextlib
 import dataclasses
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -30,89 +28,9 @@ from himap_jax.run.command import out_of_memory_is_user_error, user_error
 from himap_jax.run.output import Output
 from himap_jax.run.progress import Progress
 from himap_jax.run.prompts import Prompt
+from himap_jax.run.reader import MAX_WAITING_ERRORS, Prepared, Reader
 from himap_jax.run.summary import Result, Summary
 from himap_jax.run.writer import COUNTS
-
-MOST_ERRORS = 256  # that wait to be written
-
-
-class Prepared(NamedTuple):
-  """A prompt, without its pictures, that is ready for the model, with its request and the digest of its output row."""
-
-  prompt: Prompt
-  example: Example
-  request: Request
-  digest: str
-
-
-class Reader(contextlib.AbstractContextManager):
-  """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors, without the pictures.
-
-  As a context manager it ends, when left, after the prompt that another thread is reading.
-
-  Attributes:
-    num_rows: rows of a batch, of buckets for which it is known.
-    refused: why the rows of a bucket cannot be answered.
-    last: the bucket that was taken last.
-  """
-
-  def __init__(self, prompts: Iterable[Prompt], prepare: Callable, buckets: Sequence[Bucket]):
-    """`prepare` returns a prompt's bucket and its `Prepared`, or raises UserError."""
-    self._prompts, self._prepare = iter(prompts), prepare
-    self._waiting: dict[Bucket, list[Prepared]] = {bucket: [] for bucket in buckets}
-    self.num_rows: dict[Bucket, int] = {}
-    self.refused: dict[Bucket, str] = {}
-    self.last: Bucket | None = None
-    self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
-    self._is_ended = False
-
-  def __exit__(self, *exception: object) -> None:
-    self._is_ended = True
-
-  def read(self) -> None:
-    """Reads until a bucket fills a batch or has a first row, there are `MOST_ERRORS`, or to the end."""
-    while not self._is_ended and max(self.filled()) < 1 and self.num_errors < MOST_ERRORS:
-      prompt = next(self._prompts, None)
-      if prompt is None:
-        return
-      try:
-        if prompt.error is not None:
-          raise UserError(prompt.error)
-        bucket, prepared = self._prepare(prompt)
-        if bucket in self.refused:
-          raise UserError(self.refused[bucket])
-        self._waiting[bucket].append(prepared)
-      except UserError as error:
-        self._fail(prompt, str(error))
-
-  @property
-  def num_errors(self) -> int:
-    """Prompts that failed since the last call of `take_errors`."""
-    return len(self._errors)
-
-  def _fail(self, prompt: Prompt, error: str) -> None:
-    self._errors.append((dataclasses.replace(prompt, images=()), error))
-
-  def filled(self) -> list[float]:
-    """Batches of waiting rows, by bucket."""
-    return [len(group) / self.num_rows.get(bucket, 1) for bucket, group in self._waiting.items()]
-
-  def refuse(self, bucket: Bucket, error: str) -> None:
-    """Makes the rows of a bucket errors, also those to come."""
-    self.refused[bucket] = error
-    for row in self._waiting[bucket]:
-      self._fail(row.prompt, error)
-    self._waiting[bucket] = []
-
-  def take(self, bucket: Bucket) -> list[Prepared]:
-    """Removes and returns the rows of the next batch."""
-    group, count, self.last = self._waiting[bucket], self.num_rows[bucket], bucket
-    self._waiting[bucket] = group[count:]
-    return group[:count]
-
-  def take_errors(self) -> list[tuple[Prompt, str]]:
-    """Returns the prompts that failed since the last call, with their messages; also while another thread reads."""
-    return [self._errors.popleft() for _ in range(len(self._errors))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +112,7 @@ class Answerer:
     reading = thread.submit(reader.read)
     while True:
       reading.result()
-      if processes.sum_over_processes([reader.num_errors]) >= MOST_ERRORS:
+      if processes.sum_over_processes([reader.num_errors]) >= MAX_WAITING_ERRORS:
         write()
         reading = thread.submit(reader.read)
         continue

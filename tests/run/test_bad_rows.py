@@ -13,7 +13,7 @@ import himap_jax
 from himap_jax.checkpoint import OpenCheckpoint
 from himap_jax.engine import capacity
 from himap_jax.engine.capacity import Capacity
-from himap_jax.run import answering, drawing, job
+from himap_jax.run import answering, drawing, job, reader
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import load_image
 
@@ -233,7 +233,8 @@ class TestBadRows:
     write_rows(small.prompts, lines)
     expected = running.answers_of(small)
     sizes, written = [], Output.write
-    monkeypatch.setattr(answering, "MOST_ERRORS", 3)
+    for module in (answering, reader):
+      monkeypatch.setattr(module, "MAX_WAITING_ERRORS", 3)
     monkeypatch.setattr(Output, "write", lambda self, rows: (sizes.append(len(rows)), written(self, rows)))
     assert running.answers_of(small) == expected
     assert sum(sizes) == 10 and sizes[:2] == [3, 3]

@@ -2,9 +2,8 @@
 
 from himap_jax import UserError
 from himap_jax.engine.batching import Bucket
-from himap_jax.run import answering
-from himap_jax.run.answering import Prepared, Reader
 from himap_jax.run.prompts import Prompt
+from himap_jax.run.reader import Prepared, Reader
 
 
 class TestReader:
@@ -45,7 +44,7 @@ class TestReader:
     assert reader.filled() == [0.5, 0, 0.75]
 
   def test_errors_are_few_and_without_pictures(self, monkeypatch):
-    monkeypatch.setattr(answering, "MOST_ERRORS", 2)
+    monkeypatch.setattr("himap_jax.run.reader.MAX_WAITING_ERRORS", 2)
     reader = self.make(["bad", "a", "bad", "bad", "c"])
     reader.read()
     assert reader.filled() == [0.5, 0, 0]
