@@ -25,6 +25,7 @@ from himap_jax.run.asking import INCOMPLETE, Asker
 from himap_jax.run.drawing import draw_kept
 from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.user_errors import user_error
 
 flags.adopt_module_key_flags(model_flags)  # for --help
 _SHOW = flags.DEFINE_string(
@@ -51,7 +52,7 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   times = f"prefill {answered.prefill_seconds:.2f} s, {len(answered.tokens)} tokens {answered.decode_seconds:.2f} s"
   print(f"{config.pruning.label}: {asked.example.num_image_tokens} image tokens{kept}; {times}", file=sys.stderr)
   if show is not None:
-    with command.user_error(f"--show: cannot write {show}"):
+    with user_error(f"--show: cannot write {show}"):
       draw_kept(asker.processor.views(asked.example), answered.kept, answered.ranks).save(show, format="PNG")
 
 

@@ -25,7 +25,7 @@ from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.batching import DEFAULT_BUCKETS
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.pruning import methods
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 DEFAULTS = {"question_set": "easyvqa", "num_questions": None, "batch_size": 8}
 DEFAULTS["prompt_buckets"] = list(map(str, DEFAULT_BUCKETS))
@@ -62,7 +62,7 @@ def define_flags() -> None:
 
 def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
   """Runs the missing cells; returns the comparison, the report's examples, and the pairs to compare."""
-  budgets, ranking = command.numbers(values["budgets"], float), command.numbers(values["shortv_ranking"], int)
+  budgets, ranking = flag_values.numbers(values["budgets"], float), flag_values.numbers(values["shortv_ranking"], int)
   check(values.methods, budgets, values.settings)
   generation = GenerationConfig(values.max_new_tokens, seed=values.seed)
   timing = {name: values[f"timing_{name}"].value for name in ("batch_size", "new_tokens", "repeats")}
@@ -87,7 +87,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
   runner = measure.Runner(subject, workdir, settings, generation, int(values.encoding_gib * 2**30))
   examples = report.choose(questions, values.num_examples)
   measured = measure.run_cells(runner, cells, examples, values.num_seeds)
-  sizes = prompt_sizes(subject, jnp.dtype(command.DTYPES[values.dtype]).itemsize)
+  sizes = prompt_sizes(subject, jnp.dtype(flag_values.DTYPES[values.dtype]).itemsize)
   comparison = Comparison(questions, cells, measured.answers, measured.timings, sizes, measured.repeats)
   return comparison, report.collect(examples, measured.shown, cells, subject), pairs
 

@@ -18,7 +18,7 @@ from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.method import NEEDS, Need
 from himap_jax.pruning.methods import METHODS, parse
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run.command import keep_count
+from himap_jax.run.flag_values import keep_count
 
 REFERENCE = "none"
 _SETTING = re.compile(

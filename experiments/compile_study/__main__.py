@@ -19,13 +19,13 @@ from experiments.compile_study.variants import VARIANTS
 from experiments.shared import machine, planned, study
 from experiments.shared.geometries import GEOMETRIES
 from himap_jax.generation import InputConfig
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 
 def define_flags() -> None:
   flags.DEFINE_list("variants", list(VARIANTS), f"Any of {', '.join(VARIANTS)}.")
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), "As in himap_jax.run.")
+  flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), "As in himap_jax.run.")
   flags.DEFINE_integer("num_prompts", 48, "Prompts in the workload.", lower_bound=1)
   flags.DEFINE_integer("batch_size", 4, "Prompts per batch.", lower_bound=1)
   flags.DEFINE_integer("slots", 8, "Rows that are decoded together: slots, and rows of a static batch.", lower_bound=2)
@@ -46,9 +46,9 @@ def run(values: Any) -> study.Report:
   planned.without_devices()
   setting = Setting(
     **{name: values[name].value for name in ("checkpoint", "dtype", "num_prompts", "seed")},
-    inputs=InputConfig(prompt_buckets=command.numbers(values["prompt_buckets"], int), batch_size=values.batch_size),
-    prune_layers=command.numbers(values["prune_layers"], int),
-    keep=command.numbers(values["keep"], command.keep_count),
+    inputs=InputConfig(prompt_buckets=flag_values.numbers(values["prompt_buckets"], int), batch_size=values.batch_size),
+    prune_layers=flag_values.numbers(values["prune_layers"], int),
+    keep=flag_values.numbers(values["keep"], flag_values.keep_count),
   )
   place, tpu_heading = {}, None
   if values.topology:

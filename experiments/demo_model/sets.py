@@ -21,6 +21,7 @@ from himap_jax.checkpoint import default_cache_dir
 from himap_jax.errors import UserError
 from himap_jax.run import command
 from himap_jax.run.progress import Progress
+from himap_jax.run.user_errors import user_error
 
 SETS = ("scenes", "lists", "details")
 SPLITS = ("train", "test")
@@ -64,7 +65,7 @@ def write(
   A row's `guess` is the commonest answer to the question, or else to its type, in training scenes.
   """
   guesses, draw = _guesses(load(name, "train", size=size)), load(name, split, size=size)
-  with command.user_error(f"cannot create {directory}"):
+  with user_error(f"cannot create {directory}"):
     directory.mkdir(parents=True, exist_ok=True)
   rows = []
   with Progress(num_scenes, "scene", f"{split} {name}") as progress:

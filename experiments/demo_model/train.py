@@ -22,7 +22,8 @@ from experiments.demo_model.recipes import RECIPES, Part
 from experiments.demo_model.training import Options, train
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
-from himap_jax.run import command
+from himap_jax.run import command, flag_values
+from himap_jax.run.user_errors import user_error
 
 
 def define_flags() -> None:
@@ -30,7 +31,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("model", "demo", list(ADAPTERS), "Which demo model to train.")
   flags.DEFINE_string("adapter", None, "Where to write the trained parameters (safetensors).", required=True)
   dtype = "Dtype of the model; trained parameters are float32."
-  flags.DEFINE_enum("dtype", "bfloat16", sorted(command.DTYPES), dtype)
+  flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), dtype)
   gradients = "What computes gradients; torch is faster on CPUs with AMX."
   flags.DEFINE_enum("gradients", "jax", ["jax", "torch"], gradients)
   flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.", lower_bound=1)
@@ -46,7 +47,7 @@ def run(values: Any) -> int:
     RECIPES[values.model],
     pathlib.Path(values.adapter),
   )
-  with command.user_error(f"--adapter: cannot write {adapter}"):  # before the training
+  with user_error(f"--adapter: cannot write {adapter}"):  # before the training
     adapter.parent.mkdir(parents=True, exist_ok=True)
     if adapter.is_dir() or adapter.parent.resolve() == workdir:
       raise UserError(f"--adapter={adapter}: name a file outside of --workdir")
@@ -54,7 +55,7 @@ def run(values: Any) -> int:
       pass
   for part in recipe.parts:
     directory = workdir / f"part_{part.name}"
-    with command.user_error(f"--workdir: cannot create {directory}"):
+    with user_error(f"--workdir: cannot create {directory}"):
       directory.mkdir(parents=True, exist_ok=True)
     settings = {"model": values.model, "dtype": values.dtype} | settings_of(part, values.model, workdir)
     command.check_settings(directory / "settings.json", settings, "use another --workdir")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from checkpoints_convert.source import write_json
 from experiments.evaluate.tasks.task import Scored, Task
 from himap_jax.errors import UserError
-from himap_jax.run.command import user_error
+from himap_jax.run.user_errors import user_error
 
 
 def write(task: Task, scored: Sequence[Scored], path: pathlib.Path) -> None:

@@ -31,7 +31,7 @@ from himap_jax.inputs import TEXT
 from himap_jax.pruning import cost
 from himap_jax.pruning.methods.himap_adaptive import cheapest_rung, held_share
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 MEASURES = ("accuracy", "agreement")
 
@@ -158,9 +158,10 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
-  layers, thresholds = command.numbers(values["prune_layers"], int), command.numbers(values["thresholds"], float)
-  keeps = command.numbers(
-    values["ladder"], lambda rung: tuple(map(command.keep_count, rung.split("/"))), "such as 25%/6.25%"
+  layers = flag_values.numbers(values["prune_layers"], int)
+  thresholds = flag_values.numbers(values["thresholds"], float)
+  keeps = flag_values.numbers(
+    values["ladder"], lambda rung: tuple(map(flag_values.keep_count, rung.split("/"))), "such as 25%/6.25%"
   )
   if not thresholds or not all(0 < threshold <= 1 for threshold in thresholds):
     raise UserError("--thresholds: at least one is needed, each above 0 and at most 1")

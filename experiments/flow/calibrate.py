@@ -35,7 +35,7 @@ from himap_jax.engine.accounting import model_sizes
 from himap_jax.errors import UserError
 from himap_jax.pruning.cost import costs
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 PAPER = ((2, 8), (0.5, 0.125))
 GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second as shares of the depth
@@ -242,7 +242,7 @@ def run(values: Any) -> study.Report:
 
 def _share(flag: Any) -> float:
   with contextlib.suppress(ValueError):
-    share = command.keep_count(flag.value)
+    share = flag_values.keep_count(flag.value)
     if isinstance(share, float) and 0 < share <= 1:
       return share
   raise UserError(f"--{flag.name}={flag.value}: not a share such as 24%")

@@ -32,7 +32,7 @@ from himap_jax.inputs import take_slots
 from himap_jax.pruning.method import Selection, View, highest, stable_top_k
 from himap_jax.pruning.methods.himap import image_attention, instruction_attention
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 MAX_NEW_TOKENS = 6
 
@@ -182,8 +182,8 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
-  layers = command.numbers(values["prune_layers"], int)
-  keep = command.numbers(values["keep"], command.keep_count)
+  layers = flag_values.numbers(values["prune_layers"], int)
+  keep = flag_values.numbers(values["keep"], flag_values.keep_count)
   subject = study.load_subject(needs_answers=True)
   schedule = subject.himap(layers, keep)
   if subject.processor.num_image_tokens != math.prod(subject.processor.patch_grid):

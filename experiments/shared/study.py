@@ -22,7 +22,8 @@ from experiments.shared.subject import Subject
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
-from himap_jax.run import command
+from himap_jax.run import command, flag_values
+from himap_jax.run.user_errors import user_error
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure  # of the extra `study`, which only studies with plots need
@@ -95,7 +96,7 @@ def write(report: Report, name: str) -> str:
 def define_shared_flags(**defaults: Any) -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
   flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "float32", sorted(command.DTYPES), "Dtype of parameters and activations.")
+  flags.DEFINE_enum("dtype", "float32", sorted(flag_values.DTYPES), "Dtype of parameters and activations.")
   fields = (
     "id, image (relative to the file), question, answer, type and optionally guess, from the question alone, and size"
   )
@@ -119,7 +120,7 @@ def _define_directories(workdir: str | None = None, output: str | None = None) -
 
 def inputs() -> InputConfig:
   """The preparation of prompts that the flags describe."""
-  buckets = command.numbers(flags.FLAGS["prompt_buckets"], int) or ()
+  buckets = flag_values.numbers(flags.FLAGS["prompt_buckets"], int) or ()
   return InputConfig(flags.FLAGS.prompt_template, buckets, flags.FLAGS.batch_size)
 
 
@@ -133,7 +134,7 @@ def load_subject(*, needs_answers: bool = False, needs_sequence: bool = True, **
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
   questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
-  settings = {"dtype": command.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
+  settings = {"dtype": flag_values.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
   opened = checkpoint.open_checkpoint(values.checkpoint, allow_pickle=values.allow_pickle)
   if needs_sequence and opened.config.text.cross_attention_layers:
     raise UserError(
@@ -164,7 +165,7 @@ def layers(flag: Any, subject: Subject) -> tuple[int, ...]:
     UserError: the model has no such layer, or reads no image tokens there.
   """
   cross = subject.opened.config.text.cross_attention_layers
-  numbers = command.numbers(flag, int) or cross or tuple(range(subject.num_layers))
+  numbers = flag_values.numbers(flag, int) or cross or tuple(range(subject.num_layers))
   if not all(0 <= layer < subject.num_layers for layer in numbers):
     raise UserError(f"--{flag.name}: the model has layers 0 to {subject.num_layers - 1}")
   if cross and not set(numbers) <= set(cross):
@@ -183,6 +184,6 @@ def chosen(flag: Any, known: Collection[str]) -> list[str]:
 def directory(name: str) -> pathlib.Path:
   """The directory that a flag names, created if missing."""
   path = pathlib.Path(flags.FLAGS[name].value)
-  with command.user_error(f"--{name}: cannot create {path}"):
+  with user_error(f"--{name}: cannot create {path}"):
     path.mkdir(parents=True, exist_ok=True)
   return path

@@ -18,7 +18,7 @@ from himap_jax.engine import programs
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS
-from himap_jax.run import command
+from himap_jax.run import command, flag_values
 from himap_jax.run.progress import Progress
 
 _GEOMETRY = flags.DEFINE_enum("geometry", "7b", list(geometries.GEOMETRIES), "Model sizes.")
@@ -58,7 +58,7 @@ def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slot
 def run() -> int:
   study.chosen(_METHODS, METHODS)
   planned.without_devices()
-  mesh, sizes = planned.gpus(_TENSOR.value), command.numbers(_BATCH_SIZES, int)
+  mesh, sizes = planned.gpus(_TENSOR.value), flag_values.numbers(_BATCH_SIZES, int)
   rows = []
   with Progress(len(_METHODS.value) * len(sizes), "program", "programs") as progress:
     for method, size in itertools.product(_METHODS.value, sizes):

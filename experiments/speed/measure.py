@@ -20,8 +20,8 @@ from experiments.speed.side import Scenario
 from experiments.speed.worker import CannotRun, Worker
 from himap_jax.errors import check_supported
 from himap_jax.model.network import abstract_params
-from himap_jax.run import command
 from himap_jax.run.progress import Progress
+from himap_jax.run.user_errors import user_error
 
 # By side: the seconds of each figure, turn by turn, or why there are none.
 Result = dict[str, dict[str, Any]]
@@ -68,7 +68,7 @@ def random_weights(geometry: str, directory: pathlib.Path) -> Iterator[pathlib.P
   """Yields a `random_file` as large as a geometry's weights; raises `UserError` if it cannot be written."""
   num_weights = sum(leaf.size for leaf in tree.leaves(abstract_params(geometries.model_of(geometry), jnp.bfloat16)))
   with contextlib.ExitStack() as stack:
-    with command.user_error(f"cannot write the weights into {directory}; name another directory"):
+    with user_error(f"cannot write the weights into {directory}; name another directory"):
       path = stack.enter_context(random_file(directory, 2 * num_weights))
     yield path
 

@@ -19,7 +19,7 @@ from experiments.shared import tabular
 from experiments.speed import side
 from himap_jax.engine import sharding
 from himap_jax.model.linear import matmul
-from himap_jax.run import command
+from himap_jax.run import command, flag_values
 from himap_jax.run.progress import Progress
 
 _ROWS = flags.DEFINE_list("rows", ["1", "4", "167", "671"], "Rows of the left factor: tokens per product.")
@@ -59,7 +59,7 @@ def measure(count: int, features: int, out: int) -> tuple[str, ...]:
 
 
 def run() -> int:
-  sizes = list(itertools.product(command.numbers(_ROWS, int), SIZES))
+  sizes = list(itertools.product(flag_values.numbers(_ROWS, int), SIZES))
   with Progress(len(sizes), "product", "products") as progress:
     rows = []
     for count, (features, out) in sizes:

@@ -24,7 +24,7 @@ from experiments.speed import measure
 from experiments.speed.side import Job, Scenario
 from experiments.speed.worker import Worker
 from himap_jax.pruning.methods import METHODS
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 Result = Mapping[str, float]
 
@@ -55,7 +55,7 @@ def run(values: Any) -> study.Report:
     f"{method}, batches of {slots}": (method, Job(scenario, lengths, slots, slots)),
     **{
       f"transformers, batches of {size}": ("transformers", Job(scenario, lengths, size, size))
-      for size in command.numbers(values["pytorch_batch_sizes"], int)
+      for size in flag_values.numbers(values["pytorch_batch_sizes"], int)
     },
   }
   described = {name: dataclasses.asdict(job) for name, (_, job) in jobs.items()}

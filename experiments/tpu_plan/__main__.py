@@ -19,7 +19,7 @@ from experiments.shared import machine, planned, study
 from experiments.shared.geometries import GEOMETRIES
 from experiments.tpu_plan import plan
 from himap_jax.pruning.methods import METHODS
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 
 def define_flags() -> None:
@@ -34,7 +34,7 @@ def define_flags() -> None:
 
 def run(values: Any) -> study.Report:
   models, weights = study.chosen(values["models"], GEOMETRIES), study.chosen(values["weights"], plan.DTYPES)
-  methods, tensor = study.chosen(values["methods"], METHODS), command.numbers(values["tensor"], int)
+  methods, tensor = study.chosen(values["methods"], METHODS), flag_values.numbers(values["tensor"], int)
   planned.without_devices()
   places = list(itertools.product(values.topologies, tensor))
   for place in places:

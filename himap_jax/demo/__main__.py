@@ -29,6 +29,7 @@ from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.prompts import read_prompts
 from himap_jax.run.records import open_records
+from himap_jax.run.user_errors import user_error
 
 flags.adopt_module_key_flags(model_flags)  # for --help
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to serve at; 0.0.0.0 lets other machines in.")
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     asker.loaded  # noqa: B018
     address, examples = (_HOST.value, _PORT.value), read_examples(pathlib.Path(_EXAMPLES.value))
     with contextlib.ExitStack() as stack:
-      with command.user_error(f"cannot serve at --host={_HOST.value} --port={_PORT.value}"):
+      with user_error(f"cannot serve at --host={_HOST.value} --port={_PORT.value}"):
         url = stack.enter_context(serve(address, asker, examples, limits))
       print(f"open {url} in a browser; Ctrl-C ends it", flush=True)
       signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what visitors sent is removed then, too

@@ -13,7 +13,7 @@ from himap_jax.families.family import View
 from himap_jax.inputs import Example
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.cost import Costs, costs
-from himap_jax.run import command
+from himap_jax.run import flag_values
 from himap_jax.run.asking import Asked, Asker
 
 
@@ -99,7 +99,7 @@ def _answer(asker: Asker, asked: Asked) -> tuple[Side, Answered]:
       asked.schedule.with_counts(counts),
       example.num_image_tokens,
       example.num_text_tokens,
-      jnp.dtype(command.DTYPES[asker.config.dtype]).itemsize,
+      jnp.dtype(flag_values.DTYPES[asker.config.dtype]).itemsize,
       num_pictures=example.size.num_tiles,
     ),
   )

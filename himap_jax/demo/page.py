@@ -25,9 +25,10 @@ from himap_jax.demo import choices, results
 from himap_jax.demo.comparing import compare
 from himap_jax.errors import UserError
 from himap_jax.pruning.config import PruningConfig
-from himap_jax.run import command, pruning_flags
+from himap_jax.run import pruning_flags
 from himap_jax.run.asking import Asker
 from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.user_errors import user_error
 
 MAX_STAGES_WITH_SLIDERS = 8
 UPLOAD_LIFETIME = 3600  # seconds
@@ -189,7 +190,7 @@ class Handlers:
       raise UserError("the picture is gone or was never uploaded; choose it again")
     if size > most:
       raise UserError(f"the picture's file is above the limit of {most:,} bytes")
-    with command.user_error("the picture is gone, choose it again"):
+    with user_error("the picture is gone, choose it again"):
       return path.read_bytes()
 
   @contextlib.contextmanager

@@ -50,17 +50,6 @@ def make_mesh(data: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None =
   return Mesh(np.array(devices[:count]).reshape(data, tensor), AXES)
 
 
-def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
-  """Sizes by mesh axis from `data:4`, `tensor:2`; raises `UserError` for invalid axes or sizes."""
-  sizes: dict[str, int] = {}
-  for text in axes:
-    name, _, size = text.strip().partition(":")
-    if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
-      raise UserError(f"--mesh: {text!r} is not an axis and its size, as in data:4,tensor:2")
-    sizes[name] = int(size)
-  return sizes
-
-
 def choose_mesh(config: ModelConfig, num_bytes: int, batch_size: int | None = None) -> dict[str, int]:
   """A mesh for all devices: the least tensor parallelism with which the parameters fit, and rows over the rest.
 

@@ -24,8 +24,9 @@ from himap_jax.families.family import Processor
 from himap_jax.harness.settings import Settings
 from himap_jax.inputs import Example, Inputs
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run import command
+from himap_jax.run import flag_values
 from himap_jax.run.progress import Progress
+from himap_jax.run.user_errors import user_error
 from himap_jax.run.writer import COUNTS
 
 ROOM = 32  # tokens that a continuation to score may have
@@ -99,7 +100,7 @@ class Responder:
     opened = checkpoint.open_checkpoint(settings.checkpoint).with_aspect_ratio(settings.image_aspect_ratio)
     schedule = settings.pruning.schedule(**method_inputs(opened.config))
     processor = opened.prompts(settings.prompt_template, settings.max_image_tokens)
-    dtype = command.DTYPES[settings.dtype]
+    dtype = flag_values.DTYPES[settings.dtype]
     axes = sharding.choose_mesh(opened.config, opened.num_bytes(dtype), settings.batch_size)
     loaded = opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
     return cls(loaded, processor, schedule, settings)
@@ -211,14 +212,14 @@ class Responder:
         yield prepared
 
   def _example(self, request: Request) -> Example:
-    with command.user_error("damaged image"):
+    with user_error("damaged image"):
       pictures = [picture.convert("RGB") for picture in pictures_of(request)]
     return self.processor.prepare(pictures, request.text)
 
 
 def pictures_of(request: Request) -> list[PIL.Image.Image]:
   """The request's pictures; raises `UserError` for anything else, or one that is damaged or without pixels."""
-  with command.user_error("damaged image"):
+  with user_error("damaged image"):
     pictures = request.pictures()
   for picture in pictures:
     if not isinstance(picture, PIL.Image.Image):

@@ -7,9 +7,9 @@ from himap_jax import checkpoint
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.config import PruningConfig
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
-LISTS = {"prune_layers": int, "keep": command.keep_count, "prompt_buckets": int}
+LISTS = {"prune_layers": int, "keep": flag_values.keep_count, "prompt_buckets": int}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Settings:
       except ValueError as error:
         raise UserError(f"--model_args: {name}={value} cannot be read") from error
     settings = cls(**values)
-    for name, known in (("dtype", command.DTYPES), ("image_aspect_ratio", checkpoint.ASPECT_RATIOS)):
+    for name, known in (("dtype", flag_values.DTYPES), ("image_aspect_ratio", checkpoint.ASPECT_RATIOS)):
       if getattr(settings, name) not in known:
         raise UserError(f"--model_args: {name}={getattr(settings, name)}; known: {', '.join(known)}")
     methods.parse(settings.method)

@@ -24,12 +24,12 @@ from himap_jax.families.family import Processor
 from himap_jax.generation import cut, has_any
 from himap_jax.inputs import Example
 from himap_jax.run import drawing
-from himap_jax.run.command import out_of_memory_is_user_error, user_error
 from himap_jax.run.output import Output
 from himap_jax.run.progress import Progress
 from himap_jax.run.prompts import Prompt
 from himap_jax.run.reader import MAX_WAITING_ERRORS, Prepared, Reader
 from himap_jax.run.summary import Result, Summary
+from himap_jax.run.user_errors import out_of_memory_is_user_error, user_error
 from himap_jax.run.writer import COUNTS
 
 

@@ -21,6 +21,7 @@ from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.user_errors import out_of_memory_is_user_error
 
 STEPS = 4  # tokens that appear together
 INCOMPLETE = "\ufffd"  # what a tokenizer gives for a character of which tokens are missing
@@ -95,7 +96,7 @@ class Asker:
     num_rows = engine.prefill_rows(batcher.pack([], bucket=bucket, batch_size=1))
     inputs = batcher.pack([asked.example], bucket=bucket, batch_size=num_rows)
     batch = Batch(inputs, [Request(0, is_complete=is_complete)])
-    with command.out_of_memory_is_user_error(lambda: f"{bucket.num_image_tokens} image tokens"):
+    with out_of_memory_is_user_error(lambda: f"{bucket.num_image_tokens} image tokens"):
       (answered,) = (row for turn in engine.answer([batch]) for row in turn)
     if not answered.is_finite:
       raise UserError(NOT_FINITE)

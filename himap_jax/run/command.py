@@ -1,4 +1,4 @@
-"""Common parts of the commands: flag values, compilation cache, settings of results, messages, exit statuses."""
+"""Common parts of the commands: compilation cache, settings of results, messages, exit statuses."""
 
 import contextlib
 import json
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -22,29 +21,7 @@ from himap_jax import checkpoint
 from himap_jax.engine import processes
 from himap_jax.errors import UserError
 from himap_jax.run import flag_help, interrupts
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
-
-
-def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") -> tuple | None:
-  """Parses a list flag; None if it is not set. Raises UserError if a value cannot be parsed."""
-  if flag.value is None:
-    return None
-  try:
-    return tuple(parse(text.strip()) for text in flag.value)
-  except ValueError as error:
-    raise UserError(f"--{flag.name}={','.join(flag.value)}: not a list {like}") from error
-
-
-def keep_count(text: str) -> int | float:
-  """A number of image tokens from `72`, or a fraction from `12.5%`."""
-  return float(text[:-1]) / 100 if text.endswith("%") else int(text)
-
-
-def named_number(text: str) -> tuple[str, float]:
-  """A name and its value, from `threshold:0.8`."""
-  name, value = text.split(":")
-  return name.strip(), float(value)
+from himap_jax.run.user_errors import user_error
 
 
 def compilation_cache_dir(given: str | None) -> str:
@@ -84,31 +61,6 @@ def check_settings(path: pathlib.Path, settings: Mapping[str, Any], advice: str)
   else:
     with user_error(f"cannot write {path}"):
       write_json(path, dict(settings))
-
-
-@contextlib.contextmanager
-def user_error(what: str) -> Iterator[None]:
-  """Turns an OSError about a user's path into a UserError that says what was tried and why it failed."""
-  try:
-    yield
-  except OSError as error:
-    raise UserError(f"{what}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def out_of_memory_is_user_error(what: Callable[[], str] = lambda: "the weights") -> Iterator[None]:
-  """Turns JAX's out-of-memory error into a UserError that says what did not fit, then, and names remedies."""
-  try:
-    yield
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    known = [f"--{name}" for name in ("batch_size", "prefill_batch_size", "max_image_tokens") if name in flags.FLAGS]
-    raise UserError(
-      f"the devices have too little memory for {what()} ({str(error).splitlines()[0]}); use a smaller {', '.join(known)}, "
-      "--int8_weights, or a --mesh that shards the weights over more devices, such as "
-      "--mesh=data:1,tensor:4"
-    ) from error
 
 
 def start(name: str, main: Callable[[Sequence[str]], None], needed: Sequence[str] = ()) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 from checkpoints_convert.source import read_json, write_json
 from himap_jax.errors import UserError
 from himap_jax.run import sources
-from himap_jax.run.command import differences, user_error
+from himap_jax.run.command import differences
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt, Prompts
+from himap_jax.run.user_errors import user_error
 
 _DIGITS = 16
 _REMEMBERED = 1 << 16  # digests of pictures that have names, which several rows may share

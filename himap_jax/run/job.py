@@ -30,6 +30,7 @@ from himap_jax.run.prompts import Prompt, read_prompts
 from himap_jax.run.records import open_records
 from himap_jax.run.sizes import image_sizes
 from himap_jax.run.summary import Report, Summary
+from himap_jax.run.user_errors import user_error
 
 _OUTPUT_FILES = ("", ".jsonl", ".settings.json", ".partial", ".jsonl.partial")  # suffixes of what a run writes
 _OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")  # suffixes that an output cannot have
@@ -155,7 +156,7 @@ def _check_outside(output: pathlib.Path, checkpoint: pathlib.Path) -> None:
 
 
 def _check_paths(config: RunConfig) -> None:
-  with command.user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
+  with user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
     if not config.output.name or config.output.is_dir():
       raise UserError(f"--output={config.output} is a directory; name a file in it")
     if config.output.suffix in _OTHER_TABLES:
@@ -173,5 +174,5 @@ def _check_paths(config: RunConfig) -> None:
   directories = {"output": config.output.parent, "pictures": config.pictures, "profile_dir": config.profile_dir}
   for flag, directory in directories.items():
     if directory is not None:
-      with command.user_error(f"--{flag}: cannot create the directory {directory}"):
+      with user_error(f"--{flag}: cannot create the directory {directory}"):
         directory.mkdir(parents=True, exist_ok=True)

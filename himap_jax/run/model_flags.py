@@ -18,7 +18,8 @@ from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.pruning.config import PruningConfig
-from himap_jax.run import command, pruning_flags
+from himap_jax.run import command, flag_values, pruning_flags
+from himap_jax.run.user_errors import out_of_memory_is_user_error
 
 flags.DEFINE_string(
   "checkpoint",
@@ -70,7 +71,10 @@ flags.DEFINE_enum(
   "pad: pad pictures to squares, as LLaVA-1.5 was trained and its scores were measured; checkpoint: as its processor does.",
 )
 flags.DEFINE_enum(
-  "dtype", "bfloat16", sorted(command.DTYPES), "Dtype of parameters and activations; products accumulate in float32."
+  "dtype",
+  "bfloat16",
+  sorted(flag_values.DTYPES),
+  "Dtype of parameters and activations; products accumulate in float32.",
 )
 flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")
 _MESH = flags.DEFINE_list(
@@ -107,12 +111,12 @@ class AnswerConfig:
     return opened.with_aspect_ratio(self.image_aspect_ratio)
 
   def make_mesh(self, opened: OpenCheckpoint) -> Mesh:
-    num_bytes = opened.num_bytes(command.DTYPES[self.dtype], int8_weights=self.int8_weights)
+    num_bytes = opened.num_bytes(flag_values.DTYPES[self.dtype], int8_weights=self.int8_weights)
     return sharding.make_mesh(**(self.mesh or sharding.choose_mesh(opened.config, num_bytes, self.inputs.batch_size)))
 
   def restore(self, opened: OpenCheckpoint, mesh: Mesh) -> LoadedModel:
-    with command.out_of_memory_is_user_error():
-      return opened.restore(dtype=command.DTYPES[self.dtype], mesh=mesh, int8_weights=self.int8_weights)
+    with out_of_memory_is_user_error():
+      return opened.restore(dtype=flag_values.DTYPES[self.dtype], mesh=mesh, int8_weights=self.int8_weights)
 
 
 def values_from_flags() -> dict[str, Any]:
@@ -120,13 +124,13 @@ def values_from_flags() -> dict[str, Any]:
   if _MAX_NEW_TOKENS.value < 1:
     raise UserError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
   sampling = Sampling(_TEMPERATURE.value, _TOP_P.value)
-  buckets = command.numbers(_PROMPT_BUCKETS, int) or ()
+  buckets = flag_values.numbers(_PROMPT_BUCKETS, int) or ()
   return {
     **{name: flags.FLAGS[name].value for name in _VALUES},
     "pruning": _pruning(),
     "generation": GenerationConfig(_MAX_NEW_TOKENS.value, sampling, _SEED.value, _IGNORE_EOS.value),
     "inputs": InputConfig(_PROMPT_TEMPLATE.value, buckets, max_image_tokens=_MAX_IMAGE_TOKENS.value),
-    "mesh": sharding.parse_mesh(_MESH.value) if _MESH.value else None,
+    "mesh": flag_values.parse_mesh(_MESH.value) if _MESH.value else None,
     "compilation_cache_dir": command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   }
 

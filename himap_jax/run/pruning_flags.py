@@ -7,7 +7,7 @@ from absl import flags
 from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.config import PruningConfig
-from himap_jax.run import command
+from himap_jax.run import flag_values
 
 NAMES = ("method", "prune_layers", "keep", "method_parameters", "restore", "keep_positions")
 SWITCHES = ("restore", "keep_positions")
@@ -61,9 +61,9 @@ def config(values: flags.FlagValues) -> PruningConfig:
   methods.parse(values["method"].value)
   return PruningConfig(
     values["method"].value,
-    command.numbers(values["prune_layers"], int),
-    command.numbers(values["keep"], command.keep_count),
-    command.numbers(values["method_parameters"], command.named_number, "such as threshold:0.8") or (),
+    flag_values.numbers(values["prune_layers"], int),
+    flag_values.numbers(values["keep"], flag_values.keep_count),
+    flag_values.numbers(values["method_parameters"], flag_values.named_number, "such as threshold:0.8") or (),
     *(values[name].value for name in SWITCHES),
   )
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from checkpoints_convert.source import first_line
 from himap_jax.errors import UserError
-from himap_jax.run.command import user_error
 from himap_jax.run.records import BATCH_ROWS, EXTRA
+from himap_jax.run.user_errors import user_error
 from himap_jax.run.writer import COUNTS, REQUIRED, OutputWriter, Row
 
 SUFFIX = ".parquet"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from himap_jax.errors import UserError
-from himap_jax.run.command import user_error
+from himap_jax.run.user_errors import user_error
 
 Row = Mapping[str, Any]
 REQUIRED = ("id", "answer", "error", "digest")

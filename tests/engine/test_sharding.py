@@ -141,11 +141,7 @@ class TestCollectives:
 
 
 class TestMesh:
-  def test_flag(self):
-    assert sharding.parse_mesh(["data:4", " tensor:2"]) == {"data": 4, "tensor": 2}
-    for bad in (["data"], ["data:0"], ["data:x"], ["rows:2"], ["data:2", "data:2"], [":2"]):
-      with pytest.raises(ValueError, match="not an axis and its size"):
-        sharding.parse_mesh(bad)
+  def test_too_few_devices(self):
     with pytest.raises(ValueError, match="needs 16 devices, but there are 8"):
       sharding.make_mesh(8, 2)
 

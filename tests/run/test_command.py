@@ -4,7 +4,6 @@ import errno
 import json
 import signal
 import time
-import types
 
 import commands
 import jax
@@ -19,6 +18,7 @@ from himap_jax import UserError
 from himap_jax.engine.engine import Engine
 from himap_jax.run import command, flag_help, job, model_flags, pruning_flags
 from himap_jax.run import flags as run_flags
+from himap_jax.run.user_errors import out_of_memory_is_user_error
 
 
 def execute(action, *, argv=("run",), resumes=True):
@@ -130,19 +130,6 @@ class TestSettings:
       command.check_settings(tmp_path / "absent" / "settings.json", {}, "")
 
 
-class TestValues:
-  @pytest.mark.parametrize("text, value", [("72", 72), ("12.5%", 0.125), ("100%", 1.0)])
-  def test_keep_counts(self, text, value):
-    assert command.keep_count(text) == value and type(command.keep_count(text)) is type(value)
-
-  def test_named_numbers(self):
-    flag = types.SimpleNamespace(name="parameters", value=["threshold:0.8", " alpha: 2"])
-    assert command.numbers(flag, command.named_number) == (("threshold", 0.8), ("alpha", 2.0))
-    for text in ("0.8", "threshold:", "a:b:1", "threshold=0.8"):
-      with pytest.raises(UserError, match="--parameters=.*: not a list such as x:1"):
-        command.numbers(types.SimpleNamespace(name="parameters", value=[text]), command.named_number, "such as x:1")
-
-
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes.\nLargest: …"
 
 
@@ -167,11 +154,11 @@ class TestRuns:
     with pytest.raises(
       UserError, match="too little memory for the weights .RESOURCE_EXHAUSTED: Out of memory allocating"
     ):
-      with command.out_of_memory_is_user_error():
+      with out_of_memory_is_user_error():
         jax.block_until_ready(jnp.zeros(1 << 50, jnp.int8))
 
   def test_other_errors_of_a_device_are_bugs(self):
-    with pytest.raises(jax.errors.JaxRuntimeError), command.out_of_memory_is_user_error():
+    with pytest.raises(jax.errors.JaxRuntimeError), out_of_memory_is_user_error():
       raise jax.errors.JaxRuntimeError("INTERNAL: failed")
 
   def test_a_picture_that_cannot_be_written(self, small, tmp_path):

@@ -1,0 +1,43 @@
+"""The parsing of flag values."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from himap_jax.engine.sharding import AXES
+from himap_jax.errors import UserError
+
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+
+
+def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") -> tuple | None:
+  """Parses a list flag; None if it is not set. Raises UserError if a value cannot be parsed."""
+  if flag.value is None:
+    return None
+  try:
+    return tuple(parse(text.strip()) for text in flag.value)
+  except ValueError as error:
+    raise UserError(f"--{flag.name}={','.join(flag.value)}: not a list {like}") from error
+
+
+def keep_count(text: str) -> int | float:
+  """A number of image tokens from `72`, or a fraction from `12.5%`."""
+  return float(text[:-1]) / 100 if text.endswith("%") else int(text)
+
+
+def named_number(text: str) -> tuple[str, float]:
+  """A name and its value, from `threshold:0.8`."""
+  name, value = text.split(":")
+  return name.strip(), float(value)
+
+
+def parse_mesh(axes: Sequence[str]) -> dict[str, int]:
+  """Sizes by mesh axis from `data:4`, `tensor:2`; raises `UserError` for invalid axes or sizes."""
+  sizes: dict[str, int] = {}
+  for text in axes:
+    name, _, size = text.strip().partition(":")
+    if name not in AXES or name in sizes or not size.isdecimal() or int(size) < 1:
+      raise UserError(f"--mesh: {text!r} is not an axis and its size, as in data:4,tensor:2")
+    sizes[name] = int(size)
+  return sizes
