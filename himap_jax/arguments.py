@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 
 from himap_jax.errors import UserError, check_text
-from himap_jax.families.family import Message
+from himap_jax.families.family import Message, texts_of
 from himap_jax.pruning.schedule import Schedule
 
 
@@ -32,7 +32,7 @@ def check_questions(images: Any, questions: Any) -> None:
       raise UserError(f"questions[{number}] must be a text or a list of messages, not {_kind(question)}")
     if not question or (isinstance(question, str) and not question.strip()):
       raise UserError(f"questions[{number}] is empty")
-    for text in [question] if isinstance(question, str) else [message.text for message in question]:
+    for text in texts_of(question):
       check_text(f"questions[{number}]", text)
 
 

@@ -1,52 +1,19 @@
 """Examples from token ids and pixels, for all families."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from himap_jax.errors import UserError, check_text
-from himap_jax.families import templates
-from himap_jax.families.family import Message, Question, View
+from himap_jax.errors import UserError
+from himap_jax.families.family import View
+from himap_jax.families.prompts import IMAGE_TAG
 from himap_jax.inputs import Example, Images
 
-IMAGE_TAG = "<image>"
 MAX_ASPECT_RATIO = 200
-
-
-def messages_of(question: Question, num_pictures: int) -> list[Message]:
-  """The messages of a conversation, with one `<image>` for every picture.
-
-  Without any, all are put before the text of the first message of the user.
-
-  Raises:
-    UserError: another number of `<image>` than of pictures.
-  """
-  messages = [Message("user", question)] if isinstance(question, str) else list(question)
-  count = sum(message.text.count(IMAGE_TAG) for message in messages)
-  if not count and num_pictures:
-    first = next((index for index, message in enumerate(messages) if message.role == "user"), 0)
-    messages[first] = Message(messages[first].role, IMAGE_TAG * num_pictures + messages[first].text)
-  elif count != num_pictures:
-    pictures = number_of_pictures(num_pictures)
-    raise UserError(f"a prompt needs one {IMAGE_TAG} for each picture, but this one has {count} for {pictures}")
-  return messages
-
-
-def number_of_pictures(count: int) -> str:
-  """The number in words, for messages."""
-  return "1 picture" if count == 1 else f"{count} pictures"
-
-
-def content_parts(text: str) -> list[dict[str, str]]:
-  """A message's content for chat templates: its text in parts, with a part for each `<image>`."""
-  parts = []
-  for number, piece in enumerate(text.split(IMAGE_TAG)):
-    parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": piece}] * (piece != "")
-  return parts or [{"type": "text", "text": ""}]
 
 
 def check_not_empty(width: int, height: int) -> None:
@@ -62,19 +29,6 @@ def check_aspect_ratio(width: int, height: int) -> None:
     raise UserError(
       f"the picture has {width} x {height} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other"
     )
-
-
-def chat_prompt(apply_chat_template: Callable[..., str], question: Question, num_pictures: int) -> str:
-  """The prompt by a chat template, with a part for each picture; raises `UserError` if it cannot hold the messages."""
-  messages = messages_of(question, num_pictures)
-  conversation = [{"role": message.role, "content": content_parts(message.text)} for message in messages]
-  prompt = templates.filled(apply_chat_template, conversation)
-  # Some templates, such as Llama's, take a system message as a text, and write parts as Python does.
-  as_text = [
-    own | {"content": message.text} if str(own["content"]) in prompt else own
-    for own, message in zip(conversation, messages, strict=True)
-  ]
-  return prompt if as_text == conversation else templates.filled(apply_chat_template, as_text)
 
 
 def expand(
@@ -134,40 +88,12 @@ def blank(images: Images, *axes: int) -> Example:
   return Example(one, one - 1, np.zeros((1, *axes), np.int32), images)
 
 
-def fill(template: str, question: Question, num_pictures: int) -> str:
-  """Puts a question into a template whose `<image>`, with the line break after it, is repeated for every picture.
-
-  `<image>` in the question replaces those of the template. Raises `UserError` for a conversation of several messages,
-  or a number of `<image>` that is not that of the pictures.
-  """
-  if not isinstance(question, str):
-    if [message.role for message in question] != ["user"]:
-      raise UserError("a conversation of several messages needs a chat template: --prompt_template=chat")
-    question = question[0].text
-  tag = IMAGE_TAG + "\n" if IMAGE_TAG + "\n" in template else IMAGE_TAG
-  template = template.replace(tag, "" if IMAGE_TAG in question else tag * num_pictures)
-  text = template.replace("{question}", question)
-  messages_of([Message("user", text)], num_pictures)
-  return text
-
-
 def refuse_limit(max_image_tokens: int | None, num_image_tokens: int) -> None:
   """Raises `UserError` if a limit is given for a model whose pictures all have equally many image tokens."""
   if max_image_tokens is not None:
     raise UserError(
       f"this model makes {num_image_tokens} image tokens of every picture; --max_image_tokens has no effect"
     )
-
-
-def literal_template(template: str, *names: str) -> str:
-  """A template given as text, with `\\n` for line breaks; raises `UserError`, which lists `names`, if it is unusable."""
-  if template.count(IMAGE_TAG) != 1 or template.count("{question}") != 1:
-    raise UserError(
-      f"--prompt_template must be {', '.join(names)}, or a text with one {IMAGE_TAG} and one {{question}}, "
-      f"not {template!r}"
-    )
-  check_text("--prompt_template", template)
-  return template.replace("\\n", "\n")
 
 
 def pixels_of(image_processor: Any, images: Sequence[Image.Image]) -> list[Float[np.ndarray, "3 h w"]]:

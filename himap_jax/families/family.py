@@ -24,6 +24,11 @@ class Message(NamedTuple):
 Question = str | Sequence[Message]
 
 
+def texts_of(question: Question) -> list[str]:
+  """The text of a question, or of each of its messages."""
+  return [question] if isinstance(question, str) else [message.text for message in question]
+
+
 class View(NamedTuple):
   """A picture as the model sees it, on a grid.
 

@@ -13,20 +13,18 @@ from jaxtyping import Int
 from PIL import Image
 
 from himap_jax.errors import UserError, check_supported
-from himap_jax.families.examples import (
-  IMAGE_TAG,
-  blank,
-  chat_prompt,
-  expand,
-  fill,
-  literal_template,
-  places_in,
-  refuse_limit,
-  tiles_of,
-  views_of_patches,
-)
+from himap_jax.families.examples import blank, expand, places_in, refuse_limit, tiles_of, views_of_patches
 from himap_jax.families.family import Family, Question, View
 from himap_jax.families.files import complete_fields, read_config, unusable
+from himap_jax.families.prompts import (
+  IMAGE_TAG,
+  answer_text,
+  chat_prompt,
+  fill,
+  literal_template,
+  prompt_ids,
+  refuse_tokens,
+)
 from himap_jax.families.text import text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig, NormLinearConfig, VisionConfig
@@ -162,15 +160,10 @@ class GemmaProcessor:
     return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
 
   def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
-    texts = [question] if isinstance(question, str) else [message.text for message in question]
-    if any(token in text for token in self._special.values() for text in texts):
-      raise UserError(
-        f"a question may not hold {', '.join(self._special.values())}; {IMAGE_TAG} stands for the picture"
-      )
+    refuse_tokens(question, list(self._special.values()))
     start, end, image = (self._special[name] for name in SPECIAL_TOKENS)
     text = self.prompt(question, len(images)).replace(start, f"\n\n{start}{image}{end}\n\n")
-    has_bos = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
-    ids = self._tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    ids = prompt_ids(self._tokenizer, text)
     pixels = tiles_of(self._image_processor, images, self.blank)
     return expand(ids, self._config.image_token_id, [self.num_image_tokens] * len(images), Images(pixels))
 
@@ -181,7 +174,7 @@ class GemmaProcessor:
     return chat_prompt(render, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+    return answer_text(self._tokenizer, tokens)
 
   def views(self, example: Example) -> list[View]:
     return views_of_patches(self._image_processor, example, self.patch_grid, self._patch_size)

@@ -12,14 +12,9 @@ from PIL import Image
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files, templates
 from himap_jax.families.examples import (
-  IMAGE_TAG,
   blank,
-  chat_prompt,
   check_aspect_ratio,
   expand,
-  fill,
-  literal_template,
-  messages_of,
   pixels_of,
   places_in,
   refuse_limit,
@@ -27,6 +22,15 @@ from himap_jax.families.examples import (
   views_of_patches,
 )
 from himap_jax.families.family import Family, Question, View
+from himap_jax.families.prompts import (
+  IMAGE_TAG,
+  answer_text,
+  chat_prompt,
+  fill,
+  literal_template,
+  messages_of,
+  prompt_ids,
+)
 from himap_jax.families.text import check_text_model, text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ConnectorConfig, ModelConfig, VisionConfig
@@ -160,12 +164,10 @@ class LlavaPrompts:
 
   def ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with one beginning of sequence if the tokenizer has one."""
-    tokenizer = self._processor.tokenizer
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    return prompt_ids(self._processor.tokenizer, text)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._processor.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+    return answer_text(self._processor.tokenizer, tokens)
 
 
 class LlavaProcessor(LlavaPrompts):

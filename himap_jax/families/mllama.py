@@ -10,17 +10,16 @@ from PIL import Image
 
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files
-from himap_jax.families.examples import (
+from himap_jax.families.examples import blank, expand_across, picture_of, refuse_limit
+from himap_jax.families.family import Family, Question, View
+from himap_jax.families.prompts import (
   IMAGE_TAG,
-  blank,
+  answer_text,
   chat_prompt,
-  expand_across,
   fill,
   literal_template,
-  picture_of,
-  refuse_limit,
+  refuse_tokens,
 )
-from himap_jax.families.family import Family, Question, View
 from himap_jax.families.text import check_cross_layers, cross_text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import LinearConfig, ModelConfig, TilingConfig, VisionConfig
@@ -151,15 +150,13 @@ class MllamaProcessor:
     return expand_across(ids, self._config.image_token_id, self.num_image_tokens, tiles, len(images))
 
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
-    texts = [question] if isinstance(question, str) else [message.text for message in question]
-    if any(IMAGE_TOKEN in text for text in texts):
-      raise UserError(f"a question may not hold {IMAGE_TOKEN}; {IMAGE_TAG} stands for the picture")
+    refuse_tokens(question, [IMAGE_TOKEN])
     if not self._is_chat:
       return fill(self._template, question, num_pictures).replace(IMAGE_TAG, IMAGE_TOKEN)
     return chat_prompt(self._files.apply_chat_template, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+    return answer_text(self._files.tokenizer, tokens)
 
   def views(self, example: Example) -> list[View]:
     views = []

@@ -16,19 +16,17 @@ from PIL import Image
 
 from checkpoints_convert.source import read_json
 from himap_jax.errors import UserError, check_supported
-from himap_jax.families.examples import (
-  IMAGE_TAG,
-  blank,
-  chat_prompt,
-  check_aspect_ratio,
-  expand,
-  fill,
-  literal_template,
-  picture_of,
-  places_in,
-)
+from himap_jax.families.examples import blank, check_aspect_ratio, expand, picture_of, places_in
 from himap_jax.families.family import Family, Question, View
 from himap_jax.families.files import complete_fields, read_config, unusable
+from himap_jax.families.prompts import (
+  IMAGE_TAG,
+  answer_text,
+  chat_prompt,
+  fill,
+  literal_template,
+  refuse_tokens,
+)
 from himap_jax.families.qwen_vl import QwenFiles
 from himap_jax.families.text import TEXT_MODELS, text_config
 from himap_jax.inputs import Example, Images, ImageSize
@@ -189,9 +187,7 @@ class Qwen2VLProcessor:
     return ImageSize(num_patches, num_patches // self._config.vision.merge_size**2)
 
   def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
-    texts = [question] if isinstance(question, str) else [message.text for message in question]
-    if any(PLACEHOLDER in text for text in texts):
-      raise UserError(f"a question may not hold {PLACEHOLDER}; {IMAGE_TAG} stands for the picture")
+    refuse_tokens(question, [PLACEHOLDER])
     ids = self._tokenizer(self.prompt(question, len(images)))["input_ids"]
     merge, patches, coordinates, grids = self._config.vision.merge_size, [], [], []
     for number, image in enumerate(images):
@@ -215,7 +211,7 @@ class Qwen2VLProcessor:
     return chat_prompt(render, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+    return answer_text(self._tokenizer, tokens)
 
   def views(self, example: Example) -> list[View]:
     merge, patch, views, first = self._config.vision.merge_size, self._config.vision.patch_size, [], 0

@@ -18,19 +18,16 @@ from PIL import Image
 from checkpoints_convert.source import read_json
 from himap_jax.errors import UserError
 from himap_jax.families import tiktoken
-from himap_jax.families.examples import (
+from himap_jax.families.examples import blank, expand, places_in, refuse_limit, tiles_of, views_of_patches
+from himap_jax.families.family import Family, Message, Question, View
+from himap_jax.families.prompts import (
   IMAGE_TAG,
-  blank,
-  expand,
+  answer_text,
   fill,
   literal_template,
   messages_of,
-  places_in,
-  refuse_limit,
-  tiles_of,
-  views_of_patches,
+  refuse_tokens,
 )
-from himap_jax.families.family import Family, Message, Question, View
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig, ResamplerConfig, RopeConfig, TextConfig, VisionConfig
 
@@ -182,9 +179,7 @@ class QwenProcessor:
     return ImageSize(len(sizes), len(sizes) * self.num_image_tokens)
 
   def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:
-    texts = [question] if isinstance(question, str) else [message.text for message in question]
-    if any(token in text for token in ("<img>", "</img>", "<imgpad>") for text in texts):
-      raise UserError(f"a question may not hold <img>, </img> or <imgpad>; {IMAGE_TAG} stands for the picture")
+    refuse_tokens(question, ["<img>", "</img>", "<imgpad>"])
     ids = []
     for text, is_content in self._pieces(question, len(images)):
       ids += self._ids(text, CONTENT_TOKENS if is_content else (CHAT_START, CHAT_END))
@@ -195,7 +190,7 @@ class QwenProcessor:
     return "".join(text for text, _ in self._pieces(question, num_pictures))
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+    return answer_text(self._files.tokenizer, tokens)
 
   def views(self, example: Example) -> list[View]:
     return views_of_patches(self._files.image_processor, example, self.patch_grid, self._config.vision.patch_size)

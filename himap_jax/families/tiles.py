@@ -13,18 +13,18 @@ from jaxtyping import Float, Int, Shaped
 from PIL import Image
 
 from himap_jax.errors import UserError
-from himap_jax.families.examples import (
+from himap_jax.families.examples import blank, expand, picture_of
+from himap_jax.families.family import Question, View
+from himap_jax.families.files import ModelFiles
+from himap_jax.families.prompts import (
   IMAGE_TAG,
-  blank,
+  answer_text,
   chat_prompt,
-  expand,
   fill,
   literal_template,
   number_of_pictures,
-  picture_of,
+  prompt_ids,
 )
-from himap_jax.families.family import Question, View
-from himap_jax.families.files import ModelFiles
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import ModelConfig
 
@@ -118,9 +118,7 @@ class TiledProcessor:
       )
     texts = [self._tiling.text(self._image_token, grid) for grid in grids]
     text = first + "".join(own + after for own, after in zip(texts, others, strict=True))
-    tokenizer = self._files.tokenizer
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
+    ids = prompt_ids(self._files.tokenizer, text)
     runs = [own.count(self._image_token) for own in texts]
     counts = [num_tiles(grid) * self._tile_tokens // own for grid, own in zip(grids, runs, strict=True)]
     pixels = np.concatenate([self.blank.images.pixels, *(self._tiling.pixels(image) for image in images)])
@@ -133,7 +131,7 @@ class TiledProcessor:
     return chat_prompt(self._files.apply_chat_template, question, num_pictures)
 
   def decode(self, tokens: Sequence[int]) -> str:
-    return self._files.tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
+    return answer_text(self._files.tokenizer, tokens)
 
   def views(self, example: Example) -> list[View]:
     """Every picture as a whole, and then its tiles together."""

@@ -8,7 +8,7 @@ import tiny_checkpoints
 
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
-from himap_jax.families import examples, files, templates
+from himap_jax.families import files, prompts, templates
 from himap_jax.families.family import Message
 
 
@@ -100,7 +100,7 @@ OF_PARTS = "{% for message in messages %}{% for part in message['content'] %}{{ 
 def test_a_system_message_is_its_text_in_every_template(template, expected):
   found = files.ModelFiles(tiny_checkpoints.byte_tokenizer(), None, template, {})
   question = (Message("system", "Be [brief]."), Message("user", "What is 2+2?"))
-  assert examples.chat_prompt(found.apply_chat_template, question, 0) == expected
+  assert prompts.chat_prompt(found.apply_chat_template, question, 0) == expected
 
 
 def test_templates_that_write_the_day():
