@@ -16,18 +16,27 @@ MAX_TILES = 256  # of a picture; and the largest side of a patch
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelFiles:
+class PromptFiles:
   """What prompts need of a checkpoint besides its sizes.
 
   Attributes:
     tokenizer: of transformers.
     image_processor: of transformers, on Pillow.
-    chat_template: None if the checkpoint has none.
-    fields: of config.json.
   """
 
   tokenizer: Any
   image_processor: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFiles(PromptFiles):
+  """As `PromptFiles`, with a chat template that need not be the tokenizer's.
+
+  Attributes:
+    chat_template: None if the checkpoint has none.
+    fields: of config.json.
+  """
+
   chat_template: str | None
   fields: Mapping[str, Any]
 

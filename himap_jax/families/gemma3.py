@@ -15,7 +15,7 @@ from PIL import Image
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import blank, expand, places_in, refuse_limit, tiles_of, views_of_patches
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.files import complete_fields, read_config, unusable
+from himap_jax.families.files import PromptFiles, complete_fields, read_config, unusable
 from himap_jax.families.prompts import (
   IMAGE_TAG,
   answer_text,
@@ -98,20 +98,12 @@ def complete(fields: dict[str, Any]) -> dict[str, Any]:
   return complete_fields(read_config("Gemma3Config", fields))
 
 
-@dataclasses.dataclass(frozen=True)
-class GemmaFiles:
-  """The tokenizer and the image processor, both of transformers."""
-
-  tokenizer: Any
-  image_processor: Any
-
-
-def load_processor(directory: pathlib.Path) -> GemmaFiles:
+def load_processor(directory: pathlib.Path) -> PromptFiles:
   """Loads tokenizer and image processor; raises `UserError` if that fails, or for crops of pictures."""
   import transformers  # slow to import
 
   with unusable(directory):
-    files = GemmaFiles(
+    files = PromptFiles(
       transformers.AutoTokenizer.from_pretrained(str(directory), local_files_only=True),
       transformers.Gemma3ImageProcessorPil.from_pretrained(str(directory), local_files_only=True),
     )
@@ -132,7 +124,7 @@ class GemmaProcessor:
   """Prepares prompts for one model; see `family.Processor`."""
 
   def __init__(
-    self, files: GemmaFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+    self, files: PromptFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
   ):
     """Checks the template, `chat` or a text with `<image>` and `{question}`, and the size of pictures."""
     self._tokenizer, self._image_processor, self._config = files.tokenizer, files.image_processor, config

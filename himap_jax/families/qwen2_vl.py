@@ -18,7 +18,7 @@ from checkpoints_convert.source import read_json
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import blank, check_aspect_ratio, expand, picture_of, places_in
 from himap_jax.families.family import Family, Question, View
-from himap_jax.families.files import complete_fields, read_config, unusable
+from himap_jax.families.files import PromptFiles, complete_fields, read_config, unusable
 from himap_jax.families.prompts import (
   IMAGE_TAG,
   answer_text,
@@ -27,7 +27,6 @@ from himap_jax.families.prompts import (
   literal_template,
   refuse_tokens,
 )
-from himap_jax.families.qwen_vl import QwenFiles
 from himap_jax.families.text import TEXT_MODELS, text_config
 from himap_jax.inputs import Example, Images, ImageSize
 from himap_jax.model.config import MergerConfig, ModelConfig, PatchVisionConfig, TextConfig
@@ -115,7 +114,7 @@ def complete(fields: dict[str, Any]) -> dict[str, Any]:
   return complete_fields(read_config(CONFIGS[fields["model_type"]], fields))
 
 
-def load_processor(directory: pathlib.Path) -> QwenFiles:
+def load_processor(directory: pathlib.Path) -> PromptFiles:
   """Loads the tokenizer with its chat template, and the image processor; raises `UserError` for unusable files."""
   import transformers  # slow to import
   from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -125,7 +124,7 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
     images = Qwen2VLImageProcessorPil.from_pretrained(str(directory), local_files_only=True)
   if (own := directory / "chat_template.json").exists():  # of transformers' processor, which prefers it
     tokenizer.chat_template = read_json(own).get("chat_template", tokenizer.chat_template)
-  return QwenFiles(tokenizer, images)
+  return PromptFiles(tokenizer, images)
 
 
 def grid_coordinates(rows: int, columns: int, merge: int) -> Int[np.ndarray, "P 2"]:
@@ -158,7 +157,7 @@ class Qwen2VLProcessor:
   image_shape = patch_grid = num_image_tokens = None
 
   def __init__(
-    self, files: QwenFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+    self, files: PromptFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
   ):
     """Checks the image processor and the template: `chat` (the checkpoint's own), or a literal one.
 

@@ -4,7 +4,6 @@ Its remote code is never run: the tokenizer is built from `qwen.tiktoken`, and t
 `make_context` and evaluation scripts.
 """
 
-import dataclasses
 import itertools
 import pathlib
 import re
@@ -20,6 +19,7 @@ from himap_jax.errors import UserError
 from himap_jax.families import tiktoken
 from himap_jax.families.examples import blank, expand, places_in, refuse_limit, tiles_of, views_of_patches
 from himap_jax.families.family import Family, Message, Question, View
+from himap_jax.families.files import PromptFiles
 from himap_jax.families.prompts import (
   IMAGE_TAG,
   answer_text,
@@ -130,15 +130,7 @@ def complete(fields: dict[str, Any]) -> dict[str, Any]:
   return DEFAULTS | fields
 
 
-@dataclasses.dataclass(frozen=True)
-class QwenFiles:
-  """The tokenizer and the image processor, both of transformers."""
-
-  tokenizer: Any
-  image_processor: Any
-
-
-def load_processor(directory: pathlib.Path) -> QwenFiles:
+def load_processor(directory: pathlib.Path) -> PromptFiles:
   """Builds the tokenizer from `qwen.tiktoken`, and the image processor; raises `UserError` for unusable files."""
   import transformers  # slow to import
 
@@ -155,14 +147,14 @@ def load_processor(directory: pathlib.Path) -> QwenFiles:
   images = transformers.CLIPImageProcessorPil(
     size=size, do_center_crop=False, image_mean=list(MEAN), image_std=list(STD), resample=Image.Resampling.BICUBIC
   )
-  return QwenFiles(tokenizer, images)
+  return PromptFiles(tokenizer, images)
 
 
 class QwenProcessor:
   """Prepares prompts for one model; see `family.Processor`."""
 
   def __init__(
-    self, files: QwenFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
+    self, files: PromptFiles, config: ModelConfig, template: str = "chat", max_image_tokens: int | None = None
   ):
     """Checks the template: `chat`, a name in `TEMPLATES`, or a text with `<image>` and `{question}`."""
     self._files, self._config = files, config
@@ -222,7 +214,7 @@ class QwenProcessor:
     return ids
 
 
-def stop_tokens(files: QwenFiles) -> tuple[int, ...]:
+def stop_tokens(files: PromptFiles) -> tuple[int, ...]:
   """The end of the text, and the end and the start of a message."""
   return tuple(files.tokenizer.convert_tokens_to_ids([END, CHAT_START, CHAT_END]))
 
