@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -101,22 +101,6 @@ def make_batcher(
   if sizes and batcher.most_image_tokens:
     schedule.at(text.num_hidden_layers, batcher.most_image_tokens)
   return batcher
-
-
-def cut(text: str, stops: Sequence[str]) -> str:
-  """The text up to the first of the texts that end it."""
-  return text[: min((text.index(stop) for stop in stops if stop and stop in text), default=len(text))]
-
-
-def has_any(processor: Processor, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-  """Whether an answer has one of these texts, as `Request.is_complete`; None if there are none."""
-
-  def is_complete(tokens: Sequence[int]) -> bool:
-    text = processor.decode(list(tokens))
-    return any(stop in text for stop in stops)
-
-  stops = tuple(filter(None, stops))
-  return is_complete if stops else None
 
 
 def _pictures(own: Image.Image | Sequence[Image.Image], name: str) -> list[Image.Image]:

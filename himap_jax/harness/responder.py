@@ -28,6 +28,7 @@ from himap_jax.run import flag_values
 from himap_jax.run.progress import Progress
 from himap_jax.run.user_errors import user_error
 from himap_jax.run.writer import COUNTS
+from himap_jax.stops import cut_at_stop, stop_condition
 
 ROOM = 32  # tokens that a continuation to score may have
 
@@ -124,12 +125,12 @@ class Responder:
             logging.warning("request %d is not answered: %s", question.place, NOT_FINITE)
             continue
           counts = (example.size.num_tiles, example.num_image_tokens, example.num_text_tokens, list(map(len, row.kept)))
-          text = generation.cut(self.processor.decode(row.tokens), question.stops)
+          text = cut_at_stop(self.processor.decode(row.tokens), question.stops)
           timing = {name: getattr(row, name) for name in ("prefill_seconds", "decode_seconds")}
           yield question, Answer(text, len(row.tokens), dict(zip(COUNTS, counts, strict=True)), timing)
 
   def _request(self, question: Question, example: Example) -> pool.Request:
-    is_complete = generation.has_any(self.processor, question.stops)
+    is_complete = stop_condition(self.processor, question.stops)
     return pool.Request(question.place, is_complete=is_complete, tag=(question, example))
 
   def losses(self, continuations: Sequence[Continuation]) -> Iterator[tuple[Continuation, Loss]]:

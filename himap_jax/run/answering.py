@@ -21,7 +21,6 @@ from himap_jax.engine.processes import Share
 from himap_jax.engine.sampling import Sampling
 from himap_jax.errors import NOT_FINITE, UserError
 from himap_jax.families.family import Processor
-from himap_jax.generation import cut, has_any
 from himap_jax.inputs import Example
 from himap_jax.run import drawing
 from himap_jax.run.output import Output
@@ -31,6 +30,7 @@ from himap_jax.run.reader import MAX_WAITING_ERRORS, Prepared, Reader
 from himap_jax.run.summary import Result, Summary
 from himap_jax.run.user_errors import out_of_memory_is_user_error, user_error
 from himap_jax.run.writer import COUNTS
+from himap_jax.stops import cut_at_stop, stop_condition
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Answerer:
       prompt.key,
       max_new_tokens=options.max_new_tokens,
       sampling=Sampling(temperature, 1.0 if top_p is None else top_p),
-      is_complete=has_any(self.processor, options.stop),
+      is_complete=stop_condition(self.processor, options.stop),
     )
 
   def _result(self, answered: Answered) -> Result:
@@ -177,7 +177,7 @@ class Answerer:
       more["first_logits"] = logits.tolist()
     if "timing" in self.emit:
       more["timing"] = {name: getattr(answered, name) for name in ("prefill_seconds", "decode_seconds")}
-    row = prompt.row(digest, answer=cut(self.processor.decode(tokens), prompt.options.stop), **more)
+    row = prompt.row(digest, answer=cut_at_stop(self.processor.decode(tokens), prompt.options.stop), **more)
     num_slots = bucket.num_image_tokens + bucket.num_text_slots
     return Result(row, len(tokens), *counts, [len(stage) for stage in kept], num_slots, bucket.num_tiles)
 

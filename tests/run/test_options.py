@@ -6,9 +6,9 @@ import pytest
 from running import QUESTIONS, changed, read, write_rows
 
 from himap_jax.engine.sampling import Sampling
-from himap_jax.generation import cut
 from himap_jax.run import job, prompts, records
 from himap_jax.run.prompts import Options
+from himap_jax.stops import cut_at_stop
 
 
 def read_prompt(tmp_path, **fields):
@@ -89,7 +89,7 @@ class TestRun:
     )
     assert short["token_ids"] == plain[0]["token_ids"][:5]
     assert sampled["token_ids"] != plain[1]["token_ids"] and len(sampled["token_ids"]) == 12
-    assert stopped["answer"] == cut(plain[2]["answer"], [stop]) and len(stopped["token_ids"]) < 12
+    assert stopped["answer"] == cut_at_stop(plain[2]["answer"], [stop]) and len(stopped["token_ids"]) < 12
     assert other == plain[3]
     of_flags = changed(config, resume=False, sampling=Sampling(0.9, 0.8))
     assert self.answers(of_flags, {}, {}, {}, {})[1]["token_ids"] == sampled["token_ids"]
