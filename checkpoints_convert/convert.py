@@ -16,20 +16,12 @@ from checkpoints_convert import names, original, remote, store
 from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.int8 import quantize
+from checkpoints_convert.json_files import read_json, write_json
 from checkpoints_convert.marker import FORMAT, MARKER, read_marker
+from checkpoints_convert.messages import first_line, some
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.shards import PICKLED, SAFETENSORS, read_headers
-from checkpoints_convert.source import (
-  HUB_ID,
-  PARAMS,
-  SMALL_FILES,
-  AnyPath,
-  first_line,
-  locate,
-  read_json,
-  some,
-  write_json,
-)
+from checkpoints_convert.source import HUB_ID, PARAMS, SMALL_FILES, AnyPath, locate
 from checkpoints_convert.stored import FLOAT_DTYPES, StoredTensor
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.json_files import read_json, write_json
 from checkpoints_convert.marker import ASSEMBLED, MARKER
 from checkpoints_convert.progress import byte_bar
-from checkpoints_convert.source import SMALL_FILES, read_json, write_json
+from checkpoints_convert.source import SMALL_FILES
 
 _BLOCK_BYTES = 8 << 20
 _found: dict[pathlib.Path, dict[str, Any]] = {}  # by this process, by the file of a cache, which may not be writable

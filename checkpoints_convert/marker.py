@@ -3,7 +3,8 @@
 from typing import Any
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import AnyPath, read_json
+from checkpoints_convert.json_files import read_json
+from checkpoints_convert.source import AnyPath
 
 MARKER = "himap_jax.json"
 ASSEMBLED = "assembled.json"  # of the demo checkpoints

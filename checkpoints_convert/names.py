@@ -13,7 +13,7 @@ import numpy as np
 
 from checkpoints_convert import transforms
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import some
+from checkpoints_convert.messages import some
 from checkpoints_convert.stored import FLOAT_DTYPES, Index, StoredTensor
 
 # Path of a parameter in the tree.

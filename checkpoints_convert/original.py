@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import first_line, read_json
+from checkpoints_convert.json_files import read_json
+from checkpoints_convert.messages import first_line
 
 MODEL_TYPE = "llava"
 IMAGE_TOKEN = "<image>"

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from checkpoints_convert.stored import Reader, StoredTensor
 
 EXTRA = "pip install 'himap_jax[pickled]'"

@@ -15,7 +15,8 @@ from etils import epath
 
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import MARKER
-from checkpoints_convert.source import PARAMS, AnyPath, first_line
+from checkpoints_convert.messages import first_line
+from checkpoints_convert.source import PARAMS, AnyPath
 
 UNFINISHED = "himap_jax.unfinished"
 

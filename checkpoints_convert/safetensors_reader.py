@@ -5,7 +5,7 @@ import pathlib
 from safetensors import SafetensorError, safe_open
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from checkpoints_convert.stored import Reader, StoredTensor
 
 # Messages of the safetensors library about incomplete files → their meaning.

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from checkpoints_convert import pickle_reader, safetensors_reader
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import PICKLED_FILES, SAFETENSORS_FILES, TRAINING_FILES, first_line, some
+from checkpoints_convert.messages import first_line, some
+from checkpoints_convert.source import PICKLED_FILES, SAFETENSORS_FILES, TRAINING_FILES
 from checkpoints_convert.stored import StoredTensor
 
 

@@ -1,15 +1,13 @@
-"""Finds checkpoints on disk or on the Hugging Face Hub, and reads and writes JSON."""
+"""Finds checkpoints on disk or on the Hugging Face Hub."""
 
-import json
 import os
 import pathlib
 import re
-import secrets
-from typing import Any
 
 from etils import epath
 
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.messages import first_line
 
 TEMPLATES = "additional_chat_templates"  # folder of further chat templates
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", f"{TEMPLATES}/*.jinja")
@@ -70,39 +68,3 @@ def _check_files(directory: pathlib.Path) -> None:
       raise CheckpointError(f"{path}: a link to {target}, outside of the checkpoint; put the file itself there")
     if path.exists() and not (path.is_file() or path.is_dir()):
       raise CheckpointError(f"{path}: not a regular file")
-
-
-def first_line(error: Exception) -> str:
-  """The first line of an error's message, with the next where it ends in a colon; its type if the message is empty."""
-  first, *others = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-  return f"{first} {others[0]}" if first.endswith(":") and others else first
-
-
-def some(items: list[str] | tuple[str, ...], limit: int = 4) -> str:
-  """The first few of `items`, for a message."""
-  return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
-
-
-def write_json(path: pathlib.Path, content: Any) -> None:
-  """Writes JSON, indented; atomic even if the process is killed."""
-  unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-  try:
-    with open(unfinished, "x", encoding="utf-8") as file:
-      file.write(json.dumps(content, indent=2) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(unfinished, path)
-  except BaseException:
-    unfinished.unlink(missing_ok=True)
-    raise
-
-
-def read_json(path: AnyPath) -> dict[str, Any]:
-  """The object in a JSON file; raises `CheckpointError` if the file is missing or holds something else."""
-  try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError, RecursionError) as error:
-    raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
-  if not isinstance(fields, dict):
-    raise CheckpointError(f"{path}: not a JSON object")
-  return fields

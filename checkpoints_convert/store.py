@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from checkpoints_convert import remote
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.marker import read_marker
+from checkpoints_convert.messages import first_line
 from checkpoints_convert.names import Path
-from checkpoints_convert.source import PARAMS, TEMPLATES, AnyPath, first_line
+from checkpoints_convert.source import PARAMS, TEMPLATES, AnyPath
 
 BATCH_BYTES = 128 << 20
 CHUNK_BYTES = 64 << 20

@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from checkpoints_convert import remote
 from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.messages import first_line
 from checkpoints_convert.names import Parameter, Path
 from checkpoints_convert.progress import byte_bar
-from checkpoints_convert.source import AnyPath, first_line
+from checkpoints_convert.source import AnyPath
 from checkpoints_convert.stored import Index
 
 READ_BYTES = 256 << 20

@@ -21,9 +21,11 @@ from checkpoints_convert import convert, remote, store
 from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.int8 import abstract_int8, quantize_and_delete
+from checkpoints_convert.json_files import read_json
 from checkpoints_convert.marker import read_marker
+from checkpoints_convert.messages import some
 from checkpoints_convert.names import ExpectedModel
-from checkpoints_convert.source import PARAMS, AnyPath, locate, read_json, some
+from checkpoints_convert.source import PARAMS, AnyPath, locate
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
 from himap_jax import families
 from himap_jax.engine import sharding

@@ -15,8 +15,8 @@ import numpy as np
 
 from checkpoints_convert.demo import cross, packages
 from checkpoints_convert.errors import CheckpointError
+from checkpoints_convert.json_files import read_json, write_json
 from checkpoints_convert.marker import ASSEMBLED
-from checkpoints_convert.source import read_json, write_json
 from checkpoints_convert.store import locked, new_directory
 
 _HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from checkpoints_convert.source import first_line, some
+from checkpoints_convert.messages import first_line, some
 from experiments.evaluate.tasks.task import Record, Sample, Task
 from himap_jax.errors import UserError
 from himap_jax.run import hub, records

@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Sequence
 
-from checkpoints_convert.source import write_json
+from checkpoints_convert.json_files import write_json
 from experiments.evaluate.tasks.task import Scored, Task
 from himap_jax.errors import UserError
 from himap_jax.run.user_errors import user_error

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.source import write_json
+from checkpoints_convert.json_files import write_json
 
 
 def json_of(path: pathlib.Path, make: Callable[..., Any], *arguments: Any) -> Any:

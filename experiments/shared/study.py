@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from checkpoints_convert.source import write_json
+from checkpoints_convert.json_files import write_json
 from experiments import question_sets
 from experiments.shared import tabular
 from experiments.shared.subject import Subject

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import first_line, read_json
+from checkpoints_convert.json_files import read_json
+from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 
 MAX_SIDE, MAX_AREA = 4096, 1 << 25  # pixels, of a preprocessed picture or tile

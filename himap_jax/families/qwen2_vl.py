@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from checkpoints_convert.source import read_json
+from checkpoints_convert.json_files import read_json
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families.examples import blank, check_aspect_ratio, expand, picture_of, places_in
 from himap_jax.families.family import Family, Question, View

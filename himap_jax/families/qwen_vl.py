@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from checkpoints_convert.source import read_json
+from checkpoints_convert.json_files import read_json
 from himap_jax.errors import UserError
 from himap_jax.families import tiktoken
 from himap_jax.families.examples import blank, expand, places_in, refuse_limit, tiles_of, views_of_patches

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 
 SECONDS, BYTES = 5, 1 << 30  # that a template may take for short conversations

@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from jax.experimental.compilation_cache import compilation_cache
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import read_json, write_json
+from checkpoints_convert.json_files import read_json, write_json
 from himap_jax import checkpoint
 from himap_jax.engine import processes
 from himap_jax.errors import UserError

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_convert.source import read_json, write_json
+from checkpoints_convert.json_files import read_json, write_json
 from himap_jax.errors import UserError
 from himap_jax.run import sources
 from himap_jax.run.command import differences

@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 from collections.abc import Iterator
 
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 
 

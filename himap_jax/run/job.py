@@ -12,7 +12,7 @@ import jax
 from absl import logging
 from PIL import Image
 
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from himap_jax.engine import processes, sharding
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.engine.batching import MAX_IMAGE_BUCKETS, Batcher

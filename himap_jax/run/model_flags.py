@@ -8,7 +8,7 @@ from typing import Any
 from absl import flags
 from jax.sharding import Mesh
 
-from checkpoints_convert.source import read_json
+from checkpoints_convert.json_files import read_json
 from himap_jax import checkpoint
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.engine import sharding

@@ -20,7 +20,7 @@ from typing import IO, Any, AnyStr, NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 from himap_jax.run import splits
 from himap_jax.run.splits import KINDS

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from checkpoints_convert.source import first_line, some
+from checkpoints_convert.messages import first_line, some
 from himap_jax.errors import UserError
 from himap_jax.run import hub
 

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 from himap_jax.run.records import BATCH_ROWS, EXTRA
 from himap_jax.run.user_errors import user_error

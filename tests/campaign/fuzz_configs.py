@@ -13,7 +13,7 @@ from campaign.trials import Part, Trial
 from hypothesis import strategies as st
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import read_json
+from checkpoints_convert.json_files import read_json
 from himap_jax import families
 from himap_jax.errors import UserError
 

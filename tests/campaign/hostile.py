@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save, save_file
 
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.source import write_json
+from checkpoints_convert.json_files import write_json
 from himap_jax.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

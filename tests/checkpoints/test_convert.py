@@ -35,6 +35,7 @@ from peak_memory import WATCHED, widen
 from safetensors.numpy import load_file, save_file
 
 from checkpoints_convert import source, store
+from checkpoints_convert.json_files import read_json
 from himap_jax import checkpoint
 from himap_jax.engine import sharding
 from himap_jax.families import from_hf
@@ -45,7 +46,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def read_config(directory):
-  return from_hf(source.read_json(directory / "config.json"))
+  return from_hf(read_json(directory / "config.json"))
 
 
 @pytest.fixture(scope="module")
@@ -478,7 +479,7 @@ MEASURED = f"""{WATCHED}
 import pathlib, sys
 import transformers
 from checkpoints_convert.convert import convert, open_source
-from checkpoints_convert.source import read_json
+from checkpoints_convert.json_files import read_json
 from himap_jax.checkpoint import default_cache_dir, describe
 from himap_jax.families import from_hf
 from_hf(read_json(pathlib.Path(sys.argv[1], "config.json")))

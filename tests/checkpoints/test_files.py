@@ -17,7 +17,7 @@ from layouts import WEIGHTS, convert_to
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from checkpoints_convert import digest, source, store
+from checkpoints_convert import digest, json_files, messages, store
 from checkpoints_convert.digest import content_digest
 from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.progress import byte_bar
@@ -28,52 +28,52 @@ from himap_jax.errors import UserError
 class TestJson:
   def test_what_is_written_is_read(self, tmp_path):
     content = {"name": "äöü", "list": [1, 2.5, None], "object": {"yes": True}}
-    source.write_json(tmp_path / "a.json", content)
-    assert source.read_json(tmp_path / "a.json") == content
+    json_files.write_json(tmp_path / "a.json", content)
+    assert json_files.read_json(tmp_path / "a.json") == content
     assert (tmp_path / "a.json").read_text(encoding="utf-8").endswith("}\n")
-    source.write_json(tmp_path / "a.json", {})
-    assert source.read_json(tmp_path / "a.json") == {}
+    json_files.write_json(tmp_path / "a.json", {})
+    assert json_files.read_json(tmp_path / "a.json") == {}
     assert os.listdir(tmp_path) == ["a.json"]
 
   def test_anyone_may_read_it_who_may_read_new_files(self, tmp_path):
-    source.write_json(tmp_path / "a.json", {})
+    json_files.write_json(tmp_path / "a.json", {})
     (tmp_path / "b.json").write_text("{}")
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "b.json").stat().st_mode
 
   @pytest.mark.parametrize("moment", ["fsync", "replace"])
   def test_a_kill_leaves_the_old_file(self, tmp_path, moment):
     path = tmp_path / "a.json"
-    source.write_json(path, {"old": 1})
+    json_files.write_json(path, {"old": 1})
     code = f"""
 import os, pathlib, signal, sys
-from checkpoints_convert import source
+from checkpoints_convert import json_files
 os.{moment} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-source.write_json(pathlib.Path(sys.argv[1]), {{"new": 2}})
+json_files.write_json(pathlib.Path(sys.argv[1]), {{"new": 2}})
 """
     command = commands.Command(code, path)
     command.communicate()
     assert command.process.exitcode == -signal.SIGKILL
-    assert source.read_json(path) == {"old": 1}
+    assert json_files.read_json(path) == {"old": 1}
 
   def test_a_failure_leaves_the_old_file_alone(self, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    source.write_json(path, {"old": 1})
+    json_files.write_json(path, {"old": 1})
 
     def fail(*_):
       raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-      source.write_json(path, {"new": 2})
-    assert source.read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
+      json_files.write_json(path, {"new": 2})
+    assert json_files.read_json(path) == {"old": 1} and os.listdir(tmp_path) == ["a.json"]
 
   @pytest.mark.parametrize("content", ["{", "[]", "3", "\udcff"])
   def test_what_is_no_object(self, tmp_path, content):
     (tmp_path / "a.json").write_text(content, errors="surrogateescape")
     with pytest.raises(CheckpointError, match=r"a\.json: (cannot be read|not a JSON object)"):
-      source.read_json(tmp_path / "a.json")
+      json_files.read_json(tmp_path / "a.json")
     with pytest.raises(CheckpointError, match=r"b\.json: cannot be read"):
-      source.read_json(tmp_path / "b.json")
+      json_files.read_json(tmp_path / "b.json")
 
 
 HOLDER = """
@@ -298,4 +298,4 @@ def test_progress_is_shown_after_a_while(monkeypatch, capsys):
 )
 def test_the_first_line_of_an_error_has_its_cause(message, expected):
   error = KeyError() if not message else ValueError(message)
-  assert source.first_line(error) == expected
+  assert messages.first_line(error) == expected

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from checkpoints_convert.source import first_line
+from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 
 
