@@ -5,14 +5,11 @@
 The text appears as it is generated.
 """
 
+from himap_jax.run import startup
+
+startup.begin()
+
 import os
-
-from himap_jax.run import interrupts
-
-interrupts.end_process()
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
-
-import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -81,9 +78,7 @@ def main(argv: Sequence[str]) -> None:
     show = None if _SHOW.value is None else pathlib.Path(_SHOW.value)
     if show is not None and not images:
       raise UserError("--show needs a picture")
-    values = model_flags.values_from_flags()
-    one_row = dataclasses.replace(values["inputs"], batch_size=1)
-    ask(AnswerConfig(**values | {"inputs": one_row}), images, question, show)
+    ask(model_flags.one_row_config(), images, question, show)
     return 0
 
   command.execute("himap_jax.ask", argv[:1], action, resumes=False)

@@ -5,12 +5,9 @@
 A directory in the Hugging Face layout needs no conversion: `himap_jax.run` reads it directly.
 """
 
-import os
+from himap_jax.run import startup
 
-from himap_jax.run import interrupts
-
-interrupts.end_process()
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+startup.begin()
 
 import jax
 from absl import flags

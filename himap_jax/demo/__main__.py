@@ -5,15 +5,13 @@
 The pruning flags say what the page starts with.
 """
 
-import os
+from himap_jax.run import startup
 
-from himap_jax.run import interrupts
-
-interrupts.end_process()
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+startup.begin()
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import signal
 import sys
@@ -26,7 +24,6 @@ from himap_jax.errors import UserError
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, model_flags, pruning_flags
 from himap_jax.run.asking import Asker
-from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.prompts import read_prompts
 from himap_jax.run.records import open_records
 from himap_jax.run.user_errors import user_error
@@ -74,9 +71,7 @@ def main(argv: Sequence[str]) -> None:
       from himap_jax.demo.page import Limits, serve
     except ModuleNotFoundError as error:
       raise UserError(f"the page needs Gradio, in the extra `demo`: {error}") from error
-    values = model_flags.values_from_flags()
-    one_row = dataclasses.replace(values["inputs"], batch_size=1)
-    asker = Asker.open(AnswerConfig(**values | {"inputs": one_row}))
+    asker = Asker.open(model_flags.one_row_config())
     if not any(flags.FLAGS[name].present for name in (*pruning_flags.NAMES, "schedule")):
       asker = with_default_method(asker)
     limits = Limits(picture_bytes=_MAX_PICTURE_MB.value * 1_000_000, waiting=_MAX_WAITING.value)

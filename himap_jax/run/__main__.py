@@ -5,12 +5,9 @@
 Reads prompts, writes one JSON row per prompt as batches finish, and resumes where an earlier run stopped.
 """
 
-import os
+from himap_jax.run import startup
 
-from himap_jax.run import interrupts
-
-interrupts.end_process()
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before transformers is imported anywhere
+startup.begin()
 
 from collections.abc import Sequence
 

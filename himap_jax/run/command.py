@@ -20,7 +20,7 @@ from checkpoints_convert.json_files import read_json, write_json
 from himap_jax import checkpoint
 from himap_jax.engine import processes
 from himap_jax.errors import UserError
-from himap_jax.run import flag_help, interrupts
+from himap_jax.run import flag_help, startup
 from himap_jax.run.user_errors import user_error
 
 
@@ -100,7 +100,7 @@ def execute(name: str, argv: Sequence[str], action: Callable[[], int], *, resume
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)
   try:
-    interrupts.raise_error()
+    startup.raise_interrupts()
     if len(argv) > 1:
       raise UserError(f"unexpected argument {argv[1]!r}: every setting is a --flag=value")
     with _ignored_interrupts_sent_again():

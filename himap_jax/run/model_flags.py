@@ -135,6 +135,12 @@ def values_from_flags() -> dict[str, Any]:
   }
 
 
+def one_row_config() -> AnswerConfig:
+  """The configuration of a command that answers one row at a time; errors as of `values_from_flags`."""
+  values = values_from_flags()
+  return AnswerConfig(**values | {"inputs": dataclasses.replace(values["inputs"], batch_size=1)})
+
+
 def _pruning() -> PruningConfig:
   """Method, layers and keep counts from their flags or a schedule file; parameters and options from their flags."""
   chosen = pruning_flags.config(flags.FLAGS)
