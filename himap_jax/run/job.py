@@ -25,10 +25,10 @@ from himap_jax.run.contract import Contract
 from himap_jax.run.drawing import saved_digest
 from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
+from himap_jax.run.picture_sizes import image_sizes
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt, read_prompts
 from himap_jax.run.records import open_records
-from himap_jax.run.sizes import image_sizes
 from himap_jax.run.summary import Report, Summary
 from himap_jax.run.user_errors import user_error
 

@@ -19,9 +19,9 @@ from himap_jax.run import command
 from himap_jax.run.answering import Answerer
 from himap_jax.run.contract import Contract
 from himap_jax.run.output import Output
+from himap_jax.run.picture_sizes import image_sizes
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt, Prompts
-from himap_jax.run.sizes import image_sizes
 
 NUM_PICTURES = 50
 SUBJECTS = (

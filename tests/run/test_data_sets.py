@@ -16,9 +16,9 @@ from himap_jax.engine.engine import Engine
 from himap_jax.families.family import Processor
 from himap_jax.inputs import ImageSize
 from himap_jax.run import job
+from himap_jax.run.picture_sizes import image_sizes
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Columns, Prompt, Prompts
-from himap_jax.run.sizes import image_sizes
 
 
 @pytest.fixture
