@@ -39,7 +39,7 @@ from himap_jax.run import flag_values
 
 PAPER = ((2, 8), (0.5, 0.125))
 GRID_FIRST, GRID_SECOND = (1, 2, 3, 5), (0.25, 0.4, 0.55, 0.7)  # layers; the second as shares of the depth
-FOLDS = 10
+FOLDS, REPEATS = 10, 50
 FINISHED = 0.1  # a flow has finished where at most this share of it is left
 
 
@@ -103,14 +103,18 @@ def expected_agreement(tried: Sequence[Trial], *, seed: int) -> tabular.Row:
 
   The best of several schedules scores higher on the questions that selected it than on others. The selection is
   therefore repeated without each of `FOLDS` parts of the questions and evaluated on that part; questions about one
-  picture are in one part.
+  picture are in one part. This is done for `REPEATS` random partitions, since the result of one varies much; the
+  interval is over questions and partitions.
   """
   same = np.stack([trial.same for trial in tried])  # [schedules, Q]
-  own, picture = np.unique(np.array(list(map(str, tried[0].pictures))), return_inverse=True)
-  fold = (np.random.default_rng(seed).permutation(len(own)) % FOLDS)[picture]
-  winners = [same[:, fold != number].sum(axis=1).argmax() for number in fold]
-  outside = same[winners, np.arange(same.shape[1])]
-  return statistics.mean_rows({"agreement": outside[None]}, seed=seed)[0]
+  pictures, picture = np.unique(np.array(list(map(str, tried[0].pictures))), return_inverse=True)
+  random, numbers, outside = np.random.default_rng(seed), np.arange(same.shape[1]), []
+  for _ in range(REPEATS):
+    fold = (random.permutation(len(pictures)) % FOLDS)[picture]
+    winners = np.array([same[:, fold != number].sum(axis=1).argmax() for number in range(FOLDS)])
+    outside.append(same[winners[fold], numbers])
+  resampled = statistics.resample(np.stack(outside), groups=tried[0].pictures, seed=seed)
+  return statistics.with_interval("agreement", np.mean(outside), resampled.ravel())
 
 
 def compare(trials: Trials, chosen: Trial, measured: Measured, budget: float) -> list[Trial]:
