@@ -35,6 +35,7 @@ from himap_jax.engine.engine import Engine, GenerationConfig
 from himap_jax.errors import UserError, check_is
 from himap_jax.families import files, templates
 from himap_jax.families.family import Family, Processor
+from himap_jax.families.limited import LimitedProcessor
 from himap_jax.model.config import ModelConfig
 from himap_jax.model.network import Model, Network, abstract_params, logical_axes
 from himap_jax.model.quantization import can_be_int8, map_int8
@@ -74,6 +75,7 @@ class OpenCheckpoint:
     with files.unusable(self.directory):
       files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
       processor = self.family.processor(own, self.config, template, max_image_tokens)
+      processor = LimitedProcessor(processor, own.tokenizer, self.config.text)
       with contextlib.suppress(UserError):  # its template may hold no picture, or need more than a question
         processor.prepare([Image.new("RGB", (64, 48))], "?")
     return processor

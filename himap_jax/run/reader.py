@@ -13,6 +13,7 @@ from himap_jax.inputs import Example
 from himap_jax.run.prompts import Prompt
 
 MAX_WAITING_ERRORS = 256  # that wait to be written
+MAX_WAITING_BATCHES, MAX_WAITING_BYTES = 16, 1 << 31  # of rows, if both are exceeded
 
 
 class Prepared(NamedTuple):
@@ -28,6 +29,9 @@ class Reader(contextlib.AbstractContextManager):
   """Prepares prompts ahead of their batches, sorts them by bucket, and collects errors, without the pictures.
 
   As a context manager it ends, when left, after the prompt that another thread is reading.
+
+  Where a method needs a bucket for every size of pictures, most rows would wait to the end for others of their size:
+  with `MAX_WAITING_BATCHES` and `MAX_WAITING_BYTES` reading stops, and the fullest bucket runs with the rows it has.
 
   Attributes:
     num_rows: rows of a batch, of buckets for which it is known.
@@ -46,13 +50,14 @@ class Reader(contextlib.AbstractContextManager):
     self.last: Bucket | None = None
     self._errors: collections.deque[tuple[Prompt, str]] = collections.deque()
     self._is_ended = False
+    self._num_bytes = 0  # of the pictures of all waiting rows
 
   def __exit__(self, *exception: object) -> None:
     self._is_ended = True
 
   def read(self) -> None:
-    """Reads until a bucket fills a batch or has a first row, there are `MAX_WAITING_ERRORS`, or to the end."""
-    while not self._is_ended and max(self.filled()) < 1 and self.num_errors < MAX_WAITING_ERRORS:
+    """Reads until a bucket fills a batch or has a first row, too much waits, or to the end."""
+    while not self._is_ended and max(self.filled()) < 1 and not self._has_enough:
       prompt = next(self._prompts, None)
       if prompt is None:
         return
@@ -63,8 +68,16 @@ class Reader(contextlib.AbstractContextManager):
         if bucket in self.refused:
           raise UserError(self.refused[bucket])
         self._waiting[bucket].append(prepared)
+        self._num_bytes += _num_bytes([prepared])
       except UserError as error:
         self._fail(prompt, str(error))
+
+  @property
+  def _has_enough(self) -> bool:
+    """Whether there are `MAX_WAITING_ERRORS`, or rows of many buckets would take more and more memory."""
+    if self.num_errors >= MAX_WAITING_ERRORS:
+      return True
+    return sum(self.filled()) > MAX_WAITING_BATCHES and self._num_bytes > MAX_WAITING_BYTES
 
   @property
   def num_errors(self) -> int:
@@ -83,14 +96,24 @@ class Reader(contextlib.AbstractContextManager):
     self.refused[bucket] = error
     for row in self._waiting[bucket]:
       self._fail(row.prompt, error)
-    self._waiting[bucket] = []
+    self._remove(bucket, len(self._waiting[bucket]))
 
   def take(self, bucket: Bucket) -> list[Prepared]:
     """Removes and returns the rows of the next batch."""
-    group, count, self.last = self._waiting[bucket], self.num_rows[bucket], bucket
-    self._waiting[bucket] = group[count:]
-    return group[:count]
+    self.last = bucket
+    return self._remove(bucket, self.num_rows[bucket])
+
+  def _remove(self, bucket: Bucket, count: int) -> list[Prepared]:
+    """Removes and returns the first rows of a bucket."""
+    group = self._waiting[bucket][:count]
+    self._waiting[bucket] = self._waiting[bucket][count:]
+    self._num_bytes -= _num_bytes(group)
+    return group
 
   def take_errors(self) -> list[tuple[Prompt, str]]:
     """Returns the prompts that failed since the last call, with their messages; also while another thread reads."""
     return [self._errors.popleft() for _ in range(len(self._errors))]
+
+
+def _num_bytes(rows: Sequence[Prepared]) -> int:
+  return sum(row.example.images.pixels.nbytes for row in rows)

@@ -1,7 +1,10 @@
 """The reader of prompts: what it holds of each bucket, and when a batch is full."""
 
+import numpy as np
+
 from himap_jax import UserError
 from himap_jax.engine.batching import Bucket
+from himap_jax.inputs import Example, Images
 from himap_jax.run.prompts import Prompt
 from himap_jax.run.reader import Prepared, Reader
 
@@ -13,7 +16,8 @@ class TestReader:
   def prepare(prompt):
     if prompt.question == "bad":
       raise UserError("bad")
-    return Bucket(1, 16, len(prompt.question)), Prepared(prompt, prompt.question, None, "")
+    example = Example(*np.zeros((3, 1), np.int32), Images(np.zeros((1, 3, 2, 2), np.float32)))
+    return Bucket(1, 16, len(prompt.question)), Prepared(prompt, example, None, "")
 
   def make(self, questions):
     prompts = [Prompt(index, ("image",), question) for index, question in enumerate(questions)]
@@ -54,12 +58,29 @@ class TestReader:
     reader.refuse(Bucket(1, 16, 1), "large")
     assert [(prompt.id, prompt.images) for prompt, _ in reader.take_errors()] == [(3, ()), (1, ()), (4, ())]
 
+  def test_rows_of_many_buckets_do_not_wait_for_ever(self, monkeypatch):
+    """With more than a batch and 100 bytes the fullest bucket runs with the rows it has; 48 bytes a row."""
+    monkeypatch.setattr("himap_jax.run.reader.MAX_WAITING_BATCHES", 1)
+    monkeypatch.setattr("himap_jax.run.reader.MAX_WAITING_BYTES", 100)
+    reader = self.make(["a", "bb", "ccc", "ccc", "a", "bb", "ccc"])
+    reader.num_rows |= {Bucket(1, 16, length): 4 for length in (1, 2, 3)}
+    reader.read()
+    assert reader.filled() == [0.5, 0.25, 0.5]
+    assert len(reader.take(Bucket(1, 16, 1))) == 2
+    reader.read()
+    assert reader.filled() == [0, 0.5, 0.75]
+    monkeypatch.setattr("himap_jax.run.reader.MAX_WAITING_BYTES", 1000)
+    reader = self.make(["a", "bb", "ccc", "ccc", "a", "bb", "ccc"])
+    reader.num_rows |= {Bucket(1, 16, length): 4 for length in (1, 2, 3)}
+    reader.read()
+    assert reader.filled() == [0.5, 0.5, 0.75]
+
   def test_what_is_left_comes_in_smaller_batches(self):
     reader = self.make(["a", "bb", "c", "d"])
     for expected in ([1, 0.5, 0], [0.5, 0.5, 0]):
       reader.read()
       assert reader.filled() == expected
       reader.take(Bucket(1, 16, 1))
-    assert [row.example for row in reader.take(Bucket(1, 16, 2))] == ["bb"]
+    assert [row.prompt.question for row in reader.take(Bucket(1, 16, 2))] == ["bb"]
     reader.read()
     assert reader.filled() == [0, 0, 0] and reader.take(Bucket(1, 16, 1)) == []
