@@ -2,7 +2,7 @@
 
     python -m experiments.dtypes --checkpoint=demo --questions=scenes --num_questions=1000 --methods=none,himap,fastv
 
-Model, prompt and generation flags are those of himap_jax.run. Repeating an interrupted command resumes it.
+Flags of the model, the prompt template and generation are those of himap_jax.run. Repeating an interrupted command resumes it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from himap_jax.errors import UserError
 from himap_jax.pruning import methods
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, job, model_flags
-from himap_jax.run.flags import RunConfig
+from himap_jax.run.config import RunConfig
 
 # Flags of a run whose values this command chooses, or that belong to one method.
 CHOSEN = ("method", "prune_layers", "keep", "method_parameters", "restore", "keep_positions", "schedule")
@@ -27,6 +27,7 @@ FORMS = {"float32": ("float32", False), "bfloat16": ("bfloat16", False), "int8":
 
 
 def define_flags() -> None:
+  flags.adopt_module_key_flags(model_flags)  # for --help
   flags.DEFINE_string("questions", "scenes", f"{', '.join(question_sets.SETS)}, or a JSONL file.")
   flags.DEFINE_integer("num_questions", 1000, "Questions drawn.", lower_bound=1)
   flags.DEFINE_list("methods", ["none", "himap", "fastv", "divprune"], "Pruning methods, each with its own defaults.")

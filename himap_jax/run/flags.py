@@ -1,4 +1,4 @@
-"""The flags of `himap_jax.run`, as one frozen configuration."""
+"""The flags of `himap_jax.run`."""
 
 import dataclasses
 import pathlib
@@ -9,7 +9,7 @@ from checkpoints_convert import remote
 from himap_jax.engine import processes
 from himap_jax.errors import UserError
 from himap_jax.run import model_flags
-from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.config import RunConfig
 from himap_jax.run.prompts import Columns
 
 EMIT = ("tokens", "kept", "patches", "counts", "logits", "timing")
@@ -67,22 +67,6 @@ flags.DEFINE_string(
 )
 _VALUES = ("split", "resume", "strict")
 _PATHS = ("prompts", "output", "image_dir", "pictures", "profile_dir")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig(AnswerConfig):
-  """A run as configured by the flags, with their names and meanings."""
-
-  prompts: pathlib.Path
-  output: pathlib.Path
-  split: str | None = None
-  columns: Columns = Columns()
-  image_dir: pathlib.Path = pathlib.Path()
-  emit: frozenset[str] = frozenset()
-  pictures: pathlib.Path | None = None
-  resume: bool = True
-  strict: bool = False
-  profile_dir: pathlib.Path | None = None
 
 
 def config_from_flags() -> RunConfig:

@@ -21,9 +21,9 @@ from himap_jax.generation import make_batcher
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.answering import Answerer
+from himap_jax.run.config import RunConfig
 from himap_jax.run.contract import Contract
 from himap_jax.run.drawing import saved_digest
-from himap_jax.run.flags import RunConfig
 from himap_jax.run.output import Output
 from himap_jax.run.picture_sizes import image_sizes
 from himap_jax.run.pictures import PictureFiles

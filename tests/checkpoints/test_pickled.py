@@ -26,7 +26,8 @@ from checkpoints_convert import pickle_reader, shards
 from experiments.shared import study
 from himap_jax import UserError, checkpoint
 from himap_jax.run import job
-from himap_jax.run.flags import RunConfig, config_from_flags
+from himap_jax.run.config import RunConfig
+from himap_jax.run.flags import config_from_flags
 
 pytestmark = pytest.mark.usefixtures("cache")
 ROOT = pathlib.Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 from experiments.dtypes import compare
 from experiments.dtypes.__main__ import measure
 from himap_jax import GenerationConfig, InputConfig
-from himap_jax.run.flags import RunConfig
+from himap_jax.run.config import RunConfig
 
 ROWS = [
   {"id": 1, "answer": "a", "kept": [[0, 1, 2, 3], [0, 1]], "error": None},

@@ -6,7 +6,7 @@ import re
 
 from himap_jax import GenerationConfig, InputConfig, PruningConfig
 from himap_jax.run import job
-from himap_jax.run.flags import RunConfig
+from himap_jax.run.config import RunConfig
 
 NAME = "dinov2_shrunk"
 MAX_NEW = 6
