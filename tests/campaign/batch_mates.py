@@ -1,4 +1,4 @@
-"""Random batches with one poisoned row: the others answer as if it were harmless."""
+"""Random batches with one poisoned row: the others, and those that take their slots, answer as if it were harmless."""
 
 import dataclasses
 import functools
@@ -13,7 +13,9 @@ from campaign.trials import Part, Trial
 
 from himap_jax import GenerationConfig, checkpoint
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
-from himap_jax.engine.engine import Generation
+from himap_jax.engine.capacity import BatchSizes
+from himap_jax.engine.engine import Batch
+from himap_jax.engine.pool import Answered, Request
 from himap_jax.errors import UserError
 from himap_jax.inputs import Example
 from himap_jax.pruning.methods import METHODS
@@ -48,7 +50,8 @@ def _trial(load: Any, random: np.random.Generator) -> str:
     bucket = bucket._replace(is_ragged=True)
   elif bucket.is_ragged:
     rows[place - 1] = loaded.prompts().prepare([], "Why so?")
-  harmless = _answers(loaded, schedule, rows, (bucket, slots))
+  harmless = _answers(loaded, schedule, [rows], (bucket, slots))
+  rows, before = list(rows), rows
   rows[place] = {"longest prompt": long, "no picture": None}.get(poison, rows[place])
   if rows[place] is None:
     rows[place] = loaded.prompts().prepare([], "Why?")
@@ -56,14 +59,16 @@ def _trial(load: Any, random: np.random.Generator) -> str:
     value = np.nan if poison.startswith("NaN") else np.inf
     pixels = np.full_like(rows[place].images.pixels, value)
     rows[place] = dataclasses.replace(rows[place], images=rows[place].images.replace(pixels=pixels))
-  poisoned = _answers(loaded, schedule, rows, (bucket, slots))
-  for row in set(range(num_rows)) - {place}:
-    what = (loaded.family.model_type, method, poison, row, place)
-    assert poisoned.tokens[row] == harmless.tokens[row], (what, poisoned.tokens, harmless.tokens)
-    for before, after in zip(harmless.kept, poisoned.kept, strict=True):
-      assert before[row] == after[row], (what, before[row], after[row])
-    np.testing.assert_allclose(poisoned.logits[row], harmless.logits[row], atol=1e-4, rtol=0, err_msg=str(what))
-  return f"unchanged beside a row with {poison}"
+  found = _answers(loaded, schedule, [rows, before], (bucket, slots))  # those before take the same slots afterwards
+  for batch, row in found.keys() - {(0, place)}:
+    what, own, expected = (
+      (loaded.family.model_type, method, poison, batch, row, place),
+      found[batch, row],
+      harmless[0, row],
+    )
+    assert (own.tokens, own.kept) == (expected.tokens, expected.kept), (what, own, expected)
+    np.testing.assert_allclose(own.logits, expected.logits, atol=1e-4, rtol=0, err_msg=str(what))
+  return f"unchanged beside and after a row with {poison}"
 
 
 def _row(loaded: checkpoint.LoadedModel, random: np.random.Generator, num_words: int = 0) -> Example:
@@ -89,15 +94,24 @@ def _schedule(loaded: checkpoint.LoadedModel, method: str, random: np.random.Gen
     return None
 
 
-def _answers(loaded: Any, schedule: Schedule, rows: list[Example], shape: tuple[ImageBucket, int]) -> Generation:
+def _answers(
+  loaded: Any, schedule: Schedule, batches: list[list[Example]], shape: tuple[ImageBucket, int]
+) -> dict[tuple[int, int], Answered]:
+  """The answers of batches that use the same slots after each other, by batch and row."""
   own, slots = shape
   text = loaded.config.text
-  batcher = Batcher(text.max_position_embeddings, rows[0], [own], buckets=(slots,), max_new_tokens=NUM_NEW)
-  inputs = batcher.pack(
-    rows, bucket=Bucket(own.num_tiles, own.num_image_tokens, slots, own.is_ragged), batch_size=len(rows)
-  )
-  engine = loaded.engine(schedule, GenerationConfig(NUM_NEW, ignore_eos=True))
-  return engine(inputs, range(len(rows)))
+  batcher = Batcher(text.max_position_embeddings, batches[0][0], [own], buckets=(slots,), max_new_tokens=NUM_NEW)
+  bucket = Bucket(own.num_tiles, own.num_image_tokens, slots, own.is_ragged)
+  packed = [
+    Batch(
+      batcher.pack(rows, bucket=bucket, batch_size=len(rows)),
+      [Request(row, tag=(number, row)) for row in range(len(rows))],
+    )
+    for number, rows in enumerate(batches)
+  ]
+  num_rows = len(batches[0])
+  engine = loaded.engine(schedule, GenerationConfig(NUM_NEW, ignore_eos=True), BatchSizes(num_rows, num_rows))
+  return {row.request.tag: row for turn in engine.answer(packed) for row in turn}
 
 
-PART = Part("A row answers the same, and keeps the same image tokens, whatever is beside it.", prepare)
+PART = Part("A row answers the same, and keeps the same image tokens, whatever is beside or before it.", prepare)
