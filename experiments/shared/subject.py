@@ -18,7 +18,7 @@ from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket, in_batches
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
-from himap_jax.errors import UserError
+from himap_jax.errors import NOT_FINITE, UserError
 from himap_jax.families.family import Processor
 from himap_jax.generation import InputConfig
 from himap_jax.inputs import Example, Inputs
@@ -107,8 +107,13 @@ class Subject:
 
     def compute(schedule: Schedule, label: str) -> dict[str, str]:
       engine = self.engine(schedule, GenerationConfig(max_new_tokens, seed=self.seed))
-      results = ((batch.row_ids, engine(batch.inputs, batch.row_ids).tokens) for batch in self.batches(label))
-      return {key: self.processor.decode(own) for ids, tokens in results for key, own in zip(ids, tokens, strict=True)}
+      found = {}
+      for batch in self.batches(label):
+        generation = engine(batch.inputs, batch.row_ids)
+        if not generation.is_finite:
+          raise UserError(NOT_FINITE)
+        found |= zip(batch.row_ids, map(self.processor.decode, generation.tokens), strict=True)
+      return found
 
     labels = {name: f"{prefix.name}-{re.sub('[^a-z0-9]', '_', name)}" for name in schedules}
     return {

@@ -61,11 +61,13 @@ class Generation:
     tokens: generated token ids of each row, including the end token.
     kept: for each stage and row the indices of the kept image tokens, ascending.
     logits: `[B, V]` float32, of the first generated token.
+    is_finite: whether all logits of all rows were.
   """
 
   tokens: list[list[int]]
   kept: tuple[list[list[int]], ...]
   logits: Float[np.ndarray, "B V"]
+  is_finite: bool
   prefill_seconds: float
   decode_seconds: float
 
@@ -182,6 +184,7 @@ class Engine:
       tokens=[row.tokens for row in answered],
       kept=tuple(map(list, zip(*(row.kept for row in answered), strict=True))),
       logits=np.stack([row.logits for row in answered]),
+      is_finite=all(row.is_finite for row in answered),
       prefill_seconds=self.usage.prefill_seconds - before.prefill_seconds,
       decode_seconds=self.usage.decode_seconds - before.decode_seconds,
     )
