@@ -175,12 +175,17 @@ def save_processor(target: pathlib.Path, tokens: Any, tower: Tower, fields: Mapp
     image_processor = transformers.LlavaImageProcessorPil(**{**tower.processing, "do_pad": do_pad})
   except Exception as error:
     raise CheckpointError(f"{tower.directory}: cannot use its image processor ({first_line(error)})") from error
-  transformers.LlavaProcessor(
-    image_processor=image_processor,
-    tokenizer=tokens,
-    patch_size=tower.fields.get("patch_size", 32),
-    vision_feature_select_strategy=_SELECT[fields.get("mm_vision_select_feature", "patch")],
-    image_token=IMAGE_TOKEN,
-    num_additional_image_tokens=1,
-    chat_template=CHAT_TEMPLATE,
-  ).save_pretrained(target)
+  try:
+    transformers.LlavaProcessor(
+      image_processor=image_processor,
+      tokenizer=tokens,
+      patch_size=tower.fields.get("patch_size", 32),
+      vision_feature_select_strategy=_SELECT[fields.get("mm_vision_select_feature", "patch")],
+      image_token=IMAGE_TOKEN,
+      num_additional_image_tokens=1,
+      chat_template=CHAT_TEMPLATE,
+    ).save_pretrained(target)
+  except OSError:  # of the disk
+    raise
+  except Exception as error:
+    raise CheckpointError(f"{tokens.name_or_path}: cannot use the tokenizer ({first_line(error)})") from error

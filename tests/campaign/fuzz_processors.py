@@ -57,7 +57,7 @@ def _attempts(checkpoints: pathlib.Path, random: np.random.Generator, directory:
     path = paths[random.integers(len(paths))]
     content = path.read_bytes()
     if path.suffix == ".json" and random.random() < 0.5:
-      path.write_text(json.dumps(_replaced(random, json.loads(content))))
+      path.write_text(json.dumps(replaced(random, json.loads(content))))
     else:
       path.write_bytes(mutations.mutated(random, content))
     outcome = _open(own)
@@ -72,7 +72,7 @@ def _small_files(directory: pathlib.Path) -> list[pathlib.Path]:
   return sorted(path for path in found if "index" not in path.name)
 
 
-def _replaced(random: np.random.Generator, fields: dict) -> dict:
+def replaced(random: np.random.Generator, fields: dict) -> dict:
   """The fields with one to three replaced, of which a third are inside others."""
   for _ in range(random.integers(1, 4)):
     own, name = fields, str(random.choice(list(fields)))

@@ -5,6 +5,7 @@ from campaign import (
   concurrent_use,
   fuzz_configs,
   fuzz_flags,
+  fuzz_layouts,
   fuzz_pictures,
   fuzz_processors,
   fuzz_prompts,
@@ -25,6 +26,7 @@ PARTS: dict[str, Part] = {
   "fuzz_processors": fuzz_processors.PART,
   "fuzz_weights": fuzz_weights.PART,
   "fuzz_flags": fuzz_flags.PART,
+  "fuzz_layouts": fuzz_layouts.PART,
   "hostile": hostile.PART,
   "batch_mates": batch_mates.PART,
 }

@@ -334,6 +334,7 @@ class TestRefusals:
       ("clip/config.json", {"vision_config": {"patch_size": 0}}, "patch_size is 0; needed: a whole number from 1"),
       ("clip/preprocessor_config.json", {"size": []}, "clip: cannot use its image processor"),
       ("tokenizer_config.json", {"tokenizer_class": 3}, "cannot read the tokenizer"),
+      ("tokenizer_config.json", {"model_max_length": {}}, "cannot use the tokenizer"),
     ],
   )
   def test_damaged_original(self, clip, tmp_path, file, fields, reason):
