@@ -1,7 +1,6 @@
 """LLaVA's original layout and converted copies, with a small file damaged or with values of any JSON in it."""
 
 import functools
-import json
 import pathlib
 import shutil
 import sys
@@ -9,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from campaign import bounded, mutations
-from campaign.fuzz_processors import replaced
 from campaign.trials import Part, Trial
 
 from checkpoints_convert.errors import CheckpointError
@@ -42,12 +40,7 @@ def _attempts(
     own = directory / str(number)
     shutil.copytree(layouts[random.integers(len(layouts))], own / "checkpoint")
     paths = sorted(path for path in own.rglob("*") if path.is_file() and path.stat().st_size < MAX_BYTES)
-    path = paths[random.integers(len(paths))]
-    content = path.read_bytes()
-    if path.suffix == ".json" and random.random() < 0.5:
-      path.write_text(json.dumps(replaced(random, json.loads(content))))
-    else:
-      path.write_bytes(mutations.mutated(random, content))
+    mutations.damage(random, paths[random.integers(len(paths))])
     outcome = _load(own)
     shutil.rmtree(own)
     return outcome

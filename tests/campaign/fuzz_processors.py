@@ -1,6 +1,5 @@
 """Tokenizers, image processors and chat templates of every family, damaged; and values of any JSON in them."""
 
-import copy
 import functools
 import json
 import pathlib
@@ -16,25 +15,6 @@ from checkpoints_convert.source import SMALL_FILES
 from himap_jax.errors import UserError
 
 INPUTS = 20
-VALUES = (
-  None,
-  True,
-  0,
-  -1,
-  1,
-  3,
-  7.5,
-  10**6,
-  10**9,
-  10**30,
-  "",
-  "x",
-  [],
-  [1],
-  {},
-  {"height": 10**6, "width": 1},
-  float("nan"),
-)
 
 
 def prepare(shared: pathlib.Path) -> Trial:
@@ -54,12 +34,7 @@ def _attempts(checkpoints: pathlib.Path, random: np.random.Generator, directory:
     for path in _small_files(checkpoints / name):
       shutil.copy(path, own)
     paths = [path for path in _small_files(own) if path.name != "config.json"]
-    path = paths[random.integers(len(paths))]
-    content = path.read_bytes()
-    if path.suffix == ".json" and random.random() < 0.5:
-      path.write_text(json.dumps(replaced(random, json.loads(content))))
-    else:
-      path.write_bytes(mutations.mutated(random, content))
+    mutations.damage(random, paths[random.integers(len(paths))])
     outcome = _open(own)
     shutil.rmtree(own)
     return outcome
@@ -70,16 +45,6 @@ def _attempts(checkpoints: pathlib.Path, random: np.random.Generator, directory:
 def _small_files(directory: pathlib.Path) -> list[pathlib.Path]:
   found = [path for pattern in SMALL_FILES for path in directory.glob(pattern)]
   return sorted(path for path in found if "index" not in path.name)
-
-
-def replaced(random: np.random.Generator, fields: dict) -> dict:
-  """The fields with one to three replaced, of which a third are inside others."""
-  for _ in range(random.integers(1, 4)):
-    own, name = fields, str(random.choice(list(fields)))
-    if isinstance(own[name], dict) and own[name] and random.random() < 0.7:
-      own, name = own[name], str(random.choice(list(own[name])))
-    own[name] = copy.deepcopy(VALUES[random.integers(len(VALUES))])
-  return fields
 
 
 def _open(directory: pathlib.Path) -> str:

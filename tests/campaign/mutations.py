@@ -1,5 +1,8 @@
 """Damage: changes of bytes, and values that no file should have."""
 
+import copy
+import json
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,26 @@ VALUES = st.recursive(
   st.none() | st.booleans() | NUMBERS | TEXTS,
   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
   max_leaves=4,
+)
+
+REPLACEMENTS = (  # of fields in files
+  None,
+  True,
+  0,
+  -1,
+  1,
+  3,
+  7.5,
+  10**6,
+  10**9,
+  10**30,
+  "",
+  "x",
+  [],
+  [1],
+  {},
+  {"height": 10**6, "width": 1},
+  float("nan"),
 )
 
 
@@ -52,6 +75,25 @@ def _changed(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
     case "truncate":
       return data[:at]
   return data[:at] + str(random.choice(np.array(HUGE, object))).encode() + data[end:]
+
+
+def damage(random: np.random.Generator, path: pathlib.Path) -> None:
+  """Changes bytes of a file or, of half of those of JSON, values."""
+  content = path.read_bytes()
+  if path.suffix == ".json" and random.random() < 0.5:
+    path.write_text(json.dumps(_replaced(random, json.loads(content))))
+  else:
+    path.write_bytes(mutated(random, content))
+
+
+def _replaced(random: np.random.Generator, fields: dict) -> dict:
+  """The fields with one to three replaced, of which a third are inside others."""
+  for _ in range(random.integers(1, 4)):
+    own, name = fields, str(random.choice(list(fields)))
+    if isinstance(own[name], dict) and own[name] and random.random() < 0.7:
+      own, name = own[name], str(random.choice(list(own[name])))
+    own[name] = copy.deepcopy(REPLACEMENTS[random.integers(len(REPLACEMENTS))])
+  return fields
 
 
 def structured(random: np.random.Generator, count: int, strategy: st.SearchStrategy, attempt: Any) -> dict[str, int]:
