@@ -136,7 +136,8 @@ def test_legend(shown):
     ("\ud800", SETTING, "the question has an unpaired surrogate"),
     ("why?", ("himap", (2, 4), (8, 9)), "cannot keep 9 image tokens before layer 4: there are 8"),
     ("why?", ("himap", (4, 2), (8, 3)), "pruning layers must ascend"),
-    ("why?" * 1000, SETTING, "text tokens"),
+    ("why?" * 600, SETTING, "text tokens"),
+    ("why?" * 10000, SETTING, "the question has 40,000 characters, which no 512 tokens of context hold"),
   ],
 )
 def test_what_cannot_be_compared(asker, images, question, setting, message):
