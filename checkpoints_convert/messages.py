@@ -1,4 +1,4 @@
-"""Parts of messages."""
+"""Errors and lists, shortened for messages."""
 
 NUM_SHOWN = 4  # items of a list
 

@@ -4,7 +4,7 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
-NOT_FINITE = "the model's logits are not finite; try the dtype float32"
+NOT_FINITE = "the model's logits are not finite; if the dtype is bfloat16, try float32"
 
 
 class UserError(ValueError):

@@ -98,7 +98,7 @@ def test_configurations(kind, changes, message):
 def test_numbers_of_schedules():
   _check_numbers(None, None)
   _check_numbers((2, -1), (0.5, 3, -1))
-  with pytest.raises(UserError, match="keep must be a list with a value for each stage, but is 0.5"):
+  with pytest.raises(UserError, match="keep must be a list of numbers, but is 0.5"):
     _check_numbers((2,), 0.5)
   with pytest.raises(UserError, match="a layer to prune before must be a whole number, but is 2.5"):
     _check_numbers((2.5,), None)

@@ -23,7 +23,7 @@ def groups_of(rows: Sequence[Row], prefix: str) -> list[str]:
 
 
 def readable_columns(rows: Sequence[Row]) -> list[Column]:
-  """The columns of the report's table; of errors only if there are any."""
+  """The columns of the report's table; that of errors only if there are any."""
   return [
     Column("method", "method", "text"),
     Column("budget", "budget", "number"),

@@ -52,7 +52,7 @@ class Decoded:
     tokens: `[B, C]` in each slot, 0 after the end of its row.
     num_tokens: `[B]` how many of these.
     active: `[B]` whether the slot's row goes on.
-    is_finite: `[B]` whether all logits of the slot's row were; it ends with the first that are not.
+    is_finite: `[B]` whether all logits of the slot's row were in these steps; it ends with the first that are not.
     num_steps: steps taken.
   """
 

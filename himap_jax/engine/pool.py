@@ -197,8 +197,9 @@ class Pool:
     usage.row_steps += num_all
     for slot, row in list(self._rows.items()):
       row.decode_seconds += seconds * int(num_tokens[slot]) / max(1, num_all)
-      row.extend(tokens[slot, : num_tokens[slot]].tolist())
-      row.is_finite &= bool(is_finite[slot])
+      own = tokens[slot, : num_tokens[slot]].tolist()
+      row.extend(own if is_finite[slot] else own[:-1])  # the last was chosen by logits that are not finite
+      row.is_finite = bool(is_finite[slot]) or row.is_complete
       if row.is_complete or not active[slot]:
         self._stopped[slot] = active[slot]
         complete.append(self._rows.pop(slot))
@@ -215,7 +216,7 @@ class Pool:
       own = ([stage if stage is None else _present(stage[index]) for stage in stages] for stages in selected)
       row = Answered(request, *own, logits[index].copy(), seconds / len(entering.requests))
       row.is_finite = bool(np.isfinite(row.logits).all())
-      row.extend([int(first[index])])
+      row.extend([int(first[index])] if row.is_finite else [])
       if place[index] < 0:
         complete.append(row)
       else:

@@ -20,6 +20,8 @@ class LimitedProcessor:
     self._context, self._num_embeddings = text.max_position_embeddings, text.vocab_size + text.num_extra_embeddings
 
   def __getattr__(self, name: str) -> Any:
+    if name == "_processor":  # of a copy that has no attributes yet
+      raise AttributeError(name)
     return getattr(self._processor, name)
 
   def prepare(self, images: Sequence[Image.Image], question: Question) -> Example:

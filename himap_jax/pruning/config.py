@@ -217,7 +217,7 @@ def _check_numbers(prune_layers: Any, keep: Any) -> None:
   """Raises `UserError` unless layers are whole numbers, and what to keep whole numbers or shares, a list of each."""
   for name, values in (("prune_layers", prune_layers), ("keep", keep)):
     if values is not None:
-      check_is(name, values, (tuple, list), "a list with a value for each stage")
+      check_is(name, values, (tuple, list, range), "a list of numbers")
   for layer in prune_layers or ():
     check_whole("a layer to prune before", layer, least=-sys.maxsize)
   for value in keep or ():

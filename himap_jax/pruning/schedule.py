@@ -14,6 +14,7 @@ class Stage:
   Attributes:
     layer: the stage is before it; counted from 0, 0 is before the decoder.
     keep: image tokens that it leaves: a count, or a share of those of the prompt before pruning.
+    is_share: whether `keep` is a share; without it stages that keep 1 and 100% would be equal.
     share: the share that a count was made of, if it was: in a ragged batch every row has its own count.
   """
 
@@ -21,7 +22,7 @@ class Stage:
   keep: int | float
   criterion: Criterion
   share: float | None = None
-  is_share: bool = dataclasses.field(init=False)  # stages that keep 1 and 100% are equal without it
+  is_share: bool = dataclasses.field(init=False)
 
   def __post_init__(self) -> None:
     object.__setattr__(self, "is_share", isinstance(self.keep, float))
@@ -110,7 +111,7 @@ class Schedule:
         raise UserError(f"cannot prune before layer {stage.layer}: the model has layers 0 to {num_layers - 1}")
       if segments and stage.layer <= first:
         raise UserError(f"pruning layers must ascend, but {stage.layer} follows {first}")
-      share = stage.keep if isinstance(stage.keep, float) else None
+      share = stage.keep if stage.is_share else None
       own = dataclasses.replace(stage, keep=min(count, stage.count(num_image_tokens)), share=share)
       segments.append(Segment(first, stage.layer, count, own))
       first, count = stage.layer, own.keep

@@ -14,6 +14,7 @@ from himap_jax.engine.batching import Batcher, Bucket
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Batch
 from himap_jax.engine.pool import Answered, Request
+from himap_jax.errors import NOT_FINITE, UserError
 from himap_jax.families.family import Processor, Question
 from himap_jax.generation import make_batcher
 from himap_jax.inputs import Example

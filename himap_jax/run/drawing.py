@@ -108,9 +108,9 @@ def save(picture: Image.Image, path: pathlib.Path, digest: str) -> None:
 
 
 def saved_digest(path: pathlib.Path) -> str:
-  """The digest of the row whose picture a file is; empty if it is missing or none."""
+  """The digest of the row whose picture a file is; empty if there is no such file, or it has no digest."""
   try:
     with PngImagePlugin.PngImageFile(path) as picture:  # its size does not matter, as it would to Image.open
       return picture.info.get("digest", "")
-  except (OSError, SyntaxError):
+  except (OSError, SyntaxError, ValueError):
     return ""

@@ -12,7 +12,7 @@ from himap_jax.errors import UserError
 from himap_jax.inputs import Example
 from himap_jax.run.prompts import Prompt
 
-MAX_WAITING_ERRORS = 256  # that wait to be written
+MAX_WAITING_ERRORS = 256
 MAX_WAITING_BATCHES, MAX_WAITING_BYTES = 16, 1 << 31  # of rows, if both are exceeded
 
 
@@ -31,7 +31,7 @@ class Reader(contextlib.AbstractContextManager):
   As a context manager it ends, when left, after the prompt that another thread is reading.
 
   Where a method needs a bucket for every size of pictures, most rows would wait to the end for others of their size:
-  with `MAX_WAITING_BATCHES` and `MAX_WAITING_BYTES` reading stops, and the fullest bucket runs with the rows it has.
+  above both `MAX_WAITING_BATCHES` and `MAX_WAITING_BYTES` reading stops, and the fullest bucket runs with the rows it has.
 
   Attributes:
     num_rows: rows of a batch, of buckets for which it is known.
@@ -77,7 +77,7 @@ class Reader(contextlib.AbstractContextManager):
     """Whether there are `MAX_WAITING_ERRORS`, or rows of many buckets would take more and more memory."""
     if self.num_errors >= MAX_WAITING_ERRORS:
       return True
-    return sum(self.filled()) > MAX_WAITING_BATCHES and self._num_bytes > MAX_WAITING_BYTES
+    return self._num_bytes > MAX_WAITING_BYTES and sum(self.filled()) > MAX_WAITING_BATCHES
 
   @property
   def num_errors(self) -> int:

@@ -24,12 +24,15 @@ def prepare(shared: pathlib.Path) -> Trial:
   import layouts
 
   published, original, converted = models.made(shared, "llava"), shared / "original", shared / "converted"
-  if not original.exists():
-    layouts.make_original(published, original.with_name("original.partial"), tower_inside=True)
-    original.with_name("original.partial").rename(original)
-  if not converted.exists():
-    layouts.convert_to(original, converted.with_name("converted.partial"))
-    converted.with_name("converted.partial").rename(converted)
+  for made, make in (
+    (original, lambda target: layouts.make_original(published, target, tower_inside=True)),
+    (converted, lambda target: layouts.convert_to(original, target)),
+  ):
+    if not made.exists():
+      partial = made.with_name(f"{made.name}.partial")
+      shutil.rmtree(partial, ignore_errors=True)
+      make(partial)
+      partial.rename(made)
   return bounded.trial(functools.partial(_attempts, (original, converted)), INPUTS, shared)
 
 

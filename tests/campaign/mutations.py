@@ -78,7 +78,7 @@ def _changed(random: np.random.Generator, data: bytes, other: bytes) -> bytes:
 
 
 def damage(random: np.random.Generator, path: pathlib.Path) -> None:
-  """Changes bytes of a file or, of half of those of JSON, values."""
+  """Changes bytes of a file or, for half of the JSON files, values."""
   content = path.read_bytes()
   if path.suffix == ".json" and random.random() < 0.5:
     path.write_text(json.dumps(_replaced(random, json.loads(content))))

@@ -1,7 +1,9 @@
 """A question in the terminal: the library's answer, as it is generated, and the kept patches; and what cannot be asked."""
 
+import dataclasses
 import re
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -10,6 +12,7 @@ from PIL import Image
 import himap_jax
 from himap_jax import ask as command
 from himap_jax.generation import InputConfig
+from himap_jax.run.asking import Asker
 from himap_jax.run.model_flags import AnswerConfig
 
 SETTING = ("himap", (2, 4), (8, 3))
@@ -52,6 +55,16 @@ def test_the_answer_is_the_library_s(config, picture, images, loaded, tmp_path, 
   )
   with Image.open(tmp_path / "kept.png") as sheet:
     assert sheet.width > 3 * 28  # the picture and two stages
+
+
+def test_logits_that_are_not_finite(config, images):
+  asker = Asker.open(config)
+  asked = asker.prepare(images[1:2], QUESTION, config.pruning)
+  pictures = asked.example.images
+  nan = dataclasses.replace(asked.example, images=pictures.replace(pixels=np.full_like(pictures.pixels, np.nan)))
+  with pytest.raises(himap_jax.UserError, match="logits are not finite"):
+    asker.answer(asked._replace(example=nan))
+  assert len(asker.answer(asked).answered.tokens) == 11
 
 
 def test_no_picture(config, capsys):
