@@ -107,8 +107,8 @@ def _prompts(shared: pathlib.Path, num_rows: int) -> list[Prompt]:
 
 
 def _answerer(name: str, prompts: list[Prompt], files: PictureFiles) -> tuple[Answerer, dict]:
-  """What `himap_jax.run` makes, in bfloat16, with HiMAP in the first layers, which is quick; and its settings."""
-  loaded = checkpoint.load(name, dtype=jnp.bfloat16)
+  """What `himap_jax.run` makes, in float32, with HiMAP in the first layers, which is quick; and its settings."""
+  loaded = checkpoint.load(name, dtype=jnp.float32)
   schedule = loaded.schedule("himap", (1, 2), (0.25, 0.0625))
   processor, generation, inputs = loaded.prompts(), GenerationConfig(max_new_tokens=8), InputConfig()
   sizes = image_sizes(Prompts.of(prompts), files, processor)
