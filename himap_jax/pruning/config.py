@@ -47,6 +47,9 @@ def build_schedule(
   values = _parameters(method, entries, parameters or {})
   if prune_layers is None:
     prune_layers = sum((_of_depth(entry.prune_layers, num_layers) for entry in entries), ())
+    if len(entries) > 1 and list(prune_layers) != sorted(set(prune_layers)):
+      layers = ", ".join(map(str, prune_layers))
+      raise UserError(f"method {method!r} would prune before layers {layers} by default; name ascending prune_layers")
   if entries[0].freezes:
     if keep is not None:
       raise UserError(f"method {method!r} keeps every image token, so it takes no keep")

@@ -188,3 +188,9 @@ def test_a_count_of_one_is_not_all():
   assert one != all_of_them
   assert [own.at(32, 16).stages[0].keep for own in (one, all_of_them)] == [1, 16]
   assert command.differences({"keep": [1], "seed": None}, {"keep": [1.0]}) == "keep was [1], now [1.0]"
+
+
+def test_two_methods_whose_own_layers_are_the_same():
+  with pytest.raises(UserError, match="'divprune.random' would prune before layers 0, 0 by default; name ascending"):
+    PruningConfig("divprune+random").schedule(32)
+  assert len(PruningConfig("divprune+random", (0, 4)).schedule(32).stages) == 2
