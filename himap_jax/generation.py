@@ -89,13 +89,9 @@ def make_batcher(
     UserError: the context is too small for all, or the schedule keeps more image tokens than any prompt has.
   """
   text = opened.config.text
-  any_size = {processor.image_size([(1, 1)]): 1}  # of prompts whose pictures cannot be read
-  held = {
-    size: n
-    for size, n in (sizes or any_size).items()
-    if size.num_tokens + max_new_tokens < text.max_position_embeddings
-  }
-  chosen = image_buckets(held or sizes or any_size, exact=not schedule.is_ranking)
+  counts = sizes or {processor.image_size([(1, 1)]): 1}  # if no picture can be read
+  held = {size: n for size, n in counts.items() if size.num_tokens + max_new_tokens < text.max_position_embeddings}
+  chosen = image_buckets(held or counts, exact=not schedule.is_ranking)
   lengths = {"buckets": prompt_buckets, "max_new_tokens": max_new_tokens}
   batcher = Batcher(text.max_position_embeddings, processor.blank, chosen, **lengths)
   if sizes and batcher.most_image_tokens:

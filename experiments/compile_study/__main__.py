@@ -42,7 +42,7 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
-  variants = study.chosen(values["variants"], VARIANTS)
+  variants = flag_values.chosen(values["variants"], VARIANTS)
   planned.without_devices()
   setting = Setting(
     **{name: values[name].value for name in ("checkpoint", "dtype", "num_prompts", "seed")},

@@ -2,7 +2,8 @@
 
     python -m experiments.dtypes --checkpoint=demo --questions=scenes --num_questions=1000 --methods=none,himap,fastv
 
-Flags of the model, the prompt template and generation are those of himap_jax.run. Repeating an interrupted command resumes it.
+Flags of the model, the prompt template and generation are those of himap_jax.run. Repeating an interrupted command
+resumes it.
 """
 
 import dataclasses

@@ -30,6 +30,7 @@ from experiments.shared import figures, kept, statistics, study, tabular
 from experiments.shared.subject import Batch, Subject
 from himap_jax.engine.engine import row_seeds
 from himap_jax.errors import UserError
+from himap_jax.run import flag_values
 
 MODES = ("single", "onward")  # one layer (the paper); that layer and all later ones (the authors' code)
 TOP = 5
@@ -219,7 +220,7 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
-  hows, pairs = study.chosen(values["how"], HOW), study.chosen(values["chosen"], CHOSEN)
+  hows, pairs = flag_values.chosen(values["how"], HOW), flag_values.chosen(values["chosen"], CHOSEN)
   every = (Intervention(block, chosen, how) for how in hows for chosen in pairs for block in BLOCKS)
   made = [intervention for intervention in every if intervention.is_defined]
   if not made:

@@ -10,7 +10,7 @@ module ends with
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -171,14 +171,6 @@ def layers(flag: Any, subject: Subject) -> tuple[int, ...]:
   if cross and not set(numbers) <= set(cross):
     raise UserError(f"--{flag.name}: the model reads image tokens in layers {', '.join(map(str, cross))} alone")
   return numbers
-
-
-def chosen(flag: Any, known: Collection[str]) -> list[str]:
-  """The names in a list flag; `UserError` if one is unknown."""
-  for name in flag.value:
-    if name not in known:
-      raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
-  return flag.value
 
 
 def directory(name: str) -> pathlib.Path:

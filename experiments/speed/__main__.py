@@ -16,6 +16,7 @@ from experiments.shared.geometries import GEOMETRIES
 from experiments.speed import measure, side, tables
 from himap_jax.errors import UserError
 from himap_jax.pruning.methods import METHODS
+from himap_jax.run import flag_values
 
 SIDES = (*METHODS, *(f"{name}/int8" for name in METHODS), *side.PYTORCH)
 
@@ -40,7 +41,7 @@ def define_flags() -> None:
 
 def run(values: Any) -> study.Report:
   measure.check_geometry(values.geometry)
-  settings = {"geometry": values.geometry, "sides": study.chosen(values["sides"], SIDES), "turns": values.turns}
+  settings = {"geometry": values.geometry, "sides": flag_values.chosen(values["sides"], SIDES), "turns": values.turns}
   scenarios = [_scenario(values.geometry, text) for text in values.scenarios]
   workdir = study.open_workdir(**settings, **measure.provenance())
   how = {"turns": values.turns, "at_once": values.at_once, "weights_dir": pathlib.Path(values.weights_dir)}

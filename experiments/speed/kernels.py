@@ -13,7 +13,7 @@ import re
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments.shared import compiler_report, geometries, planned, study, tabular
+from experiments.shared import compiler_report, geometries, planned, tabular
 from himap_jax.engine import programs
 from himap_jax.engine.decoding import DecodeConfig
 from himap_jax.errors import UserError
@@ -56,7 +56,7 @@ def count(mesh: Mesh, geometry: str, method: str, batch_size: int, num_text_slot
 
 
 def run() -> int:
-  study.chosen(_METHODS, METHODS)
+  flag_values.chosen(_METHODS, METHODS)
   planned.without_devices()
   mesh, sizes = planned.gpus(_TENSOR.value), flag_values.numbers(_BATCH_SIZES, int)
   rows = []

@@ -33,8 +33,8 @@ def define_flags() -> None:
 
 
 def run(values: Any) -> study.Report:
-  models, weights = study.chosen(values["models"], GEOMETRIES), study.chosen(values["weights"], plan.DTYPES)
-  methods, tensor = study.chosen(values["methods"], METHODS), flag_values.numbers(values["tensor"], int)
+  models, weights = flag_values.chosen(values["models"], GEOMETRIES), flag_values.chosen(values["weights"], plan.DTYPES)
+  methods, tensor = flag_values.chosen(values["methods"], METHODS), flag_values.numbers(values["tensor"], int)
   planned.without_devices()
   places = list(itertools.product(values.topologies, tensor))
   for place in places:

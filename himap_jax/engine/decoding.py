@@ -68,7 +68,7 @@ def enter(
 ) -> tuple[Slots, Entered]:
   """Chooses the first tokens of prefilled rows and puts those that go on into free slots.
 
-  A row whose logits are not finite ends with its first token.
+  A row whose logits are not finite ends here.
 
   Args:
     restart: whether no slot is in use, so that the ring of new tokens begins anew.

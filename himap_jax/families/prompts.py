@@ -30,7 +30,7 @@ def messages_of(question: Question, num_pictures: int) -> list[Message]:
 
 
 def number_of_pictures(count: int) -> str:
-  """The number in words, for messages."""
+  """The number with its noun, for messages."""
   return "1 picture" if count == 1 else f"{count} pictures"
 
 

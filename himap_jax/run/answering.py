@@ -191,7 +191,7 @@ class Answerer:
 
 
 def _without_pixels(example: Example) -> Example:
-  """As many pictures or tiles that take no memory."""
+  """The example without the values of its pixels; it has as many pictures or tiles."""
   images = example.images
   return dataclasses.replace(example, images=dataclasses.replace(images, pixels=images.pixels[..., :0].copy()))
 

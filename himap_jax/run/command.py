@@ -68,7 +68,6 @@ def start(name: str, main: Callable[[Sequence[str]], None], needed: Sequence[str
 
   A wrong flag is one line and status 2; `--help` shows the flags by topic.
   """
-
   if sys.stdout is not None:  # as it is where it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr, so that no answer stops a run
 

@@ -1,6 +1,6 @@
 """The parsing of flag values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,6 +30,14 @@ def named_number(text: str) -> tuple[str, float]:
   """A name and its value, from `threshold:0.8`."""
   name, value = text.split(":")
   return name.strip(), float(value)
+
+
+def chosen(flag: Any, known: Collection[str]) -> list[str]:
+  """The names in a list flag; `UserError` if one is unknown."""
+  for name in flag.value:
+    if name not in known:
+      raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
+  return flag.value
 
 
 def parse_mesh(axes: Sequence[str]) -> dict[str, int]:

@@ -142,11 +142,14 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
 
 
 def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt], contract: Contract) -> None:
-  """Says how many rows that were answered before have no picture of kept patches, or one of other settings or another question."""
-  missing = 0
-  for prompt in answered:
-    own, saved = contract.row_digest(prompt), saved_digest(directory / f"{prompt.file_name}.png")
-    missing += bool(prompt.images) and own.rpartition("-")[0] != saved.rpartition("-")[0]  # without the pictures' part
+  """Says how many answered rows have no picture of kept patches, or that of other settings or another question."""
+
+  def is_missing(prompt: Prompt) -> bool:
+    digests = contract.row_digest(prompt), saved_digest(directory / f"{prompt.file_name}.png")
+    own, saved = (digest.rpartition("-")[0] for digest in digests)  # without the pictures' part
+    return own != saved
+
+  missing = sum(is_missing(prompt) for prompt in answered if prompt.images)
   if missing:
     print(f"{missing} answered rows have no picture in {directory} and get none; --noresume draws all", file=sys.stderr)
 

@@ -20,7 +20,7 @@ def user_error(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def out_of_memory_is_user_error(what: Callable[[], str] = lambda: "the weights") -> Iterator[None]:
-  """Turns JAX's out-of-memory error into a UserError that says what did not fit, then, and names remedies."""
+  """Turns JAX's out-of-memory error into a UserError that says what did not fit and names remedies."""
   try:
     yield
   except jax.errors.JaxRuntimeError as error:

@@ -61,11 +61,8 @@ def _trial(load: Any, random: np.random.Generator) -> str:
     rows[place] = dataclasses.replace(rows[place], images=rows[place].images.replace(pixels=pixels))
   found = _answers(loaded, schedule, [rows, before], (bucket, slots))  # those before take the same slots afterwards
   for batch, row in found.keys() - {(0, place)}:
-    what, own, expected = (
-      (loaded.family.model_type, method, poison, batch, row, place),
-      found[batch, row],
-      harmless[0, row],
-    )
+    own, expected = found[batch, row], harmless[0, row]
+    what = (loaded.family.model_type, method, poison, batch, row, place)
     assert (own.tokens, own.kept) == (expected.tokens, expected.kept), (what, own, expected)
     np.testing.assert_allclose(own.logits, expected.logits, atol=1e-4, rtol=0, err_msg=str(what))
   return f"unchanged beside and after a row with {poison}"
