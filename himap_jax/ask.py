@@ -19,8 +19,8 @@ from absl import flags
 from himap_jax.errors import UserError, check_text
 from himap_jax.run import command, model_flags
 from himap_jax.run.asking import INCOMPLETE, Asker
+from himap_jax.run.config import AnswerConfig
 from himap_jax.run.drawing import draw_kept
-from himap_jax.run.model_flags import AnswerConfig
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.user_errors import user_error
 

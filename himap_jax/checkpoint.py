@@ -118,6 +118,11 @@ class OpenCheckpoint:
     params = map_int8(abstract_int8, params) if int8_weights else params
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
 
+  def make_mesh(self, dtype: Any, batch_size: int | None = None, *, int8_weights: bool = False) -> Mesh:
+    """A mesh of all devices that shards the weights no further than their size demands; see `sharding.choose_mesh`."""
+    num_bytes = self.num_bytes(dtype, int8_weights=int8_weights)
+    return sharding.make_mesh(**sharding.choose_mesh(self.config, num_bytes, batch_size))
+
   def restore(self, *, dtype: Any, mesh: Mesh | None = None, int8_weights: bool = False) -> "LoadedModel":
     """Reads the weights; each device reads only its own shards.
 

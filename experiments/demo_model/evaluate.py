@@ -3,7 +3,7 @@
     python -m experiments.demo_model.evaluate --question_set=easyvqa --dtype=bfloat16 --workdir=… --output=…
 
 The questions of an image are packed behind it, as in training: the same positions and the same attention as one by one,
-hence the same answers, at a tenth of the cost. It resumes. With pruning, see `experiments.compare`.
+hence the same answers but for rounding, at a tenth of the cost. It resumes. With pruning, see `experiments.compare`.
 """
 
 import collections

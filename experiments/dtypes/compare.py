@@ -1,58 +1,89 @@
-"""Compares the output rows of two runs over the same questions."""
+"""Compares the rows that one method answers in several forms of weights."""
 
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from experiments.question_sets import Question, is_right
+from experiments.shared import statistics, tabular
+from himap_jax.errors import UserError
 
-class Agreement(NamedTuple):
-  """How far a run agrees with another.
-
-  Attributes:
-    num_rows: that both have answered.
-    same_answers: share of rows with the same answer.
-    same_kept: share of rows that keep the same image tokens at every stage; None if nothing is pruned.
-    overlap: of the image tokens that the other keeps, the share that this one keeps, too; the mean over stages and rows.
-  """
-
-  num_rows: int
-  same_answers: float
-  same_kept: float | None
-  overlap: float | None
+Answers = Mapping[str, Mapping[str, Any]]
 
 
-def read(output: pathlib.Path) -> dict[Any, dict[str, Any]]:
+def read(output: pathlib.Path) -> Answers:
   """The answered rows of an output by id."""
   rows = map(json.loads, output.read_text(encoding="utf-8").splitlines())
   return {row["id"]: row for row in rows if row["error"] is None}
 
 
-def agreement(reference: Mapping[Any, Mapping[str, Any]], other: Mapping[Any, Mapping[str, Any]]) -> Agreement:
-  """The agreement of rows with `answer` and `kept`, the indices of the kept image tokens at each stage."""
-  pairs = [(reference[row_id], other[row_id]) for row_id in reference if row_id in other]
-  answers = [one["answer"] == two["answer"] for one, two in pairs]
-  stages = [(set(a), set(b)) for one, two in pairs for a, b in zip(one["kept"], two["kept"], strict=True)]
+def rows(method: str, answers: Mapping[str, Answers], questions: Sequence[Question]) -> list[tabular.Row]:
+  """One row for each form of weights, the reference first, over the questions that all forms have answered.
+
+  `same_answer` is the share of questions with the reference's answer. `same_kept` is the share that keep the same image
+  tokens at every stage, and `overlap` the share of the reference's image tokens that are kept, the mean over stages and
+  questions; both are missing if nothing is pruned. `right` is the share of right answers, and `difference` how far it
+  is above the reference's; both are missing if a question has no known answer. Intervals are 95% bootstrap intervals
+  over pictures.
+
+  Args:
+    answers: of each form, the rows by id, with `answer` and `kept`, the indices of the kept image tokens at each stage;
+      the first form is the reference.
+
+  Raises:
+    UserError: no question was answered in every form.
+  """
+  asked = [own for own in questions if all(own.id in answered for answered in answers.values())]
+  if not asked:
+    raise UserError(f"{method}: no question was answered with all forms of weights ({', '.join(answers)})")
+  pictures, is_known = [own.image for own in asked], all(own.answer for own in asked)
+  by_form = {form: [answered[own.id] for own in asked] for form, answered in answers.items()}
+  reference = next(iter(by_form.values()))
+  right = {
+    form: np.array([is_right(row["answer"], own.answer) for row, own in zip(answered, asked, strict=True)], float)
+    for form, answered in by_form.items()
+  }
+  table: list[tabular.Row] = []
+  for form, answered in by_form.items():
+    row: dict[str, Any] = {"method": method, "weights": form, "questions": len(asked)}
+    if is_known:
+      row["right"] = float(right[form].mean())
+    if table:
+      pairs = zip(reference, answered, strict=True)
+      compared = {"same_answer": np.array([one["answer"] == two["answer"] for one, two in pairs], float)}
+      if is_known:
+        compared["difference"] = right[form] - next(iter(right.values()))
+      for name, values in compared.items():
+        resampled = statistics.resample(values[None], groups=pictures)
+        row |= statistics.with_interval(name, float(values.mean()), resampled[:, 0])
+      row |= _kept(reference, answered)
+    table.append(row)
+  return table
+
+
+def _kept(reference: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+  pairs = [(one["kept"], two["kept"]) for one, two in zip(reference, other, strict=True)]
+  stages = [(set(a), set(b)) for one, two in pairs for a, b in zip(one, two, strict=True)]
   if not stages:
-    return Agreement(len(pairs), float(np.mean(answers)), None, None)
-  overlaps = [len(a & b) / len(a) for a, b in stages if a]
-  return Agreement(
-    len(pairs),
-    float(np.mean(answers)),
-    float(np.mean([one["kept"] == two["kept"] for one, two in pairs])),
-    float(np.mean(overlaps)),
-  )
+    return {}
+  return {
+    "same_kept": float(np.mean([one == two for one, two in pairs])),
+    "overlap": float(np.mean([len(a & b) / len(a) for a, b in stages if a])),
+  }
 
 
-def table(rows: Sequence[tuple[str, str, Agreement]]) -> str:
-  """A Markdown table of methods and forms of weights."""
-  lines = [
-    "| method | weights | questions | same answer | same kept tokens | overlap of kept tokens |",
-    "|---|---|---|---|---|---|",
-  ]
-  for method, form, own in rows:
-    kept = ["–" if share is None else f"{share:.1%}" for share in (own.same_kept, own.overlap)]
-    lines.append(f"| {method} | {form} | {own.num_rows:,} | {own.same_answers:.1%} | {' | '.join(kept)} |")
-  return "\n".join(lines)
+def summary(table: Sequence[tabular.Row]) -> list[str]:
+  """The lines of a Markdown table."""
+  columns = {
+    "method": "{method}",
+    "weights": "{weights}",
+    "same answer": tabular.with_interval("same_answer", ".1%"),
+    "same kept tokens": "{same_kept:.1%}",
+    "overlap of kept tokens": "{overlap:.1%}",
+    "right": "{right:.1%}",
+    "difference": tabular.with_interval("difference", "+.1%"),
+  }
+  return tabular.formatted(table, columns)

@@ -13,7 +13,6 @@ from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks.task import Task
 from experiments.shared import tabular
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
-from himap_jax.engine import sharding
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
 from himap_jax.harness.responder import Responder
@@ -107,9 +106,9 @@ class Evaluator:
   @functools.cached_property
   def _loaded(self) -> LoadedModel:
     dtype = flag_values.DTYPES[self.config.settings.dtype]
-    axes = sharding.choose_mesh(self.opened.config, self.opened.num_bytes(dtype), self.config.settings.batch_size)
+    mesh = self.opened.make_mesh(dtype, self.config.settings.batch_size)
     with out_of_memory_is_user_error():
-      return self.opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
+      return self.opened.restore(dtype=dtype, mesh=mesh)
 
   @functools.cached_property
   def _subject(self) -> dict[str, Any]:

@@ -5,10 +5,12 @@ import json
 import pathlib
 from collections.abc import Iterable, Sequence
 
-from experiments.evaluate import submission
+from checkpoints_convert.json_files import write_json
+from experiments.evaluate.metrics.captions import APPROXIMATE
 from experiments.evaluate.scores import Results
-from experiments.evaluate.tasks.task import Sample, Task
+from experiments.evaluate.tasks.task import Sample, Scored, Task
 from experiments.shared import kept, tabular
+from himap_jax.run.user_errors import user_error
 
 PREVIEWED = 10
 
@@ -30,6 +32,11 @@ def summary(rows: Sequence[tabular.Row], tasks: Iterable[Task]) -> list[str]:
   lines = [
     "Intervals are 95% bootstrap intervals over pictures; differences are paired. FLOPs are relative to no pruning."
   ]
+  if any(f": {APPROXIMATE}" in name for row in rows for name in row):
+    lines.append(
+      "No Java was found (apt-get install default-jre-headless), which the tokenizer of captions needs: scores of captions "
+      "are of a simpler one, and not comparable with published numbers."
+    )
   rows = [
     {**row, "shown_score": _shown(row, "score", ".4g"), "shown_difference": _shown(row, "difference", "+.3g")}
     for row in rows
@@ -73,4 +80,10 @@ def write_samples(output: pathlib.Path, results: Results) -> None:
         row |= {"answer": one.answer, "score": one.score, "category": one.sample.category}
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     if results.task.submission is not None and all(one.score is None for one in scored):
-      submission.write(results.task, scored, output / f"{stem}-submission.json")
+      write_submission(results.task, scored, output / f"{stem}-submission.json")
+
+
+def write_submission(task: Task, scored: Sequence[Scored], path: pathlib.Path) -> None:
+  """Writes a task's answers in the form that its server reads; raises `UserError` if the file cannot be written."""
+  with user_error(f"cannot write the submission {path}"):
+    write_json(path, task.submission(scored))

@@ -14,7 +14,6 @@ from absl import logging
 from experiments.question_sets import Question
 from experiments.shared import kept
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
-from himap_jax.engine import sharding
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket, in_batches
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
@@ -80,8 +79,7 @@ class Subject:
 
     @functools.cache
     def restore() -> LoadedModel:
-      axes = sharding.choose_mesh(opened.config, opened.num_bytes(dtype), num_rows)
-      return opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
+      return opened.restore(dtype=dtype, mesh=opened.make_mesh(dtype, num_rows))
 
     return cls(opened, restore, processor, batcher, questions, inputs.batch_size, seed)
 

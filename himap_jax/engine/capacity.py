@@ -103,8 +103,13 @@ def refused_by_compiler() -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not is_out_of_memory(error):
       raise
+
+
+def is_out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+  """Whether a device, or the compiler for it, had too little memory."""
+  return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def most_that_fit(taken: Callable[[int], int | None], most: int, room: int, unit: int = 1) -> int:

@@ -14,6 +14,7 @@ from himap_jax.families.prompts import IMAGE_TAG
 from himap_jax.inputs import Example, Images
 
 MAX_ASPECT_RATIO = 200
+MAX_PIXELS = 178_956_970
 
 
 def check_not_empty(width: int, height: int) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from himap_jax.errors import UserError, check_supported
 from himap_jax.families import files, templates
 from himap_jax.families.examples import (
+  MAX_PIXELS,
   blank,
   check_aspect_ratio,
   expand,
@@ -43,7 +44,6 @@ VICUNA_V1 = (
 )
 PIXEL_SETTINGS = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_convert_rgb")
 PIXEL_SETTINGS += ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-MAX_PIXELS = 178_956_970  # of a picture padded to a square
 
 
 def config(

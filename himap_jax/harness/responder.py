@@ -13,7 +13,7 @@ from absl import logging
 
 from himap_jax import checkpoint, generation
 from himap_jax.checkpoint import LoadedModel
-from himap_jax.engine import pool, sharding
+from himap_jax.engine import pool
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.batching import DEFAULT_BUCKETS, Bucket, in_batches
 from himap_jax.engine.capacity import BatchSizes
@@ -102,8 +102,7 @@ class Responder:
     schedule = settings.pruning.schedule(**method_inputs(opened.config))
     processor = opened.prompts(settings.prompt_template, settings.max_image_tokens)
     dtype = flag_values.DTYPES[settings.dtype]
-    axes = sharding.choose_mesh(opened.config, opened.num_bytes(dtype), settings.batch_size)
-    loaded = opened.restore(dtype=dtype, mesh=sharding.make_mesh(**axes))
+    loaded = opened.restore(dtype=dtype, mesh=opened.make_mesh(dtype, settings.batch_size))
     return cls(loaded, processor, schedule, settings)
 
   def answers(self, questions: Sequence[Question]) -> Iterator[tuple[Question, Answer]]:

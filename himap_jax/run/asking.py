@@ -21,7 +21,7 @@ from himap_jax.inputs import Example
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
-from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.config import AnswerConfig
 from himap_jax.run.user_errors import out_of_memory_is_user_error
 
 STEPS = 4  # tokens that appear together

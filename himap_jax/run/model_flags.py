@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
-from jax.sharding import Mesh
 
 from checkpoints_convert.json_files import read_json
 from himap_jax import checkpoint
-from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
-from himap_jax.engine import sharding
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.engine.sampling import Sampling
 from himap_jax.errors import UserError
@@ -19,7 +16,7 @@ from himap_jax.generation import InputConfig
 from himap_jax.pruning import methods
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.run import command, flag_values, pruning_flags
-from himap_jax.run.user_errors import out_of_memory_is_user_error
+from himap_jax.run.config import AnswerConfig
 
 flags.DEFINE_string(
   "checkpoint",
@@ -88,35 +85,6 @@ _COMPILATION_CACHE_DIR = flags.DEFINE_string(
 )
 flags.DEFINE_bool("allow_urls", False, "Download pictures whose image is an http or https URL.")
 _VALUES = ("checkpoint", "allow_pickle", "allow_urls", "image_aspect_ratio", "dtype", "int8_weights")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AnswerConfig:
-  """How questions are answered, as configured by the flags of these names; `mesh` is None if it is to be chosen."""
-
-  checkpoint: str
-  pruning: PruningConfig = PruningConfig()
-  generation: GenerationConfig = GenerationConfig()
-  inputs: InputConfig = InputConfig()
-  dtype: str = "bfloat16"
-  int8_weights: bool = False
-  mesh: dict[str, int] | None = None
-  compilation_cache_dir: str = ""
-  allow_pickle: bool = False
-  allow_urls: bool = False
-  image_aspect_ratio: str = "checkpoint"
-
-  def open(self) -> OpenCheckpoint:
-    opened = checkpoint.open_checkpoint(self.checkpoint, allow_pickle=self.allow_pickle)
-    return opened.with_aspect_ratio(self.image_aspect_ratio)
-
-  def make_mesh(self, opened: OpenCheckpoint) -> Mesh:
-    num_bytes = opened.num_bytes(flag_values.DTYPES[self.dtype], int8_weights=self.int8_weights)
-    return sharding.make_mesh(**(self.mesh or sharding.choose_mesh(opened.config, num_bytes, self.inputs.batch_size)))
-
-  def restore(self, opened: OpenCheckpoint, mesh: Mesh) -> LoadedModel:
-    with out_of_memory_is_user_error():
-      return opened.restore(dtype=flag_values.DTYPES[self.dtype], mesh=mesh, int8_weights=self.int8_weights)
 
 
 def values_from_flags() -> dict[str, Any]:

@@ -13,11 +13,10 @@ from typing import Any
 from PIL import ExifTags, Image, JpegImagePlugin, PngImagePlugin
 
 from himap_jax.errors import UserError
-from himap_jax.families.examples import check_aspect_ratio
+from himap_jax.families.examples import MAX_PIXELS, check_aspect_ratio
 from himap_jax.rgb import to_rgb, without_warnings
 from himap_jax.run import sources
 
-MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 _SIGNATURE_BYTES = 16
 

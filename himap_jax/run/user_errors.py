@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import jax
 from absl import flags
 
+from himap_jax.engine.capacity import is_out_of_memory
 from himap_jax.errors import UserError
 
 
@@ -24,7 +25,7 @@ def out_of_memory_is_user_error(what: Callable[[], str] = lambda: "the weights")
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not is_out_of_memory(error):
       raise
     known = [f"--{name}" for name in ("batch_size", "prefill_batch_size", "max_image_tokens") if name in flags.FLAGS]
     raise UserError(

@@ -39,7 +39,7 @@ def _trial(load: Any, random: np.random.Generator) -> str:
     loaded, method = load(str(random.choice(list(models.MAKERS)))), str(random.choice(list(METHODS)))
     schedule = _schedule(loaded, method, random)
   poison = str(random.choice(POISONS if schedule.is_ranking else POISONS[:3]))
-  num_rows, place = int(random.integers(2, 5)), 0
+  num_rows = int(random.integers(2, 5))
   rows = [_row(loaded, random) for _ in range(num_rows)]
   place = int(random.integers(num_rows))
   long = _row(loaded, random, num_words=40)

@@ -10,7 +10,7 @@ from served import NAME, SETTING
 import himap_jax
 from himap_jax.generation import InputConfig
 from himap_jax.run.asking import Asker
-from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.config import AnswerConfig
 
 
 @pytest.fixture(scope="session")

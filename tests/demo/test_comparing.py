@@ -21,7 +21,7 @@ from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.methods import METHODS
 from himap_jax.run import pruning_flags
 from himap_jax.run.asking import Asker
-from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.config import AnswerConfig
 from himap_jax.run.pictures import PictureFiles
 
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")  # event loops of Gradio

@@ -22,7 +22,6 @@ TOLERANCE = 1e-4
 INPUTS = InputConfig("chat", prompt_buckets=(160,), batch_size=4)
 SHARES = (0.5, 0.1875)
 GENERATION = GenerationConfig(max_new_tokens=8)
-EXTRAS = 205
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import himap_jax
 from himap_jax import ask as command
 from himap_jax.generation import InputConfig
 from himap_jax.run.asking import Asker
-from himap_jax.run.model_flags import AnswerConfig
+from himap_jax.run.config import AnswerConfig
 
 SETTING = ("himap", (2, 4), (8, 3))
 QUESTION = "what is it?"

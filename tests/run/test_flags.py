@@ -34,7 +34,7 @@ class TestFlags:
     assert config.pruning == himap_jax.PruningConfig("himap", None, None, ())
     assert (config.checkpoint, config.dtype, config.generation.sampling) == ("demo", "bfloat16", Sampling())
     assert config.resume and not config.strict and config.compilation_cache_dir.endswith("/compiled")
-    assert hash(config) == hash(config)
+    hash(config)  # is hashable
 
   def test_values(self):
     with parsed(*NEEDED, "--keep=50%, 12.5%", "--prune_layers=2,8", "--emit=kept,tokens", "--prompt_buckets=8,16",
@@ -158,7 +158,7 @@ class TestFlags:
       ((*NEEDED, "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
       (
         (*NEEDED, "--emit=tokens,thoughts"),
-        "--emit: unknown thoughts; known: tokens, kept, patches, counts, logits, timing",
+        "--emit: unknown 'thoughts'; known: tokens, kept, patches, counts, logits, timing",
       ),
       ((*NEEDED, "--method=fasttv"), "unknown method 'fasttv'; known: cdpruner, dart, divprune, fastervlm,"),
       ((*NEEDED, "--method=divprune+fasttv"), "unknown method 'fasttv'"),

@@ -8,10 +8,6 @@ from typing import NamedTuple
 from experiments.evaluate.libraries import library
 
 APPROXIMATE = "~"  # before names of scores of another tokenizer
-NO_JAVA = (
-  "no Java was found, which the official tokenizer of captions needs (apt-get install default-jre-headless): captions "
-  "are split into words by a simpler rule, and the scores, marked ~, are not comparable with published ones"
-)
 _TOKEN = re.compile(r"n't\b|'\w+|\w+?(?=n't\b)|\w+(?:[-.,]\w+)*")
 
 
@@ -31,7 +27,8 @@ def score(captions: tuple[str, ...], references: tuple[tuple[str, ...], ...]) ->
   """Scores captions, each with its pictures' references, as the COCO evaluation does without METEOR and SPICE.
 
   CIDEr weighs words by how many pictures' references have them: it depends on the set of pictures, and a part of a data
-  set gives other values than the whole. Without Java the names of the scores begin with `~`; see `NO_JAVA`.
+  set gives other values than the whole. Without Java a
+  simpler rule splits captions into words, and the names of the scores begin with `~`.
 
   Raises:
     UserError: pycocoevalcap is not installed.

@@ -60,7 +60,6 @@ NOCAPS = Task(
   metric="CIDEr",
   aggregate=_aggregate,
   known={"LLaVA-1.5-7B": Known(105.5, "FastV's README, by lmms-eval")},
-  harness="nocaps_val",
   official=Official(("nocaps_*.json",), _read_nocaps),
   submission=_submission,
 )
@@ -73,7 +72,6 @@ FLICKR30K = dataclasses.replace(
   columns=("img_id", "image"),
   sample=_flickr_sample,
   known={"LLaVA-1.5-7B": Known(74.9, "lmms-eval's results, from memory")},
-  harness="flickr30k_test",
   official=None,
   submission=None,
 )

@@ -28,5 +28,4 @@ CHARTQA = Task(
   metric="relaxed accuracy",
   aggregate=lambda scored: mean(scored, "relaxed accuracy"),
   known={"LLaVA-1.5-7B": Known(18.2, "lmms-eval's results, from memory")},
-  harness="chartqa",
 )

@@ -36,9 +36,6 @@ DOCVQA = Task(
   metric="ANLS",
   aggregate=lambda scored: mean(scored, "ANLS"),
   known={"LLaVA-1.5-7B": Known(28.1, "lmms-eval's results, from memory")},
-  harness="docvqa_val",
   submission=_submission,
 )
-DOCVQA_TEST = dataclasses.replace(
-  DOCVQA, name="docvqa_test", title="DocVQA test", split="test", known={}, harness="docvqa_test"
-)
+DOCVQA_TEST = dataclasses.replace(DOCVQA, name="docvqa_test", title="DocVQA test", split="test", known={})

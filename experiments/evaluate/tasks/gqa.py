@@ -22,5 +22,4 @@ GQA = Task(
   score=lambda answer, sample: gqa_match(answer, sample.references[0]),
   max_new_tokens=16,
   known={"LLaVA-1.5-7B": Known(62.0, "LLaVA's model zoo")},
-  harness="gqa",
 )

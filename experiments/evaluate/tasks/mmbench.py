@@ -75,6 +75,5 @@ MMBENCH = Task(
   max_new_tokens=128,
   aggregate=_aggregate,
   known={"LLaVA-1.5-7B": Known(64.3, "LLaVA's model zoo, scored by MMBench's server")},
-  harness="mmbench_en_dev_static",
   official=Official(("*.tsv",), _read),
 )

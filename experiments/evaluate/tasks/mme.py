@@ -42,7 +42,6 @@ MME = Task(
   metric="points",
   aggregate=_aggregate,
   known={"LLaVA-1.5-7B": Known(1859.0, "FastV's README, by lmms-eval: 1510.8 + 348.2")},
-  harness="mme",
 )
 
 

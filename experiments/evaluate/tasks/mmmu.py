@@ -43,5 +43,4 @@ MMMU = Task(
   score=_score,
   max_new_tokens=128,
   known={"LLaVA-1.5-7B": Known(35.3, "FastV's README, by lmms-eval")},
-  harness="mmmu_val",
 )

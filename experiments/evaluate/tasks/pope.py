@@ -70,6 +70,5 @@ POPE = Task(
   metric="F1",
   aggregate=_aggregate,
   known={"LLaVA-1.5-7B": Known(85.9, "LLaVA's model zoo")},
-  harness="pope",
   official=Official(("coco_pope_*.json",), _read),
 )

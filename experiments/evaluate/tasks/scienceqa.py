@@ -42,7 +42,6 @@ SCIENCEQA = Task(
   score=lambda answer, sample: float(scienceqa_letter(answer.strip(), sample.options) == sample.references[0]),
   max_new_tokens=16,
   known={"LLaVA-1.5-7B": Known(66.8, "LLaVA's model zoo")},
-  harness="scienceqa_img",
   keeps=lambda record: record["image"] is not None,
   official=Official(("problems.json", "pid_splits.json"), _read),
 )

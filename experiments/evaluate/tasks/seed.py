@@ -29,6 +29,5 @@ SEED = Task(
   score=lambda answer, sample: float(leading_letter(answer, sample.options) == sample.references[0]),
   max_new_tokens=16,
   known={"LLaVA-1.5-7B": Known(66.1, "LLaVA-1.5's paper, from memory; its model zoo has 58.6 with videos")},
-  harness="seedbench",
   keeps=lambda record: record["data_type"] == "image",
 )

@@ -91,7 +91,6 @@ class Task:
     aggregate: from scored answers with references, at least one, to named values; percent, except MME's points.
     max_new_tokens: of an answer, which is greedy.
     known: scores by model.
-    harness: lmms-eval's task of the same data.
     score_all: replaces `score` where an answer's score depends on all the others; takes "" for one that is missing. The
       mean of the scores is `metric`'s value.
     keeps: which records belong to the task.
@@ -112,7 +111,6 @@ class Task:
   metric: str = "accuracy"
   aggregate: Callable[[Sequence[Scored]], dict[str, float]] = mean
   known: Mapping[str, Known] = dataclasses.field(default_factory=dict)
-  harness: str | None = None
   score_all: Callable[[Sequence[str], Sequence[Sample]], Sequence[float]] | None = None
   keeps: Callable[[Record], bool] = lambda record: True
   pictures: str | None = None

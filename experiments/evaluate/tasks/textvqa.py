@@ -49,7 +49,6 @@ TEXTVQA = Task(
   score=lambda answer, sample: vqa.textvqa_accuracy(answer, sample.references),
   max_new_tokens=128,
   known={"LLaVA-1.5-7B": Known(46.1, "lmms-eval's results, from memory")},
-  harness="textvqa_val",
   official=Official(("TextVQA_0.5.1_*.json",), _read),
   submission=vqav2.submission,
 )
@@ -60,5 +59,4 @@ TEXTVQA_OCR = dataclasses.replace(
   columns=("question_id", "question", "image", "ocr_tokens"),
   sample=_sample_with_ocr,
   known={"LLaVA-1.5-7B": Known(58.2, "LLaVA's model zoo")},
-  harness=None,
 )

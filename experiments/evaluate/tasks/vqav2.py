@@ -50,7 +50,6 @@ VQAV2 = Task(
   score=lambda answer, sample: vqa.accuracy(answer, sample.references),
   max_new_tokens=16,
   known={"LLaVA-1.5-7B": Known(76.6, "lmms-eval's results, from memory")},
-  harness="vqav2_val",
   official=Official(("v2_OpenEnded_mscoco_*_questions.json",), _read),
   submission=submission,
 )
@@ -60,5 +59,4 @@ VQAV2_TESTDEV = dataclasses.replace(
   title="VQAv2 test-dev",
   split="testdev",
   known={"LLaVA-1.5-7B": Known(78.5, "LLaVA's model zoo")},
-  harness=None,
 )

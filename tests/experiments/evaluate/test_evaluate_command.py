@@ -152,6 +152,12 @@ def test_questions_about_one_picture_are_drawn_together(name):
   assert "| errors |" in "".join(report.summary([first, second], [task]))
 
 
+def test_scores_without_java_are_explained():
+  row = {"task": "nocaps", "setting": "none", "questions": 2}
+  lines = ["\n".join(report.summary([row | {f"nocaps: {name}": 50.0}], [])) for name in ("CIDEr", "~CIDEr")]
+  assert ["No Java was found" in line for line in lines] == [False, True]
+
+
 @pytest.mark.parametrize("mark", ["", "~"])
 def test_intervals_of_captions_score_the_set_once(mark, monkeypatch):
   """As those of a mean over the captions' own scores."""
