@@ -96,6 +96,7 @@ class Layout:
     image_token: `[B, S]` index of the image token in the row before pruning; −1 outside images.
     order: `[B, S]` the slot's index before pruning inside the decoder, `UNUSED_ORDER` in padding; it decides
       visibility.
+    is_instruction: `[B, S]` whether the slot is text after the row's last image token before pruning.
     num_image_tokens: M, the maximum number of image tokens per row; static.
     is_ragged: whether rows may have fewer; static.
     is_bidirectional: whether image tokens see the later tokens of their image, too; static. It belongs to a model, so
@@ -109,6 +110,7 @@ class Layout:
   image_id: Int[Array, "B S"]
   image_token: Int[Array, "B S"]
   order: Int[Array, "B S"]
+  is_instruction: Bool[Array, "B S"]
   num_image_tokens: int = flax.struct.field(pytree_node=False)
   is_ragged: bool = flax.struct.field(pytree_node=False, default=False)
   is_bidirectional: bool = flax.struct.field(pytree_node=False, default=False)
@@ -121,11 +123,13 @@ class Layout:
   ) -> "Layout":
     """The layout of unpruned rows, on the host."""
     image, slot = kind == IMAGE, np.arange(kind.shape[1], dtype=np.int32)[None]
+    last_image = np.where(image, slot, -1).max(axis=1, keepdims=True)
     return cls(
       kind=kind.astype(np.int32),
       image_id=np.where(image, image_id, -1).astype(np.int32),
       image_token=np.where(image, image.cumsum(axis=1) - 1, -1).astype(np.int32),
       order=np.where(kind == PADDING, UNUSED_ORDER, slot).astype(np.int32),
+      is_instruction=(kind == TEXT) & (slot > last_image),
       num_image_tokens=num_image_tokens,
       is_ragged=is_ragged,
     )
@@ -163,12 +167,9 @@ class Layout:
     return first_slots(self.kind != IMAGE, self.num_slots - self.num_image_tokens)
 
   def instruction_slots(self) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """Slots of the text after each row's last image token, followed by other slots; and a mask of the former."""
-    slot = jnp.arange(self.num_slots, dtype=jnp.int32)[None]
-    last_image = jnp.where(self.kind == IMAGE, slot, -1).max(axis=1, keepdims=True)
-    instruction = (self.kind == TEXT) & (slot > last_image)
-    slots = first_slots(instruction, self.num_slots - self.num_image_tokens)
-    return slots, take_slots(instruction, slots)
+    """Slots of each row's instruction, ascending, followed by other slots; and a mask of the former."""
+    slots = first_slots(self.is_instruction, self.num_slots - self.num_image_tokens)
+    return slots, take_slots(self.is_instruction, slots)
 
   def visible(self, slots: Int[Array, "B Q"] | None = None) -> Bool[Array, "B Q S"]:
     """Slots that the queries in `slots`, or in all slots, may attend to.
@@ -204,7 +205,7 @@ class Layout:
     if present is None:
       return source, pruned
     remains = take_slots(is_kept, source)
-    padding = pruned.replace(kind=PADDING, image_id=-1, image_token=-1, order=UNUSED_ORDER)
+    padding = pruned.replace(kind=PADDING, image_id=-1, image_token=-1, order=UNUSED_ORDER, is_instruction=False)
     return source, jax.tree.map(lambda x, unused: jnp.where(remains, x, unused), pruned, padding)
 
 

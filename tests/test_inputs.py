@@ -51,6 +51,18 @@ def test_slots(layout):
   assert layout.image_id[0].tolist() == [-1, -1, 0, 0, 0, -1, 1, 1, -1, -1, -1, -1]
 
 
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_the_instruction_is_the_same_after_the_last_image_was_removed(layout, is_ragged):
+  kept = jnp.array([[0, 1]] * 4, jnp.int32)
+  _, pruned = layout.keep(kept, (kept < layout.num_present()[:, None]) if is_ragged else None)
+  for own in (layout, pruned):
+    instruction, valid = own.instruction_slots()
+    orders = take_slots(own.order, instruction)
+    for number, row in enumerate(ROWS):
+      after = [slot for slot in places(row, "t") if slot > max(places(row, "01"))]
+      assert orders[number][valid[number]].tolist() == after
+
+
 def test_a_query_sees_what_is_not_later_and_no_padding(layout):
   slots = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32), (4, 12))
   visible = layout.visible(slots)

@@ -129,7 +129,7 @@ def abstract_inputs(
   axes = (len(config.text.rope.sections),) if config.text.rope.sections else ()
   inputs = Inputs(
     tokens=slots,
-    layout=Layout(slots, slots, slots, slots, num_image_tokens),
+    layout=Layout(slots, slots, slots, slots, array(slots.shape[1:], jnp.bool_), num_image_tokens),
     positions=array((*slots.shape[1:], *axes), jnp.int32),
     images=Images(
       array((num_tiles, *images.pixels.shape[1:]), jnp.float32),

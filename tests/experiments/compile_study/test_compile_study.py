@@ -75,7 +75,7 @@ def test_compiles_from_shapes_alone(name, loaded):
   recorder = Recorder(is_abstract=True)
   schedule = build_schedule("himap", num_layers=6, num_image_tokens=16, prune_layers=(2, 4), keep=(8, 3))
   slots = jax.ShapeDtypeStruct((2, 72), jnp.int32)
-  layout = Layout(slots, slots, slots, slots, 16)
+  layout = Layout(slots, slots, slots, slots, slots.update(dtype=bool), 16)
   inputs = Inputs(slots, layout, slots, Images(jax.ShapeDtypeStruct((2, 1, 3, 28, 28), jnp.float32)))
   mesh = sharding.make_mesh(4, 2)
   params = sharding.placed(abstract_params(config, jnp.float32), logical_axes(config), config, mesh)
