@@ -164,9 +164,10 @@ def visiontrim(row, keep):
 
 
 def uniform(row, keep):
-  if len(row.image) < row.most_image:
-    return [math.floor((i + 0.5) * len(row.image) / keep) for i in range(keep)]
-  side = math.isqrt(row.most_image)
+  count = len(row.image)
+  side = math.isqrt(count)
+  if count < row.most_image or row.grid.tolist() != [[0, i // side, i % side] for i in range(count)]:
+    return [math.floor((i + 0.5) * count / keep) for i in range(keep)]
   num_rows = max(math.ceil(keep / side), round(keep**0.5))
   kept = []
   for number in range(num_rows):

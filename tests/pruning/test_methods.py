@@ -23,6 +23,8 @@ B, N, SLOTS, HEADS, KEY_HEADS, H, D, F, TOWER_HEADS = 3, 36, 52, 4, 2, 8, 24, 20
 LENGTHS = (52, 45, 41)
 STARTS = (5, 0, 4)
 LAYER = 3
+# One tile of 6 × 6 features.
+SQUARE = np.stack(np.indices((1, 6, 6), np.int32), axis=-1).reshape(N, 3)
 # Two tiles of 3 × 6 features.
 GRID = np.stack(np.indices((2, 3, 6), np.int32), axis=-1).reshape(N, 3)
 
@@ -59,7 +61,7 @@ def row_arrays():
     "features": draw(rng, B, N, F),
     "class_attention": rng.dirichlet(np.ones(N) * 0.3, size=B).astype(np.float32),
     "tower_keys": draw(rng, B, N, TOWER_HEADS, H),
-    "grid": np.stack([rng.permutation(GRID) for _ in range(B)]),
+    "grid": np.stack([SQUARE, *(rng.permutation(GRID) for _ in range(B - 1))]),
     "projector": draw(rng, F, D),
   }
 

@@ -29,14 +29,17 @@ def grid(side: int, keep: int) -> Int[np.ndarray, "K"]:
 
 
 def regular(view: View, keep: int) -> Selection:
-  """The same grid for every row with all M image tokens; equally spaced tokens for a row with fewer."""
+  """A grid of a row whose image tokens are one square grid; equally spaced tokens of any other row."""
   present = view.layout.image_present()
   count, num_tokens = present.sum(axis=1, keepdims=True, dtype=jnp.int32), present.shape[1]
+  kept = (2 * jnp.arange(keep, dtype=jnp.int32)[None] + 1) * count // (2 * keep)
   side = math.isqrt(num_tokens)
-  is_whole_grid = side * side == num_tokens == view.features.shape[1]
-  same = jnp.asarray(grid(side, keep) if is_whole_grid else spread(num_tokens, keep), jnp.int32)[None]
-  own = (2 * jnp.arange(keep, dtype=jnp.int32)[None] + 1) * count // (2 * keep)
-  return Selection(filled(jnp.where(count == num_tokens, same, own), present))
+  if view.grid is not None and side * side == num_tokens == view.grid.shape[1]:
+    token = np.arange(num_tokens, dtype=np.int32)
+    square = np.stack([np.zeros_like(token), *np.divmod(token, side)], axis=1)[None]
+    is_square = (view.grid == square).all(axis=(1, 2)) & present.all(axis=1)
+    kept = jnp.where(is_square[:, None], jnp.asarray(grid(side, keep), jnp.int32)[None], kept)
+  return Selection(filled(kept, present))
 
 
 def _control(criterion: Criterion, *, uses_chance: bool) -> Method:
