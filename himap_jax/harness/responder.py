@@ -24,6 +24,7 @@ from himap_jax.families.family import Processor
 from himap_jax.harness.settings import Settings
 from himap_jax.inputs import Example, Inputs
 from himap_jax.pruning.schedule import Schedule
+from himap_jax.rgb import to_rgb
 from himap_jax.run import flag_values
 from himap_jax.run.progress import Progress
 from himap_jax.run.user_errors import user_error
@@ -212,17 +213,15 @@ class Responder:
         yield prepared
 
   def _example(self, request: Request) -> Example:
-    with user_error("damaged image"):
-      pictures = [picture.convert("RGB") for picture in pictures_of(request)]
-    return self.processor.prepare(pictures, request.text)
+    return self.processor.prepare(pictures_of(request), request.text)
 
 
 def pictures_of(request: Request) -> list[PIL.Image.Image]:
-  """The request's pictures; raises `UserError` for anything else, or one that is damaged or without pixels."""
+  """The request's pictures in RGB; raises `UserError` for anything else, or one that is damaged or without pixels."""
   with user_error("damaged image"):
     pictures = request.pictures()
   for picture in pictures:
     if not isinstance(picture, PIL.Image.Image):
       raise UserError(f"only pictures are supported, not {type(picture).__name__}")
     check_not_empty(*picture.size)
-  return pictures
+  return [to_rgb(picture) for picture in pictures]

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import datasets
 import jax.numpy as jnp
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 
@@ -20,7 +21,7 @@ from himap_jax import GenerationConfig, InputConfig, UserError, checkpoint, gene
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.engine import Engine
 from himap_jax.harness import responder as responder_module
-from himap_jax.harness.responder import Continuation, Question, Responder
+from himap_jax.harness.responder import Continuation, Question, Responder, pictures_of
 from himap_jax.harness.settings import Settings
 from himap_jax.run.progress import Progress
 
@@ -221,6 +222,13 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
   questions.append(Question(3, "What?", lambda: [PIL.Image.open(io.BytesIO(b"no picture"))], generation))
   assert [question.place for question, _ in responder.answers(questions)] == [1]
   assert [(own.total, own.num_done, own.has_ended) for own in made] == [(4, 4, True), (4, 4, True)]
+  transparent = PIL.Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+  transparent.getexif()[PIL.ExifTags.Base.Orientation] = 6
+  file = io.BytesIO()
+  transparent.save(file, "PNG", exif=transparent.getexif())
+  own = Question(0, "What?", lambda: [PIL.Image.open(file)], generation)
+  (as_in_a_run,) = pictures_of(own)
+  assert as_in_a_run.size == (4, 8) and as_in_a_run.getpixel((0, 0)) == (255, 255, 255)
 
   with monkeypatch.context() as patch:
 
