@@ -1,8 +1,9 @@
 """The contract of a row: digests that identify the settings, the question and the pictures of its answer.
 
-A row's `digest` is `<settings>-<question>-<pictures>`, each the first 16 hexadecimal digits of a SHA-256: of everything
-that answers depend on besides the prompts, of the question's text (with the row's own options, if it has any), and of
-the picture's file (or its address on the web) or, of several, of their digests. `<output>.settings.json` lists the
+A row's `digest` is `<settings>-<question>-<pictures>-<names>`, each the first 16 hexadecimal digits of a SHA-256: of
+everything that answers depend on besides the prompts, of the question's text (with the row's own options, if it has
+any), of the picture's file (or its address on the web) or, of several, of their digests, and of what the prompt says of
+its pictures, which decides where a file cannot be read. `<output>.settings.json` lists the
 settings for people; only the digests in the rows decide whether a run may resume.
 """
 
@@ -22,6 +23,7 @@ from himap_jax.run import sources
 from himap_jax.run.command import differences
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt, Prompts
+from himap_jax.run.records import is_label
 from himap_jax.run.user_errors import user_error
 
 _DIGITS = 16
@@ -56,7 +58,7 @@ class Contract:
 
   def row_digest(self, prompt: Prompt, pictures: Sequence[str] | None = None) -> str:
     """A row's digest; `pictures` are the pictures' digests, None if they were not read."""
-    return f"{self.digest}-{_hex(prompt.asked)}-{_joint(pictures)}"
+    return f"{self.digest}-{_hex(prompt.asked)}-{_joint(pictures)}-{_names(prompt.images)}"
 
   def write_settings(self) -> None:
     """Writes the settings beside the output; raises UserError if that fails."""
@@ -86,19 +88,19 @@ class Comparison:
   def __init__(self, contract: Contract):
     self._contract = contract
     self._position = {key: position for position, key in enumerate(contract.prompts.keys)}
-    self._digests = np.zeros(len(contract.prompts), f"S{2 * _DIGITS + 1}")  # of question and pictures
+    self._digests = np.zeros(len(contract.prompts), f"S{3 * _DIGITS + 2}")  # all but the settings
     self._has_row = np.zeros(len(contract.prompts), bool)
     self._unreadable: set[str | bytes] = set()
-    self._digest_of_name = functools.lru_cache(_REMEMBERED)(self._digest)
+    self._digest_of_name = functools.lru_cache(_REMEMBERED)(contract.files.digest)
 
   def is_failed(self, row: Mapping[str, Any]) -> bool:
-    """Whether a row is the error of a prompt, which is answered again.
+    """Whether a row is the error of a prompt, which is answered again, or of a row that could not be read.
 
     Raises:
       UserError: the row would be kept, but was made with other settings.
     """
     position, contract = self._position.get(str(row["id"])), self._contract
-    if position is not None and row["error"] is not None:
+    if row["error"] is not None and (position is not None or is_label(str(row["id"]))):
       return True
     settings, _, rest = row["digest"].partition("-")
     if settings != contract.digest:
@@ -111,8 +113,8 @@ class Comparison:
   def changed(self) -> set[str]:
     """Ids of the rows so far whose question or a picture has changed; reads the prompts of rows once.
 
-    A picture that cannot be read counts as unchanged, so that a missing disk loses no answers; see `num_unreadable`. One
-    on the web is compared by its address.
+    A picture that cannot be read counts as unchanged if it has the same name, so that a missing disk loses no answers;
+    see `num_unreadable`. One on the web is compared by its address.
     """
     prompts = self._contract.prompts
     positions = np.flatnonzero(self._has_row).tolist()
@@ -124,27 +126,33 @@ class Comparison:
 
   @property
   def num_unreadable(self) -> int:
-    """Number of answered rows' pictures that could not be read for comparison."""
+    """Number of pictures that could not be read for comparison, of rows that count as unchanged."""
     return len(self._unreadable)
 
   def _is_changed(self, prompt: Prompt, digests: str) -> bool:
-    question, _, pictures = digests.partition("-")
+    question, pictures, names = (*digests.split("-"), "", "")[:3]
     if question != _hex(prompt.asked):
       return True
-    now = [self._digest_of_name(image) if sources.is_name(image) else self._digest(image) for image in prompt.images]
-    return None not in now and pictures != _joint(now)
-
-  def _digest(self, image: str | bytes) -> str | None:
-    digest = self._contract.files.digest(image)
-    if digest is None:
-      self._unreadable.add(image)
-    return digest
+    digest = self._contract.files.digest
+    now = [self._digest_of_name(image) if sources.is_name(image) else digest(image) for image in prompt.images]
+    if None not in now:
+      return pictures != _joint(now)
+    if names != _names(prompt.images):
+      return True
+    self._unreadable.update(image for image, own in zip(prompt.images, now, strict=True) if own is None)
+    return False
 
 
 def _joint(pictures: Sequence[str] | None) -> str:
   if pictures is None:
     return "0" * _DIGITS
   return pictures[0][:_DIGITS] if len(pictures) == 1 else _hex(",".join(pictures))
+
+
+def _names(images: Sequence[str | bytes]) -> str:
+  """A digest of the pictures' names, or of the data that stand for them."""
+  texts = (image if isinstance(image, bytes) else image.encode(errors="surrogatepass") for image in images)
+  return _hex(",".join(hashlib.sha256(text).hexdigest() for text in texts))
 
 
 def _hex(text: str) -> str:

@@ -1,5 +1,6 @@
 """Pictures of the image patches that survive each pruning stage."""
 
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image, ImageDraw, PngImagePlugin
 
+from himap_jax.errors import UserError
 from himap_jax.families.family import View
 
 MARGIN, CAPTION, SWATCH = 8, 16, 10
@@ -101,10 +103,23 @@ def draw_kept(views: Sequence[View], kept: Sequence[Sequence[int]], ranks: Ranks
 
 
 def save(picture: Image.Image, path: pathlib.Path, digest: str) -> None:
-  """Writes a row's picture as PNG, with the row's digest as its text `digest`."""
+  """Writes a row's picture as PNG, with the row's digest as its text `digest`; whole even if the process is killed.
+
+  Raises:
+    UserError: the file exists and is none that this function wrote.
+    OSError: it cannot be written.
+  """
+  if os.path.lexists(path) and not saved_digest(path):
+    raise UserError(f"{path} is no picture of an earlier run; name another directory, or remove the file")
   text = PngImagePlugin.PngInfo()
   text.add_text("digest", digest)
-  picture.save(path, format="PNG", pnginfo=text)
+  unfinished = path.with_name(f"{path.name}.partial")
+  try:
+    picture.save(unfinished, format="PNG", pnginfo=text)
+    os.replace(unfinished, path)
+  except BaseException:
+    unfinished.unlink(missing_ok=True)
+    raise
 
 
 def saved_digest(path: pathlib.Path) -> str:

@@ -146,7 +146,7 @@ def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt], 
 
   def is_missing(prompt: Prompt) -> bool:
     digests = contract.row_digest(prompt), saved_digest(directory / f"{prompt.file_name}.png")
-    own, saved = (digest.rpartition("-")[0] for digest in digests)  # without the pictures' part
+    own, saved = (digest.split("-")[:2] for digest in digests)  # settings and question
     return own != saved
 
   missing = sum(is_missing(prompt) for prompt in answered if prompt.images)
@@ -166,12 +166,14 @@ def _check_paths(config: RunConfig) -> None:
       raise UserError(f"--output={config.output} is a directory; name a file in it")
     if config.output.suffix in _OTHER_TABLES:
       raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
-    written = (config.output.with_name(config.output.name + suffix) for suffix in _OUTPUT_FILES)
-    for path in written if config.prompts.is_file() else ():
+    files = (config.output.with_name(config.output.name + suffix) for suffix in _OUTPUT_FILES)
+    for path in files if config.prompts.is_file() else ():
       if path.exists() and path.samefile(config.prompts):
         raise UserError(f"--prompts={config.prompts} is the file {path}, which a run with this --output writes")
-    if config.prompts.is_dir() and config.output.resolve().is_relative_to(config.prompts.resolve()):
-      raise UserError(f"--output={config.output} is in the data set {config.prompts}")
+    written = {"output": config.output, "pictures": config.pictures, "profile_dir": config.profile_dir}
+    for flag, path in written.items() if config.prompts.is_dir() else ():
+      if path is not None and path.resolve().is_relative_to(config.prompts.resolve()):
+        raise UserError(f"--{flag}={path} is in the data set {config.prompts}")
     if not config.image_dir.is_dir():
       raise UserError(f"--image_dir={config.image_dir}: no such directory")
     if config.pictures is not None and config.pictures.resolve() == config.image_dir.resolve():

@@ -29,6 +29,7 @@ EXTRA = "pip install 'himap_jax[data]'"
 BATCH_ROWS = 16  # that are in memory at a time, of a file with columns
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LABEL = re.compile(r"(line|row|.+\.\w+):[0-9]+", re.DOTALL)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUFFER_BYTES = 1 << 20  # of each column of a parquet file, whose row groups may be larger than memory
 _MAX_CSV_FIELD = 1 << 28  # a quote that is not closed takes no more
@@ -57,6 +58,11 @@ class Record(NamedTuple):
   place: str
   label: str
   fields: dict[str, Any] | BadRow
+
+
+def is_label(row_id: str) -> bool:
+  """Whether an id has the form of a record's label."""
+  return _LABEL.fullmatch(row_id) is not None
 
 
 def check_readable(fields: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """Rows that cannot be answered: each is reported in its own output row, and the others go on."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import himap_jax
 from himap_jax.checkpoint import OpenCheckpoint
 from himap_jax.engine import capacity
 from himap_jax.engine.capacity import Capacity
+from himap_jax.errors import UserError
 from himap_jax.run import answering, drawing, job, reader
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import load_image
@@ -245,6 +247,20 @@ class TestBadRows:
     monkeypatch.setattr(OpenCheckpoint, "restore", None)
     assert job.run(small) == 0
     assert "0 answered, 0 errors, 4 answered before" in capsys.readouterr().out
+
+  def test_a_picture_of_others_is_never_replaced(self, config, tmp_path):
+    """As in a directory below --image_dir."""
+    write_rows(config.prompts, [{"id": number, "image": f"{number}.png", "question": "Why?"} for number in range(2)])
+    (tmp_path / "sources").mkdir()
+    own = shutil.copy(tmp_path / "1.png", tmp_path / "sources/1.png")
+    before = own.read_bytes()
+    with pytest.raises(UserError, match="sources/1.png is no picture of an earlier run; name another directory"):
+      job.run(changed(config, pictures=tmp_path / "sources"))
+    assert own.read_bytes() == before
+    own.unlink()
+    assert job.run(changed(config, pictures=tmp_path / "sources")) == 0
+    assert job.run(changed(config, pictures=tmp_path / "sources", resume=False, max_new_tokens=3)) == 0
+    assert sorted(path.name for path in (tmp_path / "sources").iterdir()) == ["0.png", "1.png"]
 
   def test_picture_names(self, config, tmp_path):
     ids = ["a/b", "a_b", "..", "x" * 300, "x" * 299 + "y", "é", "plain-1.0", 7]

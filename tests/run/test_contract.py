@@ -240,17 +240,22 @@ class TestContract:
 
   def test_a_digest(self, contract):
     digest = self.row(contract)["digest"]
-    assert digest == f"{digest_of({'method': 'himap', 'keep': [8, 3]})}-{digest[17:33]}-ca978112ca1bbdca"
+    assert digest == f"{digest_of({'method': 'himap', 'keep': [8, 3]})}-{digest[17:33]}-ca978112ca1bbdca-{digest[51:]}"
+    assert len(digest) == 67 and self.row(contract, 1)["digest"][51:] == digest[51:]
     assert self.row(contract, 1)["digest"][17:33] != digest[17:33]
-    assert contract.row_digest(next(iter(contract.prompts))) == digest[:34] + "0" * 16
+    assert contract.row_digest(next(iter(contract.prompts))) == digest[:34] + "0" * 16 + digest[50:]
 
   def test_what_is_stale(self, contract, tmp_path):
     assert not self.is_stale(contract, self.row(contract)) and not self.is_stale(contract, self.row(contract, id="1"))
     assert not self.is_stale(contract, self.row(contract, id="not asked", error="failed"))
     assert self.is_stale(contract, self.row(contract, error="failed"))
+    for label in ("line:9", "row:9", "b.parquet:9"):  # of a row that has been mended since
+      assert self.is_stale(contract, self.row(contract, id=label, error="failed"))
+      assert not self.is_stale(contract, self.row(contract, id=label))
     assert self.is_stale(contract, self.row(contract, 1, id=1))
     digest = self.row(contract)["digest"]
-    assert self.is_stale(contract, self.row(contract, digest=digest[:-1] + "0"))
+    assert self.is_stale(contract, self.row(contract, digest=digest[:34] + "0" * 16 + digest[50:]))
+    assert not self.is_stale(contract, self.row(contract, digest=digest[:51] + "0" * 16))  # the bytes are the same
     assert self.is_stale(contract, self.row(contract, id="line:3"))
     for refused in ("", "0" * 16 + digest[16:]):
       for row_id in (1, "not asked"):
@@ -267,6 +272,23 @@ class TestContract:
     row = before.row(contract.row_digest(before, [contract.files.digest("http://h/a.png")]), answer="yes")
     assert not self.is_stale(dataclasses.replace(contract, prompts=Prompts.of([before])), row)
     assert self.is_stale(dataclasses.replace(contract, prompts=Prompts.of([Prompt(1, now, "What?")])), row)
+
+  @pytest.mark.parametrize(
+    ("before", "now"),
+    [
+      (("a",), ("gone",)),
+      (("a",), ("a", "gone")),
+      (("a", "gone"), ("b", "gone")),
+      (("data:image/png;base64,iVBO",), ("data:image/png;base64,iVB",)),
+    ],
+    ids=["renamed", "one more", "another beside it", "damaged data"],
+  )
+  def test_another_name_of_a_picture_that_cannot_be_read_is_another_picture(self, contract, before, now):
+    before, now = (Prompt(1, images, "What?") for images in (before, now))
+    row = before.row(contract.row_digest(before, ["0" * 64] * len(before.images)), answer="yes")
+    comparison = Comparison(dataclasses.replace(contract, prompts=Prompts.of([now])))
+    assert not comparison.is_failed(row)
+    assert comparison.changed() == {"1"} and not comparison.num_unreadable
 
   def test_every_picture_is_read_once(self, contract, monkeypatch):
     calls = []
