@@ -3,6 +3,7 @@
 Besides the loaded parameters, the host holds one shard of one parameter, or `READ_BYTES` of a converted checkpoint.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from checkpoints_convert import remote
 from checkpoints_convert.digest import content_digest, tree_digest
 from checkpoints_convert.errors import CheckpointError
-from checkpoints_convert.messages import first_line
+from checkpoints_convert.messages import first_line, some
 from checkpoints_convert.names import Parameter, Path
 from checkpoints_convert.progress import byte_bar
 from checkpoints_convert.source import AnyPath
@@ -89,8 +90,8 @@ class ConvertedWeights:
     """Reads parameters in the order of `targets`, a few at a time.
 
     Raises:
-      CheckpointError: as `PublishedWeights.read`, or the files are not those that were written; those in object storage,
-        and copies of them, are not compared.
+      CheckpointError: as `PublishedWeights.read`; the files are not those that were written (those in object storage, and
+        copies of them, are not compared); or the targets are not the parameters that are stored.
     """
     expected = self.marker.get("params", "")
     is_compared = expected is not None and not remote.is_remote(self.path)
@@ -99,6 +100,7 @@ class ConvertedWeights:
         f"{self.path}: damaged: its files are not those that were converted; remove the folder {self.directory} and convert "
         "the checkpoint again"
       )
+    self._check_names_and_shapes(targets)
     sizes = {path: math.prod(target.shape) * target.dtype.itemsize for path, target in targets.items()}
     context = ocp.Context()
     context.pytree_options.loading.partial_load = True
@@ -106,18 +108,38 @@ class ConvertedWeights:
     context.memory_options.read_concurrent_bytes = max(READ_BYTES, *(2 * size for size in sizes.values())) + 1
     with _bar(sum(sizes.values())) as bar:
       for batch in _batches(sizes):
-        try:
-          with context:
-            tree = ocp.load(self.path, traverse_util.unflatten_dict({path: targets[path] for path in batch}))
-        except (ValueError, OSError, KeyError) as error:
-          raise CheckpointError(
-            f"{self.path}: cannot restore the parameters ({first_line(error)}); convert the checkpoint again"
-          ) from error
+        with self._restoring(), context:
+          tree = ocp.load(self.path, traverse_util.unflatten_dict({path: targets[path] for path in batch}))
         arrays = traverse_util.flatten_dict(tree)
         del tree
         for path in batch:
           bar.update(sizes[path])
           yield path, arrays.pop(path)
+
+  def _check_names_and_shapes(self, targets: Targets) -> None:
+    with self._restoring():
+      stored = traverse_util.flatten_dict(ocp.metadata(self.path).metadata)
+    names = {"missing": targets.keys() - stored.keys(), "unexpected": stored.keys() - targets.keys()}
+    common = targets.keys() & stored.keys()
+    names["mis-shaped"] = {path for path in common if tuple(stored[path].shape) != targets[path].shape}
+    if any(names.values()):
+      report = "; ".join(
+        f"{len(own)} {kind} ({some(sorted(map('.'.join, own)))})" for kind, own in names.items() if own
+      )
+      raise CheckpointError(
+        f"{self.directory}: the weights are not those of the model that config.json describes: {report}; restore "
+        "config.json, or convert the checkpoint again"
+      )
+
+  @contextlib.contextmanager
+  def _restoring(self) -> Iterator[None]:
+    """Turns errors of Orbax into a `CheckpointError`."""
+    try:
+      yield
+    except (ValueError, OSError, KeyError) as error:
+      raise CheckpointError(
+        f"{self.path}: cannot restore the parameters ({first_line(error)}); convert the checkpoint again"
+      ) from error
 
   def digest(self) -> str:
     """Digest of the files and of the source checkpoint."""

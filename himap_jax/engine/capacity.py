@@ -38,6 +38,11 @@ class BatchSizes(NamedTuple):
   prefill: int | None = None
   num_rows: int | None = None
 
+  def at_most(self, num_rows: int) -> "BatchSizes":
+    """The same sizes, but none that is given above a number of rows."""
+    decode, prefill = (None if own is None else min(own, num_rows) for own in (self.decode, self.prefill))
+    return self._replace(decode=decode, prefill=prefill)
+
 
 @dataclasses.dataclass(frozen=True)
 class Memory:

@@ -23,6 +23,8 @@ from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model, Network
 from himap_jax.pruning.schedule import Schedule
 
+MAX_PROGRAMS = 256  # that are kept, some ten megabytes each
+
 
 @dataclasses.dataclass(frozen=True)
 class ProgramKey:
@@ -45,11 +47,16 @@ class Program:
     return Memory.of(self.run)  # takes the compiler tens of milliseconds
 
 
+# Compiled programs by owner, name, decode config if they depend on it, and input shapes, the last used at the end;
+# shared by all engines.
+_programs: dict[Any, Program] = {}
+
+
 @functools.lru_cache(maxsize=64)
-def _compiled(key: ProgramKey) -> dict[Any, Program]:
-  """Compiled programs by name, decode config if they depend on it, and input shapes; shared by all engines."""
+def _owner(key: ProgramKey) -> object:
+  """Stands for a key, whose own hash takes long."""
   del key
-  return {}
+  return object()
 
 
 @functools.lru_cache(maxsize=64)
@@ -77,8 +84,10 @@ class CompiledPrograms:
     self._jitted = functools.cache(functools.partial(programs.Programs, model, schedule))
     mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
     after_prefill = ProgramKey(model.network, mesh, types)
-    self._prefills = _compiled(dataclasses.replace(after_prefill, schedule=schedule))
-    self._others = _compiled(after_prefill)
+    self._owner, self._prefill_owner = (
+      _owner(after_prefill),
+      _owner(dataclasses.replace(after_prefill, schedule=schedule)),
+    )
     self.num_programs, self.seconds = 0, 0.0
 
   def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
@@ -120,13 +129,17 @@ class CompiledPrograms:
     """`kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
     decoding = None if kind is None else dataclasses.replace(self._decoding, kind=kind)
     leaves, structure = jax.tree.flatten(shaped)
-    key = (name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
-    compiled = self._prefills if name == "prefill" else self._others
-    if key not in compiled:
+    owner = self._prefill_owner if name == "prefill" else self._owner
+    key = (owner, name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
+    program = _programs.pop(key, None)
+    if program is None:
       start = time.perf_counter()
       jitted = getattr(self._jitted(decoding or self._decoding), name)
-      compiled[key] = Program(jitted.lower(*arguments).compile())
+      program = Program(jitted.lower(*arguments).compile())
       self.num_programs += 1
       self.seconds += time.perf_counter() - start
       logging.info("ready: %s, a program", name)
-    return compiled[key]
+    _programs[key] = program
+    while len(_programs) > MAX_PROGRAMS:
+      del _programs[next(iter(_programs))]
+    return program

@@ -85,7 +85,7 @@ def run(config: RunConfig) -> int:
       engine, summary = None, Summary(num_skipped=len(prompts))
     else:
       engine = config.restore(opened, mesh).engine(
-        schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum()))
+        schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum())).at_most(len(prompts))
       )
       if opened.digest() != weights:
         raise UserError(f"{opened.directory}: the checkpoint has changed since the run began; start it again")

@@ -61,6 +61,25 @@ def test_a_marker_without_the_digest_of_the_parameters(converted, tmp_path):
     layouts.flat_params(copy)
 
 
+@pytest.mark.parametrize(
+  ("changes", "report"),
+  [
+    ({"num_hidden_layers": 5}, "[0-9]+ unexpected .language_model.layers_5"),
+    ({"num_hidden_layers": 7}, "[0-9]+ missing .language_model.layers_6"),
+    ({"intermediate_size": 80}, "[0-9]+ mis-shaped .language_model.layers_0.mlp"),
+  ],
+  ids=["fewer layers", "more layers", "narrower"],
+)
+def test_another_configuration_than_the_weights(converted, tmp_path, changes, report):
+  copy = shutil.copytree(converted, tmp_path / "copy")
+  fields = json.loads((copy / "config.json").read_text())
+  fields["text_config"] |= changes
+  (copy / "config.json").write_text(json.dumps(fields))
+  with pytest.raises(CheckpointError, match=f"{copy}: the weights are not those of the model .*: {report}") as error:
+    layouts.flat_params(copy)
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1}', '{"format": 7, "fingerprint": "x"}'])
 def test_a_bad_marker_names_the_folder(converted, tmp_path, content):
   copy = shutil.copytree(converted, tmp_path / "copy")

@@ -165,7 +165,7 @@ def test_an_engine_takes_as_many_slots_as_its_room_holds(data, loaded, images, m
 def test_a_batch_with_more_rows_than_there_are_slots_gets_others(loaded, images, monkeypatch):
   """And the compiler, which takes tens of milliseconds to tell a program's memory, is asked once for each."""
   monkeypatch.setattr(capacity, "free_memory", lambda mesh: 1)
-  compiled._compiled.cache_clear()
+  compiled._programs.clear()
   asked, memory_of = [], Memory.of
   monkeypatch.setattr(Memory, "of", lambda program: asked.append(program) or memory_of(program))
   model = loaded("clip_mha")
@@ -203,3 +203,8 @@ def test_free_memory_is_what_a_device_has_left(monkeypatch):
 def test_a_platform_that_does_not_say_what_programs_take():
   silent = Memory.of(types.SimpleNamespace(memory_analysis=lambda: None))
   assert capacity_of(1, BatchSizes(), room=1000).slots(4, 10, lambda count: dict.fromkeys(PROGRAMS, silent)) == 100
+
+
+def test_no_more_rows_together_than_there_are():
+  assert BatchSizes(10_000, 3, 4).at_most(4) == BatchSizes(4, 3, 4)
+  assert BatchSizes(num_rows=9).at_most(4) == BatchSizes(num_rows=9)

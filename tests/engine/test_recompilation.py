@@ -23,7 +23,7 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before():
-  compiled._compiled.cache_clear()
+  compiled._programs.clear()
 
 
 @pytest.fixture
@@ -76,6 +76,22 @@ def test_batches_of_one_bucket(loaded, images, compilations):
   run(images[:1], ["<image> before the question?"])
   assert engine.programs.num_programs == 3
   assert compilations == []
+
+
+def test_the_programs_that_were_used_last_are_kept(loaded, images, monkeypatch):
+  model = loaded(NAME)
+  processor = model.prompts("<image>{question}:")
+  batcher = Batcher(512, processor.blank, [ImageBucket(1, 25)], buckets=(32,), max_new_tokens=3)
+  batch = batcher.pack([processor.prepare(images[:1], "What?")], bucket=Bucket(1, 25, 32), batch_size=1)
+  monkeypatch.setattr(compiled, "MAX_PROGRAMS", 4)
+
+  def num_compiled(keep):
+    engine = Engine(model.model, model.schedule("fastv", (1,), (keep,)), GenerationConfig(3))
+    engine(batch, range(1))
+    return engine.programs.num_programs
+
+  assert [num_compiled(keep) for keep in (10, 10, 5, 10)] == [3, 0, 3, 3]
+  assert len(compiled._programs) == 4
 
 
 def test_pictures_of_other_sizes_in_a_ragged_bucket(tmp_path, compilations):
