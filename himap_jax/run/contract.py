@@ -22,6 +22,7 @@ from himap_jax.errors import UserError
 from himap_jax.run import sources
 from himap_jax.run.command import differences
 from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.progress import Progress
 from himap_jax.run.prompts import Prompt, Prompts
 from himap_jax.run.records import is_label
 from himap_jax.run.user_errors import user_error
@@ -116,13 +117,14 @@ class Comparison:
     A picture that cannot be read counts as unchanged if it has the same name, so that a missing disk loses no answers;
     see `num_unreadable`. One on the web is compared by its address.
     """
-    prompts = self._contract.prompts
+    prompts, changed = self._contract.prompts, set()
     positions = np.flatnonzero(self._has_row).tolist()
-    return {
-      prompts.keys[position]
-      for position, prompt in zip(positions, prompts.where(self._has_row), strict=True)
-      if self._is_changed(prompt, self._digests[position].decode(errors="replace"))
-    }
+    with Progress(len(positions), "row", "comparing with the output") as progress:
+      for position, prompt in zip(positions, prompts.where(self._has_row), strict=True):
+        if self._is_changed(prompt, self._digests[position].decode(errors="replace")):
+          changed.add(prompts.keys[position])
+        progress.update()
+    return changed
 
   @property
   def num_unreadable(self) -> int:

@@ -63,8 +63,11 @@ class Prompt:
   @property
   def asked(self) -> str:
     """All that decides the answer besides the pictures, as one text: the question, and the row's own options."""
-    question = self.question if isinstance(self.question, str) else json.dumps(self.question)
-    return question if self.options == Options() else json.dumps([question, *dataclasses.astuple(self.options)])
+    if self.options != Options():
+      return json.dumps([self.question, *dataclasses.astuple(self.options)])
+    if not isinstance(self.question, str):
+      return json.dumps(self.question)
+    return json.dumps([self.question]) if self.question.startswith("[") else self.question  # which is no such list
 
   @property
   def file_name(self) -> str:

@@ -14,11 +14,12 @@ from checkpoints_convert.convert import convert, open_source
 from himap_jax import Sampling, UserError
 from himap_jax.checkpoint import describe
 from himap_jax.engine.engine import Engine
+from himap_jax.families.family import Message
 from himap_jax.run import job
 from himap_jax.run.contract import Comparison, Contract, digest_of
 from himap_jax.run.output import Output
 from himap_jax.run.pictures import PictureFiles
-from himap_jax.run.prompts import Prompt, Prompts
+from himap_jax.run.prompts import Options, Prompt, Prompts
 from himap_jax.run.writer import OutputWriter
 
 
@@ -289,6 +290,14 @@ class TestContract:
     comparison = Comparison(dataclasses.replace(contract, prompts=Prompts.of([now])))
     assert not comparison.is_failed(row)
     assert comparison.changed() == {"1"} and not comparison.num_unreadable
+
+  def test_different_questions_are_different_texts(self):
+    conversation, options = (Message("user", "hi"),), Options(stop=("x",))
+    questions = [conversation, '[["user", "hi"]]', "hi", '["hi"]', '["[\\"hi\\"]"]']
+    prompts = [Prompt(1, (), question) for question in questions]
+    prompts += [dataclasses.replace(prompt, options=options) for prompt in prompts]
+    prompts += [Prompt(1, (), prompt.asked) for prompt in prompts]
+    assert len({prompt.asked for prompt in prompts}) == len(set(prompts))
 
   def test_every_picture_is_read_once(self, contract, monkeypatch):
     calls = []
