@@ -50,6 +50,12 @@ def config(fields: dict[str, Any], where: str) -> ModelConfig:
     final_norm=layer == -1 and not hf.vision_config.use_mean_pooling,
     merge_size=int(merge_size),
   )
+  patches = vision.image_size // vision.patch_size
+  if patches % vision.merge_size:
+    raise UserError(
+      f"{where}: downsample_ratio {hf.downsample_ratio} groups {vision.merge_size} by {vision.merge_size} patches, which "
+      f"does not divide the {patches} patches of a tile's side"
+    )
   connector = ConnectorConfig(hf.projector_hidden_act, use_bias=True, layer_norm_eps=CONNECTOR_EPSILON)
   for name in (vision.hidden_act, connector.hidden_act):
     check_supported(name, ACTIVATIONS, where=where, what="activation")

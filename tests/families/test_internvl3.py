@@ -39,6 +39,11 @@ def test_logits_of_the_larger_tower_s_options(tiny, tmp_path):
     ("config.json", {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full' is not supp"),
     ("config.json", {"vision_feature_layer": [1, 2]}, r"vision_feature_layer \[1, 2\] is not supported"),
     ("config.json", {"downsample_ratio": 0.3}, "downsample_ratio 0.3 is not supported"),
+    (
+      "config.json",
+      {"vision_config": {"model_type": "internvl_vision", "image_size": 28, "patch_size": 5}},
+      "groups 2 by 2 patches, which does not divide the 5 patches of a tile's side",
+    ),
     ("preprocessor_config.json", {"min_patches": 5}, "min_patches 5 and max_patches 4 allow no number of tiles"),
     ("preprocessor_config.json", {"size": {"height": 28, "width": 56}}, "tiles of 28 x 56 pixels are not supported"),
     (
