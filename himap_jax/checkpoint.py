@@ -241,9 +241,10 @@ def open_checkpoint(
   weights = weights or ConvertedWeights(params, directory, read_marker(directory), cache_dir)
   fields, where = read_json(directory / "config.json"), str(directory / "config.json")
   family = families.family_of(fields, where=where)
-  processor = family.load_processor(directory)
-  eos_token_ids = tuple(dict.fromkeys((*_eos_token_ids(directory, fields, processor), *family.stop_tokens(processor))))
-  return OpenCheckpoint(families.from_hf(fields, where=where), family, processor, directory, eos_token_ids, weights)
+  processor, config = family.load_processor(directory), families.from_hf(fields, where=where)
+  own = _eos_token_ids(directory, fields, processor, config.text.vocab_size)
+  eos_token_ids = tuple(dict.fromkeys((*own, *family.stop_tokens(processor))))
+  return OpenCheckpoint(config, family, processor, directory, eos_token_ids, weights)
 
 
 def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
@@ -314,11 +315,13 @@ def _repeat_program(num_heads: int, shape: tuple[int, ...], sharding: Sharding) 
   return jax.jit(repeat, out_shardings=sharding)
 
 
-def _eos_token_ids(directory: pathlib.Path, fields: dict[str, Any], processor: Any) -> tuple[int, ...]:
+def _eos_token_ids(directory: pathlib.Path, fields: dict[str, Any], processor: Any, vocab_size: int) -> tuple[int, ...]:
   path = directory / "generation_config.json"
   ids = (read_json(path) if path.exists() else convert.generation_fields(fields)).get("eos_token_id")
   ids = processor.tokenizer.eos_token_id if ids is None else ids
   ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-  if any(type(own) is not int or own < 0 for own in ids):
-    raise CheckpointError(f"{directory}: eos_token_id is {ids}; needed: a token id, or a list of them")
+  if any(type(own) is not int or not 0 <= own < vocab_size for own in ids):
+    raise CheckpointError(
+      f"{directory}: eos_token_id is {ids}; needed: a token id below {vocab_size}, or a list of them"
+    )
   return tuple(ids)

@@ -134,6 +134,11 @@ class TestBadConfiguration:
         lambda path: (path / "generation_config.json").write_text('{"eos_token_id": "2"}'),
         "eos_token_id is ['2']",
       ),
+      (
+        "large_end",
+        lambda path: (path / "generation_config.json").write_text('{"eos_token_id": [1, 272]}'),
+        "eos_token_id is [1, 272]; needed: a token id below 272",
+      ),
       ("link", lambda path: (path / "notes.txt").symlink_to(path / "none.txt"), "No such file"),
       ("pickled", lambda path: (path / "model.safetensors").rename(path / "model.bin"), "only pickled weights"),
     ):
