@@ -14,6 +14,7 @@ from himap_jax.errors import UserError
 
 MAX_SIDE, MAX_AREA = 4096, 1 << 25  # pixels, of a preprocessed picture or tile
 MAX_TILES = 256  # of a picture; and the largest side of a patch
+NORMALISATION = {"image_mean": (-1e6, 1e6), "image_std": (1e-6, 1e6)}  # bounds, beyond which pixels may be infinite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def unusable(directory: pathlib.Path) -> Iterator[None]:
 
 
 def check_image_processor(images: Any, where: str) -> None:
-  """Raises `UserError` for sizes of pictures, or numbers of tiles, that would exhaust memory."""
+  """Raises `UserError` for sizes of pictures, or numbers of tiles, that would exhaust memory, or for pixels that are not finite."""
   for name in ("size", "crop_size", "max_image_size"):
     for side, value in dict(getattr(images, name, None) or {}).items():
       is_area = side.endswith("_edge") and hasattr(images, "merge_size")  # of Qwen, whose edges are numbers of pixels
@@ -92,11 +93,20 @@ def check_image_processor(images: Any, where: str) -> None:
       _check_number(value, MAX_SIDE, f"{where}: image_grid_pinpoints has the side")
   for name in ("max_patches", "max_image_tiles", "patch_size", "merge_size", "temporal_patch_size"):
     _check_number(getattr(images, name, None), MAX_TILES, f"{where}: {name} is")
+  for name, (least, most) in NORMALISATION.items():
+    values = getattr(images, name, None)
+    if values is not None and not _are_three(values, least, most):
+      raise UserError(f"{where}: {name} is {repr(values)[:80]}; needed: three numbers from {least:,g} to {most:,g}")
 
 
 def _check_number(value: Any, most: int, what: str) -> None:
   if value is not None and not (type(value) is int and 1 <= value <= most):
     raise UserError(f"{what} {repr(value)[:80]}; needed: a whole number from 1 to {most:,}")
+
+
+def _are_three(values: Any, least: float, most: float) -> bool:
+  is_three = isinstance(values, list | tuple) and len(values) == 3
+  return is_three and all(type(value) in (int, float) and least <= value <= most for value in values)
 
 
 def load(directory: pathlib.Path, image_processor: str, tokenizer: str = "AutoTokenizer") -> ModelFiles:

@@ -62,9 +62,15 @@ def test_an_error_of_any_type_is_the_users():
     ({"size": {"shortest_edge": 10**9}, "merge_size": 2}, "size has the shortest_edge 1000000000"),
     ({"image_grid_pinpoints": [[336, 10**6]]}, "image_grid_pinpoints has the side 1000000"),
     ({"max_patches": 10**6}, "max_patches is 1000000"),
+    ({"image_std": [0, 0.5, 0.5]}, r"image_std is \[0, 0.5, 0.5\]; needed: three numbers from 1e-06 to 1e\+06"),
+    ({"image_std": [0.5, 0.5, -1]}, "image_std is"),
+    ({"image_std": [0.5, 0.5]}, "image_std is"),
+    ({"image_std": 0.5}, "image_std is 0.5"),
+    ({"image_mean": [0.5, 0.5, float("nan")]}, r"image_mean is \[0.5, 0.5, nan\]; needed: three numbers from -1e\+06"),
+    ({"image_mean": [0.5, 0.5, "0"]}, "image_mean is"),
   ],
 )
-def test_sizes_of_image_processors(fields, message):
+def test_settings_of_image_processors(fields, message):
   files.check_image_processor(types.SimpleNamespace(size={"shortest_edge": 336}), "file")
   with pytest.raises(UserError, match=f"^file: {message}"):
     files.check_image_processor(types.SimpleNamespace(**fields), "file")
