@@ -74,6 +74,7 @@ class OpenCheckpoint:
       templates.check(own_templates, where, own.tokenizer.special_tokens_map)
     with files.unusable(self.directory):
       files.check_image_processor(own.image_processor, f"{where}: preprocessor_config.json")
+      files.check_image_token(own.tokenizer, self.family.image_token(own.tokenizer), self.config.image_token_id, where)
       processor = self.family.processor(own, self.config, template, max_image_tokens)
       processor = LimitedProcessor(processor, own.tokenizer, self.config.text)
       with contextlib.suppress(UserError):  # its template may hold no picture, or need more than a question

@@ -97,6 +97,7 @@ class Family:
       of a picture (None for the checkpoint's own limit); raises `UserError`.
     pad: makes transformers' processor pad pictures to squares; None if this family's pictures are not padded.
     stop_tokens: tokens that end an answer, besides those of generation_config.json, from transformers' processor.
+    image_token: what stands for image tokens in a text, from the tokenizer.
   """
 
   model_type: str
@@ -106,3 +107,4 @@ class Family:
   processor: Callable[[Any, ModelConfig, str, int | None], Processor]
   pad: Callable[[Any], Any] | None = None
   stop_tokens: Callable[[Any], tuple[int, ...]] = lambda processor: ()
+  image_token: Callable[[Any], str] = lambda tokenizer: "<image>"

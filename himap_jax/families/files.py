@@ -109,6 +109,16 @@ def _are_three(values: Any, least: float, most: float) -> bool:
   return is_three and all(type(value) in (int, float) and least <= value <= most for value in values)
 
 
+def check_image_token(tokenizer: Any, token: str, image_token_id: int, where: str) -> None:
+  """Raises `UserError` unless the token that stands for image tokens has the id in config.json."""
+  found = tokenizer.convert_tokens_to_ids(token)
+  if found != image_token_id:
+    raise UserError(
+      f"{where}: the image token has the id {image_token_id} in config.json, but {token} has "
+      f"{'none' if found is None else found} in the tokenizer; the checkpoint's tokenizer and config.json disagree"
+    )
+
+
 def load(directory: pathlib.Path, image_processor: str, tokenizer: str = "AutoTokenizer") -> ModelFiles:
   """Loads a checkpoint's files by the named classes of transformers; raises `UserError` if that fails."""
   import transformers  # slow to import

@@ -175,4 +175,13 @@ class GemmaProcessor:
     return places_in(self.views(example), example.num_image_tokens)
 
 
-FAMILIES = (Family("gemma3", config, complete, load_processor, GemmaProcessor),)
+FAMILIES = (
+  Family(
+    "gemma3",
+    config,
+    complete,
+    load_processor,
+    GemmaProcessor,
+    image_token=lambda tokenizer: tokenizer.image_token,
+  ),
+)

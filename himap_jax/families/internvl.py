@@ -24,6 +24,7 @@ from himap_jax.model.linear import ACTIVATIONS
 TEXT_MODELS = ("qwen2", "qwen3", "llama")
 CONNECTOR_EPSILON = 1e-5
 START, END = "<img>", "</img>"
+CONTEXT = "<IMG_CONTEXT>"  # unless the tokenizer has another
 
 
 def config(fields: dict[str, Any], where: str) -> ModelConfig:
@@ -108,4 +109,13 @@ def _tiling(image_processor: Any, most: int) -> Tiling:
   return Tiling(height, grid, pixels, lambda image_token, grid: START + image_token + END)
 
 
-FAMILIES = (Family("internvl", config, complete, load_processor, processor),)
+FAMILIES = (
+  Family(
+    "internvl",
+    config,
+    complete,
+    load_processor,
+    processor,
+    image_token=lambda tokenizer: getattr(tokenizer, "context_image_token", CONTEXT),
+  ),
+)

@@ -183,4 +183,6 @@ class MllamaProcessor:
     return places.reshape(-1, 4)
 
 
-FAMILIES = (Family("mllama", config, complete, load_processor, MllamaProcessor),)
+FAMILIES = (
+  Family("mllama", config, complete, load_processor, MllamaProcessor, image_token=lambda tokenizer: IMAGE_TOKEN),
+)

@@ -241,4 +241,7 @@ def _limited(images: Any, max_pixels: int) -> Any:
   return limited
 
 
-FAMILIES = tuple(Family(name, config, complete, load_processor, Qwen2VLProcessor) for name in CONFIGS)
+FAMILIES = tuple(
+  Family(name, config, complete, load_processor, Qwen2VLProcessor, image_token=lambda tokenizer: PLACEHOLDER)
+  for name in CONFIGS
+)

@@ -219,4 +219,14 @@ def stop_tokens(files: PromptFiles) -> tuple[int, ...]:
   return tuple(files.tokenizer.convert_tokens_to_ids([END, CHAT_START, CHAT_END]))
 
 
-FAMILIES = (Family("qwen", config, complete, load_processor, QwenProcessor, stop_tokens=stop_tokens),)
+FAMILIES = (
+  Family(
+    "qwen",
+    config,
+    complete,
+    load_processor,
+    QwenProcessor,
+    stop_tokens=stop_tokens,
+    image_token=lambda tokenizer: "<imgpad>",
+  ),
+)

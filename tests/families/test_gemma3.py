@@ -318,6 +318,7 @@ class TestBadCheckpoints:
       ({"text": {"use_bidirectional_attention": True}}, "use_bidirectional_attention.* is not supported"),
       ({"text": {"model_type": "llama"}}, "language model 'llama' is not supported; supported: gemma3_text"),
       ({"vision_config": {"model_type": "clip_vision_model"}}, "tower 'clip_vision_model' is not supported"),
+      ({"image_token_index": 5}, "has the id 5 in config.json, but <image_soft_token> has 7 in the tokenizer"),
       ({"file": "preprocessor_config.json", "do_pan_and_scan": True}, "crops of long pictures .do_pan_and_scan"),
       ({"file": "preprocessor_config.json", "size": {"height": 36, "width": 36}}, "36 x 36 pixels, .* reads 48 x 48"),
     ],

@@ -99,6 +99,8 @@ def test_the_whole_model_decides_whether_the_head_is_tied(tiny):
     ),
     ("config.json", {"scale_factor": 3}, "scale_factor 3 does not divide the 4 patches of a tile's side"),
     ("config.json", {"scale_factor": "two"}, "scale_factor is 'two'; needed: a whole number"),
+    ("config.json", {"image_token_id": 5}, "token has the id 5 in config.json, but <image> has 3 in the tokenizer"),
+    ("config.json", {"image_token_id": 10**5}, "token has the id 100000 in config.json, but <image> has 3 in"),
     ("preprocessor_config.json", {"max_image_size": {"longest_edge": 35}}, "max_image_size is 35; .* needs 28"),
     ("preprocessor_config.json", {"size": {"height": 56, "width": 56}}, "size without longest_edge is not supported"),
   ],

@@ -44,6 +44,11 @@ def test_logits_of_the_larger_tower_s_options(tiny, tmp_path):
       {"vision_config": {"model_type": "internvl_vision", "image_size": 28, "patch_size": 5}},
       "groups 2 by 2 patches, which does not divide the 5 patches of a tile's side",
     ),
+    (
+      "config.json",
+      {"image_token_id": 5},
+      "token has the id 5 in config.json, but <IMG_CONTEXT> has 262 in the tokenizer",
+    ),
     ("preprocessor_config.json", {"min_patches": 5}, "min_patches 5 and max_patches 4 allow no number of tiles"),
     ("preprocessor_config.json", {"size": {"height": 28, "width": 56}}, "tiles of 28 x 56 pixels are not supported"),
     (

@@ -128,7 +128,11 @@ class TestBadConfiguration:
       ("text", lambda path: edit(path, text_config={"model_type": "mamba"}), "language model 'mamba'"),
       ("config", lambda path: (path / "config.json").write_text("{"), "cannot be read"),
       ("nothing", lambda path: (path / "config.json").unlink(), "cannot be read"),
-      ("token", lambda path: edit(path, image_token_index=7), "tokenizer and config.json disagree"),
+      (
+        "token",
+        lambda path: edit(path, image_token_index=7),
+        "has the id 7 in config.json, but <image> has 3 in the tokenizer",
+      ),
       (
         "end",
         lambda path: (path / "generation_config.json").write_text('{"eos_token_id": "2"}'),
