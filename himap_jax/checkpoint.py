@@ -27,12 +27,12 @@ from checkpoints_convert.messages import some
 from checkpoints_convert.names import ExpectedModel
 from checkpoints_convert.source import PARAMS, AnyPath, locate
 from checkpoints_convert.weights import ConvertedWeights, PublishedWeights, Weights
-from himap_jax import families
+from himap_jax import arguments, families
 from himap_jax.engine import sharding
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.capacity import BatchSizes
 from himap_jax.engine.engine import Engine, GenerationConfig
-from himap_jax.errors import UserError, check_is
+from himap_jax.errors import UserError, check_bools, check_is
 from himap_jax.families import files, templates
 from himap_jax.families.family import Family, Processor
 from himap_jax.families.limited import LimitedProcessor
@@ -42,6 +42,7 @@ from himap_jax.model.quantization import can_be_int8, map_int8
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 ASPECT_RATIOS = ("checkpoint", "pad")  # of pictures: as the checkpoint's processor has them, or padded to squares
 
 
@@ -106,7 +107,9 @@ class OpenCheckpoint:
 
     Arguments and errors as in `pruning.config.build_schedule` and `PruningConfig`.
     """
-    choice = PruningConfig(method, prune_layers, keep, tuple((parameters or {}).items()), restore, keep_positions)
+    check_bools(restore=restore, keep_positions=keep_positions)
+    keep, given = arguments.with_shares(keep), arguments.pairs_of(parameters)
+    choice = PruningConfig(method, prune_layers, keep, given, restore, keep_positions)
     return choice.schedule(**method_inputs(self.config))
 
   def digest(self) -> str:
@@ -134,9 +137,10 @@ class OpenCheckpoint:
 
     Raises:
       CheckpointError: the weights cannot be read or are not finite, or are int8 and `int8_weights` is false.
-      UserError: the dtype is not one of floating point.
+      UserError: the dtype is neither bfloat16 nor float32.
     """
-    dtype = _floating(dtype)
+    check_bools(int8_weights=int8_weights)
+    dtype = _supported(dtype)
     if self.weights.is_int8 and not int8_weights:
       raise CheckpointError(
         f"{self.directory}: its decoder weights are int8; load it with --int8_weights, or convert the source again "
@@ -184,7 +188,11 @@ class LoadedModel(OpenCheckpoint):
     Args:
       make: called as `Engine` is.
       options: others of `Engine`.
+
+    Raises:
+      UserError: the schedule was made for a model that has what this one lacks.
     """
+    arguments.check_fits(schedule, self.config)
     own = {"eos_token_ids": self.eos_token_ids, "batch_sizes": batch_sizes}
     return make(self.model, schedule, generation, **own, **options)
 
@@ -219,6 +227,10 @@ def open_checkpoint(
     CheckpointError: the checkpoint does not exist, or cannot be read, assembled or converted.
     UserError: the model is not supported.
   """
+  check_is("name", name, (str, os.PathLike), "the name or the directory of a checkpoint")
+  if cache_dir is not None:
+    check_is("cache_dir", cache_dir, (str, os.PathLike), "a directory")
+  check_bools(allow_pickle=allow_pickle)
   cache_dir = (default_cache_dir() if cache_dir is None else pathlib.Path(cache_dir).expanduser()).absolute()
   if remote.is_remote(name):
     directory: AnyPath = remote.reach(name)
@@ -259,9 +271,9 @@ def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
   )
 
 
-def _floating(dtype: Any) -> Any:
-  with contextlib.suppress(TypeError):
-    if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+def _supported(dtype: Any) -> Any:
+  with contextlib.suppress(TypeError, ValueError):
+    if jnp.dtype(dtype) in DTYPES:
       return jnp.dtype(dtype)
   raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
 

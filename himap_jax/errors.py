@@ -31,6 +31,13 @@ def check_is(name: str, value: Any, kinds: type | tuple[type, ...], what: str) -
     raise UserError(f"{name} must be {what}, but is {value!r:.100}")
 
 
+def check_bools(**values: Any) -> None:
+  """Raises `UserError` unless all values are True or False."""
+  for name, value in values.items():
+    if not isinstance(value, bool):
+      raise UserError(f"{name} must be True or False, but is {value!r:.100}")
+
+
 def check_text(name: str, text: str, error: type[UserError] = UserError) -> None:
   """Raises `UserError`, or a kind of it, if a text holds an unpaired surrogate, as from bytes that are not UTF-8."""
   if any("\ud800" <= character <= "\udfff" for character in text):

@@ -125,6 +125,9 @@ def generate(
   Raises:
     UserError: unusable arguments, settings or prompts.
   """
+  check_is("loaded", loaded, LoadedModel, "what himap_jax.load returns")
+  check_is("generation", generation, GenerationConfig, "a GenerationConfig")
+  check_is("inputs", inputs, InputConfig, "an InputConfig")
   arguments.check_questions(images, questions)
   arguments.check_schedule(schedule)
   processor = loaded.prompts(inputs.prompt_template, inputs.max_image_tokens)

@@ -1,7 +1,9 @@
 """Wrong arguments of the library: each is refused in one line that names it."""
 
+import dataclasses
 import re
 
+import commands
 import numpy as np
 import pytest
 from PIL import Image
@@ -49,6 +51,14 @@ def test_what_is_right(own, question):
     ([PICTURE], [[]], "questions.0. is empty"),
     ([PICTURE, PICTURE], ["Why?", "caf\udce9?"], "questions.1. has an unpaired surrogate, which is not text"),
     ([PICTURE], [[Message("user", "Why?"), Message("user", "\ud800")]], "questions.0. has an unpaired surrogate"),
+    ([PICTURE], [[Message("robot", "Why?")]], "questions.0..0. has the role 'robot'; needed: system, user, assistant"),
+    ([PICTURE], [[Message("user", None)]], "the text of questions.0..0. must be a text, but is None"),
+    ([PICTURE], [[Message("user", "Why?"), Message("assistant", "So.")]], "the last message must be the user's"),
+    (
+      [PICTURE],
+      [[Message("user", "Why?"), Message("system", "Be brief."), Message("user", "Why?")]],
+      "questions.0.: only the first message may be the system's",
+    ),
   ],
 )
 def test_questions(images, questions, message):
@@ -62,6 +72,75 @@ def test_schedules(schedule):
     UserError, match=f"schedule must be what LoadedModel.schedule makes, or be left out, not {schedule!r}"
   ):
     arguments.check_schedule(schedule)
+
+
+@pytest.mark.parametrize("stages", [[], (1,)])
+def test_stages(stages):
+  schedule = Schedule()
+  object.__setattr__(schedule, "stages", stages)
+  with pytest.raises(UserError, match="the stages of a schedule must be a tuple of Stage, not"):
+    arguments.check_schedule(schedule)
+
+
+@pytest.mark.parametrize(
+  "method, layers, keep, options",
+  [
+    ("himap", (2, 3), (8, 4), {}),
+    ("fastv", (1,), (8,), {}),
+    ("shortv", (2,), None, {}),
+    ("random", (0,), (8,), dict(restore=True)),
+    ("random", (0,), (8,), dict(keep_positions=True)),
+  ],
+)
+def test_schedules_of_another_model(loaded, method, layers, keep, options):
+  model = loaded("clip_mha")
+  schedule = model.schedule(method, layers, keep, **options)
+  arguments.check_fits(schedule, model.config)
+  text = dataclasses.replace(model.config.text, cross_attention_layers=(1, 3))
+  across = dataclasses.replace(model.config, text=text)
+  with pytest.raises(UserError, match="the schedule was made for another model, which has what this one lacks"):
+    arguments.check_fits(schedule, across)
+  arguments.check_fits(model.schedule("fastv", (2,), (8,)), across)
+  arguments.check_fits(model.schedule("random", (1,), (8,)), across)
+
+
+def test_shares_of_any_type():
+  keep = arguments.with_shares([np.float32(0.25), 1, 1.0, np.int64(3), True, "1"])
+  assert keep == (0.25, 1, 1.0, 3, True, "1") and list(map(type, keep[:3])) == [float, int, float]
+  assert arguments.with_shares(None) is None
+
+
+WRONG = {
+  "load(None, dtype='float32')": "name must be the name or the directory of a checkpoint, but is None",
+  "load(b'x', dtype='float32')": "name must be the name or the directory of a checkpoint, but is b'x'",
+  "load('x', dtype='float32', cache_dir=5)": "cache_dir must be a directory, but is 5",
+  "load('x', dtype='float32', allow_pickle='no')": "allow_pickle must be True or False, but is 'no'",
+  "loaded.schedule('himap', restore='yes')": "restore must be True or False, but is 'yes'",
+  "loaded.schedule('himap', keep_positions=1)": "keep_positions must be True or False, but is 1",
+  "loaded.schedule('himap', parameters=[1])": "parameters must be a dictionary of numbers by name, but is [1]",
+  "generate('x', [], [])": "loaded must be what himap_jax.load returns, but is 'x'",
+  "generate(None, [], [])": "loaded must be what himap_jax.load returns, but is None",
+  "generate(loaded, [], [], generation=None)": "generation must be a GenerationConfig, but is None",
+  "generate(loaded, [], [], generation={})": "generation must be a GenerationConfig, but is {}",
+  "generate(loaded, [], [], inputs=None)": "inputs must be an InputConfig, but is None",
+  "generate(loaded, [], [], inputs='chat')": "inputs must be an InputConfig, but is 'chat'",
+}
+
+
+def test_arguments_of_other_types(checkpoints, tmp_path):
+  """In a process of its own, in which annotations are not checked, as in those of users."""
+  code = """
+import sys
+from himap_jax import UserError, generate, load
+loaded = load(sys.argv[1], dtype="float32", cache_dir=sys.argv[2])
+for wrong in sys.argv[3:]:
+  try:
+    eval(wrong)
+  except UserError as error:
+    print(error)
+"""
+  found = commands.Command(code, checkpoints("clip_mha").directory, tmp_path, *WRONG).succeeded()
+  assert found.splitlines() == list(WRONG.values())
 
 
 @pytest.mark.parametrize(
@@ -81,6 +160,7 @@ def test_numbers(value, message):
     (InputConfig, dict(prompt_buckets=64), "prompt_buckets must be a list of whole numbers, but is 64"),
     (InputConfig, dict(prompt_buckets=(64.5,)), "a length of prompt_buckets must be a whole number, but is 64.5"),
     (GenerationConfig, dict(sampling=0.7), "sampling must be a Sampling, but is 0.7"),
+    (GenerationConfig, dict(ignore_eos="no"), "ignore_eos must be True or False, but is 'no'"),
     (GenerationConfig, dict(seed=1.5), "seed must be a whole number, but is 1.5"),
     (Sampling, dict(temperature="0.5"), "temperature must be a number, but is '0.5'"),
     (Sampling, dict(top_p=True), "top_p must be a number, but is True"),
@@ -107,7 +187,7 @@ def test_numbers_of_schedules():
       _check_numbers(None, (value,))
 
 
-@pytest.mark.parametrize("dtype", ["int32", "no such", bool])
+@pytest.mark.parametrize("dtype", [None, float, "float64", "float16", "float8_e4m3fn", ">f4", "int32", "no such", bool])
 def test_dtypes(loaded, dtype):
   with pytest.raises(UserError, match="dtype must be bfloat16 or float32"):
     loaded("clip_mha").restore(dtype=dtype)

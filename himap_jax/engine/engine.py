@@ -24,7 +24,7 @@ from himap_jax.engine.pool import Answered, Clock, Pool, Prefilled, Request, Usa
 from himap_jax.engine.sampling import Kind, RowSampling, Sampling
 from himap_jax.engine.scoring import Score
 from himap_jax.engine.slots import Rows
-from himap_jax.errors import check_is, check_whole
+from himap_jax.errors import check_bools, check_is, check_whole
 from himap_jax.inputs import Inputs
 from himap_jax.model.network import Model
 from himap_jax.pruning.schedule import Schedule
@@ -51,6 +51,7 @@ class GenerationConfig:
     check_whole("max_new_tokens", self.max_new_tokens)
     check_whole("seed", self.seed, least=-sys.maxsize)
     check_is("sampling", self.sampling, Sampling, "a Sampling")
+    check_bools(ignore_eos=self.ignore_eos)
 
 
 @dataclasses.dataclass(frozen=True)
