@@ -5,7 +5,6 @@ Axes: B rows, V vocabulary.
 
 import dataclasses
 import enum
-import math
 import numbers
 from collections.abc import Sequence
 
@@ -17,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, UInt
 from himap_jax.errors import UserError, check_is
 from himap_jax.inputs import pytree
 
-MIN_TEMPERATURE = 1e-6
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Sampling:
   """Choice of tokens.
 
   Attributes:
-    temperature: 0 is greedy; otherwise finite and at least `MIN_TEMPERATURE`.
+    temperature: 0 is greedy; otherwise from `MIN_TEMPERATURE` to `MAX_TEMPERATURE`.
     top_p: probability of the smallest set of tokens to sample from (Holtzman et al., arXiv 1904.09751).
   """
 
@@ -35,8 +34,10 @@ class Sampling:
   def __post_init__(self) -> None:
     for name in ("temperature", "top_p"):
       check_is(name, getattr(self, name), numbers.Real, "a number")
-    if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-      raise UserError(f"the temperature must be 0, or finite and at least {MIN_TEMPERATURE}, but is {self.temperature}")
+    if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature <= MAX_TEMPERATURE:
+      raise UserError(
+        f"the temperature must be 0, or from {MIN_TEMPERATURE} to {MAX_TEMPERATURE:,.0f}, but is {self.temperature}"
+      )
     if not 0 < self.top_p <= 1:
       raise UserError(f"top_p must be above 0 and at most 1, but is {self.top_p}")
     if self.temperature == 0 and self.top_p < 1:

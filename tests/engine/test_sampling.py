@@ -108,10 +108,11 @@ def test_lowest_temperature_is_greedy():
 @pytest.mark.parametrize(
   "temperature, top_p, message",
   [
-    (-0.1, 1.0, "temperature must be 0, or finite"),
-    (1e-40, 1.0, "temperature must be 0, or finite"),
-    (float("nan"), 1.0, "temperature must be 0, or finite"),
-    (float("inf"), 1.0, "temperature must be 0, or finite"),
+    (-0.1, 1.0, "temperature must be 0, or from"),
+    (1e-40, 1.0, "temperature must be 0, or from 1e-06 to 1,000,000, but is 1e-40"),
+    (1e39, 1.0, "temperature must be 0, or from 1e-06 to 1,000,000, but is 1e.39"),
+    (float("nan"), 1.0, "temperature must be 0, or from"),
+    (float("inf"), 1.0, "temperature must be 0, or from"),
     (1.0, 0.0, "top_p must be above 0"),
     (1.0, 1.1, "top_p must be above 0"),
     (1.0, float("nan"), "top_p must be above 0"),

@@ -105,7 +105,7 @@ class TestRun:
     rows = self.answers(config, {"max_new_tokens": 13}, {"temperature": -1}, {"top_p": 0.5}, {"stop": "x"})
     assert [row["error"] for row in rows] == [
       "max_new_tokens is 13, but --max_new_tokens allows 12",
-      "the temperature must be 0, or finite and at least 1e-06, but is -1.0",
+      "the temperature must be 0, or from 1e-06 to 1,000,000, but is -1.0",
       "top_p below 1 needs a temperature above 0: temperature 0 always takes the likeliest token",
       None,
     ]
