@@ -83,8 +83,10 @@ def _vision(hf: Any, kind: str, where: str) -> PatchVisionConfig:
   if kind == "qwen2_5_vl_vision":
     if hf.window_size < square:
       raise UserError(f"{where}: window_size is {hf.window_size}, less than a square of patches, {square}")
-    window = hf.window_size // square * hf.spatial_merge_size
-    options = dict(window_size=window, full_attention_layers=tuple(hf.fullatt_block_indexes), is_gated=True)
+    window, layers = hf.window_size // square * hf.spatial_merge_size, tuple(hf.fullatt_block_indexes)
+    if not set(layers) <= set(range(hf.depth)):
+      raise UserError(f"{where}: fullatt_block_indexes {list(layers)} are not layers of {hf.depth}")
+    options = dict(window_size=window, full_attention_layers=layers, is_gated=True)
     return PatchVisionConfig(**common, **sizes, **options, image_size=square, patch_bias=False, norm_type="rms_norm")
   side, layers = round(hf.num_position_embeddings**0.5), tuple(hf.deepstack_visual_indexes)
   if side**2 != hf.num_position_embeddings:

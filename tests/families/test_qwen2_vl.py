@@ -297,6 +297,12 @@ class TestFiles:
     ("qwen2_vl", "vision", {"num_heads": 16}, "a tower of width 32 has no 16 heads"),
     ("qwen2_5_vl", "vision", {"out_hidden_size": 48}, "output has width 48, but the decoder has 64"),
     ("qwen2_5_vl", "vision", {"window_size": 7}, "window_size is 7, less than a square of patches, 8"),
+    (
+      "qwen2_5_vl",
+      "vision",
+      {"fullatt_block_indexes": [1, 55]},
+      r"fullatt_block_indexes \[1, 55\] are not layers of 4",
+    ),
     ("qwen2_5_vl", "vision", {"hidden_act": "mish"}, "activation 'mish' is not supported"),
     ("qwen3_vl", "vision", {"num_position_embeddings": 35}, "is 35, not a square number"),
     ("qwen3_vl", "vision", {"deepstack_visual_indexes": [1, 4]}, r"\[1, 4\] are not ascending layers of 4"),
