@@ -2,7 +2,7 @@
 
 import copy
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,7 @@ class LlavaPrompts:
     """Checks the template.
 
     Args:
-      processor: its tokenizer and `apply_chat_template` are used.
+      processor: its tokenizer and `chat_template` are used.
       template: `vicuna_v1`, `chat` (the checkpoint's own), or a text with `<image>` and `{question}`.
 
     Raises:
@@ -155,12 +155,20 @@ class LlavaPrompts:
   def prompt(self, question: Question, num_pictures: int = 1) -> str:
     if self._template != "chat":
       return fill(self._template, question, num_pictures)
-    apply = self._processor.apply_chat_template
+    apply = self._apply_chat_template
     if not isinstance(question, str) or IMAGE_TAG not in question:
       return chat_prompt(apply, question, num_pictures)
     # As text, it stays where it is: a template may move parts that are pictures to the front.
     (message,) = messages_of(question, num_pictures)
     return templates.filled(apply, [{"role": message.role, "content": [{"type": "text", "text": message.text}]}])
+
+  def _apply_chat_template(self, conversation: Sequence[Mapping[str, Any]], **options: Any) -> str:
+    """By the tokenizer, all of whose options are the template's; transformers' processor has others for pictures."""
+    template = self._processor.chat_template
+    if isinstance(template, Mapping):
+      template = template[templates.DEFAULT]
+    apply = self._processor.tokenizer.apply_chat_template
+    return apply(list(conversation), chat_template=template, tokenize=False, **options)
 
   def ids(self, text: str) -> list[int]:
     """Token ids of a prompt, with one beginning of sequence if the tokenizer has one."""

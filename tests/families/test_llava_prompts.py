@@ -7,6 +7,7 @@ import pytest
 import tiny_checkpoints
 import transformers
 from PIL import Image
+from transformers import processing_utils
 
 from himap_jax import UserError
 from himap_jax.engine.batching import Batcher, Bucket, ImageBucket
@@ -96,6 +97,17 @@ class TestTemplates:
   def test_literals_that_cannot_be(self, make, template):
     with pytest.raises(ValueError, match="must be vicuna_v1, chat, or a text with one <image>"):
       make(template=template)
+
+  def test_transformers_has_nothing_to_warn_of(self, make, monkeypatch):
+    monkeypatch.setattr(processing_utils.logger, "warning", pytest.fail)
+    assert "Why?" in make().prompt("Why?")
+
+  def test_the_default_of_several_chat_templates(self, loaded):
+    processor = transformers.LlavaProcessor(
+      image_processor=loaded(NAME).processor.image_processor, tokenizer=tiny_checkpoints.byte_tokenizer(), patch_size=7
+    )
+    processor.chat_template = {"short": "", "default": "Q: {{ messages[0]['content'][-1]['text'] }}"}
+    assert LlavaProcessor(processor, loaded(NAME).config).prompt("Why?") == "Q: Why?"
 
   def test_no_chat_template(self, loaded):
     model = loaded(NAME)
