@@ -26,7 +26,7 @@ from himap_jax.run.user_errors import user_error
 
 flags.adopt_module_key_flags(model_flags)  # for --help
 _SHOW = flags.DEFINE_string(
-  "show", None, "PNG file to write: the pictures with the patches kept at each stage, by the rank of their scores."
+  "show", None, "The .png file to write: the pictures with the patches kept at each stage, by the rank of their scores."
 )
 
 
@@ -34,9 +34,12 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   """Prints the answer, and on stderr what was kept and the time it took.
 
   Raises:
-    UserError, CheckpointError: a picture or the checkpoint cannot be read, or the question does not fit the model.
+    UserError, CheckpointError: a picture or the checkpoint cannot be read, the question does not fit the model, or
+      `show` cannot be written.
   """
   check_text("the question", question)
+  if show is not None:
+    _check_show(show, images)
   files = PictureFiles(allow_urls=config.allow_urls)
   pictures = [files.load(image)[0] for image in images]
   asker = Asker.open(config)
@@ -51,6 +54,20 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   if show is not None:
     with user_error(f"--show: cannot write {show}"):
       draw_kept(asker.processor.views(asked.example), answered.kept, answered.ranks).save(show, format="PNG")
+
+
+def _check_show(show: pathlib.Path, images: Sequence[str]) -> None:
+  """Raises `UserError` unless the file to write is a PNG in a directory that is there, and none of the pictures."""
+  if not images:
+    raise UserError("--show needs a picture")
+  if os.path.isdir(show):
+    raise UserError(f"--show={show} is a directory; name a file in it")
+  if show.suffix.lower() != ".png":
+    raise UserError(f"--show={show}: a PNG is written; name a file that ends in .png")
+  if not os.path.isdir(show.parent):
+    raise UserError(f"--show={show}: there is no directory {show.parent}; make it first, or name another file")
+  if any(os.path.exists(show) and os.path.exists(image) and os.path.samefile(show, image) for image in images):
+    raise UserError(f"--show={show} is a picture of the question, which it would overwrite; name another file")
 
 
 def _printing(decode: Callable[[list[int]], str]) -> Callable[[Sequence[int]], bool]:
@@ -76,8 +93,6 @@ def main(argv: Sequence[str]) -> None:
     if not question or (not images and os.path.isfile(question)):
       raise UserError('a question is needed: python -m himap_jax.ask picture.jpg "What is it?"')
     show = None if _SHOW.value is None else pathlib.Path(_SHOW.value)
-    if show is not None and not images:
-      raise UserError("--show needs a picture")
     ask(model_flags.one_row_config(), images, question, show)
     return 0
 

@@ -88,6 +88,9 @@ def test_text_appears_as_it_is_generated(capsys):
     ((), 'a question is needed: python -m himap_jax.ask picture.jpg "What is it?"'),
     ((__file__,), "a question is needed"),
     (("why?", "--show=kept.png"), "--show needs a picture"),
+    ((__file__, "why?", "--show=/nowhere/kept.png"), "there is no directory /nowhere; make it first"),
+    ((__file__, "why?", "--show=kept.jpg"), "--show=kept.jpg: a PNG is written; name a file that ends in .png"),
+    ((__file__, "why?", "--show=/"), "--show=/ is a directory; name a file in it"),
     (("missing.png", "why?"), "missing.png"),
     (("caf\udce9?",), "the question has an unpaired surrogate, which is not text"),
     (("why?", "--max_new_tokens=0"), "--max_new_tokens must be at least 1"),
@@ -100,3 +103,13 @@ def test_what_cannot_be_asked(arguments, message, capsys):
   assert caught.value.code == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith("himap_jax.ask: ") and message in line
+
+
+@pytest.mark.parametrize("name", ["picture.png", "./picture.png", "link.png"])
+def test_show_over_a_picture(name, picture, tmp_path, capsys, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "link.png").symlink_to(picture)
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+    command.main(flags.FLAGS(["ask", "/nowhere.png", picture, "why?", f"--show={name}", "--checkpoint=/nowhere"]))
+  assert caught.value.code == 2
+  assert "is a picture of the question, which it would overwrite" in capsys.readouterr().err
