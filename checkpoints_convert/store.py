@@ -105,6 +105,8 @@ def locked(target: AnyPath) -> Iterator[None]:
     try:
       lock.acquire(timeout=0)
     except filelock.Timeout:
+      if not path.exists():
+        path.touch()  # raises where no file can be made, which the lock would wait for
       print(f"waiting for the process that is writing {target}", file=sys.stderr)
       lock.acquire()
   try:

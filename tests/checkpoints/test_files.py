@@ -113,6 +113,11 @@ class TestLocks:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert os.listdir(tmp_path) == ["file"]
 
+  def test_no_waiting_where_no_lock_can_be_made(self):
+    with pytest.raises(CheckpointError, match=r"/proc/target: cannot be written \(.*No such file"):
+      with store.locked(pathlib.Path("/proc/target")):
+        pass
+
   @pytest.mark.parametrize(
     "error",
     [
