@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import commands
+import pytest
 import running
 from running import read, write_rows
 
@@ -37,16 +38,21 @@ class TestProcesses:
     for name in FLAGS:
       assert f"  --{name}: " in text
 
-  def test_interrupted_while_it_imports(self, monkeypatch, tmp_path):
+  @pytest.mark.parametrize("module", ["himap_jax.run", "experiments.compare", "experiments.flow.saliency"])
+  def test_interrupted_while_it_imports(self, module, monkeypatch, tmp_path):
     """Without a word, while a library takes its time."""
     (tmp_path / "jax.py").write_text("import time\nprint(flush=True)\ntime.sleep(100)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    command = ["env", "--default-signal=INT", sys.executable, "-m", "himap_jax.run"]  # the tests may ignore it
+    command = ["env", "--default-signal=INT", sys.executable, "-m", module]  # the tests may ignore it
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
       process.stdout.readline()
       process.send_signal(signal.SIGINT)
       assert process.communicate() == (b"", b"")
     assert process.returncode == -signal.SIGINT
+
+  def test_an_import_of_experiments_leaves_interrupts_alone(self):
+    code = "import signal\nbefore = signal.getsignal(signal.SIGINT)\nimport experiments\n"
+    commands.Command(f"{code}assert signal.getsignal(signal.SIGINT) is before\n").succeeded()
 
   def test_interrupted_killed_and_started_again(self, config, checkpoints, cache, tmp_path):
     """One row a batch, from a flagfile, on a checkpoint that the first process converts."""
