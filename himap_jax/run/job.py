@@ -33,7 +33,7 @@ from himap_jax.run.summary import Report, Summary
 from himap_jax.run.user_errors import user_error
 
 _OUTPUT_FILES = ("", ".jsonl", ".settings.json", ".partial", ".jsonl.partial")  # suffixes of what a run writes
-_OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xlsx")  # suffixes that an output cannot have
+_OTHER_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".xls", ".xlsx")  # suffixes that an output cannot have
 
 
 def run(config: RunConfig) -> int:
@@ -164,7 +164,7 @@ def _check_paths(config: RunConfig) -> None:
   with user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
     if not config.output.name or config.output.is_dir():
       raise UserError(f"--output={config.output} is a directory; name a file in it")
-    if config.output.suffix in _OTHER_TABLES:
+    if config.output.suffix.lower() in _OTHER_TABLES:
       raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
     files = (config.output.with_name(config.output.name + suffix) for suffix in _OUTPUT_FILES)
     for path in files if config.prompts.is_file() else ():

@@ -60,7 +60,7 @@ class Output(contextlib.AbstractContextManager):
 
 def _open_writer(contract: Contract, resume: bool) -> OutputWriter:
   comparison, path = Comparison(contract), contract.output
-  kind = table.TableWriter if path.suffix == table.SUFFIX else OutputWriter
+  kind = table.TableWriter if path.suffix.lower() == table.SUFFIX else OutputWriter
   writer = kind(path, resume=resume, is_stale=comparison.is_failed)
   try:
     writer.forget(comparison.changed())

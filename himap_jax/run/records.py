@@ -122,7 +122,12 @@ def open_records(path: pathlib.Path, split: str | None = None) -> Records:
   Raises:
     UserError: there is no such thing, it cannot be read, or it has no such split.
   """
-  is_id = not path.exists() and _HUB_ID.fullmatch(str(path)) and path.suffix not in itertools.chain(*KINDS.values())
+  suffix = path.suffix.lower()
+  if suffix == ".tsv" and not path.is_dir():
+    raise UserError(
+      f"cannot read the prompt file {path}: tables end with .parquet or .csv, whose fields commas separate"
+    )
+  is_id = not path.exists() and _HUB_ID.fullmatch(str(path)) and suffix not in itertools.chain(*KINDS.values())
   if path.is_dir() or is_id:
     with _needs_extra(path), _unreadable(path):
       own = splits.of_hub(str(path), split) if is_id else splits.of_directory(path, split)
@@ -131,7 +136,7 @@ def open_records(path: pathlib.Path, split: str | None = None) -> Records:
     raise UserError(f"--split={split}: {path} is a file; only directories and data sets of the hub have splits")
   if path.exists() and not path.is_file():
     raise UserError(f"cannot read the prompt file {path}: not a regular file, and prompts are read more than once")
-  kind = next((kind for kind, suffixes in KINDS.items() if path.suffix in suffixes), "json")
+  kind = next((kind for kind, suffixes in KINDS.items() if suffix in suffixes), "json")
   return _of_files(path, [path], kind)
 
 

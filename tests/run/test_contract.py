@@ -321,6 +321,13 @@ class TestContract:
     with Output(contract, resume=True) as output, pytest.raises(UserError, match="cannot write .*settings.json"):
       output.write([self.row(contract)])
 
+  @pytest.mark.parametrize("name", ["a.parquet", "a.PARQUET"])
+  def test_a_table_by_its_suffix(self, contract, name):
+    contract = dataclasses.replace(contract, output=contract.output.with_name(name))
+    with Output(contract, resume=True) as output:
+      output.write([self.row(contract)])
+    assert contract.output.read_bytes().startswith(b"PAR1")
+
   def test_the_first_process_refuses_for_all(self, contract, monkeypatch):
     contract.output.write_text("notes\n")
     sums = []

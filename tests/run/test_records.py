@@ -144,6 +144,11 @@ class TestLayouts:
     with pytest.raises(UserError, match="two has the splits train, test; choose one with --split"):
       read(tmp_path / "two")
 
+  def test_suffixes_in_capitals(self, tmp_path):
+    (tmp_path / "a.CSV").write_text("qid,img,q\n1,a.png,Why?\n")
+    assert list(read(tmp_path / "a.CSV")) == [Prompt("1", ("a.png",), "Why?")]
+    assert list(read(write_parquet(tmp_path / "a.Parquet", rows([1])))) == expected([1])
+
   @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
   def test_text(self, tmp_path, suffix):
     text = {"csv": "qid,img,q\n1,a.png,Why?\n2,,Who?\n", "jsonl": '{"qid": "1", "img": "a.png", "q": "Why?"}\n'}
@@ -465,8 +470,11 @@ class TestBad:
     ) as error:
       read(pathlib.Path("nobody/nothing"))
     assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="cannot read the prompt file nobody/nothing.csv: No such file"):
-      read(pathlib.Path("nobody/nothing.csv"))
+    for name in ("nobody/nothing.csv", "nobody/nothing.CSV"):
+      with pytest.raises(UserError, match=f"cannot read the prompt file {name}: No such file"):
+        read(pathlib.Path(name))
+    with pytest.raises(UserError, match="q.TSV: tables end with .parquet or .csv, whose fields commas separate"):
+      read(pathlib.Path("q.TSV"))
 
   def test_without_the_extra(self, tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", rows([1]))
