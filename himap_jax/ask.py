@@ -15,16 +15,19 @@ import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
+from PIL import Image
 
 from himap_jax.errors import UserError, check_text
 from himap_jax.run import command, model_flags
 from himap_jax.run.asking import INCOMPLETE, Asker
 from himap_jax.run.config import AnswerConfig
 from himap_jax.run.drawing import draw_kept
-from himap_jax.run.pictures import PictureFiles
+from himap_jax.run.pictures import ImageError, PictureFiles
+from himap_jax.run.sources import is_url
 from himap_jax.run.user_errors import user_error
 
 flags.adopt_module_key_flags(model_flags)  # for --help
+_USAGE = 'python -m himap_jax.ask picture.jpg "What is it?"'
 _SHOW = flags.DEFINE_string(
   "show", None, "The .png file to write: the pictures with the patches kept at each stage, by the rank of their scores."
 )
@@ -41,7 +44,7 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   if show is not None:
     _check_show(show, images)
   files = PictureFiles(allow_urls=config.allow_urls)
-  pictures = [files.load(image)[0] for image in images]
+  pictures = [_load(files, image) for image in images]
   asker = Asker.open(config)
   asked = asker.prepare(pictures, question, config.pruning)
   answered = asker.answer(asked, _printing(asker.processor.decode)).answered
@@ -54,6 +57,16 @@ def ask(config: AnswerConfig, images: Sequence[str], question: str, show: pathli
   if show is not None:
     with user_error(f"--show: cannot write {show}"):
       draw_kept(asker.processor.views(asked.example), answered.kept, answered.ranks).save(show, format="PNG")
+
+
+def _load(files: PictureFiles, image: str) -> Image.Image:
+  """A picture; the error about one that is missing also says where the question belongs, which may be taken for one."""
+  try:
+    return files.load(image)[0]
+  except ImageError as error:
+    if os.path.exists(image) or is_url(image):
+      raise
+    raise UserError(f"{error}; the question is the last argument, in quotes: {_USAGE}") from error
 
 
 def _check_show(show: pathlib.Path, images: Sequence[str]) -> None:
@@ -90,8 +103,8 @@ def main(argv: Sequence[str]) -> None:
 
   def action() -> int:
     *images, question = argv[1:] or ("",)
-    if not question or (not images and os.path.isfile(question)):
-      raise UserError('a question is needed: python -m himap_jax.ask picture.jpg "What is it?"')
+    if not question.strip() or os.path.isfile(question):
+      raise UserError(f"a question is needed, as the last argument, in quotes: {_USAGE}")
     show = None if _SHOW.value is None else pathlib.Path(_SHOW.value)
     ask(model_flags.one_row_config(), images, question, show)
     return 0

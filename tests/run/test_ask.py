@@ -85,8 +85,12 @@ def test_text_appears_as_it_is_generated(capsys):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    ((), 'a question is needed: python -m himap_jax.ask picture.jpg "What is it?"'),
+    ((), 'a question is needed, as the last argument, in quotes: python -m himap_jax.ask picture.jpg "What is it?"'),
     ((__file__,), "a question is needed"),
+    ((__file__, "  "), "a question is needed"),
+    (("why?", __file__), "a question is needed, as the last argument"),
+    (("what", "is", "it?"), "what: No such file or directory; the question is the last argument, in quotes: python -m"),
+    ((__file__, "why?"), "test_ask.py: not an image of a supported format"),
     (("why?", "--show=kept.png"), "--show needs a picture"),
     ((__file__, "why?", "--show=/nowhere/kept.png"), "there is no directory /nowhere; make it first"),
     ((__file__, "why?", "--show=kept.jpg"), "--show=kept.jpg: a PNG is written; name a file that ends in .png"),
