@@ -30,7 +30,8 @@ def read_json(path: AnyPath) -> dict[str, Any]:
   try:
     fields = json.loads(path.read_text(encoding="utf-8"))
   except (OSError, ValueError, RecursionError) as error:
-    raise CheckpointError(f"{path}: cannot be read ({first_line(error)})") from error
+    reason = getattr(error, "strerror", None) or first_line(error)
+    raise CheckpointError(f"{path}: cannot be read ({reason})") from error
   if not isinstance(fields, dict):
     raise CheckpointError(f"{path}: not a JSON object")
   return fields

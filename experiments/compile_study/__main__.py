@@ -46,7 +46,7 @@ def run(values: Any) -> study.Report:
   planned.without_devices()
   setting = Setting(
     **{name: values[name].value for name in ("checkpoint", "dtype", "num_prompts", "seed")},
-    inputs=InputConfig(prompt_buckets=flag_values.numbers(values["prompt_buckets"], int), batch_size=values.batch_size),
+    inputs=InputConfig(prompt_buckets=flag_values.buckets(values["prompt_buckets"]), batch_size=values.batch_size),
     prune_layers=flag_values.numbers(values["prune_layers"], int),
     keep=flag_values.numbers(values["keep"], flag_values.keep_count),
   )

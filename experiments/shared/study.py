@@ -120,8 +120,9 @@ def _define_directories(workdir: str | None = None, output: str | None = None) -
 
 def inputs() -> InputConfig:
   """The preparation of prompts that the flags describe."""
-  buckets = flag_values.numbers(flags.FLAGS["prompt_buckets"], int) or ()
-  return InputConfig(flags.FLAGS.prompt_template, buckets, flags.FLAGS.batch_size)
+  return InputConfig(
+    flags.FLAGS.prompt_template, flag_values.buckets(flags.FLAGS["prompt_buckets"]), flags.FLAGS.batch_size
+  )
 
 
 def load_subject(*, needs_answers: bool = False, needs_sequence: bool = True, **batches: int) -> Subject:

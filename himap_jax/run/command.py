@@ -76,7 +76,9 @@ def start(name: str, main: Callable[[Sequence[str]], None], needed: Sequence[str
       print(flag_help.text(sys.modules["__main__"].__doc__ or name, flags.FLAGS, needed))
       sys.exit(0)
     try:
-      return flags.FLAGS(argv)
+      others = flags.FLAGS(argv)
+      flag_help.check_not_empty(flags.FLAGS, needed)
+      return others
     except flags.Error as error:
       print(f"{name}: {flag_help.reason(error, list(flags.FLAGS))}", file=sys.stderr)
       sys.exit(2)

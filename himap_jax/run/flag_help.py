@@ -1,6 +1,7 @@
 """What commands say of their flags: `--help` by topic, and suggestions for unknown flags."""
 
 import difflib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -50,10 +51,18 @@ def _described(flag: flags.Flag) -> str:
   return flags.text_wrap(f"--{name}: {flag.help}{default}", indent="      ", firstline_indent="  ")
 
 
+def check_not_empty(values: flags.FlagValues, names: Sequence[str]) -> None:
+  """Raises `flags.Error` if one of these flags, or the checkpoint, is given as an empty text."""
+  for name in (*names, "checkpoint"):
+    if name in values and values[name].value == "":
+      raise flags.IllegalFlagValueError(f"--{name} is empty; see --help")
+
+
 def reason(error: flags.Error, known: Sequence[str]) -> str:
   """Why flags cannot be parsed, in one line; `known` are the flags' names."""
   if not isinstance(error, flags.UnrecognizedFlagError):
-    return " ".join(str(error).split())
+    missing = re.search(r"Flag (--\w+) must have a value other than None", str(error))
+    return f"{missing[1]} is required; see --help" if missing else " ".join(str(error).split())
   given = error.flagname.replace("-", "_")
   meant = [ours for ours, others in OTHER_NAMES.items() if given in others and ours in known]
   meant = meant or difflib.get_close_matches(given, known, n=1)

@@ -32,11 +32,19 @@ def named_number(text: str) -> tuple[str, float]:
   return name.strip(), float(value)
 
 
+def buckets(flag: Any) -> tuple[int, ...]:
+  """The padded lengths in a list flag; `UserError` if there are none or one cannot be parsed."""
+  lengths = numbers(flag, int)
+  if not lengths:
+    raise UserError(f"--{flag.name} is empty; name lengths such as 64,128")
+  return lengths
+
+
 def chosen(flag: Any, known: Collection[str]) -> list[str]:
   """The names in a list flag; `UserError` if one is unknown."""
   for name in flag.value:
     if name not in known:
-      raise UserError(f"--{flag.name}: unknown {name!r}; known: {', '.join(known)}")
+      raise UserError(f"--{flag.name}: {f'unknown {name!r}' if name else 'an empty name'}; known: {', '.join(known)}")
   return flag.value
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags
 
+from checkpoints_convert.errors import CheckpointError
 from checkpoints_convert.json_files import read_json
 from himap_jax import checkpoint
 from himap_jax.engine.engine import GenerationConfig
@@ -92,12 +93,13 @@ def values_from_flags() -> dict[str, Any]:
   if _MAX_NEW_TOKENS.value < 1:
     raise UserError(f"--max_new_tokens must be at least 1, but is {_MAX_NEW_TOKENS.value}")
   sampling = Sampling(_TEMPERATURE.value, _TOP_P.value)
-  buckets = flag_values.numbers(_PROMPT_BUCKETS, int) or ()
   return {
     **{name: flags.FLAGS[name].value for name in _VALUES},
     "pruning": _pruning(),
     "generation": GenerationConfig(_MAX_NEW_TOKENS.value, sampling, _SEED.value, _IGNORE_EOS.value),
-    "inputs": InputConfig(_PROMPT_TEMPLATE.value, buckets, max_image_tokens=_MAX_IMAGE_TOKENS.value),
+    "inputs": InputConfig(
+      _PROMPT_TEMPLATE.value, flag_values.buckets(_PROMPT_BUCKETS), max_image_tokens=_MAX_IMAGE_TOKENS.value
+    ),
     "mesh": flag_values.parse_mesh(_MESH.value) if _MESH.value else None,
     "compilation_cache_dir": command.compilation_cache_dir(_COMPILATION_CACHE_DIR.value),
   }
@@ -118,7 +120,10 @@ def _pruning() -> PruningConfig:
   for name in given:
     if flags.FLAGS[name].present:
       raise UserError(f"--schedule={_SCHEDULE.value} takes the place of --{name}")
-  fields = read_json(pathlib.Path(_SCHEDULE.value))
+  try:
+    fields = read_json(pathlib.Path(_SCHEDULE.value))
+  except CheckpointError as error:
+    raise UserError(f"--schedule={error}") from error
   if not fields.keys() >= set(given) or not isinstance(fields["method"], str):
     wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
     raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}")

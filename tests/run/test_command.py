@@ -60,6 +60,25 @@ def test_a_flag_that_there_is_not(given, meant):
   assert reason == f"unknown flag --{given}; {f'did you mean {meant}? ' if meant else ''}--help shows all"
 
 
+@pytest.mark.parametrize(
+  "given, message",
+  [
+    (("--target=t",), "--source is required; see --help"),
+    (("--source=s", "--target="), "--target is empty; see --help"),
+    (("--source=s", "--target=t", "--checkpoint="), "--checkpoint is empty; see --help"),
+    (("--source=s", "--target=t", "--checkpoint=c"), None),
+  ],
+)
+def test_a_flag_without_a_value(given, message):
+  code = "from absl import flags\nfrom himap_jax.run import command\n"
+  for name, required in (("source", True), ("target", True), ("checkpoint", False)):
+    code += f"flags.DEFINE_string('{name}', None, '', required={required})\n"
+  code += "command.start_action('tool', lambda: 0, needed=('source', 'target'))\n"
+  done = commands.Command(code, *given)
+  _, errors = done.communicate()
+  assert (errors, done.process.exitcode) == ((f"tool: {message}\n", 2) if message else ("", 0))
+
+
 def test_every_flag_of_the_command_has_a_topic_or_is_among_the_others():
   own = {flag.name for module in (model_flags, run_flags, pruning_flags) for flag in module_flags(module)}
   assert (
