@@ -69,9 +69,12 @@ def open_source(name: str | pathlib.Path, vision_tower: str | None = None, *, al
   """Finds a published checkpoint, a directory or a Hub id, and reads the headers of its weights.
 
   For the original layout, `vision_tower` replaces the one in config.json. `allow_pickle` tells whether pickled weights
-  are read if there are no safetensors. Raises `CheckpointError` if a file is missing, incomplete or unreadable.
+  are read if there are no safetensors. Raises `CheckpointError` if a file is missing, incomplete or unreadable, or the
+  checkpoint is a converted one.
   """
   directory = locate(str(name), allow_pickle=allow_pickle)
+  if read_marker(directory) is not None:
+    raise CheckpointError(f"{directory}: already converted; himap_jax.run reads it as it is")
   fields = read_json(directory / "config.json")
   tensors = tuple(read_headers(directory, allow_pickle=allow_pickle).values())
   if not original.is_original(fields):

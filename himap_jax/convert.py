@@ -9,11 +9,15 @@ from himap_jax.run import startup
 
 startup.begin()
 
+import pathlib
+
 import jax
 from absl import flags
 
+from checkpoints_convert import remote
 from checkpoints_convert.convert import convert, open_source
 from himap_jax.checkpoint import default_cache_dir, describe
+from himap_jax.errors import UserError
 from himap_jax.run import command
 
 _SOURCE = flags.DEFINE_string(
@@ -43,7 +47,11 @@ def run() -> int:
   """Converts the checkpoint that the flags name and prints the target."""
   jax.config.update("jax_platforms", "cpu")
   source = open_source(_SOURCE.value, _VISION_TOWER.value, allow_pickle=_ALLOW_PICKLE.value)
-  print(convert(source, _TARGET.value, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
+  target = _TARGET.value
+  is_local = not remote.is_remote(target)
+  if is_local and pathlib.Path(target).expanduser().resolve().is_relative_to(source.directory.resolve()):
+    raise UserError(f"--target={target} is in the directory of the source; name another directory")
+  print(convert(source, target, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
   return 0
 
 

@@ -530,7 +530,12 @@ def test_command(clip, expected, tmp_path):
   done = commands.Command("himap_jax.convert", f"--source={clip}", f"--target={tmp_path / 'target'}")
   assert done.succeeded().strip() == str(tmp_path / "target") and "orbax" not in done.text()[1]
   assert_same_trees(flat_params(tmp_path / "target"), expected)
-  refused = commands.Command("himap_jax.convert", f"--source={tmp_path}", f"--target={tmp_path / 'other'}")
-  _, errors = refused.communicate()
-  assert refused.process.exitcode == 2
-  assert errors.strip().splitlines()[-1].startswith("himap_jax.convert: ") and "Traceback" not in errors
+  for given, target, message in (
+    (tmp_path, "other", ""),
+    (tmp_path / "target", "other", f"{tmp_path / 'target'}: already converted; himap_jax.run reads it as it is"),
+    (clip, clip / "converted", f"--target={clip / 'converted'} is in the directory of the source"),
+  ):
+    refused = commands.Command("himap_jax.convert", f"--source={given}", f"--target={tmp_path / target}")
+    _, errors = refused.communicate()
+    assert refused.process.exitcode == 2
+    assert errors.strip().splitlines()[-1].startswith(f"himap_jax.convert: {message}") and "Traceback" not in errors
