@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> None:
         print(file=sys.stderr)
     return 0
 
-  command.execute("himap_jax.demo", argv, action)
+  command.execute("himap_jax.demo", argv, action, resumes=False)
 
 
 if __name__ == "__main__":

@@ -164,6 +164,8 @@ def _check_paths(config: RunConfig) -> None:
   with user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
     if not config.output.name or config.output.is_dir():
       raise UserError(f"--output={config.output} is a directory; name a file in it")
+    if str(config.output) == "-":
+      raise UserError("--output=-: rows are written to a file, from which a run continues; name one")
     if config.output.suffix.lower() in _OTHER_TABLES:
       raise UserError(f"--output={config.output}: the output is JSONL, or parquet if its name ends with .parquet")
     files = (config.output.with_name(config.output.name + suffix) for suffix in _OUTPUT_FILES)

@@ -17,7 +17,7 @@ from himap_jax.families.prompts import IMAGE_TAG
 from himap_jax.run.records import BadRow, Record, Records, check_readable, kind_of
 
 ROLES = ("system", "user", "assistant")
-IMAGE_FIELDS = ("image", "url", "path", "base64")
+IMAGE_FIELDS = ("image", "url", "path", "base64", "image_url")
 MOST_FIELDS = 100
 
 _NUMBERS = {"max_new_tokens": int, "temperature": float, "top_p": float}

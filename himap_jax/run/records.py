@@ -230,6 +230,8 @@ def _csv_columns(path: pathlib.Path) -> list[str]:
       names = next(rows, [])
     except csv.Error as error:
       raise UserError(f"{path}: the line of column names is not valid CSV: {error}") from error
+  if not names:
+    raise UserError(f"the prompt file {path}: its first line is empty; it must name the columns")
   repeated = [name for name, count in collections.Counter(names).items() if name and count > 1]
   if repeated:
     raise UserError(f"{path}: several columns have the name {repeated[0]!r}")

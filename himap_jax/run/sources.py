@@ -78,7 +78,9 @@ def open_source(image: str | bytes, image_dir: pathlib.Path, *, allow_urls: bool
   except OSError as error:
     if _BASE64.fullmatch(image) and (_PICTURE.match(image) or not is_name(image)):
       return _decoded(image, image)
-    raise UserError(f"{short_name(image)}: {error.strerror}") from error
+    is_missing = isinstance(error, FileNotFoundError) and not os.path.isabs(image)
+    where = f" in {image_dir.absolute()}" if is_missing else ""
+    raise UserError(f"{short_name(image)}: {error.strerror}{where}") from error
   except ValueError as error:
     raise UserError(f"{short_name(image)!r}: {error}") from error
 

@@ -78,13 +78,18 @@ class Summary:
     for result in results:
       if result.row["error"] is not None:
         self.num_errors += 1
-        self.first_error = self.first_error or f"{result.row['id']}: {result.row['error']}"
+        self.first_error = self.first_error or _named(str(result.row["id"]), result.row["error"])
         continue
       self.num_new_tokens += result.num_new_tokens
       self.num_slots += result.num_slots
       self.num_padded_tiles += result.num_padded_tiles
       counts = (result.num_tiles, result.num_image_tokens, result.num_text_tokens)
       self.answered[*counts, tuple(result.kept)] += 1
+
+
+def _named(row_id: str, error: str) -> str:
+  """An error with its row's id, unless that is a label, `line:3`, with which the error begins as `line 3`."""
+  return error if error.startswith(f"{row_id.replace(':', ' ')}: ") else f"{row_id}: {error}"
 
 
 @dataclasses.dataclass(frozen=True)

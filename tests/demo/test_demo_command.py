@@ -6,7 +6,21 @@ import urllib.request
 
 import commands
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 from served import NAME
+
+from himap_jax.demo import __main__ as demo
+
+
+def test_interrupted_while_it_reads_the_checkpoint(monkeypatch, capsys):
+  def interrupted():
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("himap_jax.run.model_flags.one_row_config", interrupted)
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as caught:
+    demo.main(flags.FLAGS(["demo"]))
+  assert caught.value.code == 130 and capsys.readouterr().err == "\nhimap_jax.demo: interrupted\n"
 
 
 @pytest.mark.sampled(of="demos")

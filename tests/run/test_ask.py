@@ -89,7 +89,7 @@ def test_text_appears_as_it_is_generated(capsys):
     ((__file__,), "a question is needed"),
     ((__file__, "  "), "a question is needed"),
     (("why?", __file__), "a question is needed, as the last argument"),
-    (("what", "is", "it?"), "what: No such file or directory; the question is the last argument, in quotes: python -m"),
+    (("what", "is", "it?"), "; the question is the last argument, in quotes: python -m himap_jax.ask picture.jpg"),
     ((__file__, "why?"), "test_ask.py: not an image of a supported format"),
     (("why?", "--show=kept.png"), "--show needs a picture"),
     ((__file__, "why?", "--show=/nowhere/kept.png"), "there is no directory /nowhere; make it first"),

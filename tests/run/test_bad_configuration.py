@@ -64,6 +64,7 @@ class TestBadConfiguration:
       (dict(output=pathlib.Path("/proc/nowhere/output.jsonl")), "--output: cannot create the directory"),
       (dict(output=pathlib.Path("/dev/full")), "not a regular file"),
       (dict(output=pathlib.Path("x.csv")), "--output=x.csv: the output is JSONL, or parquet if its name ends with"),
+      (dict(output=pathlib.Path("-")), "--output=-: rows are written to a file, from which a run continues; name one"),
       (dict(output=pathlib.Path("x.CSV")), "--output=x.CSV: the output is JSONL"),
       (dict(output=pathlib.Path("x.xls")), "--output=x.xls: the output is JSONL"),
       (dict(output=pathlib.Path("x" * 300)), "File name too long"),

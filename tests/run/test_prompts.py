@@ -65,7 +65,7 @@ class TestMessages:
         {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
         {
           "role": "user",
-          "content": [{"type": "image", "path": "c.png"}, {"type": "image_url", "image_url": {"url": "d"}}],
+          "content": [{"type": "image", "path": "c.png"}, {"type": "image_url", "image_url": "d"}],
         },
       ],
     )
@@ -88,7 +88,7 @@ class TestMessages:
       ([{"role": "user"}], "message 1: its content must be a text or a list of parts"),
       ([{"role": "user", "content": ["x"]}], "message 1: its content must be a text or a list of parts"),
       ([{"role": "user", "content": [{"type": "video", "video": "x"}]}], "type must be text, image or image_url, not 'video'"),
-      ([{"role": "user", "content": [{"type": "image"}]}], 'message 1: "image" or "url" or "path" or "base64" is missing'),
+      ([{"role": "user", "content": [{"type": "image"}]}], 'message 1: "image" or "url" or "path" or "base64" or "image_url" is missing'),
       ([{"role": "user", "content": [{"type": "image", "image": 3}]}], 'message 1: "image" must be a string, not a number'),
       ([{"role": "user", "content": [{"type": "text", "text": 3}]}], 'message 1: "text" must be a string, not a number'),
       ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "the last message must be the user's"),

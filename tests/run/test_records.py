@@ -432,6 +432,12 @@ class TestBad:
     with pytest.raises(UserError, match="a.csv: the line of column names is not valid CSV: a line is longer than 1 M"):
       read(path)
 
+  @pytest.mark.parametrize("text", ["", "\n1,a.png,Why?\n"])
+  def test_a_csv_without_names_of_columns(self, tmp_path, text):
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(UserError, match="a.csv: its first line is empty; it must name the columns"):
+      read(tmp_path / "a.csv")
+
   def test_columns_of_one_name(self, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("id,image,question,,,question\n1,,Why?,,,Who?\n")

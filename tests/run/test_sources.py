@@ -87,6 +87,18 @@ def test_what_names_no_picture(image, message, tmp_path):
   assert files.digest(image) is None or message.endswith(("format", "damaged image")) or image.startswith("http")
 
 
+def test_where_a_missing_picture_was_looked_for(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for files, image, place in (
+    (PictureFiles(), "a.png", f" in {tmp_path}"),
+    (PictureFiles(pathlib.Path("pictures")), "a.png", f" in {tmp_path}/pictures"),
+    (PictureFiles(), "/nowhere/a.png", ""),
+  ):
+    with pytest.raises(ImageError) as error:
+      files.load(image)
+    assert str(error.value) == f"{image}: No such file or directory{place}"
+
+
 @pytest.fixture
 def downloads(monkeypatch):
   """Returns `on_disk()`: the sizes of the files that hold downloads, of which there are none yet."""
