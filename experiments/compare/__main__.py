@@ -16,7 +16,7 @@ from absl import flags
 
 from experiments import question_sets
 from experiments.compare import files, measure, report
-from experiments.compare.comparison import Comparison, Pair, parse_pair
+from experiments.compare.comparison import Comparison, Pair, match_pair, parse_pair
 from experiments.compare.grid import Shape, check, check_any, make_cells
 from experiments.compare.power import power
 from experiments.compare.prompt_sizes import prompt_sizes
@@ -64,6 +64,8 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
   """Runs the missing cells; returns the comparison, the report's examples, and the pairs to compare."""
   budgets, ranking = flag_values.numbers(values["budgets"], float), flag_values.numbers(values["shortv_ranking"], int)
   check(values.methods, budgets, values.settings)
+  for text in values.pairs:
+    match_pair(text)
   generation = GenerationConfig(values.max_new_tokens, seed=values.seed)
   timing = {name: values[f"timing_{name}"].value for name in ("batch_size", "new_tokens", "repeats")}
   num_rows = math.gcd(values.batch_size, timing["batch_size"])

@@ -37,13 +37,19 @@ class Pair(NamedTuple):
   types: tuple[str, ...] = ()
 
 
-def parse_pair(text: str, cells: Sequence[Cell], questions: Sequence[Question]) -> Pair:
-  """Reads `LABEL~LABEL` or `LABEL~LABEL in TYPE/TYPE`; raises `UserError` for anything that is not there."""
+def match_pair(text: str) -> re.Match[str]:
+  """The parts of a pair, whatever cells there are; raises `UserError` for what is none."""
   match = _PAIR.fullmatch(text)
   if not match:
     raise UserError(
       f"--pairs: {text!r} is not two cells, such as divprune 64~random 64, or divprune 64~random 64 in TYPE"
     )
+  return match
+
+
+def parse_pair(text: str, cells: Sequence[Cell], questions: Sequence[Question]) -> Pair:
+  """Reads `LABEL~LABEL` or `LABEL~LABEL in TYPE/TYPE`; raises `UserError` for anything that is not there."""
+  match = match_pair(text)
   pair = Pair(match["label"], match["other"], tuple(match["types"].split("/")) if match["types"] else ())
   run = [cell.label for cell in cells if cell.schedule is not None]
   for label in pair[:2]:

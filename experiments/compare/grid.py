@@ -146,6 +146,7 @@ def make_cells(
   `ranking` is as in `schedule_for_budget`. Raises `UserError` as `check`, or for a budget above the image's tokens.
   """
   check(methods, budgets, settings)
+  explicit = [Cell(text.partition(":")[0], text, schedule=parse_setting(text).schedule(*shape)) for text in settings]
   if max(budgets, default=0) > shape.num_image_tokens:
     raise UserError(f"a budget must be at most the image's {shape.num_image_tokens} tokens, not {max(budgets):g}")
   cells = [Cell(REFERENCE, REFERENCE, schedule=Schedule())]
@@ -158,8 +159,7 @@ def make_cells(
       except UserError as error:
         note = str(error)
       cells.append(Cell(name, f"{name} {budget:g}", budget, schedule, note))
-  cells += [Cell(text.partition(":")[0], text, schedule=parse_setting(text).schedule(*shape)) for text in settings]
-  return list({cell.label: cell for cell in cells}.values())
+  return list({cell.label: cell for cell in (*cells, *explicit)}.values())
 
 
 def check_any(cells: Sequence[Cell]) -> None:

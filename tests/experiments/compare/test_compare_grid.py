@@ -187,6 +187,7 @@ def test_cells_that_keep_positions():
     ({"settings": ["fastv:1.5"]}, "'fastv:1.5'"),
     ({"budgets": [64, -5]}, "a budget must be above 0, not -5"),
     ({"budgets": [float("nan")]}, "a budget must be above 0, not nan"),
+    ({"budgets": [9999], "settings": ["himap@2/40:288/72"]}, "before layer 40"),
     ({"budgets": [9999]}, "a budget must be at most the image's 576 tokens, not 9999"),
   ],
 )

@@ -3,6 +3,7 @@
 import itertools
 import pathlib
 
+import commands
 import numpy as np
 import pytest
 
@@ -67,3 +68,10 @@ def test_pairs_are_read():
   ):
     with pytest.raises(UserError, match=message):
       parse_pair(text, CELLS, QUESTIONS)
+
+
+def test_a_pair_that_is_none_is_refused_before_anything_is_read(tmp_path):
+  refused = commands.Command(
+    "experiments.compare", "--pairs=foo", "--question_set=/nowhere", f"--workdir={tmp_path}", f"--output={tmp_path}"
+  )
+  assert refused.communicate()[1].startswith("compare: --pairs: 'foo' is not two cells")
