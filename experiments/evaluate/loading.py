@@ -13,7 +13,7 @@ from typing import Any
 from checkpoints_convert.messages import first_line, some
 from experiments.evaluate.tasks.task import Record, Sample, Task
 from himap_jax.errors import UserError
-from himap_jax.run import hub, records
+from himap_jax.run import hub, records, splits
 from himap_jax.run.pictures import PictureFiles
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -150,6 +150,7 @@ def _of_split(names: Sequence[str], source: str, config: str | None, split: str)
   for pattern in _PARQUET:
     own = fnmatch.filter(names, f"{pattern.format(config=config or 'data', split=split)}.parquet")
     if own:
+      splits.check_complete(source, own, names)
       return own
   has = some([name for name in names if name.endswith(".parquet")]) or "no parquet files"
   raise UserError(f"{source} has neither {config or 'data'}/{split}-*.parquet nor official files; it has {has}")

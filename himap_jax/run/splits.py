@@ -1,5 +1,6 @@
 """The files of one split of a data set: a directory that `datasets` saved, or files as the hub lays them out."""
 
+import collections
 import pathlib
 import re
 import tempfile
@@ -14,6 +15,7 @@ KINDS = {kind: (f".{kind}",) for kind in ("parquet", "csv", "arrow")} | {"json":
 
 _DESCRIPTIONS = ("README.md", "dataset_infos.json", ".huggingface.yaml")  # which may say what files a split has
 _SAVED = ("dataset_dict.json", "state.json")
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})")  # one of several files
 
 
 class Files(NamedTuple):
@@ -76,7 +78,23 @@ def _laid_out(name: str, directory: pathlib.Path, split: str | None) -> Files:
   other = [path.name for path in paths if path.suffix not in KINDS.get(kind, ())]
   if kind not in KINDS or other:
     raise UserError(f"{name} has files of another kind ({some(other)}); supported are parquet, csv, jsonl and arrow")
+  known = (str(own) for folder in {path.parent for path in paths} for own in folder.iterdir())
+  check_complete(name, map(str, paths), known)
   return Files(kind, paths)
+
+
+def check_complete(name: str, chosen: Iterable[str], known: Iterable[str]) -> None:
+  """Raises `UserError` if of files such as `test-00000-of-00003.parquet` some are chosen and not all are known."""
+  numbers = collections.defaultdict(set)
+  for stem, number, count in (found.groups() for found in map(_NUMBERED.match, known) if found):
+    numbers[stem, count].add(number)
+  for stem, _, count in (found.groups() for found in map(_NUMBERED.match, chosen) if found):
+    num_known = len(numbers[stem, count])
+    if num_known < int(count):
+      raise UserError(
+        f"{name} has only {num_known} of the {int(count)} files {pathlib.Path(stem).name}-*-of-{count}; download the "
+        "others, or repeat the command when the Hugging Face hub can be reached"
+      )
 
 
 def _choose(name: str, splits: Iterable[str], split: str | None) -> str:

@@ -127,6 +127,21 @@ class TestLayouts:
     with pytest.raises(UserError, match="own/er: no such file or directory, and it cannot be .* .no route to host"):
       read(pathlib.Path("own/er"))
 
+  def test_files_that_their_names_count_are_all_there(self, tmp_path, monkeypatch):
+    """Of the hub, too, where those that were downloaded earlier are listed; one that a card names alone is enough."""
+    for number in (0, 2):
+      write_parquet(tmp_path / "data" / f"test-{number:05}-of-00003-{'ab'[number // 2]}.parquet", rows([number]))
+    write_parquet(tmp_path / "data" / "train-00000-of-00001.parquet", rows([9]))
+    local_hub.serve(monkeypatch, tmp_path)
+    for path in (tmp_path, pathlib.Path("own/er")):
+      with pytest.raises(UserError, match=f"{path} has only 2 of the 3 files test-\\*-of-00003; download the others"):
+        read(path, "test")
+      assert list(read(path, "train")) == expected([9])
+    write_parquet(tmp_path / "data" / "test-00001-of-00003-c.parquet", rows([1]))
+    assert list(read(tmp_path, "test")) == expected(range(3))
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: A\n  data_files: data/test-00001-*\n---\n")
+    assert list(read(tmp_path)) == expected([1])
+
   def test_what_datasets_saved(self, tmp_path):
     types = {"qid": datasets.Value("int64"), "img": datasets.Image(), "q": datasets.Value("string")}
     own = [{name: row[name] for name in types} for row in rows(range(40))]

@@ -96,6 +96,18 @@ def test_files_of_the_hub_are_downloaded_when_they_are_reached(tmp_path, monkeyp
   assert len(load("docvqa", "someone/DocVQA")) == 2 and asked[3] == ("someone/DocVQA", *first)
 
 
+def test_files_that_their_names_count_are_all_there(tmp_path, monkeypatch):
+  """Also where the hub cannot be reached, and what was downloaded for a limit is found instead."""
+  published.write_parquet(tmp_path / "data/test-00000-of-00003.parquet", published.CHARTQA)
+  local_hub.serve(monkeypatch, tmp_path)
+  monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: 1 / 0)
+  monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  for source, name in ((None, "lmms-lab/ChartQA"), (tmp_path, tmp_path)):
+    with pytest.raises(UserError, match=f"^{name} has only 1 of the 3 files test-\\*-of-00003; download the others"):
+      load("chartqa", source)
+
+
 def test_ids_tell_two_questions_of_a_picture_apart(tmp_path):
   samples = load("mme_count", published.write_hub("mme_count", tmp_path))
   assert [sample.id for sample in samples] == ["count/0020.png", "count/0020.png#2"]
