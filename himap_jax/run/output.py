@@ -46,8 +46,10 @@ class Output(contextlib.AbstractContextManager):
     self.answered = np.array(has_row, bool)
     self._has_settings = False
 
-  def __exit__(self, *exception: object) -> None:
-    self._open.__exit__(*exception)
+  def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    self._open.__exit__(kind, *exception)
+    if kind is None:
+      processes.sum_over_processes([0])  # all wait for the first, which may take longer than JAX waits at exit
 
   def write(self, rows: Collection[Row]) -> None:
     """Writes a batch of rows, the same in every process, and first the settings; errors as in `OutputWriter.write`."""

@@ -11,6 +11,7 @@ import commands
 import jax
 import numpy as np
 import pytest
+from pyarrow import parquet
 
 from himap_jax.engine import processes
 from himap_jax.engine.processes import Share
@@ -197,6 +198,32 @@ class TestFlags:
   def test_one_process_joins_nobody(self, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
     processes.initialize(from_environment=False, coordinator=None, num_processes=None, process_id=None)
+
+
+SLOW_TABLE = """
+import functools, pathlib, sys, time
+import jax
+from himap_jax.engine import processes
+from himap_jax.run import table
+from himap_jax.run.contract import Contract
+from himap_jax.run.output import Output
+from himap_jax.run.prompts import Prompt, Prompts
+write_table = table.write_table
+table.write_table = lambda *paths: (time.sleep(8), write_table(*paths))
+jax.distributed.initialize = functools.partial(jax.distributed.initialize, shutdown_timeout_seconds=5)
+place = {"coordinator": sys.argv[1], "num_processes": 2, "process_id": int(sys.argv[2])}
+processes.initialize(from_environment=False, **place)
+with Output(Contract(pathlib.Path(sys.argv[3]), {}, Prompts.of([Prompt(1)])), resume=True) as output:
+  output.write([{"id": 1, "answer": "yes", "error": None, "digest": "a-b-c"}])
+"""
+
+
+def test_a_table_may_take_longer_than_jax_waits_at_exit(tmp_path):
+  address, path = f"127.0.0.1:{free_port()}", tmp_path / "output.parquet"
+  running = [commands.Command(SLOW_TABLE, address, number, path) for number in range(2)]
+  for command in running:
+    command.succeeded()
+  assert parquet.read_table(path)["id"].to_pylist() == [1]
 
 
 @dataclasses.dataclass(frozen=True)
