@@ -116,6 +116,11 @@ class OpenCheckpoint:
     """Digest of the contents of all files; the first call may read them all."""
     return self.weights.digest()
 
+  def check_unchanged(self, digest: str) -> None:
+    """Raises `UserError` if the digest is no longer this one."""
+    if self.digest() != digest:
+      raise UserError(f"{self.directory}: the checkpoint has changed since the run began; start it again")
+
   def num_bytes(self, dtype: Any, *, int8_weights: bool = False) -> int:
     """Size of the weights in bytes."""
     params = abstract_params(self.config, dtype)

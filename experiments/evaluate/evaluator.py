@@ -105,10 +105,12 @@ class Evaluator:
 
   @functools.cached_property
   def _loaded(self) -> LoadedModel:
-    dtype = flag_values.DTYPES[self.config.settings.dtype]
+    digest, dtype = self._subject["checkpoint"], flag_values.DTYPES[self.config.settings.dtype]
     mesh = self.opened.make_mesh(dtype, self.config.settings.batch_size)
     with out_of_memory_is_user_error():
-      return self.opened.restore(dtype=dtype, mesh=mesh)
+      loaded = self.opened.restore(dtype=dtype, mesh=mesh)
+    self.opened.check_unchanged(digest)
+    return loaded
 
   @functools.cached_property
   def _subject(self) -> dict[str, Any]:

@@ -87,8 +87,7 @@ def run(config: RunConfig) -> int:
       engine = config.restore(opened, mesh).engine(
         schedule, config.generation, config.inputs.batch_sizes(int((~output.answered).sum())).at_most(len(prompts))
       )
-      if opened.digest() != weights:
-        raise UserError(f"{opened.directory}: the checkpoint has changed since the run began; start it again")
+      opened.check_unchanged(weights)
       logging.info("ready: weights")
       answerer = Answerer(processor, batcher, engine, config.emit, config.pictures)
       with _profile(config.profile_dir):

@@ -4,6 +4,7 @@ import csv
 import functools
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import commands
@@ -20,7 +21,7 @@ from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks import TASKS
 from experiments.evaluate.tasks.task import Sample
 from experiments.shared import geometries, tabular
-from himap_jax import UserError
+from himap_jax import UserError, checkpoint
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.harness.settings import Settings
 from himap_jax.pruning.schedule import Schedule
@@ -230,6 +231,21 @@ def test_costs_are_of_the_questions_of_the_limit():
   samples = [Sample(str(n), references=("yes",)) for n in (0, 9)]  # the second has no row
   (row,) = Results(TASKS["gqa"], samples, {"none": rows}, {"none": Schedule()}, sizes).rows()
   assert row["seconds"] == 1 and row["flops"] == 1
+
+
+def test_a_checkpoint_that_changes_while_it_is_loaded(checkpoints, tmp_path, monkeypatch):
+  directory = shutil.copytree(checkpoints("dinov2_shrunk").directory, tmp_path / "checkpoint")
+  opened = checkpoint.open_checkpoint(str(directory), cache_dir=tmp_path / "cache")
+
+  def restore(self, **_):
+    with open(directory / "chat_template.jinja", "a") as file:
+      file.write(" ")
+
+  monkeypatch.setattr(checkpoint.OpenCheckpoint, "restore", restore)
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  evaluator = Evaluator(opened, EvaluationConfig(Settings(), tmp_path, tmp_path), {}, sizes)
+  with pytest.raises(UserError, match=f"{directory}: the checkpoint has changed since the run began"):
+    _ = evaluator._loaded
 
 
 def test_answers_of_others_are_not_scored(tmp_path):
