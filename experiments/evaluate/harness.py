@@ -81,7 +81,7 @@ class Recorded:
     return row
 
   def _key(self, request: Request) -> str:
-    """A digest of all that a response depends on; the place seeds methods that choose at random."""
+    """A digest of all that a response depends on; a question's place seeds methods that choose at random."""
     own = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     del own["pictures"]
     digest = hashlib.sha256(f"{self._subject}{own}".encode())

@@ -134,7 +134,10 @@ class Responder:
     return pool.Request(question.place, is_complete=is_complete, tag=(question, example))
 
   def losses(self, continuations: Sequence[Continuation]) -> Iterator[tuple[Continuation, Loss]]:
-    """Yields losses as they are ready; a prompt is prefilled once for all its continuations."""
+    """Yields losses as they are ready; a prompt is prefilled once for all its continuations.
+
+    The prompt seeds methods that choose at random, so that continuations scored later are read over the same tokens.
+    """
     by_prompt = collections.defaultdict(list)
     for continuation in continuations:
       by_prompt[continuation.prompt].append(continuation)
@@ -148,7 +151,7 @@ class Responder:
             logging.warning("request %d is not answered: its continuation %r has no tokens", own.place, own.target)
           groups.append([own for own, tokens in given if tokens])
           wanted.append([tokens for _, tokens in given if tokens])
-        scores = engine.score(inputs, [first.place for first, _ in batch], wanted)
+        scores = engine.score(inputs, [repr(first.prompt) for first, _ in batch], wanted)
         progress.update(len(batch))
         for group, given, own in zip(groups, wanted, scores, strict=True):
           for continuation, tokens, score in zip(group, given, own, strict=True):

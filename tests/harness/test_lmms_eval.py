@@ -248,6 +248,17 @@ def test_a_request_that_cannot_be_answered_leaves_the_others(loaded, images, mon
   assert made[-1].has_ended
 
 
+def test_choices_that_are_scored_later_are_read_over_the_same_random_tokens(loaded, images):
+  schedule = loaded.schedule("random", (1,), (3,))
+  responder = Responder(loaded, loaded.prompts(), schedule, Settings(method="random", prompt_buckets=(64,)))
+  choices = [
+    Continuation(place, "What?", lambda: [images[0]], f" {choice}", ("What?", 0))
+    for place, choice in enumerate(CHOICES)
+  ]
+  losses, later = ({own.place: loss.value for own, loss in responder.losses(own)} for own in (choices, choices[1:]))
+  assert later == pytest.approx({place: losses[place] for place in (1, 2, 3)})
+
+
 @pytest.mark.parametrize(
   ("given", "message"),
   [
