@@ -26,6 +26,7 @@ from himap_jax.run.output import Output
 from himap_jax.run.picture_sizes import image_sizes
 from himap_jax.run.pictures import PictureFiles
 from himap_jax.run.prompts import Prompt, Prompts
+from himap_jax.run.writer import is_torn
 
 Row = Mapping[str, Any]
 
@@ -99,6 +100,6 @@ def check_rows(contract: Contract, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: pathlib.Path) -> dict[str, Row]:
-  """The rows of a file by id; none if it does not exist."""
-  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-  return {str(row["id"]): row for row in map(json.loads, lines)}
+  """The rows of a file by id, without a torn one at the end; none if it does not exist."""
+  lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+  return {str(row["id"]): row for row in map(json.loads, itertools.filterfalse(is_torn, lines))}

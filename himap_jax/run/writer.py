@@ -133,10 +133,10 @@ class OutputWriter(contextlib.AbstractContextManager):
     with open(self._path, "rb") as file:
       for number, line in enumerate(file, start=1):
         if line.strip():
-          row = _parse(line)
-          if row is None and line.startswith(b"{") and not line.endswith(b"\n"):
+          if is_torn(line):
             self._file.truncate(end)
             break
+          row = _parse(line)
           if not _is_output_row(row):
             raise UserError(f"{self._path}: line {number} is not an output row ({', '.join(REQUIRED)})")
           key = str(row["id"])
@@ -148,6 +148,11 @@ class OutputWriter(contextlib.AbstractContextManager):
         if not line.endswith(b"\n"):
           _write_all(self._file, b"\n")
     self.answered -= self._stale
+
+
+def is_torn(line: bytes) -> bool:
+  """Whether a line is the beginning of a row, which a writer that was killed left at the end."""
+  return line.startswith(b"{") and not line.endswith(b"\n") and _parse(line) is None
 
 
 def _line(row: Row) -> bytes:

@@ -273,3 +273,6 @@ def test_answers_of_others_are_not_scored(tmp_path):
   digest = contract.row_digest(prompt, [hashlib.sha256(image).hexdigest() for image in prompt.images])
   contract.output.write_text(json.dumps({"id": prompt.id, "answer": "no", "error": None, "digest": digest}))
   assert evaluator().rows(task)[0]["questions"] == 1
+  contract.output.write_text(contract.output.read_text()[:-20])
+  with pytest.raises(UserError, match="--score_only: .* has no answers to gqa with none"):
+    evaluator().rows(task)
