@@ -7,6 +7,7 @@ from experiments.evaluate.metrics.yes_no import pope_answer, pope_scores
 from experiments.evaluate.tasks.official import picture, read_lines
 from experiments.evaluate.tasks.prompts import SHORT
 from experiments.evaluate.tasks.task import Known, Official, Record, Sample, Scored, Task
+from himap_jax.errors import UserError
 
 CATEGORIES = ("adversarial", "popular", "random")
 
@@ -46,9 +47,11 @@ def _answer(one: Scored) -> str:
 
 def _read(directory: pathlib.Path, split: str) -> Iterator[Record]:
   del split
-  for category in CATEGORIES:
-    path = directory / f"coco_pope_{category}.json"
-    for row in read_lines(path) if path.is_file() else ():
+  paths = {category: directory / f"coco_pope_{category}.json" for category in CATEGORIES}
+  if missing := [path.name for path in paths.values() if not path.is_file()]:
+    raise UserError(f"{directory} lacks {', '.join(missing)}; the scores of POPE are means of its three categories")
+  for category, path in paths.items():
+    for row in read_lines(path):
       image = picture(directory, row["image"], "val2014")
       name = row["image"].removesuffix(".jpg")
       yield {"question": row["text"], "answer": row["label"], "category": category, "image_source": name} | {

@@ -264,6 +264,13 @@ def test_chinese_questions_beside_english_ones(tmp_path):
     load("mmbench_en", tmp_path)
 
 
+def test_a_category_that_is_missing(tmp_path):
+  published.official_pope(tmp_path)
+  (tmp_path / "coco_pope_popular.json").unlink()
+  with pytest.raises(UserError, match="lacks coco_pope_popular.json; the scores of POPE are means of its three"):
+    load("pope", tmp_path)
+
+
 def test_an_official_picture_that_is_missing(tmp_path):
   published.official_pope(tmp_path)
   (tmp_path / "val2014/COCO_val2014_000000310196.jpg").unlink()
