@@ -128,6 +128,9 @@ def _pruning() -> PruningConfig:
     wanted = "an object with method, prune_layers and keep, as experiments.flow.calibrate writes it"
     raise UserError(f"--schedule={_SCHEDULE.value}: not {wanted}")
   methods.parse(fields["method"])
+  for name in ("method_parameters", "restore", "keep_positions"):
+    if fields.get(name):
+      raise UserError(f"--schedule={_SCHEDULE.value}: {name} is a flag of its own, --{name}")
   layers = _listed(fields, "prune_layers", _is_whole, "layers such as 2")
   keep = _listed(fields, "keep", _is_count_or_share, "counts such as 288 or shares such as 0.5")
   return dataclasses.replace(chosen, method=fields["method"], prune_layers=layers, keep=keep)

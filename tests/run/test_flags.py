@@ -103,6 +103,18 @@ class TestFlags:
         with pytest.raises(UserError, match=f"--schedule=.*: {name} must be a list of {wanted}.*, not "):
           config_from_flags()
 
+  @pytest.mark.parametrize(
+    "name, value", [("restore", True), ("keep_positions", True), ("method_parameters", {"a": 1})]
+  )
+  def test_flags_of_their_own_in_a_schedule_from_a_file(self, name, value, tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(json.dumps({"method": "himap", "prune_layers": [3, 9], "keep": [200, 50], name: value}))
+    with (
+      parsed(*NEEDED, f"--schedule={path}"),
+      pytest.raises(UserError, match=f"{name} is a flag of its own, --{name}"),
+    ):
+      config_from_flags()
+
   @pytest.mark.parametrize("name, devices", [("cloud_tpu_v5e_8", 8), ("cloud_tpu_v5e_16", 16)])
   def test_flagfiles_of_slices(self, name, devices, monkeypatch):
     monkeypatch.chdir(ROOT)
