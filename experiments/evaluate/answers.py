@@ -21,7 +21,7 @@ from himap_jax.generation import InputConfig, make_batcher
 from himap_jax.inputs import ImageSize
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.run.answering import Answerer
-from himap_jax.run.contract import Comparison, Contract
+from himap_jax.run.contract import Comparison, Contract, schedule_settings
 from himap_jax.run.output import Output
 from himap_jax.run.picture_sizes import image_sizes
 from himap_jax.run.pictures import PictureFiles
@@ -62,7 +62,7 @@ class TaskAnswerer:
     sizes = functools.cache(lambda: image_sizes(prompts, PictureFiles(), processor))
     for label, schedule in schedules.items():
       print(f"{task.title}, {label}", flush=True)
-      contract = contract_of(self.workdir, self.settings, task, label, prompts)
+      contract = contract_of(self.workdir, self.settings, task, label, schedule, prompts)
       contract.output.parent.mkdir(parents=True, exist_ok=True)
       with Output(contract, resume=True) as output:
         if not output.answered.all():
@@ -82,10 +82,11 @@ def rows_path(workdir: pathlib.Path, task: str, label: str) -> pathlib.Path:
 
 
 def contract_of(
-  workdir: pathlib.Path, settings: Mapping[str, Any], task: Task, label: str, prompts: Prompts
+  workdir: pathlib.Path, settings: Mapping[str, Any], task: Task, label: str, schedule: Schedule, prompts: Prompts
 ) -> Contract:
   """What a setting's answers to a task must match; `settings` as of `TaskAnswerer`."""
   settings = {**settings, "task": task.name, "setting": label, "max_new_tokens": task.max_new_tokens}
+  settings |= schedule_settings(schedule)
   return Contract(rows_path(workdir, task.name, label), settings, prompts, advice="use another --workdir")
 
 

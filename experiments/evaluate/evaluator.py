@@ -20,6 +20,7 @@ from himap_jax.harness.settings import Settings
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.pruning.sizes import ModelSizes
 from himap_jax.run import flag_values
+from himap_jax.run.contract import schedule_settings
 from himap_jax.run.user_errors import out_of_memory_is_user_error
 
 
@@ -80,7 +81,8 @@ class Evaluator:
             f"--score_only: {config.workdir} lacks {missing} of {len(prompts)} answers to {task.name} with {label}; "
             "the same command without --score_only adds them"
           )
-        check_rows(contract_of(config.workdir, self._subject, task, label, prompts), own.values())
+        contract = contract_of(config.workdir, self._subject, task, label, self.schedules[label], prompts)
+        check_rows(contract, own.values())
     results = Results(task, report.without_pictures(samples()), answers, self.schedules, self.sizes)
     print(report.preview(results, next(iter(self.schedules))), flush=True)
     report.write_samples(config.output, results)
@@ -96,7 +98,8 @@ class Evaluator:
         processor = self._loaded.prompts(settings.prompt_template, settings.max_image_tokens)
         responder = Responder(self._loaded, processor, schedule, settings)
       path = rows_path(config.workdir, f"lmms-{task.name}", label)
-      recorded = Recorded(path, self._subject | {"setting": label}, settings, responder)
+      subject = self._subject | {"setting": label} | schedule_settings(schedule)
+      recorded = Recorded(path, subject, settings, responder)
       runs[label] = task.run(recorded, config.limit)
     results = HarnessResults(runs, self.schedules, self.sizes)
     print(results.preview(next(iter(runs))), flush=True)

@@ -19,6 +19,7 @@ import numpy as np
 
 from checkpoints_convert.json_files import read_json, write_json
 from himap_jax.errors import UserError
+from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import sources
 from himap_jax.run.command import differences
 from himap_jax.run.pictures import PictureFiles
@@ -34,6 +35,17 @@ _REMEMBERED = 1 << 16  # digests of pictures that have names, which several rows
 def digest_of(settings: Mapping[str, Any]) -> str:
   """The settings part of a row's digest."""
   return _hex(json.dumps(settings, sort_keys=True))
+
+
+def schedule_settings(schedule: Schedule) -> dict[str, Any]:
+  """What answers depend on of a schedule besides its method."""
+  return {
+    "prune_layers": [*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)],
+    "keep": [stage.keep for stage in schedule.stages],
+    "method_parameters": dict(schedule.parameters),
+    "restore": schedule.restore,
+    "keep_positions": schedule.keep_positions,
+  }
 
 
 @dataclasses.dataclass(frozen=True)

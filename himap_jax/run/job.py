@@ -22,7 +22,7 @@ from himap_jax.pruning.schedule import Schedule
 from himap_jax.run import command
 from himap_jax.run.answering import Answerer
 from himap_jax.run.config import RunConfig
-from himap_jax.run.contract import Contract
+from himap_jax.run.contract import Contract, schedule_settings
 from himap_jax.run.drawing import saved_digest
 from himap_jax.run.output import Output
 from himap_jax.run.picture_sizes import image_sizes
@@ -125,11 +125,7 @@ def settings(config: RunConfig, schedule: Schedule, weights: str) -> dict[str, A
   return {
     "checkpoint": weights,
     "method": config.pruning.method,
-    "prune_layers": [*schedule.frozen_layers, *(stage.layer for stage in schedule.stages)],
-    "keep": [stage.keep for stage in schedule.stages],
-    "method_parameters": dict(schedule.parameters),
-    "restore": schedule.restore,
-    "keep_positions": schedule.keep_positions,
+    **schedule_settings(schedule),
     **dataclasses.asdict(config.generation),
     "prompt_template": config.inputs.prompt_template,
     "max_image_tokens": config.inputs.max_image_tokens,

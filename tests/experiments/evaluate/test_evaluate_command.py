@@ -16,6 +16,7 @@ from experiments.compare.grid import Shape, parse_setting
 from experiments.evaluate import loading, paper, report, scores
 from experiments.evaluate.answers import contract_of, prompts_of
 from experiments.evaluate.evaluator import EvaluationConfig, Evaluator
+from experiments.evaluate.harness import HarnessRun
 from experiments.evaluate.metrics import captions
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks import TASKS
@@ -249,24 +250,26 @@ def test_a_checkpoint_that_changes_while_it_is_loaded(checkpoints, tmp_path, mon
 
 
 def test_answers_of_others_are_not_scored(tmp_path):
-  """Those of another checkpoint or setting, and to another question."""
+  """Those of another checkpoint, setting or schedule, and to another question."""
   task, directories = TASKS["gqa"], (tmp_path / "work", tmp_path / "out")
   for directory in directories:
     directory.mkdir()
   sizes = model_sizes(geometries.model_of("demo"), (336, 336))
 
-  def evaluator(digest="a", **settings):
+  def evaluator(digest="a", schedule=Schedule(), **settings):
     config = EvaluationConfig(Settings(**settings), *directories, str(tmp_path / "data"), score_only=True)
-    return Evaluator(SimpleNamespace(digest=lambda: digest), config, {"none": Schedule()}, sizes)
+    return Evaluator(SimpleNamespace(digest=lambda: digest), config, {"none": schedule}, sizes)
 
   data = published.write_hub("gqa", tmp_path / "data")
   prompts = prompts_of(lambda: loading.load(task, str(data)))
-  contract = contract_of(directories[0], evaluator()._subject, task, "none", prompts)
+  contract = contract_of(directories[0], evaluator()._subject, task, "none", Schedule(), prompts)
   contract.output.parent.mkdir()
   with Output(contract, resume=True) as output:
     output.write([{"id": key, "answer": "no", "error": None, "digest": contract.digest} for key in prompts.keys])
   with pytest.raises(UserError, match="checkpoint was 'a', now 'b'; dtype was 'bfloat16', now 'float32'"):
     evaluator("b", dtype="float32").rows(task)
+  with pytest.raises(UserError, match="made with other settings .prune_layers was \\[\\], now \\[2\\]"):
+    evaluator(schedule=Schedule(frozen_layers=(2,))).rows(task)
   with pytest.raises(UserError, match="1 questions or pictures have changed; use another --workdir"):
     evaluator().rows(task)
   (prompt,) = prompts.where(np.ones(1, bool))
@@ -276,3 +279,19 @@ def test_answers_of_others_are_not_scored(tmp_path):
   contract.output.write_text(contract.output.read_text()[:-20])
   with pytest.raises(UserError, match="--score_only: .* has no answers to gqa with none"):
     evaluator().rows(task)
+
+
+def test_responses_of_another_schedule_are_not_used(tmp_path):
+  """For a task of lmms-eval."""
+  subjects = []
+
+  def run(recorded, limit):
+    subjects.append(recorded._subject)
+    return HarnessRun({}, {}, [])
+
+  config = EvaluationConfig(Settings(), tmp_path, tmp_path, score_only=True)
+  sizes = model_sizes(geometries.model_of("demo"), (336, 336))
+  for schedule in (Schedule(), Schedule(frozen_layers=(2,)), Schedule(parameters=(("threshold", 0.5),))):
+    evaluator = Evaluator(SimpleNamespace(digest=lambda: "a"), config, {"own": schedule}, sizes)
+    evaluator.harness_rows(SimpleNamespace(name="task", run=run))
+  assert len(set(subjects)) == 3
