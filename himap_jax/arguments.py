@@ -8,12 +8,10 @@ from PIL import Image
 
 from himap_jax.engine.accounting import provides
 from himap_jax.errors import UserError, check_is, check_text
-from himap_jax.families.family import Message, texts_of
+from himap_jax.families.family import ROLES, Message, texts_of
 from himap_jax.model.config import ModelConfig
 from himap_jax.pruning.methods import METHODS
 from himap_jax.pruning.schedule import Schedule, Stage
-
-ROLES = ("system", "user", "assistant")
 
 
 def check_questions(images: Any, questions: Any) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 from himap_jax.inputs import Example, ImageSize
 from himap_jax.model.config import ModelConfig
 
+ROLES = ("system", "user", "assistant")
+
 
 class Message(NamedTuple):
   """One message of a conversation; `<image>` in its text stands for the next picture."""

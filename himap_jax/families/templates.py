@@ -12,7 +12,8 @@ from typing import Any
 from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 
-SECONDS, BYTES = 5, 1 << 30  # that a template may take for short conversations
+SECONDS, BYTES = 5, 1 << 30  # of a processor and of memory, that a template may take for short conversations
+MAX_WAIT = 120  # seconds, on a machine with other work
 OPTIONS = {"date_string": "26 Jul 2024"}  # what Llama's templates write where they do not know the day
 TOO_MUCH = f"takes more than {SECONDS} s or {BYTES >> 30} GiB"
 DEFAULT = "default"  # of several templates the one that is used
@@ -42,7 +43,7 @@ def _problem(template: str, special_tokens: tuple[tuple[str, str], ...]) -> str:
   given = json.dumps([template, dict(special_tokens) | OPTIONS], ensure_ascii=False).encode("utf-8", "replace")
   environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # others would take memory
   try:
-    own = subprocess.run(command, input=given, capture_output=True, timeout=4 * SECONDS, env=environment)
+    own = subprocess.run(command, input=given, capture_output=True, timeout=MAX_WAIT, env=environment)
   except subprocess.TimeoutExpired:
     return TOO_MUCH
   if own.returncode == 2:

@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Bool
 
 from himap_jax.errors import UserError, check_text
-from himap_jax.families.family import Message
+from himap_jax.families.family import ROLES, Message
 from himap_jax.families.prompts import IMAGE_TAG
 from himap_jax.run.records import BadRow, Record, Records, check_readable, kind_of
 
-ROLES = ("system", "user", "assistant")
 IMAGE_FIELDS = ("image", "url", "path", "base64", "image_url")
 MOST_FIELDS = 100
 
