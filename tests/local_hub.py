@@ -17,6 +17,7 @@ def serve(monkeypatch, directory: pathlib.Path) -> list[tuple[str, ...]]:
     asked.append((repository, name, repo_type))
     return str(directory / name)
 
+  monkeypatch.setattr(huggingface_hub, "dataset_info", lambda repository, timeout: None)
   monkeypatch.setattr(huggingface_hub, "list_repo_files", list_repo_files)
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
   return asked

@@ -2,18 +2,21 @@
 
 import contextlib
 import pathlib
+import types
 from collections.abc import Iterator
 
 from checkpoints_convert.messages import first_line
 from himap_jax.errors import UserError
 
+_TIMEOUT = 30  # seconds
+
 
 def list_files(repository: str) -> list[str]:
   """The names of a data set's files; of those downloaded earlier if the hub cannot be reached."""
-  import huggingface_hub  # slow to import
-
+  huggingface_hub = _client()
   with _unreachable(repository):
     try:
+      huggingface_hub.dataset_info(repository, timeout=_TIMEOUT)  # is not repeated as the next is for half a minute
       return huggingface_hub.list_repo_files(repository, repo_type="dataset")
     except Exception:
       with contextlib.suppress(Exception):
@@ -24,10 +27,17 @@ def list_files(repository: str) -> list[str]:
 
 def download(repository: str, name: str) -> pathlib.Path:
   """A file in the hub's cache, downloaded if it is not there."""
-  import huggingface_hub
-
+  huggingface_hub = _client()
   with _unreachable(repository):
     return pathlib.Path(huggingface_hub.hf_hub_download(repository, name, repo_type="dataset"))
+
+
+def _client() -> types.ModuleType:
+  """The hub's library, which does not print its attempts."""
+  import huggingface_hub  # slow to import
+
+  huggingface_hub.utils.logging.set_verbosity_error()
+  return huggingface_hub
 
 
 @contextlib.contextmanager

@@ -113,7 +113,7 @@ class Records:
 
 
 def open_records(path: pathlib.Path, split: str | None = None) -> Records:
-  """The rows of a file, a directory or a hub id.
+  """The rows of a file, a directory or a hub id, whose owner is no directory here.
 
   Args:
     split: of a directory or hub id; `configuration/split` where it has several configurations. Not needed if there is
@@ -127,12 +127,12 @@ def open_records(path: pathlib.Path, split: str | None = None) -> Records:
     raise UserError(
       f"cannot read the prompt file {path}: tables end with .parquet or .csv, whose fields commas separate"
     )
-  is_id = not path.exists() and _HUB_ID.fullmatch(str(path)) and suffix not in itertools.chain(*KINDS.values())
+  is_id = not path.parent.is_dir() and _HUB_ID.fullmatch(str(path)) and suffix not in itertools.chain(*KINDS.values())
   if path.is_dir() or is_id:
     with _needs_extra(path), _unreadable(path):
       own = splits.of_hub(str(path), split) if is_id else splits.of_directory(path, split)
     return _of_files(path, own.paths, own.kind)
-  if split is not None:
+  if split is not None and path.exists():
     raise UserError(f"--split={split}: {path} is a file; only directories and data sets of the hub have splits")
   if path.exists() and not path.is_file():
     raise UserError(f"cannot read the prompt file {path}: not a regular file, and prompts are read more than once")

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import logging
 import os
 import pathlib
 import subprocess
@@ -141,6 +142,24 @@ class TestLayouts:
     assert list(read(tmp_path, "test")) == expected(range(3))
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: A\n  data_files: data/test-00001-*\n---\n")
     assert list(read(tmp_path)) == expected([1])
+
+  def test_an_unreachable_hub_is_asked_once_and_quietly(self, monkeypatch, capfd):
+    def fail(*arguments, **settings):
+      logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+      raise OSError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.dataset_info", fail)
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: pytest.fail("it retries"))
+    with pytest.raises(UserError, match="own/er: no such file or directory, and it cannot be .* .no route to host"):
+      read(pathlib.Path("own/er"))
+    assert capfd.readouterr().err == ""
+
+  def test_what_is_missing_in_a_directory_is_not_asked_of_the_hub(self, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    for split in (None, "test"):
+      with pytest.raises(UserError, match="cannot read the prompt file own/er: No such file or directory"):
+        read(pathlib.Path("own/er"), split)
 
   def test_what_datasets_saved(self, tmp_path):
     types = {"qid": datasets.Value("int64"), "img": datasets.Image(), "q": datasets.Value("string")}
