@@ -3,7 +3,8 @@
     python -m experiments.compare --flagfile=experiments/flags/compare_scenes.flags
 
 Answers a question set with every cell of a grid (methods × budgets, and explicit settings) and measures accuracy, costs
-and time relative to no pruning. Repeating an interrupted command resumes it.
+and time relative to no pruning. Repeating an interrupted command resumes it. A question without an answer counts as
+wrong, and the status is 1 then.
 """
 
 import dataclasses
@@ -101,5 +102,11 @@ def write(comparison: Comparison, examples: Sequence[report.Example], pairs: Seq
   return files.write(study.directory("output"), comparison, examples, pairs, **options)
 
 
+def run(values: Any) -> tuple[str, int]:
+  """Compares and writes; the status is 1 if a question has no answer, as where its picture is missing."""
+  comparison, *others = compare(values)
+  return write(comparison, *others, values), int(comparison.has_errors)
+
+
 if __name__ == "__main__":
-  study.start("compare", define_flags, lambda values: write(*compare(values), values), **DEFAULTS)
+  study.start("compare", define_flags, run, **DEFAULTS)

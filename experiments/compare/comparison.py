@@ -113,6 +113,11 @@ class Comparison:
   sizes: PromptSizes
   repeats: Mapping[str, Sequence[Mapping[str, Mapping[str, Any]]]] = dataclasses.field(default_factory=dict)
 
+  @property
+  def has_errors(self) -> bool:
+    """Whether a question has no answer without pruning."""
+    return any(row["error"] is not None for row in self.answers[REFERENCE].values())
+
   def rows(self, *, seed: int) -> list[Row]:
     """Every figure of every cell, and a row for question-only answers; `seed` is the bootstrap's."""
     accuracies, plain = self._accuracies(seed), self.sizes.costs(Schedule())

@@ -153,7 +153,8 @@ def report_errors(rows: Mapping[str, Mapping[str, Any]]) -> None:
   bad = [row for row in rows.values() if row["error"] is not None]
   if not bad:
     return
-  text = f"{len(bad)} questions have no answer; the first, {bad[0]['id']}: {bad[0]['error']}"
+  first = f"{bad[0]['id']}: {bad[0]['error']}"
+  text = f"{len(bad)} questions have no answer; the first, {first}" if bad[1:] else f"1 question has no answer, {first}"
   if len(bad) == len(rows):
     raise UserError(text)
   print(text, file=sys.stderr)

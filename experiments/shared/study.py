@@ -60,15 +60,15 @@ class Report:
 def start(
   name: str,
   define_flags: Callable[[], None],
-  run: Callable[[Any], Report | str],
+  run: Callable[[Any], Report | str | tuple[str, int]],
   *,
   has_subject: bool = True,
   **defaults: Any,
 ) -> None:
   """Runs `experiments.<name>` as a command, with its own `defaults` of the flags that studies share.
 
-  `run` makes a report, which is written and printed, or writes its own files and returns the text to print. Without a
-  subject, only the flags of directories exist, with defaults.
+  `run` makes a report, which is written and printed, or writes its own files and returns the text to print, also with
+  an exit status. Without a subject, only the flags of directories exist, with defaults.
   """
   if has_subject:
     define_shared_flags(**defaults)
@@ -81,8 +81,9 @@ def start(
   def action() -> int:
     directory("output")  # fails before the measurement
     result = run(flags.FLAGS)
-    print(result if isinstance(result, str) else write(result, name))
-    return 0
+    report, status = result if isinstance(result, tuple) else (result, 0)
+    print(report if isinstance(report, str) else write(report, name))
+    return status
 
   command.start_action(name.rpartition(".")[2], action, needed=("workdir", "output") if has_subject else ())
 

@@ -158,10 +158,12 @@ def test_questions_without_an_answer_are_told(config, rows, capsys):
   (path,) = (config.workdir / "answers").glob("none.*.jsonl")
   answers = {row["id"]: row for row in read_rows(path)}
   measure.report_errors(answers)
-  message = "1 questions have no answer; the first, bad: 9.png: No such file"
+  message = "1 question has no answer, bad: 9.png: No such file"
   assert message in capsys.readouterr().err.replace(f"{config.question_set.parent}/", "")
-  with pytest.raises(UserError, match="^1 questions have no answer; the first, bad: .*9.png"):
+  with pytest.raises(UserError, match="^1 question has no answer, bad: .*9.png"):
     measure.report_errors({"bad": answers["bad"]})
+  with pytest.raises(UserError, match="^2 questions have no answer; the first, bad: .*9.png"):
+    measure.report_errors({"bad": answers["bad"], "same": answers["bad"]})
   measure.report_errors({"0why": answers["0why"]})
   assert capsys.readouterr().err == ""
 
@@ -438,8 +440,9 @@ def test_other_settings_are_refused(config, rows):
 def test_the_command_goes_on_and_runs_nothing_again(config, rows):
   before = {path: path.stat().st_mtime_ns for path in config.workdir.rglob("*") if path.is_file()}
   done = commands.Command("experiments.compare", *arguments_of(config))
-  assert "fastervlm 8" in done.succeeded() and "row" not in done.text()[1]
-  assert "1 questions have no answer; the first, " in done.text()[1]
+  table, errors = done.communicate()
+  assert "fastervlm 8" in table and "row" not in errors
+  assert "1 question has no answer, bad: " in errors and done.process.exitcode == 1
   assert {path: path.stat().st_mtime_ns for path in before} == before
   assert {path for path in config.workdir.rglob("*") if path.is_file()} == set(before)
 
