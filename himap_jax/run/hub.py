@@ -35,8 +35,9 @@ def download(repository: str, name: str) -> pathlib.Path:
 def _client() -> types.ModuleType:
   """The hub's library, which does not print its attempts."""
   import huggingface_hub  # slow to import
+  from huggingface_hub.utils import logging
 
-  huggingface_hub.utils.logging.set_verbosity_error()
+  logging.set_verbosity_error()
   return huggingface_hub
 
 

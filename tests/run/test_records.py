@@ -154,6 +154,12 @@ class TestLayouts:
       read(pathlib.Path("own/er"))
     assert capfd.readouterr().err == ""
 
+  def test_an_unreachable_hub_in_a_process_of_its_own(self):
+    code = "import pathlib\nfrom himap_jax.run import records\nrecords.open_records(pathlib.Path('nobody/nothing'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("himap_jax.errors.UserError: nobody/nothing: no such file or directory, and it cannot be do")
+
   def test_what_is_missing_in_a_directory_is_not_asked_of_the_hub(self, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").mkdir()
