@@ -181,7 +181,7 @@ class TestRuns:
       raise jax.errors.JaxRuntimeError("INTERNAL: failed")
 
   def test_a_picture_that_cannot_be_written(self, small, tmp_path):
-    (tmp_path / "pictures" / "a.png").mkdir(parents=True)
+    (tmp_path / "pictures" / "a.png.partial").mkdir(parents=True)
     with pytest.raises(UserError, match="--pictures: cannot write .*a.png: Is a directory"):
       job.run(changed(small, pictures=tmp_path / "pictures"))
 

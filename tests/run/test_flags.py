@@ -187,7 +187,7 @@ class TestFlags:
       ((*NEEDED, "--image_dir=gs://b/i"), "--image_dir=gs://b/i: only --checkpoint may be a URL"),
       ((*NEEDED, "--columns=img:image"), "--columns: unknown field 'img' in 'img:image'; known: id, image, question"),
       ((*NEEDED, "--top_p=0.5"), "top_p below 1 needs a temperature above 0"),
-      ((*NEEDED, "--temperature=nan"), "temperature must be 0, or finite"),
+      ((*NEEDED, "--temperature=nan"), "the temperature must be 0, or from 1e-06 to 1,000,000"),
     ],
   )
   def test_contradictions(self, arguments, message):
