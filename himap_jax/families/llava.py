@@ -123,7 +123,10 @@ def load_processor(directory: pathlib.Path) -> Any:
   import transformers  # slow to import
 
   with files.unusable(directory):
-    return transformers.AutoProcessor.from_pretrained(str(directory), local_files_only=True)
+    processor = transformers.AutoProcessor.from_pretrained(str(directory), local_files_only=True)
+    if not isinstance(processor, transformers.ProcessorMixin):  # it takes what it finds
+      raise UserError(f"{directory}: the files of its processor are missing or damaged; only its tokenizer was found")
+    return processor
 
 
 def pad_to_squares(processor: Any) -> Any:

@@ -146,6 +146,11 @@ class TestBadConfiguration:
         lambda path: (path / "generation_config.json").write_text('{"eos_token_id": [1, 272]}'),
         "eos_token_id is [1, 272]; needed: a token id below 272",
       ),
+      (
+        "processor",
+        lambda path: edit(path, "processor_config.json", processor_class="LlavaX"),
+        "the files of its processor are missing or damaged; only its tokenizer was found",
+      ),
       ("link", lambda path: (path / "notes.txt").symlink_to(path / "none.txt"), "No such file"),
       ("pickled", lambda path: (path / "model.safetensors").rename(path / "model.bin"), "only pickled weights"),
     ):
@@ -174,6 +179,6 @@ def narrow(path):
   save_file(tensors | {name: tensors[name][:-1].copy()}, path / "model.safetensors")
 
 
-def edit(path, **fields):
-  config = json.loads((path / "config.json").read_text())
-  (path / "config.json").write_text(json.dumps(config | fields))
+def edit(path, name="config.json", **fields):
+  config = json.loads((path / name).read_text())
+  (path / name).write_text(json.dumps(config | fields))
