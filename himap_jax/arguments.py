@@ -8,7 +8,7 @@ from PIL import Image
 
 from himap_jax.engine.accounting import provides
 from himap_jax.errors import UserError, check_is, check_text
-from himap_jax.families.family import ROLES, Message, texts_of
+from himap_jax.families.family import ROLES, Message, problem_of, texts_of
 from himap_jax.model.config import ModelConfig
 from himap_jax.pruning.methods import METHODS
 from himap_jax.pruning.schedule import Schedule, Stage
@@ -48,10 +48,8 @@ def _check_messages(messages: Sequence[Message], name: str) -> None:
     if message.role not in ROLES:
       raise UserError(f"{name}[{number}] has the role {message.role!r:.60}; needed: {', '.join(ROLES)}")
     check_is(f"the text of {name}[{number}]", message.text, str, "a text")
-  if messages[-1].role != "user":
-    raise UserError(f"{name}: the last message must be the user's")
-  if any(message.role == "system" for message in messages[1:]):
-    raise UserError(f"{name}: only the first message may be the system's")
+  if problem := problem_of(messages):
+    raise UserError(f"{name}: {problem}")
 
 
 def check_schedule(schedule: Any) -> None:

@@ -42,7 +42,7 @@ from himap_jax.model.quantization import can_be_int8, map_int8
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.schedule import Schedule
 
-DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
+DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}  # of parameters and activations
 ASPECT_RATIOS = ("checkpoint", "pad")  # of pictures: as the checkpoint's processor has them, or padded to squares
 
 
@@ -278,7 +278,7 @@ def describe(fields: dict[str, Any], where: str) -> ExpectedModel:
 
 def _supported(dtype: Any) -> Any:
   with contextlib.suppress(TypeError, ValueError):
-    if jnp.dtype(dtype) in DTYPES:
+    if jnp.dtype(dtype) in map(jnp.dtype, DTYPES.values()):
       return jnp.dtype(dtype)
   raise UserError(f"dtype must be bfloat16 or float32, not {dtype!r}")
 

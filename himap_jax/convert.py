@@ -17,8 +17,7 @@ from absl import flags
 from checkpoints_convert import remote
 from checkpoints_convert.convert import convert, open_source
 from himap_jax.checkpoint import default_cache_dir, describe
-from himap_jax.errors import UserError
-from himap_jax.run import command
+from himap_jax.run import command, flag_values
 
 _SOURCE = flags.DEFINE_string(
   "source",
@@ -48,9 +47,9 @@ def run() -> int:
   jax.config.update("jax_platforms", "cpu")
   source = open_source(_SOURCE.value, _VISION_TOWER.value, allow_pickle=_ALLOW_PICKLE.value)
   target = _TARGET.value
-  is_local = not remote.is_remote(target)
-  if is_local and pathlib.Path(target).expanduser().resolve().is_relative_to(source.directory.resolve()):
-    raise UserError(f"--target={target} is in the directory of the source; name another directory")
+  if not remote.is_remote(target):
+    own = pathlib.Path(target).expanduser()
+    flag_values.check_outside("target", own, source.directory, "the directory of the source")
   print(convert(source, target, describe, cache_dir=default_cache_dir(), int8_weights=_INT8_WEIGHTS.value))
   return 0
 

@@ -22,6 +22,7 @@ from experiments.compare.grid import Shape, check, check_any, make_cells
 from experiments.compare.power import power
 from experiments.compare.prompt_sizes import prompt_sizes
 from experiments.shared import study
+from himap_jax import checkpoint
 from himap_jax.engine.accounting import method_inputs
 from himap_jax.engine.batching import DEFAULT_BUCKETS
 from himap_jax.engine.engine import GenerationConfig
@@ -90,7 +91,7 @@ def compare(values: Any) -> tuple[Comparison, list[report.Example], list[Pair]]:
   runner = measure.Runner(subject, workdir, settings, generation, int(values.encoding_gib * 2**30))
   examples = report.choose(questions, values.num_examples)
   measured = measure.run_cells(runner, cells, examples, values.num_seeds)
-  sizes = prompt_sizes(subject, jnp.dtype(flag_values.DTYPES[values.dtype]).itemsize)
+  sizes = prompt_sizes(subject, jnp.dtype(checkpoint.DTYPES[values.dtype]).itemsize)
   comparison = Comparison(questions, cells, measured.answers, measured.timings, sizes, measured.repeats)
   return comparison, report.collect(examples, measured.shown, cells, subject), pairs
 

@@ -18,6 +18,7 @@ from experiments.compile_study.measure import Setting
 from experiments.compile_study.variants import VARIANTS
 from experiments.shared import machine, planned, study
 from experiments.shared.geometries import GEOMETRIES
+from himap_jax import checkpoint
 from himap_jax.generation import InputConfig
 from himap_jax.run import flag_values
 
@@ -25,7 +26,7 @@ from himap_jax.run import flag_values
 def define_flags() -> None:
   flags.DEFINE_list("variants", list(VARIANTS), f"Any of {', '.join(VARIANTS)}.")
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), "As in himap_jax.run.")
+  flags.DEFINE_enum("dtype", "bfloat16", sorted(checkpoint.DTYPES), "As in himap_jax.run.")
   flags.DEFINE_integer("num_prompts", 48, "Prompts in the workload.", lower_bound=1)
   flags.DEFINE_integer("batch_size", 4, "Prompts per batch.", lower_bound=1)
   flags.DEFINE_integer("slots", 8, "Rows that are decoded together: slots, and rows of a static batch.", lower_bound=2)

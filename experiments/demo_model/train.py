@@ -22,7 +22,7 @@ from experiments.demo_model.recipes import RECIPES, Part
 from experiments.demo_model.training import Options, train
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
-from himap_jax.run import command, flag_values
+from himap_jax.run import command
 from himap_jax.run.user_errors import user_error
 
 
@@ -31,7 +31,7 @@ def define_flags() -> None:
   flags.DEFINE_enum("model", "demo", list(ADAPTERS), "Which demo model to train.")
   flags.DEFINE_string("adapter", None, "Where to write the trained parameters (safetensors).", required=True)
   dtype = "Dtype of the model; trained parameters are float32."
-  flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), dtype)
+  flags.DEFINE_enum("dtype", "bfloat16", sorted(checkpoint.DTYPES), dtype)
   gradients = "What computes gradients; torch is faster on CPUs with AMX."
   flags.DEFINE_enum("gradients", "jax", ["jax", "torch"], gradients)
   flags.DEFINE_integer("save_every", 40, "Steps between checkpoints.", lower_bound=1)

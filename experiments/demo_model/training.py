@@ -31,7 +31,6 @@ from experiments.demo_model.recipes import Part, Rates
 from himap_jax import checkpoint
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.model.network import Model, Network
-from himap_jax.run import flag_values
 from himap_jax.run.progress import Progress
 
 State = dict[str, Any]  # the adapter being trained, the optimizer's state and the number of steps done
@@ -112,7 +111,7 @@ def _gradients(loaded: LoadedModel, base: pathlib.Path, adapter: Adapter, option
     from experiments.demo_model.torch_gradients import TorchGradients
 
     return TorchGradients(base, adapter, dtype=options.dtype)
-  dtype = flag_values.DTYPES[options.dtype]
+  dtype = checkpoint.DTYPES[options.dtype]
   network = Network(loaded.config, dtype, loaded.model.network.kernels)
   return jax_gradients(Model(jax.tree.map(lambda x: x.astype(dtype), loaded.model.params), network))
 

@@ -59,7 +59,7 @@ def measure(
 
 
 def run(values: Any) -> study.Report:
-  flag_values, names = model_flags.values_from_flags(), values.methods
+  given, names = model_flags.values_from_flags(), values.methods
   ignored = [f"--{name}" for name in CHOSEN if values[name].present]
   if ignored:
     raise UserError(f"{', '.join(ignored)}: every form of weights is tried, with the methods of --methods as they are")
@@ -71,7 +71,7 @@ def run(values: Any) -> study.Report:
   rows = [{"id": own.id, "image": str(own.image.absolute()), "question": own.question} for own in questions]
   prompts = workdir / "prompts.jsonl"
   prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-  config = RunConfig(**flag_values, prompts=prompts, output=workdir / "answers.jsonl")
+  config = RunConfig(**given, prompts=prompts, output=workdir / "answers.jsonl")
   for method in names:  # all can be run, before any is
     PruningConfig(method).schedule(**method_inputs(config.open().config))
   table = measure(config, names, questions, workdir)

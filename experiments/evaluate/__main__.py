@@ -24,7 +24,7 @@ from experiments.shared import study, tabular
 from himap_jax import checkpoint
 from himap_jax.engine.accounting import method_inputs, model_sizes
 from himap_jax.harness.settings import Settings
-from himap_jax.run import command, flag_values
+from himap_jax.run import command
 
 SETTINGS = ("checkpoint", "dtype", "batch_size", "max_new_tokens", "prompt_template", "image_aspect_ratio", "seed")
 
@@ -54,7 +54,7 @@ def define_flags() -> None:
     "Whether pictures are padded to squares, as LLaVA-1.5's published scores need.",
   )
   flags.DEFINE_string("prompt_template", "chat", "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), "Dtype of parameters and activations.")
+  flags.DEFINE_enum("dtype", "bfloat16", sorted(checkpoint.DTYPES), "Dtype of parameters and activations.")
   flags.DEFINE_integer("batch_size", 8, "Rows per batch.", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "Seed of methods that choose at random, and of the bootstrap.")
   flags.DEFINE_bool("score_only", False, "Score the answers in --workdir and answer no more questions.")

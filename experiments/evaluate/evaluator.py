@@ -12,6 +12,7 @@ from experiments.evaluate.harness import PREFIX, HarnessResults, HarnessTask, Re
 from experiments.evaluate.scores import Results
 from experiments.evaluate.tasks.task import Task
 from experiments.shared import tabular
+from himap_jax import checkpoint
 from himap_jax.checkpoint import LoadedModel, OpenCheckpoint
 from himap_jax.errors import UserError
 from himap_jax.generation import InputConfig
@@ -19,7 +20,6 @@ from himap_jax.harness.responder import Responder
 from himap_jax.harness.settings import Settings
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.pruning.sizes import ModelSizes
-from himap_jax.run import flag_values
 from himap_jax.run.contract import schedule_settings
 from himap_jax.run.user_errors import out_of_memory_is_user_error
 
@@ -108,7 +108,7 @@ class Evaluator:
 
   @functools.cached_property
   def _loaded(self) -> LoadedModel:
-    digest, dtype = self._subject["checkpoint"], flag_values.DTYPES[self.config.settings.dtype]
+    digest, dtype = self._subject["checkpoint"], checkpoint.DTYPES[self.config.settings.dtype]
     mesh = self.opened.make_mesh(dtype, self.config.settings.batch_size)
     with out_of_memory_is_user_error():
       loaded = self.opened.restore(dtype=dtype, mesh=mesh)

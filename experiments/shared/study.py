@@ -97,7 +97,7 @@ def write(report: Report, name: str) -> str:
 def define_shared_flags(**defaults: Any) -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
   flags.DEFINE_bool("allow_pickle", False, "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "float32", sorted(flag_values.DTYPES), "Dtype of parameters and activations.")
+  flags.DEFINE_enum("dtype", "float32", sorted(checkpoint.DTYPES), "Dtype of parameters and activations.")
   fields = (
     "id, image (relative to the file), question, answer, type and optionally guess, from the question alone, and size"
   )
@@ -136,7 +136,7 @@ def load_subject(*, needs_answers: bool = False, needs_sequence: bool = True, **
   command.use_compilation_cache(command.compilation_cache_dir(values.compilation_cache_dir))
   drawn = {"num_questions": values.num_questions, "seed": values.seed, "workdir": directory("workdir")}
   questions = question_sets.load(values.question_set, **drawn, needs_answers=needs_answers)
-  settings = {"dtype": flag_values.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
+  settings = {"dtype": checkpoint.DTYPES[values.dtype], "inputs": inputs(), "seed": values.seed}
   opened = checkpoint.open_checkpoint(values.checkpoint, allow_pickle=values.allow_pickle)
   if needs_sequence and opened.config.text.cross_attention_layers:
     raise UserError(

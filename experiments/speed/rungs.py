@@ -12,6 +12,7 @@ from absl import flags
 from PIL import Image
 
 import himap_jax
+from himap_jax import checkpoint
 from himap_jax.checkpoint import LoadedModel
 from himap_jax.engine.batching import Batcher, ImageBucket
 from himap_jax.engine.capacity import BatchSizes
@@ -19,7 +20,7 @@ from himap_jax.engine.engine import Batch, GenerationConfig
 from himap_jax.engine.pool import Request
 from himap_jax.pruning.methods import METHODS
 from himap_jax.pruning.methods.himap_adaptive import RUNGS
-from himap_jax.run import command, flag_values
+from himap_jax.run import command
 
 METHOD = METHODS["himap_adaptive"]
 PICTURE, QUESTION = "experiments/demo/red-triangle.png", "what is the red shape?"
@@ -27,7 +28,7 @@ PICTURE, QUESTION = "experiments/demo/red-triangle.png", "what is the red shape?
 
 def define_flags() -> None:
   flags.DEFINE_string("checkpoint", "demo", "As in himap_jax.run.")
-  flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), "As in himap_jax.run.")
+  flags.DEFINE_enum("dtype", "bfloat16", sorted(checkpoint.DTYPES), "As in himap_jax.run.")
   flags.DEFINE_integer("slots", 16, "Rows that are decoded together.", lower_bound=len(RUNGS[0]))
   flags.DEFINE_integer("max_new_tokens", 64, "Tokens of every answer.", lower_bound=2)
   flags.DEFINE_integer("turns", 5, "Turns of every pool.", lower_bound=1)

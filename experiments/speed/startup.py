@@ -23,14 +23,14 @@ from checkpoints_convert.demo.assemble import ADAPTERS, assemble
 from experiments.shared import tabular
 from himap_jax import checkpoint
 from himap_jax.errors import UserError
-from himap_jax.run import command, flag_values
+from himap_jax.run import command
 from himap_jax.run.progress import Progress
 
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", "demo", "`demo` or `demo_cross`, or a directory in the Hugging Face layout."
 )
 _STARTS = flags.DEFINE_integer("starts", 5, "Number of starts after the first.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(flag_values.DTYPES), "As in himap_jax.run.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(checkpoint.DTYPES), "As in himap_jax.run.")
 _PROMPTS = flags.DEFINE_string("prompts", "experiments/demo/prompts.jsonl", "File whose first prompt is asked.")
 _METHOD = flags.DEFINE_string("method", "himap", "As in himap_jax.run, with its own layers and counts.")
 _IMAGE_DIR = flags.DEFINE_string("image_dir", "experiments/demo", "As in himap_jax.run.")

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from PIL import Image
 
+from himap_jax import checkpoint
 from himap_jax.engine.accounting import model_sizes
 from himap_jax.engine.pool import Answered
 from himap_jax.errors import UserError, check_text
@@ -13,7 +14,6 @@ from himap_jax.families.family import View
 from himap_jax.inputs import Example
 from himap_jax.pruning.config import PruningConfig
 from himap_jax.pruning.cost import Costs, costs
-from himap_jax.run import flag_values
 from himap_jax.run.asking import Asked, Asker
 
 
@@ -99,7 +99,7 @@ def _answer(asker: Asker, asked: Asked) -> tuple[Side, Answered]:
       asked.schedule.with_counts(counts),
       example.num_image_tokens,
       example.num_text_tokens,
-      jnp.dtype(flag_values.DTYPES[asker.config.dtype]).itemsize,
+      jnp.dtype(checkpoint.DTYPES[asker.config.dtype]).itemsize,
       num_pictures=example.size.num_tiles,
     ),
   )

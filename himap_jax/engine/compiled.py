@@ -84,10 +84,8 @@ class CompiledPrograms:
     self._jitted = functools.cache(functools.partial(programs.Programs, model, schedule))
     mesh, types = sharding.mesh_of(model.params), jax.tree.structure(model.params)
     after_prefill = ProgramKey(model.network, mesh, types)
-    self._owner, self._prefill_owner = (
-      _owner(after_prefill),
-      _owner(dataclasses.replace(after_prefill, schedule=schedule)),
-    )
+    self._others_owner = _owner(after_prefill)
+    self._prefills_owner = _owner(dataclasses.replace(after_prefill, schedule=schedule))
     self.num_programs, self.seconds = 0, 0.0
 
   def prefill(self, inputs: Inputs, seeds: UInt[Array, "B"]) -> PrefillState:
@@ -129,7 +127,7 @@ class CompiledPrograms:
     """`kind` is None if it chooses no tokens, and `shaped` are those arguments whose shapes vary."""
     decoding = None if kind is None else dataclasses.replace(self._decoding, kind=kind)
     leaves, structure = jax.tree.flatten(shaped)
-    owner = self._prefill_owner if name == "prefill" else self._owner
+    owner = self._prefills_owner if name == "prefill" else self._others_owner
     key = (owner, name, decoding, structure, *((leaf.shape, leaf.dtype) for leaf in leaves))
     program = _programs.pop(key, None)
     if program is None:

@@ -22,6 +22,15 @@ class Message(NamedTuple):
   text: str
 
 
+def problem_of(messages: Sequence[Message]) -> str | None:
+  """Why messages are no conversation that can be answered; None if they are one."""
+  if messages[-1].role != "user":
+    return "the last message must be the user's"
+  if any(message.role == "system" for message in messages[1:]):
+    return "only the first message may be the system's"
+  return None
+
+
 # A question, or the messages of a conversation.
 Question = str | Sequence[Message]
 

@@ -25,7 +25,6 @@ from himap_jax.harness.settings import Settings
 from himap_jax.inputs import Example, Inputs
 from himap_jax.pruning.schedule import Schedule
 from himap_jax.rgb import to_rgb
-from himap_jax.run import flag_values
 from himap_jax.run.progress import Progress
 from himap_jax.run.user_errors import user_error
 from himap_jax.run.writer import COUNTS
@@ -102,7 +101,7 @@ class Responder:
     opened = checkpoint.open_checkpoint(settings.checkpoint).with_aspect_ratio(settings.image_aspect_ratio)
     schedule = settings.pruning.schedule(**method_inputs(opened.config))
     processor = opened.prompts(settings.prompt_template, settings.max_image_tokens)
-    dtype = flag_values.DTYPES[settings.dtype]
+    dtype = checkpoint.DTYPES[settings.dtype]
     loaded = opened.restore(dtype=dtype, mesh=opened.make_mesh(dtype, settings.batch_size))
     return cls(loaded, processor, schedule, settings)
 

@@ -48,7 +48,7 @@ class Settings:
       except ValueError as error:
         raise UserError(f"--model_args: {name}={value} cannot be read") from error
     settings = cls(**values)
-    for name, known in (("dtype", flag_values.DTYPES), ("image_aspect_ratio", checkpoint.ASPECT_RATIOS)):
+    for name, known in (("dtype", checkpoint.DTYPES), ("image_aspect_ratio", checkpoint.ASPECT_RATIOS)):
       if getattr(settings, name) not in known:
         raise UserError(f"--model_args: {name}={getattr(settings, name)}; known: {', '.join(known)}")
     methods.parse(settings.method)

@@ -11,7 +11,6 @@ from himap_jax.engine import sharding
 from himap_jax.engine.engine import GenerationConfig
 from himap_jax.generation import InputConfig
 from himap_jax.pruning.config import PruningConfig
-from himap_jax.run import flag_values
 from himap_jax.run.prompts import Columns
 from himap_jax.run.user_errors import out_of_memory_is_user_error
 
@@ -39,11 +38,11 @@ class AnswerConfig:
   def make_mesh(self, opened: OpenCheckpoint) -> Mesh:
     if self.mesh:
       return sharding.make_mesh(**self.mesh)
-    return opened.make_mesh(flag_values.DTYPES[self.dtype], self.inputs.batch_size, int8_weights=self.int8_weights)
+    return opened.make_mesh(checkpoint.DTYPES[self.dtype], self.inputs.batch_size, int8_weights=self.int8_weights)
 
   def restore(self, opened: OpenCheckpoint, mesh: Mesh) -> LoadedModel:
     with out_of_memory_is_user_error():
-      return opened.restore(dtype=flag_values.DTYPES[self.dtype], mesh=mesh, int8_weights=self.int8_weights)
+      return opened.restore(dtype=checkpoint.DTYPES[self.dtype], mesh=mesh, int8_weights=self.int8_weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,9 @@
 
 A row's `digest` is `<settings>-<question>-<pictures>-<names>`, each the first 16 hexadecimal digits of a SHA-256: of
 everything that answers depend on besides the prompts, of the question's text (with the row's own options, if it has
-any), of the picture's file (or its address on the web) or, of several, of their digests, and of what the prompt says of
-its pictures, which decides where a file cannot be read. `<output>.settings.json` lists the
-settings for people; only the digests in the rows decide whether a run may resume.
+any), of the picture's file (or its address on the web) or, of several, of their digests, and of the pictures' names,
+which decide where a file cannot be read. `<output>.settings.json` lists the settings for people; only the digests in
+the rows decide whether a run may resume.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class Contract:
 class Comparison:
   """Compares the rows of an output with a contract: each row as it is read, then their questions and pictures.
 
-  Holds some fifty bytes for every prompt; no question and no picture stays.
+  Holds some seventy bytes for every prompt; no question and no picture stays.
   """
 
   def __init__(self, contract: Contract):
@@ -164,9 +164,8 @@ def _joint(pictures: Sequence[str] | None) -> str:
 
 
 def _names(images: Sequence[str | bytes]) -> str:
-  """A digest of the pictures' names, or of the data that stand for them."""
-  texts = (image if isinstance(image, bytes) else image.encode(errors="surrogatepass") for image in images)
-  return _hex(",".join(hashlib.sha256(text).hexdigest() for text in texts))
+  """A digest of the pictures' names, or of the texts that hold them; bytes, which can always be read, have none."""
+  return _hex(json.dumps([None if isinstance(image, bytes) else image for image in images]))
 
 
 def _hex(text: str) -> str:

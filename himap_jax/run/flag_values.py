@@ -1,14 +1,11 @@
 """The parsing of flag values."""
 
+import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from himap_jax.engine.sharding import AXES
 from himap_jax.errors import UserError
-
-DTYPES = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 
 
 def numbers(flag: Any, parse: Callable[[str], Any], like: str = "of numbers") -> tuple | None:
@@ -46,6 +43,12 @@ def chosen(flag: Any, known: Collection[str]) -> list[str]:
     if name not in known:
       raise UserError(f"--{flag.name}: {f'unknown {name!r}' if name else 'an empty name'}; known: {', '.join(known)}")
   return flag.value
+
+
+def check_outside(flag: str, path: pathlib.Path, directory: pathlib.Path, what: str) -> None:
+  """Raises `UserError` for a path inside a directory, to whose files a command must not add."""
+  if path.resolve().is_relative_to(directory.resolve()):
+    raise UserError(f"--{flag}={path} is in {what}; name another directory")
 
 
 def parse_mesh(axes: Sequence[str]) -> dict[str, int]:

@@ -19,7 +19,7 @@ from himap_jax.engine.batching import MAX_IMAGE_BUCKETS, Batcher
 from himap_jax.errors import UserError
 from himap_jax.generation import make_batcher
 from himap_jax.pruning.schedule import Schedule
-from himap_jax.run import command
+from himap_jax.run import command, flag_values
 from himap_jax.run.answering import Answerer
 from himap_jax.run.config import RunConfig
 from himap_jax.run.contract import Contract, schedule_settings
@@ -54,7 +54,7 @@ def run(config: RunConfig) -> int:
   if not processes.is_equal(ascii([list(prompts.keys), config.inputs, config.mesh])):
     raise UserError("the processes of this run have different prompts or flags; give all of them the same")
   opened = config.open()
-  _check_outside(config.output, opened.directory)
+  flag_values.check_outside("output", config.output, opened.directory, "the directory of the checkpoint")
   weights = opened.digest()
   logging.info("ready: checkpoint")
   processor = opened.prompts(config.inputs.prompt_template, config.inputs.max_image_tokens)
@@ -149,12 +149,6 @@ def _tell_missing_pictures(directory: pathlib.Path, answered: Iterable[Prompt], 
     print(f"{missing} answered rows have no picture in {directory} and get none; --noresume draws all", file=sys.stderr)
 
 
-def _check_outside(output: pathlib.Path, checkpoint: pathlib.Path) -> None:
-  """Raises `UserError` for an output among the files by which a checkpoint is known, which it would change."""
-  if output.resolve().is_relative_to(checkpoint.resolve()):
-    raise UserError(f"--output={output} is in the directory of the checkpoint; name another directory")
-
-
 def _check_paths(config: RunConfig) -> None:
   with user_error(f"cannot use --output={config.output} or --image_dir={config.image_dir}"):
     if not config.output.name or config.output.is_dir():
@@ -169,8 +163,8 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError(f"--prompts={config.prompts} is the file {path}, which a run with this --output writes")
     written = {"output": config.output, "pictures": config.pictures, "profile_dir": config.profile_dir}
     for flag, path in written.items() if config.prompts.is_dir() else ():
-      if path is not None and path.resolve().is_relative_to(config.prompts.resolve()):
-        raise UserError(f"--{flag}={path} is in the data set {config.prompts}")
+      if path is not None:
+        flag_values.check_outside(flag, path, config.prompts, f"the data set {config.prompts}")
     if not config.image_dir.is_dir():
       raise UserError(f"--image_dir={config.image_dir}: no such directory")
     if config.pictures is not None and config.pictures.resolve() == config.image_dir.resolve():

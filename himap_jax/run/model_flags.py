@@ -71,7 +71,7 @@ flags.DEFINE_enum(
 flags.DEFINE_enum(
   "dtype",
   "bfloat16",
-  sorted(flag_values.DTYPES),
+  sorted(checkpoint.DTYPES),
   "Dtype of parameters and activations; products accumulate in float32.",
 )
 flags.DEFINE_bool("int8_weights", False, "Decoder weights as int8 with one scale per output feature: half the memory.")

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from himap_jax.errors import UserError, check_text
-from himap_jax.families.family import ROLES, Message
+from himap_jax.families.family import ROLES, Message, problem_of
 from himap_jax.families.prompts import IMAGE_TAG
 from himap_jax.run.records import BadRow, Record, Records, check_readable, kind_of
 
@@ -312,10 +312,8 @@ def read_messages(messages: Any) -> tuple[tuple[str | bytes, ...], tuple[Message
       else:
         raise BadRow(f"{where}: a part's type must be text, image or image_url, not {part.get('type')!r}")
     read.append(Message(message["role"], "".join(texts)))
-  if read[-1].role != "user":
-    raise BadRow("the last message must be the user's")
-  if any(message.role == "system" for message in read[1:]):
-    raise BadRow("only the first message may be the system's")
+  if problem := problem_of(read):
+    raise BadRow(problem)
   return tuple(images), tuple(read)
 
 
